@@ -1,0 +1,37 @@
+# `make demo`, `make test`, `make check`: each makes .venv and installs what it needs when it is not there.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test check format clean
+
+# Trains a small ResNet with no gate, SE, ECA and ECA with a neutral start on embedded photographs.
+demo: $(READY)
+	$(BIN)/ecanet demo
+
+# The whole test suite, one process per core and one thread per process.
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+# Linter, formatter, type checker and the examples in the docstrings.
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --doctest-modules src/ecanet
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Installed in editable mode; installed again only when pyproject.toml changes.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("ecanet needs Python 3.10 or newer, $(PYTHON) is " + sys.version.split()[0] + "; try: make PYTHON=python3.11") if sys.version_info < (3, 10) else 0'
+	@echo "Installing ecanet and its dependencies into $(VENV): a few minutes and about 6 GB, once."
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

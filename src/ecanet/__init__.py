@@ -1,0 +1,24 @@
+"""Efficient Channel Attention (ECA-Net, CVPR 2020): gates, networks, training and evidence.
+
+Needs torch and torchvision alone; the parts that need more (``ecanet.train``, ``ecanet.study``, ``ecanet.inspect``)
+are imported where they are used and say which ``pip install`` brings what is missing.
+"""
+
+from ecanet import models, nn
+from ecanet.nn import ECA, ECANS, SE, SEGroup, SEVar1, SEVar2, SEVar3, adaptive_kernel_size
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ECA",
+    "ECANS",
+    "SE",
+    "SEGroup",
+    "SEVar1",
+    "SEVar2",
+    "SEVar3",
+    "__version__",
+    "adaptive_kernel_size",
+    "models",
+    "nn",
+]

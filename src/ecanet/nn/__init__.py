@@ -1,0 +1,26 @@
+"""Gates: the channel-attention modules of the paper's Table 2, one contract for all."""
+
+from ecanet.nn.build import GATES, GateFactory, GateSpec, build_gate
+from ecanet.nn.eca import ECA, ECANS
+from ecanet.nn.gate import Gate, LinearGate
+from ecanet.nn.kernel_size import adaptive_kernel_size
+from ecanet.nn.se import SE, SEGroup, SEVar1, SEVar2, SEVar3, se_gc2, se_gc3
+
+__all__ = [
+    "ECA",
+    "ECANS",
+    "GATES",
+    "SE",
+    "Gate",
+    "GateFactory",
+    "GateSpec",
+    "LinearGate",
+    "SEGroup",
+    "SEVar1",
+    "SEVar2",
+    "SEVar3",
+    "adaptive_kernel_size",
+    "build_gate",
+    "se_gc2",
+    "se_gc3",
+]

@@ -1,0 +1,87 @@
+"""From a name, a class or a function to a gate: what every ``gate=`` argument accepts."""
+
+import inspect
+from collections.abc import Callable
+from typing import Literal
+
+from torch import nn
+
+from ecanet.nn.eca import ECA, ECANS
+from ecanet.nn.se import SE, SEGroup, SEVar1, SEVar2, SEVar3, se_gc2, se_gc3
+
+GateFactory = Callable[..., nn.Module]
+GateSpec = str | GateFactory | None
+
+#: Every gate of the paper's Table 2 by name.
+GATES: dict[str, GateFactory] = {
+    "eca": ECA,
+    "eca_ns": ECANS,
+    "se": SE,
+    "se_var1": SEVar1,
+    "se_var2": SEVar2,
+    "se_var3": SEVar3,
+    "se_gc1": SEGroup,
+    "se_gc2": se_gc2,
+    "se_gc3": se_gc3,
+}
+
+
+def gate_factory(gate: str | GateFactory) -> GateFactory:
+    """The callable ``(channels, ...) -> module`` behind a ``gate=`` argument.
+
+    Args:
+        gate: A name in :data:`GATES`, or a class or function that takes the number of channels.
+
+    Raises:
+        ValueError: unknown name.
+        TypeError: neither a name nor a callable.
+
+    Example:
+        >>> gate_factory("se")(64).reduction
+        16
+    """
+    if isinstance(gate, str):
+        if gate not in GATES:
+            raise ValueError(f"gate must be one of {sorted(GATES)}, a class, a function or None, got {gate!r}")
+        return GATES[gate]
+    if not callable(gate) or isinstance(gate, nn.Module):
+        raise TypeError(
+            f"gate must be a name, a class or a function of the number of channels, got {type(gate).__name__}: "
+            "a module is not enough, every block needs a gate of its own"
+        )
+    return gate
+
+
+def takes_kernel_size(factory: GateFactory) -> bool:
+    """Whether the gate has a kernel size to choose."""
+    return "kernel_size" in inspect.signature(factory).parameters
+
+
+def build_gate(
+    gate: str | GateFactory, channels: int, kernel_size: int | Literal["adaptive"] = "adaptive"
+) -> nn.Module:
+    """Build one gate.
+
+    Args:
+        gate: A name in :data:`GATES`, or a class or function that takes the number of channels.
+        channels: Number of channels C.
+        kernel_size: For gates that have one; the others ignore ``"adaptive"`` and refuse anything else.
+
+    Raises:
+        TypeError: what was given does not make a module.
+        ValueError: unknown name, or a kernel size for a gate that has none.
+
+    Example:
+        >>> build_gate("eca", 256).kernel_size
+        5
+    """
+    factory = gate_factory(gate)
+    if takes_kernel_size(factory):
+        module = factory(channels, kernel_size=kernel_size)
+    elif kernel_size == "adaptive":
+        module = factory(channels)
+    else:
+        raise ValueError(f"kernel_size={kernel_size!r} was given, but gate={gate!r} has no kernel size: leave it out")
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"gate={gate!r} must return a torch.nn.Module, got {type(module).__name__}")
+    return module

@@ -1,0 +1,136 @@
+"""Efficient Channel Attention: a band matrix over the channel means, shared (ECA) or not (ECA-NS)."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ecanet.nn.gate import LinearGate
+from ecanet.nn.kernel_size import adaptive_kernel_size, check_channels, check_kernel_size
+from ecanet.ops import reference
+
+
+class _BandGate(LinearGate):
+    def __init__(self, channels: int, kernel_size: int | Literal["adaptive"], circular: bool) -> None:
+        super().__init__(channels)
+        if kernel_size == "adaptive":
+            kernel_size = adaptive_kernel_size(channels)
+        elif isinstance(kernel_size, str):
+            raise ValueError(f"kernel_size must be 'adaptive' or a positive odd integer, got {kernel_size!r}")
+        check_kernel_size(kernel_size)
+        if circular and kernel_size > channels:
+            raise ValueError(
+                f"kernel_size must not exceed channels={channels} with circular padding, got {kernel_size}: "
+                "a channel would be its own neighbour"
+            )
+        self.kernel_size = kernel_size
+        self.circular = circular
+
+    def extra_repr(self) -> str:
+        circular = ", circular=True" if self.circular else ""
+        return f"{self.channels}, kernel_size={self.kernel_size}{circular}"
+
+
+class ECA(_BandGate):
+    """Efficient Channel Attention: ``x * sigmoid(C1D_k(channel means))`` (Eq. 8, 9). k parameters.
+
+    The weight is ``conv.weight`` of shape ``(1, 1, k)``, the key and shape of the official ``eca_layer``, of timm's
+    ``EcaModule`` and (with ``circular=True``) ``CecaModule``, and of the ``ECA(c1, c2, k_size)`` that YOLO users
+    paste (:meth:`from_yolo`): state dicts load both ways.
+
+    Args:
+        channels: Number of channels C.
+        kernel_size: k, odd: how many neighbouring channels a gate looks at. ``"adaptive"`` is
+            :func:`~ecanet.nn.adaptive_kernel_size` of C.
+        circular: Channels have no order, so let the first and the last be neighbours instead of padding with zeros.
+
+    Raises:
+        TypeError: ``channels`` or ``kernel_size`` is not an integer.
+        ValueError: ``kernel_size`` is even or not positive, or above ``channels`` with circular padding.
+
+    Source:
+        Wang et al., ECA-Net, CVPR 2020, arXiv:1910.03151. The listing in Figure 3 lacks the sigmoid of Eq. (9).
+
+    Example:
+        >>> eca = ECA(256)
+        >>> eca
+        ECA(
+          256, kernel_size=5
+          (conv): Conv1d(1, 1, kernel_size=(5,), stride=(1,), padding=(2,), bias=False)
+        )
+        >>> eca(torch.randn(8, 256, 56, 56)).shape
+        torch.Size([8, 256, 56, 56])
+    """
+
+    def __init__(
+        self, channels: int, kernel_size: int | Literal["adaptive"] = "adaptive", *, circular: bool = False
+    ) -> None:
+        super().__init__(channels, kernel_size, circular)
+        k = self.kernel_size
+        mode = "circular" if circular else "zeros"
+        self.conv = nn.Conv1d(1, 1, k, padding=(k - 1) // 2, padding_mode=mode, bias=False)
+
+    @classmethod
+    def from_yolo(cls, c1: int, c2: int | None = None, k_size: int = 3) -> "ECA":
+        """Build from the arguments of the module that YOLO users paste, ``ECA(c1, c2, k_size=3)``.
+
+        Args:
+            c1: Number of input channels.
+            c2: Number of output channels as the model's YAML gives it; must equal ``c1``.
+            k_size: Kernel size, odd.
+
+        Raises:
+            ValueError: ``c2`` differs from ``c1``.
+
+        Example:
+            >>> ECA.from_yolo(64, 64).kernel_size
+            3
+        """
+        check_channels(c1)
+        if c2 is not None and c2 != c1:
+            raise ValueError(f"c2 must equal c1={c1}, got {c2}: attention does not change the number of channels")
+        return cls(c1, k_size)
+
+    def logits(self, s: Tensor) -> Tensor:
+        """The 1-D convolution over the channels, ``(N, C)`` to ``(N, C)``."""
+        return reference.band(s, self.conv.weight, self.circular)
+
+
+class ECANS(_BandGate):
+    """ECA-NS: ECA whose k weights are not shared, a band matrix of its own for every channel (Eq. 6, 7). k C parameters.
+
+    Eq. (6) as printed starts the band at the diagonal; here, as in the released code, it is centred on it.
+
+    Args:
+        channels: Number of channels C.
+        kernel_size: As in :class:`ECA`.
+        circular: As in :class:`ECA`.
+
+    Raises:
+        TypeError: ``channels`` or ``kernel_size`` is not an integer.
+        ValueError: ``kernel_size`` is even or not positive, or above ``channels`` with circular padding.
+
+    Source:
+        Wang et al., ECA-Net, CVPR 2020, arXiv:1910.03151, Table 2.
+
+    Example:
+        >>> sum(p.numel() for p in ECANS(256, kernel_size=3).parameters())
+        768
+    """
+
+    def __init__(
+        self, channels: int, kernel_size: int | Literal["adaptive"] = "adaptive", *, circular: bool = False
+    ) -> None:
+        super().__init__(channels, kernel_size, circular)
+        self.weight = nn.Parameter(torch.empty(channels, self.kernel_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights as ``torch.nn.Conv1d(1, 1, k)`` draws its own: uniform within 1 / sqrt(k)."""
+        bound = 1 / math.sqrt(self.kernel_size)
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def logits(self, s: Tensor) -> Tensor:
+        """The band matrix times the channel means, ``(N, C)`` to ``(N, C)``."""
+        return reference.band_non_shared(s, self.weight, self.circular)

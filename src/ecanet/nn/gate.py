@@ -1,0 +1,104 @@
+"""The contract of every gate: means in, gates out, and a feature map scaled by them."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from ecanet.nn.kernel_size import check_channels
+from ecanet.ops import reference
+
+
+class Gate(nn.Module, ABC):
+    """A channel-attention module: ``x * sigmoid(logits(channel means of x))``.
+
+    A subclass says what its logits are; everything else is here. All modules of the paper's Table 2 differ in the
+    logits alone.
+
+    Attributes:
+        channels: Number of channels C.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        check_channels(channels)
+        self.channels = channels
+
+    @abstractmethod
+    def logits(self, s: Tensor) -> Tensor:
+        """What goes into the sigmoid, ``(N, C)``, from channel means ``(N, C)`` in the type to compute in."""
+
+    def gate(self, s: Tensor) -> Tensor:
+        """Gates from channel means.
+
+        Args:
+            s: Channel means ``(N, C)``; N may be 0.
+
+        Returns:
+            Gates ``(N, C)`` in (0, 1); float32 for half types, float64 for float64.
+
+        Raises:
+            TypeError: ``s`` is not floating point.
+            ValueError: ``s`` is not ``(N, C)``.
+        """
+        return torch.sigmoid(self.logits(reference.check_means(s, self.channels)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale every channel of a feature map by its gate.
+
+        Args:
+            x: ``(N, C, *spatial)`` with 0 to 3 spatial dimensions; N may be 0. Without a spatial dimension x is
+                its own channel mean.
+
+        Returns:
+            The shape, type, memory format and device of ``x``.
+
+        Raises:
+            TypeError: ``x`` is not floating point.
+            ValueError: wrong rank or number of channels, or a spatial size of 0.
+        """
+        return reference.scale(x, self.gate(reference.squeeze(x, self.channels)))
+
+    @torch.no_grad()
+    def make_neutral_(self) -> float:
+        """Set the weights so that the gate is the same constant for every input; training can go on from there.
+
+        A norm before the gate whose weight and bias are divided by that constant makes the pair equal to the norm
+        alone: see :func:`ecanet.models.make_neutral_`.
+
+        Returns:
+            The constant: 1/2, the sigmoid of 0.
+
+        Raises:
+            ValueError: the gate has no weights that could make it constant.
+        """
+        raise ValueError(
+            f"{type(self).__name__} cannot be made neutral: no choice of its weights gives a constant gate"
+        )
+
+    def extra_repr(self) -> str:
+        """Constructor arguments for ``repr``."""
+        return f"{self.channels}"
+
+
+class LinearGate(Gate):
+    """A gate whose logits are W s for a C x C matrix W: every module of Table 2 except SE."""
+
+    def matrix(self) -> Tensor:
+        """The matrix W of Eq. (4) to (6), ``(C, C)``, so that ``sigmoid(W @ y)`` equals ``gate(y[None])[0]``.
+
+        Differentiable in the gate's weights.
+        """
+        like = next(self.parameters(), torch.empty(()))
+        dtype = reference.accumulation_dtype(like.dtype)
+        # Row j of the result of the identity is what channel j adds to every logit: column j of W.
+        return self.logits(torch.eye(self.channels, dtype=dtype, device=like.device)).T
+
+    @torch.no_grad()
+    def make_neutral_(self) -> float:
+        """Set W = 0; every gate becomes sigmoid(0) = 1/2."""
+        if next(self.parameters(), None) is None:
+            return super().make_neutral_()
+        for weight in self.parameters():
+            weight.zero_()
+        return 0.5

@@ -1,0 +1,178 @@
+"""Squeeze-and-Excitation and its variants from the paper's Table 2."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ecanet.nn.gate import Gate, LinearGate
+from ecanet.nn.kernel_size import check_channels
+from ecanet.ops import reference
+
+
+class SE(Gate):
+    """Squeeze-and-Excitation: ``sigmoid(W2 relu(W1 s))`` (Eq. 1, 2). 2 C^2 / r parameters, no biases.
+
+    Args:
+        channels: Number of channels C.
+        reduction: r: the hidden layer has C // r channels, at least 1. The paper uses 16 for ResNets and 8 for
+            MobileNetV2.
+
+    Raises:
+        TypeError: ``channels`` or ``reduction`` is not an integer.
+        ValueError: ``channels`` or ``reduction`` below 1.
+
+    Source:
+        Hu et al., Squeeze-and-Excitation Networks, CVPR 2018; parameter counts as in ECA-Net's Tables 2 and 3.
+
+    Example:
+        >>> SE(256)(torch.randn(2, 256, 7, 7)).shape
+        torch.Size([2, 256, 7, 7])
+    """
+
+    def __init__(self, channels: int, reduction: int = 16) -> None:
+        super().__init__(channels)
+        if isinstance(reduction, bool) or not isinstance(reduction, int):
+            raise TypeError(f"reduction must be an integer, got {reduction!r}")
+        if reduction < 1:
+            raise ValueError(f"reduction must be 1 or more, got {reduction}: the paper uses 16")
+        self.reduction = reduction
+        hidden = max(1, channels // reduction)
+        self.fc1 = nn.Linear(channels, hidden, bias=False)
+        self.fc2 = nn.Linear(hidden, channels, bias=False)
+
+    def logits(self, s: Tensor) -> Tensor:
+        """Two fully connected layers with a ReLU between them, ``(N, C)`` to ``(N, C)``."""
+        hidden = torch.relu(reference.grouped_linear(s, self.fc1.weight.unsqueeze(0)))
+        return reference.grouped_linear(hidden, self.fc2.weight.unsqueeze(0))
+
+    @torch.no_grad()
+    def make_neutral_(self) -> float:
+        """Set W2 = 0, keep W1, so that gradients reach W2 at once; every gate becomes sigmoid(0) = 1/2."""
+        self.fc2.weight.zero_()
+        return 0.5
+
+    def extra_repr(self) -> str:
+        """Constructor arguments for ``repr``."""
+        return f"{self.channels}, reduction={self.reduction}"
+
+
+class SEVar1(LinearGate):
+    """SE-Var1: W = I, ``sigmoid(s)``. No parameters, so it cannot be made neutral.
+
+    Source:
+        Wang et al., ECA-Net, CVPR 2020, arXiv:1910.03151, Table 2.
+
+    Example:
+        >>> SEVar1(2).gate(torch.zeros(1, 2))
+        tensor([[0.5000, 0.5000]])
+    """
+
+    def logits(self, s: Tensor) -> Tensor:
+        """The channel means themselves."""
+        return s
+
+
+class SEVar2(LinearGate):
+    """SE-Var2: W diagonal, every channel for itself (Eq. 4). C parameters.
+
+    Source:
+        Wang et al., ECA-Net, CVPR 2020, arXiv:1910.03151, Table 2.
+
+    Example:
+        >>> SEVar2(3).matrix().count_nonzero().item()
+        3
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.weight = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights uniformly from (-1, 1), as a layer with one input each would."""
+        nn.init.uniform_(self.weight, -1, 1)
+
+    def logits(self, s: Tensor) -> Tensor:
+        """Every channel mean times its own weight."""
+        return s * self.weight.to(s.dtype)
+
+
+class SEGroup(LinearGate):
+    """SE-GC: W block diagonal with G blocks, all channels of a group interact (Eq. 5). C^2 / G parameters.
+
+    Args:
+        channels: Number of channels C.
+        groups: G, a divisor of C. Table 2: SE-GC1 has G = 16, SE-GC2 C / 16, SE-GC3 C / 8.
+
+    Raises:
+        TypeError: ``channels`` or ``groups`` is not an integer.
+        ValueError: ``groups`` does not divide ``channels``.
+
+    Source:
+        Wang et al., ECA-Net, CVPR 2020, arXiv:1910.03151, Table 2.
+
+    Example:
+        >>> SEGroup(64, groups=64 // 16).weight.numel() == 16 * 64
+        True
+    """
+
+    def __init__(self, channels: int, groups: int = 16) -> None:
+        super().__init__(channels)
+        if isinstance(groups, bool) or not isinstance(groups, int):
+            raise TypeError(f"groups must be an integer, got {groups!r}")
+        if groups < 1 or channels % groups:
+            divisors = [g for g in range(1, channels + 1) if channels % g == 0]
+            raise ValueError(f"groups must divide channels={channels}, got {groups}: try one of {divisors}")
+        self.groups = groups
+        self.weight = nn.Parameter(torch.empty(groups, channels // groups, channels // groups))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights as ``torch.nn.Linear`` draws its own: uniform within 1 / sqrt(inputs of a block)."""
+        bound = 1 / math.sqrt(self.channels // self.groups)
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def logits(self, s: Tensor) -> Tensor:
+        """The block-diagonal matrix times the channel means, ``(N, C)`` to ``(N, C)``."""
+        return reference.grouped_linear(s, self.weight)
+
+    def extra_repr(self) -> str:
+        """Constructor arguments for ``repr``."""
+        return f"{self.channels}, groups={self.groups}"
+
+
+class SEVar3(SEGroup):
+    """SE-Var3: W full, every channel sees every other: one group (Eq. 4). C^2 parameters.
+
+    Source:
+        Wang et al., ECA-Net, CVPR 2020, arXiv:1910.03151, Table 2.
+
+    Example:
+        >>> SEVar3(8).weight.shape
+        torch.Size([1, 8, 8])
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, groups=1)
+
+    def extra_repr(self) -> str:
+        """Constructor arguments for ``repr``."""
+        return f"{self.channels}"
+
+
+def se_gc2(channels: int) -> SEGroup:
+    """SE-GC2 of Table 2: C / 16 groups of 16 channels. 16 C parameters."""
+    return _groups_of(channels, 16)
+
+
+def se_gc3(channels: int) -> SEGroup:
+    """SE-GC3 of Table 2: C / 8 groups of 8 channels. 8 C parameters."""
+    return _groups_of(channels, 8)
+
+
+def _groups_of(channels: int, size: int) -> SEGroup:
+    check_channels(channels)
+    if channels % size:
+        raise ValueError(f"channels must be a multiple of {size} for groups of {size} channels, got {channels}")
+    return SEGroup(channels, groups=channels // size)

@@ -52,6 +52,16 @@ def gate_factory(gate: str | GateFactory) -> GateFactory:
     return gate
 
 
+def gate_name(gate: GateSpec) -> GateSpec:
+    """The name of a gate given by its class, otherwise what was given: a name is easier to print and to save.
+
+    Example:
+        >>> gate_name(ECA)
+        'eca'
+    """
+    return next((name for name, factory in GATES.items() if factory is gate), gate)
+
+
 def takes_kernel_size(factory: GateFactory) -> bool:
     """Whether the gate has a kernel size to choose."""
     return "kernel_size" in inspect.signature(factory).parameters
@@ -76,10 +86,10 @@ def build_gate(
         5
     """
     factory = gate_factory(gate)
-    if takes_kernel_size(factory):
-        module = factory(channels, kernel_size=kernel_size)
-    elif kernel_size == "adaptive":
+    if kernel_size == "adaptive":  # every gate's own default; partial(ECA, kernel_size=3) keeps its 3
         module = factory(channels)
+    elif takes_kernel_size(factory):
+        module = factory(channels, kernel_size=kernel_size)
     else:
         raise ValueError(f"kernel_size={kernel_size!r} was given, but gate={gate!r} has no kernel size: leave it out")
     if not isinstance(module, nn.Module):

@@ -68,8 +68,8 @@ class ECA(_BandGate):
     ) -> None:
         super().__init__(channels, kernel_size, circular)
         k = self.kernel_size
-        mode = "circular" if circular else "zeros"
-        self.conv = nn.Conv1d(1, 1, k, padding=(k - 1) // 2, padding_mode=mode, bias=False)
+        padding_mode: Literal["circular", "zeros"] = "circular" if circular else "zeros"
+        self.conv = nn.Conv1d(1, 1, k, padding=(k - 1) // 2, padding_mode=padding_mode, bias=False)
 
     @classmethod
     def from_yolo(cls, c1: int, c2: int | None = None, k_size: int = 3) -> "ECA":
@@ -98,7 +98,7 @@ class ECA(_BandGate):
 
 
 class ECANS(_BandGate):
-    """ECA-NS: ECA whose k weights are not shared, a band matrix of its own for every channel (Eq. 6, 7). k C parameters.
+    """ECA-NS: ECA whose k weights are not shared, every channel has its own (Eq. 6, 7). k C parameters.
 
     Eq. (6) as printed starts the band at the diagonal; here, as in the released code, it is centred on it.
 

@@ -64,7 +64,7 @@ class Gate(nn.Module, ABC):
         """Set the weights so that the gate is the same constant for every input; training can go on from there.
 
         A norm before the gate whose weight and bias are divided by that constant makes the pair equal to the norm
-        alone: see :func:`ecanet.models.make_neutral_`.
+        alone: this is how :mod:`ecanet.models` loads plain pretrained weights without changing the function.
 
         Returns:
             The constant: 1/2, the sigmoid of 0.

@@ -1,0 +1,154 @@
+"""``ecanet VERB``: fit, validate, predict, demo. Typed functions; recipes are YAML with the same names."""
+
+import csv
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+_CONFIG_HELP = "A recipe: YAML with the blocks model, data, optim, trainer. What follows on the command line wins."
+
+
+def _add_fit(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
+    from ecanet.train.config import Recipe
+    from ecanet.train.fit import fit
+
+    parser.add_argument("--config", action="config", help=_CONFIG_HELP)
+    parser.add_argument("--out", type=Path, default=Path("runs/fit"), help="Folder for checkpoints and logs.")
+    parser.add_argument("--resume", action="store_true", help="Go on from last.ckpt in --out, if there is one.")
+    parser.add_class_arguments(Recipe)
+
+    def run(args: "Namespace") -> None:
+        recipe = Recipe(args.model, args.data, args.optim, args.trainer)
+        result = fit(recipe, args.out, resume=args.resume)
+        print(f"top-1 {result.top1:.2f} % after the last epoch, {result.best_top1:.2f} % at best; see {args.out}")
+        print(f"next: ecanet predict {args.out} IMAGE ...")
+
+    return run
+
+
+def _add_validate(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
+    from ecanet.train.checkpoint import load_trained
+    from ecanet.train.fit import data_of, validate
+
+    parser.add_argument("run", type=Path, help="A run's folder (its best.ckpt), or a checkpoint.")
+    parser.add_argument("--root", type=Path, default=None, help="Folder of the data, if not the run's own.")
+    parser.add_argument("--accelerator", type=str, default="auto", help="auto, cpu, gpu, mps.")
+
+    def run(args: "Namespace") -> None:
+        data = data_of(load_trained(args.run), root=args.root) if args.root else None
+        for name, value in validate(args.run, data, args.accelerator).items():
+            print(f"{name}: {value:.4f}" if name == "val/loss" else f"{name}: {value:.2f} %")
+
+    return run
+
+
+def _add_predict(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
+    from ecanet.train.fit import predict
+
+    parser.add_argument("run", type=Path, help="A run's folder (its best.ckpt), or a checkpoint.")
+    parser.add_argument("images", type=Path, nargs="+", help="Image files, or folders of them.")
+    parser.add_argument("--top", type=int, default=3, help="Classes to name for an image.")
+    parser.add_argument("--out", type=Path, default=None, help="Write a CSV file instead of printing.")
+    parser.add_argument("--accelerator", type=str, default="auto", help="auto, cpu, gpu, mps.")
+
+    def run(args: "Namespace") -> None:
+        predictions = predict(args.run, args.images, args.top, accelerator=args.accelerator)
+        if args.out is None:
+            for p in predictions:
+                ranked = zip(p.classes, p.probabilities, strict=True)
+                print(f"{p.image}: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in ranked))
+            return
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with args.out.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["image", "rank", "class", "probability"])
+            for p in predictions:
+                for rank, (name, value) in enumerate(zip(p.classes, p.probabilities, strict=True), start=1):
+                    writer.writerow([p.image, rank, name, f"{value:.6f}"])
+        print(f"wrote {args.out}: {len(predictions)} images")
+
+    return run
+
+
+def _add_demo(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
+    from ecanet.study.demo import demo
+
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="Folder for runs, tables and pictures.")
+    parser.add_argument("--seeds", type=int, default=3, help="Seeds of each network.")
+    parser.add_argument("--epochs", type=int, default=6, help="Passes over the 8,000 training pictures.")
+    parser.add_argument("--workers", type=int, default=None, help="Runs at a time; by default one a core.")
+
+    def run(args: "Namespace") -> None:
+        demo(args.out, args.seeds, args.epochs, args.workers)
+
+    return run
+
+
+_VERBS: dict[str, tuple[str, str, "Callable[[ArgumentParser], Callable[[Namespace], None]]"]] = {
+    "fit": (
+        "Train a network by a recipe.",
+        "ecanet fit --config recipes/small/fashion_mnist.yaml --out runs/fashion --optim.epochs 2",
+        _add_fit,
+    ),
+    "validate": ("Top-1 and top-5 of a trained network.", "ecanet validate runs/fashion", _add_validate),
+    "predict": ("Classify image files.", "ecanet predict runs/fashion photo.png --top 3", _add_predict),
+    "demo": (
+        "Train a small ResNet with no gate, SE and ECA on embedded pictures; table and pictures in 5 minutes.",
+        "ecanet demo --seeds 3 --out runs/demo",
+        _add_demo,
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one verb.
+
+    Args:
+        argv: Arguments, by default the command line's.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(_overview())
+        return
+    if args[0] == "--version":
+        from ecanet import __version__
+
+        print(__version__)
+        return
+    if args[0] not in _VERBS:
+        sys.exit(f"ecanet: unknown verb {args[0]!r}: one of {', '.join(_VERBS)}; see ecanet --help")
+    try:
+        _run(args[0], args[1:])
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        if os.environ.get("ECANET_TRACEBACK"):
+            raise
+        sys.exit(f"ecanet {args[0]}: {type(error).__name__}: {error}\n(ECANET_TRACEBACK=1 shows where)")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _run(verb: str, args: Sequence[str]) -> None:
+    try:
+        from jsonargparse import ArgumentParser
+    except ImportError as error:
+        raise ImportError("the command line needs jsonargparse: pip install 'ecanet[train]'") from error
+    what, example, add = _VERBS[verb]
+    parser: Any = ArgumentParser(prog=f"ecanet {verb}", description=f"{what} Example: {example}")
+    run = add(parser)
+    run(parser.instantiate_classes(parser.parse_args(list(args))))
+
+
+def _overview() -> str:
+    lines = ["usage: ecanet VERB [options]", "", "Efficient Channel Attention: train, compare, use.", ""]
+    lines += [f"  {verb:9} {what}" for verb, (what, _, _) in _VERBS.items()]
+    lines += ["", "ecanet VERB --help shows the options. Example:", f"  {_VERBS['demo'][1]}"]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

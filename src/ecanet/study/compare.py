@@ -1,0 +1,290 @@
+"""Paired comparison of recipes over seeds: one finished run is one file, and a killed comparison loses none of them."""
+
+import contextlib
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import queue
+import re
+import signal
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ecanet.train.config import Recipe, to_plain
+from ecanet.train.fit import fit
+
+#: Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom.
+_T95: tuple[float, ...] = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+_T95 += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
+_T95 += (2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+
+
+@dataclass
+class Run:
+    """One finished training run.
+
+    Attributes:
+        entry: Which of the compared recipes.
+        seed: Its seed.
+        top1: Validation top-1 after the last epoch, in per cent.
+        history: One record an epoch: ``val/top1``, ``train/loss``, ``seconds``, ...
+        folder: Checkpoints and logs.
+    """
+
+    entry: str
+    seed: int
+    top1: float
+    history: list[dict[str, float]]
+    folder: Path
+
+
+@dataclass
+class Difference:
+    """An entry against the first one, seed by seed.
+
+    Attributes:
+        mean: Mean of the paired differences of top-1, in percentage points.
+        low: Lower end of the 95 % interval (Student's t); None with one seed.
+        high: Upper end.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval lies on one side of zero."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+@dataclass
+class Comparison:
+    """Every run of every entry, in the order given.
+
+    Attributes:
+        runs: By entry, one a seed.
+    """
+
+    runs: dict[str, list[Run]]
+
+    @property
+    def baseline(self) -> str:
+        """The first entry: what the others are compared with."""
+        return next(iter(self.runs))
+
+    def top1(self, entry: str) -> list[float]:
+        """Top-1 of each seed, in per cent."""
+        return [run.top1 for run in self.runs[entry]]
+
+    def mean(self, entry: str) -> float:
+        """Mean top-1 over the seeds, in per cent."""
+        return statistics.fmean(self.top1(entry))
+
+    def spread(self, entry: str) -> float | None:
+        """Sample standard deviation of top-1 over the seeds, in percentage points; None with one seed."""
+        values = self.top1(entry)
+        return statistics.stdev(values) if len(values) > 1 else None
+
+    def difference(self, entry: str) -> Difference:
+        """The entry minus the baseline, paired by seed."""
+        pairs = zip(self.top1(entry), self.top1(self.baseline), strict=True)
+        return paired_difference([a - b for a, b in pairs])
+
+
+def paired_difference(differences: Sequence[float]) -> Difference:
+    """Mean and 95 % interval of paired differences by Student's t.
+
+    Args:
+        differences: One a seed.
+
+    Raises:
+        ValueError: none given.
+
+    Example:
+        >>> d = paired_difference([1.0, 2.0, 3.0])
+        >>> d.mean, round(d.low, 2), round(d.high, 2)
+        (2.0, -0.48, 4.48)
+    """
+    if not differences:
+        raise ValueError("differences must hold at least one value, got none")
+    mean, n = statistics.fmean(differences), len(differences)
+    if n == 1:
+        return Difference(mean, None, None)
+    margin = _T95[min(n - 1, len(_T95)) - 1] * statistics.stdev(differences) / math.sqrt(n)
+    return Difference(mean, mean - margin, mean + margin)
+
+
+def compare(
+    entries: Mapping[str, Recipe],
+    seeds: Sequence[int],
+    out: str | Path,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Train every recipe with every seed; the same seed means the same backbone weights and order of images.
+
+    Every finished run is a file ``out/runs/ENTRY-seedK.json``, its checkpoints and logs the folder beside it. Called
+    again, finished runs are read, not repeated, and an interrupted one goes on from its last checkpoint; a run made
+    by another recipe is refused.
+
+    Args:
+        entries: Recipes by name, the baseline first; their own seeds are not used.
+        seeds: Seeds, at least one.
+        out: Folder for the results.
+        workers: Runs at a time, each in a process of its own with one thread. By default one a core, or one on a
+            machine with a GPU.
+        progress: Show a bar with the time left.
+
+    Returns:
+        All runs.
+
+    Raises:
+        ValueError: no entry, no or repeated seeds, names that give the same file, or results of another recipe in
+            ``out``.
+        Exception: what a failing run raised; the finished ones are kept.
+    """
+    _check(entries, seeds)
+    folder = Path(out) / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    # Seed by seed, so that an early stop leaves pairs.
+    jobs = [
+        _Job(
+            name,
+            seed,
+            replace(recipe, trainer=replace(recipe.trainer, seed=seed)),
+            folder / f"{_slug(name)}-seed{seed}",
+        )
+        for seed in seeds
+        for name, recipe in entries.items()
+    ]
+    finished = {job.folder: run for job in jobs if (run := job.read()) is not None}
+    todo = [job for job in jobs if job.folder not in finished]
+    if todo:
+        count = workers or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)))
+        for run in _run_all(todo, min(count, len(todo)), progress):
+            finished[run.folder] = run
+    runs: dict[str, list[Run]] = {name: [] for name in entries}
+    for job in jobs:
+        runs[job.entry].append(finished[job.folder])
+    return Comparison(runs)
+
+
+def _check(entries: Mapping[str, Recipe], seeds: Sequence[int]) -> None:
+    if not entries:
+        raise ValueError("entries must name at least one recipe, got none")
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds must be one or more different integers, got {list(seeds)}")
+    slugs = [_slug(name) for name in entries]
+    if len(set(slugs)) != len(slugs):
+        raise ValueError(f"entries need names that differ in letters and digits, got {list(entries)}")
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "entry"
+
+
+@dataclass
+class _Job:
+    entry: str
+    seed: int
+    recipe: Recipe
+    folder: Path
+
+    @property
+    def file(self) -> Path:
+        return self.folder.with_name(self.folder.name + ".json")
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(to_plain(self.recipe), sort_keys=True).encode()).hexdigest()[:16]
+
+    def read(self) -> Run | None:
+        if not self.file.exists():
+            return None
+        stored = json.loads(self.file.read_text())
+        if stored["fingerprint"] != self.fingerprint:
+            raise ValueError(
+                f"{self.file} was made by another recipe: choose another folder, or delete it with {self.folder}"
+            )
+        return Run(self.entry, self.seed, stored["top1"], stored["history"], self.folder)
+
+    def run(self, on_epoch: Any) -> Run:
+        result = fit(self.recipe, self.folder, resume=True, progress=False, on_epoch=on_epoch)
+        stored = {
+            "entry": self.entry,
+            "seed": self.seed,
+            "fingerprint": self.fingerprint,
+            "top1": result.top1,
+            "history": result.history,
+            "recipe": to_plain(self.recipe),
+            "versions": {"torch": torch.__version__},
+        }
+        partial = self.file.with_suffix(".partial")
+        partial.write_text(json.dumps(stored, indent=2) + "\n")
+        os.replace(partial, self.file)
+        return Run(self.entry, self.seed, result.top1, result.history, self.folder)
+
+
+_reports: Any = None
+
+
+def _start_worker(reports: Any) -> None:
+    global _reports
+    _reports = reports
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle.
+
+
+def _run_job(job: _Job) -> Run:
+    return job.run(lambda record: _reports.put((job.entry, job.seed, record)))
+
+
+def _run_all(jobs: Sequence[_Job], workers: int, progress: bool) -> Iterator[Run]:
+    context = multiprocessing.get_context("spawn")  # fork is not safe once torch has started threads
+    reports = context.Queue()
+    epochs = sum(job.recipe.optim.epochs for job in jobs)
+    with (
+        _one_thread_per_process(),
+        ProcessPoolExecutor(workers, context, _start_worker, (reports,)) as pool,
+        tqdm(total=epochs, desc=f"{len(jobs)} runs", unit="epoch", disable=not progress) as bar,
+    ):
+        waiting: set[Future[Run]] = {pool.submit(_run_job, job) for job in jobs}
+        try:
+            while waiting:
+                done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+                with contextlib.suppress(queue.Empty):
+                    while True:
+                        entry, seed, record = reports.get_nowait()
+                        bar.set_postfix_str(f"{entry}, seed {seed}: {record['val/top1']:.1f} %")
+                        bar.update()
+                for future in done:
+                    yield future.result()
+        except BaseException:
+            for process in list(pool._processes.values()):
+                process.terminate()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@contextlib.contextmanager
+def _one_thread_per_process() -> Iterator[None]:
+    # OpenMP reads its settings when a process starts; several runs at once share the cores.
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before

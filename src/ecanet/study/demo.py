@@ -1,0 +1,127 @@
+"""The demonstration: one small ResNet with no gate, SE, ECA and ECA with a neutral start, on embedded pictures."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ecanet.inspect import (
+    gate_values,
+    plot_gates_per_class,
+    plot_kernel_sizes,
+    plot_matrices,
+    plot_training_curves,
+)
+from ecanet.nn import ECA, LinearGate, SEGroup, SEVar2, SEVar3
+from ecanet.study.compare import Comparison, compare
+from ecanet.study.report import Cost, measure_costs, table, verdict
+from ecanet.train import DataConfig, ModelConfig, OptimConfig, Recipe, build_network, load_trained
+from ecanet.train.data.loading import ImageData
+from ecanet.train.fit import data_of
+
+BASELINE, TRAINED = "none", "ECA"
+
+
+def demo_recipes(epochs: int = 6) -> dict[str, Recipe]:
+    """The four entries: no gate first, then SE, ECA and ECA with a neutral start.
+
+    Args:
+        epochs: Passes over the 8,000 training pictures.
+    """
+    base = Recipe(
+        model=ModelConfig("small_eca_resnet", gate=None, options={"stem_stride": 2}),
+        data=DataConfig("embedded", batch_size=64),
+        optim=OptimConfig(epochs=epochs, lr=0.1, weight_decay=5e-4, nesterov=True, warmup_epochs=1),
+    )
+    gates: dict[str, dict[str, Any]] = {
+        BASELINE: {"gate": None},
+        "SE": {"gate": "se"},
+        TRAINED: {"gate": "eca"},
+        "ECA, neutral start": {"gate": "eca", "neutral": True},
+    }
+    return {name: replace(base, model=replace(base.model, **change)) for name, change in gates.items()}
+
+
+def demo(out: str | Path = "runs/demo", seeds: int = 3, epochs: int = 6, workers: int | None = None) -> Comparison:
+    """Train the entries, print a table and what it means, and draw the pictures.
+
+    Needs no network and no GPU. Called again it reads the finished runs.
+
+    Args:
+        out: Folder for runs, ``summary.json``, ``summary.txt`` and the pictures.
+        seeds: Seeds of each entry.
+        epochs: Passes over the 8,000 training pictures.
+        workers: Runs at a time, by default one a core.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: ``out`` holds runs with other settings, or ``seeds`` < 1.
+    """
+    out = Path(out)
+    if seeds < 1:
+        raise ValueError(f"seeds must be 1 or more, got {seeds}")
+    recipes = demo_recipes(epochs)
+    print(
+        f"Training {', '.join(recipes)}: {seeds} seeds each, {epochs} epochs of 8,000 pictures, into {out}", flush=True
+    )
+    comparison = compare(recipes, range(seeds), out, workers)
+    print("Timing a training step of each, in turns on one thread ...", flush=True)
+    networks = {name: build_network(recipe.model, 10) for name, recipe in recipes.items()}
+    costs = measure_costs(networks)
+    summary = f"{table(comparison, costs)}\n\n{verdict(comparison)}\n"
+    print(f"\n{summary}")
+    (out / "summary.txt").write_text(summary)
+    (out / "summary.json").write_text(json.dumps(_summary(comparison, costs), indent=2) + "\n")
+    for path in draw(comparison, out):
+        print(f"wrote {path}")
+    return comparison
+
+
+def draw(comparison: Comparison, out: Path) -> list[Path]:
+    """Write the pictures of a finished demonstration.
+
+    Args:
+        comparison: What :func:`demo` returned.
+        out: Folder for the PNG files.
+
+    Returns:
+        Their paths: training curves, matrices W, k against C, learned gates per class.
+    """
+    trained = load_trained(comparison.runs[TRAINED][0].folder)
+    images = ImageData(data_of(trained))
+    curves = {
+        entry: [[record["val/top1"] for record in run.history] for run in runs]
+        for entry, runs in comparison.runs.items()
+    }
+    learned = next(gate for _, gate in trained.network.gated_norms() if isinstance(gate, ECA))  # type: ignore[operator]
+    channels = learned.channels
+    matrices: dict[str, LinearGate] = {
+        "SE-Var2 (as initialised)": SEVar2(channels),
+        "SE-Var3 (as initialised)": SEVar3(channels),
+        "SE-GC, groups of 8 (as initialised)": SEGroup(channels, channels // 8),
+        "ECA (learned)": learned,
+    }
+    batches = ((trained.normalise(pictures), labels) for pictures, labels in images.val_dataloader())
+    values = gate_values(trained.network, batches, len(images.classes))
+    figures = {
+        "training_curves.png": plot_training_curves(curves),
+        "matrices.png": plot_matrices(matrices),
+        "kernel_sizes.png": plot_kernel_sizes(),
+        "gates_per_class.png": plot_gates_per_class(values, images.classes),
+    }
+    for name, figure in figures.items():
+        figure.savefig(out / name)
+    return [out / name for name in figures]
+
+
+def _summary(comparison: Comparison, costs: dict[str, Cost]) -> dict[str, dict[str, object]]:
+    return {
+        entry: {
+            "top1": comparison.top1(entry),
+            "mean": comparison.mean(entry),
+            "spread": comparison.spread(entry),
+            "difference": vars(comparison.difference(entry)),
+            "cost": vars(costs[entry]),
+        }
+        for entry in comparison.runs
+    }

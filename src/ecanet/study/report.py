@@ -1,0 +1,134 @@
+"""What a comparison says, in a table and in words: accuracy with its spread, and what a gate costs."""
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ecanet.inspect import gate_parameters, multiply_adds
+from ecanet.study.compare import Comparison, Difference
+
+
+@dataclass
+class Cost:
+    """What one training step of an entry costs.
+
+    Attributes:
+        parameters: Parameters of its gates.
+        multiply_adds: Of the gates, for one image.
+        seconds: Median time of a training step (forward, backward, SGD) on one thread.
+    """
+
+    parameters: int
+    multiply_adds: int
+    seconds: float
+
+
+def measure_costs(
+    networks: Mapping[str, nn.Module], image_size: int = 28, batch_size: int = 128, rounds: int = 20
+) -> dict[str, Cost]:
+    """Parameters, multiply-adds and time that gates add to a network.
+
+    The networks take turns, one training step each a round, in one process on one thread: what disturbs the machine
+    disturbs all of them, so compare the times with one another and with nothing else.
+
+    Args:
+        networks: By name; the first is the plain one the others are compared with. Trained a little: pass copies.
+        image_size: Side of the input, in pixels.
+        batch_size: Images a step.
+        rounds: Steps of each network, after two to warm up.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        seconds = _step_seconds(networks, image_size, batch_size, rounds)
+    finally:
+        torch.set_num_threads(threads)
+    shape = (1, 3, image_size, image_size)
+    work = {name: multiply_adds(network, shape) for name, network in networks.items()}
+    plain = next(iter(work.values()))
+    return {
+        name: Cost(gate_parameters(network), work[name] - plain, seconds[name]) for name, network in networks.items()
+    }
+
+
+def _step_seconds(networks: Mapping[str, nn.Module], image_size: int, batch_size: int, rounds: int) -> dict[str, float]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch_size, 3, image_size, image_size, generator=generator)
+    labels = torch.randint(0, 10, (batch_size,), generator=generator)
+    optimizers = {name: torch.optim.SGD(network.parameters(), 0.01) for name, network in networks.items()}
+    times: dict[str, list[float]] = {name: [] for name in networks}
+    for _ in range(rounds + 2):
+        for name, network in networks.items():
+            start = time.perf_counter()
+            F.cross_entropy(network.train()(images), labels).backward()
+            optimizers[name].step()
+            optimizers[name].zero_grad()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[2:]) for name, values in times.items()}
+
+
+def table(comparison: Comparison, costs: Mapping[str, Cost]) -> str:
+    """One row an entry: accuracy and spread, difference from the baseline with its interval, and costs."""
+    header = ["gate", "top-1 %", "spread", "difference", "95 % interval", "params +", "MAdds +", "ms/step", "time"]
+    rows = [header]
+    plain = costs[comparison.baseline].seconds
+    for entry in comparison.runs:
+        spread, difference, cost = comparison.spread(entry), comparison.difference(entry), costs[entry]
+        is_baseline = entry == comparison.baseline
+        interval = "-" if difference.low is None else f"{difference.low:+.2f} to {difference.high:+.2f}"
+        rows.append(
+            [
+                entry,
+                f"{comparison.mean(entry):.2f}",
+                "-" if spread is None else f"{spread:.2f}",
+                "-" if is_baseline else f"{difference.mean:+.2f}",
+                "-" if is_baseline else interval,
+                f"{cost.parameters:,}",
+                f"{cost.multiply_adds:,}",
+                f"{1000 * cost.seconds:.1f}",
+                f"x {cost.seconds / plain:.2f}",
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(lines)
+
+
+def verdict(comparison: Comparison) -> str:
+    """What the differences mean at this number of seeds, in plain words."""
+    seeds = len(comparison.runs[comparison.baseline])
+    others = [entry for entry in comparison.runs if entry != comparison.baseline]
+    sentences = [_sentence(entry, comparison.baseline, comparison.difference(entry), seeds) for entry in others]
+    if seeds == 1:
+        sentences.append("One seed gives no spread: run at least three before reading anything into a difference.")
+    else:
+        sentences.append(
+            f"Each interval covers the true difference in 95 of 100 such studies; with {len(others)} comparisons at "
+            "once, an interval just beside zero is weak evidence. Short runs of small networks on small data say "
+            "little about ImageNet."
+        )
+    return "\n".join(sentences)
+
+
+def _sentence(entry: str, baseline: str, difference: Difference, seeds: int) -> str:
+    direction = "above" if difference.mean >= 0 else "below"
+    size = f"{entry} is {abs(difference.mean):.2f} points {direction} {baseline}"
+    if difference.low is None or difference.high is None:
+        return f"{size} with 1 seed."
+    interval = f"95 % interval {difference.low:+.2f} to {difference.high:+.2f}, {seeds} seeds"
+    if not difference.excludes_zero:
+        return f"{size} ({interval}): it holds zero, so no difference is shown."
+    kind = "a gain" if difference.mean > 0 else "a loss"
+    return f"{size} ({interval}): {kind} on this data, with this short training."

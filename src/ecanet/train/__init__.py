@@ -1,0 +1,27 @@
+"""Training on Lightning: recipes, data, checkpoints that survive a kill."""
+
+try:
+    import lightning  # noqa: F401
+    import torchmetrics  # noqa: F401
+except ImportError as error:
+    raise ImportError(f"ecanet.train needs {error.name}: pip install 'ecanet[train]'") from error
+
+from ecanet.train.checkpoint import TrainedNetwork, build_network, load_trained
+from ecanet.train.config import DataConfig, ModelConfig, OptimConfig, Recipe, TrainerConfig
+from ecanet.train.fit import FitResult, Prediction, fit, predict, validate
+
+__all__ = [
+    "DataConfig",
+    "FitResult",
+    "ModelConfig",
+    "OptimConfig",
+    "Prediction",
+    "Recipe",
+    "TrainedNetwork",
+    "TrainerConfig",
+    "build_network",
+    "fit",
+    "load_trained",
+    "predict",
+    "validate",
+]

@@ -1,0 +1,188 @@
+"""Checkpoints: written whole or not at all, read without unpickling code, enough to build the network again."""
+
+import contextlib
+import io
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor, nn
+
+from ecanet.models import build_model
+from ecanet.train.config import ModelConfig
+
+#: The key under which a checkpoint says what it is.
+ABOUT = "ecanet"
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target and renames, so that a kill or a full disk leaves the old checkpoint as it was."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write a checkpoint, or leave what was there.
+
+        Raises:
+            OSError: it could not be written; names the file and what to do.
+        """
+        target = Path(path)
+        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, target)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise OSError(
+                error.errno,
+                f"cannot write the checkpoint {target} ({error.strerror}; {buffer.tell() / 2**20:.1f} MiB needed). "
+                "What was saved before is intact: free some space, then run the same command with --resume",
+            ) from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint with ``weights_only=True``.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: damaged, or not a checkpoint of this library; names the file.
+        """
+        return read_checkpoint(path, map_location)
+
+
+def read_checkpoint(path: str | os.PathLike[str], map_location: Any = None) -> dict[str, Any]:
+    """Read a checkpoint that :func:`ecanet.train.fit` wrote.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, or not one of this library's; names the file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint ({reason}): it is damaged or something else"
+        ) from error
+    if not isinstance(checkpoint, dict) or ABOUT not in checkpoint:
+        raise ValueError(
+            f"{path} is a checkpoint, but not one that `ecanet fit` wrote: "
+            "for the authors' weights use ecanet.models.load_official"
+        )
+    return checkpoint
+
+
+class SaveCheckpoints(Checkpoint):
+    """Writes ``last.ckpt`` after every epoch, ``best.ckpt`` when validation top-1 rose.
+
+    Lightning's ModelCheckpoint writes its last only when it also writes a best.
+
+    Args:
+        folder: Where to write.
+        every_steps: Write ``last.ckpt`` every so many steps within an epoch as well.
+    """
+
+    def __init__(self, folder: Path, every_steps: int | None = None) -> None:
+        self.folder, self.every_steps = folder, every_steps
+        self.best = -1.0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Within the epoch; its last step is left to the epoch's end, which comes with the validation."""
+        if self.every_steps and trainer.global_step % self.every_steps == 0 and not trainer.is_last_batch:
+            trainer.save_checkpoint(self.folder / "last.ckpt")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """After the validation."""
+        top1 = float(trainer.callback_metrics["val/top1"])
+        if better := top1 > self.best:
+            self.best = top1
+        trainer.save_checkpoint(self.folder / "last.ckpt")
+        if better:
+            trainer.save_checkpoint(self.folder / "best.ckpt")
+
+    def state_dict(self) -> dict[str, float]:
+        """The best top-1 so far, in per cent."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Go on from there."""
+        self.best = state_dict["best"]
+
+
+@dataclass
+class TrainedNetwork:
+    """A network from a checkpoint, with what is needed to use it.
+
+    Attributes:
+        network: Weights loaded, in eval mode.
+        classes: Class names in label order.
+        mean: Mean of each channel of pixels in 0..1.
+        std: Standard deviation of each.
+        recipe: The recipe it was trained by, as plain values.
+        history: One record an epoch.
+    """
+
+    network: nn.Module
+    classes: list[str]
+    mean: list[float]
+    std: list[float]
+    recipe: dict[str, Any]
+    history: list[dict[str, float]]
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """What the network was trained to see, float32, from uint8 images ``(N, 3, H, W)``."""
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        return (images.float() / 255 - mean) / std
+
+
+def load_trained(path: str | os.PathLike[str]) -> TrainedNetwork:
+    """Build the network of a checkpoint again.
+
+    Args:
+        path: A checkpoint, or a run's folder: then its ``best.ckpt``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a checkpoint of this library.
+
+    Example:
+        >>> load_trained("runs/fashion").classes  # doctest: +SKIP
+    """
+    path = Path(path)
+    checkpoint = read_checkpoint(path / "best.ckpt" if path.is_dir() else path)
+    about = checkpoint[ABOUT]
+    network = build_network(ModelConfig(**{**about["recipe"]["model"], "weights": None}), len(about["classes"]))
+    prefix = "network."
+    network.load_state_dict(
+        {key[len(prefix) :]: value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)}
+    )
+    return TrainedNetwork(
+        network.eval(), about["classes"], about["mean"], about["std"], about["recipe"], about["history"]
+    )
+
+
+def build_network(config: ModelConfig, num_classes: int) -> nn.Module:
+    """The network of a recipe's ``model`` block."""
+    return build_model(
+        config.name,
+        gate=config.gate,
+        kernel_size=config.kernel_size,
+        neutral=config.neutral,
+        weights=config.weights,
+        num_classes=num_classes,
+        **config.options,
+    )

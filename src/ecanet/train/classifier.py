@@ -1,0 +1,142 @@
+"""The Lightning module: one network, its loss, its optimiser and its metrics."""
+
+import math
+from collections.abc import Sequence
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+from torchvision.transforms import v2
+
+from ecanet.train.config import OptimConfig
+from ecanet.train.data.loading import mix_seed
+
+_STEP = 3
+Batch = tuple[Tensor, Tensor]
+
+
+class Classifier(L.LightningModule):
+    """Trains a network to classify images.
+
+    Args:
+        network: ``(N, 3, H, W)`` to logits ``(N, classes)``.
+        num_classes: Number of classes.
+        mean: Mean of each channel of pixels in 0..1.
+        std: Standard deviation of each.
+        optim: The recipe's ``optim`` block.
+        steps_per_epoch: Optimiser steps an epoch.
+        seed: Seed of dropout and mixup.
+        channels_last: Memory format of images and convolutions.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        num_classes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        optim: OptimConfig | None = None,
+        steps_per_epoch: int = 1,
+        seed: int = 0,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.network = network.to(memory_format=self.memory_format)
+        self.optim = optim or OptimConfig()
+        self.steps_per_epoch = steps_per_epoch
+        self.seed = seed
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        self.mixing = _mixing(self.optim, num_classes)
+        top_k = {f"val/top{k}": MulticlassAccuracy(num_classes, k, average="micro") for k in {1, min(5, num_classes)}}
+        self.val_accuracy = MetricCollection(top_k)  # type: ignore[arg-type]
+        self.val_loss = MeanMetric()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(N, classes)`` from uint8 images ``(N, 3, H, W)``."""
+        pixels = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+        return self.network(pixels.contiguous(memory_format=self.memory_format))
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Tie dropout and mixup to seed, step and process, so that a resumed run draws what a whole one would."""
+        torch.manual_seed(mix_seed(self.seed, _STEP, self.trainer.global_step, self.trainer.global_rank))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of one batch."""
+        images, labels = batch
+        if self.mixing is not None:
+            images, labels = self.mixing(images.to(self.mean.dtype), labels)
+        loss = F.cross_entropy(self(images), labels, label_smoothing=self.optim.label_smoothing)
+        self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(images))
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Count one batch."""
+        images, labels = batch
+        logits = self(images).float()
+        self.val_accuracy.update(logits, labels)
+        self.val_loss.update(F.cross_entropy(logits, labels), len(images))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log top-1 and top-5 in per cent, over every image and process."""
+        values = {name: 100 * value for name, value in self.val_accuracy.compute().items()}
+        self.log_dict(values, prog_bar=True)
+        self.log("val/loss", self.val_loss.compute())
+        self.val_accuracy.reset()
+        self.val_loss.reset()
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Class probabilities ``(N, classes)``."""
+        return self(batch).float().softmax(dim=1)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """SGD and its schedule, advanced every step."""
+        optim = self.optim
+        optimizer = torch.optim.SGD(
+            self.parameters(), optim.lr, optim.momentum, weight_decay=optim.weight_decay, nesterov=optim.nesterov
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(optim, step / self.steps_per_epoch)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def learning_rate_factor(optim: OptimConfig, epoch: float) -> float:
+    """What the learning rate is multiplied by after so many epochs, fractions included.
+
+    Args:
+        optim: The recipe's ``optim`` block.
+        epoch: Epochs done, 0 at the start.
+
+    Example:
+        >>> [learning_rate_factor(OptimConfig(epochs=100, schedule="step"), e) for e in (0, 29.9, 30)]
+        [1.0, 1.0, 0.1]
+    """
+    if epoch < optim.warmup_epochs:
+        return max(epoch, 0.01) / optim.warmup_epochs
+    if optim.schedule == "step":
+        return optim.gamma ** (int(epoch) // optim.step_epochs)
+    if optim.schedule == "exponential":
+        return optim.gamma ** int(epoch)
+    if optim.schedule == "cosine":
+        done = (epoch - optim.warmup_epochs) / (optim.epochs - optim.warmup_epochs)
+        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    return 1.0
+
+
+def _mixing(optim: OptimConfig, num_classes: int) -> v2.Transform | None:
+    kinds: list[v2.Transform] = []
+    if optim.mixup:
+        kinds.append(v2.MixUp(alpha=optim.mixup, num_classes=num_classes))
+    if optim.cutmix:
+        kinds.append(v2.CutMix(alpha=optim.cutmix, num_classes=num_classes))
+    return v2.RandomChoice(kinds) if kinds else None

@@ -1,0 +1,179 @@
+"""What a recipe says: plain typed dataclasses, one for each block of the YAML file."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass
+class ModelConfig:
+    """The network.
+
+    Args:
+        name: A network of ecanet.models: eca_resnet18, -34, -50, -101, -152, eca_mobilenet_v2, small_eca_resnet.
+        gate: eca, eca_ns, se, se_var1, se_var2, se_var3, se_gc1, se_gc2, se_gc3, or null for none.
+        kernel_size: adaptive, released, an odd integer, or a list with one a stage.
+        neutral: Start as the network without gates: constant gates, undone by the norms before them.
+        weights: A plain network's weights to start from: a file, or the name of torchvision's.
+        options: Further arguments of the network, such as widths or dropout.
+    """
+
+    name: str = "small_eca_resnet"
+    gate: str | None = "eca"
+    kernel_size: int | Literal["adaptive", "released"] | list[int] = "adaptive"
+    neutral: bool = False
+    weights: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DataConfig:
+    """The pictures.
+
+    Args:
+        source: embedded (10,000 pictures of Fashion-MNIST in the package), fashion_mnist (the four original files) or
+            image_folder (root/train/CLASS/*, root/val/CLASS/*).
+        root: Folder of the data; for fashion_mnist by default the one of Debian's package dataset-fashion-mnist.
+        download: Let torchvision download Fashion-MNIST into root.
+        verify: Decode every image of an image_folder before training.
+        image_size: Side of the square the network sees, in pixels; by default 28 for Fashion-MNIST, 224 for folders.
+        resize: Shorter side to which a folder's test images are resized before the centre crop; by default 256/224 of
+            image_size.
+        augment: crop (pad by an eighth, crop, flip), resized_crop (scale and aspect ratio, flip), none, or auto: crop
+            for Fashion-MNIST, resized_crop for folders.
+        batch_size: Images a step and process.
+        workers: Processes that load data, a training process each.
+    """
+
+    source: Literal["embedded", "fashion_mnist", "image_folder"] = "embedded"
+    root: Path | None = None
+    download: bool = False
+    verify: bool = False
+    image_size: int | None = None
+    resize: int | None = None
+    augment: Literal["auto", "crop", "resized_crop", "none"] = "auto"
+    batch_size: int = 128
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least(self.batch_size, 1, "data.batch_size")
+        _at_least(self.workers, 0, "data.workers")
+        if self.image_size is not None:
+            _at_least(self.image_size, 1, "data.image_size")
+        if self.source == "image_folder" and self.root is None:
+            raise ValueError("data.root must name the folder that holds train/ and val/, got null")
+
+
+@dataclass
+class OptimConfig:
+    """Stochastic gradient descent with momentum, its schedule and its regularisation.
+
+    Args:
+        epochs: Passes over the training images.
+        lr: Learning rate at its highest.
+        momentum: Momentum.
+        nesterov: Nesterov's form of it.
+        weight_decay: L2 penalty on every parameter, as in the paper's recipes.
+        schedule: step (times gamma every step_epochs), exponential (times gamma every epoch), cosine (to 0), constant.
+        step_epochs: For step.
+        gamma: For step and exponential.
+        warmup_epochs: Epochs of linear increase at the start; may be a fraction.
+        label_smoothing: Share of the target spread over all classes.
+        mixup: Alpha of mixup; 0 is off.
+        cutmix: Alpha of cutmix; 0 is off. With both on, each step draws one of them.
+        clip_norm: Highest norm of the gradient; null is off.
+        ema: Decay of an exponential moving average of the weights, which is then validated and saved; null is off.
+    """
+
+    epochs: int = 10
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    schedule: Literal["step", "exponential", "cosine", "constant"] = "cosine"
+    step_epochs: int = 30
+    gamma: float = 0.1
+    warmup_epochs: float = 0.0
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    clip_norm: float | None = None
+    ema: float | None = None
+
+    def __post_init__(self) -> None:
+        _at_least(self.epochs, 1, "optim.epochs")
+        _at_least(self.step_epochs, 1, "optim.step_epochs")
+        for name in ("lr", "momentum", "weight_decay", "warmup_epochs", "mixup", "cutmix"):
+            _at_least(getattr(self, name), 0, f"optim.{name}")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"optim.clip_norm must be above 0 or null, got {self.clip_norm}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"optim.label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"optim.ema must be between 0 and 1, such as 0.999, or null, got {self.ema}")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("optim.nesterov needs a momentum above 0, got optim.momentum=0")
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"optim.warmup_epochs={self.warmup_epochs} must be below optim.epochs={self.epochs}")
+
+
+@dataclass
+class TrainerConfig:
+    """Where and how precisely it runs: passed to Lightning's Trainer.
+
+    Args:
+        seed: Seed of the weights, the order of the images, augmentation, dropout and mixup.
+        accelerator: auto, cpu, gpu, mps.
+        devices: How many, or auto.
+        nodes: Machines.
+        strategy: Lightning's strategy: auto, ddp, fsdp, ...
+        precision: 32-true, bf16-mixed, 16-mixed, 64-true, ...
+        channels_last: Memory format of images and convolutions.
+        checkpoint_steps: Write last.ckpt every so many steps within an epoch as well; null is at every epoch's end.
+        log_steps: Log the training loss every so many steps.
+    """
+
+    seed: int = 0
+    accelerator: str = "auto"
+    devices: int | Literal["auto"] = "auto"
+    nodes: int = 1
+    strategy: str = "auto"
+    precision: str = "32-true"
+    channels_last: bool = False
+    checkpoint_steps: int | None = None
+    log_steps: int = 50
+
+    def __post_init__(self) -> None:
+        _at_least(self.seed, 0, "trainer.seed")
+        _at_least(self.log_steps, 1, "trainer.log_steps")
+        if self.checkpoint_steps is not None:
+            _at_least(self.checkpoint_steps, 1, "trainer.checkpoint_steps")
+
+
+@dataclass
+class Recipe:
+    """A whole training run: everything that decides its result."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses and paths to dicts, lists and strings: what JSON, YAML and a safe checkpoint can hold."""
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: to_plain(getattr(value, name)) for name in value.__dataclass_fields__}
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def _at_least(value: float, lowest: float, name: str) -> None:
+    if value < lowest:
+        raise ValueError(f"{name} must be {lowest} or more, got {value}")

@@ -1,0 +1,23 @@
+"""Where pictures come from."""
+
+from ecanet.train.data.sources import (
+    FolderImages,
+    Splits,
+    TensorImages,
+    embedded,
+    fashion_mnist,
+    image_folder,
+    read_idx,
+    read_image,
+)
+
+__all__ = [
+    "FolderImages",
+    "Splits",
+    "TensorImages",
+    "embedded",
+    "fashion_mnist",
+    "image_folder",
+    "read_idx",
+    "read_image",
+]

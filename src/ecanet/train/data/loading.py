@@ -1,0 +1,243 @@
+"""From pictures to batches, in an order and with an augmentation that depend on seed, epoch and index alone.
+
+That is what lets a killed run go on to the very weights an uninterrupted one reaches: no state of a random generator
+has to survive, whatever the number of loading processes.
+"""
+
+from collections.abc import Callable, Iterator, Sized
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import InterpolationMode, v2
+
+from ecanet.train.config import DataConfig
+from ecanet.train.data.sources import Splits, embedded, fashion_mnist, image_folder
+
+_SHUFFLE, _AUGMENT = 1, 2
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+#: Mean and standard deviation of Fashion-MNIST's training pixels, the same grey in all three channels.
+FASHION_MEAN, FASHION_STD = (0.2860,) * 3, (0.3530,) * 3
+
+
+def mix_seed(*numbers: int) -> int:
+    """One 63-bit seed from several integers; every one of them changes all of it.
+
+    Example:
+        >>> mix_seed(0, 1) != mix_seed(1, 0)
+        True
+    """
+    state = 0x9E3779B97F4A7C15
+    for number in numbers:
+        # splitmix64's finaliser (Steele et al., OOPSLA 2014).
+        state = (state ^ (number & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Keys ``(epoch, index)``, shuffled anew every epoch by seed and epoch, one process's share of them.
+
+    With several processes every one gets the same number of keys: the first few are repeated at the end.
+
+    Args:
+        length: Number of images.
+        seed: Seed of the order.
+        rank: This process.
+        world: Number of processes.
+
+    Attributes:
+        epoch: Set by Lightning before each epoch.
+        skip: Keys to leave out at the start of the next epoch only, because a killed run has used them.
+    """
+
+    def __init__(self, length: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        self.length, self.seed, self.rank, self.world = length, seed, rank, world
+        self.epoch = 0
+        self.skip = 0
+
+    def __len__(self) -> int:
+        """Keys an epoch and process."""
+        return -(-self.length // self.world)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next pass."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """One pass."""
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, _SHUFFLE, self.epoch))
+        order = torch.randperm(self.length, generator=generator)
+        share = order.repeat(2)[: len(self) * self.world][self.rank :: self.world]
+        skip, self.skip = self.skip, 0
+        return iter([(self.epoch, index) for index in share[skip:].tolist()])
+
+
+class Augmented(Dataset[tuple[Tensor, int]]):
+    """Images by key ``(epoch, index)``, each augmented from a seed of its own.
+
+    Args:
+        images: Dataset of ``(uint8 image (C, H, W), label)``.
+        transform: A transform that draws from torch's generator.
+        seed: Seed of the run.
+
+    Returns:
+        ``(uint8 image (3, H, W), label)``.
+    """
+
+    def __init__(self, images: Dataset[Any], transform: Callable[[Tensor], Tensor], seed: int) -> None:
+        self.images, self.transform, self.seed = images, transform, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        """One augmented image."""
+        epoch, index = key
+        image, label = self.images[index]
+        generator = torch.default_generator
+        state = generator.get_state()
+        generator.manual_seed(mix_seed(self.seed, _AUGMENT, epoch, index))
+        try:
+            return _rgb(self.transform(image)), label
+        finally:
+            generator.set_state(state)
+
+
+class Plain(Dataset[tuple[Tensor, int]]):
+    """Images by index through a transform without chance."""
+
+    def __init__(self, images: Dataset[Any], transform: Callable[[Tensor], Tensor]) -> None:
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return _length(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """One image."""
+        image, label = self.images[index]
+        return _rgb(self.transform(image)), label
+
+
+class ResumableLoader(DataLoader[tuple[Tensor, int]]):
+    """A loader over :class:`EpochSampler` that Lightning can save and restore in the middle of an epoch."""
+
+    sampler: EpochSampler
+    #: Says how many batches of the current epoch have been trained on; the loader itself is ahead of that.
+    trained_batches: Callable[[], int]
+
+    def state_dict(self) -> dict[str, int]:
+        """Batches of the current epoch that have been trained on."""
+        return {"batches": self.trained_batches()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Leave those batches out of the next pass; a whole epoch of them means a new epoch."""
+        assert self.batch_size is not None
+        self.sampler.skip = state["batches"] % len(self) * self.batch_size
+
+
+class ImageData(L.LightningDataModule):
+    """The loaders of a recipe.
+
+    Args:
+        config: The recipe's ``data`` block.
+        seed: Seed of order and augmentation.
+
+    Attributes:
+        classes: Class names in label order.
+        mean: Mean of each of the 3 channels, of pixels in 0..1.
+        std: Standard deviation of each.
+
+    Raises:
+        FileNotFoundError, ValueError: what is wrong with the data, by file: see :mod:`ecanet.train.data.sources`.
+    """
+
+    def __init__(self, config: DataConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config, self.seed = config, seed
+        self.splits = read_splits(config)
+        self.classes = self.splits.classes
+        folder = config.source == "image_folder"
+        self.mean, self.std = (IMAGENET_MEAN, IMAGENET_STD) if folder else (FASHION_MEAN, FASHION_STD)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Training steps an epoch in one process."""
+        return -(-_length(self.splits.train) // self.config.batch_size)
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Batches of ``(uint8 images (N, 3, H, W), labels (N,))``."""
+        trainer = self.trainer
+        assert trainer is not None
+        sampler = EpochSampler(_length(self.splits.train), self.seed, trainer.global_rank, trainer.world_size)
+        images = Augmented(self.splits.train, train_transform(self.config), self.seed)
+        loader = ResumableLoader(images, sampler=sampler, **self._options())
+        loader.trained_batches = lambda: int(vars(trainer.fit_loop.epoch_loop.batch_progress.current)["processed"])
+        return loader
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
+        """Batches of ``(uint8 images (N, 3, H, W), labels (N,))``; every image once, whatever the processes."""
+        trainer = self.trainer
+        share = range(_length(self.splits.val))
+        if trainer is not None:
+            share = share[trainer.global_rank :: trainer.world_size]
+        return DataLoader(Plain(self.splits.val, test_transform(self.config)), sampler=list(share), **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "batch_size": self.config.batch_size,
+            "num_workers": self.config.workers,
+            "pin_memory": torch.cuda.is_available(),
+            "persistent_workers": self.config.workers > 0,
+        }
+
+
+def read_splits(config: DataConfig) -> Splits:
+    """The training and validation images that a ``data`` block names."""
+    if config.source == "embedded":
+        return embedded()
+    if config.source == "fashion_mnist":
+        return fashion_mnist(config.root, download=config.download)
+    assert config.root is not None
+    return image_folder(config.root, verify=config.verify)
+
+
+def train_transform(config: DataConfig) -> Callable[[Tensor], Tensor]:
+    """Augmentation of training images, uint8 ``(C, H, W)`` to uint8 ``(C, image_size, image_size)``."""
+    size = _image_size(config)
+    augment = config.augment
+    if augment == "auto":
+        augment = "resized_crop" if config.source == "image_folder" else "crop"
+    if augment == "none":
+        return test_transform(config)
+    if augment == "crop":
+        crop: list[v2.Transform] = [v2.RandomCrop(size, padding=max(1, size // 8))]
+        if config.source == "image_folder" or size != 28:
+            crop.insert(0, v2.Resize((size, size), InterpolationMode.BILINEAR, antialias=True))
+    else:
+        crop = [v2.RandomResizedCrop(size, antialias=True)]
+    return v2.Compose([*crop, v2.RandomHorizontalFlip()])
+
+
+def test_transform(config: DataConfig) -> Callable[[Tensor], Tensor]:
+    """What validation and prediction see, uint8 ``(C, H, W)`` to uint8 ``(C, image_size, image_size)``."""
+    size = _image_size(config)
+    if config.source == "image_folder":
+        resize = config.resize or round(size * 256 / 224)
+        return v2.Compose([v2.Resize(resize, InterpolationMode.BILINEAR, antialias=True), v2.CenterCrop(size)])
+    return v2.Identity() if size == 28 else v2.Resize((size, size), InterpolationMode.BILINEAR, antialias=True)
+
+
+def _image_size(config: DataConfig) -> int:
+    return config.image_size or (224 if config.source == "image_folder" else 28)
+
+
+def _rgb(image: Tensor) -> Tensor:
+    return image.expand(3, -1, -1) if image.shape[0] == 1 else image
+
+
+def _length(images: Dataset[Any]) -> int:
+    assert isinstance(images, Sized)
+    return len(images)

@@ -1,0 +1,444 @@
+"""Pictures with class labels: Fashion-MNIST, a part of it kept in the package, and a folder of images.
+
+Every source gives :class:`Splits`, and finds what is wrong with its files before any training.
+"""
+
+import gzip
+import lzma
+import math
+import os
+import zlib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+#: Where Debian's package dataset-fashion-mnist puts the four files.
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+
+#: Class names of Fashion-MNIST in label order.
+FASHION_CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+
+EMBEDDED_FILE = "fashion_mnist_10k.idx.xz"
+
+_FASHION_FILES = tuple(
+    f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
+)
+_UINT8 = 0x08  # the third byte of an idx file
+_FETCH_AGAIN = "replace it with a complete copy"
+
+
+class Splits(NamedTuple):
+    """What every source gives.
+
+    Attributes:
+        train: Map-style dataset with a length: ``train[i]`` is ``(uint8 image (C, H, W), label)``.
+        val: As ``train``.
+        classes: Class names; a label is an index into them.
+    """
+
+    train: Dataset[tuple[Tensor, int]]
+    val: Dataset[tuple[Tensor, int]]
+    classes: tuple[str, ...]
+
+
+class TensorImages(Dataset[tuple[Tensor, int]]):
+    """Images and labels in memory.
+
+    Args:
+        images: uint8 ``(N, C, H, W)``.
+        labels: int64 ``(N,)``.
+
+    Raises:
+        TypeError: wrong type of values.
+        ValueError: wrong rank, or not one label an image.
+
+    Example:
+        >>> image, label = TensorImages(torch.zeros(5, 1, 28, 28, dtype=torch.uint8), torch.arange(5))[3]
+        >>> image.shape, label
+        (torch.Size([1, 28, 28]), 3)
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        for name, tensor, dtype in (("images", images, torch.uint8), ("labels", labels, torch.int64)):
+            if tensor.dtype != dtype:
+                raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}: convert with {name}.to({dtype})")
+        if images.dim() != 4:
+            raise ValueError(f"images must be (N, C, H, W), got shape {tuple(images.shape)}")
+        if labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"labels must be (N,) with N={images.shape[0]}, one an image, got shape {tuple(labels.shape)}"
+            )
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return self.images.shape[0]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """One image ``(C, H, W)``, a view, and its label."""
+        return self.images[index], int(self.labels[index])
+
+
+class FolderImages(Dataset[tuple[Tensor, int]]):
+    """Image files, decoded each time they are asked for.
+
+    Args:
+        samples: Pairs of file and label.
+    """
+
+    def __init__(self, samples: Sequence[tuple[str, int]]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """One image ``(3, H, W)`` and its label; errors as in :func:`read_image`."""
+        path, label = self.samples[index]
+        return read_image(path), label
+
+
+def read_image(path: str | Path) -> Tensor:
+    """Decode one image file to RGB.
+
+    Of 16-bit pixels the upper 8 bits are kept. Transparency is dropped and EXIF orientation not applied, as in
+    torchvision.
+
+    Args:
+        path: Any format that PIL reads.
+
+    Returns:
+        uint8 ``(3, H, W)``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not an image, damaged, or of pixels without a known range, such as floating point.
+
+    Example:
+        >>> read_image("shoe.png").shape  # doctest: +SKIP
+        torch.Size([3, 28, 28])
+    """
+    try:
+        with open(path, "rb") as file, Image.open(file) as image:
+            pixels = _rgb_pixels(image)
+    except (FileNotFoundError, MemoryError):
+        raise
+    except Exception as error:  # PIL's decoders let out many kinds: OSError, SyntaxError, struct.error, IndexError ...
+        raise ValueError(
+            f"cannot read the image {str(path)!r}: {error}. Remove or replace it; "
+            "image_folder(root, verify=True) finds all such files of a folder"
+        ) from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _rgb_pixels(image: Image.Image) -> np.ndarray:
+    """RGB uint8 ``(H, W, 3)``."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floating point, of unknown range; save it with 8 bits a channel")
+    if image.mode.startswith("I"):
+        # PIL's own conversion would clip at 255 instead of scaling.
+        wide = np.asarray(image)  # (H, W)
+        if wide.min() < 0 or wide.max() > 0xFFFF:
+            raise ValueError("its pixels exceed 16 bits; save it with 8 bits a channel")
+        grey = (wide >> 8).astype(np.uint8)
+        return np.stack([grey] * 3, axis=-1)
+    if image.mode == "P":
+        # Straight to RGB, PIL warns about palettes with transparency.
+        image = image.convert("RGBA")
+    return np.array(image.convert("RGB"))
+
+
+def read_idx(path: str | Path) -> Tensor:
+    """Read one idx file of unsigned bytes, gzip-compressed or plain: the format of MNIST and its kin.
+
+    Args:
+        path: The file; whether it is compressed is seen from its contents.
+
+    Returns:
+        uint8, of the shape that the file's header says.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, not an idx file, or of another type than unsigned byte.
+
+    Source:
+        The format: http://yann.lecun.com/exdb/mnist. Bytes 0, 0, type, number of dimensions; each dimension as a
+        big-endian 32-bit integer; the values.
+
+    Example:
+        >>> read_idx("train-images-idx3-ubyte.gz").shape  # doctest: +SKIP
+        torch.Size([60000, 28, 28])
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no idx file {str(path)!r}: check the path")
+    data = path.read_bytes()
+    if data[:2] == b"\x1f\x8b":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{str(path)!r} is not a sound gzip file ({error}): {_FETCH_AGAIN}") from error
+    values, end = _parse_idx(data, 0, path)
+    if end != len(data):
+        raise ValueError(
+            f"{str(path)!r} has {len(data) - end} bytes more than the {tuple(values.shape)} values that its header "
+            f"says: {_FETCH_AGAIN}"
+        )
+    return values
+
+
+def _parse_idx(data: bytes, start: int, path: Path) -> tuple[Tensor, int]:
+    """The idx array that starts at byte ``start``, and where it ends."""
+    header = data[start : start + 4]  # 0, 0, type, number of dimensions
+    if len(header) == 4 and (header[:2] != b"\0\0" or header[3] == 0):
+        raise ValueError(f"{str(path)!r} is not an idx file, it starts with {header!r}: {_FETCH_AGAIN}")
+    if len(header) == 4 and header[2] != _UINT8:
+        raise ValueError(
+            f"{str(path)!r} has values of idx type 0x{header[2]:02x}: only 0x08, unsigned bytes, can be read"
+        )
+    if len(header) < 4 or len(data) < (begin := start + 4 + 4 * header[3]):
+        raise ValueError(f"{str(path)!r} is truncated within its header: {_FETCH_AGAIN}")
+    shape = [int.from_bytes(data[i : i + 4], "big") for i in range(start + 4, begin, 4)]
+    end = begin + math.prod(shape)
+    if end > len(data):
+        raise ValueError(
+            f"{str(path)!r} is truncated, its header says {tuple(shape)} values but {len(data) - begin} are there: "
+            f"{_FETCH_AGAIN}"
+        )
+    # The copy is writable, as a tensor's memory must be.
+    values = np.frombuffer(data[begin:end], np.uint8).copy()
+    return torch.from_numpy(values).reshape(shape), end
+
+
+def fashion_mnist(root: str | Path | None = None, download: bool = False) -> Splits:
+    """Fashion-MNIST from its four original files: 60,000 training and 10,000 test pictures, 28 x 28, 10 classes.
+
+    Args:
+        root: Folder of the files, compressed or plain, or of torchvision's ``FashionMNIST/raw``. Without it, the
+            folder of Debian's package dataset-fashion-mnist.
+        download: Let torchvision download what is not there into ``root``.
+
+    Returns:
+        Images ``(1, 28, 28)``; ``val`` is the test set.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged or does not fit the others, or ``download`` without ``root``.
+
+    Source:
+        Xiao et al., Fashion-MNIST, 2017, arXiv:1708.07747.
+
+    Example:
+        >>> len(fashion_mnist("data", download=True).train)  # doctest: +SKIP
+        60000
+    """
+    if download and root is None:
+        raise ValueError("download=True needs a folder to download into: give root=")
+    base = DEBIAN_FOLDER if root is None else Path(root)
+    try:
+        paths = _fashion_files(base)
+    except FileNotFoundError:
+        if not download:
+            raise
+        datasets.FashionMNIST(base, download=True)
+        paths = _fashion_files(base)
+    return Splits(_fashion_split(*paths[:2]), _fashion_split(*paths[2:]), FASHION_CLASSES)
+
+
+def _fashion_files(base: Path) -> list[Path]:
+    """The four files, from ``base`` or from where torchvision puts them under it."""
+    folders = (base, base / "FashionMNIST" / "raw")
+    missing: list[str] = []
+    for folder in folders:
+        # Both are there after torchvision's download; the plain one needs no decompression.
+        found = {
+            name: path
+            for name in _FASHION_FILES
+            for path in (folder / f"{name}.gz", folder / name)  # the last wins
+            if path.is_file()
+        }
+        if len(found) == len(_FASHION_FILES):
+            return [found[name] for name in _FASHION_FILES]
+        lacking = [name for name in _FASHION_FILES if name not in found]
+        if not missing or len(lacking) < len(missing):
+            missing = lacking
+    raise FileNotFoundError(
+        f"Fashion-MNIST: no {', '.join(missing)} (nor with .gz) in {' or '.join(repr(str(f)) for f in folders)}. "
+        "Give root=, the folder that has them; or apt-get install dataset-fashion-mnist; or root= and download=True"
+    )
+
+
+def _fashion_split(images_path: Path, labels_path: Path) -> TensorImages:
+    images, labels = read_idx(images_path), read_idx(labels_path)
+    if images.shape[1:] != (28, 28) or not len(images):
+        raise ValueError(
+            f"{str(images_path)!r} must have images (N, 28, 28), got {tuple(images.shape)}: replace it with "
+            "Fashion-MNIST's"
+        )
+    if labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"{str(labels_path)!r} must have one label for each of the {len(images)} images in {str(images_path)!r}, "
+            f"got {tuple(labels.shape)}: take both from the same place"
+        )
+    if labels.max() > 9:
+        raise ValueError(
+            f"{str(labels_path)!r} must have labels 0 to 9, got {int(labels.max())}: replace it with Fashion-MNIST's"
+        )
+    return TensorImages(images.unsqueeze(1), labels.long())
+
+
+def embedded() -> Splits:
+    """The part of Fashion-MNIST in this package: 8,000 training and 2,000 test pictures, stratified.
+
+    The first 800 pictures of each class of the training set and the first 200 of each class of the test set, in the
+    original order; ``scripts/make_embedded_data.py`` made the file. MIT licence, in ``FASHION_MNIST_LICENSE`` beside
+    it.
+
+    Returns:
+        Images ``(1, 28, 28)``; ``val`` is from the test set.
+
+    Example:
+        >>> splits = embedded()
+        >>> len(splits.train), len(splits.val), splits.classes[splits.train[0][1]]
+        (8000, 2000, 'Ankle boot')
+    """
+    data = lzma.decompress(files("ecanet.train.data").joinpath(EMBEDDED_FILE).read_bytes())
+    arrays, end = [], 0
+    for _ in _FASHION_FILES:
+        values, end = _parse_idx(data, end, Path(EMBEDDED_FILE))
+        arrays.append(values)
+    train, val = (TensorImages(arrays[i].unsqueeze(1), arrays[i + 1].long()) for i in (0, 2))
+    return Splits(train, val, FASHION_CLASSES)
+
+
+def image_folder(root: str | Path, verify: bool = False) -> Splits:
+    """Images in ``root/train/<class>/`` and ``root/val/<class>/``, at any depth below.
+
+    Labels are the places of the class names in the sorted list of train's folders, for val too. Files are taken by
+    suffix, that of torchvision's ``IMG_EXTENSIONS`` in any case; names that start with a dot are left out.
+
+    Args:
+        root: The folder.
+        verify: Decode every image now, and list all that cannot be read.
+
+    Returns:
+        Images ``(3, H, W)``, each of its own size.
+
+    Raises:
+        FileNotFoundError: ``root/train`` or ``root/val`` is missing.
+        ValueError: no class folders, one without images, different classes in train and val, or, with ``verify``,
+            images that cannot be read.
+        ModuleNotFoundError: ``verify`` without tqdm.
+
+    Example:
+        >>> image_folder("imagenet").classes[0]  # doctest: +SKIP
+        'n01440764'
+    """
+    train, val = Path(root) / "train", Path(root) / "val"
+    train_classes, val_classes = _class_names(train), _class_names(val)
+    if lacking := sorted(set(train_classes) - set(val_classes)):
+        raise ValueError(
+            f"{str(val)!r} lacks classes of {str(train)!r}: {_first(map(repr, lacking))}. Add folders with validation "
+            "images for them, or remove them from train"
+        )
+    if unknown := sorted(set(val_classes) - set(train_classes)):
+        raise ValueError(
+            f"{str(val)!r} has classes that {str(train)!r} lacks: {_first(map(repr, unknown))}. Remove them, or add "
+            "training images for them"
+        )
+    train_samples, val_samples = _samples(train, train_classes), _samples(val, train_classes)
+    if verify:
+        _verify([path for path, _ in train_samples + val_samples])
+    return Splits(FolderImages(train_samples), FolderImages(val_samples), tuple(train_classes))
+
+
+def _class_names(split: Path) -> list[str]:
+    if not split.is_dir():
+        raise FileNotFoundError(
+            f"no folder {str(split)!r}: root must be a folder with train/<class>/ and val/<class>/, and images in them"
+        )
+    names = sorted(entry.name for entry in split.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise ValueError(f"{str(split)!r} has no class folders: put its images in {str(split / '<class>')!r}")
+    return names
+
+
+def _samples(split: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
+    samples = []
+    for label, name in enumerate(classes):
+        paths = sorted(_image_files(split / name))
+        if not paths:
+            raise ValueError(
+                f"no images in the class folder {str(split / name)!r}: add some, of suffix "
+                f"{', '.join(IMG_EXTENSIONS)}, or remove the class from train and val"
+            )
+        samples += [(path, label) for path in paths]
+    return samples
+
+
+def _image_files(folder: Path) -> Iterable[str]:
+    def fail(error: OSError) -> None:
+        # os.walk would pass over a folder that it may not read.
+        raise error
+
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith("."):
+                yield os.path.join(parent, name)
+
+
+def _verify(paths: Sequence[str]) -> None:
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("verify=True needs tqdm: pip install 'ecanet[train]'", name="tqdm") from error
+    bad: list[str] = []
+    chunk = 4096  # a pool queues all that it is given, and ImageNet has over a million files
+    with ThreadPoolExecutor() as pool, tqdm(total=len(paths), desc="verifying images", unit="image") as bar:
+        for start in range(0, len(paths), chunk):
+            for problem in pool.map(_problem, paths[start : start + chunk]):
+                bar.update()
+                if problem is not None:
+                    bad.append(problem)
+    if bad:
+        listed = _first(bad, separator="\n  ")
+        raise ValueError(f"{len(bad)} of {len(paths)} images cannot be read, remove or replace them:\n  {listed}")
+
+
+def _problem(path: str) -> str | None:
+    """What is wrong with an image file, None if nothing."""
+    try:
+        read_image(path)
+    except (OSError, ValueError) as error:
+        return f"{path!r}: {error.__cause__ or error}"
+    return None
+
+
+def _first(items: Iterable[str], separator: str = ", ") -> str:
+    """The first 20, and how many more."""
+    shown = list(items)
+    more = [f"and {len(shown) - 20} more"] if len(shown) > 20 else []
+    return separator.join(shown[:20] + more)

@@ -1,0 +1,394 @@
+"""Train a recipe, resume it, validate it, predict with it."""
+
+import json
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from ecanet.train.checkpoint import (
+    ABOUT,
+    SafeCheckpointIO,
+    SaveCheckpoints,
+    TrainedNetwork,
+    build_network,
+    load_trained,
+    read_checkpoint,
+)
+from ecanet.train.classifier import Classifier
+from ecanet.train.config import DataConfig, Recipe, to_plain
+from ecanet.train.data.loading import ImageData, Plain, test_transform
+from ecanet.train.data.sources import read_image
+
+#: Blocks and keys that may change between a run and its resumption without changing what is computed.
+_FREE_TO_CHANGE = {"data.root", "data.download", "data.verify", "data.workers", "trainer.log_steps"}
+_FREE_TO_CHANGE |= {"trainer.checkpoint_steps", "model.weights"}
+
+
+@dataclass
+class FitResult:
+    """What a finished training run comes to.
+
+    Attributes:
+        top1: Validation top-1 after the last epoch, in per cent.
+        best_top1: The highest of all epochs.
+        history: One record an epoch: ``epoch``, ``val/top1``, ``val/top5``, ``val/loss``, ``train/loss``, ``seconds``.
+        folder: Where best.ckpt, last.ckpt and the logs are; None if nothing was written.
+    """
+
+    top1: float
+    best_top1: float
+    history: list[dict[str, float]]
+    folder: Path | None
+
+
+def fit(
+    recipe: Recipe,
+    out: str | Path | None,
+    resume: bool = False,
+    progress: bool = True,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+) -> FitResult:
+    """Train a network by a recipe.
+
+    The same recipe gives the same weights bit for bit on the same machine and versions, whether or not it was killed
+    and resumed in between.
+
+    Args:
+        recipe: Network, data, optimisation and machine.
+        out: Folder for best.ckpt, last.ckpt, recipe.json and logs (CSV and TensorBoard); None writes nothing.
+        resume: Go on from ``out/last.ckpt``; without one start from the beginning.
+        progress: Show progress bars.
+        on_epoch: Called with every epoch's record.
+
+    Returns:
+        Accuracies and the record of each epoch.
+
+    Raises:
+        FileExistsError: ``out`` holds a run already and ``resume`` is False.
+        ValueError: wrong data or configuration, or a recipe other than the one to resume.
+        OSError: a checkpoint cannot be written; the last one is intact.
+
+    Example:
+        >>> fit(Recipe(optim=OptimConfig(epochs=1)), out="runs/try").top1  # doctest: +SKIP
+    """
+    folder = Path(out) if out is not None else None
+    last = folder / "last.ckpt" if folder else None
+    resume_from = _resume_from(recipe, last, resume)
+    # The global generators, for the initial weights and Lightning's workers.
+    L.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
+    data = ImageData(recipe.data, recipe.trainer.seed)
+    network = build_network(recipe.model, len(data.classes))
+    history = _History(recipe, data, on_epoch)
+    callbacks: list[Callback] = [history]
+    if recipe.optim.ema is not None:
+        # Buffers too: BatchNorm's statistics are averages of the same kind.
+        callbacks.append(EMAWeightAveraging(decay=recipe.optim.ema))
+    if progress:
+        callbacks.append(_ProgressBar())
+    if folder:
+        callbacks.append(SaveCheckpoints(folder, recipe.trainer.checkpoint_steps))
+    trainer = _trainer(recipe, callbacks, _loggers(folder), progress)
+    classifier = Classifier(
+        network,
+        len(data.classes),
+        data.mean,
+        data.std,
+        recipe.optim,
+        # Known only now: the number of processes.
+        -(-data.steps_per_epoch // trainer.world_size),
+        recipe.trainer.seed,
+        recipe.trainer.channels_last,
+    )
+    if folder and trainer.is_global_zero:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.json").write_text(json.dumps(to_plain(recipe), indent=2) + "\n")
+    with _quiet_lightning():
+        try:
+            trainer.fit(classifier, datamodule=data, ckpt_path=resume_from)
+        except (KeyboardInterrupt, SystemExit):
+            if last and trainer.is_global_zero:
+                print(_after_interrupt(last), flush=True)
+            raise
+    records = history.records
+    return FitResult(records[-1]["val/top1"], max(r["val/top1"] for r in records), records, folder)
+
+
+def _resume_from(recipe: Recipe, last: Path | None, resume: bool) -> Path | None:
+    if last is None or not last.exists():
+        return None
+    if not resume:
+        raise FileExistsError(
+            f"{last.parent} holds a training run already: add --resume to go on with it, or choose another --out"
+        )
+    before = _flat(read_checkpoint(last)[ABOUT]["recipe"])
+    now = _flat(to_plain(recipe))
+    changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in _FREE_TO_CHANGE)
+    if changed:
+        what = ", ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in changed)
+        raise ValueError(f"cannot resume {last.parent} with another recipe ({what}): start anew in another --out")
+    return last
+
+
+def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
+    return {f"{block}.{key}": value for block, values in recipe.items() for key, value in values.items()}
+
+
+def _after_interrupt(last: Path) -> str:
+    if last.exists():
+        return f"Interrupted. {last} holds the state up to its last save: go on with the same command and --resume."
+    return f"Interrupted before the first checkpoint: run the same command again (nothing is saved in {last.parent})."
+
+
+def _trainer(recipe: Recipe, callbacks: list[Callback], loggers: list[Logger], progress: bool) -> L.Trainer:
+    config = recipe.trainer
+    return L.Trainer(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        num_nodes=config.nodes,
+        strategy=config.strategy,
+        precision=config.precision,  # type: ignore[arg-type]
+        max_epochs=recipe.optim.epochs,
+        gradient_clip_val=recipe.optim.clip_norm,
+        callbacks=callbacks,
+        logger=loggers or False,
+        plugins=[SafeCheckpointIO()],
+        use_distributed_sampler=False,
+        enable_checkpointing=any(isinstance(callback, SaveCheckpoints) for callback in callbacks),
+        enable_progress_bar=progress,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=config.log_steps,
+    )
+
+
+def _loggers(folder: Path | None) -> list[Logger]:
+    if folder is None:
+        return []
+    # A folder of its own for every start of the run: a resumed one appends nothing to, and deletes nothing of, another.
+    session = len(list((folder / "logs").glob("session_*")))
+    name = f"session_{session}"
+    return [CSVLogger(folder, "logs", name), TensorBoardLogger(folder, "logs", name)]
+
+
+class _quiet_lightning:  # noqa: N801
+    """Keeps Lightning's advertisements and its advice that does not apply here out of sight."""
+
+    _irrelevant = (
+        "does not have many workers",  # images in memory need none
+        "The number of training batches",  # small data
+        "You defined a `validation_step` but have no `val_dataloader`",
+        "Experiment logs directory",
+        "Checkpoint directory",
+    )
+
+    def __enter__(self) -> None:
+        self._catch = warnings.catch_warnings()
+        self._catch.__enter__()
+        for message in self._irrelevant:
+            warnings.filterwarnings("ignore", message=f".*{message}")
+        self._loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+        self._levels = [logger.level for logger in self._loggers]
+        for logger in self._loggers:
+            logger.setLevel(logging.WARNING)
+
+    def __exit__(self, *exc: object) -> None:
+        for logger, level in zip(self._loggers, self._levels, strict=True):
+            logger.setLevel(level)
+        self._catch.__exit__(None, None, None)
+
+
+class _History(Callback):
+    """Collects one record an epoch and puts it, with all that rebuilds the network, into every checkpoint."""
+
+    def __init__(self, recipe: Recipe, data: ImageData, on_epoch: Callable[[dict[str, float]], None] | None) -> None:
+        self.recipe, self.data, self.on_epoch = recipe, data, on_epoch
+        self.records: list[dict[str, float]] = []
+        self._start = 0.0
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            return
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
+        self.records.append({"epoch": trainer.current_epoch + 1, **metrics})
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        record = self.records[-1]
+        record["train/loss"] = float(trainer.callback_metrics["train/loss_epoch"])
+        record["seconds"] = time.perf_counter() - self._start
+        if self.on_epoch:
+            self.on_epoch(record)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[ABOUT] = {
+            "recipe": to_plain(self.recipe),
+            "classes": list(self.data.classes),
+            "mean": list(self.data.mean),
+            "std": list(self.data.std),
+            "history": [dict(record) for record in self.records],
+        }
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.records = checkpoint[ABOUT]["history"]
+
+
+class _ProgressBar(TQDMProgressBar):
+    """Lightning's bar of the epoch, with the time left of the whole run."""
+
+    _begun = 0.0
+    _first_step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._begun, self._first_step = time.perf_counter(), trainer.global_step
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        done = trainer.global_step - self._first_step
+        if done and trainer.training:
+            total = int(trainer.num_training_batches) * int(trainer.max_epochs or 0)
+            seconds = (time.perf_counter() - self._begun) / done * (total - trainer.global_step)
+            metrics["run left"] = str(timedelta(seconds=round(seconds)))
+        return metrics
+
+
+def validate(run: str | Path, data: DataConfig | None = None, accelerator: str = "auto") -> dict[str, float]:
+    """Validation top-1, top-5 (per cent) and loss of a trained network.
+
+    Args:
+        run: A run's folder (then its best.ckpt), or a checkpoint.
+        data: Other data than the run's own; its classes must be the same.
+        accelerator: Lightning's accelerator.
+
+    Returns:
+        ``val/top1``, ``val/top5``, ``val/loss``.
+
+    Raises:
+        FileNotFoundError: no checkpoint, or no data.
+        ValueError: other classes than the network was trained on.
+    """
+    trained = load_trained(run)
+    images = ImageData(data or data_of(trained))
+    if list(images.classes) != trained.classes:
+        raise ValueError(f"the data's classes {list(images.classes)} are not the network's {trained.classes}")
+    classifier = Classifier(trained.network, len(trained.classes), trained.mean, trained.std)
+    with _quiet_lightning():
+        trainer = _evaluation_trainer(accelerator)
+        (metrics,) = trainer.validate(classifier, datamodule=images, verbose=False)
+    return dict(metrics)
+
+
+@dataclass
+class Prediction:
+    """The classes a network finds most probable for one image.
+
+    Attributes:
+        image: The file.
+        classes: Names, the most probable first.
+        probabilities: Of these, in 0..1.
+    """
+
+    image: Path
+    classes: list[str]
+    probabilities: list[float]
+
+
+def predict(
+    run: str | Path, images: Sequence[str | Path], top: int = 5, batch_size: int = 64, accelerator: str = "auto"
+) -> list[Prediction]:
+    """Classify image files.
+
+    Args:
+        run: A run's folder (then its best.ckpt), or a checkpoint.
+        images: Image files, and folders whose images are taken, subfolders included.
+        top: How many classes to name for an image.
+        batch_size: Images a step.
+        accelerator: Lightning's accelerator.
+
+    Raises:
+        FileNotFoundError: no checkpoint, no such image, or no image in a folder.
+        ValueError: a file is not an image that can be read; names it.
+    """
+    if top < 1:
+        raise ValueError(f"top must be 1 or more, got {top}")
+    files = _image_files(images)
+    trained = load_trained(run)
+    pictures = Plain(_Files(files), test_transform(data_of(trained, source="image_folder", root=Path())))
+    classifier = Classifier(trained.network, len(trained.classes), trained.mean, trained.std)
+    loader = DataLoader(pictures, batch_size, collate_fn=_images_only)
+    with _quiet_lightning():
+        batches = _evaluation_trainer(accelerator).predict(classifier, loader)
+    assert batches is not None
+    probabilities = torch.cat([batch for batch in batches if isinstance(batch, Tensor)])
+    values, indices = probabilities.topk(min(top, len(trained.classes)))
+    return [
+        Prediction(file, [trained.classes[i] for i in row.tolist()], value.tolist())
+        for file, row, value in zip(files, indices, values, strict=True)
+    ]
+
+
+def data_of(trained: TrainedNetwork, **changes: Any) -> DataConfig:
+    """The ``data`` block that a network was trained on, with changes."""
+    stored = dict(trained.recipe["data"])
+    if changes.get("source") == "image_folder" and stored["source"] != "image_folder":
+        # Files of the size the network saw: no margin to crop away.
+        size = stored["image_size"] or 28
+        changes |= {"image_size": size, "resize": size}
+    stored["root"] = Path(stored["root"]) if stored["root"] else None
+    return DataConfig(**(stored | changes))
+
+
+def _evaluation_trainer(accelerator: str) -> L.Trainer:
+    return L.Trainer(
+        accelerator=accelerator,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+
+
+class _Files(Dataset[tuple[Tensor, int]]):
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return read_image(self.files[index]), -1
+
+
+def _images_only(samples: Iterable[tuple[Tensor, int]]) -> Tensor:
+    return torch.stack([image for image, _ in samples])
+
+
+def _image_files(images: Sequence[str | Path]) -> list[Path]:
+    files: list[Path] = []
+    for path in map(Path, images):
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+            if not found:
+                raise FileNotFoundError(f"no image in the folder {path}: expected {', '.join(IMG_EXTENSIONS)}")
+            files += found
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise FileNotFoundError(f"no such image: {path}")
+    return files

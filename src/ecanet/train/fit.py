@@ -85,8 +85,18 @@ def fit(
         >>> fit(Recipe(optim=OptimConfig(epochs=1)), out="runs/try").top1  # doctest: +SKIP
     """
     folder = Path(out) if out is not None else None
-    last = folder / "last.ckpt" if folder else None
-    resume_from = _resume_from(recipe, last, resume)
+    resume_from = _resume_from(recipe, folder / "last.ckpt" if folder else None, resume)
+    with _quiet_lightning():
+        return _fit(recipe, folder, resume_from, progress, on_epoch)
+
+
+def _fit(
+    recipe: Recipe,
+    folder: Path | None,
+    resume_from: Path | None,
+    progress: bool,
+    on_epoch: Callable[[dict[str, float]], None] | None,
+) -> FitResult:
     # The global generators, for the initial weights and Lightning's workers.
     L.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
     data = ImageData(recipe.data, recipe.trainer.seed)
@@ -115,13 +125,12 @@ def fit(
     if folder and trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.json").write_text(json.dumps(to_plain(recipe), indent=2) + "\n")
-    with _quiet_lightning():
-        try:
-            trainer.fit(classifier, datamodule=data, ckpt_path=resume_from)
-        except (KeyboardInterrupt, SystemExit):
-            if last and trainer.is_global_zero:
-                print(_after_interrupt(last), flush=True)
-            raise
+    try:
+        trainer.fit(classifier, datamodule=data, ckpt_path=resume_from)
+    except (KeyboardInterrupt, SystemExit):
+        if folder and trainer.is_global_zero:
+            print(_after_interrupt(folder / "last.ckpt"), flush=True)
+        raise
     records = history.records
     return FitResult(records[-1]["val/top1"], max(r["val/top1"] for r in records), records, folder)
 
@@ -192,6 +201,8 @@ class _quiet_lightning:  # noqa: N801
         "You defined a `validation_step` but have no `val_dataloader`",
         "Experiment logs directory",
         "Checkpoint directory",
+        "You're resuming from a checkpoint that ended before the epoch ended",  # ImageData takes care of it
+        "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning's own call
     )
 
     def __enter__(self) -> None:

@@ -121,23 +121,6 @@ class Plain(Dataset[tuple[Tensor, int]]):
         return _rgb(self.transform(image)), label
 
 
-class ResumableLoader(DataLoader[tuple[Tensor, int]]):
-    """A loader over :class:`EpochSampler` that Lightning can save and restore in the middle of an epoch."""
-
-    sampler: EpochSampler
-    #: Says how many batches of the current epoch have been trained on; the loader itself is ahead of that.
-    trained_batches: Callable[[], int]
-
-    def state_dict(self) -> dict[str, int]:
-        """Batches of the current epoch that have been trained on."""
-        return {"batches": self.trained_batches()}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Leave those batches out of the next pass; a whole epoch of them means a new epoch."""
-        assert self.batch_size is not None
-        self.sampler.skip = state["batches"] % len(self) * self.batch_size
-
-
 class ImageData(L.LightningDataModule):
     """The loaders of a recipe.
 
@@ -160,6 +143,7 @@ class ImageData(L.LightningDataModule):
         self.splits = read_splits(config)
         self.classes = self.splits.classes
         folder = config.source == "image_folder"
+        self._resume_at = {"epoch": 0, "batches": 0}
         self.mean, self.std = (IMAGENET_MEAN, IMAGENET_STD) if folder else (FASHION_MEAN, FASHION_STD)
 
     @property
@@ -167,15 +151,16 @@ class ImageData(L.LightningDataModule):
         """Training steps an epoch in one process."""
         return -(-_length(self.splits.train) // self.config.batch_size)
 
-    def train_dataloader(self) -> ResumableLoader:
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         """Batches of ``(uint8 images (N, 3, H, W), labels (N,))``."""
         trainer = self.trainer
         assert trainer is not None
-        sampler = EpochSampler(_length(self.splits.train), self.seed, trainer.global_rank, trainer.world_size)
+        self._sampler = EpochSampler(_length(self.splits.train), self.seed, trainer.global_rank, trainer.world_size)
+        epochs, batches = divmod(self._resume_at["batches"], -(-len(self._sampler) // self.config.batch_size))
+        self._sampler.epoch = self._resume_at["epoch"] + epochs
+        self._sampler.skip = batches * self.config.batch_size
         images = Augmented(self.splits.train, train_transform(self.config), self.seed)
-        loader = ResumableLoader(images, sampler=sampler, **self._options())
-        loader.trained_batches = lambda: int(vars(trainer.fit_loop.epoch_loop.batch_progress.current)["processed"])
-        return loader
+        return DataLoader(images, sampler=self._sampler, **self._options())
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         """Batches of ``(uint8 images (N, 3, H, W), labels (N,))``; every image once, whatever the processes."""
@@ -184,6 +169,16 @@ class ImageData(L.LightningDataModule):
         if trainer is not None:
             share = share[trainer.global_rank :: trainer.world_size]
         return DataLoader(Plain(self.splits.val, test_transform(self.config)), sampler=list(share), **self._options())
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, and how many of its batches have been trained on; the loader itself is ahead of that."""
+        assert self.trainer is not None
+        progress = vars(self.trainer.fit_loop.epoch_loop.batch_progress.current)
+        return {"epoch": self._sampler.epoch, "batches": int(progress["processed"])}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from there: Lightning calls this before it asks for the loader."""
+        self._resume_at = state_dict
 
     def _options(self) -> dict[str, Any]:
         return {

@@ -1,0 +1,177 @@
+"""Figure: the matrices W of Eq. (4) to (6), side by side."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ecanet.inspect.style import DARK, FONT_SIZE, SMALL_FONT_SIZE, WIDTH, new_figure
+from ecanet.nn import ECA, ECANS, LinearGate, SEGroup, SEVar2
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+_PANELS_PER_ROW = 5
+#: Cells a side that a panel can show; larger matrices are reduced to it.
+_MAX_CELLS = 128
+#: From 2 * _CORNER channels on, a second panel shows the first _CORNER.
+_CORNER = 16
+#: Inches: left of the panels, above a panel, above its corner, below a panel, and a colour bar with what is below it.
+_LEFT, _TITLE, _CORNER_TITLE, _BELOW, _BAR = 0.6, 0.45, 0.25, 0.42, 0.55
+_BAR_HEIGHT = 0.1
+
+
+def plot_matrices(gates: Mapping[str, LinearGate], *, shared_scale: bool = False) -> "Figure":
+    """Draw the matrix W of several gates: ``gate = sigmoid(W @ channel means)``.
+
+    Entries that are zero are white; the smallest weights are grey. From 32 channels on, a second panel below shows
+    the first 16. Above 128 channels each cell of the large panel stands for a square of entries and shows the
+    first that is not zero, so that a thin band stays visible.
+
+    Args:
+        gates: What to call a gate to the gate. :func:`~ecanet.inspect.gates` gives those of a model.
+        shared_scale: One colour scale for all panels instead of one each.
+
+    Returns:
+        A figure to ``.savefig("matrices.png")``. The axes of a gate's matrix and of its corner carry its name as label.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        TypeError: a gate has no matrix, such as SE.
+        ValueError: no gates.
+
+    Source:
+        Wang et al., ECA-Net, CVPR 2020, arXiv:1910.03151, Eq. (4) to (6).
+
+    Example:
+        >>> from ecanet.nn import SEVar3
+        >>> figure = plot_matrices({"ECA": ECA(64), "SE-Var3": SEVar3(64)})
+        >>> figure.axes[0].get_title().splitlines()
+        ['ECA', 'k = 3 weights, shared']
+    """
+    if not gates:
+        raise ValueError("gates must have at least one entry, such as {'ECA': ECA(64)}, got none")
+    for name, gate in gates.items():
+        if not isinstance(gate, LinearGate):
+            raise TypeError(f"gates[{name!r}] must be a LinearGate: {type(gate).__name__} has no matrix W")
+    with torch.no_grad():
+        matrices = {name: gate.matrix().float().cpu() for name, gate in gates.items()}
+    limits = {name: matrix.abs().max().item() for name, matrix in matrices.items()}
+    if shared_scale:
+        limits = dict.fromkeys(limits, max(limits.values()))
+
+    columns = min(len(gates), _PANELS_PER_ROW)
+    rows = -(-len(gates) // columns)
+    corners = any(gate.channels >= 2 * _CORNER for gate in gates.values())
+    one_size = len({gate.channels for gate in gates.values()}) == 1
+    # Inches, laid out by hand: square panels and their colour bars are too much for matplotlib's layout engines.
+    pitch = min(2.4, (WIDTH - _LEFT) / columns)
+    side = pitch - (0.2 if one_size else 0.45)
+    bar = 0.0 if shared_scale else _BAR
+    depth = _TITLE + side + _BELOW + (_CORNER_TITLE + side + _BELOW if corners else 0.0) + bar
+    width, height = _LEFT + columns * pitch, rows * depth + (_BAR if shared_scale else 0.0)
+    figure = new_figure(height, width, layout=None)
+
+    def panel(x: float, y: float, w: float, h: float) -> "Axes":  # (x, y) is the upper left corner
+        return figure.add_axes((x / width, 1 - (y + h) / height, w / width, h / height))
+
+    for position, (name, gate) in enumerate(gates.items()):
+        row, column = divmod(position, columns)
+        x, y = _LEFT + column * pitch, row * depth + _TITLE
+        axes = panel(x, y, side, side)
+        image = _draw(axes, matrices[name], limits[name], name)
+        axes.set_title(f"{name}\n{_count(gate)}", fontsize=SMALL_FONT_SIZE, linespacing=1.3)
+        drawn = [axes]
+        if gate.channels >= 2 * _CORNER:
+            axes = panel(x, y + side + _BELOW + _CORNER_TITLE, side, side)
+            _draw(axes, matrices[name][:_CORNER, :_CORNER], limits[name], name)
+            axes.set_title(f"first {_CORNER} channels", fontsize=SMALL_FONT_SIZE)
+            drawn.append(axes)
+        for axes in drawn:
+            if column == 0:
+                axes.set_ylabel("gate i", fontsize=SMALL_FONT_SIZE)
+            elif one_size:
+                axes.set_yticklabels([])
+        if not shared_scale:
+            _add_scale(figure, image, panel(x + 0.1 * side, (row + 1) * depth - _BAR, 0.8 * side, _BAR_HEIGHT))
+    if shared_scale:
+        _add_scale(figure, image, panel((width - side) / 2, height - _BAR, side, _BAR_HEIGHT))
+    return figure
+
+
+def _add_scale(figure: "Figure", image: "AxesImage", axes: "Axes") -> None:
+    bar = figure.colorbar(image, cax=axes, orientation="horizontal")
+    limit = image.get_clim()[1]
+    bar.set_ticks([-limit, 0, limit], labels=[f"{tick:.2g}" for tick in (-limit, 0, limit)])
+    axes.tick_params(colors=DARK, labelsize=SMALL_FONT_SIZE - 1, length=2)
+    bar.set_label("weight", fontsize=SMALL_FONT_SIZE, labelpad=1)
+    bar.outline.set_visible(False)
+
+
+def _count(gate: LinearGate) -> str:
+    """How many weights the matrix is made of, and why so many."""
+    weights, channels = sum(p.numel() for p in gate.parameters()), gate.channels
+    if isinstance(gate, ECA):
+        return f"k = {weights:,} weights, shared"
+    if isinstance(gate, ECANS):
+        return f"{gate.kernel_size} C = {weights:,} weights"
+    if isinstance(gate, SEVar2):
+        return f"C = {weights:,} weights"
+    if isinstance(gate, SEGroup):
+        return f"C²{f'/{gate.groups}' if gate.groups > 1 else ''} = {weights:,} weights"
+    return f"{weights:,} weights, C = {channels:,}" if weights else "no weights"
+
+
+def _reduce(matrix: Tensor) -> Tensor:
+    """The first entry of every square that is not zero, ``(C, C)`` to at most ``(_MAX_CELLS, _MAX_CELLS)``."""
+    side = -(-len(matrix) // _MAX_CELLS)
+    if side == 1:
+        return matrix
+    padded = F.pad(matrix, (0, -len(matrix) % side) * 2)
+    cells = len(padded) // side
+    squares = padded.reshape(cells, side, cells, side).transpose(1, 2).flatten(2)  # (cells, cells, side * side)
+    return squares.gather(2, (squares != 0).int().argmax(2, keepdim=True)).squeeze(2)
+
+
+def _colours() -> "Colormap":
+    from matplotlib.colors import LinearSegmentedColormap
+
+    stops = ["#08306B", "#2171B5", "#7FB2DA", "#CFCFCF", "#F2A35E", "#D1570F", "#7A2A02"]
+    colours = LinearSegmentedColormap.from_list("blue-grey-orange", stops)
+    return colours.with_extremes(bad="white")
+
+
+def _draw(axes: "Axes", matrix: Tensor, limit: float, name: str) -> "AxesImage":
+    import numpy as np
+
+    shown = _reduce(matrix).numpy()
+    side = -(-len(matrix) // _MAX_CELLS)
+    edge = len(shown) * side
+    image = axes.imshow(
+        np.ma.masked_equal(shown, 0),
+        cmap=_colours(),
+        vmin=-(limit or 1),
+        vmax=limit or 1,
+        interpolation="nearest",
+        extent=(0.5, edge + 0.5, edge + 0.5, 0.5),
+    )
+    axes.set_label(name)
+    axes.spines[:].set(color=DARK, linewidth=0.6)
+    axes.set_xlim(0.5, len(matrix) + 0.5)
+    axes.set_ylim(len(matrix) + 0.5, 0.5)
+    axes.set_xticks([1, len(matrix)])
+    if len(matrix) >= 100:  # the numbers of neighbouring panels would touch
+        first, last = axes.get_xticklabels()
+        first.set_horizontalalignment("left")
+        last.set_horizontalalignment("right")
+    axes.set_yticks([1, len(matrix)])
+    axes.tick_params(colors=DARK, labelsize=SMALL_FONT_SIZE - 1, length=2)
+    axes.set_xlabel("channel j", fontsize=SMALL_FONT_SIZE, labelpad=1)
+    if not shown.any():
+        axes.text(0.5, 0.5, "all zero", transform=axes.transAxes, ha="center", va="center", fontsize=FONT_SIZE)
+    return image

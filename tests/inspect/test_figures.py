@@ -1,0 +1,504 @@
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from torch import Tensor, nn
+
+from ecanet.inspect import (
+    RELEASED_KERNELS,
+    gate_values,
+    gates,
+    plot_gates_per_class,
+    plot_kernel_sizes,
+    plot_matrices,
+    plot_training_curves,
+)
+from ecanet.inspect.style import spread
+from ecanet.models import eca_resnet18, eca_resnet50, eca_resnet101, small_eca_resnet
+from ecanet.nn import ECA, ECANS, SE, LinearGate, SEGroup, SEVar1, SEVar2, SEVar3, adaptive_kernel_size
+from ecanet.ops import reference
+
+
+def lines(axes: Axes) -> dict[str, list[float]]:
+    """Heights of the lines that have a label."""
+    return {line.get_label(): list(line.get_ydata()) for line in axes.lines if not line.get_label().startswith("_")}
+
+
+def assert_no_text_overlaps(figure: Figure) -> None:
+    """No two visible texts of a figure share a pixel, and none is cut off by the figure's edge."""
+    figure.draw_without_rendering()
+    hidden = undrawn_tick_labels(figure)
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text() and text not in hidden]
+    boxes = [(text.get_text(), Text.get_window_extent(text)) for text in texts]  # no arrows
+    assert boxes
+    for i, (name, box) in enumerate(boxes):
+        assert figure.bbox.padded(1).contains(box.x0, box.y0), name
+        assert figure.bbox.padded(1).contains(box.x1, box.y1), name
+        for other, other_box in boxes[i + 1 :]:
+            assert not box.padded(-1).overlaps(other_box.padded(-1)), (name, other)
+
+
+def undrawn_tick_labels(figure: Figure) -> set[Text]:
+    """Labels of ticks outside their axis, which matplotlib keeps without drawing them."""
+    return {
+        label
+        for axes in figure.axes
+        for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim()))
+        for tick in axis.get_major_ticks() + axis.get_minor_ticks()
+        if not min(limits) <= tick.get_loc() <= max(limits)
+        for label in (tick.label1, tick.label2)
+    }
+
+
+RUNS = {
+    "none": [[60.0, 70.0, 74.0], [62.0, 69.0, 75.0]],
+    "ECA": [[63.0, 72.0, 74.5], [64.0, 71.0, 75.0], [62.0, 73.0, 74.0]],
+    "ECA, neutral start": [[68.0, 73.0, 75.0]],
+}
+
+
+def test_curves_show_every_run_and_the_mean() -> None:
+    (axes,) = plot_training_curves(RUNS, ylabel="accuracy (%)", title="toy").axes
+    assert lines(axes) == {name: np.mean(runs, axis=0).tolist() for name, runs in RUNS.items()}
+    assert all(list(line.get_xdata()) == [1, 2, 3] for line in axes.lines)
+    thin = [list(line.get_ydata()) for line in axes.lines if line.get_label().startswith("_")]
+    assert thin == RUNS["none"] + RUNS["ECA"]  # a single run is its own mean
+    assert axes.get_ylabel() == "accuracy (%)"
+    assert axes.get_xlabel() == "epoch   (thick: mean of 1 to 3 runs, thin: each run)"
+    assert axes.get_title(loc="left") == "toy"
+    assert axes.get_xlim() == (1, 3)
+
+
+def test_curves_have_labels_in_their_colour_at_their_end() -> None:
+    (axes,) = plot_training_curves(RUNS).axes
+    colours = {line.get_label(): line.get_color() for line in axes.lines}
+    assert len({colours[name] for name in RUNS}) == 3
+    for text, runs in zip(axes.texts, RUNS.values(), strict=True):
+        assert text.get_color() == colours[text.get_text()]
+        assert text.xy == (3, np.mean(runs, axis=0)[-1])
+
+
+def test_runs_of_different_lengths_have_the_mean_of_the_common_epochs() -> None:
+    (axes,) = plot_training_curves({"ECA": [[1.0, 2.0, 3.0, 4.0], [3.0, 4.0]]}).axes
+    assert lines(axes) == {"ECA": [2.0, 3.0]}
+    assert [len(line.get_xdata()) for line in axes.lines] == [4, 2, 2]
+
+
+def test_nan_leaves_a_gap() -> None:
+    (axes,) = plot_training_curves({"ECA": [[1.0, math.nan, 3.0], [3.0, 4.0, 5.0]], "gone": [[math.nan]]}).axes
+    np.testing.assert_array_equal(lines(axes)["ECA"], [2.0, math.nan, 4.0])
+    assert [text.get_text() for text in axes.texts] == ["ECA"]
+
+
+def test_ylim_moves_the_labels_with_the_lines() -> None:
+    figure = plot_training_curves(RUNS, ylim=(74.0, 76.0))
+    assert figure.axes[0].get_ylim() == (74.0, 76.0)
+    assert_no_text_overlaps(figure)
+
+
+@pytest.mark.parametrize(("names", "epochs"), [(1, 1), (4, 1), (4, 30), (12, 2)])
+def test_curves_that_end_together_have_labels_apart(names: int, epochs: int) -> None:
+    together = {f"v{i}": [[70.0 + i / 100] * epochs] for i in range(names)}
+    assert_no_text_overlaps(plot_training_curves({"low": [[0.0] * epochs], **together}))
+
+
+@pytest.mark.parametrize(
+    ("curves", "error", "match"),
+    [
+        ({}, ValueError, "at least one entry"),
+        ({"ECA": []}, ValueError, r"curves\['ECA'\] must hold at least one run"),
+        ({"ECA": [[1.0], []]}, ValueError, "every run at least one value"),
+        ({"ECA": [1.0, 2.0]}, TypeError, r"for a single run write \[run\]"),
+    ],
+    ids=["none", "no run", "empty run", "flat"],
+)
+def test_wrong_curves(curves: dict[str, Sequence[Sequence[float]]], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        plot_training_curves(curves)
+
+
+@pytest.mark.parametrize("positions", [[1.0, 1.0, 1.0], [3.0, 1.0, 1.2], [0.0, 9.0, 8.9, 8.8], [5.0]], ids=str)
+def test_spread(positions: list[float]) -> None:
+    moved = spread(positions, gap=1.0, low=0.0, high=10.0)
+    assert np.argsort(moved, kind="stable").tolist() == np.argsort(positions, kind="stable").tolist()
+    assert all(np.diff(sorted(moved)) >= 1 - 1e-9)
+    assert min(moved) >= 0
+    assert max(moved) <= 10
+
+
+def linear_gates(channels: int) -> dict[str, LinearGate]:
+    return {
+        "ECA": ECA(channels, 3),
+        "SE-Var2": SEVar2(channels),
+        "SE-Var3": SEVar3(channels),
+        "SE-GC": SEGroup(channels, groups=4),
+        "ECA-NS": ECANS(channels, 3),
+        "SE-Var1": SEVar1(channels),
+    }
+
+
+def matrices(figure: Figure) -> dict[str, list[np.ma.MaskedArray]]:
+    """Images of each gate: the whole matrix, then its corner where there is one."""
+    found: dict[str, list[np.ma.MaskedArray]] = {}
+    for axes in figure.axes:
+        if axes.images:
+            found.setdefault(axes.get_label(), []).append(axes.images[0].get_array())
+    return found
+
+
+@pytest.mark.parametrize("channels", [8, 64, 128])
+@pytest.mark.parametrize("shared_scale", [False, True])
+def test_matrices_are_the_gates_with_zeros_masked(channels: int, shared_scale: bool) -> None:
+    named = linear_gates(channels)
+    shown = matrices(plot_matrices(named, shared_scale=shared_scale))
+    assert list(shown) == list(named)
+    for name, gate in named.items():
+        matrix = gate.matrix().detach().numpy()
+        whole, *corner = shown[name]
+        np.testing.assert_array_equal(whole.filled(0), matrix)
+        np.testing.assert_array_equal(whole.mask, matrix == 0)
+        if channels >= 32:
+            np.testing.assert_array_equal(corner[0].filled(0), matrix[:16, :16])
+        else:
+            assert corner == []
+
+
+def test_zeros_are_white_and_small_weights_are_not() -> None:
+    gate = ECA(8, 3)
+    with torch.no_grad():
+        gate.conv.weight.copy_(torch.tensor([[[-1.0, 1e-6, 1.0]]]))
+    image = plot_matrices({"ECA": gate}).axes[0].images[0]
+    pixels = image.cmap(image.norm(image.get_array()))
+    white = (pixels[..., :3] == 1).all(-1)
+    np.testing.assert_array_equal(white, gate.matrix().detach() == 0)
+    assert pixels[1, 1, :3].max() < 0.9  # the small weights are on the diagonal
+    assert image.get_clim() == (-1, 1)
+
+
+def test_scales_of_the_panels() -> None:
+    named = {"ECA": ECA(8), "SE-Var3": SEVar3(8)}
+    largest = {name: gate.matrix().abs().max().item() for name, gate in named.items()}
+    own, shared = plot_matrices(named), plot_matrices(named, shared_scale=True)
+    assert [axes.images[0].get_clim()[1] for axes in own.axes if axes.images] == list(largest.values())
+    assert [axes.images[0].get_clim()[1] for axes in shared.axes if axes.images] == [max(largest.values())] * 2
+    assert len(own.axes) == 2 + 2
+    assert len(shared.axes) == 2 + 1  # one colour bar
+
+
+def test_a_thin_band_stays_visible_in_a_large_matrix() -> None:
+    gate = ECA(2048, 3)
+    with torch.no_grad():
+        gate.conv.weight.copy_(torch.tensor([[[1.0, 2.0, 3.0]]]))
+    whole, corner = matrices(plot_matrices({"ECA": gate}))["ECA"]
+    i, j = np.indices(whole.shape)
+    assert whole.shape == (128, 128)
+    np.testing.assert_array_equal(~whole.mask, abs(i - j) <= 1)
+    assert set(np.diag(whole)) == {2.0}
+    assert set(np.diag(whole, 1)) == {3.0}
+    np.testing.assert_array_equal(corner.filled(0), gate.matrix().detach()[:16, :16])
+
+
+def test_a_large_matrix_whose_size_is_no_multiple_of_the_cells() -> None:
+    figure = plot_matrices({"full": SEVar3(300)})
+    assert not matrices(figure)["full"][0].mask.any()
+    assert figure.axes[0].get_xlim() == (0.5, 300.5)
+
+
+@pytest.mark.parametrize(
+    ("gate", "title"),
+    [
+        (ECA(64, 5), "x\nk = 5 weights, shared"),
+        (ECANS(64, 3), "x\n3 C = 192 weights"),
+        (SEVar1(64), "x\nno weights"),
+        (SEVar2(64), "x\nC = 64 weights"),
+        (SEVar3(64), "x\nC² = 4,096 weights"),
+        (SEGroup(64, groups=16), "x\nC²/16 = 256 weights"),
+    ],
+    ids=["ECA", "ECA-NS", "Var1", "Var2", "Var3", "GC"],
+)
+def test_titles_of_matrices(gate: LinearGate, title: str) -> None:
+    assert plot_matrices({"x": gate}).axes[0].get_title() == title
+
+
+def test_a_neutral_gate_says_that_it_is_all_zero() -> None:
+    gate = ECA(8)
+    gate.make_neutral_()
+    figure = plot_matrices({"neutral": gate})
+    assert matrices(figure)["neutral"][0].mask.all()
+    assert [text.get_text() for text in figure.axes[0].texts] == ["all zero"]
+
+
+@pytest.mark.parametrize("channels", [8, 512], ids=str)
+def test_texts_of_matrices_do_not_overlap(channels: int) -> None:
+    assert_no_text_overlaps(plot_matrices(linear_gates(channels)))
+
+
+def test_matrices_of_different_sizes() -> None:
+    figure = plot_matrices({"a": ECA(8), "b": SEVar2(64)})
+    assert {name: [image.shape for image in images] for name, images in matrices(figure).items()} == {
+        "a": [(8, 8)],
+        "b": [(64, 64), (16, 16)],
+    }
+    assert_no_text_overlaps(figure)
+
+
+def test_gates_without_a_matrix() -> None:
+    with pytest.raises(TypeError, match=r"gates\['SE'\] must be a LinearGate: SE has no matrix"):
+        plot_matrices({"ECA": ECA(8), "SE": SE(8)})
+    with pytest.raises(ValueError, match="at least one entry"):
+        plot_matrices({})
+
+
+@pytest.mark.parametrize(
+    ("name", "build"),
+    [("ResNet-18", eca_resnet18), ("ResNet-50", eca_resnet50), ("ResNet-101, 152", eca_resnet101)],
+)
+def test_released_kernels_are_those_of_the_models(name: str, build: type[nn.Module]) -> None:
+    with torch.device("meta"):
+        model = build(kernel_size="released")
+    assert {gate.channels: gate.kernel_size for gate in gates(model).values()} == RELEASED_KERNELS[name]
+
+
+def test_kernel_sizes_show_the_formula_and_who_departs_from_it() -> None:
+    (axes,) = plot_kernel_sizes().axes
+    (formula,) = (line for line in axes.lines if line.get_label().startswith("adaptive k"))
+    assert list(formula.get_xdata()) == list(range(8, 4097))
+    assert list(formula.get_ydata()) == [adaptive_kernel_size(c) for c in range(8, 4097)]
+
+    points = [line for line in axes.lines if line.get_label().startswith("_")]
+    kernels = [(c, k) for network in RELEASED_KERNELS.values() for c, k in network.items()]
+    for point, (c, k) in zip(points, kernels, strict=True):
+        assert point.get_xdata()[0] == pytest.approx(c, rel=0.1)  # points that coincide are moved apart
+        assert point.get_ydata()[0] == k
+        assert (point.get_markerfacecolor() == "white") == (k == adaptive_kernel_size(c))
+    assert axes.get_title(loc="left").startswith("13 of 23 kernel sizes differ from the formula")
+    assert axes.get_xscale() == "log"
+
+
+def test_the_contradiction_of_resnet50() -> None:
+    assert RELEASED_KERNELS["ResNet-50"] == {256: 3, 512: 5, 1024: 5, 2048: 7}
+    (axes,) = plot_kernel_sizes(points={"ResNet-50": RELEASED_KERNELS["ResNet-50"]}).axes
+    points = {
+        line.get_xdata()[0]: (line.get_ydata()[0], line.get_markerfacecolor() != "white")
+        for line in axes.lines
+        if line.get_label().startswith("_")
+    }
+    assert points == {256: (3, True), 512: (5, False), 1024: (5, False), 2048: (7, False)}
+
+
+def test_points_that_coincide_stand_side_by_side() -> None:
+    (axes,) = plot_kernel_sizes((16, 256), {"a": {64: 3}, "b": {64: 3}, "c": {64: 5}}).axes
+    positions = [line.get_xdata()[0] for line in axes.lines if line.get_label().startswith("_")]
+    assert positions[0] < 64 < positions[1]
+    assert positions[2] == 64
+
+
+def test_kernel_sizes_with_another_slope_and_without_points() -> None:
+    (axes,) = plot_kernel_sizes((2, 64), {}, gamma=1, b=0).axes
+    assert next(iter(lines(axes).values())) == [adaptive_kernel_size(c, 1, 0) for c in range(2, 65)]
+    assert axes.get_title(loc="left") == ""
+
+
+def test_texts_of_kernel_sizes_do_not_overlap() -> None:
+    assert_no_text_overlaps(plot_kernel_sizes())
+
+
+@pytest.mark.parametrize("channels", [(0, 8), (8, 8), (16, 8)], ids=str)
+def test_wrong_range_of_channels(channels: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="channels must be a first and a larger last"):
+        plot_kernel_sizes(channels)
+
+
+class TwoGates(nn.Module):
+    """Its gates see known maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = ECA(3, 3)
+        self.norm = nn.BatchNorm2d(3)
+        self.drop = nn.Dropout(0.5)
+        self.second = SE(3, reduction=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.drop(self.norm(self.first(x)))).mean((2, 3))
+
+
+def test_gate_values_are_the_means_per_class(device: torch.device) -> None:
+    model = TwoGates().to(device)
+    images, labels = torch.randn(11, 3, 4, 5), torch.tensor([0, 3, 1, 1, 0, 3, 3, 0, 1, 0, 3])
+    values = gate_values(model, zip(images.split(4), labels.split(4), strict=True), num_classes=4)
+
+    model.eval()
+    with torch.no_grad():
+        first = model.first.gate(images.to(device).mean((2, 3)))
+        second = model.second.gate(reference.squeeze(model.norm(model.first(images.to(device))), 3))
+    assert list(values) == ["first", "second"]
+    for name, gate in (("first", first), ("second", second)):
+        assert values[name].shape == (4, 3)
+        assert values[name].dtype == torch.float64
+        for c in (0, 1, 3):
+            torch.testing.assert_close(values[name][c], gate[labels == c].mean(0).cpu().double(), atol=1e-6, rtol=0)
+        assert values[name][2].isnan().all()
+
+
+def test_gate_values_leave_the_model_as_it_was() -> None:
+    model = TwoGates()
+    model.second.eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    gate_values(model, [(torch.randn(2, 3, 4, 4), torch.tensor([0, 1]))], 2, device="cpu")
+    assert [m.training for m in (model, model.first, model.norm, model.second)] == [True, True, True, False]
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(not m._forward_hooks for m in model.modules())
+
+
+def test_gate_values_of_a_shared_gate_average_all_its_calls() -> None:
+    gate = SEVar1(2)
+    model = nn.Sequential(gate, gate)
+    x = torch.randn(1, 2, 3)
+    values = gate_values(model, [(x, torch.tensor([0]))], 1)["0"]
+    expected = (gate.gate(x.mean(2)) + gate.gate(gate(x).mean(2))) / 2
+    torch.testing.assert_close(values, expected.double(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "match"),
+    [
+        (torch.tensor([0, 2]), ValueError, "labels must be 0 to num_classes - 1 = 1, got 0 to 2"),
+        (torch.tensor([-1, 0]), ValueError, "got -1 to 0"),
+        (torch.tensor([0.0, 1.0]), TypeError, "labels must be integers"),
+        (torch.tensor([[0], [1]]), ValueError, r"labels must have shape \(N,\)"),
+        (torch.tensor([0]), ValueError, "one entry for each of the 2 maps of first, got 1"),
+    ],
+    ids=["too large", "negative", "float", "shape", "number"],
+)
+def test_wrong_labels(labels: Tensor, error: type[Exception], match: str) -> None:
+    model = TwoGates()
+    with pytest.raises(error, match=match):
+        gate_values(model, [(torch.randn(2, 3, 4, 4), labels)], 2)
+    assert model.training
+    assert all(not m._forward_hooks for m in model.modules())
+
+
+def test_gate_values_without_gates_batches_or_classes() -> None:
+    with pytest.raises(ValueError, match=r"at least one ecanet\.nn\.Gate, ReLU has none"):
+        gate_values(nn.ReLU(), [], 2)
+    with pytest.raises(ValueError, match="got none: is it used up"):
+        gate_values(TwoGates(), iter([]), 2)
+    with pytest.raises(ValueError, match="num_classes must be 1 or more"):
+        gate_values(TwoGates(), [], 0)
+
+
+CLASSES = ["cat", "dog", "frog"]
+
+
+def test_gates_per_class_shows_a_line_per_class() -> None:
+    values = {"a": torch.rand(3, 8), "b": torch.rand(3, 16)}
+    figure = plot_gates_per_class(values, CLASSES)
+    assert len(figure.axes) == 2
+    for axes, (name, gate) in zip(figure.axes, values.items(), strict=True):
+        assert lines(axes) == {c: row.double().tolist() for c, row in zip(CLASSES, gate, strict=True)}
+        assert all(list(line.get_xdata()) == list(range(1, gate.shape[1] + 1)) for line in axes.lines)
+        deviation = np.std(gate.double().numpy(), axis=0).mean()
+        title = f"{name}: C = {gate.shape[1]}, spread across classes {deviation:.3f}"
+        assert axes.get_title(loc="left") == title
+        assert axes.get_ylim() == (0, 1)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == CLASSES
+
+
+def test_gates_per_class_by_mean() -> None:
+    gate = torch.tensor([[0.9, 0.1, 0.5], [0.8, 0.2, 0.3]], dtype=torch.float64)
+    (axes,) = plot_gates_per_class({"a": gate}, CLASSES[:2], by_mean=True).axes
+    assert lines(axes) == {"cat": [0.1, 0.5, 0.9], "dog": [0.2, 0.3, 0.8]}
+    assert axes.get_xlabel() == "channel, in ascending order of its mean gate"
+    assert all(line.get_linestyle() == "None" for line in axes.lines)
+
+
+@pytest.mark.parametrize("by_mean", [False, True])
+def test_classes_without_images(by_mean: bool) -> None:
+    gate = torch.tensor([[0.2, 0.4], [math.nan, math.nan], [0.4, 0.8]])
+    figure = plot_gates_per_class({"a": gate}, CLASSES, by_mean=by_mean)
+    assert figure.axes[0].get_title(loc="left").endswith("classes 0.150")
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["cat", "dog (no images)", "frog"]
+    figure.savefig(BytesIO(), format="png")
+
+
+@pytest.mark.parametrize("by_mean", [False, True])
+def test_no_class_has_images(by_mean: bool) -> None:
+    figure = plot_gates_per_class({"a": torch.full((3, 4), math.nan)}, CLASSES, by_mean=by_mean)
+    assert figure.axes[0].get_title(loc="left").endswith("classes unknown")
+    figure.savefig(BytesIO(), format="png")
+
+
+def names_shown(figure: Figure) -> list[str]:
+    return [axes.get_title(loc="left").split(":")[0] for axes in figure.axes]
+
+
+def test_which_gates_are_shown() -> None:
+    widths = [4, 4, 8, 8, 8, 16, 16]
+    values = {f"layer{i}": torch.rand(2, width) for i, width in enumerate(widths)}
+    few = dict(list(values.items())[:6])
+    assert names_shown(plot_gates_per_class(few, CLASSES[:2])) == list(few)
+    assert names_shown(plot_gates_per_class(values, CLASSES[:2])) == ["layer1", "layer4", "layer6"]
+    chosen = ["layer5", "layer0"]
+    assert names_shown(plot_gates_per_class(values, CLASSES[:2], names=chosen)) == chosen
+
+
+@pytest.mark.parametrize(("panels", "classes"), [(1, 1), (3, 10), (5, 25)])
+def test_texts_of_gates_per_class_do_not_overlap(panels: int, classes: int) -> None:
+    values = {f"layer{i}.0.eca": torch.rand(classes, 32) for i in range(panels)}
+    figure = plot_gates_per_class(values, [f"class number {c}" for c in range(classes)])
+    colours = {line.get_color() for line in figure.axes[0].lines}
+    assert len(colours) == classes
+    assert_no_text_overlaps(figure)
+
+
+def test_more_classes_than_a_legend_can_name() -> None:
+    assert plot_gates_per_class({"a": torch.rand(31, 2)}, [str(c) for c in range(31)]).legends == []
+
+
+def test_wrong_values_per_class() -> None:
+    with pytest.raises(ValueError, match=r"values\['a'\] must have one row for each of the 3 classes, got .*\(2, 4\)"):
+        plot_gates_per_class({"a": torch.rand(2, 4)}, CLASSES)
+    with pytest.raises(ValueError, match="names must be among a, got b"):
+        plot_gates_per_class({"a": torch.rand(3, 4)}, CLASSES, names=["b"])
+    with pytest.raises(ValueError, match="at least one gate"):
+        plot_gates_per_class({}, CLASSES)
+
+
+def test_from_a_model_to_a_picture() -> None:
+    model = small_eca_resnet(num_classes=3, widths=(8, 16))
+    values = gate_values(model, [(torch.randn(6, 3, 12, 12), torch.tensor([0, 1, 2, 0, 1, 2]))], 3)
+    buffer = BytesIO()
+    plot_gates_per_class(values, CLASSES).savefig(buffer)
+    assert buffer.getvalue().startswith(b"\x89PNG")
+
+
+def test_missing_matplotlib_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for draw in (
+        lambda: plot_kernel_sizes(),
+        lambda: plot_matrices({"ECA": ECA(8)}),
+        lambda: plot_training_curves(RUNS),
+        lambda: plot_gates_per_class({"a": torch.rand(3, 4)}, CLASSES),
+    ):
+        with pytest.raises(ImportError, match=r"pip install 'ecanet\[plot\]'"):
+            draw()
+
+
+def test_figures_need_no_pyplot_and_importing_needs_no_matplotlib() -> None:
+    code = (
+        "import sys, io, ecanet.inspect as i\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        "i.plot_kernel_sizes().savefig(io.BytesIO())\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

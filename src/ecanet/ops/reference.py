@@ -62,7 +62,7 @@ def squeeze(x: Tensor, channels: int) -> Tensor:
             f"x has {x.shape[1]} channels in dimension 1, shape {tuple(x.shape)}, but the gate was built for "
             f"{channels}: build it with channels={x.shape[1]}, or permute x to (N, C, *spatial)"
         )
-    if x.shape[2:].numel() == 0:
+    if 0 in x.shape[2:]:
         raise ValueError(
             f"x has no spatial position to average over, shape {tuple(x.shape)}: every spatial size must be 1 or more"
         )

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import os
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,8 +70,8 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = None) -> d
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # a damaged file makes torch's reader raise nearly anything, KeyError included
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{path} cannot be read as a checkpoint ({reason}): it is damaged or something else"
         ) from error

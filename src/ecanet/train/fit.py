@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -127,10 +128,10 @@ def _fit(
         (folder / "recipe.json").write_text(json.dumps(to_plain(recipe), indent=2) + "\n")
     try:
         trainer.fit(classifier, datamodule=data, ckpt_path=resume_from)
-    except (KeyboardInterrupt, SystemExit):
+    except SystemExit as interrupted:  # Lightning turns Ctrl-C and SIGTERM into it, the latter with exit status 0
         if folder and trainer.is_global_zero:
             print(_after_interrupt(folder / "last.ckpt"), flush=True)
-        raise
+        raise SystemExit(interrupted.code or 128 + signal.SIGTERM) from interrupted
     records = history.records
     return FitResult(records[-1]["val/top1"], max(r["val/top1"] for r in records), records, folder)
 

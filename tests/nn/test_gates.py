@@ -107,25 +107,24 @@ def test_odd_sizes(name, channels, device) -> None:
 
 
 @pytest.mark.parametrize(
-    "gate",
+    ("cls", "channels", "arguments"),
     [
-        ECA(3, kernel_size=7),
-        ECA(1, kernel_size=3),
-        ECANS(3, kernel_size=7),
-        ECA(7, kernel_size=7, circular=True),
-        ECANS(7, kernel_size=7, circular=True),
-        ECA(16, kernel_size=1),
-        ECANS(16, kernel_size=1),
-        SE(8, reduction=3),
-        SE(4, reduction=16),
-        SEGroup(12, groups=3),
-        SEGroup(12, groups=12),
+        (ECA, 3, {"kernel_size": 7}),
+        (ECA, 1, {"kernel_size": 3}),
+        (ECANS, 3, {"kernel_size": 7}),
+        (ECA, 7, {"kernel_size": 7, "circular": True}),
+        (ECANS, 7, {"kernel_size": 7, "circular": True}),
+        (ECA, 16, {"kernel_size": 1}),
+        (ECANS, 16, {"kernel_size": 1}),
+        (SE, 8, {"reduction": 3}),
+        (SE, 4, {"reduction": 16}),
+        (SEGroup, 12, {"groups": 3}),
+        (SEGroup, 12, {"groups": 12}),
     ],
-    ids=repr,
 )
-def test_other_arguments(gate, device) -> None:
-    gate = copy.deepcopy(gate).to(device, torch.float64)
-    x = feature_map(2, gate.channels, 3, 2, dtype=torch.float64, device=device)
+def test_other_arguments(cls, channels, arguments, device) -> None:
+    gate = cls(channels, **arguments).to(device, torch.float64)
+    x = feature_map(2, channels, 3, 2, dtype=torch.float64, device=device)
     assert_matches_the_equations(gate, x, repr(gate))
 
 

@@ -54,13 +54,14 @@ def test_eca_is_a_toeplitz_band() -> None:
         assert (diagonal == (gate.conv.weight[0, 0, offset + 2] if abs(offset) <= 2 else 0)).all()
 
 
-@pytest.mark.parametrize("gate", [ECA(9, 5, circular=True), ECA(5, 5, circular=True)], ids=repr)
-def test_circular_eca_is_circulant(gate) -> None:
+@pytest.mark.parametrize(("channels", "kernel_size"), [(9, 5), (5, 5)])
+def test_circular_eca_is_circulant(channels, kernel_size) -> None:
+    gate = ECA(channels, kernel_size, circular=True)
     W = gate.matrix()
-    for i in range(1, gate.channels):
+    for i in range(1, channels):
         assert torch.equal(W[i], W[i - 1].roll(1))
     # Channels have no first and no last: rotating the means rotates the gates.
-    s = torch.randn(3, gate.channels)
+    s = torch.randn(3, channels)
     torch.testing.assert_close(gate.gate(s.roll(2, dims=1)), gate.gate(s).roll(2, dims=1))
 
 
@@ -131,19 +132,12 @@ def test_parameter_counts_of_table_2(name, count) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gate", "inputs"),
-    [
-        (ECA(2048, 7), 7),
-        (ECANS(512, 5), 5),
-        (SEGroup(256, groups=16), 16),
-        (SEVar3(64), 64),
-        (build_gate("se_var2", 2048), 1),
-    ],
-    ids=["eca", "eca_ns", "se_gc1", "se_var3", "se_var2"],
+    ("name", "channels", "inputs"),
+    [("eca", 2048, 7), ("eca_ns", 512, 5), ("se_gc1", 256, 16), ("se_var3", 64, 64), ("se_var2", 2048, 1)],
 )
-def test_weights_start_uniform_within_one_over_the_root_of_the_inputs(gate, inputs) -> None:
+def test_weights_start_uniform_within_one_over_the_root_of_the_inputs(name, channels, inputs) -> None:
     """As torch's own layers do, whatever way the weights are stored."""
-    (weights,), bound = gate.parameters(), inputs**-0.5
+    (weights,), bound = build_gate(name, channels).parameters(), inputs**-0.5
     assert weights.abs().max() <= bound
     assert weights.unique().numel() > 1
     if weights.numel() > 1000:

@@ -140,7 +140,7 @@ def _run(verb: str, args: Sequence[str]) -> None:
     what, example, add = _VERBS[verb]
     parser: Any = ArgumentParser(prog=f"ecanet {verb}", description=f"{what} Example: {example}")
     run = add(parser)
-    run(parser.instantiate_classes(parser.parse_args(list(args))))
+    run(parser.instantiate(parser.parse_args(list(args))))
 
 
 def _overview() -> str:

@@ -270,9 +270,10 @@ def _run_all(jobs: Sequence[_Job], workers: int, progress: bool) -> Iterator[Run
                 for future in done:
                     yield future.result()
         except BaseException:
+            # Killed, not asked: a worker that is asked goes on with the next run. Checkpoints survive it.
             for process in list(pool._processes.values()):
-                process.terminate()
-            pool.shutdown(wait=False, cancel_futures=True)
+                process.kill()
+            bar.write(f"Stopped: finished runs are kept in {jobs[0].folder.parent}; the same call goes on from there.")
             raise
 
 

@@ -31,7 +31,7 @@ def demo_recipes(epochs: int = 6) -> dict[str, Recipe]:
     base = Recipe(
         model=ModelConfig("small_eca_resnet", gate=None, options={"widths": [16, 32, 64], "stem_stride": 2}),
         data=DataConfig("embedded", batch_size=64, augment="none"),
-        optim=OptimConfig(epochs=epochs, lr=0.1, weight_decay=5e-4, nesterov=True, warmup_epochs=1),
+        optim=OptimConfig(epochs=epochs, lr=0.1, weight_decay=5e-4, nesterov=True, warmup_epochs=min(1, epochs / 3)),
     )
     gates: dict[str, dict[str, Any]] = {
         BASELINE: {"gate": None},

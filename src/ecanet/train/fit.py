@@ -1,8 +1,10 @@
 """Train a recipe, resume it, validate it, predict with it."""
 
+import contextlib
 import json
 import logging
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -300,7 +302,7 @@ def validate(run: str | Path, data: DataConfig | None = None, accelerator: str =
     if list(images.classes) != trained.classes:
         raise ValueError(f"the data's classes {list(images.classes)} are not the network's {trained.classes}")
     classifier = Classifier(trained.network, len(trained.classes), trained.mean, trained.std)
-    with _quiet_lightning():
+    with _quiet_lightning(), contextlib.redirect_stdout(sys.stderr):  # the bar: stdout is for results
         trainer = _evaluation_trainer(accelerator)
         (metrics,) = trainer.validate(classifier, datamodule=images, verbose=False)
     return dict(metrics)
@@ -344,7 +346,7 @@ def predict(
     pictures = Plain(_Files(files), test_transform(data_of(trained, source="image_folder", root=Path())))
     classifier = Classifier(trained.network, len(trained.classes), trained.mean, trained.std)
     loader = DataLoader(pictures, batch_size, collate_fn=_images_only)
-    with _quiet_lightning():
+    with _quiet_lightning(), contextlib.redirect_stdout(sys.stderr):  # the bar: stdout is for results
         batches = _evaluation_trainer(accelerator).predict(classifier, loader)
     assert batches is not None
     probabilities = torch.cat([batch for batch in batches if isinstance(batch, Tensor)])

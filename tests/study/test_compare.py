@@ -1,0 +1,181 @@
+"""Paired seeds, one finished run one file, nothing finished is lost or repeated."""
+
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ecanet.study import Comparison, Run, compare, paired_difference
+from ecanet.study.report import Cost, table, verdict
+from ecanet.train import Recipe, fit
+
+
+def entries(tiny: Callable[..., Recipe], **changes: object) -> dict[str, Recipe]:
+    return {name: tiny(gate=gate, epochs=1, **changes) for name, gate in (("none", None), ("ECA", "eca"))}
+
+
+def test_every_entry_runs_with_every_seed(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    comparison = compare(entries(tiny), [0, 3], tmp_path, workers=2, progress=False)
+    assert list(comparison.runs) == ["none", "ECA"]
+    assert comparison.baseline == "none"
+    assert [run.seed for run in comparison.runs["ECA"]] == [0, 3]
+    files = sorted(path.name for path in (tmp_path / "runs").glob("*.json"))
+    assert files == ["eca-seed0.json", "eca-seed3.json", "none-seed0.json", "none-seed3.json"]
+    for runs in comparison.runs.values():
+        for run in runs:
+            assert (run.folder / "best.ckpt").exists()
+            assert run.top1 == run.history[-1]["val/top1"]
+
+
+def test_a_run_in_a_worker_equals_the_same_run_alone(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    comparison = compare(entries(tiny), [5], tmp_path, workers=2, progress=False)
+    recipe = entries(tiny)["ECA"]
+    alone = fit(replace(recipe, trainer=replace(recipe.trainer, seed=5)), None, progress=False)
+    assert comparison.runs["ECA"][0].top1 == alone.top1
+    assert comparison.runs["ECA"][0].history[-1]["val/loss"] == alone.history[-1]["val/loss"]
+
+
+def test_finished_runs_are_read_and_new_ones_added(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    compare(entries(tiny), [0], tmp_path, progress=False)
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    comparison = compare(entries(tiny), [0, 1], tmp_path, progress=False)
+    assert len(comparison.runs["none"]) == 2
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+
+
+def test_runs_of_another_recipe_are_refused(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    compare(entries(tiny), [0], tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"none-seed0\.json was made by another recipe"):
+        compare(entries(tiny, lr=0.01), [0], tmp_path, progress=False)
+
+
+def test_a_failing_run_leaves_the_finished_ones(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    broken = entries(tiny)["ECA"]
+    broken = replace(broken, model=replace(broken.model, kernel_size=4))
+    with pytest.raises(ValueError, match="kernel_size must be odd"):
+        compare({"none": entries(tiny)["none"], "broken": broken}, [0], tmp_path, workers=1, progress=False)
+    assert (tmp_path / "runs" / "none-seed0.json").exists()
+    assert not (tmp_path / "runs" / "broken-seed0.json").exists()
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from ecanet.study import compare
+from ecanet.train import *
+if __name__ == "__main__":
+    data = DataConfig("image_folder", root=Path(sys.argv[1]), image_size=12, resize=12, batch_size=8)
+    model, optim = ModelConfig(options={"widths": [4, 8]}), OptimConfig(epochs=40)
+    recipe = Recipe(model, data, optim, TrainerConfig(accelerator="cpu"))
+    compare({"ECA": recipe}, range(20), sys.argv[2], workers=1, progress=False)
+"""
+
+
+def test_killed_comparison_keeps_what_it_finished(image_folder: Path, tmp_path: Path) -> None:
+    script = tmp_path / "study.py"
+    script.write_text(SCRIPT)
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(image_folder), str(out)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while not list(out.glob("runs/*.json")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=30) != 0
+    for path in out.glob("runs/*.json"):
+        assert json.loads(path.read_text())["top1"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("names", "seeds", "message"),
+    [
+        ([], [0], "entries must name at least one"),
+        (["a"], [], "seeds must be one or more different"),
+        (["a"], [1, 1], "seeds must be one or more different"),
+        (["ECA!", "eca"], [0], "differ in letters and digits"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    tiny: Callable[..., Recipe], tmp_path: Path, names: list[str], seeds: list[int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        compare({name: tiny() for name in names}, seeds, tmp_path)
+
+
+def comparison_of(**top1: list[float]) -> Comparison:
+    return Comparison(
+        {name: [Run(name, i, value, [], Path()) for i, value in enumerate(values)] for name, values in top1.items()}
+    )
+
+
+def test_interval_is_students_t_on_the_paired_differences() -> None:
+    comparison = comparison_of(none=[80.0, 82.0, 81.0], ECA=[81.0, 82.5, 83.0])
+    difference = comparison.difference("ECA")
+    margin = 4.302652729911275 * statistics.stdev([1.0, 0.5, 2.0]) / math.sqrt(3)
+    assert difference.mean == pytest.approx(3.5 / 3)
+    assert difference.low == pytest.approx(3.5 / 3 - margin, rel=1e-3)
+    assert difference.high == pytest.approx(3.5 / 3 + margin, rel=1e-3)
+    assert not difference.excludes_zero
+
+
+def test_interval_covers_the_truth_in_95_of_100_studies() -> None:
+    samples = torch.randn(4000, 3, generator=torch.Generator().manual_seed(1)) + 0.7
+    covered = 0
+    for row in samples.tolist():
+        difference = paired_difference(row)
+        assert difference.low is not None
+        assert difference.high is not None
+        covered += difference.low <= 0.7 <= difference.high
+    assert 0.94 < covered / 4000 < 0.96
+
+
+def test_one_seed_has_no_interval() -> None:
+    comparison = comparison_of(none=[80.0], ECA=[81.0])
+    assert comparison.spread("ECA") is None
+    assert comparison.difference("ECA").low is None
+    assert "One seed gives no spread" in verdict(comparison)
+
+
+def test_verdict_claims_a_gain_or_a_loss_only_when_the_interval_excludes_zero() -> None:
+    comparison = comparison_of(
+        none=[80.0, 80.1, 80.2], A=[85.0, 85.2, 85.1], B=[75.0, 75.1, 75.3], C=[79.0, 82.0, 80.0]
+    )
+    a, b, c, *_ = verdict(comparison).splitlines()
+    assert a.startswith("A is 5.00 points above none")
+    assert "a gain" in a
+    assert "a loss" in b
+    assert "no difference is shown" in c
+
+
+def test_table_has_a_row_for_every_entry() -> None:
+    comparison = comparison_of(none=[80.0, 81.0], ECA=[81.0, 83.0])
+    lines = table(comparison, {"none": Cost(0, 0, 0.1), "ECA": Cost(9, 1000, 0.11)}).splitlines()
+    assert lines[2].split()[:2] == ["none", "80.50"]
+    assert lines[3].split() == [
+        "ECA",
+        "82.00",
+        "1.41",
+        "+1.50",
+        "-4.85",
+        "to",
+        "+7.85",
+        "9",
+        "1,000",
+        "110.0",
+        "x",
+        "1.10",
+    ]

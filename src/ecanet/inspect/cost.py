@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ecanet.inspect.observe import evaluating, example_tensor, gates, observing
-from ecanet.nn import ECANS, SE, Gate, SEGroup, SEVar2
+from ecanet.nn import ECA, ECANS, SE, Gate, SEGroup, SEVar2
 
 
 def parameters(model: nn.Module) -> int:
@@ -85,7 +85,9 @@ def multiply_adds(model: nn.Module, input_shape: Sequence[int]) -> int:
 
 def _elementwise_products(gate: Gate) -> int:
     """Multiply-adds a sample inside the gate that are no matrix product, so that the flop counter does not see them."""
-    if isinstance(gate, ECANS | SEVar2):
+    if isinstance(gate, ECA | ECANS):
+        return gate.kernel_size * gate.channels
+    if isinstance(gate, SEVar2):
         return gate.weight.numel()
     # torch.einsum multiplies element by element where there is one channel to sum over.
     if isinstance(gate, SEGroup):

@@ -42,13 +42,15 @@ def gate_factory(gate: str | GateFactory) -> GateFactory:
     """
     if isinstance(gate, str):
         if gate not in GATES:
-            raise ValueError(f"gate must be one of {sorted(GATES)}, a class, a function or None, got {gate!r}")
+            raise ValueError(f"gate must be one of {sorted(GATES)}, a class or a function, got {gate!r}")
         return GATES[gate]
-    if not callable(gate) or isinstance(gate, nn.Module):
+    if isinstance(gate, nn.Module):
         raise TypeError(
-            f"gate must be a name, a class or a function of the number of channels, got {type(gate).__name__}: "
-            "a module is not enough, every block needs a gate of its own"
+            f"gate must be a name, a class or a function of the number of channels, got {type(gate).__name__}() "
+            ": a module, but every block needs a gate of its own"
         )
+    if not callable(gate):
+        raise TypeError(f"gate must be a name, a class or a function of the number of channels, got {gate!r}")
     return gate
 
 
@@ -64,7 +66,8 @@ def gate_name(gate: GateSpec) -> GateSpec:
 
 def takes_kernel_size(factory: GateFactory) -> bool:
     """Whether the gate has a kernel size to choose."""
-    return "kernel_size" in inspect.signature(factory).parameters
+    parameters = inspect.signature(factory).parameters.values()
+    return any(p.name == "kernel_size" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def build_gate(
@@ -75,7 +78,8 @@ def build_gate(
     Args:
         gate: A name in :data:`GATES`, or a class or function that takes the number of channels.
         channels: Number of channels C.
-        kernel_size: For gates that have one; the others ignore ``"adaptive"`` and refuse anything else.
+        kernel_size: For gates that have one; ``"adaptive"`` leaves the gate its default, which for ECA and ECA-NS is
+            Eq. (12).
 
     Raises:
         TypeError: what was given does not make a module.

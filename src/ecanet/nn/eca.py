@@ -37,7 +37,8 @@ class ECA(_BandGate):
 
     The weight is ``conv.weight`` of shape ``(1, 1, k)``, the key and shape of the official ``eca_layer``, of timm's
     ``EcaModule`` and (with ``circular=True``) ``CecaModule``, and of the ``ECA(c1, c2, k_size)`` that YOLO users
-    paste (:meth:`from_yolo`): state dicts load both ways.
+    paste (:meth:`from_yolo`): state dicts load both ways. ``conv`` holds the weight and is not called, so hooks on it
+    do not fire.
 
     Args:
         channels: Number of channels C.

@@ -1,6 +1,7 @@
 """The adaptive kernel size of ECA: how many neighbouring channels interact (Eq. 12)."""
 
 import math
+from numbers import Integral
 from typing import Literal
 
 Rounding = Literal["released", "paper"]
@@ -50,7 +51,7 @@ def adaptive_kernel_size(channels: int, gamma: float = 2, b: float = 1, rounding
 
 def check_channels(channels: int) -> None:
     """Raise unless ``channels`` is an integer of at least 1."""
-    if isinstance(channels, bool) or not isinstance(channels, int):
+    if isinstance(channels, bool) or not isinstance(channels, Integral):
         raise TypeError(f"channels must be an integer, got {channels!r}")
     if channels < 1:
         raise ValueError(f"channels must be 1 or more, got {channels}")
@@ -58,7 +59,7 @@ def check_channels(channels: int) -> None:
 
 def check_kernel_size(kernel_size: int) -> None:
     """Raise unless ``kernel_size`` is a positive odd integer."""
-    if isinstance(kernel_size, bool) or not isinstance(kernel_size, int):
+    if isinstance(kernel_size, bool) or not isinstance(kernel_size, Integral):
         raise TypeError(f"kernel_size must be an odd integer, got {kernel_size!r}")
     if kernel_size < 1:
         raise ValueError(f"kernel_size must be a positive odd integer, got {kernel_size}: try 3")

@@ -116,6 +116,8 @@ def check_means(s: Tensor, channels: int) -> Tensor:
 def band(s: Tensor, weight: Tensor, circular: bool = False) -> Tensor:
     """ECA's shared band matrix times the channel means: a 1-D convolution over the channels (Eq. 8, centred).
 
+    Written as products of windows, since a cuDNN convolution may round float32 to TF32.
+
     ``out[n, i] = sum_j weight[j] * s[n, i + j - (k - 1) / 2]``, with s = 0 outside the channels, or wrapped around.
 
     Args:
@@ -126,9 +128,7 @@ def band(s: Tensor, weight: Tensor, circular: bool = False) -> Tensor:
     Returns:
         ``(N, C)``.
     """
-    with _no_autocast(s.device.type):
-        out = F.conv1d(_pad(s, weight.shape[-1], circular).unsqueeze(1), weight.to(s.dtype))
-    return out.squeeze(1)
+    return band_non_shared(s, weight.reshape(1, -1), circular)
 
 
 @torch.fx.wrap
@@ -139,7 +139,7 @@ def band_non_shared(s: Tensor, weight: Tensor, circular: bool = False) -> Tensor
 
     Args:
         s: Channel means ``(N, C)``.
-        weight: ``(C, k)``, k odd.
+        weight: ``(C, k)``, k odd; ``(1, k)`` is shared by all channels.
         circular: Wrap around at both ends instead of padding with zeros.
 
     Returns:

@@ -46,11 +46,13 @@ def gate_factory(gate: str | GateFactory) -> GateFactory:
         return GATES[gate]
     if isinstance(gate, nn.Module):
         raise TypeError(
-            f"gate must be a name, a class or a function of the number of channels, got {type(gate).__name__}() "
-            ": a module, but every block needs a gate of its own"
+            f"gate must be a name, a class or a function of the number of channels, got {type(gate).__name__}(): "
+            "a module, but every block needs a gate of its own"
         )
     if not callable(gate):
-        raise TypeError(f"gate must be a name, a class or a function of the number of channels, got {gate!r}")
+        raise TypeError(
+            f"gate must be a name, a class or a function of the number of channels, got {type(gate).__name__} {gate!r}"
+        )
     return gate
 
 

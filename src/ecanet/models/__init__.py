@@ -1,5 +1,7 @@
 """Networks with a gate in every block, on torchvision's classes, and the weights that load into them."""
 
+import importlib.util
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +50,17 @@ def build_model(name: str, **kwargs: Any) -> ECAResNet | ECAMobileNetV2 | SmallE
         raise ValueError(f"name must be one of {', '.join(MODELS)}, got {name!r}")
     return MODELS[name](**kwargs)
 
+
+# timm finds the networks by name as soon as ecanet is imported; without timm nothing is lost but that.
+if importlib.util.find_spec("timm") is not None:
+    try:
+        import ecanet.models.timm_models  # noqa: F401
+    except Exception as error:
+        warnings.warn(
+            f"ecanet's networks are not registered with timm, which cannot be imported or is too old ({error!r}): "
+            "pip install --upgrade timm",
+            stacklevel=2,
+        )
 
 __all__ = [
     "MODELS",

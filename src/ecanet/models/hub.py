@@ -1,13 +1,19 @@
 """``save_pretrained`` / ``from_pretrained`` through huggingface_hub's mixin, and a clear word when it is missing."""
 
+import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+_REMEDY = "needs huggingface_hub and safetensors: pip install 'ecanet[hub]'"
 
 try:
     from huggingface_hub import PyTorchModelHubMixin
 except ImportError:
-    _REMEDY = "needs huggingface_hub and safetensors: pip install 'ecanet[hub]'"
 
     class PyTorchModelHubMixin:  # type: ignore[no-redef]
         """Stands in where huggingface_hub is not installed."""
@@ -31,33 +37,56 @@ except ImportError:
 
 class HubModel(
     PyTorchModelHubMixin,
+    nn.Module,
     library_name="ecanet",
-    license="apache-2.0",
     paper_url="https://arxiv.org/abs/1910.03151",
     tags=["image-classification", "channel-attention", "eca-net"],
 ):
     """A network whose constructor arguments (``config``) and weights fit in a folder: config.json, model.safetensors.
 
-    A subclass sets ``config`` to the arguments that build it again.
+    ``from_pretrained`` is huggingface_hub's, from a folder or a repository of the Hub, and returns the network in eval
+    mode. Keys that are missing or unexpected raise, unless ``strict=False`` is given.
+
+    A subclass sets ``config`` to the arguments that build it again, and names its gates.
     """
 
     config: dict[str, Any]
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
+    def gated_norms(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Pairs of a norm and the gate that scales its output, in forward order."""
+        raise NotImplementedError
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, *, config: dict[str, Any] | None = None, **kwargs: Any
+    ) -> str | None:
         """Write config.json, model.safetensors and a model card into a folder.
 
         Args:
             save_directory: The folder; made when it is not there.
+            config: What to write to config.json instead of the network's own ``config``.
             kwargs: Passed on to huggingface_hub's ``PyTorchModelHubMixin.save_pretrained``.
 
         Returns:
             The commit's URL with ``push_to_hub=True``, otherwise None.
 
         Raises:
-            ImportError: huggingface_hub is not installed.
-            ValueError: the network was built from something JSON cannot hold, such as a gate of your own.
+            ImportError: huggingface_hub or safetensors is not installed.
+            ValueError: the network was built from something JSON cannot hold, such as a gate of your own, or it was
+                changed after it was built, so that the folder could not be loaded.
+
+        Example:
+            >>> import tempfile
+            >>> from ecanet.models import ECAResNet
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     _ = ECAResNet(18, "se", num_classes=10).save_pretrained(folder)
+            ...     model = ECAResNet.from_pretrained(folder)
+            Loading weights from local directory
+            >>> model.config["gate"]
+            'se'
         """
-        for name, value in self.config.items():
+        _require_safetensors("save_pretrained")
+        config = self.config if config is None else config
+        for name, value in config.items():
             try:
                 json.dumps(value)
             except TypeError:
@@ -65,4 +94,35 @@ class HubModel(
                     f"save_pretrained cannot write {name}={value!r} to config.json: only gates known by name and plain "
                     "values can be saved; save the weights with torch.save(model.state_dict(), path) instead"
                 ) from None
-        return super().save_pretrained(save_directory, config=self.config, **kwargs)
+        self._check_config_rebuilds(config)
+        return super().save_pretrained(save_directory, config=config, **kwargs)
+
+    def _check_config_rebuilds(self, config: dict[str, Any]) -> None:
+        with torch.device("meta"):
+            rebuilt = type(self)(**config)
+        own, built = self.state_dict(), rebuilt.state_dict()
+        changed = [key for key in {**own, **built} if key not in own or key not in built]
+        changed += [key for key in own if key in built and own[key].shape != built[key].shape]
+        if not changed and _gates(self) != _gates(rebuilt):
+            changed = ["the arguments of its gates"]
+        if changed:
+            raise ValueError(
+                f"save_pretrained cannot describe this network in config.json: {config} builds one that differs in "
+                f"{', '.join(changed)}. Build it with the right arguments (num_classes=, gate=) rather than changing "
+                "it, or save the weights with torch.save(model.state_dict(), path)"
+            )
+
+    @classmethod
+    def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> Any:
+        # The mixin's own default is strict=False: another network's folder then gives random weights without a word.
+        _require_safetensors("from_pretrained")
+        return super()._from_pretrained(strict=strict, **kwargs)
+
+
+def _gates(model: HubModel) -> list[str]:
+    return [repr(gate) for _, gate in model.gated_norms()]
+
+
+def _require_safetensors(action: str) -> None:
+    if importlib.util.find_spec("safetensors") is None:
+        raise ImportError(f"{action} {_REMEDY}")

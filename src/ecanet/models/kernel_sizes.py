@@ -1,6 +1,6 @@
 """The ``kernel_size=`` argument of the networks: one kernel size a stage."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, TypeAlias
 
 from ecanet.nn.kernel_size import check_kernel_size
@@ -37,9 +37,9 @@ def kernel_sizes_per_stage(kernel_size: KernelSizes, stages: int, backbone: str)
         >>> kernel_sizes_per_stage("released", 4, "resnet50")
         [3, 5, 5, 7]
     """
-    if kernel_size == "adaptive":
+    if isinstance(kernel_size, str) and kernel_size == "adaptive":
         return ["adaptive"] * stages
-    if kernel_size == "released":
+    if isinstance(kernel_size, str) and kernel_size == "released":
         if backbone not in RELEASED:
             raise ValueError(
                 f"kernel_size='released' needs a network with released weights ({', '.join(RELEASED)}), "
@@ -50,7 +50,7 @@ def kernel_sizes_per_stage(kernel_size: KernelSizes, stages: int, backbone: str)
         raise ValueError(
             f"kernel_size must be 'adaptive', 'released', an odd integer or one a stage, got {kernel_size!r}"
         )
-    sizes = [kernel_size] * stages if isinstance(kernel_size, int) else list(kernel_size)
+    sizes = list(kernel_size) if isinstance(kernel_size, Iterable) else [kernel_size] * stages
     if len(sizes) != stages:
         raise ValueError(f"kernel_size must have one entry for each of the {stages} stages, got {len(sizes)}: {sizes}")
     for size in sizes:

@@ -26,9 +26,10 @@ class ECAMobileNetV2(HubModel, MobileNetV2):
 
     Args:
         gate: A name in :data:`ecanet.nn.GATES`, a class or function of the number of channels, or None for none.
-            ``"se"`` has reduction 8 here, as in the paper.
+            ``"se"`` and the class ``SE`` have reduction 8 here, as in the paper. ``"se_gc1"`` and ``"se_gc2"`` need
+            multiples of 16 channels, and the second stage has 24.
         kernel_size: For gates that have one: ``"adaptive"`` (Eq. 12), ``"released"`` (the released weights'), an odd
-            integer, or one for each of the 7 stages.
+            integer, or one for each of the 7 stages. No gate, no kernel: None ignores it.
         num_classes: Outputs of the classifier.
         width_mult: Factor on the channels of every layer.
         dropout: Before the classifier.
@@ -40,7 +41,8 @@ class ECAMobileNetV2(HubModel, MobileNetV2):
 
     Raises:
         TypeError: ``gate`` does not make a module.
-        ValueError: unknown ``gate`` or ``kernel_size``, or a ``neutral`` start for a gate that has none.
+        ValueError: unknown ``gate`` or ``kernel_size``, a gate that cannot have the channels of a stage, or a
+            ``neutral`` start for a gate that has none.
 
     Source:
         Wang et al., ECA-Net, CVPR 2020, arXiv:1910.03151; Sandler et al., arXiv:1801.04381.
@@ -54,6 +56,9 @@ class ECAMobileNetV2(HubModel, MobileNetV2):
     backbone = "mobilenet_v2"  # torchvision's name
     #: Prefix of the classifier's keys.
     classifier_name = "classifier.1"
+    features: nn.Sequential
+    classifier: nn.Sequential
+    last_channel: int
 
     def __init__(
         self,

@@ -97,7 +97,7 @@ class ECAResNet(_GatedStages, ResNet):
         depth: 18, 34, 50, 101 or 152.
         gate: A name in :data:`ecanet.nn.GATES`, a class or function of the number of channels, or None for none.
         kernel_size: For gates that have one: ``"adaptive"`` (Eq. 12), ``"released"`` (the released weights'), an odd
-            integer, or one for each of the 4 stages.
+            integer, or one for each of the 4 stages. No gate, no kernel: None ignores it.
         num_classes: Outputs of the classifier.
         neutral: Start as the plain network: constant gates, undone by the norms before them.
         kwargs: torchvision's: ``zero_init_residual``, ``groups``, ``width_per_group``,
@@ -119,6 +119,17 @@ class ECAResNet(_GatedStages, ResNet):
         >>> model(torch.randn(2, 3, 64, 64)).shape
         torch.Size([2, 10])
     """
+
+    conv1: nn.Conv2d
+    bn1: nn.Module
+    relu: nn.Module
+    maxpool: nn.Module
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
+    avgpool: nn.Module
+    fc: nn.Module
 
     stage_names = ("layer1", "layer2", "layer3", "layer4")
     _layouts: ClassVar[dict[int, tuple[type[BasicBlock] | type[Bottleneck], list[int]]]] = {
@@ -159,7 +170,7 @@ class ECAResNet(_GatedStages, ResNet):
             make_neutral_(self)
 
 
-class SmallECAResNet(_GatedStages, nn.Module):
+class SmallECAResNet(_GatedStages):
     """A ResNet of basic blocks for small images such as 28 x 28, for demonstrations and quick studies.
 
     Args:

@@ -84,7 +84,7 @@ def tiny(image_folder: Path) -> "Callable[..., Recipe]":
         **optim: object,
     ) -> "Recipe":
         return Recipe(
-            ModelConfig("small_eca_resnet", gate=gate, options={"widths": [4, 8]}),
+            ModelConfig("small_eca_resnet", gate=gate, options={"widths": [8, 16]}),
             DataConfig("image_folder", root=image_folder, image_size=12, resize=12, batch_size=8, workers=workers),
             OptimConfig(epochs=epochs, mixup=mixing, cutmix=mixing, warmup_epochs=0.5, **optim),  # type: ignore[arg-type]
             TrainerConfig(seed=seed, accelerator="cpu", checkpoint_steps=checkpoint_steps, precision=precision),

@@ -14,6 +14,8 @@ _CONFIG_HELP = "A recipe: YAML with the blocks model, data, optim, trainer. What
 
 
 def _add_fit(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
+    from lightning.pytorch.utilities import rank_zero_only
+
     from ecanet.train.config import Recipe
     from ecanet.train.fit import fit
 
@@ -25,6 +27,8 @@ def _add_fit(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
     def run(args: "Namespace") -> None:
         recipe = Recipe(args.model, args.data, args.optim, args.trainer)
         result = fit(recipe, args.out, resume=args.resume)
+        if rank_zero_only.rank != 0:
+            return
         print(f"top-1 {result.top1:.2f} % after the last epoch, {result.best_top1:.2f} % at best; see {args.out}")
         print(f"next: ecanet predict {args.out} IMAGE ...")
 

@@ -18,7 +18,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
     """A finished run of `ecanet fit` on a recipe file."""
     folder = tmp_path_factory.mktemp("cli")
     recipe = {
-        "model": {"gate": "se", "options": {"widths": [4, 8]}},
+        "model": {"gate": "se", "options": {"widths": [8, 16]}},
         "data": {"source": "image_folder", "root": str(image_folder), "image_size": 12, "resize": 12, "batch_size": 8},
         "optim": {"epochs": 4, "lr": 0.05},
         "trainer": {"accelerator": "cpu"},

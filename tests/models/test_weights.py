@@ -431,7 +431,7 @@ def test_one_gate_that_cannot_be_neutral_leaves_the_others_unchanged(small_plain
 
 
 def test_a_gate_without_make_neutral_is_refused(small_plain):
-    model = small_eca_resnet(lambda channels: nn.Sequential(nn.Conv2d(channels, channels, 1), nn.Sigmoid()))
+    model = small_eca_resnet(lambda channels: nn.Sequential(nn.BatchNorm2d(channels), nn.Sigmoid()))
     assert_refused_and_unchanged(model, small_plain, r"gate Sequential has no make_neutral_\(\)")
 
 

@@ -75,7 +75,7 @@ from ecanet.study import compare
 from ecanet.train import *
 if __name__ == "__main__":
     data = DataConfig("image_folder", root=Path(sys.argv[1]), image_size=12, resize=12, batch_size=8)
-    model, optim = ModelConfig(options={"widths": [4, 8]}), OptimConfig(epochs=40)
+    model, optim = ModelConfig(options={"widths": [8, 16]}), OptimConfig(epochs=40)
     recipe = Recipe(model, data, optim, TrainerConfig(accelerator="cpu"))
     compare({"ECA": recipe}, range(20), sys.argv[2], workers=1, progress=False)
 """

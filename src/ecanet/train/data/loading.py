@@ -72,7 +72,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         """One pass."""
         generator = torch.Generator().manual_seed(mix_seed(self.seed, _SHUFFLE, self.epoch))
         order = torch.randperm(self.length, generator=generator)
-        share = order.repeat(2)[: len(self) * self.world][self.rank :: self.world]
+        share = order[torch.arange(self.rank, len(self) * self.world, self.world) % self.length]
         skip, self.skip = self.skip, 0
         return iter([(self.epoch, index) for index in share[skip:].tolist()])
 

@@ -1,0 +1,104 @@
+"""The loss, the schedule, the metrics."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ecanet.models import SmallECAResNet
+from ecanet.train import OptimConfig, Recipe, fit, validate
+from ecanet.train.checkpoint import load_trained
+from ecanet.train.classifier import Classifier, learning_rate_factor
+from ecanet.train.data.loading import ImageData
+from ecanet.train.fit import data_of
+
+EPOCHS = [0, 0.5, 1, 29.99, 30, 60, 99.5]
+SCHEDULES = {
+    "step": (OptimConfig(epochs=100, schedule="step"), [1, 1, 1, 1, 0.1, 0.01, 0.001]),
+    "exponential": (OptimConfig(epochs=100, schedule="exponential", gamma=0.98), [0.98 ** int(e) for e in EPOCHS]),
+    "constant": (OptimConfig(epochs=100, schedule="constant"), [1] * 7),
+    "cosine": (OptimConfig(epochs=100), [0.5 * (1 + math.cos(math.pi * e / 100)) for e in EPOCHS]),
+    "warm-up": (OptimConfig(epochs=100, schedule="constant", warmup_epochs=2), [0.005, 0.25, 0.5, 1, 1, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedule(name: str) -> None:
+    optim, factors = SCHEDULES[name]
+    assert [learning_rate_factor(optim, epoch) for epoch in EPOCHS] == pytest.approx(factors)
+
+
+def test_cosine_ends_at_zero_after_its_warm_up() -> None:
+    optim = OptimConfig(epochs=10, warmup_epochs=2)
+    assert learning_rate_factor(optim, 2) == 1
+    assert learning_rate_factor(optim, 10) == pytest.approx(0)
+
+
+def test_images_are_normalised_once() -> None:
+    network = torch.nn.Identity()
+    classifier = Classifier(network, 10, [0.5, 0.4, 0.3], [0.1, 0.2, 0.3])
+    out = classifier(torch.full((1, 3, 2, 2), 51, dtype=torch.uint8))
+    assert out[0, :, 0, 0].tolist() == pytest.approx([-3.0, -1.0, -1 / 3])
+
+
+def test_channels_last_reaches_the_network() -> None:
+    seen = []
+    network = SmallECAResNet(widths=[8])
+    network.conv1.register_forward_hook(lambda m, args, out: seen.append((args[0], m.weight, out)))
+    Classifier(network, 10, [0.5] * 3, [0.5] * 3, channels_last=True)(torch.zeros(2, 3, 6, 6, dtype=torch.uint8))
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in seen[0])
+
+
+def test_metrics_are_those_of_all_images(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    fit(tiny(epochs=2, mixing=0.0), tmp_path, progress=False)
+    trained = load_trained(tmp_path)
+    images = ImageData(data_of(trained))
+    pairs = [images.splits.val[i] for i in range(len(images.splits.val))]  # type: ignore[arg-type]
+    with torch.no_grad():
+        logits = trained.network(trained.normalise(torch.stack([image for image, _ in pairs])))
+    labels = torch.tensor([label for _, label in pairs])
+    metrics = validate(tmp_path, accelerator="cpu")
+    assert metrics["val/top1"] == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
+    assert metrics["val/loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
+    assert metrics["val/top3"] == 100, "three classes"
+
+
+@pytest.mark.parametrize("changes", [{"ema": 0.9}, {"clip_norm": 0.1}, {"label_smoothing": 0.2}, {"nesterov": True}])
+def test_every_option_changes_the_training(
+    tiny: Callable[..., Recipe], tmp_path: Path, changes: dict[str, object]
+) -> None:
+    for name, options in (("without", {}), ("with", changes)):
+        fit(tiny(epochs=1, mixing=0.0, **options), tmp_path / name, progress=False)
+    a, b = (load_trained(tmp_path / name / "last.ckpt").network.state_dict() for name in ("without", "with"))
+    assert not torch.equal(a["fc.weight"], b["fc.weight"])
+
+
+def test_channels_last_trains_to_the_same_accuracy(tiny: Callable[..., Recipe]) -> None:
+    recipe = tiny(epochs=2, mixing=0.0)
+    other = replace(recipe, trainer=replace(recipe.trainer, channels_last=True))
+    losses = [fit(r, None, progress=False).history[-1]["val/loss"] for r in (recipe, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def test_two_processes_train_and_count_every_validation_image_once(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    import os
+    import subprocess
+    import sys
+
+    recipe = tiny(epochs=2, mixing=0.0)
+    assert recipe.data.root is not None
+    command = [sys.executable, "-m", "ecanet.cli", "fit", "--out", str(tmp_path / "out"), "--optim.epochs", "2"]
+    command += ["--data.source", "image_folder", "--data.root", str(recipe.data.root), "--data.batch_size", "4"]
+    command += ["--data.image_size", "12", "--data.resize", "12", "--model.options", '{"widths": [8, 16]}']
+    command += ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ECANET_TRACEBACK": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    metrics = validate(tmp_path / "out" / "last.ckpt", accelerator="cpu")
+    history = load_trained(tmp_path / "out" / "last.ckpt").history
+    assert history[-1]["val/top1"] == pytest.approx(metrics["val/top1"])
+    assert history[-1]["val/loss"] == pytest.approx(metrics["val/loss"], rel=1e-4)

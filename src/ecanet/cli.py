@@ -27,7 +27,7 @@ def _add_fit(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
     def run(args: "Namespace") -> None:
         recipe = Recipe(args.model, args.data, args.optim, args.trainer)
         result = fit(recipe, args.out, resume=args.resume)
-        if rank_zero_only.rank != 0:
+        if getattr(rank_zero_only, "rank", 0) != 0:  # the other processes of a distributed run
             return
         print(f"top-1 {result.top1:.2f} % after the last epoch, {result.best_top1:.2f} % at best; see {args.out}")
         print(f"next: ecanet predict {args.out} IMAGE ...")

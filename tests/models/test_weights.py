@@ -278,7 +278,7 @@ def test_a_file_without_a_state_dict_is_named(held, found, tmp_path):
 @pytest.mark.parametrize("load", [load_official, read_state_dict, lambda path: eca_resnet18(weights=path)])
 def test_a_file_that_is_not_there(load, tmp_path):
     for path in (tmp_path / "nowhere.pth", tmp_path):
-        with pytest.raises(FileNotFoundError, match=f"no weights file at {path}"):
+        with pytest.raises(FileNotFoundError, match=f"no checkpoint at {path}"):
             load(path)
 
 

@@ -44,9 +44,24 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         ValueError: the file is damaged, holds no state dict, or holds code, which ``weights_only=True`` refuses.
         ImportError: a ``.safetensors`` file without safetensors installed.
     """
+    return _state_dict_in(safe_load(path), str(path))
+
+
+def safe_load(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
+    """Read whatever tensors and plain values a checkpoint file holds, without unpickling code.
+
+    Args:
+        path: A file of ``torch.save`` or safetensors.
+        map_location: Device for the tensors, as in ``torch.load``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, or holds code, which ``weights_only=True`` refuses; names the file.
+        ImportError: a ``.safetensors`` file without safetensors installed.
+    """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no weights file at {path}")
+        raise FileNotFoundError(f"no checkpoint at {path}")
     if path.suffix == ".safetensors":
         try:
             from safetensors.torch import load_file
@@ -54,14 +69,13 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             raise ImportError(f"reading {path} needs safetensors: pip install 'ecanet[hub]'") from error
         read: Callable[[Path], Any] = load_file
     else:
-        read = partial(torch.load, map_location="cpu", weights_only=True)
+        read = partial(torch.load, map_location=map_location, weights_only=True)
     try:
-        loaded = read(path)
+        return read(path)
     except OSError:
         raise
     except Exception as error:  # torch and safetensors raise some ten types, depending on where a file is damaged
         raise ValueError(f"{path} {_what_is_wrong(error)}") from error
-    return _state_dict_in(loaded, str(path))
 
 
 def _state_dict_in(loaded: object, source: str) -> dict[str, Tensor]:

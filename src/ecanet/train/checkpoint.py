@@ -14,6 +14,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
 from ecanet.models import build_model
+from ecanet.models.weights import safe_load
 from ecanet.train.config import ModelConfig
 
 #: The key under which a checkpoint says what it is.
@@ -66,15 +67,7 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = None) -> d
         FileNotFoundError: no such file.
         ValueError: damaged, or not one of this library's; names the file.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes torch's reader raise nearly anything, KeyError included
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint ({reason}): it is damaged or something else"
-        ) from error
+    checkpoint = safe_load(path, map_location or "cpu")
     if not isinstance(checkpoint, dict) or ABOUT not in checkpoint:
         raise ValueError(
             f"{path} is a checkpoint, but not one that `ecanet fit` wrote: "

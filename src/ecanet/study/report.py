@@ -116,7 +116,7 @@ def verdict(comparison: Comparison) -> str:
     else:
         sentences.append(
             f"Each interval covers the true difference in 95 of 100 such studies; with {len(others)} comparisons at "
-            "once, an interval just beside zero is weak evidence. Short runs of small networks on small data say "
+            "once, one that just misses zero is weak evidence. Short runs of small networks on small data say "
             "little about ImageNet."
         )
     return "\n".join(sentences)
@@ -129,6 +129,6 @@ def _sentence(entry: str, baseline: str, difference: Difference, seeds: int) -> 
         return f"{size} with 1 seed."
     interval = f"95 % interval {difference.low:+.2f} to {difference.high:+.2f}, {seeds} seeds"
     if not difference.excludes_zero:
-        return f"{size} ({interval}): it holds zero, so no difference is shown."
+        return f"{size} ({interval}): the interval includes zero, so no difference is shown."
     kind = "a gain" if difference.mean > 0 else "a loss"
     return f"{size} ({interval}): {kind} on this data, with this short training."

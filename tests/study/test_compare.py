@@ -55,7 +55,7 @@ def test_finished_runs_are_read_and_new_ones_added(tiny: Callable[..., Recipe], 
 
 def test_runs_of_another_recipe_are_refused(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     compare(entries(tiny), [0], tmp_path, progress=False)
-    with pytest.raises(ValueError, match=r"none-seed0\.json was made by another recipe"):
+    with pytest.raises(ValueError, match=r"none-seed0\.json was made by another recipe or version"):
         compare(entries(tiny, lr=0.01), [0], tmp_path, progress=False)
 
 
@@ -81,7 +81,10 @@ if __name__ == "__main__":
 """
 
 
-def test_killed_comparison_keeps_what_it_finished(image_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("killer", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+def test_killed_comparison_keeps_what_it_finished_and_leaves_no_worker(
+    image_folder: Path, tmp_path: Path, killer: signal.Signals
+) -> None:
     script = tmp_path / "study.py"
     script.write_text(SCRIPT)
     out = tmp_path / "out"
@@ -94,8 +97,12 @@ def test_killed_comparison_keeps_what_it_finished(image_folder: Path, tmp_path: 
     while not list(out.glob("runs/*.json")):
         assert process.poll() is None
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
+    os.kill(process.pid, killer)  # the parent alone: the workers have to notice
     assert process.wait(timeout=30) != 0
+    deadline = time.monotonic() + 30
+    while subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, check=False).stdout:
+        assert time.monotonic() < deadline, "a worker lives on"
+        time.sleep(0.1)
     for path in out.glob("runs/*.json"):
         assert json.loads(path.read_text())["top1"] >= 0
 

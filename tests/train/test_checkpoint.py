@@ -1,7 +1,6 @@
 """Checkpoints are written whole or not at all, and read without unpickling code."""
 
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ecanet.cli import main
 from ecanet.train import Recipe, fit, load_trained
 from ecanet.train.checkpoint import SafeCheckpointIO, read_checkpoint
 
@@ -36,7 +36,39 @@ def test_full_disk_names_the_file_and_keeps_the_old_checkpoint(tmp_path: Path) -
     assert "--resume" in said
     assert torch.equal(read_checkpoint(path)["weights"], torch.ones(3))
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100_000
+
+
+FIT_ON_A_FULL_DISK = """
+import resource, signal, sys
+from ecanet.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000))
+main(sys.argv[1:])
+"""
+
+
+def test_training_on_a_full_disk_stops_with_the_reason_and_keeps_the_old_checkpoints(
+    tiny: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = tiny(epochs=1, mixing=0.0, checkpoint_steps=None)
+    root = str(recipe.data.root)
+    command = ["fit", "--out", str(tmp_path / "out"), "--data.source", "image_folder", "--data.root", root]
+    command += ["--data.image_size", "12", "--data.resize", "12", "--model.options", '{"widths": [8, 16]}']
+    command += ["--trainer.accelerator", "cpu", "--optim.epochs", "2", "--optim.schedule", "constant"]
+    main([*command, "--optim.epochs", "2"])
+    before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*.ckpt")}
+    assert len(before) == 2
+    done = subprocess.run(
+        [sys.executable, "-c", FIT_ON_A_FULL_DISK, *command[:2], str(tmp_path / "full"), *command[3:]],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert str(tmp_path / "full" / "best.ckpt") in done.stderr
+    assert "free some space" in done.stderr
+    assert not list((tmp_path / "full").glob("*.ckpt"))
+    assert not list((tmp_path / "full").glob(".*.partial"))
+    assert {path: path.read_bytes() for path in before} == before
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

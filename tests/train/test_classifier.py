@@ -67,6 +67,12 @@ def test_metrics_are_those_of_all_images(tiny: Callable[..., Recipe], tmp_path: 
     assert metrics["val/top3"] == 100, "three classes"
 
 
+def test_a_run_that_diverges_stops_before_it_saves(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"training loss is (nan|inf) in epoch 1.*optim\.lr"):
+        fit(tiny(lr=1e30, checkpoint_steps=None), tmp_path, progress=False)
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
 @pytest.mark.parametrize("changes", [{"ema": 0.9}, {"clip_norm": 0.1}, {"label_smoothing": 0.2}, {"nesterov": True}])
 def test_every_option_changes_the_training(
     tiny: Callable[..., Recipe], tmp_path: Path, changes: dict[str, object]

@@ -34,7 +34,7 @@ def keys(sampler: EpochSampler, epoch: int) -> list[tuple[int, int]]:
 
 
 def test_every_image_once_an_epoch_in_another_order() -> None:
-    sampler = EpochSampler(100, seed=1)
+    sampler = EpochSampler(100, seed=1, batch_size=8)
     first, second = keys(sampler, 0), keys(sampler, 1)
     assert sorted(index for _, index in first) == sorted(index for _, index in second) == list(range(100))
     assert [index for _, index in first] != [index for _, index in second]
@@ -42,21 +42,28 @@ def test_every_image_once_an_epoch_in_another_order() -> None:
 
 
 def test_order_depends_on_seed_and_epoch_alone() -> None:
-    assert keys(EpochSampler(50, seed=1), 7) == keys(EpochSampler(50, seed=1), 7)
-    assert keys(EpochSampler(50, seed=1), 7) != keys(EpochSampler(50, seed=2), 7)
+    assert keys(EpochSampler(50, seed=1, batch_size=8), 7) == keys(EpochSampler(50, seed=1, batch_size=8), 7)
+    assert keys(EpochSampler(50, seed=1, batch_size=8), 7) != keys(EpochSampler(50, seed=2, batch_size=8), 7)
 
 
 @pytest.mark.parametrize(("length", "world"), [(10, 1), (10, 3), (9, 3), (2, 5), (1, 4)])
 def test_processes_share_all_images_evenly(length: int, world: int) -> None:
-    shares = [keys(EpochSampler(length, 0, rank, world), 4) for rank in range(world)]
-    assert {len(share) for share in shares} == {len(EpochSampler(length, 0, 0, world))}
+    shares = [keys(EpochSampler(length, 0, 8, rank, world), 4) for rank in range(world)]
+    assert {len(share) for share in shares} == {len(EpochSampler(length, 0, 8, 0, world))}
     counts = Counter(index for share in shares for _, index in share)
     assert set(counts) == set(range(length))
     assert sum(counts.values()) - length < world
 
 
+@pytest.mark.parametrize(("length", "left"), [(17, 16), (18, 18), (16, 16), (1, 1), (9, 8)])
+def test_a_last_batch_of_one_image_is_left_out(length: int, left: int) -> None:
+    sampler = EpochSampler(length, seed=0, batch_size=8)
+    assert len(keys(sampler, 0)) == len(sampler) == left
+    assert {index for epoch in range(20) for _, index in keys(sampler, epoch)} == set(range(length))
+
+
 def test_skip_leaves_out_what_was_trained_on_once() -> None:
-    sampler = EpochSampler(20, seed=0)
+    sampler = EpochSampler(20, seed=0, batch_size=8)
     whole = keys(sampler, 2)
     sampler.skip = 8
     assert keys(sampler, 2) == whole[8:]

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ecanet.train import Recipe, fit
-from ecanet.train.checkpoint import read_checkpoint
+from ecanet.train.checkpoint import SafeCheckpointIO, read_checkpoint
 from ecanet.train.classifier import Classifier
 from ecanet.train.config import to_plain
 
@@ -39,6 +39,8 @@ def fit_until(monkeypatch: pytest.MonkeyPatch, recipe: Recipe, out: Path, step: 
 
 
 def assert_same_end(a: Path, b: Path) -> None:
+    best = [read_checkpoint(folder / "best.ckpt")["state_dict"] for folder in (a, b)]
+    assert all(torch.equal(value, best[1][name]) for name, value in best[0].items())
     first, second = read_checkpoint(a / "last.ckpt"), read_checkpoint(b / "last.ckpt")
     assert first["global_step"] == second["global_step"] == 24
     assert first["state_dict"].keys() == second["state_dict"].keys()
@@ -83,6 +85,28 @@ def test_different_seeds_end_with_different_bits(tiny: Callable[..., Recipe], tm
         fit(tiny(seed=seed), tmp_path / str(seed), progress=False)
     a, b = (read_checkpoint(tmp_path / str(seed) / "last.ckpt")["state_dict"] for seed in (0, 1))
     assert not torch.equal(a["network.fc.weight"], b["network.fc.weight"])
+
+
+@pytest.mark.parametrize("write", [1, 2, 3, 4])
+def test_killed_between_two_writes(
+    tiny: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: int
+) -> None:
+    recipe = tiny(checkpoint_steps=None)
+    fit(recipe, tmp_path / "whole", progress=False)
+    save, writes = SafeCheckpointIO.save_checkpoint, []
+
+    def die_after(self: SafeCheckpointIO, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        save(self, checkpoint, path, storage_options)
+        writes.append(path)
+        if len(writes) == write:
+            raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SafeCheckpointIO, "save_checkpoint", die_after)
+        with pytest.raises(KilledError):
+            fit(recipe, tmp_path / "killed", progress=False)
+    fit(recipe, tmp_path / "killed", resume=True, progress=False)
+    assert_same_end(tmp_path / "whole", tmp_path / "killed")
 
 
 SCRIPT = """

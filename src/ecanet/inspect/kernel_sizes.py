@@ -65,7 +65,7 @@ def plot_kernel_sizes(
 
     figure = new_figure(4.2)
     axes = figure.subplots()
-    style_axes(axes, "channels C", "kernel size k")
+    style_axes(axes, "channels C   (points side by side share one C)", "kernel size k")
     line = [formula(c) for c in range(first, last + 1)]
     label = f"adaptive k, Eq. (12), $\\gamma$ = {gamma:g}, b = {b:g}"
     axes.plot(range(first, last + 1), line, color="#9A9A9A", linewidth=4, drawstyle="steps-post", label=label)

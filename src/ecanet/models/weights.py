@@ -177,7 +177,7 @@ def load_plain_weights(model: GatedNetwork, weights: PlainWeights) -> GatedNetwo
 
 def _resolve(weights: PlainWeights, backbone: str) -> dict[str, Tensor]:
     if isinstance(weights, WeightsEnum):
-        return dict(weights.get_state_dict(progress=True, check_hash=True))
+        return _download(weights)
     if isinstance(weights, Mapping):
         return _state_dict_in(weights, "weights")
     if isinstance(weights, str) and not Path(weights).exists() and not Path(weights).suffix:
@@ -190,8 +190,17 @@ def _resolve(weights: PlainWeights, backbone: str) -> dict[str, Tensor]:
                 f"weights={weights!r} is neither a file nor a name of torchvision's weights for {backbone}: "
                 f"{', '.join(names) or 'there are none'}"
             )
-        return dict(get_model_weights(backbone)[weights].get_state_dict(progress=True, check_hash=True))
+        return _download(get_model_weights(backbone)[weights])
     return read_state_dict(weights)
+
+
+def _download(weights: WeightsEnum) -> dict[str, Tensor]:
+    try:
+        return dict(weights.get_state_dict(progress=True, check_hash=True))
+    except OSError as error:
+        raise OSError(
+            f"{weights} could not be downloaded from {weights.url} ({error}): without a network, pass a file's path"
+        ) from error
 
 
 def load_official(path: str | os.PathLike[str], strict: bool = True) -> "ECAResNet | ECAMobileNetV2":

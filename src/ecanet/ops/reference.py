@@ -54,7 +54,7 @@ def squeeze(x: Tensor, channels: int) -> Tensor:
     if not 2 <= x.dim() <= 2 + _MAX_SPATIAL_DIMS:
         raise ValueError(
             f"x must have shape (N, {channels}, *spatial) with 0 to {_MAX_SPATIAL_DIMS} spatial dimensions, "
-            f"got {tuple(x.shape)}: a single sample needs x.unsqueeze(0)"
+            f"got {tuple(x.shape)}: {'a single sample needs x.unsqueeze(0)' if x.dim() < 2 else 'flatten some of them'}"
         )
     if x.shape[1] != channels:
         raise ValueError(

@@ -10,6 +10,7 @@ import queue
 import re
 import signal
 import statistics
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+import ecanet
 from ecanet.train.config import Recipe, to_plain
 from ecanet.train.fit import fit
 
@@ -206,7 +208,8 @@ class _Job:
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(to_plain(self.recipe), sort_keys=True).encode()).hexdigest()[:16]
+        made_by = {"recipe": to_plain(self.recipe), "torch": torch.__version__, "ecanet": ecanet.__version__}
+        return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
 
     def read(self) -> Run | None:
         if not self.file.exists():
@@ -214,7 +217,8 @@ class _Job:
         stored = json.loads(self.file.read_text())
         if stored["fingerprint"] != self.fingerprint:
             raise ValueError(
-                f"{self.file} was made by another recipe: choose another folder, or delete it with {self.folder}"
+                f"{self.file} was made by another recipe or version: "
+                f"choose another folder, or delete it with {self.folder}"
             )
         return Run(self.entry, self.seed, stored["top1"], stored["history"], self.folder)
 
@@ -227,7 +231,7 @@ class _Job:
             "top1": result.top1,
             "history": result.history,
             "recipe": to_plain(self.recipe),
-            "versions": {"torch": torch.__version__},
+            "versions": {"torch": torch.__version__, "ecanet": ecanet.__version__},
         }
         partial = self.file.with_suffix(".partial")
         partial.write_text(json.dumps(stored, indent=2) + "\n")
@@ -243,6 +247,15 @@ def _start_worker(reports: Any) -> None:
     _reports = reports
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle.
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    # A parent that is terminated or killed cannot tell its workers, and they would train on into the same folders.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _run_job(job: _Job) -> Run:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,16 +96,18 @@ class SaveCheckpoints(Checkpoint):
     ) -> None:
         """Within the epoch; its last step is left to the epoch's end, which comes with the validation."""
         if self.every_steps and trainer.global_step % self.every_steps == 0 and not trainer.is_last_batch:
+            check_finite(float(outputs["loss"]), trainer)
             trainer.save_checkpoint(self.folder / "last.ckpt")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """After the validation."""
+        check_finite(float(trainer.callback_metrics["train/loss_epoch"]), trainer)
         top1 = float(trainer.callback_metrics["val/top1"])
-        if better := top1 > self.best:
+        if top1 > self.best:
             self.best = top1
-        trainer.save_checkpoint(self.folder / "last.ckpt")
-        if better:
+            # Before the last: a run killed between the two repeats the epoch and writes the same best again.
             trainer.save_checkpoint(self.folder / "best.ckpt")
+        trainer.save_checkpoint(self.folder / "last.ckpt")
 
     def state_dict(self) -> dict[str, float]:
         """The best top-1 so far, in per cent."""
@@ -113,6 +116,27 @@ class SaveCheckpoints(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
         """Go on from there."""
         self.best = state_dict["best"]
+
+
+def check_finite(loss: float, trainer: L.Trainer) -> None:
+    """Stop a run that diverged before it replaces a checkpoint.
+
+    Raises:
+        ValueError: the loss is not finite.
+    """
+    if not math.isfinite(loss):
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        raise ValueError(
+            f"the training loss is {loss} in epoch {trainer.current_epoch + 1}, step {trainer.global_step}, at a "
+            f"learning rate of {rate:.3g}: the run diverged. No checkpoint was replaced; try a lower optim.lr, a "
+            "longer optim.warmup_epochs or optim.clip_norm"
+        )
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove what a kill in the middle of a write left behind."""
+    for partial in folder.glob(".*.partial"):
+        partial.unlink(missing_ok=True)
 
 
 @dataclass
@@ -168,13 +192,21 @@ def load_trained(path: str | os.PathLike[str]) -> TrainedNetwork:
 
 
 def build_network(config: ModelConfig, num_classes: int) -> nn.Module:
-    """The network of a recipe's ``model`` block."""
-    return build_model(
-        config.name,
-        gate=config.gate,
-        kernel_size=config.kernel_size,
-        neutral=config.neutral,
-        weights=config.weights,
-        num_classes=num_classes,
-        **config.options,
-    )
+    """The network of a recipe's ``model`` block.
+
+    Raises:
+        TypeError: ``options`` holds something the network does not take.
+        ValueError: as the network.
+    """
+    try:
+        return build_model(
+            config.name,
+            gate=config.gate,
+            kernel_size=config.kernel_size,
+            neutral=config.neutral,
+            weights=config.weights,
+            num_classes=num_classes,
+            **config.options,
+        )
+    except TypeError as error:
+        raise TypeError(f"{config.name} cannot be built with model.options={config.options}: {error}") from error

@@ -63,6 +63,22 @@ class DataConfig:
             _at_least(self.image_size, 1, "data.image_size")
         if self.source == "image_folder" and self.root is None:
             raise ValueError("data.root must name the folder that holds train/ and val/, got null")
+        if self.source == "embedded" and self.root is not None:
+            raise ValueError(
+                f"data.root={str(self.root)!r} is not read by data.source=embedded: "
+                "set data.source to image_folder or fashion_mnist"
+            )
+        if self.download and self.source != "fashion_mnist":
+            raise ValueError(f"data.download is for data.source=fashion_mnist, got data.source={self.source}")
+        if self.source != "image_folder":
+            for name in ("verify", "resize"):
+                if getattr(self, name):
+                    raise ValueError(f"data.{name} is for data.source=image_folder, got data.source={self.source}")
+        if self.resize is not None and self.resize < (self.image_size or 224):
+            raise ValueError(
+                f"data.resize={self.resize} must not be below data.image_size={self.image_size or 224}: "
+                "the centre crop would be padded with black"
+            )
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Train a recipe, resume it, validate it, predict with it."""
 
 import contextlib
+import itertools
 import json
 import logging
 import signal
@@ -17,6 +18,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -29,11 +31,12 @@ from ecanet.train.checkpoint import (
     build_network,
     load_trained,
     read_checkpoint,
+    remove_partial_files,
 )
 from ecanet.train.classifier import Classifier
 from ecanet.train.config import DataConfig, Recipe, to_plain
 from ecanet.train.data.loading import ImageData, Plain, test_transform
-from ecanet.train.data.sources import read_image
+from ecanet.train.data.sources import image_files, read_image
 
 #: Blocks and keys that may change between a run and its resumption without changing what is computed.
 _FREE_TO_CHANGE = {"data.root", "data.download", "data.verify", "data.workers", "trainer.log_steps"}
@@ -47,7 +50,8 @@ class FitResult:
     Attributes:
         top1: Validation top-1 after the last epoch, in per cent.
         best_top1: The highest of all epochs.
-        history: One record an epoch: ``epoch``, ``val/top1``, ``val/top5``, ``val/loss``, ``train/loss``, ``seconds``.
+        history: One record an epoch: ``epoch``, ``val/top1``, ``val/top5`` (with fewer than 5 classes ``val/topN``),
+            ``val/loss``, ``train/loss``, ``seconds``. The last two are the first process's, since the last start.
         folder: Where best.ckpt, last.ckpt and the logs are; None if nothing was written.
     """
 
@@ -113,20 +117,25 @@ def _fit(
         callbacks.append(_ProgressBar())
     if folder:
         callbacks.append(SaveCheckpoints(folder, recipe.trainer.checkpoint_steps))
-    trainer = _trainer(recipe, callbacks, _loggers(folder), progress)
+    try:
+        trainer = _trainer(recipe, callbacks, _loggers(folder), progress)
+    except MisconfigurationException as error:
+        raise ValueError(f"the trainer block does not fit this machine: {error}") from error
+    steps = data.steps_per_epoch(trainer.world_size)
+    trainer.log_every_n_steps = min(trainer.log_every_n_steps, steps)  # type: ignore[attr-defined]
     classifier = Classifier(
         network,
         len(data.classes),
         data.mean,
         data.std,
         recipe.optim,
-        # Known only now: the number of processes.
-        -(-data.steps_per_epoch // trainer.world_size),
+        steps,
         recipe.trainer.seed,
         recipe.trainer.channels_last,
     )
     if folder and trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_partial_files(folder)
         (folder / "recipe.json").write_text(json.dumps(to_plain(recipe), indent=2) + "\n")
     try:
         trainer.fit(classifier, datamodule=data, ckpt_path=resume_from)
@@ -190,8 +199,8 @@ def _loggers(folder: Path | None) -> list[Logger]:
     if folder is None:
         return []
     # A folder of its own for every start of the run: a resumed one appends nothing to, and deletes nothing of, another.
-    session = len(list((folder / "logs").glob("session_*")))
-    name = f"session_{session}"
+    sessions = (f"session_{i}" for i in itertools.count())
+    name = next(session for session in sessions if not (folder / "logs" / session).exists())
     return [CSVLogger(folder, "logs", name), TensorBoardLogger(folder, "logs", name)]
 
 
@@ -291,7 +300,7 @@ def validate(run: str | Path, data: DataConfig | None = None, accelerator: str =
         accelerator: Lightning's accelerator.
 
     Returns:
-        ``val/top1``, ``val/top5``, ``val/loss``.
+        ``val/top1``, ``val/top5`` (``val/topN`` with N < 5 classes), ``val/loss``.
 
     Raises:
         FileNotFoundError: no checkpoint, or no data.
@@ -397,7 +406,7 @@ def _image_files(images: Sequence[str | Path]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, images):
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+            found = sorted(map(Path, image_files(path)))
             if not found:
                 raise FileNotFoundError(f"no image in the folder {path}: expected {', '.join(IMG_EXTENSIONS)}")
             files += found

@@ -42,11 +42,13 @@ def mix_seed(*numbers: int) -> int:
 class EpochSampler(Sampler[tuple[int, int]]):
     """Keys ``(epoch, index)``, shuffled anew every epoch by seed and epoch, one process's share of them.
 
-    With several processes every one gets the same number of keys: the first few are repeated at the end.
+    With several processes every one gets the same number of keys: the first few are repeated at the end. A last batch
+    of a single image is left out, as BatchNorm cannot train on one; which image that is changes with the epoch.
 
     Args:
         length: Number of images.
         seed: Seed of the order.
+        batch_size: Images a batch.
         rank: This process.
         world: Number of processes.
 
@@ -55,14 +57,16 @@ class EpochSampler(Sampler[tuple[int, int]]):
         skip: Keys to leave out at the start of the next epoch only, because a killed run has used them.
     """
 
-    def __init__(self, length: int, seed: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, length: int, seed: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
         self.length, self.seed, self.rank, self.world = length, seed, rank, world
+        share = -(-length // world)
+        self.share = share - 1 if share > batch_size and share % batch_size == 1 else share
         self.epoch = 0
         self.skip = 0
 
     def __len__(self) -> int:
         """Keys an epoch and process."""
-        return -(-self.length // self.world)
+        return self.share
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next pass."""
@@ -146,17 +150,19 @@ class ImageData(L.LightningDataModule):
         self._resume_at = {"epoch": 0, "batches": 0}
         self.mean, self.std = (IMAGENET_MEAN, IMAGENET_STD) if folder else (FASHION_MEAN, FASHION_STD)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Training steps an epoch in one process."""
-        return -(-_length(self.splits.train) // self.config.batch_size)
+    def _order(self, rank: int, world: int) -> EpochSampler:
+        return EpochSampler(_length(self.splits.train), self.seed, self.config.batch_size, rank, world)
+
+    def steps_per_epoch(self, world: int) -> int:
+        """Training steps an epoch, with so many processes."""
+        return -(-len(self._order(0, world)) // self.config.batch_size)
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         """Batches of ``(uint8 images (N, 3, H, W), labels (N,))``."""
         trainer = self.trainer
         assert trainer is not None
-        self._sampler = EpochSampler(_length(self.splits.train), self.seed, trainer.global_rank, trainer.world_size)
-        epochs, batches = divmod(self._resume_at["batches"], -(-len(self._sampler) // self.config.batch_size))
+        self._sampler = self._order(trainer.global_rank, trainer.world_size)
+        epochs, batches = divmod(self._resume_at["batches"], self.steps_per_epoch(trainer.world_size))
         self._sampler.epoch = self._resume_at["epoch"] + epochs
         self._sampler.skip = batches * self.config.batch_size
         images = Augmented(self.splits.train, train_transform(self.config), self.seed)

@@ -148,7 +148,7 @@ def read_image(path: str | Path) -> Tensor:
     except Exception as error:  # PIL's decoders let out many kinds: OSError, SyntaxError, struct.error, IndexError ...
         raise ValueError(
             f"cannot read the image {str(path)!r}: {error}. Remove or replace it; "
-            "image_folder(root, verify=True) finds all such files of a folder"
+            "image_folder(root, verify=True), on the command line --data.verify true, finds all of a folder"
         ) from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
@@ -369,6 +369,8 @@ def image_folder(root: str | Path, verify: bool = False) -> Splits:
             "training images for them"
         )
     train_samples, val_samples = _samples(train, train_classes), _samples(val, train_classes)
+    if len(train_classes) < 2:
+        raise ValueError(f"{str(train)!r} has one class folder, {train_classes[0]!r}: two or more are needed")
     if verify:
         _verify([path for path, _ in train_samples + val_samples])
     return Splits(FolderImages(train_samples), FolderImages(val_samples), tuple(train_classes))
@@ -388,7 +390,7 @@ def _class_names(split: Path) -> list[str]:
 def _samples(split: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
     samples = []
     for label, name in enumerate(classes):
-        paths = sorted(_image_files(split / name))
+        paths = sorted(image_files(split / name))
         if not paths:
             raise ValueError(
                 f"no images in the class folder {str(split / name)!r}: add some, of suffix "
@@ -398,7 +400,9 @@ def _samples(split: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
     return samples
 
 
-def _image_files(folder: Path) -> Iterable[str]:
+def image_files(folder: Path) -> Iterable[str]:
+    """Image files below a folder, by suffix; names that start with a dot are left out."""
+
     def fail(error: OSError) -> None:
         # os.walk would pass over a folder that it may not read.
         raise error

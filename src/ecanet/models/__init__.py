@@ -8,6 +8,8 @@ from typing import Any
 from ecanet.models.hub import HubModel
 from ecanet.models.kernel_sizes import KernelSizes
 from ecanet.models.mobilenetv2 import ECAMobileNetV2, eca_mobilenet_v2
+from ecanet.models.official import load_official
+from ecanet.models.plain import load_plain_weights
 from ecanet.models.resnet import (
     ECAResNet,
     SmallECAResNet,
@@ -18,7 +20,7 @@ from ecanet.models.resnet import (
     eca_resnet152,
     small_eca_resnet,
 )
-from ecanet.models.weights import load_official, load_plain_weights, read_state_dict
+from ecanet.models.state_dicts import read_state_dict
 
 #: Every network by the name of its function.
 MODELS: dict[str, Callable[..., ECAResNet | ECAMobileNetV2 | SmallECAResNet]] = {

@@ -47,10 +47,13 @@ class HubModel(
     ``from_pretrained`` is huggingface_hub's, from a folder or a repository of the Hub, and returns the network in eval
     mode. Keys that are missing or unexpected raise, unless ``strict=False`` is given.
 
-    A subclass sets ``config`` to the arguments that build it again, and names its gates.
+    A subclass sets ``config`` to the arguments that build it again, ``backbone`` to torchvision's name of its plain
+    twin and ``classifier_name`` to the prefix of its classifier's keys, and names its gates.
     """
 
     config: dict[str, Any]
+    backbone: str
+    classifier_name: str
 
     def gated_norms(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """Pairs of a norm and the gate that scales its output, in forward order."""

@@ -10,7 +10,7 @@ from torchvision.models.mobilenetv2 import InvertedResidual, MobileNetV2
 from ecanet.models.hub import HubModel
 from ecanet.models.kernel_sizes import KernelSizes, kernel_sizes_per_stage
 from ecanet.models.neutral import make_neutral_
-from ecanet.models.weights import PlainWeights, load_plain_weights
+from ecanet.models.plain import PlainWeights, load_plain_weights
 from ecanet.nn.build import GateSpec, build_gate, gate_name
 from ecanet.nn.se import SE
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ecanet.models.hub import HubModel
 from ecanet.models.mobilenetv2 import ECAMobileNetV2
+from ecanet.models.plain import PlainWeights, load_plain_weights
 from ecanet.models.resnet import ECAResNet
-from ecanet.models.weights import PlainWeights, load_plain_weights
 from ecanet.nn.build import GateSpec
 
 
@@ -36,7 +36,6 @@ class _TimmModel(HubModel):
 
     num_features: int
     feature_info: list[dict[str, Any]]
-    classifier_name: ClassVar[str]
 
     def _sections(self) -> list[list[nn.Module]]:
         """The modules in order: the stem up to the first feature map, from there to the second, and so on."""

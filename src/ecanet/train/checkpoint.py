@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
 from ecanet.models import build_model
-from ecanet.models.weights import safe_load
+from ecanet.models.state_dicts import safe_load
 from ecanet.train.config import ModelConfig
 
 #: The key under which a checkpoint says what it is.

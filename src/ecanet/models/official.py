@@ -1,0 +1,114 @@
+"""The checkpoints that the authors of ECA-Net released."""
+
+import os
+import warnings
+from collections.abc import Mapping
+
+from ecanet.models.kernel_sizes import RELEASED
+from ecanet.models.mobilenetv2 import BLOCKS_PER_STAGE, ECAMobileNetV2
+from ecanet.models.resnet import ECAResNet
+from ecanet.models.state_dicts import StateDict, describe, eca_kernel_sizes, misfits, read_state_dict
+
+
+def load_official(path: str | os.PathLike[str], strict: bool = True) -> ECAResNet | ECAMobileNetV2:
+    """Load a checkpoint that the authors of ECA-Net released, and build the network it belongs to.
+
+    Reads the released ``.pth.tar`` files as they are: a dict with a nested ``state_dict`` whose keys carry
+    DataParallel's ``module.``. Depth, kernel sizes and number of classes follow from the tensors.
+
+    Args:
+        path: The checkpoint file.
+        strict: Raise when keys are missing or unexpected. Otherwise warn, load the others and leave the missing
+            ones as they were initialised.
+
+    Returns:
+        An :class:`~ecanet.models.ECAResNet` or :class:`~ecanet.models.ECAMobileNetV2` with those weights, on the CPU,
+        in training mode.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a checkpoint, not one of ECA-Net's networks, or keys that are missing, unexpected or of another
+            shape (named, up to 20 of each).
+
+    Source:
+        GitHub ``BangguWu/ECANet``.
+
+    Example:
+        >>> load_official("eca_resnet50_k3557.pth.tar")  # doctest: +SKIP
+    """
+    state = read_state_dict(path)
+    kernels = eca_kernel_sizes(state)
+    if not kernels:
+        raise ValueError(
+            f"{path} holds no ECA weights (no key ends in 'conv.weight' with shape (1, 1, k)): "
+            "for a plain network's weights use ecanet.models.load_plain_weights"
+        )
+    model: ECAResNet | ECAMobileNetV2
+    if any(key.startswith("features.") for key in state):
+        model = ECAMobileNetV2(
+            kernel_size=_mobilenet_stages(kernels, path), num_classes=_classes(state, ECAMobileNetV2.classifier_name)
+        )
+    else:
+        depth = _depth(state, path)
+        model = ECAResNet(
+            depth,
+            kernel_size=_resnet_stages(kernels, depth, path),
+            num_classes=_classes(state, ECAResNet.classifier_name),
+        )
+    own = model.state_dict()
+    # Checkpoints from before torch 0.4.1 have no such counters; torch starts them at 0.
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    problems = describe(missing=missing, **misfits(state, own))
+    if problems:
+        found = f"{path} looks like {model.backbone}, but {problems}"
+        if strict:
+            raise ValueError(f"{found}: pass strict=False to load what fits")
+        warnings.warn(found, stacklevel=2)
+    fitting = {key: value for key, value in state.items() if key in own and value.shape == own[key].shape}
+    model.load_state_dict(fitting, strict=False)
+    return model
+
+
+def _one_per_stage(stages: list[set[int]], backbone: str, path: object) -> list[int]:
+    for i, sizes in enumerate(stages, start=1):
+        if len(sizes) > 1:
+            raise ValueError(
+                f"{path} has kernel sizes {sorted(sizes)} within stage {i} of {backbone}: "
+                "the networks of the paper, and so of this function, have one kernel size a stage"
+            )
+    # A stage without gates goes on, so that load_official can name every missing key.
+    return [next(iter(sizes), released) for sizes, released in zip(stages, RELEASED[backbone], strict=True)]
+
+
+def _resnet_stages(kernels: Mapping[str, int], depth: int, path: object) -> list[int]:
+    stages = [{size for block, size in kernels.items() if block.startswith(f"layer{i}.")} for i in range(1, 5)]
+    return _one_per_stage(stages, f"resnet{depth}", path)
+
+
+def _mobilenet_stages(kernels: Mapping[str, int], path: object) -> list[int]:
+    stages, first = [], 1  # features.0 is the stem
+    for blocks in BLOCKS_PER_STAGE:
+        names = [f"features.{n}.conv" for n in range(first, first + blocks)]
+        stages.append({kernels[name] for name in names if name in kernels})
+        first += blocks
+    return _one_per_stage(stages, "mobilenet_v2", path)
+
+
+def _depth(state: StateDict, path: object) -> int:
+    blocks = [len({key.split(".")[1] for key in state if key.startswith(f"layer{i}.")}) for i in range(1, 5)]
+    kind = "bottleneck" if any(".conv3." in key for key in state) else "basic"
+    depths: dict[tuple[str, tuple[int, ...]], int] = {
+        ("basic", (2, 2, 2, 2)): 18,
+        ("basic", (3, 4, 6, 3)): 34,
+        ("bottleneck", (3, 4, 6, 3)): 50,
+        ("bottleneck", (3, 4, 23, 3)): 101,
+        ("bottleneck", (3, 8, 36, 3)): 152,
+    }
+    if (kind, tuple(blocks)) not in depths:
+        raise ValueError(f"{path} is not an ECA-ResNet-18, 34, 50, 101 or 152: found {kind} blocks {blocks} a stage")
+    return depths[kind, tuple(blocks)]
+
+
+def _classes(state: StateDict, classifier: str) -> int:
+    weight = state.get(f"{classifier}.weight")
+    return 1000 if weight is None else weight.shape[0]

@@ -1,0 +1,110 @@
+"""Plain networks' weights, loaded into networks with gates without changing the function."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+from torchvision.models import WeightsEnum, get_model_weights
+
+from ecanet.models.hub import HubModel
+from ecanet.models.neutral import make_neutral_
+from ecanet.models.state_dicts import StateDict, describe, eca_kernel_sizes, misfits, read_state_dict, state_dict_in
+
+PlainWeights: TypeAlias = str | os.PathLike[str] | WeightsEnum | StateDict
+Network = TypeVar("Network", bound=HubModel)
+
+
+def load_plain_weights(model: Network, weights: PlainWeights) -> Network:
+    """Load a plain network's weights into one with gates, without changing the function the network computes.
+
+    Training starts from the plain network: every gate is made constant (with w = 0 it is sigmoid(0) = 1/2), and the
+    norm before it takes the factor back (its weight and bias are doubled), exactly in floating point. A classifier that
+    is not of the model's shape is left out and the model's own kept.
+
+    Args:
+        model: A network of :mod:`ecanet.models`; changed in place.
+        weights: torchvision's weights (an enum, or its name such as ``"IMAGENET1K_V1"``, which torchvision
+            downloads), a file, or a state dict with torchvision's keys.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        FileNotFoundError, ImportError: as :func:`read_state_dict`.
+        ValueError: keys are missing, unexpected or of the wrong shape, the state dict has gates of its own, or a
+            gate cannot be constant (SE-Var1 has no weights). The model is then unchanged.
+
+    Example:
+        >>> import torchvision
+        >>> from ecanet.models import eca_resnet18
+        >>> plain = torchvision.models.resnet18().eval()
+        >>> model = load_plain_weights(eca_resnet18(), plain.state_dict()).eval()
+        >>> x = torch.randn(1, 3, 64, 64)
+        >>> torch.allclose(model(x), plain(x), atol=1e-5)
+        True
+    """
+    state = _resolve(weights, model.backbone)
+    own = model.state_dict()
+    gates = {id(gate) for _, gate in model.gated_norms()}
+    gate_keys = {
+        f"{name}.{key}" for name, module in model.named_modules() if id(module) in gates for key in module.state_dict()
+    }
+    if eca_kernel_sizes(state) or any(key in state for key in gate_keys):
+        raise ValueError(
+            "weights hold gates of their own, so they are not a plain network's: load them with "
+            "model.load_state_dict(weights), or a released checkpoint with ecanet.models.load_official(path)"
+        )
+    optional = gate_keys
+    classifier = model.classifier_name.split(".")[0] + "."
+    if _shapes(state, classifier) != _shapes(own, classifier):
+        state = {key: value for key, value in state.items() if not key.startswith(classifier)}
+        optional |= {key for key in own if key.startswith(classifier)}
+    missing = [
+        key for key in own if key not in state and key not in optional and not key.endswith("num_batches_tracked")
+    ]
+    problems = describe(missing=missing, **misfits(state, own))
+    if problems:
+        raise ValueError(f"weights do not fit {model.backbone}: {problems}")
+    before = {key: value.clone() for key, value in own.items()}
+    model.load_state_dict(state, strict=False)
+    try:
+        make_neutral_(model)
+    except Exception:
+        model.load_state_dict(before)
+        raise
+    return model
+
+
+def _resolve(weights: PlainWeights, backbone: str) -> dict[str, Tensor]:
+    if isinstance(weights, WeightsEnum):
+        return _download(weights)
+    if isinstance(weights, Mapping):
+        return state_dict_in(weights, "weights")
+    if isinstance(weights, str) and not Path(weights).exists() and not Path(weights).suffix:
+        try:
+            names = [entry.name for entry in get_model_weights(backbone)]
+        except ValueError:
+            names = []
+        if not names or weights not in (*names, "DEFAULT"):
+            raise ValueError(
+                f"weights={weights!r} is neither a file nor a name of torchvision's weights for {backbone}: "
+                f"{', '.join(names) or 'there are none'}"
+            )
+        return _download(get_model_weights(backbone)[weights])
+    return read_state_dict(weights)
+
+
+def _download(weights: WeightsEnum) -> dict[str, Tensor]:
+    try:
+        return dict(weights.get_state_dict(progress=True, check_hash=True))
+    except OSError as error:
+        raise OSError(
+            f"{weights} could not be downloaded from {weights.url} ({error}): without a network, pass a file's path"
+        ) from error
+
+
+def _shapes(state: StateDict, prefix: str) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in state.items() if key.startswith(prefix)}

@@ -69,11 +69,12 @@ def test_a_failing_run_leaves_the_finished_ones(tiny: Callable[..., Recipe], tmp
 
 
 SCRIPT = """
-import sys
+import signal, sys
 from pathlib import Path
 from ecanet.study import compare
 from ecanet.train import *
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
     data = DataConfig("image_folder", root=Path(sys.argv[1]), image_size=12, resize=12, batch_size=8)
     model, optim = ModelConfig(options={"widths": [8, 16]}), OptimConfig(epochs=40)
     recipe = Recipe(model, data, optim, TrainerConfig(accelerator="cpu"))

@@ -110,8 +110,9 @@ def test_killed_between_two_writes(
 
 
 SCRIPT = """
-import json, sys, time
+import json, signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
 from ecanet.train import *
 plain = json.loads(sys.argv[1])
 plain["data"]["root"] = Path(plain["data"]["root"])

@@ -58,7 +58,7 @@ class Classifier(L.LightningModule):
         self.mixing = _mixing(self.optim, num_classes)
         top_k = {f"val/top{k}": MulticlassAccuracy(num_classes, k, average="micro") for k in {1, min(5, num_classes)}}
         self.val_accuracy = MetricCollection(top_k)  # type: ignore[arg-type]
-        self.val_loss = MeanMetric(nan_strategy="disable")
+        self.val_loss = MeanMetric(nan_strategy="ignore")
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(N, classes)`` from uint8 images ``(N, 3, H, W)``."""

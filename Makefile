@@ -1,21 +1,22 @@
 # `make demo`, `make test`, `make check`: each makes .venv and installs what it needs when it is not there.
-PYTHON ?= python3
-VENV   := .venv
-BIN    := $(VENV)/bin
-READY  := $(VENV)/.ready
+PYTHON  ?= python3
+VENV    := .venv
+BIN     := $(VENV)/bin
+READY   := $(VENV)/.ready
+KERNELS := src/ecanet/lib/ecanet_cpu.so
 
 .PHONY: demo test check format clean
 
 # Trains a small ResNet with no gate, SE, ECA and ECA with a neutral start on embedded photographs.
-demo: $(READY)
+demo: $(KERNELS)
 	$(BIN)/ecanet demo
 
 # The whole test suite, one process per core and one thread per process.
-test: $(READY)
+test: $(KERNELS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 # Linter, formatter, type checker and the examples in the docstrings.
-check: $(READY)
+check: $(KERNELS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -33,5 +34,9 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
+# The C++ kernels, again when a source is newer; without a compiler one line, and plain PyTorch takes their place.
+$(KERNELS): $(wildcard src/ecanet/csrc/*.cpp src/ecanet/csrc/*.h) src/ecanet/ops/build.py | $(READY)
+	@$(BIN)/ecanet build --if-possible
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) src/ecanet/lib build dist .pytest_cache .mypy_cache .ruff_cache

@@ -6,6 +6,7 @@ are imported where they are used and say which ``pip install`` brings what is mi
 
 from ecanet import models, nn
 from ecanet.nn import ECA, ECANS, SE, SEGroup, SEVar1, SEVar2, SEVar3, adaptive_kernel_size
+from ecanet.ops.backend import backend
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "SEVar3",
     "__version__",
     "adaptive_kernel_size",
+    "backend",
     "models",
     "nn",
 ]

@@ -1,5 +1,6 @@
-"""``ecanet VERB``: fit, validate, predict, demo. Typed functions; recipes are YAML with the same names."""
+"""``ecanet VERB``: fit, validate, predict, demo, build, doctor. Typed functions; recipes are YAML of their names."""
 
+import argparse
 import csv
 import os
 import sys
@@ -95,6 +96,40 @@ def _add_demo(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
     return run
 
 
+def _add_build(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
+    import torch
+
+    from ecanet.ops.build import LIBRARY, BuildError, NothingToBuildWithError, build
+
+    parser.add_argument("--if-possible", action="store_true", help="No error where compiler or headers are missing.")
+
+    def run(args: "Namespace") -> None:
+        try:
+            build(Path(torch.__file__).parent, LIBRARY)
+        except BuildError as error:
+            if error.output:
+                print(error.output, file=sys.stderr)
+            if args.if_possible and isinstance(error, NothingToBuildWithError):
+                print(f"ecanet build: {error}; plain PyTorch runs on the CPU")
+                return
+            sys.exit(f"ecanet build: {error}")
+        print(f"built {LIBRARY}\nnext: ecanet doctor")
+
+    return run
+
+
+def _add_doctor(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
+    from ecanet.doctor import doctor
+
+    def run(args: "Namespace") -> None:
+        report = doctor()
+        print("\n".join(report.lines))
+        if report.broken:
+            sys.exit(1)
+
+    return run
+
+
 _VERBS: dict[str, tuple[str, str, "Callable[[ArgumentParser], Callable[[Namespace], None]]"]] = {
     "fit": (
         "Train a network by a recipe.",
@@ -108,7 +143,11 @@ _VERBS: dict[str, tuple[str, str, "Callable[[ArgumentParser], Callable[[Namespac
         "ecanet demo --seeds 3 --out runs/demo",
         _add_demo,
     ),
+    "build": ("Build the C++ kernels for the CPU, in about a minute.", "ecanet build", _add_build),
+    "doctor": ("What runs on this machine, what does not, and why.", "ecanet doctor", _add_doctor),
 }
+# These work with torch and torchvision alone.
+_WITHOUT_EXTRAS = ("build", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -139,11 +178,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(verb: str, args: Sequence[str]) -> None:
+    what, example, add = _VERBS[verb]
+    if verb in _WITHOUT_EXTRAS:
+        plain: Any = argparse.ArgumentParser(prog=f"ecanet {verb}", description=f"{what} Example: {example}")
+        run = add(plain)
+        run(plain.parse_args(list(args)))
+        return
     try:
         from jsonargparse import ArgumentParser
     except ImportError as error:
         raise ImportError("the command line needs jsonargparse: pip install 'ecanet[train]'") from error
-    what, example, add = _VERBS[verb]
     parser: Any = ArgumentParser(prog=f"ecanet {verb}", description=f"{what} Example: {example}")
     run = add(parser)
     run(parser.instantiate(parser.parse_args(list(args))))

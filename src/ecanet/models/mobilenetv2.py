@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.mobilenetv2 import InvertedResidual, MobileNetV2
 
 from ecanet.models.hub import HubModel
@@ -13,9 +13,33 @@ from ecanet.models.neutral import make_neutral_
 from ecanet.models.plain import PlainWeights, load_plain_weights
 from ecanet.nn.build import GateSpec, build_gate, gate_name
 from ecanet.nn.se import SE
+from ecanet.nn.tail import called_differently, norm_gate_add_act
 
 #: Inverted residuals in each of the seven stages of torchvision's default setting.
 BLOCKS_PER_STAGE = (1, 2, 3, 4, 3, 3, 1)
+
+
+class GatedInvertedResidual(InvertedResidual):
+    """torchvision's InvertedResidual with room for a gate after the linear projection's norm, the end of ``conv``."""
+
+    has_gate = False
+
+    def append_gate(self, gate: nn.Module) -> None:
+        """Put the gate behind the last norm."""
+        self.conv.append(gate)
+        self.has_gate = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C_in, H, W)`` to ``(N, C_out, H / stride, W / stride)``."""
+        if called_differently(self.conv):
+            return super().forward(x)
+        layers = list(self.conv)
+        gate = layers.pop() if self.has_gate else None
+        norm = layers.pop()
+        out = x
+        for layer in layers:
+            out = layer(out)
+        return norm_gate_add_act(out, norm, gate, x if self.use_res_connect else None)
 
 
 class ECAMobileNetV2(HubModel, MobileNetV2):
@@ -71,7 +95,13 @@ class ECAMobileNetV2(HubModel, MobileNetV2):
         neutral: bool = False,
         norm_layer: Any = None,
     ) -> None:
-        super().__init__(num_classes=num_classes, width_mult=width_mult, dropout=dropout, norm_layer=norm_layer)
+        super().__init__(
+            num_classes=num_classes,
+            width_mult=width_mult,
+            dropout=dropout,
+            norm_layer=norm_layer,
+            block=GatedInvertedResidual,
+        )
         self.config = {
             "gate": gate_name(gate),
             "kernel_size": kernel_size,
@@ -86,13 +116,13 @@ class ECAMobileNetV2(HubModel, MobileNetV2):
         if gate is not None:
             factory = partial(SE, reduction=8) if gate_name(gate) == "se" else gate
             for block, size in zip(self._blocks(), sizes_per_block, strict=True):
-                block.conv.append(build_gate(factory, block.out_channels, size))
+                block.append_gate(build_gate(factory, block.out_channels, size))
         self._has_gates = gate is not None
         if neutral:
             make_neutral_(self)
 
-    def _blocks(self) -> Iterator[InvertedResidual]:
-        return (module for module in self.features if isinstance(module, InvertedResidual))
+    def _blocks(self) -> Iterator[GatedInvertedResidual]:
+        return (module for module in self.features if isinstance(module, GatedInvertedResidual))
 
     def gated_norms(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """Pairs of a norm and the gate that scales its output, in forward order."""

@@ -12,6 +12,7 @@ from ecanet.models.kernel_sizes import KernelSizes, kernel_sizes_per_stage
 from ecanet.models.neutral import make_neutral_
 from ecanet.models.plain import PlainWeights, load_plain_weights
 from ecanet.nn.build import GateSpec, build_gate, gate_name
+from ecanet.nn.tail import norm_gate_add_act
 
 
 class GatedBasicBlock(BasicBlock):
@@ -31,12 +32,8 @@ class GatedBasicBlock(BasicBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C_in, H, W)`` to ``(N, C_out, H / stride, W / stride)``."""
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        if self.eca is not None:
-            out = self.eca(out)
-        out += x if self.downsample is None else self.downsample(x)
-        return self.relu(out)
+        out = norm_gate_add_act(self.conv1(x), self.bn1, act=self.relu)
+        return norm_gate_add_act(self.conv2(out), self.bn2, self.eca, _residual(self, x), self.relu)
 
 
 class GatedBottleneck(Bottleneck):
@@ -53,13 +50,13 @@ class GatedBottleneck(Bottleneck):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C_in, H, W)`` to ``(N, C_out, H / stride, W / stride)``."""
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        if self.eca is not None:
-            out = self.eca(out)
-        out += x if self.downsample is None else self.downsample(x)
-        return self.relu(out)
+        out = norm_gate_add_act(self.conv1(x), self.bn1, act=self.relu)
+        out = norm_gate_add_act(self.conv2(out), self.bn2, act=self.relu)
+        return norm_gate_add_act(self.conv3(out), self.bn3, self.eca, _residual(self, x), self.relu)
+
+
+def _residual(block: GatedBasicBlock | GatedBottleneck, x: Tensor) -> Tensor:
+    return x if block.downsample is None else block.downsample(x)
 
 
 def _attach_gates(

@@ -1,10 +1,11 @@
-"""Gates: the channel-attention modules of the paper's Table 2, one contract for all."""
+"""Gates, the channel-attention modules of the paper's Table 2, and the tail that joins them to norm and residual."""
 
 from ecanet.nn.build import GATES, GateFactory, GateSpec, build_gate
 from ecanet.nn.eca import ECA, ECANS
 from ecanet.nn.gate import Gate, LinearGate
 from ecanet.nn.kernel_size import adaptive_kernel_size
 from ecanet.nn.se import SE, SEGroup, SEVar1, SEVar2, SEVar3, se_gc2, se_gc3
+from ecanet.nn.tail import norm_gate_add_act
 
 __all__ = [
     "ECA",
@@ -21,6 +22,7 @@ __all__ = [
     "SEVar3",
     "adaptive_kernel_size",
     "build_gate",
+    "norm_gate_add_act",
     "se_gc2",
     "se_gc3",
 ]

@@ -6,7 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ecanet.nn.gate import LinearGate
+from ecanet.nn import fused
+from ecanet.nn.gate import Gate, LinearGate
 from ecanet.nn.kernel_size import adaptive_kernel_size, check_channels, check_kernel_size
 from ecanet.ops import reference
 
@@ -96,6 +97,12 @@ class ECA(_BandGate):
     def logits(self, s: Tensor) -> Tensor:
         """The 1-D convolution over the channels, ``(N, C)`` to ``(N, C)``."""
         return reference.band(s, self.conv.weight, self.circular)
+
+    def maths(self) -> fused.GateMaths:
+        """The kernels know ECA's gate and its derivative, unless a subclass changes it."""
+        if type(self).gate is not Gate.gate or type(self).logits is not ECA.logits:
+            return super().maths()
+        return fused.GateMaths(self.gate, (self.conv.weight,), band=True, circular=self.circular)
 
 
 class ECANS(_BandGate):

@@ -1,4 +1,8 @@
 """Operations on feature maps and channel means: no parameters, no modules.
 
-:mod:`ecanet.ops.reference` holds them in plain PyTorch; every faster kernel is compared with it.
+Each is ``torch.ops.ecanet.NAME`` and has a plain-PyTorch twin of the same name and arguments in
+:mod:`ecanet.ops.reference`, which is what runs where no kernel does. Importing this package registers them and loads
+the C++ library where it is built.
 """
+
+from ecanet.ops import library as _library  # noqa: F401

@@ -170,3 +170,323 @@ def grouped_linear(s: Tensor, weight: Tensor) -> Tensor:
     with _no_autocast(s.device.type):
         blocks = torch.einsum("ngi,goi->ngo", s.reshape(-1, groups, inside), weight.to(s.dtype))
     return blocks.reshape(-1, groups * out)
+
+
+# What the fused tail is made of. `out = act(scale * x + shift + residual)`, scale and shift of shape (N, C); the
+# functions below are the plain twins of the operations of the same names in ecanet.ops.
+
+#: Activations by the code that the operations take; None is the identity.
+ACTS: tuple[str | None, ...] = (None, "relu", "relu6", "silu", "hardswish")
+_ACT_FUNCTIONS = (lambda y: y, F.relu, F.relu6, F.silu, F.hardswish)
+
+
+def activate(y: Tensor, act: int) -> Tensor:
+    """The activation ``ACTS[act]``."""
+    return _ACT_FUNCTIONS[act](y)
+
+
+def _spatial(x: Tensor) -> tuple[int, ...]:
+    return tuple(range(2, x.dim()))
+
+
+def over_positions(t: Tensor, x: Tensor) -> Tensor:
+    """``(N, C)`` or ``(C,)`` shaped so that it broadcasts over the positions of ``x``, ``(N, C, *spatial)``."""
+    return t.reshape(*t.shape, *(1 for _ in _spatial(x)))
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Means of every map and sums of squares about them.
+
+    Args:
+        x: ``(N, C, *spatial)``.
+
+    Returns:
+        ``mean`` and ``m2``, both ``(N, C)``; float32 for half types.
+
+    Example:
+        >>> moments(torch.tensor([[[1.0, 3.0]]]))
+        (tensor([[2.]]), tensor([[2.]]))
+    """
+    x = x.to(accumulation_dtype(x.dtype))
+    if x.dim() == 2:
+        return x.clone(), (x - x)  # NaN and Inf give NaN
+    var, mean = torch.var_mean(x, dim=_spatial(x), correction=0)
+    return mean, var * x.shape[2:].numel()
+
+
+def apply(x: Tensor, scale: Tensor, shift: Tensor | None, residual: Tensor | None, act: int) -> Tensor:
+    """``act(x * scale + shift + residual)``, computed in float32 for half types and rounded once.
+
+    Args:
+        x: ``(N, C, *spatial)``.
+        scale: ``(N, C)``.
+        shift: ``(N, C)``.
+        residual: Shape and type of ``x``.
+        act: Index in :data:`ACTS`.
+    """
+    y = _before_act(x, scale, shift, residual)
+    return activate(y, act).to(x.dtype)
+
+
+def _before_act(x: Tensor, scale: Tensor, shift: Tensor | None, residual: Tensor | None) -> Tensor:
+    y = x.to(accumulation_dtype(x.dtype)) * over_positions(scale, x)
+    if shift is not None:
+        y = y + over_positions(shift, x)
+    return y if residual is None else y + residual
+
+
+def _needs_input(act: int) -> bool:
+    return ACTS[act] in ("silu", "hardswish")
+
+
+def _upstream(
+    grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor | None, saved: Tensor | None, act: int
+) -> Tensor:
+    """Gradient of what went into the activation."""
+    grad = grad.to(accumulation_dtype(x.dtype))
+    if act == 0:
+        return grad
+    if _needs_input(act):
+        y = _before_act(x, scale, shift, saved)
+        if ACTS[act] == "silu":
+            gate = torch.sigmoid(y)
+            return grad * gate * (1 + y * (1 - gate))
+        slope = torch.where(y <= -3, 0, torch.where(y < 3, y / 3 + 0.5, 1))
+        return torch.where(y <= -3, 0, grad * slope)
+    assert saved is not None
+    blocked = saved <= 0
+    if ACTS[act] == "relu6":
+        blocked = blocked | (saved >= 6)
+    return torch.where(blocked, 0, grad)
+
+
+def apply_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    center: Tensor | None,
+    saved: Tensor | None,
+    act: int,
+    needs_d: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """First pass of the backward: d, the gradient of what went into the activation, and its sums.
+
+    Args:
+        grad: Gradient of ``out``, shape and type of ``x``.
+        x: ``(N, C, *spatial)``.
+        scale: As in the forward; SiLU and Hardswish need it to know what went into them.
+        shift: As ``scale``.
+        center: ``(C,)`` or None for zeros: what x is measured from, so that large means cost no digits.
+        saved: ``out`` for ReLU and ReLU6, ``residual`` for SiLU and Hardswish.
+        act: Index in :data:`ACTS`.
+        needs_d: Whether d is wanted; it is the gradient of the residual.
+
+    Returns:
+        ``d`` (of size 0 if not wanted), ``p``: sums of d over the positions, ``q``: sums of d (x - center);
+        ``(N, C)`` both.
+    """
+    d = _upstream(grad, x, scale, shift, saved, act)
+    centered = x.to(d.dtype) if center is None else x.to(d.dtype) - over_positions(center, x)
+    p, q = (t.flatten(2).sum(2) if x.dim() > 2 else t for t in (d, d * centered))
+    return (d.to(x.dtype, copy=True) if needs_d else x.new_empty(0)), p.clone(), q
+
+
+def input_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    saved: Tensor | None,
+    act: int,
+    offset: Tensor,
+    slope: Tensor | None,
+    center: Tensor | None,
+) -> Tensor:
+    """Second pass of the backward: the gradient of x, ``scale * d + offset + slope * (x - center)``.
+
+    Args:
+        grad: As in :func:`apply_backward`; or its d, with ``act=0``.
+        x: As in :func:`apply_backward`.
+        scale: As in the forward.
+        shift: As in :func:`apply_backward`.
+        saved: As in :func:`apply_backward`.
+        act: As in :func:`apply_backward`.
+        offset: ``(N, C)``.
+        slope: ``(C,)``, or None where x does not act through the statistics of a batch.
+        center: ``(C,)`` or None for zeros.
+    """
+    d = _upstream(grad, x, scale, shift, saved, act)
+    g = d * over_positions(scale, x) + over_positions(offset, x)
+    if slope is not None:
+        centered = x.to(d.dtype) if center is None else x.to(d.dtype) - over_positions(center, x)
+        g = g + over_positions(slope, x) * centered
+    return g.to(x.dtype)
+
+
+def batch_statistics(mean: Tensor, m2: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel over the batch, from the moments of its maps (Chan et al., 1979).
+
+    Args:
+        mean: ``(N, C)`` of :func:`moments`.
+        m2: ``(N, C)`` of :func:`moments`.
+        positions: S, so many positions has a map.
+
+    Returns:
+        ``mean`` and ``var``, both ``(C,)``.
+    """
+    total = mean.mean(0)
+    return total, (m2 / positions + (mean - total).square()).mean(0)
+
+
+def normalise(
+    means: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A BatchNorm as ``y = a x + b`` and the means of its output.
+
+    Args:
+        means: ``(N, C)``, means of the norm's input.
+        mean: ``(C,)``; with ``var`` None, there is no norm.
+        var: ``(C,)``, biased.
+        weight: ``(C,)`` or None for ones.
+        bias: ``(C,)`` or None for zeros.
+        eps: Added to the variance.
+
+    Returns:
+        ``s`` ``(N, C)``, ``a`` ``(C,)``, ``b`` ``(C,)``.
+    """
+    ones, zeros = torch.ones_like(means[0]), torch.zeros_like(means[0])
+    a = ones if var is None else torch.rsqrt(var.to(means.dtype) + eps)
+    a = a if weight is None else a * weight.to(means.dtype)
+    beta = zeros if bias is None else bias.to(means.dtype)
+    mean = zeros if mean is None else mean.to(means.dtype)
+    return a * (means - mean) + beta, a, beta - a * mean
+
+
+def eca_coefficients(
+    means: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    kernel: Tensor | None,
+    circular: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From the means of a norm's input to the scale and the shift of norm and ECA together.
+
+    Args:
+        means: As in :func:`normalise`.
+        mean: As in :func:`normalise`.
+        var: As in :func:`normalise`.
+        weight: As in :func:`normalise`.
+        bias: As in :func:`normalise`.
+        eps: As in :func:`normalise`.
+        kernel: ``(k,)`` of the band, in the type of ``means``; None for no gate.
+        circular: As in :func:`band`.
+
+    Returns:
+        ``s``, ``gate`` (of size 0 x C without a band), ``scale`` and ``shift``, all ``(N, C)``.
+    """
+    s, a, b = normalise(means, mean, var, weight, bias, eps)
+    if kernel is None:
+        return s, s.new_empty(0, s.shape[1]), a.expand_as(s).clone(), b.expand_as(s).clone()
+    gate = torch.sigmoid(band(s, kernel, circular))
+    return s, gate, gate * a, gate * b
+
+
+def eca_coefficients_backward(
+    p: Tensor,
+    q: Tensor,
+    means: Tensor,
+    gate: Tensor | None,
+    grad_s: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    kernel: Tensor | None,
+    circular: bool,
+    positions: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Between the two passes of the backward: from the sums of d to what the second pass adds.
+
+    With ``out = g (a (x - mean) + bias)`` and ``s = a (m - mean) + bias``:
+    ``dg = a q + bias p``, and from the gate ``ds``; then ``da = sum_n g q + ds (m - mean)``,
+    ``dbias = sum_n g p + ds``, ``dmean = -a dbias`` and ``dvar = -da weight / (2 (var + eps)^(3/2))``.
+
+    Args:
+        p: ``(N, C)`` of :func:`apply_backward`.
+        q: ``(N, C)`` of :func:`apply_backward`, with ``center=mean``.
+        means: As in :func:`normalise`.
+        gate: ``(N, C)`` or None for no gate.
+        grad_s: ``(N, C)``, ds of a gate that is no band.
+        mean: As in :func:`normalise`.
+        var: As in :func:`normalise`.
+        weight: As in :func:`normalise`.
+        bias: As in :func:`normalise`.
+        eps: As in :func:`normalise`.
+        kernel: As in :func:`eca_coefficients`; None takes ``grad_s``.
+        circular: As in :func:`band`.
+        positions: S, so many positions has a map.
+
+    Returns:
+        ``offset`` ``(N, C)``: ds a / S, the squeeze's part of the input's gradient; ``(C,)``-sized gradients of
+        weight and bias; ``(k,)`` of the band (of size 0 without one); ``(C,)`` of mean and var.
+    """
+    s, a, _ = normalise(means, mean, var, weight, bias, eps)
+    beta = torch.zeros_like(a) if bias is None else bias.to(a.dtype)
+    grad_kernel = s.new_empty(0)
+    ds = torch.zeros_like(s) if grad_s is None else grad_s
+    if kernel is not None:
+        assert gate is not None
+        k = kernel.numel()
+        grad_logits = (a * q + beta * p) * gate * (1 - gate)
+        windows = _pad(s, k, circular).unfold(1, k, 1)
+        grad_kernel = (windows * grad_logits.unsqueeze(-1)).sum((0, 1))
+        ds = band(grad_logits, kernel.flip(0), circular)
+    g = torch.ones_like(s) if gate is None else gate
+    away = means if mean is None else means - mean.to(means.dtype)
+    grad_a, grad_bias = (g * q + ds * away).sum(0), (g * p + ds).sum(0)
+    inverse = torch.ones_like(a) if var is None else torch.rsqrt(var.to(a.dtype) + eps)
+    gamma = torch.ones_like(a) if weight is None else weight.to(a.dtype)
+    grad_var = -0.5 * gamma * grad_a * inverse**3
+    return ds * a / positions, grad_a * inverse, grad_bias, grad_kernel, -a * grad_bias, grad_var
+
+
+def eca_tail(
+    x: Tensor,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    kernel: Tensor | None,
+    circular: bool,
+    act: int,
+) -> Tensor:
+    """Norm with given statistics, ECA, residual and activation at once.
+
+    Args:
+        x: ``(N, C, *spatial)``.
+        residual: Shape and type of ``x``.
+        mean: As in :func:`normalise`.
+        var: As in :func:`normalise`.
+        weight: As in :func:`normalise`.
+        bias: As in :func:`normalise`.
+        eps: As in :func:`normalise`.
+        kernel: As in :func:`eca_coefficients`.
+        circular: As in :func:`band`.
+        act: Index in :data:`ACTS`.
+    """
+    means = squeeze(x, x.shape[1])
+    kernel = None if kernel is None else kernel.to(means.dtype)
+    _, _, scale, shift = eca_coefficients(means, mean, var, weight, bias, eps, kernel, circular)
+    return apply(x, scale, shift, residual, act)

@@ -1,0 +1,251 @@
+"""What is measured on single feature maps: the operations, the module, the tail at inference and in training."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import EcaModule
+from torch import Tensor, nn
+
+import ecanet
+from benchmarks.measure import Competitor
+from ecanet.nn import ECA, fused, norm_gate_add_act
+from ecanet.ops import reference
+
+#: ResNet-50's four stages, (C, H, W), and the numbers of samples.
+STAGES = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))
+BATCHES = (1, 8)
+QUICK_STAGES, QUICK_BATCHES = ((16, 6, 6), (32, 3, 3)), (2,)
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+_RELU = reference.ACTS.index("relu")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one case times.
+
+    Attributes:
+        competitors: By name. ``no gate`` does the same without attention; ``copy`` moves two maps and does nothing.
+        agree: Names whose outputs must be the same, a group at a time, the yardstick first.
+        tolerance: Largest difference between them, relative to the largest value.
+        maps: So many feature maps must be read or written at least: the roofline.
+        map_bytes: Bytes of one map.
+    """
+
+    competitors: dict[str, Competitor]
+    agree: tuple[tuple[str, ...], ...]
+    tolerance: float
+    maps: int | None = None
+    map_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class SavedBytes:
+    """What networks keep for the backward pass; counted, not timed."""
+
+    count: dict[str, Callable[[], int]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of a table.
+
+    Attributes:
+        group: What ``--only`` selects: op, module, inference, training or network.
+        name: Of the case in its group.
+        shape: Of the input.
+        memory_format: ``contiguous`` or ``channels_last``.
+        build: Makes tensors and modules, when it is the case's turn.
+    """
+
+    group: str
+    name: str
+    shape: tuple[int, ...]
+    memory_format: str
+    build: Callable[[], Work | SavedBytes]
+
+    @property
+    def key(self) -> str:
+        """Its name in a result file."""
+        return "/".join((self.group, self.name, "x".join(map(str, self.shape)), self.memory_format))
+
+
+def map_cases(quick: bool, compiled: bool) -> Iterator[Case]:
+    """Every case on feature maps, largest shapes first.
+
+    Args:
+        quick: Tiny shapes.
+        compiled: Whether torch.compile competes.
+    """
+    shapes = [
+        (n, *s) for s in (QUICK_STAGES if quick else STAGES) for n in reversed(QUICK_BATCHES if quick else BATCHES)
+    ]
+    builders: list[tuple[str, str, Callable[..., Work]]] = [("op", name, partial(_op, name)) for name in _OPS]
+    builders += [
+        ("module", "forward", partial(_module, compiled)),
+        ("inference", "tail", partial(_inference, compiled)),
+        ("training", "tail", partial(_training, compiled)),
+    ]
+    for group, name, build in builders:
+        for shape in shapes:
+            for memory_format in MEMORY_FORMATS:
+                yield Case(group, name, shape, memory_format, partial(build, shape, memory_format))
+
+
+def plain_no_grad() -> AbstractContextManager[object]:
+    """Plain PyTorch instead of the kernels, without gradients."""
+    stack = ExitStack()
+    stack.enter_context(ecanet.backend("reference"))
+    stack.enter_context(torch.no_grad())
+    return stack
+
+
+def gate_add_relu_(x: Tensor, gate: ECA, residual: Tensor) -> Tensor:
+    """The library's tail at inference, in place; the one line to change when it has a public name."""
+    return fused.tail_(x, gate.maths(), residual, _RELU)
+
+
+class _Tail(nn.Module):
+    """How torchvision's Bottleneck ends, with a gate or without."""
+
+    def __init__(self, norm: nn.Module | None, gate: nn.Module | None) -> None:
+        super().__init__()
+        self.norm, self.gate = norm, gate
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        y = x if self.norm is None else self.norm(x)
+        if self.gate is not None:
+            y = self.gate(y)
+        y += residual
+        return torch.relu_(y)
+
+
+class _FusedTail(_Tail):
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return norm_gate_add_act(x, self.norm, self.gate, residual, "relu")
+
+
+def _randn(shape: tuple[int, ...], memory_format: str) -> Tensor:
+    return torch.randn(shape).contiguous(memory_format=MEMORY_FORMATS[memory_format])
+
+
+def _gates(channels: int) -> tuple[ECA, EcaModule]:
+    """The library's and timm's, with the same weights."""
+    eca, timm = ECA(channels), EcaModule(channels)
+    timm.load_state_dict(eca.state_dict())
+    return eca, timm
+
+
+def _compile(module: nn.Module) -> Callable[..., Any]:
+    return torch.compile(module, dynamic=False)
+
+
+def _copy(x: Tensor) -> Competitor:
+    source, destination = x.clone(), torch.zeros_like(x)
+    return Competitor(lambda: destination.copy_(source))
+
+
+#: Operations by the maps they must move.
+_OPS = {"squeeze": 1, "moments": 1, "apply_": 3, "apply_backward": 4, "input_backward": 3}
+
+
+def _op(name: str, shape: tuple[int, ...], memory_format: str) -> Work:
+    torch.manual_seed(0)
+    n, c = shape[:2]
+    randn = partial(_randn, shape, memory_format)
+    x, residual, grad, out = randn(), randn(), randn(), torch.relu(randn())
+    scale, offset, slope, center = torch.rand(n, c), torch.randn(n, c), torch.randn(c), torch.randn(c)
+    arguments: tuple[Any, ...] = {
+        "squeeze": (x,),
+        "moments": (x,),
+        "apply_": (scale, None, residual, _RELU),
+        "apply_backward": (grad, x, scale, None, center, out, _RELU, True),
+        # As after apply_backward: grad is d, and the activation is done with.
+        "input_backward": (grad, x, scale, None, None, 0, offset, slope, center),
+    }[name]
+    op = getattr(torch.ops.ecanet, name).default
+    if name == "apply_":
+        mine, other = x.clone(), x.clone()
+        runs: tuple[Callable[[], Any], ...] = (
+            lambda: (op(mine, *arguments), mine)[1],
+            lambda: other.copy_(reference.apply(other, *arguments)),
+        )
+    elif name == "squeeze":
+        runs = partial(op, x), partial(reference.squeeze, x, c)
+    else:
+        runs = partial(op, *arguments), partial(getattr(reference, name), *arguments)
+    competitors = {"ecanet": Competitor(runs[0], torch.no_grad), "plain": Competitor(runs[1], torch.no_grad)}
+    return Work(competitors | {"copy": _copy(x)}, (("plain", "ecanet"),), 1e-4, _OPS[name], x.nbytes)
+
+
+def _module(compiled: bool, shape: tuple[int, ...], memory_format: str) -> Work:
+    torch.manual_seed(0)
+    x = _randn(shape, memory_format)
+    eca, timm = _gates(shape[1])
+    competitors = {
+        "timm": Competitor(partial(timm, x), torch.no_grad),
+        "ecanet": Competitor(partial(eca, x), torch.no_grad),
+        "plain": Competitor(partial(eca, x), plain_no_grad),
+    }
+    if compiled:
+        torch.compiler.reset()
+        competitors["timm compiled"] = Competitor(partial(_compile(timm), x), torch.no_grad)
+        competitors["plain compiled"] = Competitor(partial(_compile(eca), x), plain_no_grad)
+    agree = tuple(competitors)
+    competitors |= {"clone": Competitor(x.clone, torch.no_grad), "copy": _copy(x)}
+    return Work(competitors, (agree,), 1e-4, 2, x.nbytes)
+
+
+def _inference(compiled: bool, shape: tuple[int, ...], memory_format: str) -> Work:
+    torch.manual_seed(0)
+    x, residual = _randn(shape, memory_format), _randn(shape, memory_format)
+    eca, timm = _gates(shape[1])
+    # Each in-place one has a map of its own; their values stay bounded, or grow linearly without a gate.
+    mine, vanilla = x.clone(), x.clone()
+    eager = _Tail(None, timm)
+    competitors = {
+        "timm": Competitor(partial(eager, x, residual), torch.no_grad),
+        "ecanet": Competitor(partial(gate_add_relu_, mine, eca, residual), torch.no_grad),
+    }
+    if compiled:
+        torch.compiler.reset()
+        competitors["timm compiled"] = Competitor(partial(_compile(eager), x, residual), torch.no_grad)
+    agree = tuple(competitors)
+    competitors["no gate"] = Competitor(lambda: torch.relu_(vanilla.add_(residual)), torch.no_grad)
+    competitors["copy"] = _copy(x)
+    return Work(competitors, (agree,), 1e-4, 3, x.nbytes)
+
+
+def _training(compiled: bool, shape: tuple[int, ...], memory_format: str) -> Work:
+    torch.manual_seed(0)
+    x, residual = (_randn(shape, memory_format).requires_grad_() for _ in range(2))
+    grad = _randn(shape, memory_format)
+    eca, timm = _gates(shape[1])
+
+    def norm() -> nn.BatchNorm2d:
+        return nn.BatchNorm2d(shape[1])
+
+    modules = {"timm": _Tail(norm(), timm), "ecanet": _FusedTail(norm(), eca), "no gate": _Tail(norm(), None)}
+    forwards: dict[str, Callable[..., Any]] = dict(modules)
+    if compiled:
+        torch.compiler.reset()
+        forwards |= {f"{name} compiled": _compile(module) for name, module in modules.items()}
+
+    def step(name: str) -> tuple[Tensor, ...]:
+        # autograd.grad and not backward(): inside a network nothing is a leaf, so no gradient is copied into .grad.
+        out = forwards[name](x, residual)
+        inputs = [x, residual, *modules[name.removesuffix(" compiled")].parameters()]
+        return (out, *torch.autograd.grad(out, inputs, grad))
+
+    competitors = {name: Competitor(partial(step, name)) for name in forwards}
+    agree = (
+        tuple(name for name in forwards if not name.startswith("no gate")),
+        tuple(name for name in forwards if name.startswith("no gate")),
+    )
+    competitors["copy"] = _copy(x.detach())
+    # Forward: moments read x; apply reads x and residual, writes out. Backward: the first pass reads the gradient, out
+    # and x and writes d; the second reads d and x and writes the gradient of x.
+    return Work(competitors, agree, 1e-3, 4 + 4 + 3, x.nbytes)

@@ -1,0 +1,177 @@
+"""Measure on the CPU: ``python -m benchmarks.cpu --help``."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import results
+from benchmarks.cases import Case, SavedBytes, map_cases
+from benchmarks.machine import describe
+from benchmarks.measure import check_agreement, fault_of_environment, take_turns
+from benchmarks.networks import network_cases
+from benchmarks.report import report, summary
+from ecanet.ops import cpu
+
+GROUPS = ("op", "module", "inference", "training", "network")
+_QUICK_ROUNDS, _QUICK_TURN_SECONDS, _TURN_SECONDS = 3, 1e-4, 0.01
+#: A training step of ResNet-50 takes seconds.
+_NETWORK_ROUNDS = 10
+_BUSY = 0.3
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print tables, write JSON and a picture."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if not args.quick:
+        fault = cpu.why_not() or fault_of_environment(args.threads, os.environ, os.cpu_count() or 1)
+        if fault is not None:
+            parser.exit(2, f"python -m benchmarks.cpu: {fault}\n")
+    torch.set_num_threads(args.threads)
+    rounds = _QUICK_ROUNDS if args.quick else args.rounds
+    header = {
+        "command": "",
+        "settings": {
+            "rounds": rounds,
+            "network_rounds": min(rounds, _NETWORK_ROUNDS),
+            "quick": args.quick,
+            "compiled": args.compile,
+            "dtype": "float32",
+        },
+        **describe(args.threads),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+    }
+    path = args.out or Path(f"benchmarks/results/{'quick' if args.quick else 'cpu'}-{args.threads}-threads.json")
+    try:
+        done = results.resume(path, header) if args.resume else {}
+    except ValueError as error:
+        parser.exit(2, f"python -m benchmarks.cpu: {error}\n")
+    document = {**header, "cases": done}
+    if header["load_average_at_start"][0] > _BUSY:
+        _say(f"load average {header['load_average_at_start'][0]}: something else runs here, and disturbs")
+    measure_all(_cases(args), document, path)
+    print(report(document))
+    if args.plot:
+        from benchmarks.picture import draw
+
+        draw(document).savefig(args.plot)
+
+
+def measure_all(cases: Sequence[Case], document: results.Document, path: Path) -> None:
+    """Measure what the document does not have yet, and write it after each case."""
+    if document["settings"]["compiled"]:
+        import torch._inductor.config
+
+        torch._inductor.config.compile_threads = 1  # no processes beside the one that measures
+    todo = [case for case in cases if case.key not in document["cases"]]
+    for i, case in enumerate(todo, start=1):
+        prefix = f"[{i:>{len(str(len(todo)))}}/{len(todo)}] {case.key}"
+        _say(prefix, end="")
+        start = time.monotonic()
+        document["cases"][case.key] = _measure(case, document["settings"], prefix)
+        document["command"] = _command(document)
+        results.write(path, document)
+        _say(f"\r{prefix}: {time.monotonic() - start:.1f} s")
+    document["command"] = _command(document)
+    cases_measured = document.pop("cases")
+    document |= {"summary": summary(cases_measured), "cases": cases_measured}
+    results.write(path, document)
+
+
+def _measure(case: Case, settings: dict[str, Any], prefix: str) -> dict[str, Any]:
+    load = round(os.getloadavg()[0], 2)
+    work = case.build()
+    if isinstance(work, SavedBytes):
+        return {"saved_bytes": {name: count() for name, count in work.count.items()}}
+    for names in work.agree:
+        check_agreement(work.competitors, names, work.tolerance)
+    with torch.no_grad():
+        for name in work.competitors.keys() - {name for names in work.agree for name in names}:
+            work.competitors[name].run()
+    rounds = settings["network_rounds" if case.group == "network" else "rounds"]
+    turn_seconds = _QUICK_TURN_SECONDS if settings["quick"] else _TURN_SECONDS
+
+    def on_round(done: int) -> None:
+        if sys.stderr.isatty():
+            _say(f"\r{prefix}: round {done} of {rounds}", end="")
+
+    timings = take_turns(work.competitors, rounds, turn_seconds, on_round)
+    result: dict[str, Any] = {"load_average": load}
+    if work.maps is not None:
+        result |= {"maps": work.maps, "map_bytes": work.map_bytes}
+    return result | {
+        "calls_a_turn": {name: timing.calls for name, timing in timings.items()},
+        "page_faults_a_call": {name: float(f"{timing.page_faults:.4g}") for name, timing in timings.items()},
+        "seconds": {name: [float(f"{s:.4g}") for s in timing.seconds] for name, timing in timings.items()},
+    }
+
+
+def _cases(args: argparse.Namespace) -> list[Case]:
+    cases = [*map_cases(args.quick, args.compile), *network_cases(args.quick)]
+    return [case for case in cases if case.group in args.only]
+
+
+def _command(document: results.Document) -> str:
+    """What makes the file again, however many runs it took."""
+    settings, threads = document["settings"], document["machine"]["threads"]
+    groups = {key.partition("/")[0] for key in document["cases"]}
+    words = [
+        *(["OMP_PROC_BIND=true"] if threads > 1 else []),
+        f"OMP_NUM_THREADS={threads} python -m benchmarks.cpu --threads {threads}",
+        "--quick" if settings["quick"] else f"--rounds {settings['rounds']}",
+        *(["--no-compile"] if not settings["compiled"] else []),
+        *([f"--only {','.join(group for group in GROUPS if group in groups)}"] if groups != set(GROUPS) else []),
+    ]
+    return " ".join(words)
+
+
+def _groups(value: str) -> tuple[str, ...]:
+    names = tuple(value.split(","))
+    if unknown := [name for name in names if name not in GROUPS]:
+        raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)!r}: some of {','.join(GROUPS)}")
+    return names
+
+
+def _positive(value: str) -> int:
+    if not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
+    return int(value)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cpu",
+        description="Time ECA by this library, by timm, in plain PyTorch and under torch.compile against the same "
+        "without a gate. Leave the machine alone meanwhile.",
+        epilog="Example: OMP_NUM_THREADS=1 python -m benchmarks.cpu --plot cost.png; "
+        "OMP_PROC_BIND=true OMP_NUM_THREADS=2 python -m benchmarks.cpu --threads 2",
+    )
+    parser.add_argument("--threads", type=_positive, default=1, help="threads of torch (default: 1)")
+    parser.add_argument(
+        "--rounds", type=_positive, default=20, help=f"turns of each (default: 20; networks: at most {_NETWORK_ROUNDS})"
+    )
+    parser.add_argument(
+        "--only", type=_groups, default=GROUPS, metavar="GROUPS", help=f"some of {','.join(GROUPS)} (default: all)"
+    )
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run? The numbers mean nothing")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.json", help="default: benchmarks/results/cpu-THREADS-threads.json"
+    )
+    parser.add_argument("--resume", action="store_true", help="keep the cases that the file has, measure the others")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the picture, too")
+    return parser
+
+
+def _say(text: str, end: str = "\n") -> None:
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Time several implementations in one process, in turn, and compare their medians."""
+
+import gc
+import math
+import random
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from torch import Tensor
+
+#: An untimed call before a turn costs nothing that matters when the call is shorter than this.
+_SHORT_CALL_SECONDS = 0.1
+_RESAMPLES = 1000
+
+Outputs = Tensor | tuple[Tensor, ...] | None
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """One implementation.
+
+    Attributes:
+        run: What is timed. Its return value is dropped, so that its memory is free for the next call.
+        context: Entered around a whole turn, so that entering it is not timed.
+    """
+
+    run: Callable[[], Outputs]
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one competitor took.
+
+    Attributes:
+        seconds: Of one call, for every round.
+        calls: So many calls make a turn.
+        page_faults: Minor ones, for a call: memory that the allocator gave back to the system and fetched again.
+    """
+
+    seconds: tuple[float, ...]
+    calls: int
+    page_faults: float
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of medians.
+
+    Attributes:
+        value: The ratio.
+        low: Lower end of its interval of 95 %, from resampling the rounds.
+        high: Upper end.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+def fault_of_environment(threads: int, environment: Mapping[str, str], cores: int) -> str | None:
+    """None if OpenMP is set so that ``threads`` can be measured; otherwise what is wrong and what to set.
+
+    With OpenMP's defaults two threads may land on one core; every parallel region then waits for the scheduler, 8 ms.
+    """
+    set_to = environment.get("OMP_NUM_THREADS")
+    if threads > cores:
+        return f"{threads} threads on {cores} cores measure the scheduler: use --threads {cores}"
+    if threads == 1 and set_to != "1":
+        return (
+            f"OMP_NUM_THREADS is {set_to or 'unset'}; to measure one thread: OMP_NUM_THREADS=1 python -m benchmarks.cpu"
+        )
+    if threads > 1 and environment.get("OMP_PROC_BIND", "").lower() != "true":
+        return (
+            "without OMP_PROC_BIND=true two threads may share a core: "
+            f"OMP_PROC_BIND=true OMP_NUM_THREADS={threads} python -m benchmarks.cpu --threads {threads}"
+        )
+    if threads > 1 and set_to not in (None, str(threads)):
+        return f"OMP_NUM_THREADS is {set_to}: set it to {threads}, or leave it unset"
+    return None
+
+
+def take_turns(
+    competitors: Mapping[str, Competitor],
+    rounds: int,
+    turn_seconds: float = 0.01,
+    on_round: Callable[[int], object] = lambda _: None,
+) -> dict[str, Timing]:
+    """Time the competitors A B A B ..., so that what disturbs the machine disturbs all of them.
+
+    A turn is as many calls as take ``turn_seconds``, or one. Short calls get an untimed one first: each competitor
+    then finds the caches as its own call leaves them, not as its predecessor's.
+
+    Args:
+        competitors: By name; each has run at least once (what a first call compiles or allocates is not timed here).
+        rounds: Turns of each.
+        turn_seconds: How long a turn lasts at least, unless it is one call.
+        on_round: Called with the number of rounds done.
+    """
+    calls, short = {}, {}
+    for name, competitor in competitors.items():
+        calls[name], seconds = _calibrate(competitor, turn_seconds)
+        short[name] = seconds < _SHORT_CALL_SECONDS
+    samples: dict[str, list[float]] = {name: [] for name in competitors}
+    faults: dict[str, list[int]] = {name: [] for name in competitors}
+    gc.collect()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for i in range(rounds):
+            for name, competitor in competitors.items():
+                seconds, count = _turn(competitor, calls[name], short[name])
+                samples[name].append(seconds / calls[name])
+                faults[name].append(count)
+            on_round(i + 1)
+    finally:
+        if collecting:
+            gc.enable()
+    return {
+        name: Timing(tuple(samples[name]), calls[name], statistics.median(faults[name]) / calls[name])
+        for name in competitors
+    }
+
+
+def _calibrate(competitor: Competitor, turn_seconds: float) -> tuple[int, float]:
+    """Calls in a turn, and seconds of a call."""
+    calls = 1
+    seconds, _ = _turn(competitor, calls, settle=False)
+    if seconds >= _SHORT_CALL_SECONDS:
+        return calls, seconds
+    while (seconds := _turn(competitor, calls, settle=True)[0]) < turn_seconds:
+        calls = max(2 * calls, math.ceil(1.1 * calls * turn_seconds / seconds))
+    return calls, seconds / calls
+
+
+def _turn(competitor: Competitor, calls: int, settle: bool) -> tuple[float, int]:
+    """Seconds and page faults of so many calls."""
+    run = competitor.run
+    with competitor.context():
+        if settle:
+            run()
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        seconds = time.perf_counter() - start
+        return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+
+
+def check_agreement(competitors: Mapping[str, Competitor], names: Sequence[str], tolerance: float) -> None:
+    """Run each of ``names`` once; a benchmark of a wrong result would be worthless.
+
+    Args:
+        competitors: By name.
+        names: Those that compute the same; the first is the yardstick.
+        tolerance: Largest difference, relative to the yardstick's largest value.
+
+    Raises:
+        RuntimeError: one computes something else.
+    """
+    first: tuple[Tensor, ...] | None = None
+    for name in names:
+        with competitors[name].context():
+            outputs = competitors[name].run()
+        assert outputs is not None
+        found = tuple(t.detach().clone() for t in ((outputs,) if isinstance(outputs, Tensor) else outputs))
+        if first is None:
+            first = found
+        for i, (a, b) in enumerate(zip(found, first, strict=True)):
+            error, size = (a - b).abs().max().item(), b.abs().max().item()
+            if not error <= tolerance * size:  # NaN is an error too
+                raise RuntimeError(
+                    f"{name} and {names[0]} disagree: output {i} is off by {error:.2g}, its largest value is {size:.2g}"
+                )
+
+
+def ratio_of_medians(a: Sequence[float], b: Sequence[float]) -> Ratio:
+    """``median(a) / median(b)``; a and b were measured in the same rounds.
+
+    Example:
+        >>> ratio_of_medians([1.0, 1.0, 9.0], [2.0, 2.0, 2.0]).value
+        0.5
+    """
+    return geometric_mean_of_ratios([(a, b)])
+
+
+def geometric_mean_of_ratios(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Ratio:
+    """Geometric mean over ratios of medians, such as one for every shape."""
+    resampled = [_resampled_ratios(a, b, seed) for seed, (a, b) in enumerate(pairs)]
+    means = sorted(geometric_mean(draw) for draw in zip(*resampled, strict=True))
+    value = geometric_mean([statistics.median(a) / statistics.median(b) for a, b in pairs])
+    tail = len(means) // 40  # 2.5 % on either side
+    return Ratio(value, means[tail], means[-1 - tail])
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Geometric mean of positive values.
+
+    Example:
+        >>> geometric_mean([1.0, 4.0])
+        2.0
+    """
+    return math.exp(math.fsum(math.log(value) for value in values) / len(values))
+
+
+def _resampled_ratios(a: Sequence[float], b: Sequence[float], seed: int) -> list[float]:
+    """Rounds are drawn whole, with replacement: what slowed one down slowed both."""
+    generator, rounds = random.Random(seed), range(len(a))
+    ratios = []
+    for _ in range(_RESAMPLES):
+        drawn = generator.choices(rounds, k=len(a))
+        ratios.append(statistics.median([a[i] for i in drawn]) / statistics.median([b[i] for i in drawn]))
+    return ratios

@@ -1,0 +1,241 @@
+"""Tables of ratios from a result file: ``python -m benchmarks.report FILE.json [--plot FILE.png]``."""
+
+import argparse
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+from benchmarks.measure import Ratio, geometric_mean, geometric_mean_of_ratios
+
+Cases = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What issue 3 asks for: a ratio, and what it must not exceed.
+
+    Attributes:
+        case: Group and name.
+        ours: What is compared ...
+        other: ... with what.
+        limit: Of the ratio.
+        worst: The largest ratio over the shapes counts, instead of their geometric mean.
+        each_format: Memory formats count one by one.
+    """
+
+    case: str
+    ours: str
+    other: str
+    limit: float
+    worst: bool = False
+    each_format: bool = False
+
+
+TARGETS = (
+    Target("module/forward", "ecanet", "timm", 1 / 2),
+    Target("module/forward", "ecanet", "timm compiled", 1.0),
+    Target("module/forward", "ecanet", "timm", 1.0, worst=True),
+    Target("module/forward", "ecanet", "timm compiled", 1.0, worst=True),
+    Target("inference/tail", "ecanet", "no gate", 1.1),
+    Target("inference/tail", "ecanet", "timm", 1 / 3),
+    Target("training/tail", "ecanet", "timm", 1 / 2),
+    Target("training/tail", "ecanet", "no gate", 1.0),
+    Target("network/inference", "ecanet", "no gate", 1.0, each_format=True),
+    Target("network/training", "ecanet", "no gate", 1.0, each_format=True),
+    Target("network/memory", "ecanet", "no gate", 1.02, each_format=True),
+    Target("network/inference", "ecanet optimised", "no gate optimised", 1.02, each_format=True),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a target fared.
+
+    Attributes:
+        what: The ratio in words.
+        limit: What it must not exceed.
+        ratio: What it is.
+        verdict: ``met``; ``within noise`` if only the interval reaches the limit; or ``missed``.
+    """
+
+    what: str
+    limit: float
+    ratio: Ratio
+    verdict: str
+
+
+def verdicts(cases: Cases) -> list[Verdict]:
+    """Every target of which something was measured."""
+    found = []
+    for target in TARGETS:
+        for where, keys in _keys_of(cases, target):
+            per_key = {key: ratio(cases, [key], target.ours, target.other) for key in keys}
+            if target.worst:
+                key = max(per_key, key=lambda key: per_key[key].value)
+                value, where = per_key[key], "worst: " + " ".join(key.split("/")[2:])
+            else:
+                value = ratio(cases, keys, target.ours, target.other)
+            verdict = (
+                "met" if value.value <= target.limit else "within noise" if value.low <= target.limit else "missed"
+            )
+            what = f"{target.case}, {where}: {target.ours} / {target.other}"
+            found.append(Verdict(what, round(target.limit, 3), value, verdict))
+    return found
+
+
+def _keys_of(cases: Cases, target: Target) -> Iterator[tuple[str, list[str]]]:
+    """Words and keys of what counts together."""
+    keys = [k for k in _of(cases, target.case) if {target.ours, target.other} <= set(_measured(cases[k]))]
+    if target.each_format:
+        for memory_format in dict.fromkeys(key.rpartition("/")[2] for key in keys):
+            yield memory_format, [key for key in keys if key.endswith("/" + memory_format)]
+    elif keys:
+        yield "geometric mean", keys
+
+
+def _of(cases: Cases, case: str) -> list[str]:
+    return [key for key in cases if key.startswith(case + "/")]
+
+
+def _measured(case: Mapping[str, Any]) -> Mapping[str, Any]:
+    return case["saved_bytes"] if "saved_bytes" in case else case["seconds"]
+
+
+def ratio(cases: Cases, keys: list[str], ours: str, other: str) -> Ratio:
+    """Geometric mean of ``ours / other`` over some cases."""
+    if "saved_bytes" in cases[keys[0]]:
+        value = geometric_mean([cases[key]["saved_bytes"][ours] / cases[key]["saved_bytes"][other] for key in keys])
+        return Ratio(value, value, value)
+    return geometric_mean_of_ratios([(cases[key]["seconds"][ours], cases[key]["seconds"][other]) for key in keys])
+
+
+def roofline(case: Mapping[str, Any], name: str = "ecanet") -> float | None:
+    """Bytes that must move / bandwidth of a copy / time: 1 is as fast as memory lets it be.
+
+    A copy reads one map and writes one, so half its time is what one map takes.
+    """
+    if "copy" not in case.get("seconds", ()):
+        return None
+    one_map = statistics.median(case["seconds"]["copy"]) / 2
+    return case["maps"] * one_map / statistics.median(case["seconds"][name])
+
+
+def summary(cases: Cases) -> dict[str, Any]:
+    """Geometric means over the shapes, and the targets: what a result file says first."""
+    means: dict[str, dict[str, list[float]]] = {}
+    for name in dict.fromkeys("/".join(key.split("/")[:2]) for key in cases):
+        keys = _of(cases, name)
+        for ours, other in _pairs(_measured(cases[keys[0]])):
+            value = ratio(cases, keys, ours, other)
+            means.setdefault(name, {})[f"{ours} / {other}"] = [round(v, 3) for v in asdict(value).values()]
+    return {
+        "geometric_means_with_interval": means,
+        "targets": [
+            {"what": v.what, "limit": v.limit, "is": round(v.ratio.value, 3), "verdict": v.verdict}
+            for v in verdicts(cases)
+        ],
+    }
+
+
+def _pairs(names: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the columns compare."""
+    others = [name for name in names if name not in ("copy", "ecanet", "ecanet optimised")]
+    return [("ecanet optimised" if other.endswith("optimised") else "ecanet", other) for other in others]
+
+
+def report(document: results.Document) -> str:
+    """All tables, targets last."""
+    cases: Cases = document["cases"]
+    machine, versions = document["machine"], document["versions"]
+    lines = [
+        f"{machine['cpu']}, {machine['threads']} thread(s), ecanet uses {machine['ecanet_uses']}; torch "
+        f"{versions['torch']}, timm {versions['timm']}; commit {document['commit'][:10]}"
+        + (" with changes" if document["tree_is_dirty"] else ""),
+        f"load at start {document['load_average_at_start'][0]}; made by: {document['command']}",
+    ]
+    if document["kernels"] != "loaded":
+        lines.append(f"NOT THE KERNELS: {document['kernels']}")
+    if document["settings"]["quick"]:
+        lines.append("QUICK: the numbers mean nothing")
+    for name in dict.fromkeys("/".join(key.split("/")[:2]) for key in cases):
+        lines += ["", *_table(cases, name)]
+    lines += ["", "Targets (ratios of median times; 95 % interval from resampled rounds)"]
+    rows = [
+        [v.what, f"<= {v.limit:.3g}", f"{v.ratio.value:.3f}", f"{v.ratio.low:.3f}-{v.ratio.high:.3f}", v.verdict]
+        for v in verdicts(cases)
+    ]
+    return "\n".join([*lines, *_aligned([["ratio", "target", "is", "interval", ""], *rows])])
+
+
+def _table(cases: Cases, name: str) -> list[str]:
+    keys = _of(cases, name)
+    first = cases[keys[0]]
+    pairs = _pairs(_measured(first))
+    counted = "saved_bytes" in first
+    unit, what = ("MB", "bytes saved for backward") if counted else ("ms", "time")
+    title = f"{name}: {what} of ecanet, and it / that of the others"
+    if first.get("maps"):
+        title += f" (roofline: {first['maps']} maps must move)"
+    header = ["shape", "format", f"ecanet {unit}", "roofline", *(_heading(*pair) for pair in pairs)]
+    rows = []
+    for key in keys:
+        case, (_, _, shape, memory_format) = cases[key], key.split("/")
+        amount = case["saved_bytes"]["ecanet"] / 1e6 if counted else statistics.median(case["seconds"]["ecanet"]) * 1e3
+        part = roofline(case)
+        rows.append([shape, memory_format, f"{amount:.4g}", "" if part is None else f"{part:.2f}"])
+        rows[-1] += [f"{_value(case, *pair):.3f}" for pair in pairs]
+    if len(keys) > 1:
+        parts = [part for key in keys if (part := roofline(cases[key])) is not None]
+        means = [ratio(cases, keys, *pair) for pair in pairs]
+        mean_part = f"{geometric_mean(parts):.2f}" if parts else ""
+        rows.append(["geometric mean", "", "", mean_part, *(f"{mean.value:.3f}" for mean in means)])
+        rows.append(["interval", "", "", "", *(f"{mean.low:.3f}-{mean.high:.3f}" for mean in means)])
+    return [title, *_aligned([header, *rows])]
+
+
+def _heading(ours: str, other: str) -> str:
+    return f"/ {other}" if ours == "ecanet" else f"{ours} / {other}"
+
+
+def _value(case: Mapping[str, Any], ours: str, other: str) -> float:
+    measured = _measured(case)
+    if "saved_bytes" in case:
+        return measured[ours] / measured[other]
+    return statistics.median(measured[ours]) / statistics.median(measured[other])
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    """Columns of text, the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
+        for row in rows
+    ]
+
+
+def main() -> None:
+    """Print the tables of a result file again, and draw its picture."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report",
+        description="Tables and picture of a result file, without measuring. "
+        "Example: python -m benchmarks.report benchmarks/results/cpu-1-threads.json --plot cost.png",
+    )
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--plot", type=Path, metavar="FILE.png")
+    args = parser.parse_args()
+    try:
+        document = results.read(args.file)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    print(report(document))
+    if args.plot:
+        from benchmarks.picture import draw
+
+        draw(document).savefig(args.plot)
+
+
+if __name__ == "__main__":
+    main()

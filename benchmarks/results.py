@@ -1,0 +1,64 @@
+"""The result file: everything that was measured and what it was measured on, written after every case."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+#: A run that differs in one of these is another run.
+_SAME = ("settings", "machine", "versions", "kernels", "commit")
+
+Document = dict[str, Any]
+
+
+def write(path: Path, document: Document) -> None:
+    """Replace the file in one step: a killed run leaves the last complete one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(_dumps(document) + "\n")
+    os.replace(part, path)
+
+
+def read(path: Path) -> Document:
+    """Read a result file.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        document = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not a result file: {error}") from error
+    if not isinstance(document, dict) or "cases" not in document:
+        raise ValueError(f"{path} is not a result file: it has no cases")
+    return document
+
+
+def resume(path: Path, header: Document) -> Document:
+    """The cases of an earlier run, to go on with; none where there is no file.
+
+    Args:
+        path: The result file.
+        header: What is measured now, and on what.
+
+    Raises:
+        ValueError: the file was measured in another way, on another machine or from another commit.
+    """
+    if not path.exists():
+        return {}
+    before = read(path)
+    for name in _SAME:
+        if before.get(name) != header[name]:
+            raise ValueError(
+                f"{path} cannot be resumed, its {name} differ: {before.get(name)} there, {header[name]} now; "
+                "measure again without --resume, or write to another file"
+            )
+    return before["cases"]
+
+
+def _dumps(document: Document) -> str:
+    """Indented, but a case a line: the file stays short and its differences readable."""
+    rest = {name: value for name, value in document.items() if name != "cases"}
+    cases = ",\n".join(f"    {json.dumps(key)}: {json.dumps(case)}" for key, case in document["cases"].items())
+    head = json.dumps(rest, indent=2, ensure_ascii=False).removesuffix("\n}")
+    return f'{head},\n  "cases": {{\n{cases}\n  }}\n}}'

@@ -1,0 +1,194 @@
+// What the loops over feature maps are called with. No torch here: the loops can be built, read and fuzzed alone.
+//
+// Names follow ecanet/ops/reference.py, which says the same in plain PyTorch.
+#pragma once
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define ECANET_X86
+#endif
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace ecanet {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+// The type of means, gates and every other (N, C)- or C-sized tensor that belongs to a map of type T.
+template <class T>
+struct AccumulateIn {
+  using type = float;
+};
+template <>
+struct AccumulateIn<double> {
+  using type = double;
+};
+template <class T>
+using Acc = typename AccumulateIn<T>::type;
+
+enum class Act : int64_t { none = 0, relu = 1, relu6 = 2, silu = 3, hardswish = 4 };
+
+// A feature map (N, C, S): S positions, contiguous as (N, C, S) in memory or channels last as (N, S, C).
+struct Map {
+  int64_t samples, channels, positions;
+  bool channels_last;
+
+  // Element-wise loops run over lines: what is contiguous in memory and has one sample (and channel, if not last).
+  int64_t lines() const { return samples * (channels_last ? positions : channels); }
+  int64_t line_size() const { return channels_last ? channels : positions; }
+
+  // Reductions run over bundles of whole maps of one channel; a bundle is a cache line of neighbours if channels last.
+  static constexpr int64_t kBundle = 16;
+  int64_t bundles_per_sample() const { return channels_last ? (channels + kBundle - 1) / kBundle : channels; }
+  int64_t bundles() const { return samples * bundles_per_sample(); }
+};
+
+template <class T>
+struct SqueezeArgs {
+  Map map;
+  const T* x;
+  Acc<T>* mean;  // (N, C)
+};
+
+template <class T>
+struct MomentsArgs {
+  Map map;
+  const T* x;
+  Acc<T>* mean;  // (N, C)
+  Acc<T>* m2;    // (N, C): sums of (x - mean)^2
+};
+
+template <class T>
+struct ApplyArgs {
+  Map map;
+  Act act;
+  const T* x;
+  const Acc<T>* scale;  // (N, C)
+  const Acc<T>* shift;  // (N, C)
+  const T* residual;    // or null
+  T* out;               // may be x
+};
+
+// What the derivative of the activation is taken from: `out` for ReLU and ReLU6, what went into the activation
+// (x * scale + shift + residual) for SiLU and Hardswish.
+template <class T>
+struct ActGrad {
+  Act act;
+  const T* grad;
+  const T* saved;       // out (ReLU, ReLU6) or residual (SiLU, Hardswish; or null)
+  const Acc<T>* scale;  // (N, C)
+  const Acc<T>* shift;  // (N, C)
+};
+
+template <class T>
+struct ReduceArgs {
+  Map map;
+  ActGrad<T> act_grad;
+  const T* x;
+  const Acc<T>* center;  // (C)
+  T* d;                  // or null: gradient of what went into the activation
+  Acc<T>* p;             // (N, C): sums of d
+  Acc<T>* q;             // (N, C): sums of d (x - center)
+};
+
+template <class T>
+struct InputGradArgs {
+  Map map;
+  ActGrad<T> act_grad;
+  const T* x;            // or null, with slope
+  const Acc<T>* offset;  // (N, C)
+  const Acc<T>* slope;   // (C) or null
+  const Acc<T>* center;  // (C)
+  T* out;
+};
+
+// A BatchNorm, y = a (x - mean) + bias with a = weight / sqrt(var + eps); every pointer (C) or null: mean 0, var + eps
+// 1, weight 1, bias 0. A is float or double.
+template <class A>
+struct NormArgs {
+  const A *mean, *var, *weight, *bias;
+  double eps;
+};
+
+template <class A>
+struct StatisticsArgs {
+  int64_t samples, channels, positions;
+  const A *mean, *m2;        // (N, C)
+  double *total, *spread;    // (C), zeros: room to add up in
+  A *batch_mean, *batch_var; // (C)
+};
+
+// From means to gates, scales and shifts.
+template <class A>
+struct CoefficientArgs {
+  int64_t channels;
+  NormArgs<A> norm;
+  const A* means;  // (N, C); not read without s
+  const A* band;   // (k) or null
+  int64_t k;
+  bool circular;
+  A *a, *b;      // (C): the norm as a x + b, from `prepare`
+  A* s;          // (N, C) or null: means of the norm's output
+  A* gate;       // (N, C); null without a band
+  A* scale;      // (N, C)
+  A* shift;      // (N, C)
+  A* padded;     // (N, C + k - 1), zeros; null without a band
+};
+
+// reference.eca_coefficients_backward has the formulas.
+template <class A>
+struct CoefficientGradArgs {
+  int64_t samples, channels, positions;
+  NormArgs<A> norm;
+  const A *p, *q, *means;        // (N, C)
+  const A *gate, *grad_s;        // (N, C) or null
+  const A* band;                 // (k) or null
+  int64_t k;
+  bool circular;
+  A *offset;                     // (N, C)
+  A *weight, *bias, *band_grad;  // (C), (C), (k)
+  A *mean, *var;                 // (C)
+  A *a, *ds;                     // (C): room
+  A *padded, *logits;            // (C + k - 1), zeros: room for s and for the gradient of the logits
+  double *sum_a, *sum_b;         // (C), zeros: room to add up in
+};
+
+// One instruction set's loops; ranges are lines (apply, input_grad), bundles (the reductions) or samples.
+template <class T>
+struct Kernels {
+  void (*squeeze)(const SqueezeArgs<T>&, int64_t begin, int64_t end);
+  void (*moments)(const MomentsArgs<T>&, int64_t begin, int64_t end);
+  void (*apply)(const ApplyArgs<T>&, int64_t begin, int64_t end);
+  void (*reduce)(const ReduceArgs<T>&, int64_t begin, int64_t end);
+  void (*input_grad)(const InputGradArgs<T>&, int64_t begin, int64_t end);
+  void (*statistics)(const StatisticsArgs<Acc<T>>&);
+  void (*prepare)(const CoefficientArgs<Acc<T>>&);
+  void (*coefficients)(const CoefficientArgs<Acc<T>>&, int64_t begin, int64_t end);
+  void (*coefficients_backward)(const CoefficientGradArgs<Acc<T>>&);
+};
+
+template <class T>
+struct KernelsFor {
+  static const Kernels<T>& baseline();
+#ifdef ECANET_X86
+  static const Kernels<T>& avx2();
+  static const Kernels<T>& avx512();
+#endif
+};
+
+#if defined(ECANET_X86)
+inline bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+inline bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+}  // namespace ecanet

@@ -1,0 +1,670 @@
+// The loops over feature maps, for the instruction set that this is included for (see simd.h).
+#include "simd.h"
+
+namespace ecanet {
+namespace ECANET_ISA {
+
+template <class T>
+constexpr int64_t width = Simd<Acc<T>>::width;
+
+// An (N, C)- or C-sized factor within a line: one number for a contiguous line, one per element for channels last.
+template <class A, bool last>
+struct Factor {
+  const A* values;
+  Vec<A> everywhere;
+  ECANET_INLINE Factor at(const A* p) {
+    Factor f;
+    f.values = p;
+    f.everywhere = !last && p ? splat(*p) : Vec<A>{};
+    return f;
+  }
+  inline __attribute__((always_inline)) Vec<A> operator()(int64_t i) const {
+    if constexpr (last) return load(values + i);
+    return everywhere;
+  }
+  inline __attribute__((always_inline)) Vec<A> some(int64_t i, int64_t count) const {
+    if constexpr (last) return load_some(values + i, count);
+    return everywhere;
+  }
+};
+
+// Where a line begins: in the map, in an (N, C)-sized tensor and in a C-sized one.
+struct Line {
+  int64_t map, nc, c;
+  static Line at(const Map& map, int64_t line) {
+    if (map.channels_last) return {line * map.channels, line / map.positions * map.channels, 0};
+    return {line * map.positions, line, line % map.channels};
+  }
+};
+
+// ---- squeeze -------------------------------------------------------------------------------------------------------
+
+// Sums of long runs are kept in blocks, so that the rounding error does not grow with the size of the map.
+constexpr int64_t kBlock = 4096;
+
+template <class T>
+ECANET_INLINE Acc<T> row_sum(const T* x, int64_t size) {
+  using A = Acc<T>;
+  constexpr int64_t W = width<T>;
+  if (size < W) return sum<A>(load_some(x, size));
+  A total = 0;
+  for (int64_t block = 0; block < size; block += kBlock) {
+    const int64_t end = block + kBlock < size ? block + kBlock : size;
+    Vec<A> s0 = {}, s1 = {}, s2 = {}, s3 = {};
+    int64_t i = block;
+    for (; i + 4 * W <= end; i += 4 * W) {
+      s0 += load(x + i);
+      s1 += load(x + i + W);
+      s2 += load(x + i + 2 * W);
+      s3 += load(x + i + 3 * W);
+    }
+    for (; i + W <= end; i += W) s0 += load(x + i);
+    if (i < end) s1 += keep_last<A>(load(x + end - W), end - i);
+    total += sum<A>((s0 + s1) + (s2 + s3));
+  }
+  return total;
+}
+
+// Channels last: `columns` walks the channels of [begin, end) in blocks that stay in the first-level cache.
+constexpr int64_t kColumns = 512;
+
+template <class F>
+ECANET_INLINE void columns(const Map& map, int64_t begin, int64_t end, F&& block) {
+  const int64_t per_sample = map.bundles_per_sample();
+  while (begin < end) {
+    const int64_t n = begin / per_sample;
+    const int64_t last = end < (n + 1) * per_sample ? end : (n + 1) * per_sample;
+    int64_t c = (begin - n * per_sample) * Map::kBundle;
+    int64_t stop = (last - n * per_sample) * Map::kBundle;
+    if (stop > map.channels) stop = map.channels;
+    for (; c < stop; c += kColumns) block(n, c, stop - c < kColumns ? stop - c : kColumns);
+    begin = last;
+  }
+}
+
+template <int rows, class T>
+ECANET_INLINE void add_rows(const T* x, int64_t stride, int64_t count, Acc<T>* total) {
+  using A = Acc<T>;
+  constexpr int64_t W = width<T>;
+  int64_t i = 0;
+  for (; i + W <= count; i += W) {
+    Vec<A> s = load(x + i);
+#pragma GCC unroll 8
+    for (int r = 1; r < rows; ++r) s += load(x + r * stride + i);
+    store(total + i, load(total + i) + s);
+  }
+  if (i < count) {
+    const int64_t some = count - i;
+    Vec<A> s = {};
+    for (int r = 0; r < rows; ++r) s += load_some(x + r * stride + i, some);
+    store(total + i, load(total + i) + s);  // total is as wide as whole vectors
+  }
+}
+
+template <class T>
+void squeeze(const SqueezeArgs<T>& a, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  const int64_t positions = a.map.positions, channels = a.map.channels;
+  if (!a.map.channels_last) {
+    for (int64_t row = begin; row < end; ++row) a.mean[row] = row_sum(a.x + row * positions, positions) / A(positions);
+    return;
+  }
+  columns(a.map, begin, end, [&](int64_t n, int64_t c, int64_t count) {
+    A total[kColumns] = {};
+    const T* x = a.x + n * positions * channels + c;
+    for (int64_t block = 0; block < positions; block += kBlock) {
+      const int64_t stop = block + kBlock < positions ? block + kBlock : positions;
+      A part[kColumns] = {};
+      int64_t s = block;
+      for (; s + 8 <= stop; s += 8) add_rows<8>(x + s * channels, channels, count, part);
+      for (; s < stop; ++s) add_rows<1>(x + s * channels, channels, count, part);
+      for (int64_t i = 0; i < count; ++i) total[i] += part[i];
+    }
+    for (int64_t i = 0; i < count; ++i) a.mean[n * channels + c + i] = total[i] / A(positions);
+  });
+}
+
+// ---- moments -------------------------------------------------------------------------------------------------------
+
+// Means and sums of squares about them of two sets become those of both (Chan, Golub, LeVeque 1979).
+template <class A>
+struct Moments {
+  A count, mean, m2;
+  void merge(A other_count, A other_mean, A other_m2) {
+    const A both = count + other_count;
+    const A delta = other_mean - mean;
+    mean += delta * (other_count / both);
+    m2 += other_m2 + delta * delta * (count * other_count / both);
+    count = both;
+  }
+};
+
+template <class T>
+void row_moments(const T* x, int64_t size, Acc<T>* mean, Acc<T>* m2) {
+  using A = Acc<T>;
+  constexpr int64_t W = width<T>;
+  Moments<A> all = {0, 0, 0};
+  for (int64_t block = 0; block < size; block += kBlock) {  // a block is read twice, the second time from the cache
+    const int64_t count = size - block < kBlock ? size - block : kBlock;
+    const T* b = x + block;
+    A about = row_sum(b, count) / A(count);
+    if (!std::isfinite(about)) {  // as the plain formulas would have it
+      *mean = row_sum(x, size) / A(size);
+      *m2 = std::nan("");
+      return;
+    }
+    const Vec<A> center = splat(about);
+    Vec<A> d0 = {}, d1 = {}, q0 = {}, q1 = {};
+    int64_t i = 0;
+    for (; i + 2 * W <= count; i += 2 * W) {
+      const Vec<A> u = load(b + i) - center, v = load(b + i + W) - center;
+      d0 += u;
+      d1 += v;
+      q0 += u * u;
+      q1 += v * v;
+    }
+    for (; i + W <= count; i += W) {
+      const Vec<A> u = load(b + i) - center;
+      d0 += u;
+      q0 += u * u;
+    }
+    if (i < count) {
+      const Vec<A> v = size < W ? load_some(b, count) - center : load(b + count - W) - center;
+      const Vec<A> u = size < W ? keep_first<A>(v, count) : keep_last<A>(v, count - i);
+      d1 += u;
+      q1 += u * u;
+    }
+    const A d = sum<A>(d0 + d1), q = sum<A>(q0 + q1);
+    // What the rounding of `about` left over.
+    const A rest = d / A(count);
+    if (count == size) {
+      *mean = about + rest;
+      *m2 = q - d * rest;
+      return;
+    }
+    all.merge(A(count), about + rest, q - d * rest);
+  }
+  *mean = all.mean;
+  *m2 = all.m2;
+}
+
+// `rows` positions at once: their moments in registers, then merged with those of the positions before.
+template <int rows, class T>
+ECANET_INLINE void merge_rows(const T* x, int64_t stride, int64_t count, int64_t before, const Acc<T>* origin,
+                              Acc<T>* mean, Acc<T>* m2) {
+  using A = Acc<T>;
+  constexpr int64_t W = width<T>;
+  const A both = A(before) + A(rows);
+  const A weight = A(rows) / both, cross = A(before) * A(rows) / both;
+  auto merge = [&](int64_t i, auto&& load_row) __attribute__((always_inline)) {
+    const Vec<A> from = load(origin + i);
+    Vec<A> v[rows];
+    Vec<A> total = {};
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      v[r] = load_row(x + r * stride + i) - from;
+      total += v[r];
+    }
+    const Vec<A> here = total * (A(1) / A(rows));
+    Vec<A> spread = {};
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) spread += (v[r] - here) * (v[r] - here);
+    const Vec<A> delta = here - load(mean + i);
+    store(mean + i, load(mean + i) + delta * weight);
+    store(m2 + i, load(m2 + i) + spread + delta * delta * cross);
+  };
+  int64_t i = 0;
+  for (; i + W <= count; i += W) merge(i, [](const T* p) __attribute__((always_inline)) { return load(p); });
+  if (i < count) merge(i, [&](const T* p) { return load_some(p, count - i); });
+}
+
+template <class T>
+void moments(const MomentsArgs<T>& a, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  const int64_t positions = a.map.positions, channels = a.map.channels;
+  if (!a.map.channels_last) {
+    for (int64_t row = begin; row < end; ++row)
+      row_moments(a.x + row * positions, positions, a.mean + row, a.m2 + row);
+    return;
+  }
+  columns(a.map, begin, end, [&](int64_t n, int64_t c, int64_t count) {
+    // Relative to the first position, so that a mean much larger than the spread costs no digits.
+    A origin[kColumns] = {}, mean[kColumns] = {}, m2[kColumns] = {};
+    const T* x = a.x + n * positions * channels + c;
+    for (int64_t i = 0; i < count; ++i) origin[i] = load_some(x + i, 1)[0];
+    int64_t s = 0;
+    for (; s + 8 <= positions; s += 8) merge_rows<8>(x + s * channels, channels, count, s, origin, mean, m2);
+    for (; s < positions; ++s) merge_rows<1>(x + s * channels, channels, count, s, origin, mean, m2);
+    for (int64_t i = 0; i < count; ++i) {
+      A result = origin[i] + mean[i];
+      if (!std::isfinite(result)) {  // as the plain formulas would have it
+        result = 0;
+        for (int64_t p = 0; p < positions; ++p) result += load_some(x + p * channels + i, 1)[0];
+        result /= A(positions);
+      }
+      a.mean[n * channels + c + i] = result;
+      a.m2[n * channels + c + i] = m2[i];
+    }
+  });
+}
+
+// ---- apply ---------------------------------------------------------------------------------------------------------
+
+// How many of the lines from `l` on can be done at once: neighbours of one sample that share scale and shift.
+constexpr int64_t kLinesAtOnce = 4;
+ECANET_INLINE bool several_lines(const Map& map, int64_t l, int64_t end) {
+  return l + kLinesAtOnce <= end && l / map.positions == (l + kLinesAtOnce - 1) / map.positions;
+}
+
+template <int lines, class T, bool last, Act act, bool with_residual>
+ECANET_INLINE void apply_at(const ApplyArgs<T>& a, int64_t l) {
+  using A = Acc<T>;
+  constexpr int64_t W = width<T>;
+  const int64_t size = a.map.line_size();
+  const Line line = Line::at(a.map, l);
+  const T* x = a.x + line.map;
+  const T* residual = with_residual ? a.residual + line.map : nullptr;
+  T* out = a.out + line.map;
+  const auto scale = Factor<A, last>::at(a.scale + line.nc), shift = Factor<A, last>::at(a.shift + line.nc);
+  auto result = [&](int64_t i, Vec<A> m, Vec<A> b) __attribute__((always_inline)) {
+    Vec<A> y = load(x + i) * m + b;
+    if constexpr (with_residual) y += load(residual + i);
+    return activate<act, A>(y);
+  };
+  if (size >= W) {
+    // The last vector of a line may overlap the one before: computed first, since out may be x.
+    const bool overlap = size % W != 0;
+    Vec<A> last_vector[lines];
+    for (int r = 0; overlap && r < lines; ++r)
+      last_vector[r] = result(r * size + size - W, scale(size - W), shift(size - W));
+    for (int64_t i = 0; i + W <= size; i += W) {
+      const Vec<A> m = scale(i), b = shift(i);
+#pragma GCC unroll 4
+      for (int r = 0; r < lines; ++r) store(out + r * size + i, result(r * size + i, m, b));
+    }
+    for (int r = 0; overlap && r < lines; ++r) store(out + r * size + size - W, last_vector[r]);
+  } else {
+    for (int r = 0; r < lines; ++r) {
+      Vec<A> y = load_some(x + r * size, size) * scale.some(0, size) + shift.some(0, size);
+      if constexpr (with_residual) y += load_some(residual + r * size, size);
+      store_some(out + r * size, activate<act, A>(y), size);
+    }
+  }
+}
+
+template <class T, bool last, Act act, bool with_residual>
+void apply_lines(const ApplyArgs<T>& a, int64_t begin, int64_t end) {
+  for (int64_t l = begin; l < end;) {
+    if (last && several_lines(a.map, l, end)) {
+      apply_at<kLinesAtOnce, T, last, act, with_residual>(a, l);
+      l += kLinesAtOnce;
+    } else {
+      apply_at<1, T, last, act, with_residual>(a, l++);
+    }
+  }
+}
+
+template <class T, bool last, Act act>
+void apply_act(const ApplyArgs<T>& a, int64_t begin, int64_t end) {
+  a.residual ? apply_lines<T, last, act, true>(a, begin, end) : apply_lines<T, last, act, false>(a, begin, end);
+}
+
+// Calls f<act>() for the act that is only known now.
+#define ECANET_FOR_ACT(act, call)                           \
+  switch (act) {                                            \
+    case Act::none: { constexpr Act A_ = Act::none; call; } break;           \
+    case Act::relu: { constexpr Act A_ = Act::relu; call; } break;           \
+    case Act::relu6: { constexpr Act A_ = Act::relu6; call; } break;         \
+    case Act::silu: { constexpr Act A_ = Act::silu; call; } break;           \
+    case Act::hardswish: { constexpr Act A_ = Act::hardswish; call; } break; \
+  }
+
+template <class T>
+void apply(const ApplyArgs<T>& a, int64_t begin, int64_t end) {
+  ECANET_FOR_ACT(a.act, (a.map.channels_last ? apply_act<T, true, A_>(a, begin, end)
+                                             : apply_act<T, false, A_>(a, begin, end)));
+}
+
+// ---- backward ------------------------------------------------------------------------------------------------------
+
+constexpr bool needs_input(Act act) { return act == Act::silu || act == Act::hardswish; }
+
+// Gradient of what went into the activation, at i of a line. `some` > 0 asks for so many elements alone.
+template <class T, bool last, Act act>
+struct Upstream {
+  using A = Acc<T>;
+  const T *grad, *saved;
+  Factor<A, last> scale, shift;
+  inline __attribute__((always_inline)) Upstream(const ActGrad<T>& a, int64_t map, int64_t nc)
+      : grad(a.grad + map), saved(a.saved ? a.saved + map : nullptr) {
+    if constexpr (needs_input(act)) {
+      scale = Factor<A, last>::at(a.scale + nc);
+      shift = Factor<A, last>::at(a.shift + nc);
+    }
+  }
+  inline __attribute__((always_inline)) Vec<A> operator()(int64_t i, Vec<A> x) const {
+    if constexpr (act == Act::none) return load(grad + i);
+    if constexpr (!needs_input(act)) return activate_backward<act, A>(load(grad + i), load(saved + i));
+    Vec<A> from = x * scale(i) + shift(i);
+    if (saved) from += load(saved + i);
+    return activate_backward<act, A>(load(grad + i), from);
+  }
+  inline __attribute__((always_inline)) Vec<A> some(int64_t i, Vec<A> x, int64_t n) const {
+    if constexpr (act == Act::none) return load_some(grad + i, n);
+    if constexpr (!needs_input(act))
+      return activate_backward<act, A>(load_some(grad + i, n), load_some(saved + i, n));
+    Vec<A> from = x * scale.some(i, n) + shift.some(i, n);
+    if (saved) from += load_some(saved + i, n);
+    return activate_backward<act, A>(load_some(grad + i, n), from);
+  }
+};
+
+template <class T, Act act, bool store_d>
+void reduce_rows(const ReduceArgs<T>& a, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  constexpr int64_t W = width<T>;
+  const int64_t size = a.map.positions;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t start = row * size;
+    const Upstream<T, false, act> upstream(a.act_grad, start, row);
+    const T* x = a.x + start;
+    const Vec<A> center = splat(a.center[row % a.map.channels]);
+    A p = 0, q = 0;
+    for (int64_t block = 0; block < size; block += kBlock) {
+      const int64_t stop = block + kBlock < size ? block + kBlock : size;
+      Vec<A> p0 = {}, p1 = {}, q0 = {}, q1 = {};
+      int64_t i = block;
+      for (; i + 2 * W <= stop; i += 2 * W) {
+        const Vec<A> x0 = load(x + i), x1 = load(x + i + W);
+        const Vec<A> d0 = upstream(i, x0), d1 = upstream(i + W, x1);
+        if constexpr (store_d) {
+          store(a.d + start + i, d0);
+          store(a.d + start + i + W, d1);
+        }
+        p0 += d0;
+        p1 += d1;
+        q0 += d0 * (x0 - center);
+        q1 += d1 * (x1 - center);
+      }
+      for (; i + W <= stop; i += W) {
+        const Vec<A> x0 = load(x + i);
+        const Vec<A> d0 = upstream(i, x0);
+        if constexpr (store_d) store(a.d + start + i, d0);
+        p0 += d0;
+        q0 += d0 * (x0 - center);
+      }
+      if (i < stop && size >= W) {  // overlaps the vector before; what it has already counted is left out
+        const int64_t at = stop - W;
+        const Vec<A> x0 = load(x + at);
+        const Vec<A> d0 = upstream(at, x0);
+        if constexpr (store_d) store(a.d + start + at, d0);
+        p1 += keep_last<A>(d0, stop - i);
+        q1 += keep_last<A>(d0 * (x0 - center), stop - i);
+      } else if (i < stop) {
+        const Vec<A> x0 = load_some(x, size);
+        const Vec<A> d0 = upstream.some(0, x0, size);
+        if constexpr (store_d) store_some(a.d + start, d0, size);
+        p1 += keep_first<A>(d0, size);
+        q1 += keep_first<A>(d0 * (x0 - center), size);
+      }
+      p += sum<A>(p0 + p1);
+      q += sum<A>(q0 + q1);
+    }
+    a.p[row] = p;
+    a.q[row] = q;
+  }
+}
+
+template <class T, Act act, bool store_d>
+ECANET_INLINE void reduce_line(const ReduceArgs<T>& a, int64_t at, int64_t nc, const Acc<T>* center, int64_t count,
+                               Acc<T>* p, Acc<T>* q) {
+  using A = Acc<T>;
+  constexpr int64_t W = width<T>;
+  const Upstream<T, true, act> upstream(a.act_grad, at, nc);
+  int64_t i = 0;
+  for (; i + W <= count; i += W) {
+    const Vec<A> x = load(a.x + at + i);
+    const Vec<A> d = upstream(i, x);
+    if constexpr (store_d) store(a.d + at + i, d);
+    store(p + i, load(p + i) + d);
+    store(q + i, load(q + i) + d * (x - load(center + i)));
+  }
+  if (i < count) {  // p and q are as wide as whole vectors
+    const int64_t some = count - i;
+    const Vec<A> x = load_some(a.x + at + i, some);
+    const Vec<A> d = upstream.some(i, x, some);
+    if constexpr (store_d) store_some(a.d + at + i, d, some);
+    store(p + i, load(p + i) + keep_first<A>(d, some));
+    store(q + i, load(q + i) + keep_first<A>(d * (x - load_some(center + i, some)), some));
+  }
+}
+
+template <class T, Act act, bool store_d>
+void reduce_act(const ReduceArgs<T>& a, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  if (!a.map.channels_last) return reduce_rows<T, act, store_d>(a, begin, end);
+  const int64_t positions = a.map.positions, channels = a.map.channels;
+  columns(a.map, begin, end, [&](int64_t n, int64_t c, int64_t count) {
+    A p_total[kColumns] = {}, q_total[kColumns] = {};
+    const int64_t start = n * positions * channels + c, nc = n * channels + c;
+    for (int64_t block = 0; block < positions; block += kBlock) {
+      const int64_t stop = block + kBlock < positions ? block + kBlock : positions;
+      A p[kColumns] = {}, q[kColumns] = {};
+      for (int64_t s = block; s < stop; ++s) reduce_line<T, act, store_d>(a, start + s * channels, nc, a.center + c, count, p, q);
+      for (int64_t i = 0; i < count; ++i) {
+        p_total[i] += p[i];
+        q_total[i] += q[i];
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      a.p[nc + i] = p_total[i];
+      a.q[nc + i] = q_total[i];
+    }
+  });
+}
+
+template <class T>
+void reduce(const ReduceArgs<T>& a, int64_t begin, int64_t end) {
+  ECANET_FOR_ACT(a.act_grad.act,
+                 (a.d ? reduce_act<T, A_, true>(a, begin, end) : reduce_act<T, A_, false>(a, begin, end)));
+}
+
+template <class T, bool last, Act act, bool with_slope>
+void input_grad_lines(const InputGradArgs<T>& a, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  constexpr int64_t W = width<T>;
+  constexpr bool reads_x = with_slope || needs_input(act);
+  const int64_t size = a.map.line_size();
+  for (int64_t l = begin; l < end; ++l) {
+    const Line line = Line::at(a.map, l);
+    const Upstream<T, last, act> upstream(a.act_grad, line.map, line.nc);
+    const T* x = reads_x ? a.x + line.map : nullptr;
+    T* out = a.out + line.map;
+    const auto scale = Factor<A, last>::at(a.act_grad.scale + line.nc);
+    const auto offset = Factor<A, last>::at(a.offset + line.nc);
+    const auto slope = Factor<A, last>::at(with_slope ? a.slope + line.c : nullptr);
+    const auto center = Factor<A, last>::at(with_slope ? a.center + line.c : nullptr);
+    auto write = [&](int64_t i) __attribute__((always_inline)) {
+      Vec<A> xi = {};
+      if constexpr (reads_x) xi = load(x + i);
+      Vec<A> g = upstream(i, xi) * scale(i) + offset(i);
+      if constexpr (with_slope) g += slope(i) * (xi - center(i));
+      store(out + i, g);
+    };
+    if (size >= W) {
+      for (int64_t i = 0; i + W <= size; i += W) write(i);
+      write(size - W);
+    } else {
+      Vec<A> xi = {};
+      if constexpr (reads_x) xi = load_some(x, size);
+      Vec<A> g = upstream.some(0, xi, size) * scale.some(0, size) + offset.some(0, size);
+      if constexpr (with_slope) g += slope.some(0, size) * (xi - center.some(0, size));
+      store_some(out, g, size);
+    }
+  }
+}
+
+template <class T, bool last, Act act>
+void input_grad_act(const InputGradArgs<T>& a, int64_t begin, int64_t end) {
+  a.slope ? input_grad_lines<T, last, act, true>(a, begin, end) : input_grad_lines<T, last, act, false>(a, begin, end);
+}
+
+template <class T>
+void input_grad(const InputGradArgs<T>& a, int64_t begin, int64_t end) {
+  ECANET_FOR_ACT(a.act_grad.act, (a.map.channels_last ? input_grad_act<T, true, A_>(a, begin, end)
+                                                      : input_grad_act<T, false, A_>(a, begin, end)));
+}
+
+// ---- the (N, C)-sized maths ----------------------------------------------------------------------------------------
+// Plain loops, which the compiler turns into vectors; sums over samples are in double.
+
+template <class A>
+void statistics(const StatisticsArgs<A>& a) {
+  const int64_t channels = a.channels;
+  for (int64_t n = 0; n < a.samples; ++n)
+    for (int64_t c = 0; c < channels; ++c) a.total[c] += a.mean[n * channels + c];
+  for (int64_t c = 0; c < channels; ++c) a.total[c] /= double(a.samples);
+  for (int64_t n = 0; n < a.samples; ++n)
+    for (int64_t c = 0; c < channels; ++c) {
+      const double away = a.mean[n * channels + c] - a.total[c];
+      a.spread[c] += a.m2[n * channels + c] + double(a.positions) * away * away;
+    }
+  const double count = double(a.samples) * double(a.positions);
+  for (int64_t c = 0; c < channels; ++c) {
+    a.batch_mean[c] = A(a.total[c]);
+    a.batch_var[c] = A(a.spread[c] / count);
+  }
+}
+
+template <class A>
+void norm_slope(const NormArgs<A>& norm, int64_t channels, A* slope) {
+  if (norm.var)
+    for (int64_t c = 0; c < channels; ++c) slope[c] = A(1) / std::sqrt(norm.var[c] + A(norm.eps));
+  else
+    for (int64_t c = 0; c < channels; ++c) slope[c] = A(1);
+  for (int64_t c = 0; norm.weight && c < channels; ++c) slope[c] *= norm.weight[c];
+}
+
+// s = a (m - mean) + bias
+template <class A>
+ECANET_INLINE void norm_means(const NormArgs<A>& norm, int64_t channels, const A* a, const A* means, A* s) {
+  for (int64_t c = 0; !norm.mean && c < channels; ++c) s[c] = means[c];
+  for (int64_t c = 0; norm.mean && c < channels; ++c) s[c] = means[c] - norm.mean[c];
+  for (int64_t c = 0; c < channels; ++c) s[c] *= a[c];
+  for (int64_t c = 0; norm.bias && c < channels; ++c) s[c] += norm.bias[c];
+}
+
+template <class A>
+void prepare(const CoefficientArgs<A>& a) {
+  norm_slope(a.norm, a.channels, a.a);
+  for (int64_t c = 0; c < a.channels; ++c) a.b[c] = a.norm.bias ? a.norm.bias[c] : A(0);
+  for (int64_t c = 0; a.norm.mean && c < a.channels; ++c) a.b[c] -= a.a[c] * a.norm.mean[c];
+}
+
+// Fill the margins of (C + k - 1) numbers whose middle is there.
+template <class A>
+void wrap_around(A* padded, int64_t channels, int64_t margin) {
+  for (int64_t j = 0; j < margin; ++j) {
+    padded[j] = padded[channels + j];
+    padded[margin + channels + j] = padded[margin + j];
+  }
+}
+
+// gate = sigmoid(band of s), or 1 without a band; scale = gate a, shift = gate b.
+template <class A>
+void coefficients(const CoefficientArgs<A>& a, int64_t begin, int64_t end) {
+  constexpr int64_t W = Simd<A>::width;
+  const int64_t channels = a.channels, margin = a.band ? (a.k - 1) / 2 : 0;
+  for (int64_t n = begin; n < end; ++n) {
+    const int64_t at = n * channels;
+    A *scale = a.scale + at, *shift = a.shift + at;
+    if (a.s) norm_means(a.norm, channels, a.a, a.means + at, a.s + at);
+    if (!a.band) {
+      memcpy(scale, a.a, channels * sizeof(A));
+      memcpy(shift, a.b, channels * sizeof(A));
+      continue;
+    }
+    A *padded = a.padded + n * (channels + 2 * margin), *gate = a.gate + at;
+    memcpy(padded + margin, a.s + at, channels * sizeof(A));
+    if (a.circular) wrap_around(padded, channels, margin);
+    int64_t i = 0;
+    for (; i + W <= channels; i += W) {
+      Vec<A> logit = {};
+      for (int64_t j = 0; j < a.k; ++j) logit += a.band[j] * load(padded + i + j);
+      store(gate + i, sigmoid<A>(logit));
+    }
+    if (i < channels) {
+      Vec<A> logit = {};
+      for (int64_t j = 0; j < a.k; ++j) logit += a.band[j] * load_some(padded + i + j, channels - i);
+      store_some(gate + i, sigmoid<A>(logit), channels - i);
+    }
+    for (int64_t c = 0; c < channels; ++c) scale[c] = gate[c] * a.a[c];
+    for (int64_t c = 0; c < channels; ++c) shift[c] = gate[c] * a.b[c];
+  }
+}
+
+template <class A>
+void coefficients_backward(const CoefficientGradArgs<A>& g) {
+  const int64_t channels = g.channels, margin = g.band ? (g.k - 1) / 2 : 0;
+  const A *mean = g.norm.mean, *bias = g.norm.bias;
+  A *a = g.a, *ds = g.ds, *s = g.padded + margin, *logits = g.logits + margin;
+  norm_slope(g.norm, channels, a);
+  for (int64_t j = 0; j < g.k; ++j) g.band_grad[j] = 0;
+  for (int64_t n = 0; n < g.samples; ++n) {
+    const int64_t at = n * channels;
+    const A *p = g.p + at, *q = g.q + at, *means = g.means + at, *gate = g.gate ? g.gate + at : nullptr;
+    if (g.band) {
+      norm_means(g.norm, channels, a, means, s);
+      for (int64_t c = 0; c < channels; ++c) logits[c] = a[c] * q[c];
+      for (int64_t c = 0; bias && c < channels; ++c) logits[c] += bias[c] * p[c];
+      for (int64_t c = 0; c < channels; ++c) logits[c] *= gate[c] * (A(1) - gate[c]);
+      if (g.circular) {
+        wrap_around(g.padded, channels, margin);
+        wrap_around(g.logits, channels, margin);
+      }
+      for (int64_t c = 0; c < channels; ++c) ds[c] = 0;
+      for (int64_t j = 0; j < g.k; ++j) {
+        const A tap = g.band[j], *from = g.logits + 2 * margin - j, *shifted = g.padded + j;
+        for (int64_t c = 0; c < channels; ++c) ds[c] += tap * from[c];
+        A total = 0;
+#pragma omp simd reduction(+ : total)
+        for (int64_t c = 0; c < channels; ++c) total += logits[c] * shifted[c];
+        g.band_grad[j] += total;
+      }
+    } else {
+      for (int64_t c = 0; c < channels; ++c) ds[c] = g.grad_s ? g.grad_s[at + c] : A(0);
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      const A gc = gate ? gate[c] : A(1), away = means[c] - (mean ? mean[c] : A(0));
+      g.sum_a[c] += double(gc * q[c] + ds[c] * away);
+      g.sum_b[c] += double(gc * p[c] + ds[c]);
+    }
+    const A per_position = A(1) / A(g.positions);
+    for (int64_t c = 0; c < channels; ++c) g.offset[at + c] = ds[c] * a[c] * per_position;
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    const double variance = g.norm.var ? double(g.norm.var[c]) + g.norm.eps : 1.0;
+    const double inverse = 1.0 / std::sqrt(variance), gamma = g.norm.weight ? double(g.norm.weight[c]) : 1.0;
+    g.weight[c] = A(g.sum_a[c] * inverse);
+    g.bias[c] = A(g.sum_b[c]);
+    g.mean[c] = A(-gamma * inverse * g.sum_b[c]);
+    g.var[c] = A(-0.5 * gamma * g.sum_a[c] * inverse / variance);
+  }
+}
+
+template <class T>
+const Kernels<T>& kernels() {
+  using A = Acc<T>;
+  static const Kernels<T> table = {squeeze<T>,    moments<T>, apply<T>,        reduce<T>,               input_grad<T>,
+                                   statistics<A>, prepare<A>, coefficients<A>, coefficients_backward<A>};
+  return table;
+}
+
+}  // namespace ECANET_ISA
+
+template <> const Kernels<float>& KernelsFor<float>::ECANET_ISA() { return ECANET_ISA::kernels<float>(); }
+template <> const Kernels<double>& KernelsFor<double>::ECANET_ISA() { return ECANET_ISA::kernels<double>(); }
+template <> const Kernels<bfloat16>& KernelsFor<bfloat16>::ECANET_ISA() { return ECANET_ISA::kernels<bfloat16>(); }
+template <> const Kernels<float16>& KernelsFor<float16>::ECANET_ISA() { return ECANET_ISA::kernels<float16>(); }
+
+}  // namespace ecanet

@@ -1,0 +1,476 @@
+// The operations of ecanet.ops on the CPU: implementations only. Their schemas, what they return without data, and
+// their derivatives are in ecanet/ops/library.py; plain PyTorch that says the same is in ecanet/ops/reference.py.
+//
+// Written against libtorch's stable ABI, so that one binary serves every torch from 2.10 on.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+
+namespace ecanet {
+namespace {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+// Fewer elements than this are not worth a second thread.
+constexpr int64_t kElementsPerThread = 32768;
+// Samples whose maps together have about so many bytes are squeezed and then scaled while they are in the cache.
+constexpr int64_t kCacheBytes = 1 << 20;
+
+template <class T>
+const Kernels<T>& kernels() {
+#ifdef ECANET_X86
+  static const Kernels<T>& best = has_avx512() ? KernelsFor<T>::avx512()
+                                  : has_avx2() ? KernelsFor<T>::avx2()
+                                               : KernelsFor<T>::baseline();
+  return best;
+#else
+  return KernelsFor<T>::baseline();
+#endif
+}
+
+template <class F>
+void dispatch(const Tensor& x, F&& f) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  if (dtype == aoti_torch_dtype_float32()) return f(float{});
+  if (dtype == aoti_torch_dtype_float64()) return f(double{});
+  if (dtype == aoti_torch_dtype_bfloat16()) return f(bfloat16{});
+  if (dtype == aoti_torch_dtype_float16()) return f(float16{});
+  STD_TORCH_CHECK(false, "ecanet: x must be float32, float64, bfloat16 or float16");
+}
+
+int32_t dtype_of(const Tensor& t) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+
+// The type to compute in.
+int32_t small_type(const Tensor& x) {
+  return dtype_of(x) == aoti_torch_dtype_float64() ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+}
+
+// Straight from the C interface: a call through the dispatcher costs as much as a small map.
+Tensor empty(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor empty_as(const Tensor& t) { return empty(t.dim(), t.sizes().data(), t.strides().data(), dtype_of(t)); }
+
+Tensor new_small(const Tensor& x, int64_t rows, int64_t columns) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  return empty(2, sizes, strides, small_type(x));
+}
+
+Tensor new_small(const Tensor& x, int64_t size) {
+  const int64_t stride = 1;
+  return empty(1, &size, &stride, small_type(x));
+}
+
+// (N, H, W, C) in memory, for 4 and 5 dimensions; strides of sizes of 1 say nothing.
+bool is_channels_last(const Tensor& t) {
+  const int64_t dims = t.dim();
+  if (dims != 4 && dims != 5) return false;
+  const auto sizes = t.sizes(), strides = t.strides();
+  int64_t expected = 1;
+  auto fits = [&](int64_t d) {
+    const bool ok = sizes[d] == 1 || strides[d] == expected;
+    expected *= sizes[d];
+    return ok;
+  };
+  if (!fits(1)) return false;
+  for (int64_t d = dims - 1; d >= 2; --d)
+    if (!fits(d)) return false;
+  return fits(0);
+}
+
+Map map_of(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() >= 2, "ecanet: x must have shape (N, C, *spatial)");
+  Map map{x.size(0), x.size(1), 1, !x.is_contiguous() && is_channels_last(x)};
+  for (int64_t d = 2; d < x.dim(); ++d) map.positions *= x.size(d);
+  return map;
+}
+
+// The tensor in the map's order; other strides are copied.
+Tensor ordered(const Tensor& t, const Map& map) {
+  if (!map.channels_last) return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  if (is_channels_last(t)) return t;
+  return torch::stable::contiguous(t, t.dim() == 5 ? MemoryFormat::ChannelsLast3d : MemoryFormat::ChannelsLast);
+}
+
+void check_same(const Tensor& t, const Tensor& x, const char* name) {
+  bool same = t.dim() == x.dim() && dtype_of(t) == dtype_of(x) && t.is_cpu();
+  for (int64_t d = 0; same && d < x.dim(); ++d) same = t.size(d) == x.size(d);
+  STD_TORCH_CHECK(same, "ecanet: ", name, " must have the shape, the type and the device of x");
+}
+
+// A small tensor: contiguous, of the type to compute in, with so many elements.
+Tensor small(const Tensor& t, const Tensor& x, int64_t numel, const char* name) {
+  STD_TORCH_CHECK(t.numel() == numel && t.is_cpu(), "ecanet: ", name, " must have ", numel, " elements, got ", t.numel());
+  const Tensor typed = dtype_of(t) == small_type(x) ? t
+                       : small_type(x) == aoti_torch_dtype_float64()
+                           ? torch::stable::to(t, ScalarType::Double)
+                           : torch::stable::to(t, ScalarType::Float);
+  return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
+}
+
+Tensor zeros_like(const Tensor& t) {
+  Tensor zeros = empty_as(t);
+  return torch::stable::zero_(zeros);
+}
+
+template <class T>
+const T* in(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T>
+const T* in(const Optional& t) {
+  return t ? in<T>(*t) : nullptr;
+}
+template <class T>
+T* out(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+template <class F>
+void parallel(int64_t begin, int64_t end, int64_t elements_per_unit, const F& f) {
+  if (begin >= end) return;
+  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, elements_per_unit));
+  if (end - begin <= grain) return f(begin, end);
+  torch::stable::parallel_for(begin, end, grain, f);
+}
+
+int64_t bundle_elements(const Map& map) { return map.positions * (map.channels_last ? Map::kBundle : 1); }
+
+// ---- squeeze and moments -------------------------------------------------------------------------------------------
+
+Tensor squeeze(const Tensor& input) {
+  const Map map = map_of(input);
+  const Tensor x = ordered(input, map), mean = new_small(x, map.samples, map.channels);
+  dispatch(x, [&](auto t) {
+    using T = decltype(t);
+    const SqueezeArgs<T> args{map, in<T>(x), out<Acc<T>>(mean)};
+    parallel(0, map.bundles(), bundle_elements(map), [&](int64_t b, int64_t e) { kernels<T>().squeeze(args, b, e); });
+  });
+  return mean;
+}
+
+std::tuple<Tensor, Tensor> moments(const Tensor& input) {
+  const Map map = map_of(input);
+  const Tensor x = ordered(input, map);
+  const Tensor mean = new_small(x, map.samples, map.channels), m2 = new_small(x, map.samples, map.channels);
+  dispatch(x, [&](auto t) {
+    using T = decltype(t);
+    const MomentsArgs<T> args{map, in<T>(x), out<Acc<T>>(mean), out<Acc<T>>(m2)};
+    parallel(0, map.bundles(), bundle_elements(map), [&](int64_t b, int64_t e) { kernels<T>().moments(args, b, e); });
+  });
+  return {mean, m2};
+}
+
+// ---- apply ---------------------------------------------------------------------------------------------------------
+
+Act act_of(int64_t act) {
+  STD_TORCH_CHECK(0 <= act && act <= 4, "ecanet: act must be 0 to 4, got ", act);
+  return static_cast<Act>(act);
+}
+
+// Lines from the last to the first: the end of the map was read last and is still in the cache.
+template <class F>
+void parallel_backwards(int64_t lines, int64_t line_size, const F& f) {
+  const int64_t chunk = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, line_size));
+  const int64_t chunks = (lines + chunk - 1) / chunk;
+  parallel(0, chunks, chunk * line_size, [&](int64_t b, int64_t e) {
+    for (int64_t i = e - 1; i >= b; --i) f(i * chunk, std::min(lines, (i + 1) * chunk));
+  });
+}
+
+void apply_into(const Tensor& x, const Map& map, const Tensor& scale, const Optional& shift,
+                const Optional& residual, int64_t act, const Tensor& result) {
+  const int64_t nc = map.samples * map.channels;
+  const Tensor a = small(scale, x, nc, "scale");
+  const Tensor b = shift ? small(*shift, x, nc, "shift") : zeros_like(a);
+  Optional r;
+  if (residual) {
+    check_same(*residual, x, "residual");
+    r = ordered(*residual, map);
+  }
+  dispatch(x, [&](auto t) {
+    using T = decltype(t);
+    const ApplyArgs<T> args{map, act_of(act), in<T>(x), in<Acc<T>>(a), in<Acc<T>>(b), in<T>(r), out<T>(result)};
+    parallel_backwards(map.lines(), map.line_size(), [&](int64_t b, int64_t e) { kernels<T>().apply(args, b, e); });
+  });
+}
+
+Tensor apply(const Tensor& input, const Tensor& scale, const Optional& shift, const Optional& residual, int64_t act) {
+  const Map map = map_of(input);
+  const Tensor x = ordered(input, map), result = empty_as(x);
+  apply_into(x, map, scale, shift, residual, act, result);
+  return result;
+}
+
+void apply_(Tensor x, const Tensor& scale, const Optional& shift, const Optional& residual, int64_t act) {
+  const Map map = map_of(x);
+  const Tensor work = ordered(x, map);
+  apply_into(work, map, scale, shift, residual, act, work);
+  if (work.data_ptr() != x.data_ptr()) torch::stable::copy_(x, work);
+}
+
+// ---- backward ------------------------------------------------------------------------------------------------------
+
+bool needs_input(Act act) { return act == Act::silu || act == Act::hardswish; }
+
+// Tensors that ActGrad points to.
+struct Upstream {
+  Tensor grad, scale, shift;
+  Optional saved;
+  Upstream(const Tensor& g, const Tensor& x, const Map& map, const Tensor& a, const Optional& b, const Optional& s,
+           Act act)
+      : grad(g), scale(small(a, x, map.samples * map.channels, "scale")), shift(scale) {
+    check_same(g, x, "grad");
+    grad = ordered(g, map);
+    if (s) {
+      check_same(*s, x, "saved");
+      saved = ordered(*s, map);
+    }
+    STD_TORCH_CHECK(saved || act == Act::none || needs_input(act), "ecanet: ReLU and ReLU6 need saved=out");
+    if (needs_input(act))
+      shift = b ? small(*b, x, scale.numel(), "shift") : zeros_like(scale);
+  }
+  template <class T>
+  ActGrad<T> args(Act act) const {
+    return {act, in<T>(grad), in<T>(saved), in<Acc<T>>(scale), in<Acc<T>>(shift)};
+  }
+};
+
+Tensor center_of(const Optional& center, const Tensor& x, const Map& map) {
+  if (center) return small(*center, x, map.channels, "center");
+  Tensor zeros = new_small(x, map.channels);
+  return torch::stable::zero_(zeros);
+}
+
+std::tuple<Tensor, Tensor, Tensor> apply_backward(const Tensor& grad, const Tensor& input, const Tensor& scale,
+                                                  const Optional& shift, const Optional& center, const Optional& saved,
+                                                  int64_t act_code, bool needs_d) {
+  const Map map = map_of(input);
+  const Act act = act_of(act_code);
+  const Tensor x = ordered(input, map), c = center_of(center, x, map);
+  const Upstream upstream(grad, x, map, scale, shift, saved, act);
+  const int64_t none = 0, one = 1;
+  const Tensor d = needs_d ? empty_as(x) : empty(1, &none, &one, dtype_of(x));
+  const Tensor p = new_small(x, map.samples, map.channels), q = new_small(x, map.samples, map.channels);
+  dispatch(x, [&](auto t) {
+    using T = decltype(t);
+    const ReduceArgs<T> args{map,           upstream.args<T>(act), in<T>(x), in<Acc<T>>(c), needs_d ? out<T>(d) : nullptr,
+                             out<Acc<T>>(p), out<Acc<T>>(q)};
+    parallel(0, map.bundles(), bundle_elements(map), [&](int64_t b, int64_t e) { kernels<T>().reduce(args, b, e); });
+  });
+  return {d, p, q};
+}
+
+Tensor input_backward(const Tensor& grad, const Tensor& input, const Tensor& scale, const Optional& shift,
+                      const Optional& saved, int64_t act_code, const Tensor& offset, const Optional& slope,
+                      const Optional& center) {
+  const Map map = map_of(input);
+  const Act act = act_of(act_code);
+  const Tensor x = ordered(input, map), c = center_of(center, x, map), result = empty_as(x);
+  const Upstream upstream(grad, x, map, scale, shift, saved, act);
+  const Tensor u = small(offset, x, map.samples * map.channels, "offset");
+  Optional v;
+  if (slope) v = small(*slope, x, map.channels, "slope");
+  dispatch(x, [&](auto t) {
+    using T = decltype(t);
+    const InputGradArgs<T> args{map,         upstream.args<T>(act), in<T>(x),      in<Acc<T>>(u),
+                                in<Acc<T>>(v), in<Acc<T>>(c),         out<T>(result)};
+    parallel_backwards(map.lines(), map.line_size(), [&](int64_t b, int64_t e) { kernels<T>().input_grad(args, b, e); });
+  });
+  return result;
+}
+
+// ---- the (N, C)-sized maths of norm and ECA ------------------------------------------------------------------------
+
+struct Norm {
+  Optional mean, var, weight, bias;
+  double eps;
+  Norm(const Tensor& like, int64_t channels, const Optional& m, const Optional& v, const Optional& w, const Optional& b,
+       double eps)
+      : eps(eps) {
+    STD_TORCH_CHECK(m.has_value() == v.has_value(), "ecanet: mean and var come together");
+    if (m) mean = small(*m, like, channels, "mean");
+    if (v) var = small(*v, like, channels, "var");
+    if (w) weight = small(*w, like, channels, "weight");
+    if (b) bias = small(*b, like, channels, "bias");
+  }
+  template <class A>
+  NormArgs<A> args() const {
+    return {in<A>(mean), in<A>(var), in<A>(weight), in<A>(bias), eps};
+  }
+};
+
+Optional kernel_of(const Optional& kernel, const Tensor& like, int64_t channels, bool circular) {
+  if (!kernel) return std::nullopt;
+  const int64_t k = kernel->numel();
+  STD_TORCH_CHECK(k % 2 == 1 && (!circular || k <= channels), "ecanet: kernel must have an odd size, and at most C",
+                  " if circular; got ", k);
+  return small(*kernel, like, k, "kernel");
+}
+
+std::tuple<Tensor, Tensor> batch_statistics(const Tensor& mean_nc, const Tensor& m2_nc, int64_t positions) {
+  STD_TORCH_CHECK(mean_nc.dim() == 2, "ecanet: mean must have shape (N, C)");
+  const int64_t samples = mean_nc.size(0), channels = mean_nc.size(1);
+  const Tensor m = small(mean_nc, mean_nc, samples * channels, "mean"), m2 = small(m2_nc, m, m.numel(), "m2");
+  const Tensor mean = new_small(m, channels), var = new_small(m, channels);
+  dispatch(m, [&](auto t) {
+    using A = Acc<decltype(t)>;
+    std::vector<double> room(2 * channels);
+    kernels<A>().statistics({samples, channels, positions, in<A>(m), in<A>(m2), room.data(), room.data() + channels,
+                             out<A>(mean), out<A>(var)});
+  });
+  return {mean, var};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> eca_coefficients(const Tensor& means, const Optional& mean,
+                                                            const Optional& var, const Optional& weight,
+                                                            const Optional& bias, double eps, const Optional& kernel,
+                                                            bool circular) {
+  STD_TORCH_CHECK(means.dim() == 2, "ecanet: means must have shape (N, C)");
+  const int64_t samples = means.size(0), channels = means.size(1);
+  const Tensor m = small(means, means, samples * channels, "means");
+  const Norm norm(m, channels, mean, var, weight, bias, eps);
+  const Optional w = kernel_of(kernel, m, channels, circular);
+  const Tensor s = new_small(m, samples, channels), gate = new_small(m, w ? samples : 0, channels);
+  const Tensor scale = new_small(m, samples, channels), shift = new_small(m, samples, channels);
+  dispatch(m, [&](auto t) {
+    using A = Acc<decltype(t)>;
+    const int64_t k = w ? w->numel() : 1;
+    std::vector<A> room(2 * channels), padded(w ? samples * (channels + k - 1) : 0);
+    const CoefficientArgs<A> args{channels,    norm.args<A>(),           in<A>(m),  in<A>(w),     k,
+                                  circular,    room.data(),              room.data() + channels, out<A>(s), out<A>(gate),
+                                  out<A>(scale), out<A>(shift),          padded.data()};
+    kernels<A>().prepare(args);
+    kernels<A>().coefficients(args, 0, samples);
+  });
+  return {s, gate, scale, shift};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> eca_coefficients_backward(
+    const Tensor& p, const Tensor& q, const Tensor& means, const Optional& gate, const Optional& grad_s,
+    const Optional& mean, const Optional& var, const Optional& weight, const Optional& bias, double eps,
+    const Optional& kernel, bool circular, int64_t positions) {
+  STD_TORCH_CHECK(means.dim() == 2, "ecanet: means must have shape (N, C)");
+  const int64_t samples = means.size(0), channels = means.size(1), nc = samples * channels;
+  const Tensor m = small(means, means, nc, "means"), pp = small(p, m, nc, "p"), qq = small(q, m, nc, "q");
+  const Norm norm(m, channels, mean, var, weight, bias, eps);
+  const Optional w = kernel_of(kernel, m, channels, circular);
+  Optional g, ds;
+  if (gate) g = small(*gate, m, nc, "gate");
+  if (grad_s) ds = small(*grad_s, m, nc, "grad_s");
+  STD_TORCH_CHECK(!w || g, "ecanet: a kernel needs its gate");
+  const int64_t k = w ? w->numel() : 0;
+  const Tensor offset = new_small(m, samples, channels), grad_kernel = new_small(m, k);
+  const Tensor grad_weight = new_small(m, channels), grad_bias = new_small(m, channels);
+  const Tensor grad_mean = new_small(m, channels), grad_var = new_small(m, channels);
+  dispatch(m, [&](auto t) {
+    using A = Acc<decltype(t)>;
+    const int64_t padded = channels + std::max<int64_t>(k, 1) - 1;
+    std::vector<A> room(2 * channels + 2 * padded);
+    std::vector<double> sums(2 * channels);
+    A* const r = room.data();
+    kernels<A>().coefficients_backward({samples, channels, positions, norm.args<A>(), in<A>(pp), in<A>(qq), in<A>(m),
+                                        in<A>(g), in<A>(ds), in<A>(w), k, circular, out<A>(offset), out<A>(grad_weight),
+                                        out<A>(grad_bias), out<A>(grad_kernel), out<A>(grad_mean), out<A>(grad_var), r,
+                                        r + channels, r + 2 * channels, r + 2 * channels + padded, sums.data(),
+                                        sums.data() + channels});
+  });
+  return {offset, grad_weight, grad_bias, grad_kernel, grad_mean, grad_var};
+}
+
+// ---- squeeze, gate and apply in one --------------------------------------------------------------------------------
+
+void eca_tail_into(const Tensor& x, const Map& map, const Optional& residual, const Optional& mean, const Optional& var,
+                   const Optional& weight, const Optional& bias, double eps, const Optional& kernel, bool circular,
+                   int64_t act, const Tensor& result) {
+  const Norm norm(x, map.channels, mean, var, weight, bias, eps);
+  const Optional w = kernel_of(kernel, x, map.channels, circular);
+  Optional r;
+  if (residual) {
+    check_same(*residual, x, "residual");
+    r = ordered(*residual, map);
+  }
+  dispatch(x, [&](auto t) {
+    using T = decltype(t);
+    using A = Acc<T>;
+    const Kernels<T>& loops = kernels<T>();
+    const int64_t nc = map.samples * map.channels, k = w ? w->numel() : 1;
+    const int64_t padded = w ? map.samples * (map.channels + k - 1) : 0;
+    // a and b, scale and shift; with a gate also means (which become s), gate, and s between margins of zeros.
+    std::vector<A> room(2 * map.channels + (w ? 4 : 2) * nc + padded);
+    A* const a = room.data();
+    A* const scale = a + 2 * map.channels;
+    A* const s = w ? scale + 2 * nc : nullptr;
+    const CoefficientArgs<A> coefficients{map.channels, norm.args<A>(), s,     in<A>(w),   k,          circular, a,
+                                          a + map.channels, s,          s + nc, scale, scale + nc, s + 2 * nc};
+    const SqueezeArgs<T> squeeze_args{map, in<T>(x), s};
+    const ApplyArgs<T> apply_args{map, act_of(act), in<T>(x), scale, scale + nc, in<T>(r), out<T>(result)};
+    const int64_t sample_bytes = map.channels * map.positions * int64_t(sizeof(T));
+    const int64_t group = std::max<int64_t>(1, kCacheBytes / std::max<int64_t>(1, sample_bytes));
+    const int64_t lines = map.lines() / std::max<int64_t>(1, map.samples);
+    loops.prepare(coefficients);
+    for (int64_t n = 0; n < map.samples; n += w ? group : map.samples) {
+      const int64_t stop = w ? std::min(map.samples, n + group) : map.samples;
+      if (w)
+        parallel(n * map.bundles_per_sample(), stop * map.bundles_per_sample(), bundle_elements(map),
+                 [&](int64_t b, int64_t e) { loops.squeeze(squeeze_args, b, e); });
+      loops.coefficients(coefficients, n, stop);
+      parallel(n * lines, stop * lines, map.line_size(), [&](int64_t b, int64_t e) { loops.apply(apply_args, b, e); });
+    }
+  });
+}
+
+Tensor eca_tail(const Tensor& input, const Optional& residual, const Optional& mean, const Optional& var,
+                const Optional& weight, const Optional& bias, double eps, const Optional& kernel, bool circular,
+                int64_t act) {
+  const Map map = map_of(input);
+  const Tensor x = ordered(input, map), result = empty_as(x);
+  eca_tail_into(x, map, residual, mean, var, weight, bias, eps, kernel, circular, act, result);
+  return result;
+}
+
+void eca_tail_(Tensor x, const Optional& residual, const Optional& mean, const Optional& var, const Optional& weight,
+               const Optional& bias, double eps, const Optional& kernel, bool circular, int64_t act) {
+  const Map map = map_of(x);
+  const Tensor work = ordered(x, map);
+  eca_tail_into(work, map, residual, mean, var, weight, bias, eps, kernel, circular, act, work);
+  if (work.data_ptr() != x.data_ptr()) torch::stable::copy_(x, work);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ecanet, CPU, m) {
+  m.impl("squeeze", TORCH_BOX(&squeeze));
+  m.impl("moments", TORCH_BOX(&moments));
+  m.impl("apply", TORCH_BOX(&apply));
+  m.impl("apply_", TORCH_BOX(&apply_));
+  m.impl("apply_backward", TORCH_BOX(&apply_backward));
+  m.impl("input_backward", TORCH_BOX(&input_backward));
+  m.impl("batch_statistics", TORCH_BOX(&batch_statistics));
+  m.impl("eca_coefficients", TORCH_BOX(&eca_coefficients));
+  m.impl("eca_coefficients_backward", TORCH_BOX(&eca_coefficients_backward));
+  m.impl("eca_tail", TORCH_BOX(&eca_tail));
+  m.impl("eca_tail_", TORCH_BOX(&eca_tail_));
+}
+
+}  // namespace ecanet

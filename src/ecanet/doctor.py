@@ -1,0 +1,216 @@
+"""``ecanet doctor``: what runs on this machine, what does not and why, and what to do about it."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ecanet import __version__
+from ecanet.ops import backend, cpu
+from ecanet.ops.build import LIBRARY, BuildError, find_compiler
+
+_AVX2 = {"avx2", "fma"}
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+_SHOWN_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_bf16")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``ecanet doctor`` prints.
+
+    Attributes:
+        lines: What there is and what is missing; the last line says what to do next, or that all is well.
+        broken: Whether something does not work that should.
+    """
+
+    lines: tuple[str, ...]
+    broken: bool
+
+
+@dataclass(frozen=True)
+class Threads:
+    """How many threads torch uses, and on what.
+
+    Attributes:
+        torch: Threads of one operation.
+        cpus: Logical CPUs that this process may run on.
+        cores: Physical cores that these belong to.
+        quota: CPUs' worth of time that the control group allows; None without a limit.
+    """
+
+    torch: int
+    cpus: int
+    cores: int
+    quota: float | None
+
+
+def doctor() -> Report:
+    """Look at versions, CPU, kernels, backend, threads and extras."""
+    lines = [*_versions(), *_cpu(_processor()), *_kernels(), f"backend    {_backend()}"]
+    threads = measure_threads()
+    limits = f"{threads.cpus} CPUs on {threads.cores} cores" + (f", quota {threads.quota:g}" if threads.quota else "")
+    settings = ", ".join(f"{name} {os.environ.get(name) or 'unset'}" for name in ("OMP_NUM_THREADS", "OMP_PROC_BIND"))
+    hurts = what_hurts(threads, os.environ)
+    lines += [
+        f"threads    {threads.torch} of torch; {limits}; {settings}",
+        *(f"           {setting}: {why}" for setting, why in hurts),
+    ]
+    lines += _extras()
+
+    choice_refused = backend.reason_against(backend.current())
+    broken = choice_refused is not None or (LIBRARY.is_file() and cpu.why_not() is not None)
+    lines.append(_next(choice_refused, [setting for setting, _ in hurts]))
+    return Report(tuple(lines), broken)
+
+
+def what_hurts(threads: Threads, environment: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Settings of OpenMP that make torch slower here.
+
+    Returns:
+        Pairs: what to set instead, and why.
+    """
+    best = max(1, min(threads.cores, int(threads.quota or threads.cores)))
+    found = []
+    if threads.torch > best:
+        if threads.quota is not None and threads.torch > threads.quota:
+            why = f"the control group stops {threads.torch} threads when they have used {threads.quota:g} CPUs' time"
+        elif threads.torch > threads.cpus:
+            why = f"{threads.torch} threads take turns on {threads.cpus} CPUs, and each waits for all"
+        else:
+            why = f"{threads.torch} threads share the arithmetic units of {threads.cores} cores"
+        found.append((f"OMP_NUM_THREADS={best}", why))
+    if min(best, threads.torch) > 1 and environment.get("OMP_PROC_BIND", "").lower() in ("", "false"):
+        why = "threads may share a core while others idle; not where a DataLoader has workers: all would get one core"
+        found.append(("OMP_PROC_BIND=true", why))
+    return found
+
+
+def measure_threads(root: Path = Path("/")) -> Threads:
+    """Torch's threads and the CPUs they have; ``root`` is where ``proc`` and ``sys`` are."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    folder = root / "sys/devices/system/cpu"
+    cores = {_read(folder / f"cpu{i}/topology/thread_siblings_list") or f"cpu{i}" for i in allowed}
+    return Threads(torch.get_num_threads(), len(allowed), len(cores), cpu_quota(root))
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """CPUs' worth of time that this process's control groups (version 1 or 2) allow; None without a limit."""
+    quotas = []
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / controllers
+        folder = top / path.lstrip("/")
+        while folder.is_relative_to(top):
+            if controllers:
+                limits = [_read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")]
+            else:
+                limits = _read(folder / "cpu.max").split()
+            if len(limits) == 2 and all(limit.isdigit() for limit in limits) and int(limits[1]) > 0:
+                quotas.append(int(limits[0]) / int(limits[1]))
+            folder = folder.parent
+    return min(quotas, default=None)
+
+
+def loops_for(features: set[str], machine: str) -> str:
+    """The instruction set whose loops the C++ kernels take; csrc/kernels.h decides by the same rule."""
+    if machine not in ("x86_64", "AMD64"):
+        return "the compiler's default for " + machine
+    return "AVX-512" if features >= _AVX512 else "AVX2" if features >= _AVX2 else "SSE2"
+
+
+def _versions() -> list[str]:
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
+    triton = _version("triton") or "not installed"
+    return [
+        f"ecanet     {__version__}, Python {platform.python_version()}, {sys.platform} {platform.machine()}",
+        f"torch      {torch.__version__}, torchvision {_version('torchvision') or 'not installed'}",
+        f"GPU        CUDA {torch.version.cuda or 'not in this torch'}, {cuda}; triton {triton}, "
+        + backend.triton_reason(),
+    ]
+
+
+def _cpu(processor: tuple[str, set[str]]) -> list[str]:
+    name, features = processor
+    shown = " ".join(feature for feature in _SHOWN_FEATURES if feature in features) or "features unknown"
+    return [f"CPU        {name}; {shown}; loops for {loops_for(features, platform.machine())}"]
+
+
+def _processor() -> tuple[str, set[str]]:
+    """Name and features, as Linux knows them."""
+    fields = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", _read(Path("/proc/cpuinfo")), re.MULTILINE))
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    return name, set((fields.get("flags") or fields.get("Features") or "").split())
+
+
+def _kernels() -> list[str]:
+    reason = cpu.why_not()
+    return [f"kernels    {LIBRARY}: loaded" if reason is None else f"kernels    {reason}"]
+
+
+def _backend() -> str:
+    reason = backend.reason_against(backend.current())
+    if reason is not None:
+        return f"{backend.current()} cannot run: {reason}"
+    if backend.current() == "auto" and cpu.why_not() is None:
+        return "auto: C++ kernels on the CPU, plain PyTorch elsewhere"
+    return f"{backend.current()}: " + ("C++ kernels" if backend.current() == "cpu" else "plain PyTorch")
+
+
+def _extras() -> list[str]:
+    """One line an extra; its packages are those that the installed ecanet declares."""
+    try:
+        declared = importlib.metadata.requires("ecanet") or []
+    except importlib.metadata.PackageNotFoundError:
+        return ["extras     unknown: ecanet is not installed with pip"]
+    missing: dict[str, list[str]] = {}
+    for requirement in declared:
+        found = re.match(r"([\w.-]+).*extra == ['\"]([\w-]+)['\"]", requirement)
+        if found is not None and found[1] != "ecanet" and found[2] != "dev":
+            absent = missing.setdefault(found[2], [])
+            if _version(found[1]) is None:
+                absent.append(found[1])
+    complete = [extra for extra, absent in missing.items() if not absent]
+    return [
+        f"extras     {', '.join(complete) or 'none'}",
+        *(
+            f"           {extra}: no {', '.join(absent)}; pip install 'ecanet[{extra}]'"
+            for extra, absent in missing.items()
+            if absent
+        ),
+    ]
+
+
+def _next(choice_refused: str | None, settings: list[str]) -> str:
+    if choice_refused is not None and backend.current() == "triton":
+        return "next: unset ECANET_BACKEND"
+    if cpu.why_not() is not None:
+        try:
+            find_compiler()
+        except BuildError as error:
+            return f"next: install a C++ compiler ({error}), then: ecanet build"
+        return "next: ecanet build"
+    if any(setting.startswith("OMP_NUM_THREADS") for setting in settings):
+        return f"next: set {' '.join(settings)} in the environment"
+    return "all is well" + "".join(f"; for inference and benchmarks set {setting}" for setting in settings)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,286 @@
+"""Norm, gate, residual and activation in the passes over the data that norm, residual and activation take.
+
+``y = a x + b`` is the norm and ``s = a m + b`` the means of its output, m being those of x; so ``out = act(g y +
+residual) = act(scale x + shift + residual)`` with ``(N, C)``-sized ``scale = g a`` and ``shift = g b``: one pass over
+x for its moments, one for out. The backward takes two passes too (:mod:`ecanet.ops.reference` has the formulas).
+
+:func:`ecanet.nn.norm_gate_add_act` decides what comes here.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from ecanet.ops import reference
+from ecanet.ops.backend import choose
+
+
+
+class _Kernels:
+    """The operations, called below autograd: what they compute is differentiated here or not at all.
+
+    It saves the ten microseconds a call that a derivative registered in Python costs, which small maps would notice.
+    """
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        operation = getattr(torch.ops.ecanet, name).default
+
+        def run(*args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return operation(*args)
+
+        setattr(self, name, run)
+        return run
+
+
+_kernels = _Kernels()
+
+
+class Norm(NamedTuple):
+    """What the tail needs to know of a BatchNorm; without ``mean`` and ``var`` it takes those of the batch."""
+
+    module: nn.Module
+    mean: Tensor | None
+    var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    group: Any = None  # of processes that share the statistics
+
+
+class GateMaths(NamedTuple):
+    """What the tail needs to know of a gate: a function of the channel means; if ``band``, ECA's, of one kernel."""
+
+    function: Callable[[Tensor], Tensor]
+    parameters: tuple[Tensor, ...]
+    band: bool = False
+    circular: bool = False
+
+
+class _Coefficients(NamedTuple):
+    means: Tensor  # (N, C) of x
+    mean: Tensor | None  # (C,) of the norm
+    var: Tensor | None
+    count: int | None  # of values behind mean and var, where they are the batch's
+    s: Tensor | None  # (N, C), what a gate that is no band saw
+    a: Tensor | None  # (N, C) of the norm, for that gate
+    gate: Tensor | None  # (N, C)
+    scale: Tensor  # (N, C)
+    shift: Tensor  # (N, C)
+
+
+def kernels_run(x: Tensor) -> bool:
+    """Whether the kernels can take x as it comes, now.
+
+    Not where somebody wants to see plain PyTorch: torch.compile and export, torch.fx, torch.jit.trace, transforms of
+    torch.func, forward-mode derivatives, tensor subclasses.
+
+    Raises:
+        RuntimeError: the backend asked for by :func:`ecanet.backend` cannot run.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, nn.Parameter)
+        and choose(x) == "cpu"
+        and 2 <= x.dim() <= 5
+        and x.numel() > 0
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not torch.jit.is_tracing()
+    )
+
+
+def formula(x: Tensor, norm: Norm, gate: GateMaths, residual: Tensor | None) -> Tensor:
+    """``gate(norm(x)) + residual`` with the statistics of the batch, in plain PyTorch that a compiler can fuse."""
+    means, m2 = reference.moments(x)
+    positions = x.shape[2:].numel()
+    mean, var = reference.batch_statistics(means, m2, positions)
+    update_running_statistics(norm.module, mean.detach(), var.detach(), x.shape[0] * positions)
+    s, a, b = reference.normalise(means, mean, var, norm.weight, norm.bias, norm.eps)
+    g = gate.function(s)
+    return reference.apply(x, g * a, g * b, residual, 0)
+
+
+def tail(x: Tensor, norm: Norm | None, gate: GateMaths | None, residual: Tensor | None, act: int) -> Tensor:
+    """``act(gate(norm(x)) + residual)``.
+
+    Args:
+        x: ``(N, C, *spatial)``, not empty.
+        norm: A BatchNorm, or None.
+        gate: A gate, or None.
+        residual: Shape and type of ``x``, or None.
+        act: Index in :data:`ecanet.ops.reference.ACTS`.
+    """
+    weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
+    parameters = () if gate is None else gate.parameters
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, residual, weight, bias, *parameters)
+    ):
+        return _Tail.apply(x, residual, weight, bias, norm, gate, act, *parameters)
+    if (gate is None or gate.band) and (norm is None or norm.mean is not None):
+        return _kernels.eca_tail(x, residual, *_at_once(norm, gate), act)
+    c = _coefficients(x, norm, gate)
+    return _kernels.apply(x, c.scale, c.shift, residual, act)
+
+
+def tail_(x: Tensor, gate: GateMaths | None, residual: Tensor | None, act: int) -> Tensor:
+    """Write ``act(gate(x) + residual)`` into x; for inference."""
+    if gate is None or gate.band:
+        _kernels.eca_tail_(x, residual, *_at_once(None, gate), act)
+    else:
+        c = _coefficients(x, None, gate)
+        _kernels.apply_(x, c.scale, c.shift, residual, act)
+    return x
+
+
+def _at_once(norm: Norm | None, gate: GateMaths | None) -> tuple[Any, ...]:
+    kernel, circular = (None, False) if gate is None else (gate.parameters[0], gate.circular)
+    if norm is None:
+        return None, None, None, None, 0.0, kernel, circular
+    return norm.mean, norm.var, norm.weight, norm.bias, norm.eps, kernel, circular
+
+
+def _coefficients(x: Tensor, norm: Norm | None, gate: GateMaths | None) -> _Coefficients:
+    mean = var = weight = bias = count = None
+    eps = 0.0
+    if norm is not None:
+        mean, var, weight, bias, eps = norm.mean, norm.var, norm.weight, norm.bias, norm.eps
+    if norm is not None and mean is None:
+        means, m2 = _kernels.moments(x)
+        positions = x.numel() // means.numel()
+        mean, var = _kernels.batch_statistics(means, m2, positions)
+        count = means.shape[0] * positions
+        if norm.group is not None:
+            mean, var, count = _over_processes(mean, var, count, norm.group)
+        update_running_statistics(norm.module, mean, var, count)
+    elif gate is not None:
+        means = _kernels.squeeze(x)
+    else:  # nothing looks at them
+        means = x.new_zeros(x.shape[:2], dtype=reference.accumulation_dtype(x.dtype))
+    kernel, circular = (gate.parameters[0], gate.circular) if gate is not None and gate.band else (None, False)
+    s, g, scale, shift = _kernels.eca_coefficients(means, mean, var, weight, bias, eps, kernel, circular)
+    if gate is None or gate.band:
+        return _Coefficients(means, mean, var, count, None, None, None if gate is None else g, scale, shift)
+    g = _run_gate(gate.function, s)
+    return _Coefficients(means, mean, var, count, s, scale, g, g * scale, g * shift)
+
+
+def _run_gate(function: Callable[[Tensor], Tensor], s: Tensor) -> Tensor:
+    with torch.autocast(s.device.type, enabled=False):
+        return function(s).to(s.dtype)
+
+
+def update_running_statistics(norm: nn.Module, mean: Tensor, var: Tensor, count: int) -> None:
+    """What torch's BatchNorm does with the statistics of a batch of ``count`` values a channel."""
+    if not (norm.training and norm.track_running_stats):
+        return
+    with torch.no_grad():
+        norm.num_batches_tracked.add_(1)  # type: ignore[union-attr, operator]
+        momentum: Any = norm.momentum
+        if momentum is None:  # cumulative average
+            momentum = 1.0 / norm.num_batches_tracked.to(mean.dtype)  # type: ignore[union-attr, operator]
+        keep = 1.0 - momentum
+        norm.running_mean.mul_(keep).add_(momentum * mean)  # type: ignore[union-attr, operator]
+        norm.running_var.mul_(keep).add_(momentum * (count / (count - 1)) * var)  # type: ignore[union-attr, operator]
+
+
+def _over_processes(mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, int]:
+    """Mean, variance and number of values of all processes, from those of this one: 2 C + 1 numbers travel."""
+    mine = torch.cat([mean.double(), var.double(), mean.new_tensor([count], dtype=torch.double)])
+    gathered = mine.new_empty(dist.get_world_size(group), mine.numel())
+    dist.all_gather_into_tensor(gathered, mine, group=group)
+    means, variances, counts = gathered[:, :-1].chunk(2, dim=1) + (gathered[:, -1:],)
+    total = counts.sum()
+    mean_of_all = (means * counts).sum(0) / total
+    var_of_all = ((variances + (means - mean_of_all).square()) * counts).sum(0) / total
+    return mean_of_all.to(mean.dtype), var_of_all.to(var.dtype), int(total)
+
+
+class _Tail(torch.autograd.Function):
+    """Saves x, and out (or the residual, for SiLU and Hardswish), as norm and activation alone do."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        norm: Norm | None,
+        gate: GateMaths | None,
+        act: int,
+        *parameters: Tensor,
+    ) -> Tensor:
+        outside = gate is not None and not gate.band
+        ctx.rng = torch.get_rng_state() if outside else None
+        c = _coefficients(x, norm, gate)
+        out = _kernels.apply(x, c.scale, c.shift, residual, act)
+        name = reference.ACTS[act]
+        for_act = out if name in ("relu", "relu6") else residual if name is not None else None
+        ctx.save_for_backward(
+            x, for_act, weight, bias, c.means, c.mean, c.var, c.s, c.a, c.gate, c.scale, c.shift, *parameters
+        )
+        ctx.norm, ctx.gate, ctx.act, ctx.count = norm, gate, act, c.count
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the fused tail of norm, gate, residual and activation cannot be differentiated twice "
+                "(create_graph=True): run the forward pass under ecanet.backend('reference')"
+            )
+        x, for_act, weight, bias, means, mean, var, s, a, g, scale, shift, *parameters = ctx.saved_tensors
+        gate, act = ctx.gate, ctx.act
+        needs_x, needs_residual = ctx.needs_input_grad[:2]
+        # d is the residual's gradient; where nobody needs it, the second pass computes it again.
+        keep_d = needs_residual and act != 0
+        d, p, q = _kernels.apply_backward(grad, x, scale, shift, mean, for_act, act, keep_d)
+        if keep_d:
+            grad, act = d, 0
+        kernel, circular, grad_s, grad_parameters = None, False, None, [None] * len(parameters)
+        if gate is not None and gate.band:
+            kernel, circular = parameters[0], gate.circular
+        elif gate is not None:
+            grad_gate = a * q if bias is None else a * q + bias * p
+            grad_s, grad_parameters = _gate_backward(gate.function, ctx.rng, s, parameters, grad_gate)
+        eps = 0.0 if ctx.norm is None else ctx.norm.eps
+        offset, grad_weight, grad_bias, grad_kernel, grad_mean, grad_var = _kernels.eca_coefficients_backward(
+            p, q, means, g, grad_s, mean, var, weight, bias, eps, kernel, circular, x.numel() // means.numel()
+        )
+        if kernel is not None:
+            grad_parameters = [grad_kernel.reshape(kernel.shape)]
+        slope = None
+        if ctx.count is not None:
+            if ctx.norm.group is not None:
+                both = torch.stack([grad_mean, grad_var])
+                dist.all_reduce(both, group=ctx.norm.group)
+                grad_mean, grad_var = both
+            offset.add_(grad_mean, alpha=1 / ctx.count)
+            slope = grad_var.mul_(2 / ctx.count)
+        grad_x = None
+        if needs_x:
+            grad_x = _kernels.input_backward(grad, x, scale, shift, for_act, act, offset, slope, mean)
+        inputs = [(weight, grad_weight), (bias, grad_bias), *zip(parameters, grad_parameters, strict=True)]
+        small = [None if t is None or gt is None else gt.to(t.dtype) for t, gt in inputs]
+        return grad_x, grad if needs_residual else None, small[0], small[1], None, None, None, *small[2:]
+
+
+def _gate_backward(
+    function: Callable[[Tensor], Tensor], rng: Tensor, s: Tensor, parameters: list[Tensor], grad_gate: Tensor
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Run the gate once more, with a graph: it is (N, C)-sized, and nothing has to be kept from the forward pass."""
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(rng)
+        leaf = s.detach().requires_grad_()
+        g = _run_gate(function, leaf)
+    wanted = [leaf, *(parameter for parameter in parameters if parameter.requires_grad)]
+    if not g.requires_grad:
+        return None, [None] * len(parameters)
+    grad_s, *found = torch.autograd.grad(g, wanted, grad_gate.to(g.dtype), allow_unused=True)
+    remaining = iter(found)
+    return grad_s, [next(remaining) if parameter.requires_grad else None for parameter in parameters]

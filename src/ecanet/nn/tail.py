@@ -1,0 +1,176 @@
+"""The end of a residual branch: norm, gate, addition of the residual, activation."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torchvision.ops import FrozenBatchNorm2d
+
+from ecanet.nn import fused
+from ecanet.nn.gate import Gate
+from ecanet.ops import reference
+
+#: In the order of reference.ACTS.
+_ACT_MODULES: tuple[type[nn.Module], ...] = (nn.Identity, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def norm_gate_add_act(
+    x: Tensor,
+    norm: nn.Module | None = None,
+    gate: nn.Module | None = None,
+    residual: Tensor | None = None,
+    act: str | nn.Module | None = None,
+) -> Tensor:
+    """``act(gate(norm(x)) + residual)``, in the passes over the data that ``act(norm(x) + residual)`` takes.
+
+    The same values, gradients and running statistics as calling the modules one after another. The squeeze of the
+    gate rides on the norm's own pass, because the means of ``a x + b`` follow from those of x::
+
+        A[n, c] = gate[n, c] * a[c]        B[n, c] = gate[n, c] * b[c]
+        out = act(A x + B + residual)
+
+    The fused kernels run for a BatchNorm (in training or not, SyncBatchNorm, torchvision's FrozenBatchNorm2d) and a
+    subclass of :class:`ecanet.nn.Gate`. Other modules are called, and what is left is fused. A module that somebody
+    put a hook on, or that :mod:`torch.fx` or a transform of :mod:`torch.func` looks at, is called too: hooks fire,
+    graphs show the modules. Under :func:`torch.compile` the same formulas in plain PyTorch let Inductor fuse them.
+
+    Args:
+        x: ``(N, C, *spatial)`` with 0 to 3 spatial dimensions.
+        norm: The norm, or None.
+        gate: The gate, or None.
+        residual: The shape and type of ``x``, or what can be added to it, or None.
+        act: ``"relu"``, ``"relu6"``, ``"silu"``, ``"hardswish"``, an activation module, or None for none.
+
+    Returns:
+        The shape, type and memory format of ``x``.
+
+    Raises:
+        TypeError: ``x`` is not floating point, or ``norm``, ``gate`` or ``act`` is no module.
+        ValueError: unknown ``act``, or what the modules raise: wrong number of channels, a batch of one value.
+        RuntimeError: the backend asked for by :func:`ecanet.backend` cannot run.
+
+    Source:
+        The identity above is this library's; moments are merged as by Chan, Golub and LeVeque, 1979.
+
+    Example:
+        >>> from ecanet.nn import ECA
+        >>> x, norm, eca = torch.randn(8, 64, 7, 7), nn.BatchNorm2d(64), ECA(64)
+        >>> out = norm_gate_add_act(x, norm, eca, residual=x, act="relu")
+        >>> torch.allclose(out, torch.relu(eca(norm(x)) + x), atol=1e-5)
+        True
+    """
+    _check(norm, gate, act)
+    if not fused.kernels_run(x):
+        return _without_kernels(x, norm, gate, residual, act)
+    # What the kernels cannot take over is called, and the rest starts from there.
+    if isinstance(act, nn.Module) and _act_code(act) is None:
+        return act(norm_gate_add_act(x, norm, gate, residual))
+    if residual is not None and not _same_kind(residual, x):
+        return _activate(norm_gate_add_act(x, norm, gate) + residual, act)
+    gate_maths = _gate_maths(gate, x)
+    if gate is not None and gate_maths is None:
+        return norm_gate_add_act(gate(norm_gate_add_act(x, norm)), None, None, residual, act)
+    norm_maths = _norm_maths(norm, x)
+    if norm is not None and norm_maths is None:
+        return norm_gate_add_act(norm(x), None, gate, residual, act)
+    code = _act_code(act)
+    assert code is not None
+    if norm is None and gate is None and residual is None and code == 0:
+        return x
+    return fused.tail(x, norm_maths, gate_maths, residual, code)
+
+
+def _check(norm: object, gate: object, act: object) -> None:
+    for name, module in (("norm", norm), ("gate", gate)):
+        if module is not None and not isinstance(module, nn.Module):
+            raise TypeError(f"{name} must be a module or None, got {type(module).__name__}")
+    if isinstance(act, str):
+        if act not in reference.ACTS:
+            names = [name for name in reference.ACTS if name is not None]
+            raise ValueError(f"act must be one of {names}, an activation module or None, got {act!r}")
+    elif act is not None and not isinstance(act, nn.Module):
+        raise TypeError(f"act must be a name, an activation module or None, got {type(act).__name__}")
+
+
+def called_differently(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says: hooks, its own or global, or a ``forward`` put on it."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or _has_any_global_hook()
+    )
+
+
+def _act_code(act: str | nn.Module | None) -> int | None:
+    """Index in ``reference.ACTS``, or None for a module to be called."""
+    if not isinstance(act, nn.Module):
+        return reference.ACTS.index(act)
+    return _ACT_MODULES.index(type(act)) if type(act) in _ACT_MODULES and not called_differently(act) else None
+
+
+def _activate(y: Tensor, act: str | nn.Module | None) -> Tensor:
+    return act(y) if isinstance(act, nn.Module) else reference.activate(y, reference.ACTS.index(act))
+
+
+def _same_kind(residual: Tensor, x: Tensor) -> bool:
+    return type(residual) is Tensor and (residual.shape, residual.dtype, residual.device) == (
+        x.shape,
+        x.dtype,
+        x.device,
+    )
+
+
+def _gate_maths(gate: nn.Module | None, x: Tensor) -> fused.GateMaths | None:
+    """None for a gate to be called."""
+    if not isinstance(gate, Gate) or type(gate).forward is not Gate.forward or called_differently(gate):
+        return None
+    return gate.maths() if gate.channels == x.shape[1] else None
+
+
+def _norm_maths(norm: nn.Module | None, x: Tensor) -> fused.Norm | None:
+    """None for a norm to be called."""
+    if norm is None or called_differently(norm):
+        return None
+    if type(norm) is FrozenBatchNorm2d:
+        if x.dim() != 4 or norm.weight.numel() != x.shape[1]:
+            return None
+        return fused.Norm(norm, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+    if type(norm) not in _BATCH_NORMS:
+        return None
+    norm._check_input_dim(x)
+    if norm.num_features != x.shape[1]:
+        return None
+    if not norm.training and norm.running_mean is not None:
+        return fused.Norm(norm, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+    group = _process_group(norm)
+    if group is None and x.numel() == x.shape[1]:  # torch says what is wrong with one value a channel
+        return None
+    return fused.Norm(norm, None, None, norm.weight, norm.bias, norm.eps, group)
+
+
+def _process_group(norm: nn.Module) -> object | None:
+    """The processes whose batches a norm in training counts as one, or None for this one alone."""
+    if not (isinstance(norm, nn.SyncBatchNorm) and norm.training and dist.is_available() and dist.is_initialized()):
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def _without_kernels(
+    x: Tensor, norm: nn.Module | None, gate: nn.Module | None, residual: Tensor | None, act: str | nn.Module | None
+) -> Tensor:
+    if gate is not None and torch.compiler.is_compiling() and not isinstance(norm, nn.SyncBatchNorm):
+        norm_maths, gate_maths = _norm_maths(norm, x), _gate_maths(gate, x)
+        if norm_maths is not None and norm_maths.mean is None and gate_maths is not None:
+            return _activate(fused.formula(x, norm_maths, gate_maths, residual), act)
+    if norm is not None:
+        x = norm(x)
+    if gate is not None:
+        x = gate(x)
+    if residual is not None:
+        x = x + residual
+    return _activate(x, act)

@@ -1,0 +1,167 @@
+"""The operations as torch sees them: schemas, shapes without data, derivatives; and what runs where no kernel does.
+
+``torch.ops.ecanet.NAME`` takes the arguments of ``ecanet.ops.reference.NAME``, and that function is what runs where
+nothing faster is registered. The C++ library adds implementations for the CPU alone.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ecanet.ops import cpu, reference
+
+_NORM = "Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, float eps"
+_BAND = "Tensor? kernel, bool circular"
+
+_SCHEMAS = {
+    "squeeze": "(Tensor x) -> Tensor",
+    "moments": "(Tensor x) -> (Tensor, Tensor)",
+    "apply": "(Tensor x, Tensor scale, Tensor? shift, Tensor? residual, int act) -> Tensor",
+    "apply_": "(Tensor(a!) x, Tensor scale, Tensor? shift, Tensor? residual, int act) -> ()",
+    "apply_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor? shift, Tensor? center, Tensor? saved, int act, "
+    "bool needs_d) -> (Tensor, Tensor, Tensor)",
+    "input_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor? shift, Tensor? saved, int act, Tensor offset, "
+    "Tensor? slope, Tensor? center) -> Tensor",
+    "batch_statistics": "(Tensor mean, Tensor m2, SymInt positions) -> (Tensor, Tensor)",
+    "eca_coefficients": f"(Tensor means, {_NORM}, {_BAND}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "eca_coefficients_backward": "(Tensor p, Tensor q, Tensor means, Tensor? gate, Tensor? grad_s, "
+    f"{_NORM}, {_BAND}, SymInt positions) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "eca_tail": f"(Tensor x, Tensor? residual, {_NORM}, {_BAND}, int act) -> Tensor",
+    "eca_tail_": f"(Tensor(a!) x, Tensor? residual, {_NORM}, {_BAND}, int act) -> ()",
+}
+
+
+def _squeeze(x: Tensor) -> Tensor:
+    means = reference.squeeze(x, x.shape[1])
+    return means.clone() if x.dim() == 2 else means
+
+
+def _in_place(function: Callable[..., Tensor]) -> Callable[..., None]:
+    def run(x: Tensor, *args: Any) -> None:
+        x.copy_(function(x, *args))
+
+    return run
+
+
+_REFERENCES: dict[str, Callable[..., Any]] = {
+    "squeeze": _squeeze,
+    "apply_": _in_place(reference.apply),
+    "eca_tail_": _in_place(reference.eca_tail),
+    **{name: getattr(reference, name) for name in _SCHEMAS if hasattr(reference, name) and name != "squeeze"},
+}
+
+
+def dense(x: Tensor) -> Tensor:
+    """x in the order that the kernels walk: contiguous or channels last as it is, other strides made contiguous."""
+    if x.is_contiguous():
+        return x
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = formats.get(x.dim())
+    return x if last is not None and x.is_contiguous(memory_format=last) else x.contiguous()
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(dense(x))
+
+
+def _small(x: Tensor, *shape: Any) -> Tensor:
+    return x.new_empty(shape, dtype=reference.accumulation_dtype(x.dtype))
+
+
+def _fake_apply_backward(grad: Any, x: Tensor, *rest: Any) -> Any:
+    return (_like(x) if rest[-1] else x.new_empty(0)), _small(x, *x.shape[:2]), _small(x, *x.shape[:2])
+
+
+def _fake_coefficients(means: Tensor, *rest: Any) -> Any:
+    n, c = means.shape
+    return (
+        _small(means, n, c),
+        _small(means, 0 if rest[-2] is None else n, c),
+        _small(means, n, c),
+        _small(means, n, c),
+    )
+
+
+def _fake_coefficients_backward(p: Any, q: Any, means: Tensor, *rest: Any) -> Any:
+    n, c = means.shape
+    kernel = rest[7]
+    k = 0 if kernel is None else kernel.numel()
+    return _small(means, n, c), *(_small(means, size) for size in (c, c, k, c, c))
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "squeeze": lambda x: _small(x, *x.shape[:2]),
+    "moments": lambda x: (_small(x, *x.shape[:2]), _small(x, *x.shape[:2])),
+    "apply": lambda x, *_: _like(x),
+    "apply_": lambda *_: None,
+    "apply_backward": _fake_apply_backward,
+    "input_backward": lambda grad, x, *_: _like(x),
+    "batch_statistics": lambda mean, *_: (_small(mean, mean.shape[1]), _small(mean, mean.shape[1])),
+    "eca_coefficients": _fake_coefficients,
+    "eca_coefficients_backward": _fake_coefficients_backward,
+    "eca_tail": lambda x, *_: _like(x),
+    "eca_tail_": lambda *_: None,
+}
+
+
+def _dense_outputs(function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Give the reference's outputs the strides that the fake, and with it the C++, promises."""
+
+    def run(*args: Any) -> Any:
+        outputs, promised = function(*args), fake(*args)
+        if outputs is None:
+            return None
+        if isinstance(outputs, Tensor):
+            return promised.copy_(outputs)
+        return tuple(like.copy_(output) for output, like in zip(outputs, promised, strict=True))
+
+    return run
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
+    ctx.others = [None if is_tensor else value for value, is_tensor in zip(inputs, ctx.is_tensor, strict=True)]
+    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+
+
+def _backward_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The gradient by torch's own autograd through the reference: slow, exact, and differentiable again."""
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            inputs = [next(saved) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, ctx.others)]
+            wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+            for i in wanted:
+                inputs[i] = inputs[i].view_as(inputs[i]) if again else inputs[i].detach().requires_grad_()
+            outputs = function(*inputs)
+            outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+            pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+            found = torch.autograd.grad(
+                [o for o, _ in pairs],
+                [inputs[i] for i in wanted],
+                [g.to(o.dtype) for o, g in pairs],
+                create_graph=again,
+                allow_unused=True,
+            )
+        result: list[Tensor | None] = [None] * len(inputs)
+        for i, gradient in zip(wanted, found, strict=True):
+            result[i] = gradient
+        return tuple(result)
+
+    return backward
+
+
+_library = torch.library.Library("ecanet", "DEF")
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, _dense_outputs(_REFERENCES[_name], _FAKES[_name]), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ecanet::{_name}", _FAKES[_name], lib=_library)
+    if not _name.endswith("_"):
+        torch.library.register_autograd(
+            f"ecanet::{_name}", _backward_of(_REFERENCES[_name]), setup_context=_setup_context, lib=_library
+        )
+cpu.load()

@@ -8,7 +8,8 @@ KERNELS := src/ecanet/lib/ecanet_cpu.so
 .PHONY: demo test check format clean
 
 # Trains a small ResNet with no gate, SE, ECA and ECA with a neutral start on embedded photographs.
-demo: $(KERNELS)
+demo: $(READY)
+	-@$(MAKE) --no-print-directory $(KERNELS)
 	$(BIN)/ecanet demo
 
 # The whole test suite, one process per core and one thread per process.

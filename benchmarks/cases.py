@@ -1,5 +1,6 @@
 """What is measured on single feature maps: the operations, the module, the tail at inference and in training."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class Work:
     Attributes:
         competitors: By name. ``no gate`` does the same without attention; ``copy`` moves two maps and does nothing.
         agree: Names whose outputs must be the same, a group at a time, the yardstick first.
-        tolerance: Largest difference between them, relative to the largest value.
+        tolerance: As :func:`benchmarks.measure.check_agreement` takes it.
         maps: So many feature maps must be read or written at least: the roofline.
         map_bytes: Bytes of one map.
     """
@@ -225,10 +226,16 @@ def _training(compiled: bool, shape: tuple[int, ...], memory_format: str) -> Wor
     grad = _randn(shape, memory_format)
     eca, timm = _gates(shape[1])
 
-    def norm() -> nn.BatchNorm2d:
-        return nn.BatchNorm2d(shape[1])
-
-    modules = {"timm": _Tail(norm(), timm), "ecanet": _FusedTail(norm(), eca), "no gate": _Tail(norm(), None)}
+    norm = nn.BatchNorm2d(shape[1])
+    with torch.no_grad():  # a new norm makes every mean of a single sample 0, and nothing depends on ECA's weight
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.normal_()
+    norms = (copy.deepcopy(norm) for _ in range(3))
+    modules = {
+        "timm": _Tail(next(norms), timm),
+        "ecanet": _FusedTail(next(norms), eca),
+        "no gate": _Tail(next(norms), None),
+    }
     forwards: dict[str, Callable[..., Any]] = dict(modules)
     if compiled:
         torch.compiler.reset()
@@ -248,4 +255,4 @@ def _training(compiled: bool, shape: tuple[int, ...], memory_format: str) -> Wor
     competitors["copy"] = _copy(x.detach())
     # Forward: moments read x; apply reads x and residual, writes out. Backward: the first pass reads the gradient, out
     # and x and writes d; the second reads d and x and writes the gradient of x.
-    return Work(competitors, agree, 1e-3, 4 + 4 + 3, x.nbytes)
+    return Work(competitors, agree, 2e-2, 4 + 4 + 3, x.nbytes)  # one ReLU that rounds otherwise is 6e-3 of a gradient

@@ -77,7 +77,7 @@ def measure_all(cases: Sequence[Case], document: results.Document, path: Path) -
         document["cases"][case.key] = _measure(case, document["settings"], prefix)
         document["command"] = _command(document)
         results.write(path, document)
-        _say(f"\r{prefix}: {time.monotonic() - start:.1f} s")
+        _say(f"{_restart(prefix)}: {time.monotonic() - start:.1f} s")
     document["command"] = _command(document)
     cases_measured = document.pop("cases")
     document |= {"summary": summary(cases_measured), "cases": cases_measured}
@@ -91,15 +91,17 @@ def _measure(case: Case, settings: dict[str, Any], prefix: str) -> dict[str, Any
         return {"saved_bytes": {name: count() for name, count in work.count.items()}}
     for names in work.agree:
         check_agreement(work.competitors, names, work.tolerance)
-    with torch.no_grad():
-        for name in work.competitors.keys() - {name for names in work.agree for name in names}:
-            work.competitors[name].run()
+    checked = {name for names in work.agree for name in names}
+    for name, competitor in work.competitors.items():
+        if name not in checked:
+            with competitor.context():
+                competitor.run()
     rounds = settings["network_rounds" if case.group == "network" else "rounds"]
     turn_seconds = _QUICK_TURN_SECONDS if settings["quick"] else _TURN_SECONDS
 
     def on_round(done: int) -> None:
         if sys.stderr.isatty():
-            _say(f"\r{prefix}: round {done} of {rounds}", end="")
+            _say(f"{_restart(prefix)}: round {done} of {rounds}", end="")
 
     timings = take_turns(work.competitors, rounds, turn_seconds, on_round)
     result: dict[str, Any] = {"load_average": load}
@@ -167,6 +169,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="keep the cases that the file has, measure the others")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the picture, too")
     return parser
+
+
+def _restart(line: str) -> str:
+    """What replaces the line on a terminal; elsewhere the line stands already."""
+    return f"\r\x1b[K{line}" if sys.stderr.isatty() else ""
 
 
 def _say(text: str, end: str = "\n") -> None:

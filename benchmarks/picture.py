@@ -1,14 +1,16 @@
 """Figure: the time of every implementation over that of the same network part without a gate."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import results
 from benchmarks.measure import geometric_mean
-from benchmarks.report import ratio
+from benchmarks.report import value
 from ecanet.inspect.style import COLOURS, DARK, FONT_SIZE, SMALL_FONT_SIZE, new_figure, style_axes
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.container import BarContainer
     from matplotlib.figure import Figure
 
 #: Case, label, what is 1, and what is compared with it.
@@ -28,6 +30,8 @@ _LABELS = {
     "no gate": "no gate",
 }
 _BAR = 0.16
+#: Bars and whiskers above are cut; the number over a bar says how high it is.
+_TOP = 6.0
 
 
 def draw(document: results.Document) -> "Figure":
@@ -37,53 +41,75 @@ def draw(document: results.Document) -> "Figure":
         ImportError: matplotlib is missing.
     """
     cases: Mapping[str, Mapping[str, Any]] = document["cases"]
-    figure = new_figure(4.2, width=13.0)
-    axes = figure.subplots()
     machine = document["machine"]
+    figure = new_figure(4.6, width=13.0)
+    axes = figure.subplots()
     style_axes(axes, ylabel="ratio to the same without a gate")
-    centre, ticks, seen = 0.0, [], {}
+    position, ticks, shown = 0.0, [], {}
     for case, label, one, names in _GROUPS:
         keys = [key for key in cases if key.startswith(case + "/")]
-        measured = [cases[key].get("seconds", cases[key].get("saved_bytes")) for key in keys]
-        names = tuple(n for name in names for n in (name, f"{name} compiled")) + (f"{one} compiled",)
-        names = tuple(name for name in names if measured and all({name, one} <= set(m) for m in measured))
-        if not names:
+        present = _present(cases, keys, one, names)
+        if not present:
             continue
-        width = _BAR * len(names)
-        for i, name in enumerate(names):
-            ratios = [ratio(cases, [key], name, one).value for key in keys]
-            mean = geometric_mean(ratios)
-            kind = name.removesuffix(" compiled").removesuffix(" optimised")
-            bars = axes.bar(
-                centre + _BAR * (i + 0.5),
-                mean,
-                _BAR * 0.9,
-                color=COLOURS[list(_LABELS).index(kind)],
-                hatch="///" if name.endswith("compiled") else None,
-                edgecolor="white",
-                yerr=[[mean - min(ratios)], [max(ratios) - mean]],
-                error_kw={"ecolor": DARK, "elinewidth": 0.8, "capsize": 2},
-            )
-            seen[_LABELS[kind] + (", compiled" if name.endswith("compiled") else "")] = bars[0]
-            axes.annotate(
-                f"{mean:.2f}",
-                (centre + _BAR * (i + 0.5), max(ratios)),
-                xytext=(0, 4),
-                textcoords="offset points",
-                ha="center",
-                fontsize=SMALL_FONT_SIZE - 1,
-                color=DARK,
-            )
-        ticks.append((centre + width / 2, label))
-        centre += width + 1.6 * _BAR
+        ticks.append((position + _BAR * (len(present) - 1) / 2, label))
+        for name in present:
+            bars = _bar(axes, position, name, [value(cases[key], name, one) for key in keys])
+            shown[_LABELS[_kind(name)] + (", compiled" if _is_compiled(name) else "")] = bars.patches[0]
+            position += _BAR
+        position += 1.6 * _BAR
     axes.axhline(1.0, color=DARK, linewidth=1.0)
     axes.set_xticks([tick for tick, _ in ticks], [label for _, label in ticks])
-    axes.set_ylim(0, None)
+    axes.set_ylim(0, min(_TOP, axes.get_ylim()[1]))
     axes.set_title(
-        f"{machine['cpu']}, {machine['threads']} thread(s), float32: geometric mean, smallest and largest over shapes "
-        "and memory formats",
+        f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}, float32. Bars: geometric mean "
+        "over shapes and memory formats; whiskers: smallest and largest",
         fontsize=FONT_SIZE,
         loc="left",
+        pad=14,
     )
-    axes.legend(seen.values(), seen.keys(), fontsize=SMALL_FONT_SIZE, frameon=False, ncols=len(seen))
+    handles, labels = list(shown.values()), list(shown)
+    figure.legend(handles, labels, loc="outside lower center", ncols=8, fontsize=SMALL_FONT_SIZE, frameon=False)
     return figure
+
+
+def _present(
+    cases: Mapping[str, Mapping[str, Any]], keys: Sequence[str], one: str, names: Sequence[str]
+) -> tuple[str, ...]:
+    """Those of the names, plain and compiled, that were measured in every case."""
+    if not keys:
+        return ()
+    measured = set.intersection(*(set(cases[key].get("seconds") or cases[key]["saved_bytes"]) for key in keys))
+    wanted = (*(kind for name in names for kind in (name, f"{name} compiled")), f"{one} compiled")
+    return tuple(name for name in wanted if one in measured and name in measured)
+
+
+def _bar(axes: "Axes", position: float, name: str, ratios: Sequence[float]) -> "BarContainer":
+    mean, low, high = geometric_mean(ratios), min(ratios), max(ratios)
+    bars = axes.bar(
+        position,
+        mean,
+        _BAR * 0.9,
+        color=COLOURS[list(_LABELS).index(_kind(name))],
+        hatch="///" if _is_compiled(name) else None,
+        edgecolor="white",
+        yerr=[[mean - low], [high - mean]],
+        error_kw={"ecolor": DARK, "elinewidth": 0.8, "capsize": 2},
+    )
+    axes.annotate(
+        f"{mean:.2f}",
+        (position, min(high, _TOP)),
+        xytext=(0, 4),
+        textcoords="offset points",
+        ha="center",
+        fontsize=SMALL_FONT_SIZE - 1,
+        color=DARK,
+    )
+    return bars
+
+
+def _kind(name: str) -> str:
+    return name.removesuffix(" compiled").removesuffix(" optimised")
+
+
+def _is_compiled(name: str) -> bool:
+    return name.endswith(" compiled")

@@ -5,6 +5,7 @@ are imported where they are used and say which ``pip install`` brings what is mi
 """
 
 from ecanet import models, nn
+from ecanet.inference import optimize_for_inference
 from ecanet.nn import ECA, ECANS, SE, SEGroup, SEVar1, SEVar2, SEVar3, adaptive_kernel_size
 from ecanet.ops.backend import backend
 
@@ -23,4 +24,5 @@ __all__ = [
     "backend",
     "models",
     "nn",
+    "optimize_for_inference",
 ]

@@ -19,7 +19,6 @@ from ecanet.ops import reference
 from ecanet.ops.backend import choose
 
 
-
 class _Kernels:
     """The operations, called below autograd: what they compute is differentiated here or not at all.
 
@@ -65,7 +64,7 @@ class _Coefficients(NamedTuple):
     means: Tensor  # (N, C) of x
     mean: Tensor | None  # (C,) of the norm
     var: Tensor | None
-    count: int | None  # of values behind mean and var, where they are the batch's
+    values: int | None  # behind mean and var, where they are the batch's
     s: Tensor | None  # (N, C), what a gate that is no band saw
     a: Tensor | None  # (N, C) of the norm, for that gate
     gate: Tensor | None  # (N, C)
@@ -174,18 +173,18 @@ def _run_gate(function: Callable[[Tensor], Tensor], s: Tensor) -> Tensor:
         return function(s).to(s.dtype)
 
 
-def update_running_statistics(norm: nn.Module, mean: Tensor, var: Tensor, count: int) -> None:
+def update_running_statistics(norm: Any, mean: Tensor, var: Tensor, count: int) -> None:
     """What torch's BatchNorm does with the statistics of a batch of ``count`` values a channel."""
     if not (norm.training and norm.track_running_stats):
         return
     with torch.no_grad():
-        norm.num_batches_tracked.add_(1)  # type: ignore[union-attr, operator]
+        norm.num_batches_tracked.add_(1)
         momentum: Any = norm.momentum
         if momentum is None:  # cumulative average
-            momentum = 1.0 / norm.num_batches_tracked.to(mean.dtype)  # type: ignore[union-attr, operator]
+            momentum = 1.0 / norm.num_batches_tracked.to(mean.dtype)
         keep = 1.0 - momentum
-        norm.running_mean.mul_(keep).add_(momentum * mean)  # type: ignore[union-attr, operator]
-        norm.running_var.mul_(keep).add_(momentum * (count / (count - 1)) * var)  # type: ignore[union-attr, operator]
+        norm.running_mean.mul_(keep).add_(momentum * mean)
+        norm.running_var.mul_(keep).add_(momentum * (count / (count - 1)) * var)
 
 
 def _over_processes(mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, int]:
@@ -193,7 +192,7 @@ def _over_processes(mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[
     mine = torch.cat([mean.double(), var.double(), mean.new_tensor([count], dtype=torch.double)])
     gathered = mine.new_empty(dist.get_world_size(group), mine.numel())
     dist.all_gather_into_tensor(gathered, mine, group=group)
-    means, variances, counts = gathered[:, :-1].chunk(2, dim=1) + (gathered[:, -1:],)
+    (means, variances), counts = gathered[:, :-1].chunk(2, dim=1), gathered[:, -1:]
     total = counts.sum()
     mean_of_all = (means * counts).sum(0) / total
     var_of_all = ((variances + (means - mean_of_all).square()) * counts).sum(0) / total
@@ -224,11 +223,11 @@ class _Tail(torch.autograd.Function):
         ctx.save_for_backward(
             x, for_act, weight, bias, c.means, c.mean, c.var, c.s, c.a, c.gate, c.scale, c.shift, *parameters
         )
-        ctx.norm, ctx.gate, ctx.act, ctx.count = norm, gate, act, c.count
+        ctx.norm, ctx.gate, ctx.act, ctx.count = norm, gate, act, c.values
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "the fused tail of norm, gate, residual and activation cannot be differentiated twice "
@@ -242,7 +241,8 @@ class _Tail(torch.autograd.Function):
         d, p, q = _kernels.apply_backward(grad, x, scale, shift, mean, for_act, act, keep_d)
         if keep_d:
             grad, act = d, 0
-        kernel, circular, grad_s, grad_parameters = None, False, None, [None] * len(parameters)
+        kernel, circular, grad_s = None, False, None
+        grad_parameters: list[Tensor | None] = [None] * len(parameters)
         if gate is not None and gate.band:
             kernel, circular = parameters[0], gate.circular
         elif gate is not None:

@@ -1,8 +1,11 @@
 """The end of a residual branch: norm, gate, addition of the residual, activation."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -64,17 +67,17 @@ def norm_gate_add_act(
     if not fused.kernels_run(x):
         return _without_kernels(x, norm, gate, residual, act)
     # What the kernels cannot take over is called, and the rest starts from there.
-    if isinstance(act, nn.Module) and _act_code(act) is None:
+    if isinstance(act, nn.Module) and act_code(act) is None:
         return act(norm_gate_add_act(x, norm, gate, residual))
-    if residual is not None and not _same_kind(residual, x):
+    if residual is not None and not same_kind(residual, x):
         return _activate(norm_gate_add_act(x, norm, gate) + residual, act)
-    gate_maths = _gate_maths(gate, x)
+    gate_maths = maths_of_gate(gate, x)
     if gate is not None and gate_maths is None:
         return norm_gate_add_act(gate(norm_gate_add_act(x, norm)), None, None, residual, act)
-    norm_maths = _norm_maths(norm, x)
+    norm_maths = maths_of_norm(norm, x)
     if norm is not None and norm_maths is None:
         return norm_gate_add_act(norm(x), None, gate, residual, act)
-    code = _act_code(act)
+    code = act_code(act)
     assert code is not None
     if norm is None and gate is None and residual is None and code == 0:
         return x
@@ -94,7 +97,7 @@ def _check(norm: object, gate: object, act: object) -> None:
 
 
 def called_differently(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class says: hooks, its own or global, or a ``forward`` put on it."""
+    """Whether calling the module does more than its class says: hooks, its own or global, or another ``forward``."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -105,7 +108,7 @@ def called_differently(module: nn.Module) -> bool:
     )
 
 
-def _act_code(act: str | nn.Module | None) -> int | None:
+def act_code(act: str | nn.Module | None) -> int | None:
     """Index in ``reference.ACTS``, or None for a module to be called."""
     if not isinstance(act, nn.Module):
         return reference.ACTS.index(act)
@@ -116,7 +119,8 @@ def _activate(y: Tensor, act: str | nn.Module | None) -> Tensor:
     return act(y) if isinstance(act, nn.Module) else reference.activate(y, reference.ACTS.index(act))
 
 
-def _same_kind(residual: Tensor, x: Tensor) -> bool:
+def same_kind(residual: Tensor, x: Tensor) -> bool:
+    """Whether the kernels can add the residual to x: same shape, type and device."""
     return type(residual) is Tensor and (residual.shape, residual.dtype, residual.device) == (
         x.shape,
         x.dtype,
@@ -124,32 +128,35 @@ def _same_kind(residual: Tensor, x: Tensor) -> bool:
     )
 
 
-def _gate_maths(gate: nn.Module | None, x: Tensor) -> fused.GateMaths | None:
-    """None for a gate to be called."""
+def maths_of_gate(gate: nn.Module | None, x: Tensor) -> fused.GateMaths | None:
+    """What the kernels need of the gate, or None for one to be called."""
     if not isinstance(gate, Gate) or type(gate).forward is not Gate.forward or called_differently(gate):
         return None
     return gate.maths() if gate.channels == x.shape[1] else None
 
 
-def _norm_maths(norm: nn.Module | None, x: Tensor) -> fused.Norm | None:
-    """None for a norm to be called."""
+def maths_of_norm(norm: nn.Module | None, x: Tensor) -> fused.Norm | None:
+    """What the kernels need of the norm, or None for one to be called."""
     if norm is None or called_differently(norm):
         return None
     if type(norm) is FrozenBatchNorm2d:
-        if x.dim() != 4 or norm.weight.numel() != x.shape[1]:
-            return None
-        return fused.Norm(norm, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
-    if type(norm) not in _BATCH_NORMS:
+        given = _given_statistics(norm)
+        return given if x.dim() == 4 and given.mean is not None and given.mean.numel() == x.shape[1] else None
+    if not isinstance(norm, _BatchNorm) or type(norm) not in _BATCH_NORMS:
         return None
     norm._check_input_dim(x)
     if norm.num_features != x.shape[1]:
         return None
     if not norm.training and norm.running_mean is not None:
-        return fused.Norm(norm, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+        return _given_statistics(norm)
     group = _process_group(norm)
     if group is None and x.numel() == x.shape[1]:  # torch says what is wrong with one value a channel
         return None
     return fused.Norm(norm, None, None, norm.weight, norm.bias, norm.eps, group)
+
+
+def _given_statistics(norm: Any) -> fused.Norm:
+    return fused.Norm(norm, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
 
 
 def _process_group(norm: nn.Module) -> object | None:
@@ -164,7 +171,7 @@ def _without_kernels(
     x: Tensor, norm: nn.Module | None, gate: nn.Module | None, residual: Tensor | None, act: str | nn.Module | None
 ) -> Tensor:
     if gate is not None and torch.compiler.is_compiling() and not isinstance(norm, nn.SyncBatchNorm):
-        norm_maths, gate_maths = _norm_maths(norm, x), _gate_maths(gate, x)
+        norm_maths, gate_maths = maths_of_norm(norm, x), maths_of_gate(gate, x)
         if norm_maths is not None and norm_maths.mean is None and gate_maths is not None:
             return _activate(fused.formula(x, norm_maths, gate_maths, residual), act)
     if norm is not None:

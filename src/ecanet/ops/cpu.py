@@ -22,7 +22,7 @@ def _try_to_load() -> str | None:
     if not LIBRARY.is_file():
         return "the C++ kernels are not built; to build them: ecanet build"
     try:
-        if not is_current():
+        if not is_current(LIBRARY):
             return "the C++ kernels are built from other sources; to build them again: ecanet build"
         torch.ops.load_library(LIBRARY)
     except OSError as error:

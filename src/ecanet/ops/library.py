@@ -54,7 +54,7 @@ _REFERENCES: dict[str, Callable[..., Any]] = {
 
 
 def dense(x: Tensor) -> Tensor:
-    """x in the order that the kernels walk: contiguous or channels last as it is, other strides made contiguous."""
+    """The map in an order that the kernels walk: contiguous, or channels last; other strides are made contiguous."""
     if x.is_contiguous():
         return x
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -133,7 +133,9 @@ def _backward_of(function: Callable[..., Any]) -> Callable[..., Any]:
         saved = iter(ctx.saved_tensors)
         again = torch.is_grad_enabled()
         with torch.enable_grad():
-            inputs = [next(saved) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, ctx.others)]
+            inputs = [
+                next(saved) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)
+            ]
             wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
             for i in wanted:
                 inputs[i] = inputs[i].view_as(inputs[i]) if again else inputs[i].detach().requires_grad_()

@@ -239,9 +239,7 @@ def _needs_input(act: int) -> bool:
     return ACTS[act] in ("silu", "hardswish")
 
 
-def _upstream(
-    grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor | None, saved: Tensor | None, act: int
-) -> Tensor:
+def _upstream(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor | None, saved: Tensor | None, act: int) -> Tensor:
     """Gradient of what went into the activation."""
     grad = grad.to(accumulation_dtype(x.dtype))
     if act == 0:

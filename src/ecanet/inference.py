@@ -1,0 +1,226 @@
+"""A copy of a network for inference: norms folded into convolutions, tails in place."""
+
+import copy
+import operator
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torchvision.ops import FrozenBatchNorm2d
+
+from ecanet.nn import Gate, fused, norm_gate_add_act
+from ecanet.nn.tail import act_code, called_differently, maths_of_gate, same_kind
+from ecanet.ops import reference
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+#: Modules whose output is new memory that nobody else sees.
+_FRESH = (*_CONVOLUTIONS, nn.Linear, *_BATCH_NORMS, FrozenBatchNorm2d)
+_ACT_FUNCTIONS: dict[Any, str] = {
+    F.relu: "relu",
+    torch.relu: "relu",
+    F.relu6: "relu6",
+    F.silu: "silu",
+    F.hardswish: "hardswish",
+}
+_ADDITIONS = (operator.add, operator.iadd, torch.add)
+
+
+class InferenceTail(nn.Module):
+    """Gate, residual and activation at the end of a branch, written over the branch's output where nothing needs it.
+
+    Args:
+        gate: The gate, or None.
+        act: Index in :data:`ecanet.ops.reference.ACTS`.
+        in_place: Whether the input may be overwritten.
+    """
+
+    def __init__(self, gate: nn.Module | None, act: int, in_place: bool) -> None:
+        super().__init__()
+        self.gate = gate
+        self.act = act
+        self.in_place = in_place
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``act(gate(x) + residual)``, the shape of ``x``."""
+        if self.in_place and fused.kernels_run(x) and (residual is None or same_kind(residual, x)):
+            maths = maths_of_gate(self.gate, x)
+            tracked = torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad))
+            if (self.gate is None) == (maths is None) and not tracked:
+                return fused.tail_(x, maths, residual, self.act)
+        return norm_gate_add_act(x, None, self.gate, residual, reference.ACTS[self.act])
+
+    def extra_repr(self) -> str:
+        """Activation and whether the input is overwritten."""
+        return f"act={reference.ACTS[self.act]}, in_place={self.in_place}"
+
+
+def optimize_for_inference(model: nn.Module) -> fx.GraphModule:
+    """Copy a network for inference: the same outputs to rounding, in less time.
+
+    Every BatchNorm (and torchvision's FrozenBatchNorm2d) that follows a convolution or a linear layer is folded into
+    it; gate, addition and activation at the end of a branch become one :class:`InferenceTail`, which writes over the
+    branch's output. The result is in eval mode, its weights need no gradient, and it can be exported, compiled and
+    traced. Its state dict has other keys: load weights before.
+
+    Args:
+        model: A network that :func:`torch.fx.symbolic_trace` can trace: those of :mod:`ecanet.models`, torchvision's
+            and timm's classifiers. It stays as it is.
+
+    Raises:
+        TypeError: ``model`` is no module, or is compiled, scripted or wrapped for parallel training.
+        ValueError: ``model`` cannot be traced.
+
+    Example:
+        >>> from ecanet.models import eca_resnet18
+        >>> model = eca_resnet18().eval()
+        >>> fast = optimize_for_inference(model)
+        >>> x = torch.randn(1, 3, 64, 64)
+        >>> torch.allclose(fast(x), model(x), atol=1e-4)
+        True
+    """
+    _check(model)
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    traced = _trace(model)
+    _fold_norms(traced)
+    _fuse_tails(traced)
+    traced.graph.eliminate_dead_code()
+    traced.delete_all_unused_submodules()
+    traced.graph.lint()
+    traced.recompile()
+    return traced
+
+
+def _check(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise TypeError(f"model is wrapped in {type(model).__name__}: pass model.module")
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise TypeError("model is compiled: pass the model from before torch.compile, and compile the result")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model is scripted or traced: pass the model from before that")
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (Gate, FrozenBatchNorm2d)) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _trace(model: nn.Module) -> fx.GraphModule:
+    try:
+        return fx.GraphModule(model, _Tracer().trace(model), type(model).__name__)
+    except Exception as error:
+        raise ValueError(
+            f"model {type(model).__name__} cannot be traced ({type(error).__name__}: {error}): optimise the part of it "
+            "that can, such as model.backbone = optimize_for_inference(model.backbone)"
+        ) from error
+
+
+def _module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The module that a node calls, or None."""
+    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _only_input(node: fx.Node) -> fx.Node | None:
+    """What a node is computed from, if that is one tensor alone."""
+    return node.args[0] if len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], fx.Node) else None
+
+
+def _fold_norms(traced: fx.GraphModule) -> None:
+    calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+    for node in list(traced.graph.nodes):
+        norm, source = _module(traced, node), _only_input(node)
+        if not isinstance(norm, (*_BATCH_NORMS, FrozenBatchNorm2d)) or norm.running_mean is None or source is None:
+            continue
+        layer = _module(traced, source)
+        if layer is None or type(layer) not in (*_CONVOLUTIONS, nn.Linear):
+            continue
+        if called_differently(norm) or called_differently(layer):
+            continue
+        # A layer that is called twice, or whose output somebody else reads, keeps its weights.
+        if len(source.users) > 1 or calls[source.target] > 1 or calls[node.target] > 1:
+            continue
+        fold: Any = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
+        traced.set_submodule(str(source.target), fold(layer, norm).requires_grad_(False))
+        node.replace_all_uses_with(source)
+        traced.graph.erase_node(node)
+
+
+def _addends(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two tensors that a node adds, or None."""
+    function = node.op == "call_function" and node.target in _ADDITIONS
+    method = node.op == "call_method" and node.target in ("add", "add_")
+    if not (function or method) or node.kwargs or len(node.args) != 2:
+        return None
+    first, second = node.args
+    return (first, second) if isinstance(first, fx.Node) and isinstance(second, fx.Node) else None
+
+
+def _act_of(traced: fx.GraphModule, node: fx.Node) -> int | None:
+    """Index in ``reference.ACTS`` of the activation that a node applies, or None."""
+    module = _module(traced, node)
+    if module is not None:
+        return act_code(module) or None  # an identity is no activation
+    name = _ACT_FUNCTIONS.get(node.target) if node.op == "call_function" else None
+    return None if name is None else reference.ACTS.index(name)
+
+
+def _gate_of(traced: fx.GraphModule, node: fx.Node) -> Gate | None:
+    """The gate that a node calls, or None."""
+    module = _module(traced, node)
+    return module if isinstance(module, Gate) and _only_input(node) is not None else None
+
+
+def _fuse_tails(traced: fx.GraphModule) -> None:
+    for node in list(traced.graph.nodes):
+        addends = _addends(node)
+        if addends is None:
+            if _gate_of(traced, node) is None or _is_added(node):
+                continue
+            branch, residual = node, None
+        else:
+            branch, residual = _branch_and_residual(traced, *addends)
+            if branch is residual:
+                continue
+        gate, x = _gate_of(traced, branch), _only_input(branch)
+        if gate is None or x is None or (branch is not node and len(branch.users) > 1):
+            gate, x = None, branch
+        end, act = node, 0
+        if len(node.users) == 1:
+            user = next(iter(node.users))
+            code = _act_of(traced, user)
+            if code is not None:
+                end, act = user, code
+        name = f"{end.name}_tail"
+        traced.add_submodule(name, InferenceTail(gate, act, in_place=_is_fresh(traced, x)))
+        with traced.graph.inserting_after(end):
+            tail = traced.graph.call_module(name, (x,) if residual is None else (x, residual))
+        end.replace_all_uses_with(tail)
+        for old in dict.fromkeys((end, node, branch)):
+            if not old.users and old is not x:
+                traced.graph.erase_node(old)
+
+
+def _is_added(node: fx.Node) -> bool:
+    """Whether an addition alone reads the node, and takes it along."""
+    return len(node.users) == 1 and _addends(next(iter(node.users))) is not None
+
+
+def _is_fresh(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node's output is memory that its one reader may overwrite."""
+    return len(node.users) == 1 and isinstance(_module(traced, node), _FRESH)
+
+
+def _branch_and_residual(traced: fx.GraphModule, first: fx.Node, second: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Of two addends, the gated one is the branch, else the one that may be overwritten, else the first."""
+
+    def preference(addend: fx.Node) -> int:
+        if len(addend.users) > 1:
+            return 0
+        return 2 if _gate_of(traced, addend) is not None else int(_is_fresh(traced, addend))
+
+    return (second, first) if preference(second) > preference(first) else (first, second)

@@ -1,0 +1,212 @@
+"""The benchmarks run, compute their ratios right and lose nothing; no test asserts a time."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("timm")
+
+from benchmarks import cpu as benchmark
+from benchmarks import results
+from benchmarks.measure import (
+    Competitor,
+    check_agreement,
+    fault_of_environment,
+    geometric_mean,
+    geometric_mean_of_ratios,
+    ratio_of_medians,
+    take_turns,
+)
+from benchmarks.networks import network_cases, saved_bytes
+from benchmarks.report import report, roofline, verdicts
+from ecanet.ops import cpu
+
+BOUND = {"OMP_PROC_BIND": "true"}
+
+
+@pytest.mark.parametrize(
+    ("threads", "environment", "remedy"),
+    [
+        (1, {"OMP_NUM_THREADS": "1"}, None),
+        (1, {}, "OMP_NUM_THREADS=1 python"),
+        (1, {"OMP_NUM_THREADS": "2"}, "OMP_NUM_THREADS=1 python"),
+        (2, BOUND, None),
+        (2, {**BOUND, "OMP_NUM_THREADS": "2"}, None),
+        (2, {"OMP_PROC_BIND": "TRUE"}, None),
+        (2, {"OMP_NUM_THREADS": "2"}, "OMP_PROC_BIND=true"),
+        (2, {"OMP_PROC_BIND": "false"}, "OMP_PROC_BIND=true"),
+        (2, {**BOUND, "OMP_NUM_THREADS": "1"}, "set it to 2"),
+        (3, BOUND, "--threads 2"),
+    ],
+)
+def test_openmp_settings_that_spoil_a_measurement(
+    threads: int, environment: dict[str, str], remedy: str | None
+) -> None:
+    fault = fault_of_environment(threads, environment, cores=2)
+    assert fault is None if remedy is None else remedy in (fault or "")
+
+
+@pytest.mark.parametrize("spoiled", ["openmp", "kernels"])
+def test_refuses_to_measure(
+    spoiled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setattr(cpu, "_reason", "not built; to build them: ecanet build" if spoiled == "kernels" else None)
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(["--out", str(tmp_path / "out.json")])
+    assert stopped.value.code == 2
+    assert ("ecanet build" if spoiled == "kernels" else "OMP_NUM_THREADS=1") in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_ratio_of_medians() -> None:
+    ratio = ratio_of_medians([1.0, 2.0, 900.0], [4.0, 4.0, 4.0])
+    assert ratio.value == 0.5
+    assert 0.25 <= ratio.low <= ratio.value <= ratio.high <= 225
+
+
+def test_interval_keeps_the_rounds_together() -> None:
+    """A round that is slow for both says nothing about their ratio."""
+    slow_rounds = [1.0, 5.0, 2.0, 80.0, 3.0]
+    ratio = ratio_of_medians([3 * seconds for seconds in slow_rounds], slow_rounds)
+    assert (ratio.low, ratio.value, ratio.high) == pytest.approx((3, 3, 3))
+
+
+def test_geometric_mean() -> None:
+    assert geometric_mean([2.0, 8.0]) == pytest.approx(4)
+    mean = geometric_mean_of_ratios([([1.0] * 3, [2.0] * 3), ([8.0] * 3, [1.0] * 3)])
+    assert (mean.low, mean.value, mean.high) == pytest.approx((2, 2, 2))
+
+
+def test_competitors_take_turns() -> None:
+    order: list[str] = []
+
+    def run(name: str) -> None:
+        order.append(name)
+
+    competitors = {name: Competitor(lambda name=name: run(name)) for name in "AB"}
+    timings = take_turns(competitors, rounds=4, turn_seconds=1e-6)
+    turns = re.findall(r"A+|B+", "".join(order))
+    assert "".join(turn[0] for turn in turns) == "AB" * 5  # calibration, then four rounds
+    for name, turn in zip("AB" * 4, turns[2:], strict=True):
+        assert len(turn) == timings[name].calls + 1  # the first one is not timed
+    assert all(len(timing.seconds) == 4 and min(timing.seconds) > 0 for timing in timings.values())
+
+
+def test_wrong_results_are_not_timed() -> None:
+    competitors = {"right": Competitor(lambda: torch.ones(3)), "wrong": Competitor(lambda: torch.full((3,), torch.nan))}
+    with pytest.raises(RuntimeError, match="wrong and right disagree"):
+        check_agreement(competitors, ("right", "wrong"), tolerance=0.1)
+
+
+def _case(**medians: float) -> dict[str, Any]:
+    return {"maps": 3, "map_bytes": 8, "seconds": {name.replace("_", " "): [s] * 3 for name, s in medians.items()}}
+
+
+def test_targets_and_roofline() -> None:
+    cases = {
+        "inference/tail/1x2x3x3/contiguous": _case(ecanet=2.0, no_gate=1.0, timm=8.0, copy=1.0),
+        "inference/tail/1x2x3x3/channels_last": _case(ecanet=1.0, no_gate=2.0, timm=1.0, copy=1.0),
+        "network/memory/8x3x9x9/contiguous": {"saved_bytes": {"ecanet": 103, "no gate": 100}},
+    }
+    found = {verdict.what: (verdict.ratio.value, verdict.verdict) for verdict in verdicts(cases)}
+    assert found == {
+        "inference/tail, geometric mean: ecanet / no gate": (pytest.approx(1.0), "met"),
+        "inference/tail, geometric mean: ecanet / timm": (pytest.approx(0.5), "missed"),
+        "network/memory, contiguous: ecanet / no gate": (pytest.approx(1.03), "missed"),
+    }
+    assert roofline(cases["inference/tail/1x2x3x3/contiguous"]) == pytest.approx(3 * 0.5 / 2)
+
+
+def test_saved_bytes_are_counted_once_and_without_parameters() -> None:
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU())
+    x, target = torch.randn(2, 3), torch.tensor([0, 1])
+    # x; the ReLU's output; of the loss its input log_softmax, the target and the total weight
+    assert saved_bytes(model, x, target) == 4 * (2 * 3 + 2 * 5 + 2 * 5) + 8 * 2 + 4
+
+
+@pytest.fixture
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    return tmp_path / "out.json"
+
+
+def _run(path: Path, *args: str) -> results.Document:
+    benchmark.main(["--quick", "--no-compile", "--out", str(path), *args])
+    return results.read(path)
+
+
+def test_quick_run(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    picture = quick.with_suffix(".png")
+    document = _run(quick, "--only", "op,module,inference,training", "--plot", str(picture))
+    assert picture.stat().st_size > 10_000
+    assert len(document["cases"]) == 8 * 2 * 2
+    assert document["command"].endswith("--threads 1 --quick --no-compile --only op,module,inference,training")
+    assert {"machine", "versions", "commit", "environment", "load_average_at_start", "summary"} <= document.keys()
+    assert str(Path.home()) not in quick.read_text()
+    for case in document["cases"].values():
+        assert {"ecanet", "copy"} < case["seconds"].keys()
+        assert all(math.isfinite(s) and s > 0 for samples in case["seconds"].values() for s in samples)
+    output = capsys.readouterr().out
+    assert output.strip() == report(document)
+    assert "training/tail, geometric mean: ecanet / no gate" in output
+
+
+@pytest.mark.parametrize("name", ["memory", "training", "inference"])
+def test_networks(name: str) -> None:
+    case = next(case for case in network_cases(quick=True) if case.name == name)
+    result = benchmark._measure(case, {"rounds": 1, "network_rounds": 1, "quick": True}, "")
+    assert {"ecanet", "timm", "no gate"} <= result.get("seconds", result.get("saved_bytes")).keys()
+
+
+def test_a_killed_run_goes_on_where_it_was(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure, measured = benchmark._measure, []
+
+    def killed_at_the_third(case: Any, *rest: Any) -> Any:
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(case.key)
+        return measure(case, *rest)
+
+    monkeypatch.setattr(benchmark, "_measure", killed_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        _run(quick, "--only", "module")
+    before = results.read(quick)["cases"]
+    assert list(before) == measured
+    assert len(measured) == 2
+
+    monkeypatch.setattr(benchmark, "_measure", measure)
+    after = _run(quick, "--only", "module", "--resume")
+    assert len(after["cases"]) == 4
+    assert {key: after["cases"][key] for key in before} == before
+    assert "summary" in after
+
+
+def test_resume_refuses_another_run(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = _run(quick, "--only", "inference")
+    quick.write_text(json.dumps({**document, "commit": "another"}))
+    with pytest.raises(SystemExit) as stopped:
+        _run(quick, "--only", "inference", "--resume")
+    assert stopped.value.code == 2
+    assert "its commit differ: another there" in capsys.readouterr().err
+
+
+def test_resume_without_a_file_starts(quick: Path) -> None:
+    assert _run(quick, "--only", "inference", "--resume")["cases"]
+
+
+@pytest.mark.parametrize(
+    "args", [["--only", "module,nonsense"], ["--rounds", "0"], ["--threads", "-1"], ["--rounds", "x"]]
+)
+def test_wrong_options(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(args)
+    assert stopped.value.code == 2
+    assert args[-1].split(",")[-1] in capsys.readouterr().err

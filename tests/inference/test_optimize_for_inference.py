@@ -1,0 +1,184 @@
+"""optimize_for_inference: the same outputs from fewer passes, for our networks, torchvision's and timm's."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision import models as torchvision_models
+from torchvision.ops import FrozenBatchNorm2d
+
+import ecanet
+from ecanet.inference import InferenceTail, optimize_for_inference
+from ecanet.models import eca_mobilenet_v2, eca_resnet18, eca_resnet50, small_eca_resnet
+
+# Largest difference over largest output, float32: folding a norm into a convolution rounds its weights once more.
+TOLERANCE = 1e-5
+
+NETWORKS = {
+    # name: (builder, tails, of them with a gate, norms that no convolution precedes)
+    "eca_resnet18": (eca_resnet18, 8, 8, 0),
+    "eca_resnet50": (eca_resnet50, 16, 16, 0),
+    "se_resnet18": (lambda: eca_resnet18("se"), 8, 8, 0),
+    "eca_mobilenet_v2": (eca_mobilenet_v2, 17, 17, 0),
+    "small_eca_resnet": (small_eca_resnet, 3, 3, 0),
+    "no gate": (lambda: eca_resnet18(None), 8, 0, 0),
+    "torchvision resnet18": (torchvision_models.resnet18, 8, 0, 0),
+    "torchvision resnet50": (torchvision_models.resnet50, 16, 0, 0),
+    "torchvision mobilenet_v2": (torchvision_models.mobilenet_v2, 10, 0, 0),
+    "torchvision regnet_y_400mf": (torchvision_models.regnet_y_400mf, 16, 0, 0),
+    "torchvision densenet121": (torchvision_models.densenet121, 0, 0, 62),
+}
+
+
+def trained_looking(model: nn.Module) -> nn.Module:
+    """Norms whose statistics and weights say something."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.1)
+    return model.eval()
+
+
+def tails(model: nn.Module) -> list[InferenceTail]:
+    return [module for module in model.modules() if isinstance(module, InferenceTail)]
+
+
+def relative_difference(got: Tensor, want: Tensor) -> float:
+    return ((got - want).abs().max() / want.abs().max()).item()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "last"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_same_outputs_with_norms_folded_and_tails_in_place(name, memory_format):
+    build, count, gated, norms = NETWORKS[name]
+    model = trained_looking(build())
+    x = torch.randn(2, 3, 64, 64).to(memory_format=memory_format)
+    want = model(x).detach()
+    fast = optimize_for_inference(model)
+    given = x.clone(memory_format=torch.preserve_format)
+    for _ in range(2):  # nothing is overwritten that the next call needs
+        assert relative_difference(fast(x), want) < TOLERANCE
+    assert torch.equal(x, given)
+    found = tails(fast)
+    assert (len(found), sum(tail.gate is not None for tail in found)) == (count, gated)
+    assert all(tail.in_place for tail in found)
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in fast.modules()) == norms
+
+
+def test_the_model_stays_as_it_is():
+    model = eca_resnet18().train()
+    before = copy.deepcopy(model.state_dict())
+    optimize_for_inference(model)
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_works_through_the_reference_too():
+    model = trained_looking(small_eca_resnet())
+    x = torch.randn(2, 3, 28, 28)
+    fast = optimize_for_inference(model)
+    with ecanet.backend("reference"):
+        assert relative_difference(fast(x), model(x).detach()) < TOLERANCE
+
+
+def test_gradients_of_the_input_are_right():
+    model = trained_looking(small_eca_resnet())
+    fast = optimize_for_inference(model)
+    x = torch.randn(2, 3, 28, 28)
+    gradients = []
+    for network in (model, fast):
+        given = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(network(given).sum(), given)
+        gradients.append(gradient)
+    assert relative_difference(gradients[1], gradients[0]) < TOLERANCE
+
+
+class Branches(nn.Module):
+    """What must not be overwritten or folded: outputs with two readers, layers called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.shared, self.last = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+        self.norm, self.shared_norm, self.frozen = nn.BatchNorm2d(8), nn.BatchNorm2d(8), FrozenBatchNorm2d(8)
+        self.gate = ecanet.ECA(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        both = torch.relu(self.norm(y) + y)  # y has two readers
+        z = self.shared_norm(self.shared(both)) + self.shared(x)
+        z = z + z
+        broadcast = self.gate(self.frozen(self.last(z))) + z.mean((2, 3), keepdim=True)
+        return nn.functional.hardswish(broadcast) + self.gate(both) * 2 + 1
+
+
+def test_what_others_read_is_left_alone():
+    model = Branches().eval()
+    trained_looking(model)
+    model.frozen.running_mean.normal_()
+    x = torch.randn(2, 8, 9, 9)
+    fast = optimize_for_inference(model)
+    assert relative_difference(fast(x), model(x).detach()) < TOLERANCE
+    assert not any(isinstance(module, FrozenBatchNorm2d) for module in fast.modules())
+
+
+def test_a_residual_that_broadcasts():
+    tail = InferenceTail(ecanet.ECA(4), act=1, in_place=True)
+    x, residual = torch.randn(2, 4, 3, 3), torch.randn(1, 4, 1, 1)
+    want = torch.relu(tail.gate(x) + residual)
+    with torch.no_grad():
+        assert torch.equal(tail(x.clone(), residual), want.detach())
+
+
+def test_hooks_on_a_gate_still_fire():
+    model = trained_looking(small_eca_resnet())
+    fast = optimize_for_inference(model)
+    seen: list[torch.Size] = []
+    tails(fast)[0].gate.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    x = torch.randn(1, 3, 28, 28)
+    assert relative_difference(fast(x), model(x).detach()) < TOLERANCE
+    assert seen == [torch.Size((1, 32, 28, 28))]
+
+
+def test_result_exports_and_compiles():
+    model = trained_looking(small_eca_resnet())
+    fast = optimize_for_inference(model)
+    x = torch.randn(2, 3, 28, 28)
+    want = model(x).detach()
+    exported = torch.export.export(fast, (x,), dynamic_shapes=({0: torch.export.Dim("n")},)).module()
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    for other in (exported, compiled):
+        assert relative_difference(other(x), want) < TOLERANCE
+    assert relative_difference(exported(x[:1].repeat(5, 1, 1, 1)), want[:1].repeat(5, 1)) < TOLERANCE
+
+
+class ShapeDependent(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.shape[0] > 1 else -x
+
+
+def scripted() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.15: torch.jit is deprecated
+        return torch.jit.trace(nn.Linear(1, 1), torch.ones(1, 1), check_trace=False)
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "says"),
+    [
+        (lambda: "resnet50", TypeError, "torch.nn.Module, got str"),
+        (lambda: nn.DataParallel(nn.Linear(1, 1)), TypeError, "pass model.module"),
+        (scripted, TypeError, "scripted or traced"),
+        (lambda: torch.compile(nn.Linear(1, 1)), TypeError, "before torch.compile"),
+        (ShapeDependent, ValueError, "optimise the part of it that can"),
+    ],
+    ids=["not a module", "parallel", "scripted", "compiled", "cannot be traced"],
+)
+def test_what_cannot_be_optimised_says_what_to_do(build, error, says):
+    with pytest.raises(error, match=says):
+        optimize_for_inference(build())

@@ -1,0 +1,196 @@
+"""Which implementation is chosen, and what is said about one that cannot run."""
+
+import logging
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+import ecanet
+from ecanet.ops import backend as backends
+from ecanet.ops import cpu
+from ecanet.ops.backend import CPU_DTYPES, backend, choose, current
+from ecanet.ops.build import hash_within, sources_hash
+
+MISSING = "the C++ kernels are not built; to build them: ecanet build"
+
+
+@pytest.fixture(autouse=True)
+def _from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_choice", "auto")
+    monkeypatch.setattr(backends, "_told", False)
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the library were loaded: nothing here calls into it."""
+    monkeypatch.setattr(cpu, "_reason", None)
+
+
+@pytest.fixture
+def missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_reason", MISSING)
+
+
+def feature_map(dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
+    return torch.zeros(2, 8, 3, 3, dtype=dtype, device=device)
+
+
+# --- the choice ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
+def test_auto_takes_the_kernels_where_they_run(dtype: torch.dtype) -> None:
+    assert choose(feature_map(dtype)) == "cpu"
+    with backend("reference"):
+        assert choose(feature_map(dtype)) == "reference"
+
+
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize(
+    ("x", "reason"),
+    [
+        (feature_map(torch.complex64), "float32, float64, bfloat16 and float16, this tensor is torch.complex64"),
+        (feature_map(torch.int32), "this tensor is torch.int32"),
+        (feature_map(device="meta"), "tensors on the CPU, this one is on meta"),
+    ],
+    ids=["complex", "int", "meta"],
+)
+def test_auto_takes_the_reference_elsewhere_and_cpu_says_why_not(x: torch.Tensor, reason: str) -> None:
+    assert choose(x) == "reference"
+    with backend("cpu"), pytest.raises(RuntimeError, match=f"backend 'cpu' cannot run: .*{reason}"):
+        choose(x)
+
+
+@pytest.mark.usefixtures("loaded")
+def test_choices_nest_and_end_with_their_block() -> None:
+    with backend("reference"):
+        with backend("cpu"):
+            assert current() == "cpu"
+        assert current() == "reference"
+        with pytest.raises(KeyError), backend("auto"):
+            raise KeyError
+        assert current() == "reference"
+    assert current() == "auto"
+
+
+def test_decorates_a_function() -> None:
+    @ecanet.backend("reference")
+    def chosen() -> str:
+        return choose(feature_map())
+
+    assert [chosen(), chosen(), current()] == ["reference", "reference", "auto"]
+
+
+def test_unknown_name() -> None:
+    with (
+        pytest.raises(ValueError, match="name must be one of auto, reference, cpu, triton, got 'cuda'"),
+        backend("cuda"),
+    ):
+        pass
+    assert current() == "auto"
+
+
+@pytest.mark.usefixtures("loaded")
+def test_compiled_functions_follow_the_choice() -> None:
+    @torch.compile(fullgraph=True, backend="eager")
+    def number(x: torch.Tensor) -> torch.Tensor:
+        return x + (1 if choose(x) == "cpu" else 2)
+
+    x = torch.zeros(1, 1)
+    assert number(x).item() == 1
+    with backend("reference"):
+        assert number(x).item() == 2
+    assert number(x).item() == 1
+
+
+# --- the environment ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("value", "choice"), [("", "auto"), ("reference", "reference"), ("cpu", "cpu")])
+def test_environment_is_the_choice_to_start_from(value: str, choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ECANET_BACKEND", value)
+    assert runpy.run_path(backends.__file__)["_choice"] == choice
+
+
+def test_wrong_environment_is_an_error_at_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ECANET_BACKEND", "Cpu")
+    with pytest.raises(ValueError, match="ECANET_BACKEND must be one of auto, reference, cpu, triton; it is 'Cpu'"):
+        runpy.run_path(backends.__file__)
+
+
+# --- what cannot run ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("missing")
+def test_cpu_without_the_library_is_refused_at_once() -> None:
+    with pytest.raises(RuntimeError, match=f"backend 'cpu' cannot run: {MISSING.replace('+', '.')}"), backend("cpu"):
+        raise AssertionError("entered")
+
+
+@pytest.mark.usefixtures("missing")
+def test_cpu_of_the_environment_without_the_library_is_refused_when_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_choice", "cpu")
+    with pytest.raises(RuntimeError, match="ecanet build"):
+        choose(feature_map())
+
+
+def test_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = "backend 'triton' cannot run: this version of ecanet has no Triton kernels"
+    with pytest.raises(RuntimeError, match=reason), backend("triton"):
+        raise AssertionError("entered")
+    monkeypatch.setattr(backends, "_choice", "triton")
+    with pytest.raises(RuntimeError, match=reason):
+        choose(feature_map())
+
+
+@pytest.mark.usefixtures("missing")
+def test_the_reference_says_once_that_it_stands_in(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="ecanet"):
+        assert choose(feature_map(device="meta")) == "reference"
+        with backend("reference"):
+            assert choose(feature_map()) == "reference"
+        assert caplog.messages == []
+        assert [choose(feature_map()) for _ in range(3)] == ["reference"] * 3
+    assert caplog.messages == [f"ecanet: plain PyTorch runs on the CPU: {MISSING}"]
+
+
+@pytest.mark.usefixtures("loaded")
+def test_nothing_is_said_about_a_type_the_kernels_do_not_take(caplog: pytest.LogCaptureFixture) -> None:
+    assert choose(feature_map(torch.complex64)) == "reference"
+    assert caplog.messages == []
+
+
+# --- the library --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a library is looked for, and is not."""
+    monkeypatch.setattr(cpu, "_reason", "not tried")
+    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "ecanet_cpu.so")
+    return tmp_path / "ecanet_cpu.so"
+
+
+def test_library_not_built(library: Path) -> None:
+    cpu.load()
+    assert cpu.why_not() == MISSING
+
+
+def test_library_built_from_other_sources(library: Path) -> None:
+    library.write_bytes(b"...ecanet built from 0123456789abcdef...")
+    assert hash_within(library) == "0123456789abcdef"
+    cpu.load()
+    assert cpu.why_not() == "the C++ kernels are built from other sources; to build them again: ecanet build"
+
+
+def test_library_that_does_not_load(library: Path) -> None:
+    library.write_bytes(f"ecanet built from {sources_hash()}".encode())
+    cpu.load()
+    reason = cpu.why_not()
+    assert reason is not None
+    assert reason.startswith(f"the C++ kernels cannot be loaded ({library}: ")
+    assert reason.endswith("); to build them again: ecanet build")
+    assert "\n" not in reason

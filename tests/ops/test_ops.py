@@ -1,0 +1,944 @@
+"""Every operation of ``torch.ops.ecanet`` against formulas in float64: values, strides, derivatives, special numbers.
+
+What runs is the C++ library where it is loaded, the reference where it is not; the same must hold for both.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.autograd import gradcheck, gradgradcheck
+
+from ecanet.ops import cpu, reference
+
+needs_kernels = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+
+NONE, RELU, RELU6, SILU, HARDSWISH = range(5)
+ACTS = (NONE, RELU, RELU6, SILU, HARDSWISH)
+
+# Relative error of a map: half types are rounded once, by half of their eps.
+MAP_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+# Error, relative to what is added up, where the maths runs in that type.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6}
+
+DTYPES = list(MAP_TOLERANCE)
+HALF_TYPES = [torch.bfloat16, torch.float16]
+
+
+def of_type(*dtypes: torch.dtype) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("dtype", dtypes, ids=[str(dtype).removeprefix("torch.") for dtype in dtypes])
+
+
+# --- the formulas, in float64 and with the arguments of the operations --------------------------------------------
+
+
+def double(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.double()
+
+
+def over_positions(t: Tensor, x: Tensor) -> Tensor:
+    return t.double().reshape(*t.shape, *[1] * (x.dim() - 2))
+
+
+def sum_positions(t: Tensor) -> Tensor:
+    return t.reshape(*t.shape[:2], math.prod(t.shape[2:])).sum(2)
+
+
+def into_act(x: Tensor, scale: Tensor, shift: Tensor | None, residual: Tensor | None) -> Tensor:
+    y = x.double() * over_positions(scale, x)
+    if shift is not None:
+        y = y + over_positions(shift, x)
+    return y if residual is None else y + residual.double()
+
+
+def activation(y: Tensor, act: int) -> Tensor:
+    zero = torch.zeros((), dtype=y.dtype)
+    return {
+        NONE: lambda: y,
+        RELU: lambda: torch.where(y > 0, y, zero),
+        RELU6: lambda: torch.where(y > 6, zero + 6, torch.where(y > 0, y, zero)),
+        SILU: lambda: y / (1 + torch.exp(-y)),
+        HARDSWISH: lambda: torch.where(y > 3, y, torch.where(y > -3, y * (y + 3) / 6, zero)),
+    }[act]()
+
+
+def upstream(grad: Tensor, x: Tensor, scale: Tensor, shift: Any, saved: Any, act: int) -> Tensor:
+    if act == NONE:
+        return grad.double()
+    if act in (RELU, RELU6):
+        passes = (saved > 0) & (saved < 6) if act == RELU6 else saved > 0
+        return torch.where(passes, grad.double(), 0.0)
+    y = into_act(x, scale, shift, saved).detach().requires_grad_()
+    (d,) = torch.autograd.grad(activation(y, act), y, grad.double())
+    return d
+
+
+def naive_squeeze(x: Tensor) -> Tensor:
+    return sum_positions(x.double()) / math.prod(x.shape[2:])
+
+
+def naive_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    mean = naive_squeeze(x)
+    return mean, sum_positions((x.double() - over_positions(mean, x)) ** 2)
+
+
+def naive_apply(x: Tensor, scale: Tensor, shift: Any, residual: Any, act: int) -> Tensor:
+    return activation(into_act(x, scale, shift, residual), act)
+
+
+def naive_apply_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, shift: Any, center: Any, saved: Any, act: int, needs_d: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    d = upstream(grad, x, scale, shift, saved, act)
+    away = x.double() if center is None else x.double() - over_positions(center, x)
+    return d if needs_d else torch.empty(0, dtype=torch.float64), sum_positions(d), sum_positions(d * away)
+
+
+def naive_input_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, shift: Any, saved: Any, act: int, offset: Tensor, slope: Any, center: Any
+) -> Tensor:
+    g = upstream(grad, x, scale, shift, saved, act) * over_positions(scale, x) + over_positions(offset, x)
+    if slope is None:
+        return g
+    away = x.double() if center is None else x.double() - over_positions(center, x)
+    return g + over_positions(slope, x) * away
+
+
+def naive_batch_statistics(mean: Tensor, m2: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+    """From maps with these moments: half of the positions above the mean by one deviation, half below."""
+    deviation = (m2.double() / positions).sqrt()
+    values = torch.cat([mean.double() - deviation, mean.double() + deviation])
+    return values.mean(0), values.var(0, correction=0)
+
+
+def naive_norm(means: Tensor, mean: Any, var: Any, weight: Any, bias: Any, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Slope and shift of a BatchNorm, and the means of its output."""
+    slope = torch.ones(means.shape[1], dtype=torch.float64) if var is None else 1 / (var.double() + eps).sqrt()
+    slope = slope if weight is None else slope * weight.double()
+    shift = torch.zeros_like(slope) if bias is None else bias.double()
+    shift = shift if mean is None else shift - slope * mean.double()
+    return slope, shift, slope * means.double() + shift
+
+
+def naive_coefficients(
+    means: Tensor, mean: Any, var: Any, weight: Any, bias: Any, eps: float, kernel: Any, circular: bool
+) -> tuple[Tensor, ...]:
+    slope, shift, s = naive_norm(means, mean, var, weight, bias, eps)
+    if kernel is None:
+        return s, s.new_empty(0, s.shape[1]), slope.expand_as(s), shift.expand_as(s)
+    margin = kernel.numel() // 2
+    if circular:
+        padded = torch.cat([s[:, s.shape[1] - margin :], s, s[:, :margin]], 1)
+    else:
+        padded = F.pad(s, (margin, margin))
+    logits = F.conv1d(padded.unsqueeze(1), kernel.double().reshape(1, 1, -1)).squeeze(1)
+    gate = 1 / (1 + torch.exp(-logits))
+    return s, gate, gate * slope, gate * shift
+
+
+def naive_coefficients_backward(
+    p: Tensor,
+    q: Tensor,
+    means: Tensor,
+    gate: Any,
+    grad_s: Any,
+    mean: Any,
+    var: Any,
+    weight: Any,
+    bias: Any,
+    eps: float,
+    kernel: Any,
+    circular: bool,
+    positions: int,
+) -> tuple[Tensor, ...]:
+    """By autograd: the sum of d (scale x + shift), with p = sum d and q = sum d (x - mean), plus grad_s s."""
+    c = means.shape[1]
+    leaves = {
+        "means": means,
+        "weight": torch.ones(c) if weight is None else weight,
+        "bias": torch.zeros(c) if bias is None else bias,
+        "kernel": torch.empty(0) if kernel is None else kernel,
+        "mean": torch.zeros(c) if mean is None else mean,
+        "var": torch.ones(c) - eps if var is None else var,
+    }
+    leaf = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
+    dx = q.double() + leaf["mean"].detach() * p.double()
+    s, _, scale, shift = naive_coefficients(
+        leaf["means"],
+        leaf["mean"],
+        leaf["var"],
+        leaf["weight"],
+        leaf["bias"],
+        eps,
+        None if kernel is None else leaf["kernel"],
+        circular,
+    )
+    if gate is not None and kernel is None:
+        scale, shift = scale * gate.double(), shift * gate.double()
+    loss = (scale * dx + shift * p.double()).sum() + leaf["kernel"].sum() * 0 + s.sum() * 0
+    if grad_s is not None:
+        loss = loss + (s * grad_s.double()).sum()
+    found = dict(zip(leaf, torch.autograd.grad(loss, list(leaf.values())), strict=True))
+    return found["means"] / positions, *(found[name] for name in ("weight", "bias", "kernel", "mean", "var"))
+
+
+def naive_eca_tail(x: Tensor, residual: Any, *norm_and_band: Any) -> Tensor:
+    *norm_and_band, act = norm_and_band
+    _, _, scale, shift = naive_coefficients(naive_squeeze(x), *norm_and_band)
+    return naive_apply(x, scale, shift, residual, act)
+
+
+NAIVE: dict[str, Callable[..., Any]] = {
+    "squeeze": naive_squeeze,
+    "moments": naive_moments,
+    "apply": naive_apply,
+    "apply_backward": naive_apply_backward,
+    "input_backward": naive_input_backward,
+    "batch_statistics": naive_batch_statistics,
+    "eca_coefficients": naive_coefficients,
+    "eca_coefficients_backward": naive_coefficients_backward,
+    "eca_tail": naive_eca_tail,
+}
+ON_MAPS = ["squeeze", "moments", "apply", "apply_backward", "input_backward", "eca_tail"]
+ON_MEANS = ["batch_statistics", "eca_coefficients", "eca_coefficients_backward"]
+OUT_OF_PLACE = [*ON_MAPS, *ON_MEANS]
+IN_PLACE = ["apply_", "eca_tail_"]
+EVERY = [*OUT_OF_PLACE, *IN_PLACE]
+
+
+# --- arguments ----------------------------------------------------------------------------------------------------
+
+
+class Options(NamedTuple):
+    """What an operation is given of its optional arguments."""
+
+    act: int = NONE
+    shift: bool = True
+    residual: bool = True
+    center: bool = True
+    slope: bool = True
+    d: bool = True
+    norm: str = "affine"  # "affine", "statistics", "weights of the type of x", "none"
+    kernel: int | None = 3
+    circular: bool = False
+    gate: bool = True
+
+
+EVERY_ACT = [Options(act) for act in ACTS]
+EVERY_OPTION = [
+    *(
+        Options(act, shift, residual, center, slope, d)
+        for act in ACTS
+        for shift, residual, center, slope, d in [
+            (True, True, True, True, True),
+            (False, False, False, False, False),
+            (True, False, True, False, True),
+            (False, True, False, True, False),
+        ]
+    ),
+    *(
+        Options(SILU, norm=norm, kernel=kernel, circular=circular)
+        for norm in ("affine", "statistics", "weights of the type of x", "none")
+        for kernel, circular in ((3, False), (1, True), (9, False), (None, False))
+    ),
+    Options(circular=True),
+    Options(kernel=None, gate=False),
+]
+
+
+def random_small(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, dtype=reference.accumulation_dtype(dtype))
+
+
+def norm_and_band(c: int, dtype: torch.dtype, o: Options) -> list[Any]:
+    mean, var, weight, bias = (random_small(c, dtype=dtype) for _ in range(4))
+    var = var.square() + 0.1
+    if o.norm == "weights of the type of x":
+        weight, bias = weight.to(dtype), bias.to(dtype)
+    mean, var = (None, None) if o.norm == "none" else (mean, var)
+    weight, bias = (weight, bias) if o.norm in ("affine", "weights of the type of x") else (None, None)
+    k = o.kernel
+    circular = o.circular and k is not None and k <= c
+    return [mean, var, weight, bias, 1e-3, None if k is None else random_small(k, dtype=dtype), circular]
+
+
+def arguments(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, make: Callable[..., Tensor], o: Options
+) -> list[Any]:
+    """Random arguments for an operation, the maps of this shape made by ``make(shape, dtype)``."""
+    n, c = shape[:2]
+    small = reference.accumulation_dtype(dtype)
+
+    def map_() -> Tensor:
+        return make(shape, dtype)
+
+    def factor() -> Tensor:
+        return make((n, c), small)
+
+    def saved() -> Tensor | None:
+        if o.act in (RELU, RELU6):  # the output, which is often 0 or 6
+            return 3 * map_().relu().clamp(max=2)
+        return map_() if o.residual else None
+
+    def channel(wanted: bool) -> Tensor | None:
+        return random_small(c, dtype=dtype) if wanted else None
+
+    match name.rstrip("_"):
+        case "squeeze" | "moments":
+            return [map_()]
+        case "apply":
+            return [map_(), factor(), factor() if o.shift else None, map_() if o.residual else None, o.act]
+        case "apply_backward":
+            shift = factor() if o.shift else None
+            return [map_(), map_(), factor(), shift, channel(o.center), saved(), o.act, o.d]
+        case "input_backward":
+            shift = factor() if o.shift else None
+            slope = channel(o.slope)
+            return [map_(), map_(), factor(), shift, saved(), o.act, factor(), slope, channel(o.center)]
+        case "batch_statistics":
+            return [factor() + 3, factor().square() + 0.1, 49]
+        case "eca_coefficients":
+            return [factor(), *norm_and_band(c, small, o)]
+        case "eca_coefficients_backward":
+            norm_band = norm_and_band(c, small, o)
+            with_band = norm_band[-2] is not None
+            means = factor()
+            gate = naive_coefficients(means, *norm_band)[1].to(small) if with_band else factor().sigmoid()
+            gate = gate if o.gate else None
+            grad_s = factor() if o.gate and not with_band else None
+            return [factor(), factor(), means, gate, grad_s, *norm_band, 49]
+        case "eca_tail":
+            return [map_(), map_() if o.residual else None, *norm_and_band(c, dtype, o), o.act]
+    raise AssertionError(name)
+
+
+def dense(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+
+def channels_last(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """``(N, *spatial, C)`` in memory, for maps of any rank."""
+    last = [shape[0], *shape[2:], shape[1]]
+    return dense(tuple(last), dtype).movedim(-1, 1)
+
+
+def sliced(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Every second of everything, from the second on."""
+    return dense(tuple(2 * size + 1 for size in shape), dtype)[tuple(slice(1, None, 2) for _ in shape)]
+
+
+def half_of_the_channels(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """What ``x.chunk(2, dim=1)`` gives of a channels-last map: positions with gaps between them."""
+    return channels_last((shape[0], 2 * shape[1], *shape[2:]), dtype)[:, shape[1] :]
+
+
+def transposed(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return dense(shape[::-1], dtype).permute(*reversed(range(len(shape))))
+
+
+def expanded(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Positions, or channels where there are none, share their memory."""
+    kept = shape[:2] if len(shape) > 2 else shape[:1]
+    return dense((*kept, *[1] * (len(shape) - len(kept))), dtype).expand(shape)
+
+
+# Vectors hold 4 to 16 numbers; a lone row is shorter than one; sums are merged every 4096 positions, and channels are
+# walked in blocks of 512.
+SHAPES = {
+    0: [(3, 5), (1, 1), (2, 16), (2, 519)],
+    1: [(2, 3, 7), (1, 1, 1), (1, 2, 4101), (2, 517, 3)],
+    2: [(2, 3, 5, 7), (1, 1, 1, 1), (3, 1, 4, 4), (2, 17, 1, 3), (2, 33, 1, 1), (1, 3, 63, 67), (1, 531, 2, 3)],
+    3: [(2, 5, 3, 2, 5), (1, 9, 1, 1, 2), (1, 2, 17, 16, 16)],
+}
+LAYOUTS = {
+    "2-D": (0, dense),
+    "2-D sliced": (0, sliced),
+    "2-D transposed": (0, transposed),
+    "3-D": (1, dense),
+    "3-D channels last": (1, channels_last),
+    "4-D": (2, dense),
+    "4-D channels last": (2, channels_last),
+    "4-D sliced": (2, sliced),
+    "4-D half of the channels": (2, half_of_the_channels),
+    "4-D transposed": (2, transposed),
+    "4-D expanded": (2, expanded),
+    "5-D": (3, dense),
+    "5-D channels last": (3, channels_last),
+    "5-D sliced": (3, sliced),
+}
+every_layout = pytest.mark.parametrize(("rank", "make"), LAYOUTS.values(), ids=LAYOUTS)
+
+
+def cases(
+    name: str, dtype: torch.dtype, rank: int, make: Callable[..., Tensor], few: bool = False
+) -> Iterator[tuple[str, list[Any]]]:
+    """Arguments of every size, and for the first size with every choice of optional arguments."""
+    for i, shape in enumerate(SHAPES[rank]):
+        for o in EVERY_OPTION if i == 0 and not few else EVERY_ACT:
+            yield f"{shape} {o}", arguments(name, shape, dtype, make, o)
+            if name in ("squeeze", "moments", "batch_statistics"):  # they have no options
+                break
+
+
+def call(name: str, args: list[Any]) -> Any:
+    return getattr(torch.ops.ecanet, name)(*args)
+
+
+def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def assert_close(got: Tensor, want: Tensor, tolerance: float, added_up: float = 1, case: str = "") -> None:
+    """Within ``tolerance``, relative to the result or, where more cancels, to what was added up."""
+    torch.testing.assert_close(
+        got.double(),
+        want.double(),
+        rtol=tolerance,
+        atol=min(tolerance, 1e-5) * added_up,
+        equal_nan=True,
+        msg=lambda text: f"{case}: {text}",
+    )
+
+
+# --- values -------------------------------------------------------------------------------------------------------
+
+
+@of_type(*DTYPES)
+@every_layout
+@pytest.mark.parametrize("name", ON_MAPS)
+def test_values_of_operations_on_maps(name, rank, make, dtype) -> None:
+    small = reference.accumulation_dtype(dtype)
+    for case, args in cases(name, dtype, rank, make):
+        x = next(a for a in args if isinstance(a, Tensor))
+        got, want = as_tuple(call(name, args)), as_tuple(NAIVE[name](*args))
+        for g, w in zip(got, want, strict=True):
+            assert g.shape == w.shape, case
+            if g.shape == x.shape[:2] and name in ("squeeze", "moments", "apply_backward") and g is not got[-3:][0]:
+                assert g.dtype == small, case
+            added_up = 30 * math.sqrt(math.prod(x.shape[2:])) if g.dim() == 2 else 30
+            assert_close(g, w, MAP_TOLERANCE[dtype] if g.dtype == dtype else TOLERANCE[small], added_up, case)
+
+
+@of_type(*TOLERANCE)
+@pytest.mark.parametrize(("rank", "make"), [LAYOUTS[name] for name in ("2-D", "2-D sliced", "2-D transposed")])
+@pytest.mark.parametrize("name", ON_MEANS)
+def test_values_of_operations_on_means(name, rank, make, dtype) -> None:
+    for case, args in cases(name, dtype, rank, make):
+        for g, w in zip(call(name, args), NAIVE[name](*args), strict=True):
+            assert (g.shape, g.dtype) == (w.shape, dtype), case
+            assert_close(g, w, 10 * TOLERANCE[dtype], 100, case)
+
+
+@of_type(*DTYPES)
+@every_layout
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_in_place_is_out_of_place_written_over_x(name, rank, make, dtype) -> None:
+    for case, args in cases(name, dtype, rank, make, few=True):
+        if make is expanded:
+            args[0] = args[0].contiguous()
+        x = args[0]
+        want = call(name[:-1], args)
+        strides, address = x.stride(), x.data_ptr()
+        assert call(name, args) is None
+        assert (x.stride(), x.data_ptr()) == (strides, address), case
+        assert torch.equal(x, want), case
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_in_place_writes_to_nothing_between_the_elements(name) -> None:
+    base = torch.randn(5, 9, 7, 9)
+    before = base.clone()
+    inside = (slice(1, None, 2), slice(None, None, 2), slice(1, 6), slice(None, None, 4))
+    args = arguments(name, tuple(base[inside].shape), torch.float32, dense, Options(RELU))
+    want = call(name[:-1], [base[inside], *args[1:]])
+    call(name, [base[inside], *args[1:]])
+    assert torch.equal(base[inside], want)
+    base[inside] = before[inside]
+    assert torch.equal(base, before)
+
+
+@pytest.mark.parametrize("make", [dense, channels_last, sliced])
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_the_residual_may_be_the_map_that_is_written(name, make) -> None:
+    args = arguments(name, (2, 19, 3, 5), torch.float32, make, Options(RELU))
+    x, at = args[0], 3 if name == "apply_" else 1
+    args[at] = x.clone()
+    want = call(name[:-1], args)
+    args[at] = x
+    call(name, args)
+    assert torch.equal(x, want)
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_in_place_refuses_a_map_whose_elements_share_memory(name) -> None:
+    args = arguments(name, (2, 3, 4, 4), torch.float32, expanded, Options())
+    with pytest.raises(RuntimeError, match="single memory location"):
+        call(name, args)
+
+
+@pytest.mark.parametrize("name", ON_MAPS)
+def test_maps_may_each_have_their_own_strides(name) -> None:
+    layouts = [dense, channels_last, sliced, transposed, expanded]
+    shape = (2, 19, 3, 5)
+    for i, o in enumerate(EVERY_ACT * 2):
+        turn = itertools.cycle(layouts[i % 5 :] + layouts[: i % 5])
+        args = arguments(name, shape, torch.float32, lambda s, d, turn=turn: next(turn)(s, d), o)
+        plain = [a.contiguous() if isinstance(a, Tensor) else a for a in args]
+        for g, w in zip(as_tuple(call(name, args)), as_tuple(call(name, plain)), strict=True):
+            assert_close(g, w, TOLERANCE[torch.float32], 30)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_inputs_are_not_written_to(name) -> None:
+    for make, o in itertools.product([dense, channels_last], EVERY_OPTION):
+        args = arguments(name, (2, 19, 3, 5), torch.float32, make, o)
+        inputs = args[1:] if name in IN_PLACE else args
+        before = [a.clone() if isinstance(a, Tensor) else a for a in inputs]
+        call(name, args)
+        assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True) if isinstance(a, Tensor))
+
+
+@of_type(torch.float32, torch.bfloat16)
+@pytest.mark.parametrize("name", EVERY)
+def test_an_empty_batch_is_an_empty_result(name, dtype) -> None:
+    for make, shape in [(dense, (0, 5)), (dense, (0, 5, 4)), (dense, (0, 5, 3, 4)), (channels_last, (0, 5, 3, 4))]:
+        args = arguments(name, shape, dtype, make, Options(RELU))
+        outputs = call(name, args)
+        if name == "batch_statistics":  # of nothing
+            assert all(t.shape == (5,) and t.isnan().all() for t in outputs)
+        elif name == "eca_coefficients_backward":
+            assert outputs[0].shape == (0, 5)
+            assert all(not t.any() for t in outputs[1:])
+        elif outputs is not None:
+            assert all(t.numel() == 0 for t in as_tuple(outputs))
+
+
+# --- what is promised without data --------------------------------------------------------------------------------
+
+
+@of_type(torch.float32, torch.bfloat16)
+@every_layout
+@pytest.mark.parametrize("name", OUT_OF_PLACE)
+def test_shapes_strides_and_types_are_those_of_the_fake(name, rank, make, dtype) -> None:
+    if name in ON_MEANS and (rank or dtype != torch.float32):
+        pytest.skip("takes channel means")
+    for case, args in cases(name, dtype, rank, make, few=True):
+        got = as_tuple(call(name, args))
+        with FakeTensorMode() as mode:
+            promised = call(name, [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args])
+        for g, p in zip(got, as_tuple(promised), strict=True):
+            assert (g.shape, g.stride(), g.dtype) == (p.shape, p.stride(), p.dtype), case
+
+
+@pytest.mark.parametrize(
+    ("make", "same"),
+    [(dense, True), (channels_last, True), (sliced, False), (transposed, False), (half_of_the_channels, False)],
+)
+def test_contiguous_and_channels_last_stay_so_and_other_strides_become_contiguous(make, same) -> None:
+    for shape in [(2, 3, 4, 5), (2, 3, 4, 5, 2)]:
+        x = make(shape, torch.float32)
+        out = call("apply", [x, *arguments("apply", shape, torch.float32, dense, Options())[1:]])
+        assert out.stride() == (x.stride() if same else x.contiguous().stride())
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_opcheck(name) -> None:
+    op = getattr(torch.ops.ecanet, name).default
+    options = [Options(HARDSWISH), Options(RELU, False, False, False, False, False, "none", None, gate=False)]
+    for make, o in zip([dense, channels_last], options, strict=True):
+        args = arguments(name, (2, 5, 3, 2), torch.float32, make, o)
+        if name in OUT_OF_PLACE:
+            args = [a.requires_grad_() if isinstance(a, Tensor) else a for a in args]
+        torch.library.opcheck(op, args)
+
+
+# --- derivatives --------------------------------------------------------------------------------------------------
+
+
+def away_from_kinks(args: list[Any], act: int) -> list[Any]:
+    """Every tensor to be differentiated, except an output of ReLU: its derivative is 0 or has no value."""
+    return [
+        a.clone().requires_grad_(not (act in (RELU, RELU6) and i in (4, 5) and a.dim() == 4))
+        if isinstance(a, Tensor)
+        else a
+        for i, a in enumerate(args)
+    ]
+
+
+def differentiable(name: str, args: list[Any]) -> tuple[Callable[..., Any], list[Tensor]]:
+    """The operation as a function of the tensors that require a gradient, and those."""
+    places = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad]
+
+    def function(*tensors: Tensor) -> Any:
+        given = list(args)
+        for i, t in zip(places, tensors, strict=True):
+            given[i] = t
+        outputs = as_tuple(call(name, given))
+        return tuple(t for t in outputs if t.requires_grad)
+
+    return function, [args[i] for i in places]
+
+
+GRADIENT_OPTIONS = {
+    "squeeze": [Options()],
+    "moments": [Options()],
+    "batch_statistics": [Options()],
+    "eca_coefficients": [Options(), Options(norm="none", circular=True), Options(norm="statistics", kernel=None)],
+    "eca_coefficients_backward": [Options(), Options(kernel=None), Options(norm="none", circular=True)],
+    "eca_tail": [*EVERY_ACT, Options(residual=False, norm="none"), Options(kernel=None)],
+}
+
+
+def gradient_cases(name: str, options: list[Options]) -> Iterator[tuple[Callable[..., Any], list[Tensor]]]:
+    for make, o in itertools.product([dense, channels_last], options):
+        args = arguments(name, (2, 3, 2, 1), torch.float64, make, o)
+        yield differentiable(name, away_from_kinks(args, o.act))
+
+
+@pytest.mark.parametrize("name", OUT_OF_PLACE)
+def test_first_derivatives(name) -> None:
+    fallback = [*EVERY_ACT, Options(SILU, False, False, False, False), Options(RELU, d=False, residual=False)]
+    for function, inputs in gradient_cases(name, GRADIENT_OPTIONS.get(name, fallback)):
+        assert gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("name", ["squeeze", "moments", "apply", "eca_coefficients", "eca_tail"])
+def test_second_derivatives(name) -> None:
+    for function, inputs in gradient_cases(name, [Options(SILU)]):
+        assert gradgradcheck(function, inputs)
+
+
+@of_type(*HALF_TYPES, torch.float32)
+def test_gradients_have_the_types_of_their_inputs(dtype) -> None:
+    for name in ("squeeze", "moments", "apply", "eca_tail"):
+        args = arguments(name, (2, 3, 4, 5), dtype, channels_last, Options(RELU))
+        function, inputs = differentiable(name, [a.requires_grad_() if isinstance(a, Tensor) else a for a in args])
+        grads = torch.autograd.grad([t.sum() for t in function(*inputs)], inputs)
+        assert [(g.shape, g.dtype) for g in grads] == [(t.shape, t.dtype) for t in inputs]
+
+
+# --- any shape, strides and options -------------------------------------------------------------------------------
+
+
+@st.composite
+def maps_and_options(draw: Callable[..., Any]) -> tuple[torch.dtype, tuple[int, ...], Callable[..., Tensor], Options]:
+    spatial = draw(st.lists(st.integers(1, 9), min_size=0, max_size=3))
+    shape = (draw(st.integers(0, 3)), draw(st.integers(1, 40)), *spatial)
+    rank = len(shape)
+
+    def make(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Any order of the dimensions in memory, gaps, and a start inside."""
+        if len(size) != rank:
+            return dense(size, dtype)
+        order = draw(st.permutations(range(rank)))
+        steps = [draw(st.sampled_from([1, 1, 2])) for _ in size]
+        starts = [draw(st.sampled_from([0, 0, 1])) for _ in size]
+        whole = [starts[i] + steps[i] * size[i] for i in order]
+        base = dense(tuple(whole), dtype).permute([list(order).index(i) for i in range(rank)])
+        view = base[tuple(slice(start, None, step) for start, step in zip(starts, steps, strict=True))]
+        return view[tuple(slice(0, n) for n in size)]
+
+    flags = [draw(st.booleans()) for _ in range(6)]
+    options = Options(
+        draw(st.sampled_from(ACTS)),
+        *flags[:5],
+        norm=draw(st.sampled_from(["affine", "statistics", "weights of the type of x", "none"])),
+        kernel=draw(st.sampled_from([None, 1, 3, 5, 45])),
+        circular=flags[5],
+    )
+    return draw(st.sampled_from(DTYPES)), shape, make, options
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_any_map_gives_what_the_reference_gives(name) -> None:
+    function = getattr(reference, name.rstrip("_"))
+
+    @settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(drawn=maps_and_options(), seed=st.integers(0, 2**16))
+    def check(drawn: tuple[torch.dtype, tuple[int, ...], Callable[..., Tensor], Options], seed: int) -> None:
+        dtype, shape, make, o = drawn
+        torch.manual_seed(seed)
+        args = arguments(name, shape, dtype, make, o)
+        x = args[0]
+        want = as_tuple(function(x, shape[1]) if name == "squeeze" else function(*args))
+        with FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
+            promised = call(name, fakes)
+        got = call(name, args)
+        if name in IN_PLACE:
+            got = promised = x
+        for g, w, p in zip(as_tuple(got), want, as_tuple(promised), strict=True):
+            assert (g.shape, g.stride(), g.dtype) == (p.shape, p.stride(), p.dtype)
+            tolerance = 2 * MAP_TOLERANCE[g.dtype] if g.dtype in HALF_TYPES else 10 * TOLERANCE[g.dtype]
+            assert_close(g, w, tolerance, 100)
+
+    check()
+
+
+# --- special numbers ----------------------------------------------------------------------------------------------
+
+
+SPECIAL = {"NaN": math.nan, "Inf": math.inf, "-Inf": -math.inf}
+# Of a map of 40 positions, and 20 channels: vectors and what is left over of them.
+PLACES = {
+    "first": lambda t: t[1, 17].flatten()[:1],
+    "second": lambda t: t[1, 17].flatten()[1:2],
+    "in the middle": lambda t: t[0, 3].flatten()[20:21],
+    "last": lambda t: t[1, 19].flatten()[-1:],
+    "whole map": lambda t: t[1, 2].flatten(),
+}
+
+
+def with_special(t: Tensor, place: str, value: float) -> Tensor:
+    """The same, and the same strides, with a special number somewhere."""
+    special = t.contiguous().clone()
+    PLACES[place](special).fill_(value)
+    return t.clone().copy_(special)
+
+
+@of_type(torch.float64, torch.float32, torch.bfloat16)
+@pytest.mark.parametrize("make", [dense, channels_last])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", ON_MAPS)
+def test_nan_and_inf_propagate_as_in_the_reference(name, place, make, dtype) -> None:
+    shape = (2, 20, 5, 8)
+    for value, o in itertools.product(SPECIAL.values(), EVERY_ACT):
+        args = arguments(name, shape, dtype, make, o)
+        for i in [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.shape == shape]:
+            given = list(args)
+            given[i] = with_special(given[i], place, value)
+            got = as_tuple(call(name, given))
+            want = as_tuple(reference.squeeze(*given, 20) if name == "squeeze" else getattr(reference, name)(*given))
+            for g, w in zip(got, want, strict=True):
+                tolerance = 2 * MAP_TOLERANCE[dtype] if g.dtype == dtype else 10 * TOLERANCE[g.dtype]
+                assert_close(g, w, tolerance, 100, f"{value} in argument {i}, {o}")
+        if name in ("squeeze", "moments"):
+            break
+
+
+@of_type(torch.float64, torch.float32)
+@pytest.mark.parametrize("value", SPECIAL.values(), ids=SPECIAL)
+@pytest.mark.parametrize("name", ["batch_statistics", "eca_coefficients", "eca_coefficients_backward"])
+def test_nan_and_inf_among_the_means_propagate_as_in_the_reference(name, value, dtype) -> None:
+    args = arguments(name, (3, 19), dtype, dense, Options())
+    for i in [i for i, a in enumerate(args) if isinstance(a, Tensor)]:
+        given = list(args)
+        given[i] = args[i].clone()
+        given[i].flatten()[-1].fill_(value)
+        for g, w in zip(call(name, given), getattr(reference, name)(*given), strict=True):
+            assert_close(g, w, 10 * TOLERANCE[dtype], 100, f"argument {i}")
+
+
+@of_type(*DTYPES)
+@pytest.mark.parametrize("act", ACTS)
+def test_large_and_small_numbers_go_through_the_activations(act, dtype) -> None:
+    limits = torch.finfo(dtype)
+    values = [0.0, 3, -3, 6, -6, 20, -20, 88, -88, 89, -89, 104, -104, 300, -300, 710, -710, 750, -750]
+    values += [limits.max, limits.min, limits.tiny, -limits.tiny, limits.smallest_normal / 2, 1e30, -1e30]
+    x = torch.tensor(values, dtype=torch.float64).to(dtype).repeat(2, 3, 1).contiguous()
+    ones = torch.ones(2, 3, dtype=reference.accumulation_dtype(dtype))
+    for given in (x, x.unsqueeze(-1).to(memory_format=torch.channels_last)):
+        got = call("apply", [given, ones, None, None, act])
+        want = reference.apply(given, ones, None, None, act)
+        assert_close(got, want, 2 * MAP_TOLERANCE[dtype], torch.finfo(ones.dtype).tiny)
+        saved = want if act in (RELU, RELU6) else None
+        got = call("apply_backward", [torch.ones_like(given), given, ones, None, None, saved, act, True])[0]
+        want = reference.apply_backward(torch.ones_like(given), given, ones, None, None, saved, act, True)[0]
+        assert_close(got, want, 2 * MAP_TOLERANCE[dtype])
+
+
+@of_type(*DTYPES)
+@pytest.mark.parametrize("make", [dense, channels_last])
+def test_negative_zero_stays_negative_where_nothing_is_added(make, dtype) -> None:
+    shape = (2, 19, 3, 5)
+    x = torch.zeros_like(make(shape, dtype)).neg_()
+    ones = torch.ones(2, 19, dtype=reference.accumulation_dtype(dtype))
+    for act in (NONE, RELU, RELU6, SILU, HARDSWISH):
+        for shift, residual in [(None, None), (-0 * ones, None), (None, x), (0 * ones, None)]:
+            got = call("apply", [x, ones, shift, residual, act])
+            want = reference.apply(x, ones, shift, residual, act)
+            assert torch.equal(got, torch.zeros_like(x))
+            assert torch.equal(got.signbit(), want.signbit()), (act, shift is None, residual is None)
+
+
+# --- half types ---------------------------------------------------------------------------------------------------
+
+
+def every_half(dtype: torch.dtype) -> Tensor:
+    """All 65536 bit patterns."""
+    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+def near_every_half(dtype: torch.dtype) -> Tensor:
+    """Every finite half number as float32, the middle to the next one, and the floats beside these."""
+    finite = every_half(dtype)
+    finite = finite[finite.isfinite()].double().sort().values
+    middle = ((finite[:-1] + finite[1:]) / 2).float()
+    both = torch.cat([finite.float(), middle])
+    up, down = torch.tensor(math.inf), torch.tensor(-math.inf)
+    limits = torch.finfo(dtype)
+    beyond = torch.tensor([limits.max * (1 + limits.eps / 8 * i) for i in range(1, 17)]).clamp(max=3.4e38)
+    ends = torch.tensor([math.inf, -math.inf, math.nan, 3.4028234e38, -3.4028234e38, 1e-45, -1e-45])
+    floats = torch.cat([both, torch.nextafter(both, up), torch.nextafter(both, down), beyond, -beyond, ends])
+    return floats[floats.signbit().logical_not() | (floats != 0)]
+
+
+@of_type(*HALF_TYPES)
+@pytest.mark.parametrize("channels_in", ["rows", "lines", "a long line"])
+def test_results_are_rounded_to_nearest_even_as_torch_does(channels_in, dtype) -> None:
+    scale = near_every_half(dtype)
+    if channels_in == "rows":  # one row of 9 positions for each channel
+        x = torch.ones(1, scale.numel(), 9, dtype=dtype)
+        got = call("apply", [x, scale[None], None, None, NONE]).unique_consecutive(dim=2).squeeze()
+        rows = call("apply", [x, scale[None], None, None, NONE])
+        got = rows[0, :, 0]
+        assert torch.equal(rows.isnan(), got[None, :, None].isnan().expand_as(rows))
+        assert torch.equal(rows.nan_to_num(1), got[None, :, None].nan_to_num(1).expand_as(rows))
+    else:
+        width = 13 if channels_in == "lines" else scale.numel()
+        scale = scale[: scale.numel() // width * width].reshape(-1, width)
+        x = torch.ones(*scale.shape, 2, 2, dtype=dtype).to(memory_format=torch.channels_last)
+        got = call("apply", [x, scale, None, None, NONE])[:, :, 1, 0]
+    assert_same_numbers(got, scale.to(dtype).reshape(got.shape))
+
+
+@of_type(*HALF_TYPES)
+def test_every_half_number_is_read_exactly(dtype) -> None:
+    numbers = every_half(dtype)
+    for x in (numbers.reshape(2, 2**15), numbers.reshape(8, 2**13, 1), numbers.reshape(8, 2**10, 8)[:, :, :1]):
+        assert_same_numbers(call("squeeze", [x]).flatten(), x.float().flatten())
+    x = numbers.reshape(16, 1, 64, 64)
+    ones = torch.ones(16, 1)
+    assert_same_numbers(call("apply", [x, ones, None, None, NONE]), x)
+    columns = numbers.reshape(16, 16, 16, 16).to(memory_format=torch.channels_last)
+    assert_same_numbers(call("apply", [columns, torch.ones(16, 16), None, None, NONE]), columns)
+
+
+def assert_same_numbers(got: Tensor, want: Tensor) -> None:
+    """Bit by bit, except the payload of a NaN and the sign of 0."""
+    assert got.dtype == want.dtype
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got.nan_to_num(1), want.nan_to_num(1))
+
+
+# --- accuracy -----------------------------------------------------------------------------------------------------
+
+
+@of_type(torch.float32)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "last"])
+@pytest.mark.parametrize("shape", [(8, 16, 28, 28), (2, 8, 80, 80), (32, 8, 3, 3)], ids=str)
+def test_a_mean_of_10000_deviations_costs_no_more_digits_than_in_torch(shape, memory_format, dtype) -> None:
+    x = (1e4 + torch.randn(shape, dtype=torch.float64)).to(dtype).contiguous(memory_format=memory_format)
+    want_mean, want_var = x.double().mean((0, 2, 3)), x.double().var((0, 2, 3), correction=0)
+    _, torch_mean, torch_inverse = torch.native_batch_norm(x, None, None, None, None, True, 0.1, 0.0)
+    torch_var = torch_inverse.double() ** -2
+    mean, var = call("batch_statistics", [*call("moments", [x]), math.prod(shape[2:])])
+
+    def error(got: Tensor, want: Tensor) -> float:
+        return ((got.double() - want) / want).abs().max().item()
+
+    eps = torch.finfo(dtype).eps
+    assert error(mean, want_mean) <= max(2 * error(torch_mean, want_mean), eps)
+    assert error(var, want_var) <= max(2 * error(torch_var, want_var), 2 * eps)
+
+
+@pytest.mark.parametrize("make", [dense, channels_last])
+def test_sums_over_many_positions_lose_no_digits(make) -> None:
+    x = make((1, 3, 512, 256), torch.float32) + 100
+    want_mean, want_m2 = naive_moments(x)
+    mean, m2 = call("moments", [x])
+    assert_close(mean, want_mean, 2e-7)
+    assert_close(m2, want_m2, 2e-6)
+    assert_close(call("squeeze", [x]), want_mean, 2e-7)
+
+
+@pytest.mark.parametrize("make", [dense, channels_last])
+def test_float16_sums_do_not_overflow(make) -> None:
+    x = torch.full_like(make((1, 3, 70, 70), torch.float16), 60000)
+    assert_close(call("squeeze", [x]), x[:, :, 0, 0], 1e-6)
+    mean, m2 = call("moments", [x])
+    assert_close(mean, x[:, :, 0, 0], 1e-6)
+    assert_close(m2, torch.zeros(1, 3), 1e-6)
+
+
+# --- threads ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("make", [dense, channels_last])
+@pytest.mark.parametrize("name", EVERY)
+def test_two_threads_give_what_one_gives(name, make, threads) -> None:
+    for shape in [(3, 40, 35, 41), (1, 9, 90, 93), (2, 700, 9, 9), (70, 64, 5, 5)]:
+        args = arguments(name, shape, torch.float32, make, Options(SILU))
+        results = []
+        for count in (1, 2):
+            threads(count)
+            given = [args[0].clone(), *args[1:]]
+            outputs = call(name, given)
+            results.append(as_tuple(given[0] if name in IN_PLACE else outputs))
+        assert all(torch.equal(one, two) for one, two in zip(*results, strict=True)), shape
+
+
+# --- wrong arguments ----------------------------------------------------------------------------------------------
+
+X = torch.ones(2, 3, 4, 4)
+ONES, C = torch.ones(2, 3), torch.ones(3)
+NO_NORM = (None, None, None, None, 0.0)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("name", "args", "message"),
+    [
+        ("squeeze", [X.long()], "x must be float32, float64, bfloat16 or float16"),
+        ("squeeze", [X[0, 0, 0]], r"x must have shape \(N, C, \*spatial\)"),
+        ("moments", [X.to(torch.complex64)], "x must be float32, float64, bfloat16 or float16"),
+        ("apply", [X, ONES[:1], None, None, NONE], "scale must have 6 elements, got 3"),
+        ("apply", [X, ONES, C, None, NONE], "shift must have 6 elements, got 3"),
+        ("apply", [X, ONES, None, X[:1], NONE], "residual must have the shape, the type and the device of x"),
+        ("apply", [X, ONES, None, X[..., 0], NONE], "residual must have the shape"),
+        ("apply", [X, ONES, None, X.double(), NONE], "residual must have the shape, the type"),
+        ("apply", [X, ONES, None, None, 5], "act must be 0 to 4, got 5"),
+        ("apply", [X, ONES, None, None, -1], "act must be 0 to 4, got -1"),
+        ("apply_", [X, ONES[:1], None, None, NONE], "scale must have 6 elements, got 3"),
+        ("apply_", [X, ONES, None, X.half(), NONE], "residual must have the shape, the type"),
+        ("apply_backward", [X[:1], X, ONES, None, None, None, NONE, True], "grad must have the shape"),
+        ("apply_backward", [X, X, ONES, None, None, None, RELU, True], "ReLU and ReLU6 need saved=out"),
+        ("apply_backward", [X, X, ONES, None, None, X.half(), RELU, True], "saved must have the shape"),
+        ("apply_backward", [X, X, ONES, None, ONES, None, NONE, True], "center must have 3 elements, got 6"),
+        ("input_backward", [X, X, ONES, None, None, RELU6, ONES, None, None], "ReLU and ReLU6 need saved=out"),
+        ("input_backward", [X, X, ONES, None, None, NONE, C, None, None], "offset must have 6 elements, got 3"),
+        ("input_backward", [X, X, ONES, None, None, NONE, ONES, ONES, None], "slope must have 3 elements, got 6"),
+        ("batch_statistics", [X, X, 16], r"mean must have shape \(N, C\)"),
+        ("batch_statistics", [ONES, C, 16], "m2 must have 6 elements, got 3"),
+        ("eca_coefficients", [X, *NO_NORM, C, False], r"means must have shape \(N, C\)"),
+        ("eca_coefficients", [ONES, C, None, None, None, 0.0, C, False], "mean and var come together"),
+        ("eca_coefficients", [ONES, ONES, C, None, None, 0.0, C, False], "mean must have 3 elements, got 6"),
+        ("eca_coefficients", [ONES, *NO_NORM, C[:2], False], "kernel must have an odd size"),
+        ("eca_coefficients", [ONES, *NO_NORM, torch.ones(5), True], "kernel must have .* at most C if circular"),
+        ("eca_coefficients_backward", [ONES, C, ONES, None, None, *NO_NORM, None, False, 16], "q must have 6"),
+        ("eca_coefficients_backward", [ONES, ONES, ONES, None, None, *NO_NORM, C, False, 16], "needs its gate"),
+        ("eca_tail", [X, X[0], *NO_NORM, C, False, NONE], "residual must have the shape"),
+        ("eca_tail", [X, None, C, C, ONES, None, 0.0, C, False, NONE], "weight must have 3 elements, got 6"),
+        ("eca_tail_", [X, None, *NO_NORM, C, False, 7], "act must be 0 to 4, got 7"),
+    ],
+)
+def test_wrong_arguments_are_refused_with_the_name_and_what_would_be_right(name, args, message) -> None:
+    before = X.clone()
+    with pytest.raises(RuntimeError, match=message):
+        call(name, args)
+    assert torch.equal(X, before)

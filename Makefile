@@ -5,7 +5,7 @@ BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
 KERNELS := src/ecanet/lib/ecanet_cpu.so
 
-.PHONY: demo test check format clean
+.PHONY: demo test check bench format clean
 
 # Trains a small ResNet with no gate, SE, ECA and ECA with a neutral start on embedded photographs.
 demo: $(READY)
@@ -22,6 +22,10 @@ check: $(KERNELS)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --doctest-modules src/ecanet
+
+# What ECA costs on one thread, against timm, torch.compile and no gate: an hour on a machine that does nothing else.
+bench: $(KERNELS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.cpu
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,7 @@
 """Measure on the CPU: ``python -m benchmarks.cpu --help``."""
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -70,14 +71,18 @@ def measure_all(cases: Sequence[Case], document: results.Document, path: Path) -
 
         torch._inductor.config.compile_threads = 1  # no processes beside the one that measures
     todo = [case for case in cases if case.key not in document["cases"]]
-    for i, case in enumerate(todo, start=1):
-        prefix = f"[{i:>{len(str(len(todo)))}}/{len(todo)}] {case.key}"
-        _say(prefix, end="")
-        start = time.monotonic()
-        document["cases"][case.key] = _measure(case, document["settings"], prefix)
-        document["command"] = _command(document)
-        results.write(path, document)
-        _say(f"{_restart(prefix)}: {time.monotonic() - start:.1f} s")
+    gc.freeze()  # take_turns collects garbage; not among what was imported, again and again
+    try:
+        for i, case in enumerate(todo, start=1):
+            prefix = f"[{i:>{len(str(len(todo)))}}/{len(todo)}] {case.key}"
+            _say(prefix, end="")
+            start = time.monotonic()
+            document["cases"][case.key] = _measure(case, document["settings"], prefix)
+            document["command"] = _command(document)
+            results.write(path, document)
+            _say(f"{_restart(prefix)}: {time.monotonic() - start:.1f} s")
+    finally:
+        gc.unfreeze()
     document["command"] = _command(document)
     cases_measured = document.pop("cases")
     document |= {"summary": summary(cases_measured), "cases": cases_measured}

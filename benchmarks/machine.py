@@ -31,7 +31,7 @@ def describe(threads: int, environment: Mapping[str, str] = os.environ) -> dict[
         },
         "kernels": cpu.why_not() or "loaded",
         "commit": _output("git", "rev-parse", "HEAD") or "unknown",
-        "tree_is_dirty": bool(_output("git", "status", "--porcelain")),
+        "tree_is_dirty": bool(_output("git", "status", "--porcelain", "--", ".", ":!benchmarks/results")),
         "environment": {name: value for name, value in sorted(environment.items()) if _SETTINGS.fullmatch(name)},
         "preloaded": [Path(path).name for path in re.split("[: ]+", environment.get("LD_PRELOAD", "")) if path],
         "huge_pages": _read(Path("/sys/kernel/mm/transparent_hugepage/enabled")),

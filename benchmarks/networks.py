@@ -1,6 +1,5 @@
 """What is measured on whole networks: ResNet-50 with ECA and without, at inference and in training."""
 
-import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -82,7 +81,7 @@ def _inference(shape: tuple[int, ...], memory_format: str) -> Work:
         _settle(models[name], x)
     models["ecanet"].load_state_dict(models["timm"].state_dict())
     for name in ("ecanet", "no gate"):
-        models[f"{name} optimised"] = ecanet.optimize_for_inference(copy.deepcopy(models[name]).eval())
+        models[f"{name} optimised"] = ecanet.optimize_for_inference(models[name].eval())
     competitors = {name: Competitor(partial(model.eval(), x), torch.no_grad) for name, model in models.items()}
     agree = (("timm", "ecanet", "ecanet optimised"), ("no gate", "no gate optimised"))
     return Work(competitors, agree, 1e-3)

@@ -117,13 +117,11 @@ def value(case: Mapping[str, Any], ours: str, other: str) -> float:
     return statistics.median(measured[ours]) / statistics.median(measured[other])
 
 
-def roofline(case: Mapping[str, Any], name: str = "ecanet") -> float | None:
+def roofline(case: Mapping[str, Any], name: str = "ecanet") -> float:
     """Bytes that must move / bandwidth of a copy / time: 1 is as fast as memory lets it be.
 
     A copy reads one map and writes one, so half its time is what one map takes.
     """
-    if "copy" not in case.get("seconds", ()):
-        return None
     one_map = statistics.median(case["seconds"]["copy"]) / 2
     return case["maps"] * one_map / statistics.median(case["seconds"][name])
 
@@ -184,20 +182,25 @@ def _table(cases: Cases, name: str) -> list[str]:
     title = f"{name}: {what} of ecanet, and it / that of the others"
     if first.get("maps"):
         title += f" (roofline: {first['maps']} maps must move)"
-    header = ["shape", "format", f"ecanet {unit}", "roofline", *(_heading(*pair) for pair in pairs)]
+    timed = "copy" in first.get("seconds", ())
+    header = [
+        "shape",
+        "format",
+        f"ecanet {unit}",
+        *(["roofline"] if timed else []),
+        *(_heading(*pair) for pair in pairs),
+    ]
     rows = []
     for key in keys:
         case, (_, _, shape, memory_format) = cases[key], key.split("/")
         amount = case["saved_bytes"]["ecanet"] / 1e6 if counted else statistics.median(case["seconds"]["ecanet"]) * 1e3
-        part = roofline(case)
-        rows.append([shape, memory_format, f"{amount:.4g}", "" if part is None else f"{part:.2f}"])
+        rows.append([shape, memory_format, f"{amount:.4g}", *([f"{roofline(case):.2f}"] if timed else [])])
         rows[-1] += [f"{value(case, *pair):.3f}" for pair in pairs]
     if len(keys) > 1:
-        parts = [part for key in keys if (part := roofline(cases[key])) is not None]
         means = [ratio(cases, keys, *pair) for pair in pairs]
-        mean_part = f"{geometric_mean(parts):.2f}" if parts else ""
-        rows.append(["geometric mean", "", "", mean_part, *(f"{mean.value:.3f}" for mean in means)])
-        rows.append(["interval", "", "", "", *(f"{mean.low:.3f}-{mean.high:.3f}" for mean in means)])
+        mean_part = [f"{geometric_mean([roofline(cases[key]) for key in keys]):.2f}"] if timed else []
+        rows.append(["geometric mean", "", "", *mean_part, *(f"{mean.value:.3f}" for mean in means)])
+        rows.append(["interval", "", "", *[""] * timed, *(f"{mean.low:.3f}-{mean.high:.3f}" for mean in means)])
     return [title, *_aligned([header, *rows])]
 
 

@@ -1,6 +1,7 @@
 """``ecanet doctor`` and ``ecanet build``: what they find, what they say, and that they need no extras."""
 
 import importlib.metadata
+import re
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from ecanet.cli import main
 from ecanet.doctor import Threads, cpu_quota, loops_for, measure_threads, what_hurts
 from ecanet.ops import backend as backends
 from ecanet.ops import cpu
+from ecanet.ops.build import SOURCES
 
 MISSING = "the C++ kernels are not built; to build them: ecanet build"
 BOUND = {"OMP_PROC_BIND": "true"}
@@ -222,6 +224,12 @@ def test_cores_are_counted_by_their_siblings(tmp_path: Path, monkeypatch: pytest
 )
 def test_loops(features: str, machine: str, loops: str) -> None:
     assert loops_for(set(features.split()), machine) == loops
+
+
+def test_loops_are_told_by_the_rule_of_the_kernels() -> None:
+    asked = set(re.findall(r'__builtin_cpu_supports\("(\w+)"\)', (SOURCES / "kernels.h").read_text()))
+    assert loops_for(asked, "x86_64") == "AVX-512"
+    assert all(loops_for(asked - {feature}, "x86_64") != "AVX-512" for feature in asked)
 
 
 # --- the command line ---------------------------------------------------------------------------------------------

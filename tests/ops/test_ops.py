@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import hypothesis.strategies as st
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.functional import conv1d
 
 from ecanet.ops import cpu, reference
 
@@ -27,7 +27,7 @@ ACTS = (NONE, RELU, RELU6, SILU, HARDSWISH)
 # Relative error of a map: half types are rounded once, by half of their eps.
 MAP_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 # Error, relative to what is added up, where the maths runs in that type.
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 4e-6}
 
 DTYPES = list(MAP_TOLERANCE)
 HALF_TYPES = [torch.bfloat16, torch.float16]
@@ -135,11 +135,9 @@ def naive_coefficients(
     if kernel is None:
         return s, s.new_empty(0, s.shape[1]), slope.expand_as(s), shift.expand_as(s)
     margin = kernel.numel() // 2
-    if circular:
-        padded = torch.cat([s[:, s.shape[1] - margin :], s, s[:, :margin]], 1)
-    else:
-        padded = F.pad(s, (margin, margin))
-    logits = F.conv1d(padded.unsqueeze(1), kernel.double().reshape(1, 1, -1)).squeeze(1)
+    ends = (s[:, s.shape[1] - margin :], s[:, :margin]) if circular else (s.new_zeros(s.shape[0], margin),) * 2
+    padded = torch.cat([ends[0], s, ends[1]], 1)
+    logits = conv1d(padded.unsqueeze(1), kernel.double().reshape(1, 1, -1)).squeeze(1)
     gate = 1 / (1 + torch.exp(-logits))
     return s, gate, gate * slope, gate * shift
 
@@ -160,14 +158,14 @@ def naive_coefficients_backward(
     positions: int,
 ) -> tuple[Tensor, ...]:
     """By autograd: the sum of d (scale x + shift), with p = sum d and q = sum d (x - mean), plus grad_s s."""
-    c = means.shape[1]
+    ones = torch.ones(means.shape[1], dtype=torch.float64)
     leaves = {
         "means": means,
-        "weight": torch.ones(c) if weight is None else weight,
-        "bias": torch.zeros(c) if bias is None else bias,
-        "kernel": torch.empty(0) if kernel is None else kernel,
-        "mean": torch.zeros(c) if mean is None else mean,
-        "var": torch.ones(c) - eps if var is None else var,
+        "weight": ones if weight is None else weight,
+        "bias": 0 * ones if bias is None else bias,
+        "kernel": ones[:0] if kernel is None else kernel,
+        "mean": 0 * ones if mean is None else mean,
+        "var": ones - eps if var is None else var,
     }
     leaf = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
     dx = q.double() + leaf["mean"].detach() * p.double()
@@ -212,6 +210,9 @@ ON_MEANS = ["batch_statistics", "eca_coefficients", "eca_coefficients_backward"]
 OUT_OF_PLACE = [*ON_MAPS, *ON_MEANS]
 IN_PLACE = ["apply_", "eca_tail_"]
 EVERY = [*OUT_OF_PLACE, *IN_PLACE]
+# Outputs with the shape and the type of the map; all others are sums in the type to compute in.
+MAP_OUTPUTS = {("apply", 0), ("apply_backward", 0), ("input_backward", 0), ("eca_tail", 0)}
+WITHOUT_OPTIONS = ("squeeze", "moments", "batch_statistics")
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------
@@ -382,14 +383,22 @@ def cases(
 ) -> Iterator[tuple[str, list[Any]]]:
     """Arguments of every size, and for the first size with every choice of optional arguments."""
     for i, shape in enumerate(SHAPES[rank]):
-        for o in EVERY_OPTION if i == 0 and not few else EVERY_ACT:
+        options = [Options()] if name in WITHOUT_OPTIONS else EVERY_OPTION if i == 0 and not few else EVERY_ACT
+        for o in options:
             yield f"{shape} {o}", arguments(name, shape, dtype, make, o)
-            if name in ("squeeze", "moments", "batch_statistics"):  # they have no options
-                break
 
 
 def call(name: str, args: list[Any]) -> Any:
     return getattr(torch.ops.ecanet, name)(*args)
+
+
+def significant(t: Tensor) -> tuple[Any, ...]:
+    """Shape, type and strides, except the strides of what has size 1: they say nothing."""
+    return (
+        t.shape,
+        t.dtype,
+        [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1 and t.numel()],
+    )
 
 
 def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
@@ -417,14 +426,15 @@ def assert_close(got: Tensor, want: Tensor, tolerance: float, added_up: float = 
 def test_values_of_operations_on_maps(name, rank, make, dtype) -> None:
     small = reference.accumulation_dtype(dtype)
     for case, args in cases(name, dtype, rank, make):
-        x = next(a for a in args if isinstance(a, Tensor))
+        positions = math.prod(args[0].shape[2:])
         got, want = as_tuple(call(name, args)), as_tuple(NAIVE[name](*args))
-        for g, w in zip(got, want, strict=True):
-            assert g.shape == w.shape, case
-            if g.shape == x.shape[:2] and name in ("squeeze", "moments", "apply_backward") and g is not got[-3:][0]:
-                assert g.dtype == small, case
-            added_up = 30 * math.sqrt(math.prod(x.shape[2:])) if g.dim() == 2 else 30
-            assert_close(g, w, MAP_TOLERANCE[dtype] if g.dtype == dtype else TOLERANCE[small], added_up, case)
+        for i, (g, w) in enumerate(zip(got, want, strict=True)):
+            is_map = (name, i) in MAP_OUTPUTS
+            assert (g.shape, g.dtype) == (w.shape, dtype if is_map else small), case
+            if is_map:
+                assert_close(g, w, MAP_TOLERANCE[dtype], 30, case)
+            else:
+                assert_close(g, w, TOLERANCE[small], 30 * math.sqrt(positions), case)
 
 
 @of_type(*TOLERANCE)
@@ -434,7 +444,7 @@ def test_values_of_operations_on_means(name, rank, make, dtype) -> None:
     for case, args in cases(name, dtype, rank, make):
         for g, w in zip(call(name, args), NAIVE[name](*args), strict=True):
             assert (g.shape, g.dtype) == (w.shape, dtype), case
-            assert_close(g, w, 10 * TOLERANCE[dtype], 100, case)
+            assert_close(g, w, TOLERANCE[dtype], 100, case)
 
 
 @of_type(*DTYPES)
@@ -535,7 +545,7 @@ def test_shapes_strides_and_types_are_those_of_the_fake(name, rank, make, dtype)
         with FakeTensorMode() as mode:
             promised = call(name, [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args])
         for g, p in zip(got, as_tuple(promised), strict=True):
-            assert (g.shape, g.stride(), g.dtype) == (p.shape, p.stride(), p.dtype), case
+            assert significant(g) == significant(p), case
 
 
 @pytest.mark.parametrize(
@@ -549,6 +559,7 @@ def test_contiguous_and_channels_last_stay_so_and_other_strides_become_contiguou
         assert out.stride() == (x.stride() if same else x.contiguous().stride())
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
 @pytest.mark.parametrize("name", EVERY)
 def test_opcheck(name) -> None:
     op = getattr(torch.ops.ecanet, name).default
@@ -578,10 +589,10 @@ def differentiable(name: str, args: list[Any]) -> tuple[Callable[..., Any], list
     places = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad]
 
     def function(*tensors: Tensor) -> Any:
-        given = list(args)
+        inputs = list(args)
         for i, t in zip(places, tensors, strict=True):
-            given[i] = t
-        outputs = as_tuple(call(name, given))
+            inputs[i] = t
+        outputs = as_tuple(call(name, inputs))
         return tuple(t for t in outputs if t.requires_grad)
 
     return function, [args[i] for i in places]
@@ -676,8 +687,8 @@ def test_any_map_gives_what_the_reference_gives(name) -> None:
         if name in IN_PLACE:
             got = promised = x
         for g, w, p in zip(as_tuple(got), want, as_tuple(promised), strict=True):
-            assert (g.shape, g.stride(), g.dtype) == (p.shape, p.stride(), p.dtype)
-            tolerance = 2 * MAP_TOLERANCE[g.dtype] if g.dtype in HALF_TYPES else 10 * TOLERANCE[g.dtype]
+            assert significant(g) == significant(p)
+            tolerance = 2 * MAP_TOLERANCE[g.dtype] if g.dtype in HALF_TYPES else TOLERANCE[g.dtype]
             assert_close(g, w, tolerance, 100)
 
     check()
@@ -710,18 +721,17 @@ def with_special(t: Tensor, place: str, value: float) -> Tensor:
 @pytest.mark.parametrize("name", ON_MAPS)
 def test_nan_and_inf_propagate_as_in_the_reference(name, place, make, dtype) -> None:
     shape = (2, 20, 5, 8)
-    for value, o in itertools.product(SPECIAL.values(), EVERY_ACT):
+    options = [Options()] if name in WITHOUT_OPTIONS else EVERY_ACT
+    for value, o in itertools.product(SPECIAL.values(), options):
         args = arguments(name, shape, dtype, make, o)
         for i in [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.shape == shape]:
-            given = list(args)
-            given[i] = with_special(given[i], place, value)
-            got = as_tuple(call(name, given))
-            want = as_tuple(reference.squeeze(*given, 20) if name == "squeeze" else getattr(reference, name)(*given))
+            mine = list(args)
+            mine[i] = with_special(args[i], place, value)
+            got = as_tuple(call(name, mine))
+            want = as_tuple(reference.squeeze(*mine, 20) if name == "squeeze" else getattr(reference, name)(*mine))
             for g, w in zip(got, want, strict=True):
-                tolerance = 2 * MAP_TOLERANCE[dtype] if g.dtype == dtype else 10 * TOLERANCE[g.dtype]
+                tolerance = 2 * MAP_TOLERANCE[dtype] if g.dtype == dtype else TOLERANCE[g.dtype]
                 assert_close(g, w, tolerance, 100, f"{value} in argument {i}, {o}")
-        if name in ("squeeze", "moments"):
-            break
 
 
 @of_type(torch.float64, torch.float32)
@@ -730,11 +740,11 @@ def test_nan_and_inf_propagate_as_in_the_reference(name, place, make, dtype) -> 
 def test_nan_and_inf_among_the_means_propagate_as_in_the_reference(name, value, dtype) -> None:
     args = arguments(name, (3, 19), dtype, dense, Options())
     for i in [i for i, a in enumerate(args) if isinstance(a, Tensor)]:
-        given = list(args)
-        given[i] = args[i].clone()
-        given[i].flatten()[-1].fill_(value)
-        for g, w in zip(call(name, given), getattr(reference, name)(*given), strict=True):
-            assert_close(g, w, 10 * TOLERANCE[dtype], 100, f"argument {i}")
+        mine = list(args)
+        mine[i] = args[i].clone()
+        mine[i].flatten()[-1].fill_(value)
+        for g, w in zip(call(name, mine), getattr(reference, name)(*mine), strict=True):
+            assert_close(g, w, TOLERANCE[dtype], 100, f"argument {i}")
 
 
 @of_type(*DTYPES)
@@ -745,13 +755,13 @@ def test_large_and_small_numbers_go_through_the_activations(act, dtype) -> None:
     values += [limits.max, limits.min, limits.tiny, -limits.tiny, limits.smallest_normal / 2, 1e30, -1e30]
     x = torch.tensor(values, dtype=torch.float64).to(dtype).repeat(2, 3, 1).contiguous()
     ones = torch.ones(2, 3, dtype=reference.accumulation_dtype(dtype))
-    for given in (x, x.unsqueeze(-1).to(memory_format=torch.channels_last)):
-        got = call("apply", [given, ones, None, None, act])
-        want = reference.apply(given, ones, None, None, act)
+    for map_ in (x, x.unsqueeze(-1).to(memory_format=torch.channels_last)):
+        got = call("apply", [map_, ones, None, None, act])
+        want = reference.apply(map_, ones, None, None, act)
         assert_close(got, want, 2 * MAP_TOLERANCE[dtype], torch.finfo(ones.dtype).tiny)
         saved = want if act in (RELU, RELU6) else None
-        got = call("apply_backward", [torch.ones_like(given), given, ones, None, None, saved, act, True])[0]
-        want = reference.apply_backward(torch.ones_like(given), given, ones, None, None, saved, act, True)[0]
+        got = call("apply_backward", [torch.ones_like(map_), map_, ones, None, None, saved, act, True])[0]
+        want = reference.apply_backward(torch.ones_like(map_), map_, ones, None, None, saved, act, True)[0]
         assert_close(got, want, 2 * MAP_TOLERANCE[dtype])
 
 
@@ -797,7 +807,6 @@ def test_results_are_rounded_to_nearest_even_as_torch_does(channels_in, dtype) -
     scale = near_every_half(dtype)
     if channels_in == "rows":  # one row of 9 positions for each channel
         x = torch.ones(1, scale.numel(), 9, dtype=dtype)
-        got = call("apply", [x, scale[None], None, None, NONE]).unique_consecutive(dim=2).squeeze()
         rows = call("apply", [x, scale[None], None, None, NONE])
         got = rows[0, :, 0]
         assert torch.equal(rows.isnan(), got[None, :, None].isnan().expand_as(rows))
@@ -856,7 +865,7 @@ def test_sums_over_many_positions_lose_no_digits(make) -> None:
     want_mean, want_m2 = naive_moments(x)
     mean, m2 = call("moments", [x])
     assert_close(mean, want_mean, 2e-7)
-    assert_close(m2, want_m2, 2e-6)
+    assert_close(m2, want_m2, 1e-5)
     assert_close(call("squeeze", [x]), want_mean, 2e-7)
 
 
@@ -887,9 +896,9 @@ def test_two_threads_give_what_one_gives(name, make, threads) -> None:
         results = []
         for count in (1, 2):
             threads(count)
-            given = [args[0].clone(), *args[1:]]
-            outputs = call(name, given)
-            results.append(as_tuple(given[0] if name in IN_PLACE else outputs))
+            x = args[0].clone()
+            outputs = call(name, [x, *args[1:]])
+            results.append(as_tuple(x if name in IN_PLACE else outputs))
         assert all(torch.equal(one, two) for one, two in zip(*results, strict=True)), shape
 
 

@@ -7,6 +7,10 @@
 #define ECANET_X86
 #endif
 
+#ifdef ECANET_X86
+#include <immintrin.h>
+#endif
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -74,6 +78,7 @@ struct ApplyArgs {
   const Acc<T>* shift;  // (N, C)
   const T* residual;    // or null
   T* out;               // may be x
+  bool streams;         // `out` goes past the caches: it is not x, and so large that nobody finds it there
 };
 
 // What the derivative of the activation is taken from: `out` for ReLU and ReLU6, what went into the activation
@@ -94,6 +99,7 @@ struct ReduceArgs {
   const T* x;
   const Acc<T>* center;  // (C)
   T* d;                  // or null: gradient of what went into the activation
+  bool streams;          // as in ApplyArgs, for d
   Acc<T>* p;             // (N, C): sums of d
   Acc<T>* q;             // (N, C): sums of d (x - center)
 };
@@ -107,6 +113,7 @@ struct InputGradArgs {
   const Acc<T>* slope;   // (C) or null
   const Acc<T>* center;  // (C)
   T* out;
+  bool streams;          // as in ApplyArgs
 };
 
 // A BatchNorm, y = a (x - mean) + bias with a = weight / sqrt(var + eps); every pointer (C) or null: mean 0, var + eps

@@ -256,7 +256,7 @@ ECANET_INLINE bool several_lines(const Map& map, int64_t l, int64_t end) {
   return l + kLinesAtOnce <= end && l / map.positions == (l + kLinesAtOnce - 1) / map.positions;
 }
 
-template <int lines, class T, bool last, Act act, bool with_residual>
+template <int lines, bool streams, class T, bool last, Act act, bool with_residual>
 ECANET_INLINE void apply_at(const ApplyArgs<T>& a, int64_t l) {
   using A = Acc<T>;
   constexpr int64_t W = width<T>;
@@ -280,7 +280,7 @@ ECANET_INLINE void apply_at(const ApplyArgs<T>& a, int64_t l) {
     for (int64_t i = 0; i + W <= size; i += W) {
       const Vec<A> m = scale(i), b = shift(i);
 #pragma GCC unroll 4
-      for (int r = 0; r < lines; ++r) store(out + r * size + i, result(r * size + i, m, b));
+      for (int r = 0; r < lines; ++r) write<streams>(out + r * size + i, result(r * size + i, m, b));
     }
     for (int r = 0; overlap && r < lines; ++r) store(out + r * size + size - W, last_vector[r]);
   } else {
@@ -292,21 +292,30 @@ ECANET_INLINE void apply_at(const ApplyArgs<T>& a, int64_t l) {
   }
 }
 
-template <class T, bool last, Act act, bool with_residual>
+template <bool streams, class T, bool last, Act act, bool with_residual>
 void apply_lines(const ApplyArgs<T>& a, int64_t begin, int64_t end) {
   for (int64_t l = begin; l < end;) {
     if (last && several_lines(a.map, l, end)) {
-      apply_at<kLinesAtOnce, T, last, act, with_residual>(a, l);
+      apply_at<kLinesAtOnce, streams, T, last, act, with_residual>(a, l);
       l += kLinesAtOnce;
     } else {
-      apply_at<1, T, last, act, with_residual>(a, l++);
+      apply_at<1, streams, T, last, act, with_residual>(a, l++);
     }
   }
+  end_of_writes<streams>();
+}
+
+template <class T, bool last, Act act, bool with_residual>
+void apply_residual(const ApplyArgs<T>& a, int64_t begin, int64_t end) {
+  if (a.streams && can_stream(a.out, a.map.line_size()))
+    apply_lines<true, T, last, act, with_residual>(a, begin, end);
+  else
+    apply_lines<false, T, last, act, with_residual>(a, begin, end);
 }
 
 template <class T, bool last, Act act>
 void apply_act(const ApplyArgs<T>& a, int64_t begin, int64_t end) {
-  a.residual ? apply_lines<T, last, act, true>(a, begin, end) : apply_lines<T, last, act, false>(a, begin, end);
+  a.residual ? apply_residual<T, last, act, true>(a, begin, end) : apply_residual<T, last, act, false>(a, begin, end);
 }
 
 // Calls f<act>() for the act that is only known now.
@@ -359,7 +368,9 @@ struct Upstream {
   }
 };
 
-template <class T, Act act, bool store_d>
+enum class Keep { nothing, d, past_caches };
+
+template <class T, Act act, Keep keep>
 void reduce_rows(const ReduceArgs<T>& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
   constexpr int64_t W = width<T>;
@@ -377,9 +388,9 @@ void reduce_rows(const ReduceArgs<T>& a, int64_t begin, int64_t end) {
       for (; i + 2 * W <= stop; i += 2 * W) {
         const Vec<A> x0 = load(x + i), x1 = load(x + i + W);
         const Vec<A> d0 = upstream(i, x0), d1 = upstream(i + W, x1);
-        if constexpr (store_d) {
-          store(a.d + start + i, d0);
-          store(a.d + start + i + W, d1);
+        if constexpr (keep != Keep::nothing) {
+          write<keep == Keep::past_caches>(a.d + start + i, d0);
+          write<keep == Keep::past_caches>(a.d + start + i + W, d1);
         }
         p0 += d0;
         p1 += d1;
@@ -389,7 +400,7 @@ void reduce_rows(const ReduceArgs<T>& a, int64_t begin, int64_t end) {
       for (; i + W <= stop; i += W) {
         const Vec<A> x0 = load(x + i);
         const Vec<A> d0 = upstream(i, x0);
-        if constexpr (store_d) store(a.d + start + i, d0);
+        if constexpr (keep != Keep::nothing) write<keep == Keep::past_caches>(a.d + start + i, d0);
         p0 += d0;
         q0 += d0 * (x0 - center);
       }
@@ -397,13 +408,13 @@ void reduce_rows(const ReduceArgs<T>& a, int64_t begin, int64_t end) {
         const int64_t at = stop - W;
         const Vec<A> x0 = load(x + at);
         const Vec<A> d0 = upstream(at, x0);
-        if constexpr (store_d) store(a.d + start + at, d0);
+        if constexpr (keep != Keep::nothing) store(a.d + start + at, d0);
         p1 += keep_last<A>(d0, stop - i);
         q1 += keep_last<A>(d0 * (x0 - center), stop - i);
       } else if (i < stop) {
         const Vec<A> x0 = load_some(x, size);
         const Vec<A> d0 = upstream.some(0, x0, size);
-        if constexpr (store_d) store_some(a.d + start, d0, size);
+        if constexpr (keep != Keep::nothing) store_some(a.d + start, d0, size);
         p1 += keep_first<A>(d0, size);
         q1 += keep_first<A>(d0 * (x0 - center), size);
       }
@@ -415,7 +426,7 @@ void reduce_rows(const ReduceArgs<T>& a, int64_t begin, int64_t end) {
   }
 }
 
-template <class T, Act act, bool store_d>
+template <class T, Act act, Keep keep>
 ECANET_INLINE void reduce_line(const ReduceArgs<T>& a, int64_t at, int64_t nc, const Acc<T>* center, int64_t count,
                                Acc<T>* p, Acc<T>* q) {
   using A = Acc<T>;
@@ -425,7 +436,7 @@ ECANET_INLINE void reduce_line(const ReduceArgs<T>& a, int64_t at, int64_t nc, c
   for (; i + W <= count; i += W) {
     const Vec<A> x = load(a.x + at + i);
     const Vec<A> d = upstream(i, x);
-    if constexpr (store_d) store(a.d + at + i, d);
+    if constexpr (keep != Keep::nothing) write<keep == Keep::past_caches>(a.d + at + i, d);
     store(p + i, load(p + i) + d);
     store(q + i, load(q + i) + d * (x - load(center + i)));
   }
@@ -433,16 +444,16 @@ ECANET_INLINE void reduce_line(const ReduceArgs<T>& a, int64_t at, int64_t nc, c
     const int64_t some = count - i;
     const Vec<A> x = load_some(a.x + at + i, some);
     const Vec<A> d = upstream.some(i, x, some);
-    if constexpr (store_d) store_some(a.d + at + i, d, some);
+    if constexpr (keep != Keep::nothing) store_some(a.d + at + i, d, some);
     store(p + i, load(p + i) + keep_first<A>(d, some));
     store(q + i, load(q + i) + keep_first<A>(d * (x - load_some(center + i, some)), some));
   }
 }
 
-template <class T, Act act, bool store_d>
+template <class T, Act act, Keep keep>
 void reduce_act(const ReduceArgs<T>& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
-  if (!a.map.channels_last) return reduce_rows<T, act, store_d>(a, begin, end);
+  if (!a.map.channels_last) return reduce_rows<T, act, keep>(a, begin, end);
   const int64_t positions = a.map.positions, channels = a.map.channels;
   columns(a.map, begin, end, [&](int64_t n, int64_t c, int64_t count) {
     A p_total[kColumns] = {}, q_total[kColumns] = {};
@@ -450,7 +461,7 @@ void reduce_act(const ReduceArgs<T>& a, int64_t begin, int64_t end) {
     for (int64_t block = 0; block < positions; block += kBlock) {
       const int64_t stop = block + kBlock < positions ? block + kBlock : positions;
       A p[kColumns] = {}, q[kColumns] = {};
-      for (int64_t s = block; s < stop; ++s) reduce_line<T, act, store_d>(a, start + s * channels, nc, a.center + c, count, p, q);
+      for (int64_t s = block; s < stop; ++s) reduce_line<T, act, keep>(a, start + s * channels, nc, a.center + c, count, p, q);
       for (int64_t i = 0; i < count; ++i) {
         p_total[i] += p[i];
         q_total[i] += q[i];
@@ -463,13 +474,20 @@ void reduce_act(const ReduceArgs<T>& a, int64_t begin, int64_t end) {
   });
 }
 
-template <class T>
-void reduce(const ReduceArgs<T>& a, int64_t begin, int64_t end) {
-  ECANET_FOR_ACT(a.act_grad.act,
-                 (a.d ? reduce_act<T, A_, true>(a, begin, end) : reduce_act<T, A_, false>(a, begin, end)));
+template <class T, Act act>
+void reduce_keep(const ReduceArgs<T>& a, int64_t begin, int64_t end) {
+  if (!a.d) return reduce_act<T, act, Keep::nothing>(a, begin, end);
+  if (!a.streams || !can_stream(a.d, a.map.line_size())) return reduce_act<T, act, Keep::d>(a, begin, end);
+  reduce_act<T, act, Keep::past_caches>(a, begin, end);
+  end_of_writes<true>();
 }
 
-template <class T, bool last, Act act, bool with_slope>
+template <class T>
+void reduce(const ReduceArgs<T>& a, int64_t begin, int64_t end) {
+  ECANET_FOR_ACT(a.act_grad.act, (reduce_keep<T, A_>(a, begin, end)));
+}
+
+template <bool streams, class T, bool last, Act act, bool with_slope>
 void input_grad_lines(const InputGradArgs<T>& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
   constexpr int64_t W = width<T>;
@@ -484,16 +502,16 @@ void input_grad_lines(const InputGradArgs<T>& a, int64_t begin, int64_t end) {
     const auto offset = Factor<A, last>::at(a.offset + line.nc);
     const auto slope = Factor<A, last>::at(with_slope ? a.slope + line.c : nullptr);
     const auto center = Factor<A, last>::at(with_slope ? a.center + line.c : nullptr);
-    auto write = [&](int64_t i) __attribute__((always_inline)) {
+    auto result = [&](int64_t i) __attribute__((always_inline)) {
       Vec<A> xi = {};
       if constexpr (reads_x) xi = load(x + i);
       Vec<A> g = upstream(i, xi) * scale(i) + offset(i);
       if constexpr (with_slope) g += slope(i) * (xi - center(i));
-      store(out + i, g);
+      return g;
     };
     if (size >= W) {
-      for (int64_t i = 0; i + W <= size; i += W) write(i);
-      write(size - W);
+      for (int64_t i = 0; i + W <= size; i += W) write<streams>(out + i, result(i));
+      if (size % W != 0) store(out + size - W, result(size - W));
     } else {
       Vec<A> xi = {};
       if constexpr (reads_x) xi = load_some(x, size);
@@ -502,11 +520,16 @@ void input_grad_lines(const InputGradArgs<T>& a, int64_t begin, int64_t end) {
       store_some(out, g, size);
     }
   }
+  end_of_writes<streams>();
 }
 
 template <class T, bool last, Act act>
 void input_grad_act(const InputGradArgs<T>& a, int64_t begin, int64_t end) {
-  a.slope ? input_grad_lines<T, last, act, true>(a, begin, end) : input_grad_lines<T, last, act, false>(a, begin, end);
+  const bool streams = a.streams && can_stream(a.out, a.map.line_size());
+  if (a.slope && streams) return input_grad_lines<true, T, last, act, true>(a, begin, end);
+  if (a.slope) return input_grad_lines<false, T, last, act, true>(a, begin, end);
+  if (streams) return input_grad_lines<true, T, last, act, false>(a, begin, end);
+  input_grad_lines<false, T, last, act, false>(a, begin, end);
 }
 
 template <class T>

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -26,6 +27,18 @@ using Optional = std::optional<Tensor>;
 constexpr int64_t kElementsPerThread = 32768;
 // Samples whose maps together have about so many bytes are squeezed and then scaled while they are in the cache.
 constexpr int64_t kCacheBytes = 1 << 20;
+
+// An output of at least so many bytes has left the caches before anybody reads it.
+constexpr int64_t kStreamedBytes = 8 << 20;
+
+template <class T>
+bool streams(const Map& map) {
+  static const int64_t threshold = [] {
+    const char* given = std::getenv("ECANET_STREAM");
+    return given ? std::atoll(given) : kStreamedBytes;
+  }();
+  return map.samples * map.channels * map.positions * int64_t(sizeof(T)) >= threshold;
+}
 
 template <class T>
 const Kernels<T>& kernels() {
@@ -208,9 +221,11 @@ void apply_into(const Tensor& x, const Map& map, const Tensor& scale, const Opti
     check_same(*residual, x, "residual");
     r = ordered(*residual, map);
   }
+  const bool in_place = result.data_ptr() == x.data_ptr();
   dispatch(x, [&](auto t) {
     using T = decltype(t);
-    const ApplyArgs<T> args{map, act_of(act), in<T>(x), in<Acc<T>>(a), in<Acc<T>>(b), in<T>(r), out<T>(result)};
+    const ApplyArgs<T> args{map, act_of(act), in<T>(x), in<Acc<T>>(a), in<Acc<T>>(b), in<T>(r), out<T>(result),
+                            !in_place && streams<T>(map)};
     parallel_backwards(map.lines(), map.line_size(), [&](int64_t b, int64_t e) { kernels<T>().apply(args, b, e); });
   });
 }
@@ -274,8 +289,8 @@ std::tuple<Tensor, Tensor, Tensor> apply_backward(const Tensor& grad, const Tens
   const Tensor p = new_small(x, map.samples, map.channels), q = new_small(x, map.samples, map.channels);
   dispatch(x, [&](auto t) {
     using T = decltype(t);
-    const ReduceArgs<T> args{map,           upstream.args<T>(act), in<T>(x), in<Acc<T>>(c), needs_d ? out<T>(d) : nullptr,
-                             out<Acc<T>>(p), out<Acc<T>>(q)};
+    const ReduceArgs<T> args{map,           upstream.args<T>(act), in<T>(x), in<Acc<T>>(c), needs_d ? out<T>(d) : nullptr, streams<T>(map),
+                              out<Acc<T>>(p), out<Acc<T>>(q)};
     parallel(0, map.bundles(), bundle_elements(map), [&](int64_t b, int64_t e) { kernels<T>().reduce(args, b, e); });
   });
   return {d, p, q};
@@ -294,7 +309,8 @@ Tensor input_backward(const Tensor& grad, const Tensor& input, const Tensor& sca
   dispatch(x, [&](auto t) {
     using T = decltype(t);
     const InputGradArgs<T> args{map,         upstream.args<T>(act), in<T>(x),      in<Acc<T>>(u),
-                                in<Acc<T>>(v), in<Acc<T>>(c),         out<T>(result)};
+                                in<Acc<T>>(v), in<Acc<T>>(c),         out<T>(result),
+                                streams<T>(map)};
     parallel_backwards(map.lines(), map.line_size(), [&](int64_t b, int64_t e) { kernels<T>().input_grad(args, b, e); });
   });
   return result;
@@ -410,6 +426,7 @@ void eca_tail_into(const Tensor& x, const Map& map, const Optional& residual, co
     check_same(*residual, x, "residual");
     r = ordered(*residual, map);
   }
+  const bool in_place = result.data_ptr() == x.data_ptr();
   dispatch(x, [&](auto t) {
     using T = decltype(t);
     using A = Acc<T>;
@@ -424,7 +441,8 @@ void eca_tail_into(const Tensor& x, const Map& map, const Optional& residual, co
     const CoefficientArgs<A> coefficients{map.channels, norm.args<A>(), s,     in<A>(w),   k,          circular, a,
                                           a + map.channels, s,          s + nc, scale, scale + nc, s + 2 * nc};
     const SqueezeArgs<T> squeeze_args{map, in<T>(x), s};
-    const ApplyArgs<T> apply_args{map, act_of(act), in<T>(x), scale, scale + nc, in<T>(r), out<T>(result)};
+    const ApplyArgs<T> apply_args{map, act_of(act), in<T>(x), scale, scale + nc, in<T>(r), out<T>(result),
+                                  !in_place && streams<T>(map)};
     const int64_t sample_bytes = map.channels * map.positions * int64_t(sizeof(T));
     const int64_t group = std::max<int64_t>(1, kCacheBytes / std::max<int64_t>(1, sample_bytes));
     const int64_t lines = map.lines() / std::max<int64_t>(1, map.samples);

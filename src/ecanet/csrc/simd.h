@@ -134,6 +134,42 @@ ECANET_INLINE void store(float16* p, Vec<float> v) {
   store_bits(p, h | ((u >> 16) & 0x8000));
 }
 
+// Whether lines of so many elements can be streamed from p on: whole, aligned vectors of a type that needs no rounding.
+template <class T>
+ECANET_INLINE bool can_stream([[maybe_unused]] const T* p, [[maybe_unused]] int64_t line_size) {
+#ifdef ECANET_X86
+  return std::is_floating_point_v<T> && reinterpret_cast<uintptr_t>(p) % ECANET_BYTES == 0 &&
+         line_size % Simd<Acc<T>>::width == 0;
+#else
+  return false;
+#endif
+}
+
+// A store past the caches, without reading what is overwritten.
+template <bool streams, class T>
+ECANET_INLINE void write(T* p, Vec<Acc<T>> v) {
+#ifdef ECANET_X86
+  if constexpr (streams && std::is_floating_point_v<T>) {
+#if ECANET_BYTES == 64
+    _mm512_stream_ps(reinterpret_cast<float*>(p), bits_as<__m512>(v));
+#elif ECANET_BYTES == 32
+    _mm256_stream_ps(reinterpret_cast<float*>(p), bits_as<__m256>(v));
+#else
+    _mm_stream_ps(reinterpret_cast<float*>(p), bits_as<__m128>(v));
+#endif
+    return;
+  }
+#endif
+  store(p, v);
+}
+
+template <bool streams>
+ECANET_INLINE void end_of_writes() {
+#ifdef ECANET_X86
+  if constexpr (streams) _mm_sfence();
+#endif
+}
+
 // The first `count` elements of a vector; the others are 0.
 template <class T>
 ECANET_INLINE Vec<Acc<T>> load_some(const T* p, int64_t count) {

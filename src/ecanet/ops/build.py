@@ -93,7 +93,7 @@ def build(torch_dir: Path | None, output: Path = LIBRARY, say: Callable[[str], o
                     job.result()
                     say(f"  {jobs[job]} ({time.monotonic() - began:.0f} s)")
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(cancel_futures=True)
                 raise
             _link(compiler, objects, torch_dir, output)
     except OSError as error:

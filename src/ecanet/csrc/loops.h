@@ -295,7 +295,7 @@ ECANET_INLINE void apply_at(const ApplyArgs<T>& a, int64_t l) {
 template <bool streams, class T, bool last, Act act, bool with_residual>
 void apply_lines(const ApplyArgs<T>& a, int64_t begin, int64_t end) {
   for (int64_t l = begin; l < end;) {
-    if (last && several_lines(a.map, l, end)) {
+    if (last && !streams && several_lines(a.map, l, end)) {  // a stream is one at a time
       apply_at<kLinesAtOnce, streams, T, last, act, with_residual>(a, l);
       l += kLinesAtOnce;
     } else {

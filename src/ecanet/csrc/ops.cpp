@@ -7,12 +7,16 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cstdlib>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "kernels.h"
+
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in torch 2.10
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
 
 namespace ecanet {
 namespace {
@@ -33,11 +37,7 @@ constexpr int64_t kStreamedBytes = 8 << 20;
 
 template <class T>
 bool streams(const Map& map) {
-  static const int64_t threshold = [] {
-    const char* given = std::getenv("ECANET_STREAM");
-    return given ? std::atoll(given) : kStreamedBytes;
-  }();
-  return map.samples * map.channels * map.positions * int64_t(sizeof(T)) >= threshold;
+  return map.samples * map.channels * map.positions * int64_t(sizeof(T)) >= kStreamedBytes;
 }
 
 template <class T>
@@ -289,8 +289,14 @@ std::tuple<Tensor, Tensor, Tensor> apply_backward(const Tensor& grad, const Tens
   const Tensor p = new_small(x, map.samples, map.channels), q = new_small(x, map.samples, map.channels);
   dispatch(x, [&](auto t) {
     using T = decltype(t);
-    const ReduceArgs<T> args{map,           upstream.args<T>(act), in<T>(x), in<Acc<T>>(c), needs_d ? out<T>(d) : nullptr, streams<T>(map),
-                              out<Acc<T>>(p), out<Acc<T>>(q)};
+    const ReduceArgs<T> args{map,
+                             upstream.args<T>(act),
+                             in<T>(x),
+                             in<Acc<T>>(c),
+                             needs_d ? out<T>(d) : nullptr,
+                             streams<T>(map),
+                             out<Acc<T>>(p),
+                             out<Acc<T>>(q)};
     parallel(0, map.bundles(), bundle_elements(map), [&](int64_t b, int64_t e) { kernels<T>().reduce(args, b, e); });
   });
   return {d, p, q};
@@ -427,33 +433,36 @@ void eca_tail_into(const Tensor& x, const Map& map, const Optional& residual, co
     r = ordered(*residual, map);
   }
   const bool in_place = result.data_ptr() == x.data_ptr();
+  if (x.numel() == 0) return;
   dispatch(x, [&](auto t) {
     using T = decltype(t);
     using A = Acc<T>;
     const Kernels<T>& loops = kernels<T>();
-    const int64_t nc = map.samples * map.channels, k = w ? w->numel() : 1;
-    const int64_t padded = w ? map.samples * (map.channels + k - 1) : 0;
-    // a and b, scale and shift; with a gate also means (which become s), gate, and s between margins of zeros.
-    std::vector<A> room(2 * map.channels + (w ? 4 : 2) * nc + padded);
-    A* const a = room.data();
-    A* const scale = a + 2 * map.channels;
-    A* const s = w ? scale + 2 * nc : nullptr;
-    const CoefficientArgs<A> coefficients{map.channels, norm.args<A>(), s,     in<A>(w),   k,          circular, a,
-                                          a + map.channels, s,          s + nc, scale, scale + nc, s + 2 * nc};
-    const SqueezeArgs<T> squeeze_args{map, in<T>(x), s};
-    const ApplyArgs<T> apply_args{map, act_of(act), in<T>(x), scale, scale + nc, in<T>(r), out<T>(result),
-                                  !in_place && streams<T>(map)};
-    const int64_t sample_bytes = map.channels * map.positions * int64_t(sizeof(T));
-    const int64_t group = std::max<int64_t>(1, kCacheBytes / std::max<int64_t>(1, sample_bytes));
-    const int64_t lines = map.lines() / std::max<int64_t>(1, map.samples);
+    // Samples are taken in groups: squeezed, and then scaled while they are in the cache.
+    const int64_t channels = map.channels, sample = channels * map.positions, k = w ? w->numel() : 1;
+    const int64_t group_bytes = sample * int64_t(sizeof(T));
+    const int64_t group = w ? std::clamp<int64_t>(kCacheBytes / group_bytes, 1, map.samples) : map.samples;
+    // For each channel a and b; for each map scale and shift, and with a gate the mean (which becomes s), the gate, and s
+    // between margins of zeros.
+    const int64_t nc = group * channels, padded = w ? group * (channels + k - 1) : 0;
+    const std::unique_ptr<A[]> room(new A[2 * channels + (w ? 4 : 2) * nc + padded]);
+    A *const a = room.get(), *const scale = a + 2 * channels, *const s = scale + 2 * nc, *const margins = s + 2 * nc;
+    if (w) std::fill(margins, margins + padded, A(0));
+    const CoefficientArgs<A> coefficients{channels, norm.args<A>(), w ? s : nullptr, in<A>(w), k,          circular, a,
+                                          a + channels, w ? s : nullptr, s + nc,     scale,    scale + nc, margins};
     loops.prepare(coefficients);
-    for (int64_t n = 0; n < map.samples; n += w ? group : map.samples) {
-      const int64_t stop = w ? std::min(map.samples, n + group) : map.samples;
-      if (w)
-        parallel(n * map.bundles_per_sample(), stop * map.bundles_per_sample(), bundle_elements(map),
-                 [&](int64_t b, int64_t e) { loops.squeeze(squeeze_args, b, e); });
-      loops.coefficients(coefficients, n, stop);
-      parallel(n * lines, stop * lines, map.line_size(), [&](int64_t b, int64_t e) { loops.apply(apply_args, b, e); });
+    for (int64_t n = 0; n < map.samples; n += group) {
+      Map part = map;
+      part.samples = std::min(group, map.samples - n);
+      const int64_t at = n * sample;
+      if (w) {
+        const SqueezeArgs<T> args{part, in<T>(x) + at, s};
+        parallel(0, part.bundles(), bundle_elements(part), [&](int64_t b, int64_t e) { loops.squeeze(args, b, e); });
+      }
+      loops.coefficients(coefficients, 0, part.samples);
+      const ApplyArgs<T> args{part,  act_of(act), in<T>(x) + at, scale, scale + nc, r ? in<T>(r) + at : nullptr,
+                              out<T>(result) + at, !in_place && streams<T>(map)};
+      parallel(0, part.lines(), part.line_size(), [&](int64_t b, int64_t e) { loops.apply(args, b, e); });
     }
   });
 }

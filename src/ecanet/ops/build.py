@@ -27,8 +27,17 @@ LIBRARY = Path(__file__).parents[1] / "lib" / "ecanet_cpu.so"
 _OLDEST_TORCH = (2, 10)
 # The library asks for nothing that torch 2.10 does not have, whatever version the headers are.
 _TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-_COMPILE = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", _TARGET)
-# -z now: a symbol that an older torch lacks is an error when the library is loaded, not a crash when it is called.
+_COMPILE = (
+    "-std=c++20",
+    "-O3",
+    "-fno-math-errno",  # square roots in vectors
+    "-fno-trapping-math",
+    "-fopenmp-simd",  # sums in vectors, where a pragma says so
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wno-psabi",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+)
 _LINK = {"linux": ("-shared", "-Wl,-z,now"), "darwin": ("-shared", "-undefined", "dynamic_lookup")}
 _MARK = b"ecanet built from "
 
@@ -161,7 +170,7 @@ def _checked(torch_dir: Path | None) -> Path:
         raise NothingToBuildWithError(f"torch{version} has no C++ headers of the stable ABI")
     if (int(found[1]), int(found[2])) < _OLDEST_TORCH:
         raise NothingToBuildWithError(f"torch {found[1]}.{found[2]} is too old: 2.10 or newer is needed")
-    return torch_dir
+    return torch_dir.resolve()  # as the compiler writes it
 
 
 def _cores() -> int:

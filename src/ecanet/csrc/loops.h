@@ -250,56 +250,64 @@ void moments(const MomentsArgs<T>& a, int64_t begin, int64_t end) {
 
 // ---- apply ---------------------------------------------------------------------------------------------------------
 
-// How many of the lines from `l` on can be done at once: neighbours of one sample that share scale and shift.
-constexpr int64_t kLinesAtOnce = 4;
-ECANET_INLINE bool several_lines(const Map& map, int64_t l, int64_t end) {
-  return l + kLinesAtOnce <= end && l / map.positions == (l + kLinesAtOnce - 1) / map.positions;
+// Where in a line of `size` elements the first aligned vector begins; a store across two cache lines takes twice as long.
+template <class T>
+ECANET_INLINE int64_t aligned_from(const T* p, int64_t size) {
+  constexpr int64_t bytes = sizeof(T) * width<T>;
+  const int64_t beyond = reinterpret_cast<uintptr_t>(p) % bytes;
+  const int64_t from = beyond == 0 ? 0 : (bytes - beyond) / int64_t(sizeof(T));
+  return from + width<T> <= size ? from : 0;
 }
 
-template <int lines, bool streams, class T, bool last, Act act, bool with_residual>
-ECANET_INLINE void apply_at(const ApplyArgs<T>& a, int64_t l) {
-  using A = Acc<T>;
+// Write `result(i)`, a vector, to out + i for a line of at least one vector; result may read what is written over.
+template <bool streams, class T, class F>
+ECANET_INLINE void write_line(T* out, int64_t size, F&& result) {
   constexpr int64_t W = width<T>;
-  const int64_t size = a.map.line_size();
-  const Line line = Line::at(a.map, l);
-  const T* x = a.x + line.map;
-  const T* residual = with_residual ? a.residual + line.map : nullptr;
-  T* out = a.out + line.map;
-  const auto scale = Factor<A, last>::at(a.scale + line.nc), shift = Factor<A, last>::at(a.shift + line.nc);
-  auto result = [&](int64_t i, Vec<A> m, Vec<A> b) __attribute__((always_inline)) {
-    Vec<A> y = load(x + i) * m + b;
-    if constexpr (with_residual) y += load(residual + i);
-    return activate<act, A>(y);
-  };
-  if (size >= W) {
-    // The last vector of a line may overlap the one before: computed first, since out may be x.
-    const bool overlap = size % W != 0;
-    Vec<A> last_vector[lines];
-    for (int r = 0; overlap && r < lines; ++r)
-      last_vector[r] = result(r * size + size - W, scale(size - W), shift(size - W));
-    for (int64_t i = 0; i + W <= size; i += W) {
-      const Vec<A> m = scale(i), b = shift(i);
-#pragma GCC unroll 4
-      for (int r = 0; r < lines; ++r) write<streams>(out + r * size + i, result(r * size + i, m, b));
-    }
-    for (int r = 0; overlap && r < lines; ++r) store(out + r * size + size - W, last_vector[r]);
-  } else {
-    for (int r = 0; r < lines; ++r) {
-      Vec<A> y = load_some(x + r * size, size) * scale.some(0, size) + shift.some(0, size);
-      if constexpr (with_residual) y += load_some(residual + r * size, size);
-      store_some(out + r * size, activate<act, A>(y), size);
-    }
+  using V = Vec<Acc<T>>;
+  // Whole vectors are written where they are aligned; the first and the last of a line overlap those, and are computed
+  // before anything is written.
+  const int64_t begin = streams ? 0 : aligned_from(out, size);
+  const bool overlap = size % W != 0 || begin != 0;
+  V first_vector = {}, last_vector = {};
+  if (overlap) {
+    first_vector = result(0);
+    last_vector = result(size - W);
+  }
+  int64_t i = begin;
+  for (; i + 4 * W <= size; i += 4 * W) {
+    const V y0 = result(i), y1 = result(i + W), y2 = result(i + 2 * W), y3 = result(i + 3 * W);
+    write<streams>(out + i, y0);
+    write<streams>(out + i + W, y1);
+    write<streams>(out + i + 2 * W, y2);
+    write<streams>(out + i + 3 * W, y3);
+  }
+  for (; i + W <= size; i += W) write<streams>(out + i, result(i));
+  if (overlap) {
+    store(out, first_vector);
+    store(out + size - W, last_vector);
   }
 }
 
 template <bool streams, class T, bool last, Act act, bool with_residual>
 void apply_lines(const ApplyArgs<T>& a, int64_t begin, int64_t end) {
-  for (int64_t l = begin; l < end;) {
-    if (last && !streams && several_lines(a.map, l, end)) {  // a stream is one at a time
-      apply_at<kLinesAtOnce, streams, T, last, act, with_residual>(a, l);
-      l += kLinesAtOnce;
+  using A = Acc<T>;
+  const int64_t size = a.map.line_size();
+  for (int64_t l = begin; l < end; ++l) {
+    const Line line = Line::at(a.map, l);
+    const T* x = a.x + line.map;
+    const T* residual = with_residual ? a.residual + line.map : nullptr;
+    T* out = a.out + line.map;
+    const auto scale = Factor<A, last>::at(a.scale + line.nc), shift = Factor<A, last>::at(a.shift + line.nc);
+    if (size >= width<T>) {
+      write_line<streams>(out, size, [&](int64_t i) __attribute__((always_inline)) {
+        Vec<A> y = load(x + i) * scale(i) + shift(i);
+        if constexpr (with_residual) y += load(residual + i);
+        return activate<act, A>(y);
+      });
     } else {
-      apply_at<1, streams, T, last, act, with_residual>(a, l++);
+      Vec<A> y = load_some(x, size) * scale.some(0, size) + shift.some(0, size);
+      if constexpr (with_residual) y += load_some(residual, size);
+      store_some(out, activate<act, A>(y), size);
     }
   }
   end_of_writes<streams>();
@@ -490,7 +498,6 @@ void reduce(const ReduceArgs<T>& a, int64_t begin, int64_t end) {
 template <bool streams, class T, bool last, Act act, bool with_slope>
 void input_grad_lines(const InputGradArgs<T>& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
-  constexpr int64_t W = width<T>;
   constexpr bool reads_x = with_slope || needs_input(act);
   const int64_t size = a.map.line_size();
   for (int64_t l = begin; l < end; ++l) {
@@ -502,16 +509,14 @@ void input_grad_lines(const InputGradArgs<T>& a, int64_t begin, int64_t end) {
     const auto offset = Factor<A, last>::at(a.offset + line.nc);
     const auto slope = Factor<A, last>::at(with_slope ? a.slope + line.c : nullptr);
     const auto center = Factor<A, last>::at(with_slope ? a.center + line.c : nullptr);
-    auto result = [&](int64_t i) __attribute__((always_inline)) {
-      Vec<A> xi = {};
-      if constexpr (reads_x) xi = load(x + i);
-      Vec<A> g = upstream(i, xi) * scale(i) + offset(i);
-      if constexpr (with_slope) g += slope(i) * (xi - center(i));
-      return g;
-    };
-    if (size >= W) {
-      for (int64_t i = 0; i + W <= size; i += W) write<streams>(out + i, result(i));
-      if (size % W != 0) store(out + size - W, result(size - W));
+    if (size >= width<T>) {
+      write_line<streams>(out, size, [&](int64_t i) __attribute__((always_inline)) {
+        Vec<A> xi = {};
+        if constexpr (reads_x) xi = load(x + i);
+        Vec<A> g = upstream(i, xi) * scale(i) + offset(i);
+        if constexpr (with_slope) g += slope(i) * (xi - center(i));
+        return g;
+      });
     } else {
       Vec<A> xi = {};
       if constexpr (reads_x) xi = load_some(x, size);

@@ -1,7 +1,7 @@
 // Runs every loop of every instruction set on random maps, on random parts of them, in buffers of exactly their size,
 // and compares loosely with plain loops in double. Built with sanitizers by test_fuzz.py; no torch.
 //
-// Usage: fuzz_kernels SECONDS SEED
+// Usage: fuzz_kernels SECONDS SEED; FUZZ_AVX2 and FUZZ_AVX512 say which loops are linked, besides the baseline's.
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -16,6 +16,13 @@ namespace {
 using namespace ecanet;
 
 std::string doing;  // what is being run, for the message of a failure
+
+}  // namespace
+
+// AddressSanitizer calls it before it reports.
+extern "C" void __asan_on_error() { fprintf(stderr, "while running %s\n", doing.c_str()); }
+
+namespace {
 
 // ---- chance --------------------------------------------------------------------------------------------------------
 
@@ -695,8 +702,10 @@ void fuzz_type(const std::string& isa, const Kernels<T>& kernels, Random& random
 template <class T>
 void fuzz(Random& random) {
   fuzz_type<T>("baseline", KernelsFor<T>::baseline(), random);
-#ifdef ECANET_X86
+#ifdef FUZZ_AVX2
   fuzz_type<T>("avx2", KernelsFor<T>::avx2(), random);
+#endif
+#ifdef FUZZ_AVX512
   fuzz_type<T>("avx512", KernelsFor<T>::avx512(), random);
 #endif
 }

@@ -65,8 +65,8 @@ template <class T>
 struct MomentsArgs {
   Map map;
   const T* x;
-  Acc<T>* mean;  // (N, C)
-  Acc<T>* m2;    // (N, C): sums of (x - mean)^2
+  double* mean;  // (N, C); in double, or the variance of means far from zero would lose digits when they are merged
+  double* m2;    // (N, C): sums of (x - mean)^2
 };
 
 template <class T>
@@ -127,9 +127,9 @@ struct NormArgs {
 template <class A>
 struct StatisticsArgs {
   int64_t samples, channels, positions;
-  const A *mean, *m2;        // (N, C)
-  double *total, *spread;    // (C), zeros: room to add up in
-  A *batch_mean, *batch_var; // (C)
+  const double *mean, *m2;    // (N, C)
+  double *total, *spread;     // (C), zeros: room to add up in
+  A *batch_mean, *batch_var;  // (C)
 };
 
 // From means to gates, scales and shifts.

@@ -127,12 +127,11 @@ void squeeze(const SqueezeArgs<T>& a, int64_t begin, int64_t end) {
 // ---- moments -------------------------------------------------------------------------------------------------------
 
 // Means and sums of squares about them of two sets become those of both (Chan, Golub, LeVeque 1979).
-template <class A>
 struct Moments {
-  A count, mean, m2;
-  void merge(A other_count, A other_mean, A other_m2) {
-    const A both = count + other_count;
-    const A delta = other_mean - mean;
+  double count, mean, m2;
+  void merge(double other_count, double other_mean, double other_m2) {
+    const double both = count + other_count;
+    const double delta = other_mean - mean;
     mean += delta * (other_count / both);
     m2 += other_m2 + delta * delta * (count * other_count / both);
     count = both;
@@ -140,10 +139,10 @@ struct Moments {
 };
 
 template <class T>
-void row_moments(const T* x, int64_t size, Acc<T>* mean, Acc<T>* m2) {
+void row_moments(const T* x, int64_t size, double* mean, double* m2) {
   using A = Acc<T>;
   constexpr int64_t W = width<T>;
-  Moments<A> all = {0, 0, 0};
+  Moments all = {0, 0, 0};
   for (int64_t block = 0; block < size; block += kBlock) {  // a block is read twice, the second time from the cache
     const int64_t count = size - block < kBlock ? size - block : kBlock;
     const T* b = x + block;
@@ -178,11 +177,11 @@ void row_moments(const T* x, int64_t size, Acc<T>* mean, Acc<T>* m2) {
     // What the rounding of `about` left over.
     const A rest = d / A(count);
     if (count == size) {
-      *mean = about + rest;
+      *mean = double(about) + rest;
       *m2 = q - d * rest;
       return;
     }
-    all.merge(A(count), about + rest, q - d * rest);
+    all.merge(double(count), double(about) + rest, q - d * rest);
   }
   *mean = all.mean;
   *m2 = all.m2;
@@ -236,11 +235,11 @@ void moments(const MomentsArgs<T>& a, int64_t begin, int64_t end) {
     for (; s + 8 <= positions; s += 8) merge_rows<8>(x + s * channels, channels, count, s, origin, mean, m2);
     for (; s < positions; ++s) merge_rows<1>(x + s * channels, channels, count, s, origin, mean, m2);
     for (int64_t i = 0; i < count; ++i) {
-      A result = origin[i] + mean[i];
+      double result = double(origin[i]) + mean[i];
       if (!std::isfinite(result)) {  // as the plain formulas would have it
         result = 0;
         for (int64_t p = 0; p < positions; ++p) result += load_some(x + p * channels + i, 1)[0];
-        result /= A(positions);
+        result /= double(positions);
       }
       a.mean[n * channels + c + i] = result;
       a.m2[n * channels + c + i] = m2[i];

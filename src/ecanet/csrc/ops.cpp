@@ -141,9 +141,10 @@ Tensor small(const Tensor& t, const Tensor& x, int64_t numel, const char* name) 
   return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
 }
 
-Tensor zeros_like(const Tensor& t) {
-  Tensor zeros = empty_as(t);
-  return torch::stable::zero_(zeros);
+// What adds nothing, not even a sign to -0.
+Tensor no_shift(const Tensor& scale) {
+  const Tensor zeros = empty_as(scale);
+  return torch::stable::fill_(zeros, -0.0);
 }
 
 template <class T>
@@ -182,16 +183,47 @@ Tensor squeeze(const Tensor& input) {
   return mean;
 }
 
+// Means and sums of squares about them, (N, C) each, in double.
+std::vector<double> moments_of(const Tensor& x, const Map& map) {
+  const int64_t nc = map.samples * map.channels;
+  std::vector<double> result(2 * nc);
+  dispatch(x, [&](auto t) {
+    using T = decltype(t);
+    const MomentsArgs<T> args{map, in<T>(x), result.data(), result.data() + nc};
+    parallel(0, map.bundles(), bundle_elements(map), [&](int64_t b, int64_t e) { kernels<T>().moments(args, b, e); });
+  });
+  return result;
+}
+
 std::tuple<Tensor, Tensor> moments(const Tensor& input) {
   const Map map = map_of(input);
   const Tensor x = ordered(input, map);
   const Tensor mean = new_small(x, map.samples, map.channels), m2 = new_small(x, map.samples, map.channels);
-  dispatch(x, [&](auto t) {
-    using T = decltype(t);
-    const MomentsArgs<T> args{map, in<T>(x), out<Acc<T>>(mean), out<Acc<T>>(m2)};
-    parallel(0, map.bundles(), bundle_elements(map), [&](int64_t b, int64_t e) { kernels<T>().moments(args, b, e); });
+  const std::vector<double> found = moments_of(x, map);
+  dispatch(mean, [&](auto t) {
+    using A = Acc<decltype(t)>;
+    const int64_t nc = map.samples * map.channels;
+    std::copy(found.begin(), found.begin() + nc, out<A>(mean));
+    std::copy(found.begin() + nc, found.end(), out<A>(m2));
   });
   return {mean, m2};
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_moments(const Tensor& input) {
+  const Map map = map_of(input);
+  const Tensor x = ordered(input, map);
+  const Tensor means = new_small(x, map.samples, map.channels);
+  const Tensor mean = new_small(x, map.channels), var = new_small(x, map.channels);
+  const std::vector<double> found = moments_of(x, map);
+  dispatch(means, [&](auto t) {
+    using A = Acc<decltype(t)>;
+    const int64_t nc = map.samples * map.channels;
+    std::copy(found.begin(), found.begin() + nc, out<A>(means));
+    std::vector<double> room(2 * map.channels);
+    kernels<A>().statistics({map.samples, map.channels, map.positions, found.data(), found.data() + nc, room.data(),
+                             room.data() + map.channels, out<A>(mean), out<A>(var)});
+  });
+  return {means, mean, var};
 }
 
 // ---- apply ---------------------------------------------------------------------------------------------------------
@@ -215,7 +247,7 @@ void apply_into(const Tensor& x, const Map& map, const Tensor& scale, const Opti
                 const Optional& residual, int64_t act, const Tensor& result) {
   const int64_t nc = map.samples * map.channels;
   const Tensor a = small(scale, x, nc, "scale");
-  const Tensor b = shift ? small(*shift, x, nc, "shift") : zeros_like(a);
+  const Tensor b = shift ? small(*shift, x, nc, "shift") : no_shift(a);
   Optional r;
   if (residual) {
     check_same(*residual, x, "residual");
@@ -263,7 +295,7 @@ struct Upstream {
     }
     STD_TORCH_CHECK(saved || act == Act::none || needs_input(act), "ecanet: ReLU and ReLU6 need saved=out");
     if (needs_input(act))
-      shift = b ? small(*b, x, scale.numel(), "shift") : zeros_like(scale);
+      shift = b ? small(*b, x, scale.numel(), "shift") : no_shift(scale);
   }
   template <class T>
   ActGrad<T> args(Act act) const {
@@ -348,20 +380,6 @@ Optional kernel_of(const Optional& kernel, const Tensor& like, int64_t channels,
   STD_TORCH_CHECK(k % 2 == 1 && (!circular || k <= channels), "ecanet: kernel must have an odd size, and at most C",
                   " if circular; got ", k);
   return small(*kernel, like, k, "kernel");
-}
-
-std::tuple<Tensor, Tensor> batch_statistics(const Tensor& mean_nc, const Tensor& m2_nc, int64_t positions) {
-  STD_TORCH_CHECK(mean_nc.dim() == 2, "ecanet: mean must have shape (N, C)");
-  const int64_t samples = mean_nc.size(0), channels = mean_nc.size(1);
-  const Tensor m = small(mean_nc, mean_nc, samples * channels, "mean"), m2 = small(m2_nc, m, m.numel(), "m2");
-  const Tensor mean = new_small(m, channels), var = new_small(m, channels);
-  dispatch(m, [&](auto t) {
-    using A = Acc<decltype(t)>;
-    std::vector<double> room(2 * channels);
-    kernels<A>().statistics({samples, channels, positions, in<A>(m), in<A>(m2), room.data(), room.data() + channels,
-                             out<A>(mean), out<A>(var)});
-  });
-  return {mean, var};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> eca_coefficients(const Tensor& means, const Optional& mean,
@@ -493,7 +511,7 @@ STABLE_TORCH_LIBRARY_IMPL(ecanet, CPU, m) {
   m.impl("apply_", TORCH_BOX(&apply_));
   m.impl("apply_backward", TORCH_BOX(&apply_backward));
   m.impl("input_backward", TORCH_BOX(&input_backward));
-  m.impl("batch_statistics", TORCH_BOX(&batch_statistics));
+  m.impl("batch_moments", TORCH_BOX(&batch_moments));
   m.impl("eca_coefficients", TORCH_BOX(&eca_coefficients));
   m.impl("eca_coefficients_backward", TORCH_BOX(&eca_coefficients_backward));
   m.impl("eca_tail", TORCH_BOX(&eca_tail));

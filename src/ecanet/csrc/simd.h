@@ -38,7 +38,9 @@ ECANET_INLINE To bits_as(From from) {
 
 template <class A>
 ECANET_INLINE Vec<A> splat(A value) {
-  return Vec<A>{} + value;
+  Vec<A> v;
+  for (int64_t i = 0; i < Simd<A>::width; ++i) v[i] = value;  // Vec{} + value would lose the sign of -0
+  return v;
 }
 
 // The sum of the lanes, by halves.

@@ -97,7 +97,8 @@ def formula(x: Tensor, norm: Norm, gate: GateMaths, residual: Tensor | None) -> 
     """``gate(norm(x)) + residual`` with the statistics of the batch, in plain PyTorch that a compiler can fuse."""
     means, m2 = reference.moments(x)
     positions = x.shape[2:].numel()
-    mean, var = reference.batch_statistics(means, m2, positions)
+    mean = means.mean(0)
+    var = (m2 / positions + (means - mean).square()).mean(0)
     update_running_statistics(norm.module, mean.detach(), var.detach(), x.shape[0] * positions)
     s, a, b = reference.normalise(means, mean, var, norm.weight, norm.bias, norm.eps)
     g = gate.function(s)
@@ -149,10 +150,8 @@ def _coefficients(x: Tensor, norm: Norm | None, gate: GateMaths | None) -> _Coef
     if norm is not None:
         mean, var, weight, bias, eps = norm.mean, norm.var, norm.weight, norm.bias, norm.eps
     if norm is not None and mean is None:
-        means, m2 = _kernels.moments(x)
-        positions = x.numel() // means.numel()
-        mean, var = _kernels.batch_statistics(means, m2, positions)
-        count = means.shape[0] * positions
+        means, mean, var = _kernels.batch_moments(x)
+        count = x.numel() // mean.numel()
         if norm.group is not None:
             mean, var, count = _over_processes(mean, var, count, norm.group)
         update_running_statistics(norm.module, mean, var, count)

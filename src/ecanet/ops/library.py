@@ -18,13 +18,13 @@ _BAND = "Tensor? kernel, bool circular"
 _SCHEMAS = {
     "squeeze": "(Tensor x) -> Tensor",
     "moments": "(Tensor x) -> (Tensor, Tensor)",
+    "batch_moments": "(Tensor x) -> (Tensor, Tensor, Tensor)",
     "apply": "(Tensor x, Tensor scale, Tensor? shift, Tensor? residual, int act) -> Tensor",
     "apply_": "(Tensor(a!) x, Tensor scale, Tensor? shift, Tensor? residual, int act) -> ()",
     "apply_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor? shift, Tensor? center, Tensor? saved, int act, "
     "bool needs_d) -> (Tensor, Tensor, Tensor)",
     "input_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor? shift, Tensor? saved, int act, Tensor offset, "
     "Tensor? slope, Tensor? center) -> Tensor",
-    "batch_statistics": "(Tensor mean, Tensor m2, SymInt positions) -> (Tensor, Tensor)",
     "eca_coefficients": f"(Tensor means, {_NORM}, {_BAND}) -> (Tensor, Tensor, Tensor, Tensor)",
     "eca_coefficients_backward": "(Tensor p, Tensor q, Tensor means, Tensor? gate, Tensor? grad_s, "
     f"{_NORM}, {_BAND}, SymInt positions) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -93,12 +93,12 @@ def _fake_coefficients_backward(p: Any, q: Any, means: Tensor, *rest: Any) -> An
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "squeeze": lambda x: _small(x, *x.shape[:2]),
+    "batch_moments": lambda x: (_small(x, *x.shape[:2]), _small(x, x.shape[1]), _small(x, x.shape[1])),
     "moments": lambda x: (_small(x, *x.shape[:2]), _small(x, *x.shape[:2])),
     "apply": lambda x, *_: _like(x),
     "apply_": lambda *_: None,
     "apply_backward": _fake_apply_backward,
     "input_backward": lambda grad, x, *_: _like(x),
-    "batch_statistics": lambda mean, *_: (_small(mean, mean.shape[1]), _small(mean, mean.shape[1])),
     "eca_coefficients": _fake_coefficients,
     "eca_coefficients_backward": _fake_coefficients_backward,
     "eca_tail": lambda x, *_: _like(x),

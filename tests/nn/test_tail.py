@@ -1,8 +1,10 @@
 """The tail of a block at once, against its modules called one after another: values, gradients, statistics, hooks."""
 
 import copy
+import gc
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -56,6 +58,13 @@ class OneAfterAnother(Tail):
             x = x if self.norm is None else self.norm(x)
             x = x if self.gate is None else self.gate(x)
             return act(x if residual is None else x + residual)
+
+
+def build(gate: str | None) -> nn.Module | None:
+    """A gate by its name, or none."""
+    if gate is None or gate == "with dropout":
+        return None if gate is None else GateWithDropout(C)
+    return ecanet.nn.build_gate(gate, C)
 
 
 def plain(tail: Tail) -> OneAfterAnother:
@@ -158,7 +167,7 @@ def without_bias(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
 @pytest.mark.parametrize("name", NORMS)
 def test_three_steps_with_every_norm(name, gate, residual) -> None:
     for layout in LAYOUTS.values():
-        norm, gate_module = randomise_(NORMS[name]()), None if gate is None else ecanet.nn.build_gate(gate, C)
+        norm, gate_module = randomise_(NORMS[name]()), build(gate)
         tail = Tail(norm, gate_module, "relu").double()
         x = feature_map(3, C, 5, 4, layout=layout, dtype=torch.float64)
         assert_as_one_after_another(tail, x, torch.randn_like(x) if residual else None, steps=3)
@@ -180,7 +189,7 @@ def test_three_steps_with_every_norm(name, gate, residual) -> None:
 @pytest.mark.parametrize("gate", [None, "eca", "se"], ids=str)
 def test_every_rank(norm, shape, gate) -> None:
     for layout, training in itertools.product(LAYOUTS.values(), [True, False]):
-        gate_module = None if gate is None else ecanet.nn.build_gate(gate, C)
+        gate_module = build(gate)
         tail = Tail(randomise_(norm(C)), gate_module, "relu").double().train(training)
         x = feature_map(*shape, layout=layout, dtype=torch.float64)
         assert_as_one_after_another(tail, x, torch.randn_like(x))
@@ -213,7 +222,7 @@ def test_evaluation_leaves_the_norm_as_it_is(layout) -> None:
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_without_gradients_the_values_and_the_statistics_are_the_same(gate, training, mode) -> None:
     for layout, name in itertools.product(LAYOUTS.values(), ["BatchNorm2d", "none", "cumulative average"]):
-        gate_module = None if gate is None else ecanet.nn.build_gate(gate, C)
+        gate_module = build(gate)
         tail = Tail(randomise_(NORMS[name]()), gate_module, "relu").double().train(training)
         other = plain(tail)
         with mode():
@@ -331,7 +340,7 @@ def test_weights_that_are_computed_from_others(gate) -> None:
         def forward(self, weight: Tensor) -> Tensor:
             return weight / 2
 
-    gate_module = ecanet.nn.build_gate(gate, C)
+    gate_module = build(gate)
     owner = {"eca": "conv", "se": "fc2", "eca_ns": ""}[gate]
     nn.utils.parametrize.register_parametrization(gate_module.get_submodule(owner), "weight", Halved())
     tail = Tail(nn.BatchNorm2d(C), gate_module, "relu").double()
@@ -373,7 +382,7 @@ def test_what_is_called_inside_a_gate_is_called_once_a_step() -> None:
 @pytest.mark.parametrize("gate", ["eca", "se", "eca_ns"])
 def test_the_gradient_belongs_to_the_weights_of_the_forward_pass(gate) -> None:
     """Here ``functional_call`` lends the module other weights, and takes them back before the backward pass."""
-    tail = Tail(randomise_(nn.BatchNorm2d(C)), ecanet.nn.build_gate(gate, C), "relu").double()
+    tail = Tail(randomise_(nn.BatchNorm2d(C)), build(gate), "relu").double()
     lent = {name: torch.randn_like(p).requires_grad_() for name, p in tail.named_parameters()}
     x = feature_map(3, C, 5, 4, dtype=torch.float64).requires_grad_()
     grads = []
@@ -414,7 +423,7 @@ ACTS = [
 @pytest.mark.parametrize("gate", [None, "eca", "se"], ids=str)
 def test_every_activation(act, gate) -> None:
     for layout, norm in itertools.product(LAYOUTS.values(), [nn.BatchNorm2d(C), None]):
-        gate_module = None if gate is None else ecanet.nn.build_gate(gate, C)
+        gate_module = build(gate)
         tail = Tail(norm, gate_module, copy.deepcopy(act)).double()
         x = 3 * feature_map(3, C, 5, 4, layout=layout, dtype=torch.float64)
         if norm is None and gate is None and getattr(act, "inplace", False):
@@ -453,7 +462,7 @@ def test_every_residual(name, make, layout) -> None:
 def test_only_what_requires_a_gradient_gets_one(gate, act) -> None:
     x, residual = feature_map(3, C, 5, 4, dtype=torch.float64), torch.randn(3, C, 5, 4, dtype=torch.float64)
     for training, x_needs, residual_needs, weights_need in itertools.product([True, False], repeat=4):
-        gate_module = None if gate is None else ecanet.nn.build_gate(gate, C)
+        gate_module = build(gate)
         tail = Tail(nn.BatchNorm2d(C), gate_module, act).double().train(training).requires_grad_(weights_need)
         grads = []
         for module in (tail, plain(tail)):
@@ -523,7 +532,7 @@ def test_an_empty_batch() -> None:
 @pytest.mark.parametrize("gate", [None, "eca", "se"], ids=str)
 def test_smaller_types_are_as_close_to_float64_as_the_modules_are(gate, dtype, weights) -> None:
     for layout, act, training in itertools.product(LAYOUTS.values(), [None, "silu"], [True, False]):
-        norm, gate_module = randomise_(nn.BatchNorm2d(C)), None if gate is None else ecanet.nn.build_gate(gate, C)
+        norm, gate_module = randomise_(nn.BatchNorm2d(C)), build(gate)
         tail = Tail(norm, gate_module, act).train(training)
         tail = tail.to(dtype) if weights == "of the type of x" else tail
         x = feature_map(4, C, 7, 7, layout=layout).to(dtype)
@@ -558,7 +567,7 @@ def test_under_autocast_the_maps_stay_in_bfloat16() -> None:
 
 @pytest.mark.parametrize("gate", ["se", "se_var3", "eca_ns", "eca"])
 def test_autocast_does_not_reach_the_gate(gate) -> None:
-    tail = Tail(nn.BatchNorm2d(C), ecanet.nn.build_gate(gate, C), "relu")
+    tail = Tail(nn.BatchNorm2d(C), build(gate), "relu")
     x = feature_map(3, C, 5, 4).requires_grad_()
     inputs = [x, *tail.parameters()]
     want = tail(x, x)
@@ -572,8 +581,7 @@ def test_autocast_does_not_reach_the_gate(gate) -> None:
 @both_layouts
 @pytest.mark.parametrize("gate", [None, "eca", "se"], ids=str)
 def test_a_mean_much_larger_than_the_deviation_costs_no_more_digits_than_the_modules_lose(gate, layout) -> None:
-    gate_module = None if gate is None else ecanet.nn.build_gate(gate, C)
-    tail = Tail(nn.BatchNorm2d(C), gate_module)
+    tail = Tail(nn.BatchNorm2d(C), build(gate))
     exact, other = plain(tail).double(), plain(tail)
     x = (1000 + torch.randn(4, C, 14, 14)).contiguous(memory_format=layout)
     dout = torch.randn_like(x)
@@ -838,8 +846,7 @@ def test_subclasses_of_tensor_see_torch_functions() -> None:
 
 @pytest.mark.parametrize("gate", [None, "eca", "se"], ids=str)
 def test_second_derivatives_are_refused_except_on_the_reference(gate) -> None:
-    gate_module = None if gate is None else ecanet.nn.build_gate(gate, C)
-    tail = Tail(nn.BatchNorm2d(C), gate_module, "silu").double()
+    tail = Tail(nn.BatchNorm2d(C), build(gate), "silu").double()
     x = feature_map(2, C, 3, 2, dtype=torch.float64).requires_grad_()
     if cpu.why_not() is None:
         out = tail(x, x)
@@ -856,8 +863,7 @@ def test_second_derivatives_are_refused_except_on_the_reference(gate) -> None:
 @pytest.mark.parametrize("gate", [None, "eca", "se", "with dropout"], ids=str)
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 def test_activation_checkpointing(gate, reentrant) -> None:
-    gate_module = {"with dropout": GateWithDropout, "eca": ECA, "se": SE, None: lambda _: None}[gate](C)
-    tail = Tail(nn.BatchNorm2d(C), gate_module, "relu").double()
+    tail = Tail(nn.BatchNorm2d(C), build(gate), "relu").double()
     other = plain(tail)
     x = feature_map(3, C, 5, 4, dtype=torch.float64)
 
@@ -877,8 +883,7 @@ def test_activation_checkpointing(gate, reentrant) -> None:
 
 @pytest.mark.parametrize("gate", [None, "eca", "se", "with dropout"], ids=str)
 def test_a_kept_graph_gives_the_same_gradients_again(gate) -> None:
-    gate_module = {"with dropout": GateWithDropout, "eca": ECA, "se": SE, None: lambda _: None}[gate](C)
-    tail = Tail(nn.BatchNorm2d(C), gate_module, "relu")
+    tail = Tail(nn.BatchNorm2d(C), build(gate), "relu")
     x = feature_map(3, C, 5, 4).requires_grad_()
     out = tail(x, x).square().sum()
     inputs = [x, *tail.parameters()]
@@ -887,6 +892,48 @@ def test_a_kept_graph_gives_the_same_gradients_again(gate) -> None:
     torch.autograd.grad(out, inputs)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(out, inputs)
+
+
+@pytest.mark.parametrize("gate", [None, "eca", "se", "with dropout"], ids=str)
+def test_saved_tensors_may_be_stored_elsewhere(gate) -> None:
+    tail = Tail(nn.BatchNorm2d(C), build(gate))
+    x = feature_map(3, C, 5, 4).requires_grad_()
+    grads = []
+    for pack in (lambda t: t, lambda t: t.clone()):
+        torch.manual_seed(1)
+        with saved_tensors_hooks(pack, lambda t: t):
+            out = tail(x, x)
+        grads.append(torch.autograd.grad(out.square().sum(), [x, *tail.parameters()]))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("gate", [None, "eca", "se"], ids=str)
+def test_nothing_is_kept_alive_by_a_circle(gate) -> None:
+    tail = Tail(nn.BatchNorm2d(C), build(gate), "relu")
+    gc.disable()
+    try:
+        for backward in (False, True):
+            x = feature_map(3, C, 5, 4).requires_grad_()
+            out = tail(x)
+            if backward:
+                out.sum().backward()
+            alive = [weakref.ref(x), weakref.ref(out)]
+            del x, out
+            assert [reference() for reference in alive] == [None, None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("gate", [None, "eca", "se"], ids=str)
+def test_several_gradients_at_once(gate) -> None:
+    tail = Tail(nn.BatchNorm2d(C), build(gate), "relu")
+    x = feature_map(3, C, 5, 4).requires_grad_()
+    out = tail(x, x)
+    dout = torch.randn(4, *out.shape)
+    (got,) = torch.autograd.grad(out, x, dout, retain_graph=True, is_grads_batched=True)
+    want = [torch.autograd.grad(out, x, one, retain_graph=True)[0] for one in dout]
+    torch.testing.assert_close(got, torch.stack(want))
 
 
 def test_deterministic_algorithms_are_good_enough_and_repeat_themselves() -> None:
@@ -919,7 +966,7 @@ def saved_bytes(function: Callable[[], Any]) -> int:
 @pytest.mark.parametrize("act", ["relu", "relu6"])
 @pytest.mark.parametrize("gate", [None, "eca", "se", "eca_ns"], ids=str)
 def test_a_gate_costs_no_memory_in_training(gate, act, layout) -> None:
-    norm, gate_module = nn.BatchNorm2d(C), None if gate is None else ecanet.nn.build_gate(gate, C)
+    norm, gate_module = nn.BatchNorm2d(C), build(gate)
     x = feature_map(2, C, 28, 28, layout=layout).requires_grad_()
     residual = torch.randn_like(x).requires_grad_()
     in_place = {"relu": nn.ReLU(inplace=True), "relu6": nn.ReLU6(inplace=True)}[act]
@@ -972,30 +1019,33 @@ def test_sync_batch_norm_of_two_processes_is_one_process_on_the_joined_batch(cas
 X = torch.randn(2, C, 3, 3)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"norm": "batch"}, TypeError, "norm must be a module or None, got str"),
-        ({"norm": nn.BatchNorm2d}, TypeError, "norm must be a module or None, got type"),
-        ({"gate": torch.sigmoid}, TypeError, "gate must be a module or None, got builtin_function_or_method"),
-        ({"gate": "eca"}, TypeError, "gate must be a module or None, got str"),
-        ({"act": torch.relu}, TypeError, "act must be a name, an activation module or None, got builtin_function"),
-        ({"act": nn.ReLU}, TypeError, "act must be a name, an activation module or None, got type"),
-        ({"act": 1}, TypeError, "act must be a name, an activation module or None, got int"),
-        ({"act": "gelu"}, ValueError, r"act must be one of \['relu', 'relu6', 'silu', 'hardswish'\].*got 'gelu'"),
-        ({"act": "ReLU"}, ValueError, "act must be one of .*got 'ReLU'"),
-        ({"norm": nn.BatchNorm2d(C + 1)}, RuntimeError, f"should contain {C} elements not {C + 1}"),
-        ({"norm": nn.BatchNorm2d(C + 1).eval()}, RuntimeError, f"should contain {C} elements not {C + 1}"),
-        ({"norm": nn.BatchNorm1d(C)}, ValueError, "expected 2D or 3D input"),
-        ({"norm": nn.BatchNorm3d(C)}, ValueError, "expected 5D input"),
-        ({"norm": FrozenBatchNorm2d(C + 1)}, RuntimeError, "must match the size"),
-        ({"gate": ECA(C + 1)}, ValueError, f"x has {C} channels in dimension 1.*built for {C + 1}"),
-        ({"gate": SE(C + 1), "norm": nn.BatchNorm2d(C)}, ValueError, f"x has {C} channels in dimension 1"),
-        ({"residual": torch.randn(2, C, 3, 2)}, RuntimeError, "must match the size"),
-        ({"residual": torch.randn(2, C, 3, 2), "gate": ECA(C)}, RuntimeError, "must match the size"),
-    ],
-    ids=str,
-)
+MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "a name for the norm": ({"norm": "batch"}, TypeError, "norm must be a module or None, got str"),
+    "a class for the norm": ({"norm": nn.BatchNorm2d}, TypeError, "norm must be a module or None, got type"),
+    "a function for the gate": ({"gate": torch.sigmoid}, TypeError, "gate must be a module or None, got builtin_func"),
+    "a name for the gate": ({"gate": "eca"}, TypeError, "gate must be a module or None, got str"),
+    "a function for the activation": ({"act": torch.relu}, TypeError, "act must be a name, an activation module or No"),
+    "a class for the activation": ({"act": nn.ReLU}, TypeError, "act must be a name, .* or None, got type"),
+    "a number for the activation": ({"act": 1}, TypeError, "act must be a name, .* or None, got int"),
+    "an unknown activation": (
+        {"act": "gelu"},
+        ValueError,
+        r"one of \['relu', 'relu6', 'silu', 'hardswish'\].*got 'gelu'",
+    ),
+    "a capital letter": ({"act": "ReLU"}, ValueError, "act must be one of .*got 'ReLU'"),
+    "channels of the norm": ({"norm": nn.BatchNorm2d(C + 1)}, RuntimeError, f"contain {C} elements not {C + 1}"),
+    "in evaluation": ({"norm": nn.BatchNorm2d(C + 1).eval()}, RuntimeError, f"contain {C} elements not {C + 1}"),
+    "rank of the norm, 1": ({"norm": nn.BatchNorm1d(C)}, ValueError, "expected 2D or 3D input"),
+    "rank of the norm, 3": ({"norm": nn.BatchNorm3d(C)}, ValueError, "expected 5D input"),
+    "channels of a frozen norm": ({"norm": FrozenBatchNorm2d(C + 1)}, RuntimeError, "must match the size"),
+    "channels of the gate": ({"gate": ECA(C + 1)}, ValueError, f"x has {C} channels in dimension 1.*built for {C + 1}"),
+    "behind a norm": ({"gate": SE(C + 1), "norm": nn.BatchNorm2d(C)}, ValueError, f"x has {C} channels in dimension 1"),
+    "size of the residual": ({"residual": torch.randn(2, C, 3, 2)}, RuntimeError, "must match the size"),
+    "behind a gate": ({"residual": torch.randn(2, C, 3, 2), "gate": ECA(C)}, RuntimeError, "must match the size"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), MISTAKES.values(), ids=MISTAKES)
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_a_mistake_gets_the_same_error_with_and_without_kernels(arguments, error, message, backend) -> None:
     with ecanet.backend(backend), pytest.raises(error, match=message):
@@ -1045,7 +1095,7 @@ def nan_places() -> Iterator[tuple[int, ...]]:
 @pytest.mark.parametrize("norm", ["BatchNorm2d", "evaluation", "none"])
 def test_nan_and_inf_reach_what_they_reach_in_the_modules(norm, gate, value, layout) -> None:
     for place in nan_places():
-        gate_module = None if gate is None else ecanet.nn.build_gate(gate, C)
+        gate_module = build(gate)
         tail = Tail(NORMS[norm](), gate_module, "relu")
         x = feature_map(3, C, 5, 4, layout=layout)
         x[place] = value

@@ -263,7 +263,7 @@ void fuzz_moments(const Kernels<T>& kernels, Random& random) {
   describe(map, range);
   Buffer<T> x(random, elements(map));
   fill_map(random, x, random.chance(5));
-  Buffer<A> mean(random, map.samples * map.channels), m2(random, map.samples * map.channels);
+  Buffer<double> mean(random, map.samples * map.channels), m2(random, map.samples * map.channels);
   kernels.moments({map, x.get(), mean.get(), m2.get()}, range.begin, range.end);
   const auto want = sums(map, x);
   std::vector<double> want_m2(want.size());
@@ -522,8 +522,8 @@ template <class T>
 void fuzz_statistics(const Kernels<T>& kernels, Random& random) {
   using A = Acc<T>;
   const int64_t samples = random.within(1, 5), channels = random_channels(random), positions = random.within(1, 99);
-  Buffer<A> mean(random, samples * channels), m2(random, samples * channels), batch_mean(random, channels),
-      batch_var(random, channels);
+  Buffer<double> mean(random, samples * channels), m2(random, samples * channels);
+  Buffer<A> batch_mean(random, channels), batch_var(random, channels);
   mean.fill(random, 3);
   for (int64_t i = 0; i < m2.size(); ++i) m2.put(i, double(positions) * random.uniform());
   Buffer<double> total(random, channels), spread(random, channels);

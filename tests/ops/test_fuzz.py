@@ -23,7 +23,8 @@ CALLS = {
     "gcc": ["--param", "asan-instrumentation-with-call-threshold=0"],
     "clang": ["-mllvm", "-asan-instrumentation-with-call-threshold=0"],
 }
-FLAGS = ["-std=c++20", "-Og", "-Wno-psabi", "-fno-omit-frame-pointer", *SANITIZERS]
+FLAGS = ["-std=c++20", "-Og", "-Wno-psabi", "-fno-exceptions", "-fno-asynchronous-unwind-tables"]
+FLAGS += ["-fno-omit-frame-pointer", *SANITIZERS]
 
 TYPES = ["float", "double", "bfloat16", "float16"]
 LOOPS = ["squeeze", "moments", "apply", "reduce", "input_grad"]

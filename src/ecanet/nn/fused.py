@@ -65,11 +65,11 @@ class _Coefficients(NamedTuple):
     mean: Tensor | None  # (C,) of the norm
     var: Tensor | None
     values: int | None  # behind mean and var, where they are the batch's
-    s: Tensor | None  # (N, C), what a gate that is no band saw
     a: Tensor | None  # (N, C) of the norm, for that gate
     gate: Tensor | None  # (N, C)
     scale: Tensor  # (N, C)
     shift: Tensor  # (N, C)
+    graph: tuple[Tensor, Tensor] | None = None  # s and the gate that autograd can go back through
 
 
 def kernels_run(x: Tensor) -> bool:
@@ -162,14 +162,18 @@ def _coefficients(x: Tensor, norm: Norm | None, gate: GateMaths | None) -> _Coef
     kernel, circular = (gate.parameters[0], gate.circular) if gate is not None and gate.band else (None, False)
     s, g, scale, shift = _kernels.eca_coefficients(means, mean, var, weight, bias, eps, kernel, circular)
     if gate is None or gate.band:
-        return _Coefficients(means, mean, var, count, None, None, None if gate is None else g, scale, shift)
-    g = _run_gate(gate.function, s)
-    return _Coefficients(means, mean, var, count, s, scale, g, g * scale, g * shift)
+        return _Coefficients(means, mean, var, count, None, None if gate is None else g, scale, shift)
+    graph = _run_gate(gate.function, s)
+    g = graph[1].detach().to(s.dtype)
+    return _Coefficients(means, mean, var, count, scale, g, g * scale, g * shift, graph)
 
 
-def _run_gate(function: Callable[[Tensor], Tensor], s: Tensor) -> Tensor:
-    with torch.autocast(s.device.type, enabled=False):
-        return function(s).to(s.dtype)
+def _run_gate(function: Callable[[Tensor], Tensor], s: Tensor) -> tuple[Tensor, Tensor]:
+    """Call the gate once, with a graph of (N, C)-sized tensors that no hook on saved tensors takes away."""
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    with torch.enable_grad(), keep, torch.autocast(s.device.type, enabled=False):
+        leaf = s.detach().requires_grad_()
+        return leaf, function(leaf)
 
 
 def update_running_statistics(norm: Any, mean: Tensor, var: Tensor, count: int) -> None:
@@ -177,10 +181,13 @@ def update_running_statistics(norm: Any, mean: Tensor, var: Tensor, count: int) 
     if not (norm.training and norm.track_running_stats):
         return
     with torch.no_grad():
-        norm.num_batches_tracked.add_(1)
         momentum: Any = norm.momentum
-        if momentum is None:  # cumulative average
-            momentum = 1.0 / norm.num_batches_tracked.to(mean.dtype)
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+            if momentum is None:  # cumulative average
+                momentum = 1.0 / norm.num_batches_tracked.to(mean.dtype)
+        if momentum is None:  # torch takes this one, too
+            momentum = 0.0
         keep = 1.0 - momentum
         norm.running_mean.mul_(keep).add_(momentum * mean)
         norm.running_var.mul_(keep).add_(momentum * (count / (count - 1)) * var)
@@ -189,8 +196,9 @@ def update_running_statistics(norm: Any, mean: Tensor, var: Tensor, count: int) 
 def _over_processes(mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, int]:
     """Mean, variance and number of values of all processes, from those of this one: 2 C + 1 numbers travel."""
     mine = torch.cat([mean.double(), var.double(), mean.new_tensor([count], dtype=torch.double)])
-    gathered = mine.new_empty(dist.get_world_size(group), mine.numel())
-    dist.all_gather_into_tensor(gathered, mine, group=group)
+    flat = mine.new_empty(dist.get_world_size(group) * mine.numel())
+    dist.all_gather_into_tensor(flat, mine, group=group)
+    gathered = flat.view(-1, mine.numel())
     (means, variances), counts = gathered[:, :-1].chunk(2, dim=1), gathered[:, -1:]
     total = counts.sum()
     mean_of_all = (means * counts).sum(0) / total
@@ -213,16 +221,14 @@ class _Tail(torch.autograd.Function):
         act: int,
         *parameters: Tensor,
     ) -> Tensor:
-        outside = gate is not None and not gate.band
-        ctx.rng = torch.get_rng_state() if outside else None
         c = _coefficients(x, norm, gate)
         out = _kernels.apply(x, c.scale, c.shift, residual, act)
         name = reference.ACTS[act]
         for_act = out if name in ("relu", "relu6") else residual if name is not None else None
         ctx.save_for_backward(
-            x, for_act, weight, bias, c.means, c.mean, c.var, c.s, c.a, c.gate, c.scale, c.shift, *parameters
+            x, for_act, weight, bias, c.means, c.mean, c.var, c.a, c.gate, c.scale, c.shift, *parameters
         )
-        ctx.norm, ctx.gate, ctx.act, ctx.count = norm, gate, act, c.values
+        ctx.norm, ctx.gate, ctx.act, ctx.count, ctx.graph = norm, gate, act, c.values, c.graph
         return out
 
     @staticmethod
@@ -232,7 +238,7 @@ class _Tail(torch.autograd.Function):
                 "the fused tail of norm, gate, residual and activation cannot be differentiated twice "
                 "(create_graph=True): run the forward pass under ecanet.backend('reference')"
             )
-        x, for_act, weight, bias, means, mean, var, s, a, g, scale, shift, *parameters = ctx.saved_tensors
+        x, for_act, weight, bias, means, mean, var, a, g, scale, shift, *parameters = ctx.saved_tensors
         gate, act = ctx.gate, ctx.act
         needs_x, needs_residual = ctx.needs_input_grad[:2]
         # d is the residual's gradient; where nobody needs it, the second pass computes it again.
@@ -246,7 +252,7 @@ class _Tail(torch.autograd.Function):
             kernel, circular = parameters[0], gate.circular
         elif gate is not None:
             grad_gate = a * q if bias is None else a * q + bias * p
-            grad_s, grad_parameters = _gate_backward(gate.function, ctx.rng, s, parameters, grad_gate)
+            grad_s, grad_parameters = _gate_backward(ctx.graph[0], ctx.graph[1], gate.parameters, grad_gate)
         eps = 0.0 if ctx.norm is None else ctx.norm.eps
         offset, grad_weight, grad_bias, grad_kernel, grad_mean, grad_var = _kernels.eca_coefficients_backward(
             p, q, means, g, grad_s, mean, var, weight, bias, eps, kernel, circular, x.numel() // means.numel()
@@ -270,16 +276,13 @@ class _Tail(torch.autograd.Function):
 
 
 def _gate_backward(
-    function: Callable[[Tensor], Tensor], rng: Tensor, s: Tensor, parameters: list[Tensor], grad_gate: Tensor
+    s: Tensor, gate: Tensor, parameters: tuple[Tensor, ...], grad_gate: Tensor
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Run the gate once more, with a graph: it is (N, C)-sized, and nothing has to be kept from the forward pass."""
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(rng)
-        leaf = s.detach().requires_grad_()
-        g = _run_gate(function, leaf)
-    wanted = [leaf, *(parameter for parameter in parameters if parameter.requires_grad)]
-    if not g.requires_grad:
+    """Gradients of s and of the gate's parameters, through the graph of the forward pass."""
+    if not gate.requires_grad:
         return None, [None] * len(parameters)
-    grad_s, *found = torch.autograd.grad(g, wanted, grad_gate.to(g.dtype), allow_unused=True)
+    wanted = [s, *(parameter for parameter in parameters if parameter.requires_grad)]
+    grad_s, *found = torch.autograd.grad(gate, wanted, grad_gate.to(gate.dtype), retain_graph=True, allow_unused=True)
     remaining = iter(found)
-    return grad_s, [next(remaining) if parameter.requires_grad else None for parameter in parameters]
+    grads = [next(remaining) if parameter.requires_grad else None for parameter in parameters]
+    return None if grad_s is None else grad_s.to(grad_gate.dtype), grads

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.ops import FrozenBatchNorm2d
 
 from ecanet.nn import Gate, fused, norm_gate_add_act
@@ -61,7 +61,7 @@ class InferenceTail(nn.Module):
 def optimize_for_inference(model: nn.Module) -> fx.GraphModule:
     """Copy a network for inference: the same outputs to rounding, in less time.
 
-    Every BatchNorm (and torchvision's FrozenBatchNorm2d) that follows a convolution or a linear layer is folded into
+    Every BatchNorm (and torchvision's FrozenBatchNorm2d) that follows a convolution is folded into
     it; gate, addition and activation at the end of a branch become one :class:`InferenceTail`, which writes over the
     branch's output. The result is in eval mode, its weights need no gradient, and it can be exported, compiled and
     traced. Its state dict has other keys: load weights before.
@@ -87,7 +87,6 @@ def optimize_for_inference(model: nn.Module) -> fx.GraphModule:
     traced = _trace(model)
     _fold_norms(traced)
     _fuse_tails(traced)
-    traced.graph.eliminate_dead_code()
     traced.delete_all_unused_submodules()
     traced.graph.lint()
     traced.recompile()
@@ -132,19 +131,22 @@ def _only_input(node: fx.Node) -> fx.Node | None:
 
 def _fold_norms(traced: fx.GraphModule) -> None:
     calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+    attributes = [str(node.target) for node in traced.graph.nodes if node.op == "get_attr"]
     for node in list(traced.graph.nodes):
         norm, source = _module(traced, node), _only_input(node)
         if not isinstance(norm, (*_BATCH_NORMS, FrozenBatchNorm2d)) or norm.running_mean is None or source is None:
             continue
         layer = _module(traced, source)
-        if layer is None or type(layer) not in (*_CONVOLUTIONS, nn.Linear):
+        if layer is None or type(layer) not in _CONVOLUTIONS:
             continue
         if called_differently(norm) or called_differently(layer):
             continue
-        # A layer that is called twice, or whose output somebody else reads, keeps its weights.
+        # A layer that is called twice, or whose output or weights somebody else reads, keeps its weights.
         if len(source.users) > 1 or calls[source.target] > 1 or calls[node.target] > 1:
             continue
-        fold: Any = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
+        if any(name.startswith((f"{source.target}.", f"{node.target}.")) for name in attributes):
+            continue
+        fold: Any = fuse_conv_bn_eval  # it takes FrozenBatchNorm2d as well
         traced.set_submodule(str(source.target), fold(layer, norm).requires_grad_(False))
         node.replace_all_uses_with(source)
         traced.graph.erase_node(node)
@@ -157,7 +159,11 @@ def _addends(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     if not (function or method) or node.kwargs or len(node.args) != 2:
         return None
     first, second = node.args
-    return (first, second) if isinstance(first, fx.Node) and isinstance(second, fx.Node) else None
+    if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
+        return None
+    if node.target in (operator.iadd, "add_") and (len(first.users) > 1 or not node.users):
+        return None  # somebody else reads what the addition writes into
+    return first, second
 
 
 def _act_of(traced: fx.GraphModule, node: fx.Node) -> int | None:
@@ -193,7 +199,7 @@ def _fuse_tails(traced: fx.GraphModule) -> None:
         if len(node.users) == 1:
             user = next(iter(node.users))
             code = _act_of(traced, user)
-            if code is not None:
+            if code is not None and user is node.next:  # nothing in between that could write into the addends
                 end, act = user, code
         name = f"{end.name}_tail"
         traced.add_submodule(name, InferenceTail(gate, act, in_place=_is_fresh(traced, x)))
@@ -211,8 +217,9 @@ def _is_added(node: fx.Node) -> bool:
 
 
 def _is_fresh(traced: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the node's output is memory that its one reader may overwrite."""
-    return len(node.users) == 1 and isinstance(_module(traced, node), _FRESH)
+    """Whether the node's output is memory that its one reader may overwrite; a hook may have kept it."""
+    module = _module(traced, node)
+    return len(node.users) == 1 and isinstance(module, _FRESH) and not called_differently(module)
 
 
 def _branch_and_residual(traced: fx.GraphModule, first: fx.Node, second: fx.Node) -> tuple[fx.Node, fx.Node]:

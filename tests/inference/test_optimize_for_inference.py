@@ -182,3 +182,41 @@ def scripted() -> nn.Module:
 def test_what_cannot_be_optimised_says_what_to_do(build, error, says):
     with pytest.raises(error, match=says):
         optimize_for_inference(build())
+
+
+class InPlaceOperations(nn.Module):
+    """Operations whose result nobody reads, but which write into what somebody does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(8, 8, 1) for _ in range(3))
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.first(x)
+        a.add_(x)
+        b = self.second(x)
+        nn.functional.relu(b, inplace=True)
+        c = self.norm(self.third(x))
+        c += x
+        tied = nn.functional.conv2d(x, self.third.weight)
+        total = a + b
+        q = nn.functional.relu(b - 1, inplace=True)
+        return torch.relu(c) + torch.relu(total) + q + tied
+
+
+def test_operations_in_place_keep_their_meaning():
+    model = trained_looking(InPlaceOperations())
+    x = torch.randn(2, 8, 5, 5)
+    want = model(x).detach()
+    assert relative_difference(optimize_for_inference(model)(x), want) < TOLERANCE
+
+
+def test_a_hook_on_a_convolution_keeps_what_it_saw():
+    model = trained_looking(small_eca_resnet())
+    seen: list[Tensor] = []
+    model.layer1[0].conv2.register_forward_hook(lambda module, args, output: seen.append(output))
+    x = torch.randn(1, 3, 28, 28)
+    optimize_for_inference(model)(x)
+    model(x)
+    assert relative_difference(seen[0], seen[1].detach()) < TOLERANCE

@@ -1,6 +1,7 @@
 """One training step of a tail with SyncBatchNorm, in one process or shared by two: what test_tail.py compares."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ def training_step(name: str, sync: bool, rank: int | None = None) -> dict[str, t
 
 def _process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if sys.platform == "linux":  # not by the machine's name, which need not lead anywhere
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     try:
         torch.save({name: training_step(name, sync=True, rank=rank) for name in CASES}, f"{folder}/{rank}.pt")

@@ -84,6 +84,7 @@ def kernels_run(x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(x) in (Tensor, nn.Parameter)
+        and x.layout is torch.strided
         and choose(x) == "cpu"
         and 2 <= x.dim() <= 5
         and x.numel() > 0
@@ -189,8 +190,9 @@ def update_running_statistics(norm: Any, mean: Tensor, var: Tensor, count: int) 
         if momentum is None:  # torch takes this one, too
             momentum = 0.0
         keep = 1.0 - momentum
-        norm.running_mean.mul_(keep).add_(momentum * mean)
-        norm.running_var.mul_(keep).add_(momentum * (count / (count - 1)) * var)
+        unbiased = momentum * (count / (count - 1))
+        for running, new in ((norm.running_mean, momentum * mean), (norm.running_var, unbiased * var)):
+            running.copy_(keep * running.to(new.dtype) + new)  # rounded once
 
 
 def _over_processes(mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, int]:

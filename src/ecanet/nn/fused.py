@@ -83,6 +83,7 @@ def kernels_run(x: Tensor) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and type(x) in (Tensor, nn.Parameter)
         and x.layout is torch.strided
         and choose(x) == "cpu"
@@ -90,7 +91,6 @@ def kernels_run(x: Tensor) -> bool:
         and x.numel() > 0
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
-        and not torch.jit.is_tracing()
     )
 
 

@@ -36,7 +36,7 @@ _COMPILE = (
     "-fPIC",
     "-fvisibility=hidden",
     "-Wno-psabi",
-    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    _TARGET,
 )
 _LINK = {"linux": ("-shared", "-Wl,-z,now"), "darwin": ("-shared", "-undefined", "dynamic_lookup")}
 _MARK = b"ecanet built from "

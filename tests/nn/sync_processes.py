@@ -70,4 +70,4 @@ def _process(rank: int, folder: str) -> None:
 def run_in_processes(folder: Path) -> list[dict[str, dict[str, torch.Tensor]]]:
     """Every case in a group of two processes; what each of them saw."""
     torch.multiprocessing.spawn(_process, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]

@@ -327,8 +327,8 @@ def input_backward(
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Means of every map, and mean and biased variance of every channel over the batch.
 
-    They follow from the :func:`moments` of the maps (Chan et al., 1979), merged in float64: means of 10,000 standard
-    deviations cost the variance no digits.
+    The kernels read x once and merge the :func:`moments` of the maps in float64 (Chan et al., 1979), so that means of
+    10,000 standard deviations cost the variance no digits.
 
     Args:
         x: ``(N, C, *spatial)``; mean and var of an empty batch are NaN.

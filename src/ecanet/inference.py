@@ -12,7 +12,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.ops import FrozenBatchNorm2d
 
 from ecanet.nn import Gate, fused, norm_gate_add_act
-from ecanet.nn.tail import act_code, called_differently, maths_of_gate, same_kind
+from ecanet.nn.fused import called_differently
+from ecanet.nn.tail import act_code, maths_of_gate, same_kind
 from ecanet.ops import reference
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -68,7 +69,8 @@ def optimize_for_inference(model: nn.Module) -> fx.GraphModule:
 
     Args:
         model: A network that :func:`torch.fx.symbolic_trace` can trace: those of :mod:`ecanet.models`, torchvision's
-            and timm's classifiers. It stays as it is.
+            and timm's classifiers. It stays as it is. As in any trace of torch.fx, ``y += x`` where y is another
+            name of a tensor that is read later becomes ``y + x``.
 
     Raises:
         TypeError: ``model`` is no module, or is compiled, scripted or wrapped for parallel training.

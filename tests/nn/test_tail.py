@@ -12,6 +12,7 @@ import equations
 import pytest
 import torch
 import torch.multiprocessing
+import torch.nn.utils.prune
 import torchvision
 from sync_processes import CASES as SYNC_CASES
 from sync_processes import run_in_processes, training_step
@@ -345,6 +346,65 @@ def test_weights_that_are_computed_from_others(gate) -> None:
     nn.utils.parametrize.register_parametrization(gate_module.get_submodule(owner), "weight", Halved())
     tail = Tail(nn.BatchNorm2d(C), gate_module, "relu").double()
     assert_as_one_after_another(tail, feature_map(3, C, 5, 4, dtype=torch.float64), steps=2)
+
+
+class GateOfAnotherTensor(Gate):
+    """Reads a tensor that is no parameter of its own."""
+
+    def __init__(self, channels: int, others: Tensor) -> None:
+        super().__init__(channels)
+        self.others = others
+
+    def logits(self, s: Tensor) -> Tensor:
+        return s * self.others.to(s.dtype).exp()
+
+
+def test_a_gate_that_reads_what_is_not_its_own_is_refused_where_a_gradient_would_be_lost() -> None:
+    x, weight = feature_map(3, C, 5, 4), torch.ones(C, requires_grad=True)
+    gate = GateOfAnotherTensor(C, weight)
+    if cpu.why_not() is None:
+        with pytest.raises(RuntimeError, match=r"shape \(32,\).*not among its parameters\(\): register it as one"):
+            norm_gate_add_act(x.requires_grad_(), nn.BatchNorm2d(C), gate)
+    with ecanet.backend("reference"):
+        norm_gate_add_act(x, nn.BatchNorm2d(C), gate).square().sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.abs().max() > 0
+    with torch.no_grad():
+        norm_gate_add_act(x, nn.BatchNorm2d(C), gate)
+    norm_gate_add_act(x, nn.BatchNorm2d(C), GateOfAnotherTensor(C, weight.detach())).sum().backward()
+
+
+def pruned(eca: ECA) -> ECA:
+    torch.nn.utils.prune.random_unstructured(eca.conv, "weight", amount=1)
+    return eca
+
+
+def fixed_length(eca: ECA) -> ECA:
+    torch.nn.utils.parametrizations.weight_norm(eca.conv)
+    return eca
+
+
+def hooked(eca: ECA) -> ECA:
+    eca.conv.register_forward_hook(lambda module, inputs, output: 3 * output)
+    return eca
+
+
+@pytest.mark.parametrize("circular", [False, True], ids=["", "circular"])
+@pytest.mark.parametrize("change", [pruned, fixed_length, hooked])
+def test_what_others_do_to_the_convolution_of_eca_is_obeyed(change, circular) -> None:
+    eca = change(ECA(C, 5, circular=circular))
+    x = feature_map(3, C, 5, 4)
+    means = x.mean((2, 3))
+    want = x * torch.sigmoid(eca.conv(means[:, None])[:, 0])[:, :, None, None]
+    torch.testing.assert_close(eca(x), want)
+    torch.testing.assert_close(norm_gate_add_act(x, None, eca), want)
+    tail = Tail(nn.BatchNorm2d(C), eca, "relu")
+    dout = torch.randn(x.shape)
+    wants = step(plain(tail), x, x, dout) if change is not pruned else None  # a pruned module cannot be copied
+    got = step(tail, x, x, dout)
+    if wants is not None:
+        assert_equal(got, wants, TOLERANCE[torch.float32])
+    assert all(p.grad is not None for p in eca.parameters())
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 17, 67])
@@ -962,6 +1022,14 @@ def saved_bytes(function: Callable[[], Any]) -> int:
     return sum(storages.values())
 
 
+@pytest.mark.parametrize("act", [None, "relu", "relu6", "silu"], ids=str)
+def test_an_addition_alone_keeps_no_more_than_torchs_own(act) -> None:
+    x, residual = (torch.randn(2, C, 28, 28, requires_grad=True) for _ in range(2))
+    functions = {"relu": torch.relu_, "relu6": nn.functional.relu6, "silu": nn.functional.silu}
+    want = saved_bytes(lambda: functions.get(act, lambda y: y)(x + residual))
+    assert saved_bytes(lambda: norm_gate_add_act(x, residual=residual, act=act)) == want
+
+
 @both_layouts
 @pytest.mark.parametrize("act", ["relu", "relu6"])
 @pytest.mark.parametrize("gate", [None, "eca", "se", "eca_ns"], ids=str)
@@ -1040,6 +1108,9 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "channels of a frozen norm": ({"norm": FrozenBatchNorm2d(C + 1)}, RuntimeError, "must match the size"),
     "channels of the gate": ({"gate": ECA(C + 1)}, ValueError, f"x has {C} channels in dimension 1.*built for {C + 1}"),
     "behind a norm": ({"gate": SE(C + 1), "norm": nn.BatchNorm2d(C)}, ValueError, f"x has {C} channels in dimension 1"),
+    "integers": ({"x": X.long()}, TypeError, "x must be floating point, got torch.int64"),
+    "type of the norm": ({"norm": nn.BatchNorm2d(C), "x": X.double()}, RuntimeError, "dtype|[Ee]xpected|type"),
+    "in evaluation, too": ({"norm": nn.BatchNorm2d(C).double().eval()}, RuntimeError, "dtype|[Ee]xpected|type"),
     "size of the residual": ({"residual": torch.randn(2, C, 3, 2)}, RuntimeError, "must match the size"),
     "behind a gate": ({"residual": torch.randn(2, C, 3, 2), "gate": ECA(C)}, RuntimeError, "must match the size"),
 }
@@ -1049,7 +1120,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_a_mistake_gets_the_same_error_with_and_without_kernels(arguments, error, message, backend) -> None:
     with ecanet.backend(backend), pytest.raises(error, match=message):
-        norm_gate_add_act(X, **arguments)
+        norm_gate_add_act(**{"x": X} | arguments)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

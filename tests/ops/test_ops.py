@@ -520,6 +520,46 @@ def test_the_residual_may_be_the_map_that_is_written(name, make) -> None:
     assert torch.equal(x, want)
 
 
+@pytest.mark.parametrize("overlap", [-7, -1, 1, 8, 200])
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_the_residual_may_lie_partly_under_the_map_that_is_written(name, overlap) -> None:
+    args = arguments(name, (2, 19, 3, 5), torch.float32, dense, Options(RELU))
+    size, at = args[0].numel(), 3 if name == "apply_" else 1
+    memory = torch.randn(3 * size)
+    x = memory[size : 2 * size].view(2, 19, 3, 5)
+    residual = memory[size + overlap : 2 * size + overlap].view(2, 19, 3, 5)
+    args[0], args[at] = x.clone(), residual.clone()
+    want = call(name[:-1], args)
+    args[0], args[at] = x, residual
+    call(name, args)
+    assert torch.equal(x, want)
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_in_place_says_that_it_has_no_derivative(name) -> None:
+    args = arguments(name, (2, 3, 4, 4), torch.float32, dense, Options(RELU))
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    for tensor in tensors:
+        before = args[0].detach().clone()
+        tensor.requires_grad_()
+        with pytest.raises(RuntimeError, match=rf"ecanet::{name} works in place and has no derivative"):
+            call(name, args)
+        assert torch.equal(args[0], before)
+        with torch.no_grad():
+            call(name, args)
+        tensor.requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_in_place_tells_autograd_that_x_has_changed(name) -> None:
+    weight = torch.ones(2, 3, 4, 4, requires_grad=True)
+    args = arguments(name, (2, 3, 4, 4), torch.float32, dense, Options(RELU))
+    product = args[0] * weight
+    call(name, args)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_in_place_refuses_a_map_whose_elements_share_memory(name) -> None:
     args = arguments(name, (2, 3, 4, 4), torch.float32, expanded, Options())
@@ -919,6 +959,26 @@ def test_float16_sums_do_not_overflow(make) -> None:
     assert_close(m2, torch.zeros(1, 3), 1e-6)
 
 
+@needs_kernels
+@pytest.mark.parametrize("size", [1e37, 1e19, 3e38], ids=str)
+@pytest.mark.parametrize("make", [dense, channels_last])
+def test_the_statistics_of_a_batch_overflow_where_their_type_does(make, size) -> None:
+    x = torch.randn(make((2, 3, 9, 11), torch.float32).shape).sign() * size
+    x[0, 0, 0, 0] = size / 3
+    x = x.contiguous(memory_format=torch.channels_last if make is channels_last else torch.contiguous_format)
+    _, mean, var = call("batch_moments", [x])
+    assert_close(mean / size, x.double().mean((0, 2, 3)) / size, 1e-6)
+    want_var = x.double().var((0, 2, 3), correction=0).float()
+    assert torch.equal(var.isinf(), want_var.isinf())
+    assert_close(torch.where(var.isinf(), 0, var / size), torch.where(var.isinf(), 0, want_var / size), 1e-6)
+
+
+def test_a_nan_of_any_payload_stays_one() -> None:
+    payloads = torch.tensor([0x7FFFFFFF, 0x7FFF8001, 0x7F800001, -1, -0x7FFFFF], dtype=torch.int32).view(torch.float32)
+    x = torch.ones(1, 5, 9, dtype=torch.bfloat16)
+    assert call("apply", [x, payloads[None], None, None, NONE]).isnan().all()
+
+
 # --- threads ------------------------------------------------------------------------------------------------------
 
 
@@ -958,31 +1018,36 @@ NO_NORM = (None, None, None, None, 0.0)
         ("squeeze", [X.long()], "x must be float32, float64, bfloat16 or float16"),
         ("squeeze", [X[0, 0, 0]], r"x must have shape \(N, C, \*spatial\)"),
         ("moments", [X.to(torch.complex64)], "x must be float32, float64, bfloat16 or float16"),
-        ("apply", [X, ONES[:1], None, None, NONE], "scale must have 6 elements, got 3"),
-        ("apply", [X, ONES, C, None, NONE], "shift must have 6 elements, got 3"),
+        ("apply", [X, ONES[:1], None, None, NONE], r"scale must have shape \(2, 3\)"),
+        ("apply", [X, ONES.T, None, None, NONE], r"scale must have shape \(2, 3\)"),
+        ("apply", [X, ONES, C, None, NONE], r"shift must have shape \(2, 3\)"),
         ("apply", [X, ONES, None, X[:1], NONE], "residual must have the shape, the type and the device of x"),
         ("apply", [X, ONES, None, X[..., 0], NONE], "residual must have the shape"),
         ("apply", [X, ONES, None, X.double(), NONE], "residual must have the shape, the type"),
         ("apply", [X, ONES, None, None, 5], "act must be 0 to 4, got 5"),
         ("apply", [X, ONES, None, None, -1], "act must be 0 to 4, got -1"),
-        ("apply_", [X, ONES[:1], None, None, NONE], "scale must have 6 elements, got 3"),
+        ("apply_", [X, ONES[:1], None, None, NONE], r"scale must have shape \(2, 3\)"),
         ("apply_", [X, ONES, None, X.half(), NONE], "residual must have the shape, the type"),
         ("apply_backward", [X[:1], X, ONES, None, None, None, NONE, True], "grad must have the shape"),
         ("apply_backward", [X, X, ONES, None, None, None, RELU, True], "ReLU and ReLU6 need saved=out"),
         ("apply_backward", [X, X, ONES, None, None, X.half(), RELU, True], "saved must have the shape"),
-        ("apply_backward", [X, X, ONES, None, ONES, None, NONE, True], "center must have 3 elements, got 6"),
+        ("apply_backward", [X, X, ONES, None, ONES, None, NONE, True], r"center must have shape \(3\)"),
         ("input_backward", [X, X, ONES, None, None, RELU6, ONES, None, None], "ReLU and ReLU6 need saved=out"),
-        ("input_backward", [X, X, ONES, None, None, NONE, C, None, None], "offset must have 6 elements, got 3"),
-        ("input_backward", [X, X, ONES, None, None, NONE, ONES, ONES, None], "slope must have 3 elements, got 6"),
+        ("input_backward", [X, X, ONES, None, None, NONE, C, None, None], r"offset must have shape \(2, 3\)"),
+        ("input_backward", [X, X, ONES, None, None, NONE, ONES, ONES, None], r"slope must have shape \(3\)"),
         ("eca_coefficients", [X, *NO_NORM, C, False], r"means must have shape \(N, C\)"),
         ("eca_coefficients", [ONES, C, None, None, None, 0.0, C, False], "mean and var come together"),
-        ("eca_coefficients", [ONES, ONES, C, None, None, 0.0, C, False], "mean must have 3 elements, got 6"),
+        ("eca_coefficients", [ONES, ONES, C, None, None, 0.0, C, False], r"mean must have shape \(3\)"),
         ("eca_coefficients", [ONES, *NO_NORM, C[:2], False], "kernel must have an odd size"),
         ("eca_coefficients", [ONES, *NO_NORM, torch.ones(5), True], "kernel must have .* at most C if circular"),
-        ("eca_coefficients_backward", [ONES, C, ONES, None, None, *NO_NORM, None, False, 16], "q must have 6"),
+        (
+            "eca_coefficients_backward",
+            [ONES, C, ONES, None, None, *NO_NORM, None, False, 16],
+            r"q must have shape \(2, 3\)",
+        ),
         ("eca_coefficients_backward", [ONES, ONES, ONES, None, None, *NO_NORM, C, False, 16], "needs its gate"),
         ("eca_tail", [X, X[0], *NO_NORM, C, False, NONE], "residual must have the shape"),
-        ("eca_tail", [X, None, C, C, ONES, None, 0.0, C, False, NONE], "weight must have 3 elements, got 6"),
+        ("eca_tail", [X, None, C, C, ONES, None, 0.0, C, False, NONE], r"weight must have shape \(3\)"),
         ("eca_tail_", [X, None, *NO_NORM, C, False, 7], "act must be 0 to 4, got 7"),
     ],
 )

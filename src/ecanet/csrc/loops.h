@@ -138,6 +138,19 @@ struct Moments {
   }
 };
 
+// In double, value by value: for what overflows on the way, and for what is not finite.
+template <class T>
+void slow_moments(const T* x, int64_t stride, int64_t size, double* mean, double* m2) {
+  double total = 0, spread = 0;
+  for (int64_t i = 0; i < size; ++i) total += load_some(x + i * stride, 1)[0];
+  *mean = total / double(size);
+  for (int64_t i = 0; i < size; ++i) {
+    const double away = load_some(x + i * stride, 1)[0] - *mean;
+    spread += away * away;
+  }
+  *m2 = spread;
+}
+
 template <class T>
 void row_moments(const T* x, int64_t size, double* mean, double* m2) {
   using A = Acc<T>;
@@ -146,12 +159,7 @@ void row_moments(const T* x, int64_t size, double* mean, double* m2) {
   for (int64_t block = 0; block < size; block += kBlock) {  // a block is read twice, the second time from the cache
     const int64_t count = size - block < kBlock ? size - block : kBlock;
     const T* b = x + block;
-    A about = row_sum(b, count) / A(count);
-    if (!std::isfinite(about)) {  // as the plain formulas would have it
-      *mean = row_sum(x, size) / A(size);
-      *m2 = std::nan("");
-      return;
-    }
+    const A about = row_sum(b, count) / A(count);
     const Vec<A> center = splat(about);
     Vec<A> d0 = {}, d1 = {}, q0 = {}, q1 = {};
     int64_t i = 0;
@@ -174,6 +182,7 @@ void row_moments(const T* x, int64_t size, double* mean, double* m2) {
       q1 += u * u;
     }
     const A d = sum<A>(d0 + d1), q = sum<A>(q0 + q1);
+    if (!std::isfinite(q)) return slow_moments(x, 1, size, mean, m2);
     // What the rounding of `about` left over.
     const A rest = d / A(count);
     if (count == size) {
@@ -235,14 +244,10 @@ void moments(const MomentsArgs<T>& a, int64_t begin, int64_t end) {
     for (; s + 8 <= positions; s += 8) merge_rows<8>(x + s * channels, channels, count, s, origin, mean, m2);
     for (; s < positions; ++s) merge_rows<1>(x + s * channels, channels, count, s, origin, mean, m2);
     for (int64_t i = 0; i < count; ++i) {
-      double result = double(origin[i]) + mean[i];
-      if (!std::isfinite(result)) {  // as the plain formulas would have it
-        result = 0;
-        for (int64_t p = 0; p < positions; ++p) result += load_some(x + p * channels + i, 1)[0];
-        result /= double(positions);
-      }
-      a.mean[n * channels + c + i] = result;
-      a.m2[n * channels + c + i] = m2[i];
+      const int64_t nc = n * channels + c + i;
+      a.mean[nc] = double(origin[i]) + mean[i];
+      a.m2[nc] = m2[i];
+      if (!std::isfinite(m2[i])) slow_moments(x + i, channels, positions, a.mean + nc, a.m2 + nc);
     }
   });
 }

@@ -131,14 +131,36 @@ void check_same(const Tensor& t, const Tensor& x, const char* name) {
   STD_TORCH_CHECK(same, "ecanet: ", name, " must have the shape, the type and the device of x");
 }
 
-// A small tensor: contiguous, of the type to compute in, with so many elements.
-Tensor small(const Tensor& t, const Tensor& x, int64_t numel, const char* name) {
-  STD_TORCH_CHECK(t.numel() == numel && t.is_cpu(), "ecanet: ", name, " must have ", numel, " elements, got ", t.numel());
-  const Tensor typed = dtype_of(t) == small_type(x) ? t
-                       : small_type(x) == aoti_torch_dtype_float64()
-                           ? torch::stable::to(t, ScalarType::Double)
-                           : torch::stable::to(t, ScalarType::Float);
-  return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
+// A small tensor of so many elements: contiguous, of the type to compute in.
+Tensor typed(const Tensor& t, const Tensor& x) {
+  const Tensor same = dtype_of(t) == small_type(x) ? t
+                      : small_type(x) == aoti_torch_dtype_float64()
+                          ? torch::stable::to(t, ScalarType::Double)
+                          : torch::stable::to(t, ScalarType::Float);
+  return same.is_contiguous() ? same : torch::stable::contiguous(same);
+}
+
+Tensor small(const Tensor& t, const Tensor& x, int64_t rows, int64_t columns, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, "ecanet: ", name,
+                  " must have shape (", rows, ", ", columns, "), on the CPU");
+  return typed(t, x);
+}
+
+Tensor small(const Tensor& t, const Tensor& x, int64_t size, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 1 && t.size(0) == size, "ecanet: ", name, " must have shape (", size,
+                  "), on the CPU");
+  return typed(t, x);
+}
+
+// What is read while x is written over: itself, or a copy where it lies partly under x. Both are dense.
+Tensor apart(const Tensor& t, const Tensor& x) {
+  const auto item = [](const Tensor& s) -> int64_t {
+    return dtype_of(s) == aoti_torch_dtype_float64() ? 8 : dtype_of(s) == aoti_torch_dtype_float32() ? 4 : 2;
+  };
+  const auto *begin = static_cast<const char*>(t.const_data_ptr()), *end = begin + t.numel() * item(t);
+  const auto *x_begin = static_cast<const char*>(x.const_data_ptr()), *x_end = x_begin + x.numel() * item(x);
+  const bool exactly = begin == x_begin && end == x_end;
+  return exactly || end <= x_begin || x_end <= begin ? t : torch::stable::clone(t);
 }
 
 // What adds nothing, not even a sign to -0.
@@ -245,15 +267,19 @@ void parallel_backwards(int64_t lines, int64_t line_size, const F& f) {
 
 void apply_into(const Tensor& x, const Map& map, const Tensor& scale, const Optional& shift,
                 const Optional& residual, int64_t act, const Tensor& result) {
-  const int64_t nc = map.samples * map.channels;
-  const Tensor a = small(scale, x, nc, "scale");
-  const Tensor b = shift ? small(*shift, x, nc, "shift") : no_shift(a);
+  Tensor a = small(scale, x, map.samples, map.channels, "scale");
+  Tensor b = shift ? small(*shift, x, map.samples, map.channels, "shift") : no_shift(a);
   Optional r;
   if (residual) {
     check_same(*residual, x, "residual");
     r = ordered(*residual, map);
   }
   const bool in_place = result.data_ptr() == x.data_ptr();
+  if (in_place) {
+    a = apart(a, x);
+    b = apart(b, x);
+    if (r) r = apart(*r, x);
+  }
   dispatch(x, [&](auto t) {
     using T = decltype(t);
     const ApplyArgs<T> args{map, act_of(act), in<T>(x), in<Acc<T>>(a), in<Acc<T>>(b), in<T>(r), out<T>(result),
@@ -286,7 +312,7 @@ struct Upstream {
   Optional saved;
   Upstream(const Tensor& g, const Tensor& x, const Map& map, const Tensor& a, const Optional& b, const Optional& s,
            Act act)
-      : grad(g), scale(small(a, x, map.samples * map.channels, "scale")), shift(scale) {
+      : grad(g), scale(small(a, x, map.samples, map.channels, "scale")), shift(scale) {
     check_same(g, x, "grad");
     grad = ordered(g, map);
     if (s) {
@@ -295,7 +321,7 @@ struct Upstream {
     }
     STD_TORCH_CHECK(saved || act == Act::none || needs_input(act), "ecanet: ReLU and ReLU6 need saved=out");
     if (needs_input(act))
-      shift = b ? small(*b, x, scale.numel(), "shift") : no_shift(scale);
+      shift = b ? small(*b, x, map.samples, map.channels, "shift") : no_shift(scale);
   }
   template <class T>
   ActGrad<T> args(Act act) const {
@@ -341,7 +367,7 @@ Tensor input_backward(const Tensor& grad, const Tensor& input, const Tensor& sca
   const Act act = act_of(act_code);
   const Tensor x = ordered(input, map), c = center_of(center, x, map), result = empty_as(x);
   const Upstream upstream(grad, x, map, scale, shift, saved, act);
-  const Tensor u = small(offset, x, map.samples * map.channels, "offset");
+  const Tensor u = small(offset, x, map.samples, map.channels, "offset");
   Optional v;
   if (slope) v = small(*slope, x, map.channels, "slope");
   dispatch(x, [&](auto t) {
@@ -379,7 +405,8 @@ Optional kernel_of(const Optional& kernel, const Tensor& like, int64_t channels,
   const int64_t k = kernel->numel();
   STD_TORCH_CHECK(k % 2 == 1 && (!circular || k <= channels), "ecanet: kernel must have an odd size, and at most C",
                   " if circular; got ", k);
-  return small(*kernel, like, k, "kernel");
+  STD_TORCH_CHECK(kernel->is_cpu(), "ecanet: kernel must be on the CPU");
+  return typed(*kernel, like);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> eca_coefficients(const Tensor& means, const Optional& mean,
@@ -388,7 +415,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> eca_coefficients(const Tensor& means,
                                                             bool circular) {
   STD_TORCH_CHECK(means.dim() == 2, "ecanet: means must have shape (N, C)");
   const int64_t samples = means.size(0), channels = means.size(1);
-  const Tensor m = small(means, means, samples * channels, "means");
+  const Tensor m = small(means, means, samples, channels, "means");
   const Norm norm(m, channels, mean, var, weight, bias, eps);
   const Optional w = kernel_of(kernel, m, channels, circular);
   const Tensor s = new_small(m, samples, channels), gate = new_small(m, w ? samples : 0, channels);
@@ -411,13 +438,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> eca_coefficients_back
     const Optional& mean, const Optional& var, const Optional& weight, const Optional& bias, double eps,
     const Optional& kernel, bool circular, int64_t positions) {
   STD_TORCH_CHECK(means.dim() == 2, "ecanet: means must have shape (N, C)");
-  const int64_t samples = means.size(0), channels = means.size(1), nc = samples * channels;
-  const Tensor m = small(means, means, nc, "means"), pp = small(p, m, nc, "p"), qq = small(q, m, nc, "q");
+  const int64_t samples = means.size(0), channels = means.size(1);
+  const Tensor m = small(means, means, samples, channels, "means");
+  const Tensor pp = small(p, m, samples, channels, "p"), qq = small(q, m, samples, channels, "q");
   const Norm norm(m, channels, mean, var, weight, bias, eps);
   const Optional w = kernel_of(kernel, m, channels, circular);
   Optional g, ds;
-  if (gate) g = small(*gate, m, nc, "gate");
-  if (grad_s) ds = small(*grad_s, m, nc, "grad_s");
+  if (gate) g = small(*gate, m, samples, channels, "gate");
+  if (grad_s) ds = small(*grad_s, m, samples, channels, "grad_s");
   STD_TORCH_CHECK(!w || g, "ecanet: a kernel needs its gate");
   const int64_t k = w ? w->numel() : 0;
   const Tensor offset = new_small(m, samples, channels), grad_kernel = new_small(m, k);
@@ -444,13 +472,15 @@ void eca_tail_into(const Tensor& x, const Map& map, const Optional& residual, co
                    const Optional& weight, const Optional& bias, double eps, const Optional& kernel, bool circular,
                    int64_t act, const Tensor& result) {
   const Norm norm(x, map.channels, mean, var, weight, bias, eps);
-  const Optional w = kernel_of(kernel, x, map.channels, circular);
+  Optional w = kernel_of(kernel, x, map.channels, circular);
   Optional r;
   if (residual) {
     check_same(*residual, x, "residual");
     r = ordered(*residual, map);
   }
   const bool in_place = result.data_ptr() == x.data_ptr();
+  if (in_place && r) r = apart(*r, x);
+  if (in_place && w) w = apart(*w, x);
   if (x.numel() == 0) return;
   dispatch(x, [&](auto t) {
     using T = decltype(t);

@@ -13,6 +13,7 @@ template <>
 struct Simd<float> {
   typedef float V __attribute__((vector_size(ECANET_BYTES)));
   typedef int32_t I __attribute__((vector_size(ECANET_BYTES)));
+  typedef uint32_t U __attribute__((vector_size(ECANET_BYTES)));
   typedef uint16_t H __attribute__((vector_size(ECANET_BYTES / 2)));
   static constexpr int64_t width = ECANET_BYTES / 4;
 };
@@ -109,10 +110,10 @@ ECANET_INLINE void store_bits(void* p, Int<float> bits) {
 ECANET_INLINE Vec<float> load(const bfloat16* p) { return bits_as<Vec<float>>(load_bits(p) << 16); }
 
 ECANET_INLINE void store(bfloat16* p, Vec<float> v) {
-  const Int<float> u = bits_as<Int<float>>(v);
-  const Int<float> high = (u >> 16) & 0xffff;
-  const Int<float> rounded = ((u + 0x7fff + (high & 1)) >> 16) & 0xffff;
-  store_bits(p, (u & 0x7fffffff) > 0x7f800000 ? (high | 0x40) : rounded);  // a NaN stays one
+  const auto u = bits_as<Simd<float>::U>(v);
+  const auto high = u >> 16;
+  const auto rounded = (u + 0x7fff + (high & 1)) >> 16;
+  store_bits(p, bits_as<Int<float>>((u & 0x7fffffff) > 0x7f800000 ? (high | 0x40) : rounded));  // a NaN stays one
 }
 
 ECANET_INLINE Vec<float> load(const float16* p) {

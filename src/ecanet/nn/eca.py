@@ -38,8 +38,8 @@ class ECA(_BandGate):
 
     The weight is ``conv.weight`` of shape ``(1, 1, k)``, the key and shape of the official ``eca_layer``, of timm's
     ``EcaModule`` and (with ``circular=True``) ``CecaModule``, and of the ``ECA(c1, c2, k_size)`` that YOLO users
-    paste (:meth:`from_yolo`): state dicts load both ways. ``conv`` holds the weight and is not called, so hooks on it
-    do not fire.
+    paste (:meth:`from_yolo`): state dicts load both ways. ``conv`` holds the weight and is called only where somebody
+    put a hook on it, as :mod:`torch.nn.utils.prune` does.
 
     Args:
         channels: Number of channels C.
@@ -96,11 +96,14 @@ class ECA(_BandGate):
 
     def logits(self, s: Tensor) -> Tensor:
         """The 1-D convolution over the channels, ``(N, C)`` to ``(N, C)``."""
+        if fused.called_differently(self.conv):
+            return self.conv(s.to(self.conv.weight.dtype).unsqueeze(1)).squeeze(1).to(s.dtype)
         return reference.band(s, self.conv.weight, self.circular)
 
     def maths(self) -> fused.GateMaths:
         """The kernels know ECA's gate and its derivative, unless a subclass changes it."""
-        if type(self).gate is not Gate.gate or type(self).logits is not ECA.logits:
+        changed = type(self).gate is not Gate.gate or type(self).logits is not ECA.logits
+        if changed or fused.called_differently(self.conv):
             return super().maths()
         return fused.GateMaths(self.gate, (self.conv.weight,), band=True, circular=self.circular)
 

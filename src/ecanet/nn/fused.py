@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 from ecanet.ops import reference
 from ecanet.ops.backend import choose
@@ -94,6 +95,18 @@ def kernels_run(x: Tensor) -> bool:
     )
 
 
+def called_differently(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says: hooks, its own or global, or another ``forward``."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or _has_any_global_hook()
+    )
+
+
 def formula(x: Tensor, norm: Norm, gate: GateMaths, residual: Tensor | None) -> Tensor:
     """``gate(norm(x)) + residual`` with the statistics of the batch, in plain PyTorch that a compiler can fuse."""
     means, m2 = reference.moments(x)
@@ -121,6 +134,8 @@ def tail(x: Tensor, norm: Norm | None, gate: GateMaths | None, residual: Tensor 
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, residual, weight, bias, *parameters)
     ):
+        if norm is None and gate is None:  # no use for x in the backward, so torch's own operations save less
+            return reference.activate(x if residual is None else x + residual, act)
         return _Tail.apply(x, residual, weight, bias, norm, gate, act, *parameters)
     if (gate is None or gate.band) and (norm is None or norm.mean is not None):
         return _kernels.eca_tail(x, residual, *_at_once(norm, gate), act)
@@ -135,6 +150,8 @@ def tail_(x: Tensor, gate: GateMaths | None, residual: Tensor | None, act: int) 
     else:
         c = _coefficients(x, None, gate)
         _kernels.apply_(x, c.scale, c.shift, residual, act)
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)
     return x
 
 
@@ -175,6 +192,24 @@ def _run_gate(function: Callable[[Tensor], Tensor], s: Tensor) -> tuple[Tensor, 
     with torch.enable_grad(), keep, torch.autocast(s.device.type, enabled=False):
         leaf = s.detach().requires_grad_()
         return leaf, function(leaf)
+
+
+def _check_leaves(leaf: Tensor, gate: Tensor, parameters: tuple[Tensor, ...]) -> None:
+    """Raise where a gate depends on a tensor whose gradient nobody would get."""
+    known = {id(leaf), *map(id, parameters)}
+    to_do, seen = [gate.grad_fn], set()
+    while to_do:
+        node = to_do.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in known:
+            raise RuntimeError(
+                f"the gate depends on a tensor of shape {tuple(variable.shape)} that requires a gradient and is not "
+                "among its parameters(): register it as one, or run under ecanet.backend('reference')"
+            )
+        to_do.extend(function for function, _ in node.next_functions)
 
 
 def update_running_statistics(norm: Any, mean: Tensor, var: Tensor, count: int) -> None:
@@ -224,6 +259,8 @@ class _Tail(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         c = _coefficients(x, norm, gate)
+        if c.graph is not None:
+            _check_leaves(*c.graph, parameters)
         out = _kernels.apply(x, c.scale, c.shift, residual, act)
         name = reference.ACTS[act]
         for_act = out if name in ("relu", "relu6") else residual if name is not None else None

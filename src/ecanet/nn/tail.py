@@ -6,7 +6,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.module import _has_any_global_hook
 from torchvision.ops import FrozenBatchNorm2d
 
 from ecanet.nn import fused
@@ -46,7 +45,7 @@ def norm_gate_add_act(
         act: ``"relu"``, ``"relu6"``, ``"silu"``, ``"hardswish"``, an activation module, or None for none.
 
     Returns:
-        The shape, type and memory format of ``x``.
+        The shape, type and memory format of ``x``; where ``residual`` has another shape or type, those of the sum.
 
     Raises:
         TypeError: ``x`` is not floating point, or ``norm``, ``gate`` or ``act`` is no module.
@@ -63,7 +62,7 @@ def norm_gate_add_act(
         >>> torch.allclose(out, torch.relu(eca(norm(x)) + x), atol=1e-5)
         True
     """
-    _check(norm, gate, act)
+    _check(x, norm, gate, act)
     if not fused.kernels_run(x):
         return _without_kernels(x, norm, gate, residual, act)
     # What the kernels cannot take over is called, and the rest starts from there.
@@ -84,7 +83,9 @@ def norm_gate_add_act(
     return fused.tail(x, norm_maths, gate_maths, residual, code)
 
 
-def _check(norm: object, gate: object, act: object) -> None:
+def _check(x: object, norm: object, gate: object, act: object) -> None:
+    if isinstance(x, Tensor) and not x.is_floating_point():  # torch.fx comes with something else
+        raise TypeError(f"x must be floating point, got {x.dtype}: convert it first, e.g. x.float()")
     for name, module in (("norm", norm), ("gate", gate)):
         if module is not None and not isinstance(module, nn.Module):
             raise TypeError(f"{name} must be a module or None, got {type(module).__name__}")
@@ -96,23 +97,11 @@ def _check(norm: object, gate: object, act: object) -> None:
         raise TypeError(f"act must be a name, an activation module or None, got {type(act).__name__}")
 
 
-def called_differently(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class says: hooks, its own or global, or another ``forward``."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or _has_any_global_hook()
-    )
-
-
 def act_code(act: str | nn.Module | None) -> int | None:
     """Index in ``reference.ACTS``, or None for a module to be called."""
     if not isinstance(act, nn.Module):
         return reference.ACTS.index(act)
-    return _ACT_MODULES.index(type(act)) if type(act) in _ACT_MODULES and not called_differently(act) else None
+    return _ACT_MODULES.index(type(act)) if type(act) in _ACT_MODULES and not fused.called_differently(act) else None
 
 
 def _activate(y: Tensor, act: str | nn.Module | None) -> Tensor:
@@ -130,14 +119,14 @@ def same_kind(residual: Tensor, x: Tensor) -> bool:
 
 def maths_of_gate(gate: nn.Module | None, x: Tensor) -> fused.GateMaths | None:
     """What the kernels need of the gate, or None for one to be called."""
-    if not isinstance(gate, Gate) or type(gate).forward is not Gate.forward or called_differently(gate):
+    if not isinstance(gate, Gate) or type(gate).forward is not Gate.forward or fused.called_differently(gate):
         return None
     return gate.maths() if gate.channels == x.shape[1] else None
 
 
 def maths_of_norm(norm: nn.Module | None, x: Tensor) -> fused.Norm | None:
     """What the kernels need of the norm, or None for one to be called."""
-    if norm is None or called_differently(norm):
+    if norm is None or fused.called_differently(norm):
         return None
     if type(norm) is FrozenBatchNorm2d:
         given = _given_statistics(norm)
@@ -145,7 +134,7 @@ def maths_of_norm(norm: nn.Module | None, x: Tensor) -> fused.Norm | None:
     if not isinstance(norm, _BatchNorm) or type(norm) not in _BATCH_NORMS:
         return None
     norm._check_input_dim(x)
-    if norm.num_features != x.shape[1]:
+    if norm.num_features != x.shape[1] or not _types_go_together(norm, x):
         return None
     if not norm.training and norm.running_mean is not None:
         return _given_statistics(norm)
@@ -153,6 +142,12 @@ def maths_of_norm(norm: nn.Module | None, x: Tensor) -> fused.Norm | None:
     if group is None and x.numel() == x.shape[1]:  # torch says what is wrong with one value a channel
         return None
     return fused.Norm(norm, None, None, norm.weight, norm.bias, norm.eps, group)
+
+
+def _types_go_together(norm: Any, x: Tensor) -> bool:
+    """Whether torch, too, takes a norm of that type for x; the norm itself says what is wrong."""
+    types = (x.dtype, reference.accumulation_dtype(x.dtype))
+    return all(t is None or t.dtype in types for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
 
 
 def _given_statistics(norm: Any) -> fused.Norm:
@@ -173,7 +168,9 @@ def _without_kernels(
     if gate is not None and torch.compiler.is_compiling() and not isinstance(norm, nn.SyncBatchNorm):
         norm_maths, gate_maths = maths_of_norm(norm, x), maths_of_gate(gate, x)
         if norm_maths is not None and norm_maths.mean is None and gate_maths is not None:
-            return _activate(fused.formula(x, norm_maths, gate_maths, residual), act)
+            if residual is None or same_kind(residual, x):
+                return _activate(fused.formula(x, norm_maths, gate_maths, residual), act)
+            return _activate(fused.formula(x, norm_maths, gate_maths, None) + residual, act)
     if norm is not None:
         x = norm(x)
     if gate is not None:

@@ -157,12 +157,32 @@ def _backward_of(function: Callable[..., Any]) -> Callable[..., Any]:
     return backward
 
 
+def _without_derivative(name: str) -> Callable[..., None]:
+    """An in-place operation below autograd; where a gradient would be lost, an error says so."""
+    operation = getattr(torch.ops.ecanet, name).default
+
+    def run(x: Tensor, *args: Any) -> None:
+        tensors = [x, *(arg for arg in args if isinstance(arg, Tensor))]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            raise RuntimeError(
+                f"ecanet::{name} works in place and has no derivative: call it under torch.no_grad(), "
+                f"or ecanet::{name[:-1]}"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            operation(x, *args)
+        torch.autograd.graph.increment_version(x)
+
+    return run
+
+
 _library = torch.library.Library("ecanet", "DEF")
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, _dense_outputs(_REFERENCES[_name], _FAKES[_name]), "CompositeExplicitAutograd")
     torch.library.register_fake(f"ecanet::{_name}", _FAKES[_name], lib=_library)
-    if not _name.endswith("_"):
+    if _name.endswith("_"):
+        _library.impl(_name, _without_derivative(_name), "Autograd")
+    else:
         torch.library.register_autograd(
             f"ecanet::{_name}", _backward_of(_REFERENCES[_name]), setup_context=_setup_context, lib=_library
         )

@@ -42,27 +42,30 @@ struct Line {
 // Sums of long runs are kept in blocks, so that the rounding error does not grow with the size of the map.
 constexpr int64_t kBlock = 4096;
 
+// What a run of at least one vector adds up to, lane by lane.
+template <class T>
+ECANET_INLINE Vec<Acc<T>> lane_sums(const T* x, int64_t size) {
+  using A = Acc<T>;
+  constexpr int64_t W = width<T>;
+  Vec<A> s0 = {}, s1 = {}, s2 = {}, s3 = {};
+  int64_t i = 0;
+  for (; i + 4 * W <= size; i += 4 * W) {
+    s0 += load(x + i);
+    s1 += load(x + i + W);
+    s2 += load(x + i + 2 * W);
+    s3 += load(x + i + 3 * W);
+  }
+  for (; i + W <= size; i += W) s0 += load(x + i);
+  if (i < size) s1 += keep_last<A>(load(x + size - W), size - i);
+  return (s0 + s1) + (s2 + s3);
+}
+
 template <class T>
 ECANET_INLINE Acc<T> row_sum(const T* x, int64_t size) {
   using A = Acc<T>;
-  constexpr int64_t W = width<T>;
-  if (size < W) return sum<A>(load_some(x, size));
   A total = 0;
-  for (int64_t block = 0; block < size; block += kBlock) {
-    const int64_t end = block + kBlock < size ? block + kBlock : size;
-    Vec<A> s0 = {}, s1 = {}, s2 = {}, s3 = {};
-    int64_t i = block;
-    for (; i + 4 * W <= end; i += 4 * W) {
-      s0 += load(x + i);
-      s1 += load(x + i + W);
-      s2 += load(x + i + 2 * W);
-      s3 += load(x + i + 3 * W);
-    }
-    for (; i + W <= end; i += W) s0 += load(x + i);
-    if (i < end) s1 += keep_last<A>(load(x + end - W), end - i);
-    total += sum<A>((s0 + s1) + (s2 + s3));
-  }
-  return total;
+  for (; size >= 2 * kBlock; size -= kBlock, x += kBlock) total += sum<A>(lane_sums(x, kBlock));
+  return total + sum<A>(size < width<T> ? load_some(x, size) : lane_sums(x, size));
 }
 
 // Channels last: `columns` walks the channels of [begin, end) in blocks that stay in the first-level cache.
@@ -106,7 +109,15 @@ void squeeze(const SqueezeArgs<T>& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
   const int64_t positions = a.map.positions, channels = a.map.channels;
   if (!a.map.channels_last) {
-    for (int64_t row = begin; row < end; ++row) a.mean[row] = row_sum(a.x + row * positions, positions) / A(positions);
+    constexpr int64_t W = width<T>;
+    int64_t row = begin;
+    for (; positions >= W && positions < kBlock && row + W <= end; row += W) {  // as many rows as a vector has lanes
+      Vec<A> s[W];
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < W; ++r) s[r] = lane_sums(a.x + (row + r) * positions, positions);
+      store(a.mean + row, sums<A>(s) / A(positions));
+    }
+    for (; row < end; ++row) a.mean[row] = row_sum(a.x + row * positions, positions) / A(positions);
     return;
   }
   columns(a.map, begin, end, [&](int64_t n, int64_t c, int64_t count) {
@@ -623,15 +634,20 @@ void coefficients(const CoefficientArgs<A>& a, int64_t begin, int64_t end) {
     for (; i + W <= channels; i += W) {
       Vec<A> logit = {};
       for (int64_t j = 0; j < a.k; ++j) logit += a.band[j] * load(padded + i + j);
-      store(gate + i, sigmoid<A>(logit));
+      const Vec<A> g = sigmoid<A>(logit);
+      store(gate + i, g);
+      store(scale + i, g * load(a.a + i));
+      store(shift + i, g * load(a.b + i));
     }
     if (i < channels) {
+      const int64_t some = channels - i;
       Vec<A> logit = {};
-      for (int64_t j = 0; j < a.k; ++j) logit += a.band[j] * load_some(padded + i + j, channels - i);
-      store_some(gate + i, sigmoid<A>(logit), channels - i);
+      for (int64_t j = 0; j < a.k; ++j) logit += a.band[j] * load_some(padded + i + j, some);
+      const Vec<A> g = sigmoid<A>(logit);
+      store_some(gate + i, g, some);
+      store_some(scale + i, g * load_some(a.a + i, some), some);
+      store_some(shift + i, g * load_some(a.b + i, some), some);
     }
-    for (int64_t c = 0; c < channels; ++c) scale[c] = gate[c] * a.a[c];
-    for (int64_t c = 0; c < channels; ++c) shift[c] = gate[c] * a.b[c];
   }
 }
 

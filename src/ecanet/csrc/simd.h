@@ -65,6 +65,25 @@ ECANET_INLINE A sum(Vec<A> v) {
   return Lanes<A>::sum(v);
 }
 
+// a0 b0 a1 b1 ... of the lower halves of a and b plus the same of the upper halves.
+template <class A, size_t... i>
+ECANET_INLINE Vec<A> add_halves(Vec<A> a, Vec<A> b, std::index_sequence<i...>) {
+  constexpr size_t W = sizeof...(i);
+  return __builtin_shufflevector(a, b, (i % 2 * W + i / 2)...) +
+         __builtin_shufflevector(a, b, (i % 2 * W + i / 2 + W / 2)...);
+}
+
+// Lane i is sum(v[i]), added up in the same order; v is overwritten.
+template <class A>
+ECANET_INLINE Vec<A> sums(Vec<A>* v) {
+  constexpr int64_t W = Simd<A>::width;
+#pragma GCC unroll 8
+  for (int64_t half = W / 2; half >= 1; half /= 2)
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < half; ++i) v[i] = add_halves<A>(v[i], v[i + half], std::make_index_sequence<W>());
+  return v[0];
+}
+
 // The last `count` lanes of v; 0 in the others.
 template <class A>
 ECANET_INLINE Vec<A> keep_last(Vec<A> v, int64_t count) {

@@ -12,6 +12,10 @@ from ecanet.nn.kernel_size import adaptive_kernel_size, check_channels, check_ke
 from ecanet.ops import reference
 
 
+def _is_hooked(conv: nn.Module) -> bool:
+    return bool(conv._forward_pre_hooks or conv._forward_hooks)
+
+
 class _BandGate(LinearGate):
     def __init__(self, channels: int, kernel_size: int | Literal["adaptive"], circular: bool) -> None:
         super().__init__(channels)
@@ -38,8 +42,8 @@ class ECA(_BandGate):
 
     The weight is ``conv.weight`` of shape ``(1, 1, k)``, the key and shape of the official ``eca_layer``, of timm's
     ``EcaModule`` and (with ``circular=True``) ``CecaModule``, and of the ``ECA(c1, c2, k_size)`` that YOLO users
-    paste (:meth:`from_yolo`): state dicts load both ways. ``conv`` holds the weight and is called only where somebody
-    put a hook on it, as :mod:`torch.nn.utils.prune` does.
+    paste (:meth:`from_yolo`): state dicts load both ways. ``conv`` holds the weight and is called only where a forward
+    hook is on it, as :mod:`torch.nn.utils.prune` puts one there.
 
     Args:
         channels: Number of channels C.
@@ -96,16 +100,17 @@ class ECA(_BandGate):
 
     def logits(self, s: Tensor) -> Tensor:
         """The 1-D convolution over the channels, ``(N, C)`` to ``(N, C)``."""
-        if fused.called_differently(self.conv):
+        if _is_hooked(self.conv):
             return self.conv(s.to(self.conv.weight.dtype).unsqueeze(1)).squeeze(1).to(s.dtype)
         return reference.band(s, self.conv.weight, self.circular)
 
     def maths(self) -> fused.GateMaths:
         """The kernels know ECA's gate and its derivative, unless a subclass changes it."""
+        conv = self.conv  # found once: a module's attributes take as long as a small map
         changed = type(self).gate is not Gate.gate or type(self).logits is not ECA.logits
-        if changed or fused.called_differently(self.conv):
+        if changed or _is_hooked(conv):
             return super().maths()
-        return fused.GateMaths(self.gate, (self.conv.weight,), band=True, circular=self.circular)
+        return fused.GateMaths(self.gate, (conv.weight,), True, self.circular)
 
 
 class ECANS(_BandGate):

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
 from ecanet.ops import reference
@@ -27,10 +28,11 @@ class _Kernels:
     """
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        operation = getattr(torch.ops.ecanet, name).default
+        operation = getattr(torch.ops.ecanet, name).default._op  # what calling the overload comes down to
+        below_autograd = torch._C._AutoDispatchBelowAutograd
 
         def run(*args: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
+            with below_autograd():
                 return operation(*args)
 
         setattr(self, name, run)
@@ -38,6 +40,9 @@ class _Kernels:
 
 
 _kernels = _Kernels()
+# By their own names: what is looked up on the way to a small map takes as long as the map.
+_is_tracing, _are_transforms_active = torch._C._is_tracing, torch._C._are_functorch_transforms_active
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 class Norm(NamedTuple):
@@ -83,14 +88,14 @@ def kernels_run(x: Tensor) -> bool:
         RuntimeError: the backend asked for by :func:`ecanet.backend` cannot run.
     """
     return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and type(x) in (Tensor, nn.Parameter)
+        not is_compiling()
+        and not _is_tracing()
+        and type(x) in _PLAIN_TENSORS
         and x.layout is torch.strided
         and choose(x) == "cpu"
         and 2 <= x.dim() <= 5
         and x.numel() > 0
-        and not torch._C._are_functorch_transforms_active()
+        and not _are_transforms_active()
         and forward_ad._current_level < 0
     )
 

@@ -73,16 +73,15 @@ def choose(x: torch.Tensor) -> str:
     Raises:
         RuntimeError: the implementation that :func:`backend` or ``ECANET_BACKEND`` asks for cannot run on ``x``.
     """
+    if _choice in ("auto", "cpu") and x.is_cpu and x.dtype in CPU_DTYPES and cpu.why_not() is None:
+        return "cpu"  # first, and without a look at anything else: small maps take no longer than such questions
     if _choice == "reference":
         return "reference"
     if _choice == "triton":
         raise RuntimeError(_refusal("triton", triton_reason()))
     device_type = x.device.type
-    reason = cpu_reason(device_type, x.dtype)
-    if reason is None:
-        return "cpu"
     if _choice == "cpu":
-        raise RuntimeError(_refusal("cpu", reason))
+        raise RuntimeError(_refusal("cpu", str(cpu_reason(device_type, x.dtype))))
     if not _told and device_type == "cpu" and not torch.compiler.is_compiling():
         _tell()
     return "reference"

@@ -238,20 +238,46 @@ template <class T>
 void fuzz_squeeze(const Kernels<T>& kernels, Random& random) {
   using A = Acc<T>;
   const Map map = random_map(random);
-  const Range range = random_range(random, map.bundles());
+  const Range range = random_range(random, map.blocks());
   describe(map, range);
   Buffer<T> x(random, elements(map));
   fill_map(random, x, random.chance(5));
-  Buffer<A> mean(random, map.samples * map.channels);
-  kernels.squeeze({map, x.get(), mean.get()}, range.begin, range.end);
-  const auto want = sums(map, x);
-  for (int64_t nc = 0; nc < mean.size(); ++nc) {
-    const Sums& w = want[size_t(nc)];
-    const double S = double(map.positions);
-    if (within(range, bundle_of(map, nc)))
-      check("mean", nc, mean[nc], w.total / S, of_sum<A>(map.positions) * w.size / S);
+  const double S = double(map.positions);
+  if (!map.channels_last) {
+    Buffer<A> mean(random, map.samples * map.channels);
+    kernels.squeeze({map, x.get(), mean.get()}, range.begin, range.end);
+    const auto want = sums(map, x);
+    for (int64_t nc = 0; nc < mean.size(); ++nc) {
+      const Sums& w = want[size_t(nc)];
+      if (within(range, nc))
+        check("mean", nc, mean[nc], w.total / S, of_sum<A>(map.positions) * w.size / S);
+      else
+        check_untouched("mean", mean, nc);
+    }
+    return;
+  }
+  Buffer<A> blocks(random, map.blocks() * map.channels);
+  kernels.squeeze({map, x.get(), blocks.get()}, range.begin, range.end);
+  std::vector<Sums> want(size_t(blocks.size()));
+  for (int64_t i = 0; i < x.size(); ++i) {
+    const int64_t position = i / map.channels, sample = position / map.positions;
+    const int64_t block = sample * map.blocks_per_sample() + position % map.positions / Map::kPositions;
+    want[size_t(block * map.channels + i % map.channels)].add(x[i]);
+  }
+  for (int64_t i = 0; i < blocks.size(); ++i) {
+    const Sums& w = want[size_t(i)];
+    if (within(range, i / map.channels))
+      check("sum", i, blocks[i], w.total, of_sum<A>(Map::kPositions) * w.size);
     else
-      check_untouched("mean", mean, nc);
+      check_untouched("sum", blocks, i);
+  }
+  kernels.squeeze({map, x.get(), blocks.get()}, 0, map.blocks());
+  Buffer<A> mean(random, map.samples * map.channels);
+  kernels.average(map, blocks.get(), mean.get());
+  const auto of_maps = sums(map, x);
+  for (int64_t nc = 0; nc < mean.size(); ++nc) {
+    const Sums& w = of_maps[size_t(nc)];
+    check("mean", nc, mean[nc], w.total / S, of_sum<A>(map.positions) * w.size / S);
   }
 }
 

@@ -53,13 +53,19 @@ struct Map {
   static constexpr int64_t kBundle = 16;
   int64_t bundles_per_sample() const { return channels_last ? (channels + kBundle - 1) / kBundle : channels; }
   int64_t bundles() const { return samples * bundles_per_sample(); }
+
+  // The squeeze alone runs over blocks of so many positions if channels last: what one thread reads then lies together,
+  // as what it writes afterwards does.
+  static constexpr int64_t kPositions = 64;
+  int64_t blocks_per_sample() const { return channels_last ? (positions + kPositions - 1) / kPositions : channels; }
+  int64_t blocks() const { return samples * blocks_per_sample(); }
 };
 
 template <class T>
 struct SqueezeArgs {
   Map map;
   const T* x;
-  Acc<T>* mean;  // (N, C)
+  Acc<T>* sums;  // contiguous: means (N, C); channels last: sums (N, blocks of positions, C)
 };
 
 template <class T>
@@ -168,10 +174,12 @@ struct CoefficientGradArgs {
   double *sum_a, *sum_b;         // (C), zeros: room to add up in
 };
 
-// One instruction set's loops; ranges are lines (apply, input_grad), bundles (the reductions) or samples.
+// One instruction set's loops; ranges are lines (apply, input_grad), blocks (squeeze), bundles (the other reductions) or
+// samples.
 template <class T>
 struct Kernels {
   void (*squeeze)(const SqueezeArgs<T>&, int64_t begin, int64_t end);
+  void (*average)(const Map&, Acc<T>* sums, Acc<T>* mean);  // channels last, after squeeze; adds up in `sums`
   void (*moments)(const MomentsArgs<T>&, int64_t begin, int64_t end);
   void (*apply)(const ApplyArgs<T>&, int64_t begin, int64_t end);
   void (*reduce)(const ReduceArgs<T>&, int64_t begin, int64_t end);

@@ -115,24 +115,45 @@ void squeeze(const SqueezeArgs<T>& a, int64_t begin, int64_t end) {
       Vec<A> s[W];
 #pragma GCC unroll 16
       for (int64_t r = 0; r < W; ++r) s[r] = lane_sums(a.x + (row + r) * positions, positions);
-      store(a.mean + row, sums<A>(s) / A(positions));
+      store(a.sums + row, sums<A>(s) / A(positions));
     }
-    for (; row < end; ++row) a.mean[row] = row_sum(a.x + row * positions, positions) / A(positions);
+    for (; row < end; ++row) a.sums[row] = row_sum(a.x + row * positions, positions) / A(positions);
     return;
   }
-  columns(a.map, begin, end, [&](int64_t n, int64_t c, int64_t count) {
-    A total[kColumns] = {};
-    const T* x = a.x + n * positions * channels + c;
-    for (int64_t block = 0; block < positions; block += kBlock) {
-      const int64_t stop = block + kBlock < positions ? block + kBlock : positions;
-      A part[kColumns] = {};
-      int64_t s = block;
-      for (; s + 8 <= stop; s += 8) add_rows<8>(x + s * channels, channels, count, part);
-      for (; s < stop; ++s) add_rows<1>(x + s * channels, channels, count, part);
-      for (int64_t i = 0; i < count; ++i) total[i] += part[i];
+  const int64_t blocks = a.map.blocks_per_sample();
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t first = unit % blocks * Map::kPositions;
+    const int64_t rows = positions - first < Map::kPositions ? positions - first : Map::kPositions;
+    const T* x = a.x + (unit / blocks * positions + first) * channels;
+    for (int64_t c = 0; c < channels; c += kColumns) {
+      const int64_t count = channels - c < kColumns ? channels - c : kColumns;
+      A total[kColumns] = {};
+      int64_t s = 0;
+      for (; s + 8 <= rows; s += 8) add_rows<8>(x + s * channels + c, channels, count, total);
+      for (; s < rows; ++s) add_rows<1>(x + s * channels + c, channels, count, total);
+      memcpy(a.sums + unit * channels + c, total, count * sizeof(A));
     }
-    for (int64_t i = 0; i < count; ++i) a.mean[n * channels + c + i] = total[i] / A(positions);
-  });
+  }
+}
+
+template <class T>
+void average(const Map& map, Acc<T>* sums, Acc<T>* mean) {
+  using A = Acc<T>;
+  constexpr int64_t together = kBlock / Map::kPositions;
+  const int64_t channels = map.channels, blocks = map.blocks_per_sample();
+  const A per_position = A(map.positions);
+  auto add = [&](const A* from, A* to) {
+    for (int64_t c = 0; c < channels; ++c) to[c] += from[c];
+  };
+  for (int64_t n = 0; n < map.samples; ++n) {
+    A *const m = mean + n * channels, *const s = sums + n * blocks * channels;
+    for (int64_t first = 0; first < blocks; first += together) {
+      const int64_t last = first + together < blocks ? first + together : blocks;
+      for (int64_t b = first + 1; b < last; ++b) add(s + b * channels, s + first * channels);
+      if (first > 0) add(s + first * channels, s);
+    }
+    for (int64_t c = 0; c < channels; ++c) m[c] = s[c] / per_position;
+  }
 }
 
 // ---- moments -------------------------------------------------------------------------------------------------------
@@ -703,7 +724,7 @@ void coefficients_backward(const CoefficientGradArgs<A>& g) {
 template <class T>
 const Kernels<T>& kernels() {
   using A = Acc<T>;
-  static const Kernels<T> table = {squeeze<T>,    moments<T>, apply<T>,        reduce<T>,               input_grad<T>,
+  static const Kernels<T> table = {squeeze<T>,    average<T>, moments<T>, apply<T>,        reduce<T>,               input_grad<T>,
                                    statistics<A>, prepare<A>, coefficients<A>, coefficients_backward<A>};
   return table;
 }

@@ -194,13 +194,22 @@ int64_t bundle_elements(const Map& map) { return map.positions * (map.channels_l
 
 // ---- squeeze and moments -------------------------------------------------------------------------------------------
 
+template <class T>
+void squeeze_into(const Map& map, const T* x, Acc<T>* mean) {
+  const Kernels<T>& loops = kernels<T>();
+  const std::unique_ptr<Acc<T>[]> sums(map.channels_last ? new Acc<T>[map.blocks() * map.channels] : nullptr);
+  const SqueezeArgs<T> args{map, x, sums ? sums.get() : mean};
+  const int64_t elements = map.channels_last ? Map::kPositions * map.channels : map.positions;
+  parallel(0, map.blocks(), elements, [&](int64_t b, int64_t e) { loops.squeeze(args, b, e); });
+  if (sums) loops.average(map, sums.get(), mean);
+}
+
 Tensor squeeze(const Tensor& input) {
   const Map map = map_of(input);
   const Tensor x = ordered(input, map), mean = new_small(x, map.samples, map.channels);
   dispatch(x, [&](auto t) {
     using T = decltype(t);
-    const SqueezeArgs<T> args{map, in<T>(x), out<Acc<T>>(mean)};
-    parallel(0, map.bundles(), bundle_elements(map), [&](int64_t b, int64_t e) { kernels<T>().squeeze(args, b, e); });
+    squeeze_into<T>(map, in<T>(x), out<Acc<T>>(mean));
   });
   return mean;
 }
@@ -490,28 +499,30 @@ void eca_tail_into(const Tensor& x, const Map& map, const Optional& residual, co
     const int64_t channels = map.channels, sample = channels * map.positions, k = w ? w->numel() : 1;
     const int64_t group_bytes = sample * int64_t(sizeof(T));
     const int64_t group = w ? std::clamp<int64_t>(kCacheBytes / group_bytes, 1, map.samples) : map.samples;
-    // For each channel a and b; for each map scale and shift, and with a gate the mean (which becomes s), the gate, and s
-    // between margins of zeros.
-    const int64_t nc = group * channels, padded = w ? group * (channels + k - 1) : 0;
-    const std::unique_ptr<A[]> room(new A[2 * channels + (w ? 4 : 2) * nc + padded]);
-    A *const a = room.get(), *const scale = a + 2 * channels, *const s = scale + 2 * nc, *const margins = s + 2 * nc;
-    if (w) std::fill(margins, margins + padded, A(0));
-    const CoefficientArgs<A> coefficients{channels, norm.args<A>(), w ? s : nullptr, in<A>(w), k,          circular, a,
-                                          a + channels, w ? s : nullptr, s + nc,     scale,    scale + nc, margins};
-    loops.prepare(coefficients);
-    for (int64_t n = 0; n < map.samples; n += group) {
-      Map part = map;
-      part.samples = std::min(group, map.samples - n);
-      const int64_t at = n * sample;
-      if (w) {
-        const SqueezeArgs<T> args{part, in<T>(x) + at, s};
-        parallel(0, part.bundles(), bundle_elements(part), [&](int64_t b, int64_t e) { loops.squeeze(args, b, e); });
+    auto run = [&](int64_t first, int64_t last) {
+      // For each channel a and b; for each map scale and shift, and with a gate the mean (which becomes s), the gate, and
+      // s between margins of zeros.
+      const int64_t nc = group * channels, padded = w ? group * (channels + k - 1) : 0;
+      const std::unique_ptr<A[]> room(new A[2 * channels + (w ? 4 : 2) * nc + padded]);
+      A *const a = room.get(), *const scale = a + 2 * channels, *const s = scale + 2 * nc, *const margins = s + 2 * nc;
+      if (w) std::fill(margins, margins + padded, A(0));
+      const CoefficientArgs<A> coefficients{channels, norm.args<A>(), w ? s : nullptr, in<A>(w), k, circular, a,
+                                            a + channels, w ? s : nullptr, s + nc, scale, scale + nc, margins};
+      loops.prepare(coefficients);
+      for (int64_t n = first; n < last; n += group) {
+        Map part = map;
+        part.samples = std::min(group, last - n);
+        const int64_t at = n * sample;
+        if (w) squeeze_into<T>(part, in<T>(x) + at, s);
+        loops.coefficients(coefficients, 0, part.samples);
+        const ApplyArgs<T> args{part,  act_of(act), in<T>(x) + at, scale, scale + nc, r ? in<T>(r) + at : nullptr,
+                                out<T>(result) + at, !in_place && streams<T>(map)};
+        parallel(0, part.lines(), part.line_size(), [&](int64_t b, int64_t e) { loops.apply(args, b, e); });
       }
-      loops.coefficients(coefficients, 0, part.samples);
-      const ApplyArgs<T> args{part,  act_of(act), in<T>(x) + at, scale, scale + nc, r ? in<T>(r) + at : nullptr,
-                              out<T>(result) + at, !in_place && streams<T>(map)};
-      parallel(0, part.lines(), part.line_size(), [&](int64_t b, int64_t e) { loops.apply(args, b, e); });
-    }
+    };
+    // Threads share whole samples where there are enough: what one has squeezed is in its own cache.
+    if (w && map.samples >= int64_t(torch::stable::get_num_threads())) return parallel(0, map.samples, sample, run);
+    run(0, map.samples);
   });
 }
 

@@ -14,14 +14,46 @@ from torch import Tensor, nn
 import ecanet
 from benchmarks.measure import Competitor
 from ecanet.nn import ECA, fused, norm_gate_add_act
-from ecanet.ops import reference
+from ecanet.ops import gpu, reference
 
 #: ResNet-50's four stages, (C, H, W), and the numbers of samples.
 STAGES = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))
 BATCHES = (1, 8)
+#: On a GPU also the largest maps of MobileNetV2 and of a ResNet's stem, and whole batches.
+GPU_STAGES, GPU_BATCHES = ((64, 112, 112), *STAGES), (32, 256)
 QUICK_STAGES, QUICK_BATCHES = ((16, 6, 6), (32, 3, 3)), (2,)
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 _RELU = reference.ACTS.index("relu")
+
+
+@dataclass(frozen=True)
+class On:
+    """What is measured on.
+
+    Attributes:
+        device: ``cpu`` or ``cuda``.
+        dtype: Of the maps; weights are float32, and autocast is on if that is another type.
+        kernels: The backend that "ecanet" takes.
+    """
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    kernels: str = "auto"
+
+    @property
+    def tolerance(self) -> float:
+        """How far outputs may be apart, relative to their norms: half types are rounded."""
+        return 1e-4 if self.dtype is torch.float32 else 2e-2
+
+    def context(self, *, backend: str | None = None, grad: bool = False) -> AbstractContextManager[object]:
+        """What one turn of a competitor runs in."""
+        stack = ExitStack()
+        stack.enter_context(ecanet.backend(backend or self.kernels))
+        if not grad:
+            stack.enter_context(torch.no_grad())
+        if self.dtype is not torch.float32:
+            stack.enter_context(torch.autocast(self.device, self.dtype))
+        return stack
 
 
 @dataclass(frozen=True)
@@ -34,6 +66,7 @@ class Work:
         tolerance: As :func:`benchmarks.measure.check_agreement` takes it.
         maps: So many feature maps must be read or written at least: the roofline.
         map_bytes: Bytes of one map.
+        images: A call works on so many, where that is what counts.
     """
 
     competitors: dict[str, Competitor]
@@ -41,6 +74,7 @@ class Work:
     tolerance: float
     maps: int | None = None
     map_bytes: int | None = None
+    images: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,16 +108,18 @@ class Case:
         return "/".join((self.group, self.name, "x".join(map(str, self.shape)), self.memory_format))
 
 
-def map_cases(quick: bool, compiled: bool) -> Iterator[Case]:
+def map_cases(quick: bool, compiled: bool, on: On = On()) -> Iterator[Case]:
     """Every case on feature maps, largest shapes first.
 
     Args:
         quick: Tiny shapes.
         compiled: Whether torch.compile competes.
+        on: Device and type.
     """
-    shapes = [
-        (n, *s) for s in (QUICK_STAGES if quick else STAGES) for n in reversed(QUICK_BATCHES if quick else BATCHES)
-    ]
+    stages, batches = (STAGES, BATCHES) if on.device == "cpu" else (GPU_STAGES, GPU_BATCHES)
+    if quick:
+        stages, batches = QUICK_STAGES, QUICK_BATCHES
+    shapes = [(n, *s) for s in stages for n in reversed(batches)]
     builders: list[tuple[str, str, Callable[..., Work]]] = [("op", name, partial(_op, name)) for name in _OPS]
     builders += [
         ("module", "forward", partial(_module, compiled)),
@@ -93,15 +129,7 @@ def map_cases(quick: bool, compiled: bool) -> Iterator[Case]:
     for group, name, build in builders:
         for shape in shapes:
             for memory_format in MEMORY_FORMATS:
-                yield Case(group, name, shape, memory_format, partial(build, shape, memory_format))
-
-
-def plain_no_grad() -> AbstractContextManager[object]:
-    """Plain PyTorch instead of the kernels, without gradients."""
-    stack = ExitStack()
-    stack.enter_context(ecanet.backend("reference"))
-    stack.enter_context(torch.no_grad())
-    return stack
+                yield Case(group, name, shape, memory_format, partial(build, on, shape, memory_format))
 
 
 def gate_add_relu_(x: Tensor, gate: ECA, residual: Tensor) -> Tensor:
@@ -129,15 +157,15 @@ class _FusedTail(_Tail):
         return norm_gate_add_act(x, self.norm, self.gate, residual, "relu")
 
 
-def _randn(shape: tuple[int, ...], memory_format: str) -> Tensor:
-    return torch.randn(shape).contiguous(memory_format=MEMORY_FORMATS[memory_format])
+def _randn(on: On, shape: tuple[int, ...], memory_format: str) -> Tensor:
+    return torch.randn(shape, device=on.device, dtype=on.dtype).contiguous(memory_format=MEMORY_FORMATS[memory_format])
 
 
-def _gates(channels: int) -> tuple[ECA, EcaModule]:
+def _gates(on: On, channels: int) -> tuple[ECA, EcaModule]:
     """The library's and timm's, with the same weights."""
     eca, timm = ECA(channels), EcaModule(channels)
     timm.load_state_dict(eca.state_dict())
-    return eca, timm
+    return eca.to(on.device), timm.to(on.device)
 
 
 def _compile(module: nn.Module) -> Callable[..., Any]:
@@ -153,12 +181,13 @@ def _copy(x: Tensor) -> Competitor:
 _OPS = {"squeeze": 1, "moments": 1, "apply_": 3, "apply_backward": 4, "input_backward": 3}
 
 
-def _op(name: str, shape: tuple[int, ...], memory_format: str) -> Work:
+def _op(name: str, on: On, shape: tuple[int, ...], memory_format: str) -> Work:
     torch.manual_seed(0)
     n, c = shape[:2]
-    randn = partial(_randn, shape, memory_format)
+    randn = partial(_randn, on, shape, memory_format)
     x, residual, grad, out = randn(), randn(), randn(), torch.relu(randn())
-    scale, offset, slope, center = torch.rand(n, c), torch.randn(n, c), torch.randn(c), torch.randn(c)
+    scale, offset = torch.rand(n, c, device=on.device), torch.randn(n, c, device=on.device)
+    slope, center = torch.randn(c, device=on.device), torch.randn(c, device=on.device)
     arguments: tuple[Any, ...] = {
         "squeeze": (x,),
         "moments": (x,),
@@ -167,7 +196,7 @@ def _op(name: str, shape: tuple[int, ...], memory_format: str) -> Work:
         # As after apply_backward: grad is d, and the activation is done with.
         "input_backward": (grad, x, scale, None, None, 0, offset, slope, center),
     }[name]
-    op = getattr(torch.ops.ecanet, name).default
+    op = getattr(gpu if on.kernels == "triton" else torch.ops.ecanet, name)
     if name == "apply_":
         mine, other = x.clone(), x.clone()
         runs: tuple[Callable[[], Any], ...] = (
@@ -179,58 +208,59 @@ def _op(name: str, shape: tuple[int, ...], memory_format: str) -> Work:
     else:
         runs = partial(op, *arguments), partial(getattr(reference, name), *arguments)
     competitors = {"ecanet": Competitor(runs[0], torch.no_grad), "plain": Competitor(runs[1], torch.no_grad)}
-    return Work(competitors | {"copy": _copy(x)}, (("plain", "ecanet"),), 1e-4, _OPS[name], x.nbytes)
+    return Work(competitors | {"copy": _copy(x)}, (("plain", "ecanet"),), on.tolerance, _OPS[name], x.nbytes)
 
 
-def _module(compiled: bool, shape: tuple[int, ...], memory_format: str) -> Work:
+def _module(compiled: bool, on: On, shape: tuple[int, ...], memory_format: str) -> Work:
     torch.manual_seed(0)
-    x = _randn(shape, memory_format)
-    eca, timm = _gates(shape[1])
+    x = _randn(on, shape, memory_format)
+    eca, timm = _gates(on, shape[1])
+    plain = partial(on.context, backend="reference")
     competitors = {
-        "timm": Competitor(partial(timm, x), torch.no_grad),
-        "ecanet": Competitor(partial(eca, x), torch.no_grad),
-        "plain": Competitor(partial(eca, x), plain_no_grad),
+        "timm": Competitor(partial(timm, x), on.context),
+        "ecanet": Competitor(partial(eca, x), on.context),
+        "plain": Competitor(partial(eca, x), plain),
     }
     if compiled:
         torch.compiler.reset()
-        competitors["timm compiled"] = Competitor(partial(_compile(timm), x), torch.no_grad)
-        competitors["plain compiled"] = Competitor(partial(_compile(eca), x), plain_no_grad)
+        competitors["timm compiled"] = Competitor(partial(_compile(timm), x), on.context)
+        competitors["plain compiled"] = Competitor(partial(_compile(eca), x), plain)
     agree = tuple(competitors)
     competitors |= {"clone": Competitor(x.clone, torch.no_grad), "copy": _copy(x)}
-    return Work(competitors, (agree,), 1e-4, 2, x.nbytes)
+    return Work(competitors, (agree,), on.tolerance, 2, x.nbytes)
 
 
-def _inference(compiled: bool, shape: tuple[int, ...], memory_format: str) -> Work:
+def _inference(compiled: bool, on: On, shape: tuple[int, ...], memory_format: str) -> Work:
     torch.manual_seed(0)
-    x, residual = _randn(shape, memory_format), _randn(shape, memory_format)
-    eca, timm = _gates(shape[1])
+    x, residual = _randn(on, shape, memory_format), _randn(on, shape, memory_format)
+    eca, timm = _gates(on, shape[1])
     # Each in-place one has a map of its own; their values stay bounded, or grow linearly without a gate.
     mine, vanilla = x.clone(), x.clone()
     eager = _Tail(None, timm)
     competitors = {
-        "timm": Competitor(partial(eager, x, residual), torch.no_grad),
-        "ecanet": Competitor(partial(gate_add_relu_, mine, eca, residual), torch.no_grad),
+        "timm": Competitor(partial(eager, x, residual), on.context),
+        "ecanet": Competitor(partial(gate_add_relu_, mine, eca, residual), on.context),
     }
     if compiled:
         torch.compiler.reset()
-        competitors["timm compiled"] = Competitor(partial(_compile(eager), x, residual), torch.no_grad)
+        competitors["timm compiled"] = Competitor(partial(_compile(eager), x, residual), on.context)
     agree = tuple(competitors)
     competitors["no gate"] = Competitor(lambda: torch.relu_(vanilla.add_(residual)), torch.no_grad)
     competitors["copy"] = _copy(x)
-    return Work(competitors, (agree,), 1e-4, 3, x.nbytes)
+    return Work(competitors, (agree,), on.tolerance, 3, x.nbytes)
 
 
-def _training(compiled: bool, shape: tuple[int, ...], memory_format: str) -> Work:
+def _training(compiled: bool, on: On, shape: tuple[int, ...], memory_format: str) -> Work:
     torch.manual_seed(0)
-    x, residual = (_randn(shape, memory_format).requires_grad_() for _ in range(2))
-    grad = _randn(shape, memory_format)
-    eca, timm = _gates(shape[1])
+    x, residual = (_randn(on, shape, memory_format).requires_grad_() for _ in range(2))
+    grad = _randn(on, shape, memory_format)
+    eca, timm = _gates(on, shape[1])
 
     norm = nn.BatchNorm2d(shape[1])
     with torch.no_grad():  # a new norm makes every mean of a single sample 0, and nothing depends on ECA's weight
         norm.weight.uniform_(0.5, 1.5)
         norm.bias.normal_()
-    norms = (copy.deepcopy(norm) for _ in range(3))
+    norms = (copy.deepcopy(norm).to(on.device) for _ in range(3))
     modules = {
         "timm": _Tail(next(norms), timm),
         "ecanet": _FusedTail(next(norms), eca),
@@ -247,7 +277,7 @@ def _training(compiled: bool, shape: tuple[int, ...], memory_format: str) -> Wor
         inputs = [x, residual, *modules[name.removesuffix(" compiled")].parameters()]
         return (out, *torch.autograd.grad(out, inputs, grad))
 
-    competitors = {name: Competitor(partial(step, name)) for name in forwards}
+    competitors = {name: Competitor(partial(step, name), partial(on.context, grad=True)) for name in forwards}
     agree = (
         tuple(name for name in forwards if not name.startswith("no gate")),
         tuple(name for name in forwards if name.startswith("no gate")),
@@ -255,4 +285,5 @@ def _training(compiled: bool, shape: tuple[int, ...], memory_format: str) -> Wor
     competitors["copy"] = _copy(x.detach())
     # Forward: moments read x; apply reads x and residual, writes out. Backward: the first pass reads the gradient, out
     # and x and writes d; the second reads d and x and writes the gradient of x.
-    return Work(competitors, agree, 2e-2, 4 + 4 + 3, x.nbytes)  # one ReLU that rounds otherwise is 6e-3 of a gradient
+    # One ReLU that rounds otherwise is 6e-3 of a gradient.
+    return Work(competitors, agree, max(2e-2, 5 * on.tolerance), 4 + 4 + 3, x.nbytes)

@@ -1,26 +1,23 @@
 """Measure on the CPU: ``python -m benchmarks.cpu --help``."""
 
 import argparse
-import gc
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks import results
-from benchmarks.cases import Case, SavedBytes, map_cases
+from benchmarks import results, run
+from benchmarks.cases import Case, map_cases
 from benchmarks.machine import describe
-from benchmarks.measure import check_agreement, fault_of_environment, take_turns
+from benchmarks.measure import fault_of_environment
 from benchmarks.networks import network_cases
-from benchmarks.report import report, summary
+from benchmarks.report import report
 from ecanet.ops import cpu
 
 GROUPS = ("op", "module", "inference", "training", "network")
-_QUICK_ROUNDS, _QUICK_TURN_SECONDS, _TURN_SECONDS = 3, 1e-4, 0.01
+_QUICK_ROUNDS = 3
 #: A training step of ResNet-50 takes seconds.
 _NETWORK_ROUNDS = 10
 _BUSY = 0.3
@@ -55,68 +52,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.exit(2, f"python -m benchmarks.cpu: {error}\n")
     document = {**header, "cases": done}
     if header["load_average_at_start"][0] > _BUSY:
-        _say(f"load average {header['load_average_at_start'][0]}: something else runs here, and disturbs")
-    measure_all(_cases(args), document, path)
+        run.say(f"load average {header['load_average_at_start'][0]}: something else runs here, and disturbs")
+    run.measure_all(_cases(args), document, path, _command)
     print(report(document))
     if args.plot:
         from benchmarks.picture import draw
 
         draw(document).savefig(args.plot)
-
-
-def measure_all(cases: Sequence[Case], document: results.Document, path: Path) -> None:
-    """Measure what the document does not have yet, and write it after each case."""
-    if document["settings"]["compiled"]:
-        import torch._inductor.config
-
-        torch._inductor.config.compile_threads = 1  # no processes beside the one that measures
-    todo = [case for case in cases if case.key not in document["cases"]]
-    gc.freeze()  # take_turns collects garbage; not among what was imported, again and again
-    try:
-        for i, case in enumerate(todo, start=1):
-            prefix = f"[{i:>{len(str(len(todo)))}}/{len(todo)}] {case.key}"
-            _say(prefix, end="")
-            start = time.monotonic()
-            document["cases"][case.key] = _measure(case, document["settings"], prefix)
-            document["command"] = _command(document)
-            results.write(path, document)
-            _say(f"{_restart(prefix)}: {time.monotonic() - start:.1f} s")
-    finally:
-        gc.unfreeze()
-    document["command"] = _command(document)
-    cases_measured = document.pop("cases")
-    document |= {"summary": summary(cases_measured), "cases": cases_measured}
-    results.write(path, document)
-
-
-def _measure(case: Case, settings: dict[str, Any], prefix: str) -> dict[str, Any]:
-    load = round(os.getloadavg()[0], 2)
-    work = case.build()
-    if isinstance(work, SavedBytes):
-        return {"saved_bytes": {name: count() for name, count in work.count.items()}}
-    for names in work.agree:
-        check_agreement(work.competitors, names, work.tolerance)
-    checked = {name for names in work.agree for name in names}
-    for name, competitor in work.competitors.items():
-        if name not in checked:
-            with competitor.context():
-                competitor.run()
-    rounds = settings["network_rounds" if case.group == "network" else "rounds"]
-    turn_seconds = _QUICK_TURN_SECONDS if settings["quick"] else _TURN_SECONDS
-
-    def on_round(done: int) -> None:
-        if sys.stderr.isatty():
-            _say(f"{_restart(prefix)}: round {done} of {rounds}", end="")
-
-    timings = take_turns(work.competitors, rounds, turn_seconds, on_round)
-    result: dict[str, Any] = {"load_average": load}
-    if work.maps is not None:
-        result |= {"maps": work.maps, "map_bytes": work.map_bytes}
-    return result | {
-        "calls_a_turn": {name: timing.calls for name, timing in timings.items()},
-        "page_faults_a_call": {name: float(f"{timing.page_faults:.4g}") for name, timing in timings.items()},
-        "seconds": {name: [float(f"{s:.4g}") for s in timing.seconds] for name, timing in timings.items()},
-    }
 
 
 def _cases(args: argparse.Namespace) -> list[Case]:
@@ -174,15 +116,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="keep the cases that the file has, measure the others")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the picture, too")
     return parser
-
-
-def _restart(line: str) -> str:
-    """What replaces the line on a terminal; elsewhere the line stands already."""
-    return f"\r\x1b[K{line}" if sys.stderr.isatty() else ""
-
-
-def _say(text: str, end: str = "\n") -> None:
-    print(text, end=end, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

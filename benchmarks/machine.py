@@ -1,9 +1,11 @@
 """Where and on what a result was measured."""
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
+import statistics
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +28,7 @@ def describe(threads: int, environment: Mapping[str, str] = os.environ) -> dict[
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm")},
+            "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "not installed",
             "ecanet": ecanet.__version__,
             "compiler": _output(environment.get("CXX") or "g++", "--version").partition("\n")[0],
         },
@@ -36,6 +39,29 @@ def describe(threads: int, environment: Mapping[str, str] = os.environ) -> dict[
         "preloaded": [Path(path).name for path in re.split("[: ]+", environment.get("LD_PRELOAD", "")) if path],
         "huge_pages": _read(Path("/sys/kernel/mm/transparent_hugepage/enabled")),
         "load_average_at_start": [round(load, 2) for load in os.getloadavg()],
+    }
+
+
+def describe_gpu(copy_bytes: int) -> dict[str, Any]:
+    """The GPU, and the bandwidth that a copy of so many bytes reaches: read and written, in GB/s."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    source = torch.zeros(copy_bytes, dtype=torch.uint8, device="cuda")
+    destination = torch.zeros_like(source)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    seconds = []
+    for _ in range(20):
+        start.record()
+        destination.copy_(source)
+        end.record()
+        end.synchronize()
+        seconds.append(start.elapsed_time(end) / 1e3)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "processors": properties.multi_processor_count,
+        "memory_gb": round(properties.total_memory / 1e9, 1),
+        "cuda": torch.version.cuda or torch.version.hip,
+        "copy_gb_per_second": float(f"{2 * copy_bytes / statistics.median(seconds) / 1e9:.4g}"),
     }
 
 

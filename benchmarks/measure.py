@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 
+import torch
 from torch import Tensor
 
 #: An untimed call before a turn costs nothing that matters when the call is shorter than this.
@@ -144,12 +145,20 @@ def _turn(competitor: Competitor, calls: int, settle: bool) -> tuple[float, int]
     with competitor.context():
         if settle:
             run()
+        synchronize()
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         start = time.perf_counter()
         for _ in range(calls):
             run()
+        synchronize()
         seconds = time.perf_counter() - start
         return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+
+
+def synchronize() -> None:
+    """Wait for what a GPU was given to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def check_agreement(competitors: Mapping[str, Competitor], names: Sequence[str], tolerance: float) -> None:
@@ -169,7 +178,7 @@ def check_agreement(competitors: Mapping[str, Competitor], names: Sequence[str],
         with competitors[name].context():
             outputs = competitors[name].run()
         assert outputs is not None
-        found = tuple(t.detach().clone() for t in ((outputs,) if isinstance(outputs, Tensor) else outputs))
+        found = tuple(t.detach().float().clone() for t in ((outputs,) if isinstance(outputs, Tensor) else outputs))
         if first is None:
             first = found
         for i, (a, b) in enumerate(zip(found, first, strict=True)):

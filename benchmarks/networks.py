@@ -9,21 +9,25 @@ import torch.nn.functional as F
 from timm.layers import EcaModule
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torchvision.models.resnet import Bottleneck, ResNet, resnet50
+from torchvision.models.mobilenetv2 import InvertedResidual, mobilenet_v2
+from torchvision.models.resnet import Bottleneck, ResNet, resnet50, resnet101
+from torchvision.ops import SqueezeExcitation
 
 import ecanet
-from benchmarks.cases import MEMORY_FORMATS, Case, SavedBytes, Work
+from benchmarks.cases import MEMORY_FORMATS, Case, On, SavedBytes, Work
 from benchmarks.measure import Competitor
 
-_SHAPE, _QUICK_SHAPE = (8, 3, 224, 224), (2, 3, 64, 64)
+_SHAPE, _QUICK_SHAPE, _GPU_QUICK_SHAPE = (8, 3, 224, 224), (2, 3, 64, 64), (2, 3, 8, 8)
 
 
-class TimmBottleneck(Bottleneck):
-    """torchvision's Bottleneck with timm's EcaModule after the last norm: ECA as it is usually added."""
+class UsualBottleneck(Bottleneck):
+    """torchvision's Bottleneck with a gate after the last norm, as it is usually added."""
+
+    make_gate: Callable[[int], nn.Module]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.eca = EcaModule(self.conv3.out_channels)
+        self.eca = type(self).make_gate(self.conv3.out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C_in, H, W)`` to ``(N, C_out, H / stride, W / stride)``."""
@@ -32,6 +36,65 @@ class TimmBottleneck(Bottleneck):
         out = self.eca(self.bn3(self.conv3(out)))
         out += x if self.downsample is None else self.downsample(x)
         return self.relu(out)
+
+
+class TimmBottleneck(UsualBottleneck):
+    """With timm's EcaModule."""
+
+    make_gate = EcaModule
+
+
+class SEBottleneck(UsualBottleneck):
+    """With torchvision's squeeze-and-excitation, in plain PyTorch."""
+
+    @staticmethod
+    def make_gate(channels: int) -> nn.Module:
+        """Reduction 16, as in the paper."""
+        return SqueezeExcitation(channels, channels // 16)
+
+
+def usual_mobilenet_v2(make_gate: Callable[[int], nn.Module]) -> nn.Module:
+    """Torchvision's MobileNetV2 with a gate after the last norm of every inverted residual."""
+    network = mobilenet_v2(weights=None)
+    for block in network.modules():
+        if isinstance(block, InvertedResidual):
+            block.conv.append(make_gate(block.out_channels))
+    return network
+
+
+#: Competitors by network, built anew for each case.
+NETWORKS: dict[str, dict[str, Callable[[], nn.Module]]] = {
+    **{
+        name: {
+            "timm": partial(ResNet, TimmBottleneck, list(blocks)),
+            "ecanet": ours,
+            "no gate": plain,
+            "SE": partial(ResNet, SEBottleneck, list(blocks)),
+        }
+        for name, blocks, ours, plain in (
+            ("resnet50", (3, 4, 6, 3), ecanet.models.eca_resnet50, resnet50),
+            ("resnet101", (3, 4, 23, 3), ecanet.models.eca_resnet101, resnet101),
+        )
+    },
+    "mobilenet_v2": {
+        "timm": partial(usual_mobilenet_v2, EcaModule),
+        "ecanet": ecanet.models.eca_mobilenet_v2,
+        "no gate": mobilenet_v2,
+        "SE": partial(usual_mobilenet_v2, lambda channels: SqueezeExcitation(channels, max(1, channels // 8))),
+    },
+}
+#: For --quick: what an interpreter gets through.
+QUICK_NETWORK = "small_resnet"
+_small = partial(ecanet.models.small_eca_resnet, widths=[8, 16], num_classes=1000)
+_QUICK_BUILDERS = {
+    "timm": partial(_small, EcaModule),
+    "ecanet": _small,
+    "no gate": partial(_small, None),
+    "SE": partial(_small, lambda channels: SqueezeExcitation(channels, 4)),
+}
+GPU_BATCHES = (128, 256)
+#: How a network runs, and what torch.compile is given; None does not compile.
+MODES: dict[str, dict[str, Any] | None] = {"eager": None, "compiled": {}, "graphs": {"mode": "reduce-overhead"}}
 
 
 def network_cases(quick: bool) -> Iterator[Case]:
@@ -45,6 +108,80 @@ def network_cases(quick: bool) -> Iterator[Case]:
     for name, build in builders.items():
         for memory_format in MEMORY_FORMATS:
             yield Case("network", name, shape, memory_format, partial(build, shape, memory_format))
+
+
+def gpu_network_cases(quick: bool, compiled: bool, on: On) -> Iterator[Case]:
+    """Networks on a GPU: channels last, in the type of ``on``, in every mode."""
+    networks = (QUICK_NETWORK,) if quick else tuple(NETWORKS)
+    shapes = [_GPU_QUICK_SHAPE] if quick else [(batch, 3, 224, 224) for batch in GPU_BATCHES]
+    modes = [mode for mode in MODES if compiled or MODES[mode] is None]
+    for network in networks:
+        for mode in modes:
+            for what, build in (("training", _gpu_training), ("inference", _gpu_inference)):
+                for shape in shapes:
+                    name = f"{network}-{what}-{mode}"
+                    yield Case("network", name, shape, "channels_last", partial(build, on, network, MODES[mode], shape))
+
+
+def _gpu_models(on: On, network: str, options: dict[str, Any] | None) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """Each network, and what is called: itself or what torch.compile makes of it."""
+    torch.manual_seed(0)
+    builders = _QUICK_BUILDERS if network == QUICK_NETWORK else NETWORKS[network]
+    models = {name: build() for name, build in builders.items()}
+    plain = models["no gate"].state_dict()
+    for name in ("timm", "ecanet"):
+        models[name].load_state_dict({**models["timm"].state_dict(), **plain})
+    for model in models.values():
+        model.to(on.device, memory_format=torch.channels_last)
+    if options is None:
+        return {name: (model, model) for name, model in models.items()}
+    torch.compiler.reset()
+    return {name: (model, torch.compile(model, dynamic=False, **options)) for name, model in models.items()}
+
+
+def _gpu_example(on: On, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    x, target = _example(shape, "channels_last")
+    return x.to(on.device), target.to(on.device)
+
+
+def _gpu_training(on: On, network: str, options: dict[str, Any] | None, shape: tuple[int, ...]) -> Work:
+    x, target = _gpu_example(on, shape)
+
+    def step(run: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        optimizer.zero_grad()
+        loss = F.cross_entropy(run(x), target)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    competitors = {
+        name: Competitor(
+            partial(step, run, torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)),
+            partial(on.context, grad=True),
+        )
+        for name, (model, run) in _gpu_models(on, network, options).items()
+    }
+    return Work(competitors, (("timm", "ecanet"),), 10 * on.tolerance, images=shape[0])
+
+
+def _gpu_inference(on: On, network: str, options: dict[str, Any] | None, shape: tuple[int, ...]) -> Work:
+    x, _ = _gpu_example(on, shape)
+    models = _gpu_models(on, network, options)
+    for name, (model, _run) in models.items():
+        if name != "ecanet":
+            _settle(model, x)
+    models["ecanet"][0].load_state_dict(models["timm"][0].state_dict())
+
+    def infer(run: nn.Module) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return run(x)
+
+    competitors = {}
+    for name, (model, run) in models.items():
+        model.eval()
+        competitors[name] = Competitor(partial(infer, run), on.context)
+    return Work(competitors, (("timm", "ecanet"),), 10 * on.tolerance, images=shape[0])
 
 
 def _example(shape: tuple[int, ...], memory_format: str) -> tuple[Tensor, Tensor]:

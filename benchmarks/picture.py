@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 #: Case, label, what is 1, and what is compared with it.
-_GROUPS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
+_Group = tuple[str, str, str, tuple[str, ...]]
+_CPU_GROUPS: tuple[_Group, ...] = (
     ("module/forward", "module\n(1: copying the map)", "clone", ("ecanet", "timm", "plain")),
     ("inference/tail", "tail, inference\n(1: add, ReLU)", "no gate", ("ecanet", "timm")),
     ("training/tail", "tail, training\n(1: norm, add, ReLU)", "no gate", ("ecanet", "timm")),
@@ -23,11 +24,32 @@ _GROUPS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("network/training", "ResNet-50, training\n(1: no gate)", "no gate", ("ecanet", "timm")),
     ("network/memory", "training, memory\n(1: no gate)", "no gate", ("ecanet", "timm")),
 )
+_TAILS = tuple(group for group in _CPU_GROUPS if not group[0].startswith("network"))
+_GPU_GROUPS: tuple[_Group, ...] = (
+    *_TAILS,
+    *(
+        (
+            f"network/{network}-{what}-{mode}",
+            f"{label}, {what},\n{mode} (1: no gate)",
+            "no gate",
+            ("ecanet", "timm", "SE"),
+        )
+        for network, label in (
+            ("resnet50", "ResNet-50"),
+            ("resnet101", "ResNet-101"),
+            ("mobilenet_v2", "MobileNetV2"),
+            ("small_resnet", "small ResNet"),
+        )
+        for what in ("training", "inference")
+        for mode in ("eager", "compiled", "graphs")
+    ),
+)
 _LABELS = {
     "ecanet": "ecanet",
     "timm": "timm's EcaModule",
     "plain": "plain PyTorch",
     "no gate": "no gate",
+    "SE": "squeeze-and-excitation",
 }
 #: A bar's share, and what a group takes at least, for its label.
 _BAR, _GROUP = 0.16, 0.5
@@ -42,12 +64,15 @@ def draw(document: results.Document) -> "Figure":
         ImportError: matplotlib is missing.
     """
     cases: Mapping[str, Mapping[str, Any]] = document["cases"]
-    machine = document["machine"]
-    figure = new_figure(4.6, width=13.0)
+    gpu = document["settings"].get("device") == "cuda"
+    groups = [
+        group for group in (_GPU_GROUPS if gpu else _CPU_GROUPS) if any(k.startswith(group[0] + "/") for k in cases)
+    ]
+    figure = new_figure(4.6, width=max(13.0, 1.5 * len(groups)))
     axes = figure.subplots()
     style_axes(axes, ylabel="ratio to the same without a gate")
     position, ticks, shown = 0.0, [], {}
-    for case, label, one, names in _GROUPS:
+    for case, label, one, names in groups:
         keys = [key for key in cases if key.startswith(case + "/")]
         present = _present(cases, keys, one, names)
         if not present:
@@ -64,7 +89,7 @@ def draw(document: results.Document) -> "Figure":
     axes.set_xticks([tick for tick, _ in ticks], [label for _, label in ticks])
     axes.set_ylim(0, min(_TOP, axes.get_ylim()[1]))
     axes.set_title(
-        f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}, float32. Bars: geometric mean "
+        f"{_where(document)}, {document['settings'].get('dtype', 'float32')}. Bars: geometric mean "
         "over shapes and memory formats; whiskers: smallest and largest",
         fontsize=FONT_SIZE,
         loc="left",
@@ -73,6 +98,15 @@ def draw(document: results.Document) -> "Figure":
     handles, labels = list(shown.values()), list(shown)
     figure.legend(handles, labels, loc="outside lower center", ncols=8, fontsize=SMALL_FONT_SIZE, frameon=False)
     return figure
+
+
+def _where(document: results.Document) -> str:
+    machine = document["machine"]
+    if document["settings"].get("interpreted"):
+        return "Triton's interpreter: the numbers mean nothing"
+    if "gpu" in machine:
+        return str(machine["gpu"]["name"])
+    return f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}"
 
 
 def _present(

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ecanet import __version__
-from ecanet.ops import backend, cpu
+from ecanet.ops import backend, cpu, gpu
 from ecanet.ops.build import LIBRARY, BuildError, find_compiler
 
 _AVX2 = {"avx2", "fma"}
@@ -133,7 +133,7 @@ def _versions() -> list[str]:
         f"ecanet     {__version__}, Python {platform.python_version()}, {sys.platform} {platform.machine()}",
         f"torch      {torch.__version__}, torchvision {_version('torchvision') or 'not installed'}",
         f"GPU        CUDA {torch.version.cuda or 'not in this torch'}, {cuda}; triton {triton}, "
-        + backend.triton_reason(),
+        + (gpu.why_not() or ("kernels in the interpreter" if gpu.interpreting() else "kernels run")),
     ]
 
 

@@ -6,436 +6,58 @@ What runs is the C++ library where it is loaded, the reference where it is not; 
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from op_cases import (
+    ACTS,
+    DTYPES,
+    EVERY,
+    EVERY_ACT,
+    HALF_TYPES,
+    HARDSWISH,
+    IN_PLACE,
+    LAYOUTS,
+    MAP_OUTPUTS,
+    MAP_TOLERANCE,
+    NAIVE,
+    NONE,
+    ON_MAPS,
+    ON_MEANS,
+    OUT_OF_PLACE,
+    RELU,
+    RELU6,
+    SILU,
+    TOLERANCE,
+    Options,
+    arguments,
+    as_tuple,
+    assert_close,
+    call,
+    call_reference,
+    cases,
+    channels_last,
+    dense,
+    every_layout,
+    every_option,
+    expanded,
+    half_of_the_channels,
+    naive_moments,
+    of_type,
+    significant,
+    sliced,
+    transposed,
+    without_data,
+)
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
-from torch.nn.functional import conv1d
 
 from ecanet.ops import cpu, reference
 
 needs_kernels = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
-
-NONE, RELU, RELU6, SILU, HARDSWISH = range(5)
-ACTS = (NONE, RELU, RELU6, SILU, HARDSWISH)
-
-# Relative error of a map: half types are rounded once, by half of their eps.
-MAP_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-# Error, relative to what is added up, where the maths runs in that type.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 4e-6}
-
-DTYPES = list(MAP_TOLERANCE)
-HALF_TYPES = [torch.bfloat16, torch.float16]
-
-
-def of_type(*dtypes: torch.dtype) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("dtype", dtypes, ids=[str(dtype).removeprefix("torch.") for dtype in dtypes])
-
-
-# --- the formulas, in float64 and with the arguments of the operations --------------------------------------------
-
-
-def double(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.double()
-
-
-def over_positions(t: Tensor, x: Tensor) -> Tensor:
-    return t.double().reshape(*t.shape, *[1] * (x.dim() - 2))
-
-
-def sum_positions(t: Tensor) -> Tensor:
-    return t.reshape(*t.shape[:2], math.prod(t.shape[2:])).sum(2)
-
-
-def into_act(x: Tensor, scale: Tensor, shift: Tensor | None, residual: Tensor | None) -> Tensor:
-    y = x.double() * over_positions(scale, x)
-    if shift is not None:
-        y = y + over_positions(shift, x)
-    return y if residual is None else y + residual.double()
-
-
-def activation(y: Tensor, act: int) -> Tensor:
-    zero = torch.zeros((), dtype=y.dtype)
-    return {
-        NONE: lambda: y,
-        RELU: lambda: torch.where(y > 0, y, zero),
-        RELU6: lambda: torch.where(y > 6, zero + 6, torch.where(y > 0, y, zero)),
-        SILU: lambda: y / (1 + torch.exp(-y)),
-        HARDSWISH: lambda: torch.where(y > 3, y, torch.where(y > -3, y * (y + 3) / 6, zero)),
-    }[act]()
-
-
-def upstream(grad: Tensor, x: Tensor, scale: Tensor, shift: Any, saved: Any, act: int) -> Tensor:
-    if act == NONE:
-        return grad.double()
-    if act in (RELU, RELU6):
-        passes = (saved > 0) & (saved < 6) if act == RELU6 else saved > 0
-        return torch.where(passes, grad.double(), 0.0)
-    y = into_act(x, scale, shift, saved).detach().requires_grad_()
-    (d,) = torch.autograd.grad(activation(y, act), y, grad.double())
-    return d
-
-
-def naive_squeeze(x: Tensor) -> Tensor:
-    return sum_positions(x.double()) / math.prod(x.shape[2:])
-
-
-def naive_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    mean = naive_squeeze(x)
-    return mean, sum_positions((x.double() - over_positions(mean, x)) ** 2)
-
-
-def naive_apply(x: Tensor, scale: Tensor, shift: Any, residual: Any, act: int) -> Tensor:
-    return activation(into_act(x, scale, shift, residual), act)
-
-
-def naive_apply_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, shift: Any, center: Any, saved: Any, act: int, needs_d: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    d = upstream(grad, x, scale, shift, saved, act)
-    away = x.double() if center is None else x.double() - over_positions(center, x)
-    return d if needs_d else torch.empty(0, dtype=torch.float64), sum_positions(d), sum_positions(d * away)
-
-
-def naive_input_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, shift: Any, saved: Any, act: int, offset: Tensor, slope: Any, center: Any
-) -> Tensor:
-    g = upstream(grad, x, scale, shift, saved, act) * over_positions(scale, x) + over_positions(offset, x)
-    if slope is None:
-        return g
-    away = x.double() if center is None else x.double() - over_positions(center, x)
-    return g + over_positions(slope, x) * away
-
-
-def naive_batch_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    values = x.double().transpose(0, 1).flatten(1)
-    return naive_squeeze(x), values.mean(1), values.var(1, correction=0)
-
-
-def naive_norm(means: Tensor, mean: Any, var: Any, weight: Any, bias: Any, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Slope and shift of a BatchNorm, and the means of its output."""
-    slope = torch.ones(means.shape[1], dtype=torch.float64) if var is None else 1 / (var.double() + eps).sqrt()
-    slope = slope if weight is None else slope * weight.double()
-    shift = torch.zeros_like(slope) if bias is None else bias.double()
-    shift = shift if mean is None else shift - slope * mean.double()
-    return slope, shift, slope * means.double() + shift
-
-
-def naive_coefficients(
-    means: Tensor, mean: Any, var: Any, weight: Any, bias: Any, eps: float, kernel: Any, circular: bool
-) -> tuple[Tensor, ...]:
-    slope, shift, s = naive_norm(means, mean, var, weight, bias, eps)
-    if kernel is None:
-        return s, s.new_empty(0, s.shape[1]), slope.expand_as(s), shift.expand_as(s)
-    margin = kernel.numel() // 2
-    ends = (s[:, s.shape[1] - margin :], s[:, :margin]) if circular else (s.new_zeros(s.shape[0], margin),) * 2
-    padded = torch.cat([ends[0], s, ends[1]], 1)
-    logits = conv1d(padded.unsqueeze(1), kernel.double().reshape(1, 1, -1)).squeeze(1)
-    gate = 1 / (1 + torch.exp(-logits))
-    return s, gate, gate * slope, gate * shift
-
-
-def naive_coefficients_backward(
-    p: Tensor,
-    q: Tensor,
-    means: Tensor,
-    gate: Any,
-    grad_s: Any,
-    mean: Any,
-    var: Any,
-    weight: Any,
-    bias: Any,
-    eps: float,
-    kernel: Any,
-    circular: bool,
-    positions: int,
-) -> tuple[Tensor, ...]:
-    """By autograd: the sum of d (scale x + shift), with p = sum d and q = sum d (x - mean), plus grad_s s."""
-    ones = torch.ones(means.shape[1], dtype=torch.float64)
-    leaves = {
-        "means": means,
-        "weight": ones if weight is None else weight,
-        "bias": 0 * ones if bias is None else bias,
-        "kernel": ones[:0] if kernel is None else kernel,
-        "mean": 0 * ones if mean is None else mean,
-        "var": ones - eps if var is None else var,
-    }
-    leaf = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
-    dx = q.double() + leaf["mean"].detach() * p.double()
-    s, _, scale, shift = naive_coefficients(
-        leaf["means"],
-        leaf["mean"],
-        leaf["var"],
-        leaf["weight"],
-        leaf["bias"],
-        eps,
-        None if kernel is None else leaf["kernel"],
-        circular,
-    )
-    if gate is not None and kernel is None:
-        scale, shift = scale * gate.double(), shift * gate.double()
-    loss = (scale * dx + shift * p.double()).sum() + leaf["kernel"].sum() * 0 + s.sum() * 0
-    if grad_s is not None:
-        loss = loss + (s * grad_s.double()).sum()
-    found = dict(zip(leaf, torch.autograd.grad(loss, list(leaf.values())), strict=True))
-    return found["means"] / positions, *(found[name] for name in ("weight", "bias", "kernel", "mean", "var"))
-
-
-def naive_eca_tail(x: Tensor, residual: Any, *norm_and_band: Any) -> Tensor:
-    *norm_and_band, act = norm_and_band
-    _, _, scale, shift = naive_coefficients(naive_squeeze(x), *norm_and_band)
-    return naive_apply(x, scale, shift, residual, act)
-
-
-NAIVE: dict[str, Callable[..., Any]] = {
-    "squeeze": naive_squeeze,
-    "moments": naive_moments,
-    "apply": naive_apply,
-    "apply_backward": naive_apply_backward,
-    "input_backward": naive_input_backward,
-    "batch_moments": naive_batch_moments,
-    "eca_coefficients": naive_coefficients,
-    "eca_coefficients_backward": naive_coefficients_backward,
-    "eca_tail": naive_eca_tail,
-}
-ON_MAPS = ["squeeze", "moments", "batch_moments", "apply", "apply_backward", "input_backward", "eca_tail"]
-ON_MEANS = ["eca_coefficients", "eca_coefficients_backward"]
-OUT_OF_PLACE = [*ON_MAPS, *ON_MEANS]
-IN_PLACE = ["apply_", "eca_tail_"]
-EVERY = [*OUT_OF_PLACE, *IN_PLACE]
-# Outputs with the shape and the type of the map; all others are sums in the type to compute in.
-MAP_OUTPUTS = {("apply", 0), ("apply_backward", 0), ("input_backward", 0), ("eca_tail", 0)}
-
-
-# --- arguments ----------------------------------------------------------------------------------------------------
-
-
-class Options(NamedTuple):
-    """What an operation is given of its optional arguments."""
-
-    act: int = NONE
-    shift: bool = True
-    residual: bool = True
-    center: bool = True
-    slope: bool = True
-    d: bool = True
-    norm: str = "affine"  # "affine", "statistics", "weights of the type of x", "none"
-    kernel: int | None = 3
-    circular: bool = False
-    gate: bool = True
-
-
-EVERY_ACT = [Options(act) for act in ACTS]
-FEW = [Options(RELU), Options(SILU, residual=False, d=False)]
-WITH_AND_WITHOUT = [
-    Options(act, shift, residual, center, slope, d)
-    for act in ACTS
-    for shift, residual, center, slope, d in [
-        (True, True, True, True, True),
-        (False, False, False, False, False),
-        (True, False, True, False, True),
-        (False, True, False, True, False),
-    ]
-]
-NORMS_AND_BANDS = [
-    *(
-        Options(SILU, residual=residual, norm=norm, kernel=kernel, circular=circular)
-        for residual, norm in [
-            (True, "affine"),
-            (False, "statistics"),
-            (True, "weights of the type of x"),
-            (True, "none"),
-        ]
-        for kernel, circular in ((3, False), (3, True), (1, True), (9, False), (None, False))
-    ),
-    Options(kernel=None, gate=False),
-    *EVERY_ACT,
-]
-
-
-def every_option(name: str) -> list[Options]:
-    """All that make a difference to the operation."""
-    if name in ("squeeze", "moments", "batch_moments"):
-        return [Options()]
-    return NORMS_AND_BANDS if name.startswith("eca") else WITH_AND_WITHOUT
-
-
-def random_small(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape, dtype=reference.accumulation_dtype(dtype))
-
-
-def norm_and_band(c: int, dtype: torch.dtype, o: Options) -> list[Any]:
-    mean, var, weight, bias = (random_small(c, dtype=dtype) for _ in range(4))
-    var = var.square() + 0.1
-    if o.norm == "weights of the type of x":
-        weight, bias = weight.to(dtype), bias.to(dtype)
-    mean, var = (None, None) if o.norm == "none" else (mean, var)
-    weight, bias = (weight, bias) if o.norm in ("affine", "weights of the type of x") else (None, None)
-    k = o.kernel
-    circular = o.circular and k is not None and k <= c
-    return [mean, var, weight, bias, 1e-3, None if k is None else random_small(k, dtype=dtype), circular]
-
-
-def arguments(
-    name: str, shape: tuple[int, ...], dtype: torch.dtype, make: Callable[..., Tensor], o: Options
-) -> list[Any]:
-    """Random arguments for an operation, the maps of this shape made by ``make(shape, dtype)``."""
-    n, c = shape[:2]
-    small = reference.accumulation_dtype(dtype)
-
-    def map_() -> Tensor:
-        return make(shape, dtype)
-
-    def factor() -> Tensor:
-        return make((n, c), small)
-
-    def saved() -> Tensor | None:
-        if o.act in (RELU, RELU6):  # the output, which is often 0 or 6
-            return 3 * map_().relu().clamp(max=2)
-        return map_() if o.residual else None
-
-    def channel(wanted: bool) -> Tensor | None:
-        return random_small(c, dtype=dtype) if wanted else None
-
-    match name.rstrip("_"):
-        case "squeeze" | "moments" | "batch_moments":
-            return [map_()]
-        case "apply":
-            return [map_(), factor(), factor() if o.shift else None, map_() if o.residual else None, o.act]
-        case "apply_backward":
-            shift = factor() if o.shift else None
-            return [map_(), map_(), factor(), shift, channel(o.center), saved(), o.act, o.d]
-        case "input_backward":
-            shift = factor() if o.shift else None
-            slope = channel(o.slope)
-            return [map_(), map_(), factor(), shift, saved(), o.act, factor(), slope, channel(o.center)]
-        case "eca_coefficients":
-            return [factor(), *norm_and_band(c, small, o)]
-        case "eca_coefficients_backward":
-            norm_band = norm_and_band(c, small, o)
-            with_band = norm_band[-2] is not None
-            means = factor()
-            gate = naive_coefficients(means, *norm_band)[1].to(small) if with_band else factor().sigmoid()
-            gate = gate if o.gate else None
-            grad_s = factor() if o.gate and not with_band else None
-            return [factor(), factor(), means, gate, grad_s, *norm_band, 49]
-        case "eca_tail":
-            return [map_(), map_() if o.residual else None, *norm_and_band(c, dtype, o), o.act]
-    raise AssertionError(name)
-
-
-def dense(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64).to(dtype)
-
-
-def channels_last(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """``(N, *spatial, C)`` in memory, for maps of any rank."""
-    last = [shape[0], *shape[2:], shape[1]]
-    return dense(tuple(last), dtype).movedim(-1, 1)
-
-
-def sliced(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Every second of everything, from the second on."""
-    return dense(tuple(2 * size + 1 for size in shape), dtype)[tuple(slice(1, None, 2) for _ in shape)]
-
-
-def half_of_the_channels(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """What ``x.chunk(2, dim=1)`` gives of a channels-last map: positions with gaps between them."""
-    return channels_last((shape[0], 2 * shape[1], *shape[2:]), dtype)[:, shape[1] :]
-
-
-def transposed(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return dense(shape[::-1], dtype).permute(*reversed(range(len(shape))))
-
-
-def expanded(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Positions, or channels where there are none, share their memory."""
-    kept = shape[:2] if len(shape) > 2 else shape[:1]
-    return dense((*kept, *[1] * (len(shape) - len(kept))), dtype).expand(shape)
-
-
-# Vectors hold 4 to 16 numbers; a lone row is shorter than one; sums are merged every 4096 positions, and channels are
-# walked in blocks of 512.
-SHAPES = {
-    0: [(3, 5), (1, 1), (2, 16), (2, 519)],
-    1: [(2, 3, 7), (1, 1, 1), (1, 2, 4101), (2, 517, 3)],
-    2: [(2, 3, 5, 7), (1, 1, 1, 1), (3, 1, 4, 4), (2, 17, 1, 3), (2, 33, 1, 1), (1, 3, 63, 67), (1, 531, 2, 3)],
-    3: [(2, 5, 3, 2, 5), (1, 9, 1, 1, 2), (1, 2, 17, 16, 16)],
-}
-LAYOUTS = {
-    "2-D": (0, dense),
-    "2-D sliced": (0, sliced),
-    "2-D transposed": (0, transposed),
-    "3-D": (1, dense),
-    "3-D channels last": (1, channels_last),
-    "4-D": (2, dense),
-    "4-D channels last": (2, channels_last),
-    "4-D sliced": (2, sliced),
-    "4-D half of the channels": (2, half_of_the_channels),
-    "4-D transposed": (2, transposed),
-    "4-D expanded": (2, expanded),
-    "5-D": (3, dense),
-    "5-D channels last": (3, channels_last),
-    "5-D sliced": (3, sliced),
-}
-every_layout = pytest.mark.parametrize(("rank", "make"), LAYOUTS.values(), ids=LAYOUTS)
-
-
-def cases(
-    name: str, dtype: torch.dtype, rank: int, make: Callable[..., Tensor], few: bool = False
-) -> Iterator[tuple[str, list[Any]]]:
-    """Arguments of every size, and for the first size with every choice of optional arguments."""
-    options = every_option(name)
-    for i, shape in enumerate(SHAPES[rank]):
-        some = FEW if few or math.prod(shape) > 1000 else EVERY_ACT
-        for o in options if i == 0 and not few else some[: len(options)]:
-            yield f"{shape} {o}", arguments(name, shape, dtype, make, o)
-
-
-def call(name: str, args: list[Any]) -> Any:
-    return getattr(torch.ops.ecanet, name)(*args)
-
-
-def call_reference(name: str, args: list[Any]) -> Any:
-    """The function of the same name; of an in-place operation, the one that is out of place."""
-    if name == "squeeze":
-        return reference.squeeze(args[0], args[0].shape[1])
-    return getattr(reference, name.rstrip("_"))(*args)
-
-
-def without_data(a: Any) -> Any:
-    """The same strides on the meta device."""
-    return torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta") if isinstance(a, Tensor) else a
-
-
-def significant(t: Tensor) -> tuple[Any, ...]:
-    """Shape, type and strides, except the strides of what has size 1: they say nothing."""
-    return (
-        t.shape,
-        t.dtype,
-        [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1 and t.numel()],
-    )
-
-
-def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
-    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-
-
-def assert_close(got: Tensor, want: Tensor, tolerance: float, added_up: float = 1, case: str = "") -> None:
-    """Within ``tolerance``, relative to the result or, where more cancels, to what was added up."""
-    torch.testing.assert_close(
-        got.double(),
-        want.double(),
-        rtol=tolerance,
-        atol=min(tolerance, 1e-5) * added_up,
-        equal_nan=True,
-        msg=lambda text: f"{case}: {text}",
-    )
-
 
 # --- values -------------------------------------------------------------------------------------------------------
 

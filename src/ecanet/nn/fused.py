@@ -17,8 +17,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
-from ecanet.ops import reference
-from ecanet.ops.backend import choose
+from ecanet.ops import backend, gpu, reference
 
 
 class _Kernels:
@@ -30,10 +29,13 @@ class _Kernels:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         operation = getattr(torch.ops.ecanet, name).default._op  # what calling the overload comes down to
         below_autograd = torch._C._AutoDispatchBelowAutograd
+        launch = getattr(gpu, name)
 
-        def run(*args: Any) -> Any:
+        def run(x: Tensor, *args: Any) -> Any:
+            if backend.current() == "triton" or not x.is_cpu:
+                return launch(x, *args)
             with below_autograd():
-                return operation(*args)
+                return operation(x, *args)
 
         setattr(self, name, run)
         return run
@@ -70,7 +72,7 @@ class _Coefficients(NamedTuple):
     means: Tensor  # (N, C) of x
     mean: Tensor | None  # (C,) of the norm
     var: Tensor | None
-    values: int | None  # behind mean and var, where they are the batch's
+    values: int | Tensor | None  # behind mean and var, where they are the batch's
     a: Tensor | None  # (N, C) of the norm, for that gate
     gate: Tensor | None  # (N, C)
     scale: Tensor  # (N, C)
@@ -92,7 +94,7 @@ def kernels_run(x: Tensor) -> bool:
         and not _is_tracing()
         and type(x) in _PLAIN_TENSORS
         and x.layout is torch.strided
-        and choose(x) == "cpu"
+        and backend.choose(x) != "reference"
         and 2 <= x.dim() <= 5
         and x.numel() > 0
         and not _are_transforms_active()
@@ -217,7 +219,7 @@ def _check_leaves(leaf: Tensor, gate: Tensor, parameters: tuple[Tensor, ...]) ->
         to_do.extend(function for function, _ in node.next_functions)
 
 
-def update_running_statistics(norm: Any, mean: Tensor, var: Tensor, count: int) -> None:
+def update_running_statistics(norm: Any, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
     """What torch's BatchNorm does with the statistics of a batch of ``count`` values a channel."""
     if not (norm.training and norm.track_running_stats):
         return
@@ -229,13 +231,16 @@ def update_running_statistics(norm: Any, mean: Tensor, var: Tensor, count: int) 
                 momentum = 1.0 / norm.num_batches_tracked.to(mean.dtype)
         if momentum is None:  # torch takes this one, too
             momentum = 0.0
+        by_kernel = mean.is_cuda or backend.current() == "triton"
+        if by_kernel and not isinstance(momentum, Tensor) and not isinstance(count, Tensor):
+            return gpu.update_running(norm.running_mean, norm.running_var, mean, var, momentum, count)
         keep = 1.0 - momentum
         unbiased = momentum * (count / (count - 1))
         for running, new in ((norm.running_mean, momentum * mean), (norm.running_var, unbiased * var)):
             running.copy_(keep * running.to(new.dtype) + new)  # rounded once
 
 
-def _over_processes(mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, int]:
+def _over_processes(mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, variance and number of values of all processes, from those of this one: 2 C + 1 numbers travel."""
     mine = torch.cat([mean.double(), var.double(), mean.new_tensor([count], dtype=torch.double)])
     flat = mine.new_empty(dist.get_world_size(group) * mine.numel())
@@ -245,7 +250,7 @@ def _over_processes(mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[
     total = counts.sum()
     mean_of_all = (means * counts).sum(0) / total
     var_of_all = ((variances + (means - mean_of_all).square()) * counts).sum(0) / total
-    return mean_of_all.to(mean.dtype), var_of_all.to(var.dtype), int(total)
+    return mean_of_all.to(mean.dtype), var_of_all.to(var.dtype), total
 
 
 class _Tail(torch.autograd.Function):
@@ -309,7 +314,7 @@ class _Tail(torch.autograd.Function):
                 both = torch.stack([grad_mean, grad_var])
                 dist.all_reduce(both, group=ctx.norm.group)
                 grad_mean, grad_var = both
-            offset.add_(grad_mean, alpha=1 / ctx.count)
+            offset.add_(grad_mean / ctx.count)
             slope = grad_var.mul_(2 / ctx.count)
         grad_x = None
         if needs_x:

@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: plain PyTorch (the reference) or the C++ kernels."""
+"""Which implementation of an operation runs: plain PyTorch (the reference), the C++ or the Triton kernels."""
 
 import logging
 import os
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ecanet.ops import cpu
+from ecanet.ops import cpu, gpu
 
 NAMES = ("auto", "reference", "cpu", "triton")
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -34,9 +34,9 @@ def backend(name: str) -> Iterator[None]:
     environment is the choice to start from.
 
     Args:
-        name: ``"auto"`` takes the C++ kernels for tensors they can run on and the reference for the others;
-            ``"reference"`` is plain PyTorch, anywhere; ``"cpu"`` is the C++ kernels or an error that says why not;
-            ``"triton"`` has no kernels in this version.
+        name: ``"auto"`` takes the C++ kernels on the CPU, the Triton kernels on a GPU and the reference where they
+            cannot run; ``"reference"`` is plain PyTorch, anywhere; ``"cpu"`` is the C++ kernels or an error that says
+            why not; ``"triton"`` likewise, on the CPU too where ``TRITON_INTERPRET=1`` is in the environment.
 
     Raises:
         ValueError: another name.
@@ -68,22 +68,27 @@ def current() -> str:
 
 
 def choose(x: torch.Tensor) -> str:
-    """The implementation for one feature map, ``"reference"`` or ``"cpu"``.
+    """The implementation for one feature map: ``"reference"``, ``"cpu"`` or ``"triton"``.
 
     Raises:
         RuntimeError: the implementation that :func:`backend` or ``ECANET_BACKEND`` asks for cannot run on ``x``.
     """
+    # First, and without a look at anything else: small maps take no longer than such questions.
     if _choice in ("auto", "cpu") and x.is_cpu and x.dtype in CPU_DTYPES and cpu.why_not() is None:
-        return "cpu"  # first, and without a look at anything else: small maps take no longer than such questions
+        return "cpu"
     if _choice == "reference":
         return "reference"
-    if _choice == "triton":
-        raise RuntimeError(_refusal("triton", triton_reason()))
     device_type = x.device.type
     if _choice == "cpu":
         raise RuntimeError(_refusal("cpu", str(cpu_reason(device_type, x.dtype))))
-    if not _told and device_type == "cpu" and not torch.compiler.is_compiling():
-        _tell()
+    if _choice == "triton" or device_type == "cuda":
+        reason = triton_reason(device_type, x.dtype)
+        if reason is None:
+            return "triton"
+        if _choice == "triton":
+            raise RuntimeError(_refusal("triton", reason))
+    if not _told and device_type in ("cpu", "cuda") and not torch.compiler.is_compiling():
+        _tell(device_type)
     return "reference"
 
 
@@ -92,7 +97,7 @@ def reason_against(name: str) -> str | None:
     if name == "cpu":
         return cpu.why_not()
     if name == "triton":
-        return triton_reason()
+        return gpu.why_not()
     return None
 
 
@@ -107,18 +112,26 @@ def cpu_reason(device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-def triton_reason() -> str:
-    """Why the Triton kernels cannot run."""
-    return "this version of ecanet has no Triton kernels"
+def triton_reason(device_type: str, dtype: torch.dtype) -> str | None:
+    """None if the Triton kernels can run on such a tensor, else why not."""
+    if (reason := gpu.why_not()) is not None:
+        return reason
+    if device_type != "cuda" and not (device_type == "cpu" and gpu.interpreting()):
+        return f"the Triton kernels take tensors on a GPU, this one is on {device_type}"
+    if dtype not in gpu.DTYPES:
+        return f"the Triton kernels take float32, float64, bfloat16 and float16, this tensor is {dtype}"
+    return None
 
 
 def _refusal(name: str, reason: str) -> str:
     return f"backend {name!r} cannot run: {reason}"
 
 
-def _tell() -> None:
-    # Once, when the reference first stands in for the kernels; whoever works on a GPU alone never sees it.
+def _tell(device_type: str) -> None:
+    # Once, when the reference first stands in for kernels.
     global _told
     _told = True
-    if (reason := cpu.why_not()) is not None:
-        logging.getLogger("ecanet").warning("ecanet: plain PyTorch runs on the CPU: %s", reason)
+    reason = cpu.why_not() if device_type == "cpu" else gpu.why_not()
+    if reason is not None:
+        where = "CPU" if device_type == "cpu" else "GPU"
+        logging.getLogger("ecanet").warning("ecanet: plain PyTorch runs on the %s: %s", where, reason)

@@ -1,7 +1,7 @@
 """The operations as torch sees them: schemas, shapes without data, derivatives; and what runs where no kernel does.
 
 ``torch.ops.ecanet.NAME`` takes the arguments of ``ecanet.ops.reference.NAME``, and that function is what runs where
-nothing faster is registered. The C++ library adds implementations for the CPU alone.
+nothing faster is registered: the C++ library adds implementations for the CPU, :mod:`ecanet.ops.gpu` those for GPUs.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ecanet.ops import cpu, reference
+from ecanet.ops import cpu, gpu, reference
 
 _NORM = "Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, float eps"
 _BAND = "Tensor? kernel, bool circular"
@@ -53,17 +53,8 @@ _REFERENCES: dict[str, Callable[..., Any]] = {
 }
 
 
-def dense(x: Tensor) -> Tensor:
-    """The map in an order that the kernels walk: contiguous, or channels last; other strides are made contiguous."""
-    if x.is_contiguous():
-        return x
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    last = formats.get(x.dim())
-    return x if last is not None and x.is_contiguous(memory_format=last) else x.contiguous()
-
-
 def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(dense(x))
+    return torch.empty_like(gpu.dense(x))
 
 
 def _small(x: Tensor, *shape: Any) -> Tensor:
@@ -116,6 +107,18 @@ def _dense_outputs(function: Callable[..., Any], fake: Callable[..., Any]) -> Ca
         if isinstance(outputs, Tensor):
             return promised.copy_(outputs)
         return tuple(like.copy_(output) for output, like in zip(outputs, promised, strict=True))
+
+    return run
+
+
+def _on_gpu(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """The Triton kernels where they can run; nothing to do is left to the reference."""
+    launch = getattr(gpu, name)
+
+    def run(*args: Any) -> Any:
+        if args[0].numel() == 0 or gpu.why_not() is not None:
+            return otherwise(*args)
+        return launch(*args)
 
     return run
 
@@ -178,7 +181,9 @@ def _without_derivative(name: str) -> Callable[..., None]:
 _library = torch.library.Library("ecanet", "DEF")
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, _dense_outputs(_REFERENCES[_name], _FAKES[_name]), "CompositeExplicitAutograd")
+    _plain = _dense_outputs(_REFERENCES[_name], _FAKES[_name])
+    _library.impl(_name, _plain, "CompositeExplicitAutograd")
+    _library.impl(_name, _on_gpu(_name, _plain), "CUDA")
     torch.library.register_fake(f"ecanet::{_name}", _FAKES[_name], lib=_library)
     if _name.endswith("_"):
         _library.impl(_name, _without_derivative(_name), "Autograd")

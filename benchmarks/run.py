@@ -1,0 +1,106 @@
+"""Measure cases one after another: what ``benchmarks.cpu`` and ``benchmarks.gpu`` share."""
+
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import results
+from benchmarks.cases import Case, SavedBytes
+from benchmarks.measure import Competitor, check_agreement, take_turns
+from benchmarks.report import summary
+
+_QUICK_TURN_SECONDS, _TURN_SECONDS = 1e-4, 0.01
+
+
+def measure_all(
+    cases: Sequence[Case], document: results.Document, path: Path, command: Callable[[results.Document], str]
+) -> None:
+    """Measure what the document does not have yet, and write it after each case.
+
+    Args:
+        cases: What to measure.
+        document: Header and cases of the result file.
+        path: The file.
+        command: From the document to what makes it again.
+    """
+    if document["settings"]["compiled"]:
+        import torch._inductor.config
+
+        torch._inductor.config.compile_threads = 1  # no processes beside the one that measures
+    todo = [case for case in cases if case.key not in document["cases"]]
+    gc.freeze()  # take_turns collects garbage; not among what was imported, again and again
+    try:
+        for i, case in enumerate(todo, start=1):
+            prefix = f"[{i:>{len(str(len(todo)))}}/{len(todo)}] {case.key}"
+            say(prefix, end="")
+            start = time.monotonic()
+            document["cases"][case.key] = _measure(case, document["settings"], prefix)
+            document["command"] = command(document)
+            results.write(path, document)
+            say(f"{_restart(prefix)}: {time.monotonic() - start:.1f} s")
+    finally:
+        gc.unfreeze()
+    document["command"] = command(document)
+    cases_measured = document.pop("cases")
+    document |= {"summary": summary(cases_measured, document["settings"]), "cases": cases_measured}
+    results.write(path, document)
+
+
+def _measure(case: Case, settings: dict[str, Any], prefix: str) -> dict[str, Any]:
+    load = round(os.getloadavg()[0], 2)
+    work = case.build()
+    if isinstance(work, SavedBytes):
+        return {"saved_bytes": {name: count() for name, count in work.count.items()}}
+    for names in work.agree:
+        check_agreement(work.competitors, names, work.tolerance)
+    checked = {name for names in work.agree for name in names}
+    for name, competitor in work.competitors.items():
+        if name not in checked:
+            with competitor.context():
+                competitor.run()
+    rounds = settings["network_rounds" if case.group == "network" else "rounds"]
+    turn_seconds = _QUICK_TURN_SECONDS if settings["quick"] else _TURN_SECONDS
+
+    def on_round(done: int) -> None:
+        if sys.stderr.isatty():
+            say(f"{_restart(prefix)}: round {done} of {rounds}", end="")
+
+    timings = take_turns(work.competitors, rounds, turn_seconds, on_round)
+    result: dict[str, Any] = {"load_average": load}
+    if work.maps is not None:
+        result |= {"maps": work.maps, "map_bytes": work.map_bytes}
+    if work.images is not None:
+        result |= {"images": work.images, "peak_bytes": {name: _peak(c) for name, c in work.competitors.items()}}
+    return result | {
+        "calls_a_turn": {name: timing.calls for name, timing in timings.items()},
+        "page_faults_a_call": {name: float(f"{timing.page_faults:.4g}") for name, timing in timings.items()},
+        "seconds": {name: [float(f"{s:.4g}") for s in timing.seconds] for name, timing in timings.items()},
+    }
+
+
+def _peak(competitor: Competitor) -> int | None:
+    """Bytes of a GPU's memory that one call takes at most, beside what stays."""
+    if not torch.cuda.is_available():
+        return None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with competitor.context():
+        competitor.run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _restart(line: str) -> str:
+    """What replaces the line on a terminal; elsewhere the line stands already."""
+    return f"\r\x1b[K{line}" if sys.stderr.isatty() else ""
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Tell about progress."""
+    print(text, end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,481 @@
+"""Launches the Triton kernels: the operations on tensors of a GPU, or on the CPU in Triton's interpreter.
+
+Arguments and results are those of :mod:`ecanet.ops.reference`. Tiles and splits depend on shapes alone, so the same
+tensors give the same bits on every run.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ecanet.ops import reference
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+_TILE = 4096  # elements that a program holds at a time
+_PROGRAMS = 2048  # so many keep the largest GPUs busy
+_LONGEST_INT32 = 2**31 - 2**22  # offsets may go beyond the last element by a tile
+
+
+@functools.cache
+def interpreting() -> bool:
+    """Whether Triton's kernels run in its interpreter, on the CPU: ``TRITON_INTERPRET=1`` in the environment."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def why_not() -> str | None:
+    """None if the Triton kernels can run on this machine, otherwise one line that says why not and what to do."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; it comes with torch for NVIDIA and AMD GPUs"
+    if not torch.cuda.is_available() and not interpreting():
+        return "torch sees no GPU; on the CPU they run in Triton's interpreter alone, slowly: TRITON_INTERPRET=1"
+    return None
+
+
+@functools.cache
+def _triton() -> Any:
+    return importlib.import_module("ecanet.ops.triton_kernels")
+
+
+def _launch(kernel: str, programs: int, on: Tensor, *args: Any, **constants: Any) -> None:
+    guard: AbstractContextManager[object] = torch.cuda.device(on.device) if on.is_cuda else nullcontext()
+    with guard:
+        getattr(_triton(), kernel)[(programs,)](*args, **constants)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_2(n: int) -> int:
+    """The smallest that is no less."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _type(dtype: torch.dtype) -> Any:
+    return _triton().tl.float64 if dtype is torch.float64 else _triton().tl.float32
+
+
+def _index(numel: int) -> Any:
+    return _triton().tl.int64 if numel > _LONGEST_INT32 else _triton().tl.int32
+
+
+def dense(x: Tensor) -> Tensor:
+    """The map in an order that the kernels walk: contiguous, or channels last; other strides are made contiguous."""
+    if x.is_contiguous():
+        return x
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = formats.get(x.dim())
+    return x if last is not None and x.is_contiguous(memory_format=last) else x.contiguous()
+
+
+class _Map(NamedTuple):
+    """A feature map as the kernels see it, and how they walk it."""
+
+    x: Tensor  # dense
+    samples: int
+    channels: int
+    positions: int
+    last: bool
+    rows_a_tile: int
+    positions_a_tile: int
+
+    @staticmethod
+    def of(x: Tensor) -> "_Map":
+        if x.dtype not in DTYPES:
+            raise RuntimeError(f"ecanet: x must be float32, float64, bfloat16 or float16, got {x.dtype}")
+        if x.dim() < 2:
+            raise RuntimeError(f"ecanet: x must have shape (N, C, *spatial), got {tuple(x.shape)}")
+        x = dense(x)
+        samples, channels, positions = x.shape[0], x.shape[1], x.shape[2:].numel()
+        last = not x.is_contiguous()
+        if last:
+            rows = min(_power_of_2(channels), 128, _TILE)
+            return _Map(x, samples, channels, positions, last, rows, min(_power_of_2(positions), _TILE // rows))
+        positions_a_tile = min(_power_of_2(positions), 1024, _TILE)
+        rows = min(_power_of_2(samples * channels), _TILE // positions_a_tile)
+        return _Map(x, samples, channels, positions, last, rows, positions_a_tile)
+
+    def ordered(self, t: Tensor, name: str) -> Tensor:
+        """Another map in the order of this one."""
+        if (t.shape, t.dtype, t.device) != (self.x.shape, self.x.dtype, self.x.device):
+            raise RuntimeError(
+                f"ecanet: {name} must have the shape, the type and the device of x: {tuple(self.x.shape)}, "
+                f"{self.x.dtype}, {self.x.device}; got {tuple(t.shape)}, {t.dtype}, {t.device}"
+            )
+        if not self.last:
+            return t.contiguous()
+        return t.contiguous(memory_format=torch.channels_last if t.dim() == 4 else torch.channels_last_3d)
+
+    def small(self, t: Tensor | None, shape: tuple[int, ...], name: str) -> Tensor | None:
+        return None if t is None else _small(t, self.x, shape, name)
+
+    @property
+    def nc(self) -> tuple[int, int]:
+        return self.samples, self.channels
+
+    @property
+    def rows(self) -> int:
+        return self.samples * self.channels
+
+    @property
+    def row_blocks(self) -> int:
+        if self.last:
+            return self.samples * _cdiv(self.channels, self.rows_a_tile)
+        return _cdiv(self.rows, self.rows_a_tile)
+
+    @property
+    def tiles(self) -> int:
+        return self.row_blocks * _cdiv(self.positions, self.positions_a_tile)
+
+    def splits(self) -> tuple[int, int]:
+        """Into how many parts reductions split the positions, and how many positions a part has."""
+        worth = self.positions // (8 * self.positions_a_tile)
+        wanted = max(1, min(worth, _cdiv(_PROGRAMS, self.row_blocks)))
+        per_split = _cdiv(_cdiv(self.positions, wanted), self.positions_a_tile) * self.positions_a_tile
+        return _cdiv(self.positions, per_split), per_split
+
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.x.new_empty(shape, dtype=dtype or reference.accumulation_dtype(self.x.dtype))
+
+    def constants(self) -> dict[str, Any]:
+        return {
+            "LAST": self.last,
+            "ROWS": self.rows_a_tile,
+            "POSITIONS": self.positions_a_tile,
+            "INDEX": _index(self.x.numel()),
+            "ACC": _type(self.x.dtype),
+        }
+
+
+def _small(t: Tensor, like: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
+    if t.shape != shape or t.device != like.device:
+        raise RuntimeError(
+            f"ecanet: {name} must have shape {str(shape).replace(',)', ')')}, on {like.device}; "
+            f"got {tuple(t.shape)}, on {t.device}"
+        )
+    return t.contiguous()
+
+
+def _check_act(act: int) -> None:
+    if not 0 <= act < len(reference.ACTS):
+        raise RuntimeError(f"ecanet: act must be 0 to {len(reference.ACTS) - 1}, got {act}")
+
+
+def _partial_moments(m: _Map, second: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, int, int]:
+    splits, per_split = m.splits()
+    mean = m.new(splits, *m.nc, dtype=dtype)
+    m2 = m.new(splits if second else 0, *m.nc, dtype=dtype)
+    _launch(
+        "moments", m.row_blocks * splits, m.x,
+        m.x, mean, m2, m.samples, m.channels, m.positions, splits, per_split,
+        SECOND=second, OUT=_type(dtype), **m.constants(),
+    )  # fmt: skip
+    return mean, m2, splits, per_split
+
+
+def squeeze(x: Tensor) -> Tensor:
+    """Means of maps; see :func:`ecanet.ops.reference.squeeze`."""
+    m = _Map.of(x)
+    mean, m2, splits, per_split = _partial_moments(m, False, reference.accumulation_dtype(x.dtype))
+    if splits == 1:
+        return mean[0]
+    means = m.new(*m.nc)
+    _merge(m, mean, m2, means, m2, splits, per_split, second=False)
+    return means
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Moments of maps; see :func:`ecanet.ops.reference.moments`."""
+    m = _Map.of(x)
+    mean, m2, splits, per_split = _partial_moments(m, True, torch.float64)
+    means, squares = m.new(*m.nc), m.new(*m.nc)
+    _merge(m, mean, m2, means, squares, splits, per_split, second=True)
+    return means, squares
+
+
+def _merge(
+    m: _Map, mean: Tensor, m2: Tensor, mean_out: Tensor, m2_out: Tensor, splits: int, per_split: int, second: bool
+) -> None:
+    block = min(_power_of_2(m.rows), 512)
+    _launch(
+        "merge", _cdiv(m.rows, block), m.x,
+        mean, m2, mean_out, m2_out, m.rows, m.positions, splits, per_split,
+        SECOND=second, BLOCK=block, OUT=_type(mean.dtype), INDEX=_index(mean.numel()),
+    )  # fmt: skip
+
+
+def batch_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics of a batch; see :func:`ecanet.ops.reference.batch_moments`."""
+    m = _Map.of(x)
+    mean, m2, splits, per_split = _partial_moments(m, True, torch.float64)
+    means, batch_mean, batch_var = m.new(*m.nc), m.new(m.channels), m.new(m.channels)
+    channels = min(_power_of_2(m.channels), 16)
+    _launch(
+        "statistics", _cdiv(m.channels, channels), x,
+        mean, m2, means, batch_mean, batch_var, m.samples, m.channels, m.positions, splits, per_split,
+        SAMPLES=min(_power_of_2(m.samples), 128), CHANNELS=channels, INDEX=_index(mean.numel()),
+    )  # fmt: skip
+    return means, batch_mean, batch_var
+
+
+def update_running(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, count: int
+) -> None:
+    """Move running statistics towards those of a batch of ``count`` values a channel, as BatchNorm does."""
+    channels = mean.numel()
+    block = min(_power_of_2(channels), 512)
+    _launch(
+        "update_running", _cdiv(channels, block), mean,
+        running_mean, running_var, mean, var, channels, momentum, momentum * (count / (count - 1)), BLOCK=block,
+    )  # fmt: skip
+
+
+def _apply(x: Tensor, scale: Tensor, shift: Tensor | None, residual: Tensor | None, act: int, over_x: bool) -> Tensor:
+    m = _Map.of(x)
+    _check_act(act)
+    read = [
+        _small(scale, x, m.nc, "scale"),
+        m.small(shift, m.nc, "shift"),
+        None if residual is None else m.ordered(residual, "residual"),
+    ]
+    if over_x:
+        read = [_apart(t, m.x) for t in read]
+    out = m.x if over_x else torch.empty_like(m.x)
+    _launch(
+        "apply", m.tiles, x, m.x, *read, out, m.samples, m.channels, m.positions,
+        ACT=act, **m.constants(),
+    )  # fmt: skip
+    return out
+
+
+def _apart(t: Tensor | None, x: Tensor) -> Tensor | None:
+    """What is read while x is written over: itself, or a copy where it lies partly under x. Both are dense."""
+    if t is None or (t.data_ptr() == x.data_ptr() and t.nbytes == x.nbytes):
+        return t
+    apart = t.data_ptr() + t.nbytes <= x.data_ptr() or x.data_ptr() + x.nbytes <= t.data_ptr()
+    return t if apart else t.clone()
+
+
+def apply(x: Tensor, scale: Tensor, shift: Tensor | None, residual: Tensor | None, act: int) -> Tensor:
+    """Scale, shift, add and activate; see :func:`ecanet.ops.reference.apply`."""
+    return _apply(x, scale, shift, residual, act, over_x=False)
+
+
+def apply_(x: Tensor, scale: Tensor, shift: Tensor | None, residual: Tensor | None, act: int) -> None:
+    """:func:`apply`, written over ``x``."""
+    out = _apply(x, scale, shift, residual, act, over_x=True)
+    if out.data_ptr() != x.data_ptr() or out.stride() != x.stride():
+        x.copy_(out)
+
+
+def _upstream(
+    m: _Map, grad: Tensor, scale: Tensor, shift: Tensor | None, saved: Tensor | None, act: int
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    _check_act(act)
+    if saved is None and reference.ACTS[act] in ("relu", "relu6"):
+        raise RuntimeError("ecanet: ReLU and ReLU6 need saved=out")
+    saved = None if saved is None else m.ordered(saved, "saved")
+    scale = _small(scale, m.x, m.nc, "scale")
+    return m.ordered(grad, "grad"), scale, m.small(shift, m.nc, "shift"), saved
+
+
+def apply_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    center: Tensor | None,
+    saved: Tensor | None,
+    act: int,
+    needs_d: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """First pass of the backward; see :func:`ecanet.ops.reference.apply_backward`."""
+    m = _Map.of(x)
+    grad, scale, shift, saved = _upstream(m, grad, scale, shift, saved, act)
+    center = m.small(center, (m.channels,), "center")
+    splits, per_split = m.splits()
+    d = torch.empty_like(m.x) if needs_d else None
+    p, q = m.new(splits, *m.nc), m.new(splits, *m.nc)
+    _launch(
+        "reduce", m.row_blocks * splits, x,
+        grad, m.x, scale, shift, center, saved, d, p, q, m.samples, m.channels, m.positions, splits, per_split,
+        ACT=act, **m.constants(),
+    )  # fmt: skip
+    p, q = (p[0], q[0]) if splits == 1 else (p.sum(0), q.sum(0))
+    return x.new_empty(0) if d is None else d, p, q
+
+
+def input_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    saved: Tensor | None,
+    act: int,
+    offset: Tensor,
+    slope: Tensor | None,
+    center: Tensor | None,
+) -> Tensor:
+    """Second pass of the backward; see :func:`ecanet.ops.reference.input_backward`."""
+    m = _Map.of(x)
+    grad, scale, shift, saved = _upstream(m, grad, scale, shift, saved, act)
+    offset = _small(offset, x, m.nc, "offset")
+    slope, center = m.small(slope, (m.channels,), "slope"), m.small(center, (m.channels,), "center")
+    out = torch.empty_like(m.x)
+    _launch(
+        "input_grad", m.tiles, x,
+        grad, m.x, scale, shift, saved, offset, slope, center, out, m.samples, m.channels, m.positions,
+        ACT=act, **m.constants(),
+    )  # fmt: skip
+    return out
+
+
+class _Norm(NamedTuple):
+    mean: Tensor | None
+    var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    @staticmethod
+    def of(like: Tensor, channels: int, *tensors: Tensor | None) -> "_Norm":
+        if (tensors[0] is None) != (tensors[1] is None):
+            raise RuntimeError("ecanet: mean and var come together")
+        named = zip(_Norm._fields, tensors, strict=True)
+        return _Norm(*(None if t is None else _small(t, like, (channels,), name) for name, t in named))
+
+
+def _check_means(means: Tensor) -> tuple[int, int]:
+    if means.dim() != 2:
+        raise RuntimeError(f"ecanet: means must have shape (N, C), got {tuple(means.shape)}")
+    return means.shape[0], means.shape[1]
+
+
+def _taps(kernel: Tensor | None, channels: int, circular: bool) -> tuple[Tensor | None, int]:
+    if kernel is None:
+        return None, 0
+    k = kernel.numel()
+    if k % 2 == 0 or (circular and k > channels):
+        raise RuntimeError(f"ecanet: kernel must have an odd size, and at most C if circular; got {k}")
+    return kernel.reshape(-1).contiguous(), k
+
+
+def eca_coefficients(
+    means: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    kernel: Tensor | None,
+    circular: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From means to scale and shift; see :func:`ecanet.ops.reference.eca_coefficients`."""
+    samples, channels = _check_means(means)
+    norm = _Norm.of(means, channels, mean, var, weight, bias)
+    kernel, k = _taps(kernel, channels, circular)
+    dtype = reference.accumulation_dtype(means.dtype)
+    s, scale, shift = (means.new_empty(samples, channels, dtype=dtype) for _ in range(3))
+    gate = means.new_empty(samples if k else 0, channels, dtype=dtype)
+    block = min(_power_of_2(samples * channels), 256)
+    _launch(
+        "coefficients", _cdiv(samples * channels, block), means,
+        means.contiguous(), *norm, kernel, s, gate, scale, shift, samples, channels,
+        eps=eps, K=k, CIRCULAR=circular, BLOCK=block, INDEX=_index(means.numel()), ACC=_type(dtype),
+    )  # fmt: skip
+    return s, gate, scale, shift
+
+
+def eca_coefficients_backward(
+    p: Tensor,
+    q: Tensor,
+    means: Tensor,
+    gate: Tensor | None,
+    grad_s: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    kernel: Tensor | None,
+    circular: bool,
+    positions: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Between the two passes of the backward; see :func:`ecanet.ops.reference.eca_coefficients_backward`."""
+    samples, channels = nc = _check_means(means)
+    norm = _Norm.of(means, channels, mean, var, weight, bias)
+    kernel, k = _taps(kernel, channels, circular)
+    if kernel is not None and gate is None:
+        raise RuntimeError("ecanet: a kernel needs its gate")
+    p, q = _small(p, means, nc, "p"), _small(q, means, nc, "q")
+    gate = None if gate is None else _small(gate, means, nc, "gate")
+    grad_s = None if grad_s is None else _small(grad_s, means, nc, "grad_s")
+    dtype = reference.accumulation_dtype(means.dtype)
+
+    def new(*shape: int) -> Tensor:
+        return means.new_empty(shape, dtype=dtype)
+
+    block, a_time = min(_power_of_2(channels), 32), min(_power_of_2(samples), 32)
+    blocks = _cdiv(channels, block)
+    groups = max(1, min(_cdiv(samples, a_time), _PROGRAMS // 8 // blocks))
+    per_program = _cdiv(_cdiv(samples, groups), a_time) * a_time
+    groups = _cdiv(samples, per_program)
+    taps = max(_power_of_2(k), 1)
+    offset, sum_a, sum_b, kernel_sums = (
+        new(*nc),
+        new(groups, channels),
+        new(groups, channels),
+        new(groups * blocks, taps),
+    )
+    _launch(
+        "coefficients_backward", groups * blocks, means,
+        p, q, means.contiguous(), gate, grad_s, *norm, kernel, offset, sum_a, sum_b, kernel_sums,
+        samples, channels, positions, per_program,
+        eps=eps, K=k, CIRCULAR=circular, SAMPLES=a_time, CHANNELS=block, TAPS=taps, INDEX=_index(means.numel()),
+        ACC=_type(dtype),
+    )  # fmt: skip
+    grad_weight, grad_bias, grad_mean, grad_var = (new(channels) for _ in range(4))
+    grad_kernel = new(k)
+    block = min(_power_of_2(channels), 128)
+    _launch(
+        "finish", _cdiv(channels, block), means,
+        sum_a, sum_b, kernel_sums, norm.var, norm.weight, grad_weight, grad_bias, grad_kernel, grad_mean, grad_var,
+        channels, groups, groups * blocks,
+        eps=eps, K=k, CHANNELS=block, PROGRAMS=min(_power_of_2(groups * blocks), 64), TAPS=taps, ACC=_type(dtype),
+    )  # fmt: skip
+    return offset, grad_weight, grad_bias, grad_kernel, grad_mean, grad_var
+
+
+def eca_tail(
+    x: Tensor,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    kernel: Tensor | None,
+    circular: bool,
+    act: int,
+) -> Tensor:
+    """Norm with given statistics, ECA, residual and activation; see :func:`ecanet.ops.reference.eca_tail`."""
+    return apply(x, *_scale_and_shift(x, mean, var, weight, bias, eps, kernel, circular), residual, act)
+
+
+def eca_tail_(x: Tensor, residual: Tensor | None, *norm_band_and_act: Any) -> None:
+    """:func:`eca_tail`, written over ``x``."""
+    *norm_and_band, act = norm_band_and_act
+    apply_(x, *_scale_and_shift(x, *norm_and_band), residual, act)
+
+
+def _scale_and_shift(x: Tensor, *norm_and_band: Any) -> tuple[Tensor, Tensor]:
+    has_band = norm_and_band[5] is not None  # otherwise nothing looks at the means
+    means = squeeze(x) if has_band else x.new_zeros(x.shape[:2], dtype=reference.accumulation_dtype(x.dtype))
+    return eca_coefficients(means, *norm_and_band)[2:]

@@ -1,0 +1,345 @@
+"""The Triton kernels against the formulas in float64: in Triton's interpreter, or on the GPU if there is one.
+
+The interpreter takes milliseconds for every program, so maps are small; tiles are made smaller too, where what happens
+between tiles is the question.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from op_cases import (
+    ACTS,
+    EVERY,
+    HALF_TYPES,
+    IN_PLACE,
+    LAYOUTS,
+    MAP_OUTPUTS,
+    MAP_TOLERANCE,
+    NAIVE,
+    NONE,
+    ON_MAPS,
+    ON_MEANS,
+    RELU,
+    SILU,
+    TOLERANCE,
+    Options,
+    arguments,
+    as_tuple,
+    assert_close,
+    call_reference,
+    channels_last,
+    dense,
+    every_option,
+    of_type,
+    significant,
+    without_data,
+)
+from torch import Tensor, nn
+
+import ecanet
+from ecanet.nn import ECA, SE, norm_gate_add_act
+from ecanet.ops import gpu, reference
+
+pytestmark = pytest.mark.skipif(gpu.why_not() is not None, reason=str(gpu.why_not()))
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = {0: [(3, 5)], 1: [(2, 3, 7)], 2: [(2, 3, 5, 7), (3, 1, 4, 4), (2, 17, 1, 3)], 3: [(2, 5, 3, 2, 5)]}
+both_layouts = pytest.mark.parametrize("make", [dense, channels_last])
+# The interpreter cuts a float32 off where a GPU rounds it to the nearest bfloat16.
+ROUNDING = {**MAP_TOLERANCE, torch.bfloat16: MAP_TOLERANCE[torch.bfloat16] * (2 if gpu.interpreting() else 1)}
+
+
+def launch(name: str, args: list[Any]) -> Any:
+    """Run the kernels, on the GPU if there is one; an in-place operation writes over its first argument."""
+    moved = [a.to(DEVICE) if isinstance(a, Tensor) else a for a in args]
+    outputs = getattr(gpu, name)(*moved)
+    if outputs is None:
+        return args[0].copy_(moved[0])
+    return tuple(t.cpu() for t in as_tuple(outputs))
+
+
+def assert_values(name: str, args: list[Any], case: str = "") -> None:
+    """The operation gives what the formula gives."""
+    x = args[0]
+    small = reference.accumulation_dtype(x.dtype)
+    positions = math.prod(x.shape[2:])
+    for i, (g, w) in enumerate(zip(launch(name, args), as_tuple(NAIVE[name](*args)), strict=True)):
+        is_map = (name, i) in MAP_OUTPUTS
+        assert (g.shape, g.dtype) == (w.shape, x.dtype if is_map else small), case
+        if is_map:
+            assert_close(g, w, ROUNDING[x.dtype], 30, case)
+        else:
+            assert_close(g, w, TOLERANCE[small], 30 * math.sqrt(positions), case)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles and splits even of a small map."""
+    monkeypatch.setattr(gpu, "_TILE", 64)
+
+
+@pytest.mark.parametrize(("rank", "make"), LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("name", ON_MAPS)
+def test_values_in_every_layout(name, rank, make) -> None:
+    for shape in SHAPES[rank]:
+        for o in [Options(RELU), Options(SILU, residual=False, d=False, kernel=5)]:
+            assert_values(name, arguments(name, shape, torch.float32, make, o), f"{shape} {o}")
+
+
+@of_type(torch.float64, torch.bfloat16, torch.float16)
+@both_layouts
+@pytest.mark.parametrize("name", ON_MAPS)
+def test_values_of_every_type(name, make, dtype) -> None:
+    for act in (RELU, SILU):
+        assert_values(name, arguments(name, (2, 19, 3, 5), dtype, make, Options(act)))
+
+
+@both_layouts
+@pytest.mark.parametrize("name", ON_MAPS)
+def test_values_with_every_option(name, make) -> None:
+    for o in every_option(name):
+        assert_values(name, arguments(name, (2, 9, 2, 3), torch.float32, make, o), str(o))
+
+
+@of_type(*TOLERANCE)
+@pytest.mark.parametrize(("rank", "make"), [LAYOUTS["2-D"], LAYOUTS["2-D transposed"]], ids=["dense", "transposed"])
+@pytest.mark.parametrize("name", ON_MEANS)
+def test_values_of_operations_on_means(name, rank, make, dtype) -> None:
+    for shape in [(3, 5), (1, 1), (40, 35)]:
+        for o in every_option(name) if shape == (3, 5) else [Options(), Options(kernel=9, norm="none")]:
+            args = arguments(name, shape, dtype, make, o)
+            promised = getattr(torch.ops.ecanet, name)(*(without_data(a) for a in args))
+            for g, w, p in zip(launch(name, args), NAIVE[name](*args), promised, strict=True):
+                assert (g.shape, g.dtype) == (w.shape, dtype), (shape, o)
+                assert significant(g) == significant(p)
+                assert_close(g, w, TOLERANCE[dtype], 100, f"{shape} {o}")
+
+
+@pytest.mark.usefixtures("small_tiles")
+@both_layouts
+@pytest.mark.parametrize("shape", [(1, 3, 27, 19), (2, 11, 8, 8), (2, 70, 3, 3)], ids=str)
+@pytest.mark.parametrize("name", ON_MAPS)
+def test_positions_and_channels_of_many_programs(name, shape, make) -> None:
+    assert_values(name, arguments(name, shape, torch.float32, make, Options(RELU, kernel=5)))
+
+
+@both_layouts
+@pytest.mark.parametrize("name", ["squeeze", "batch_moments", "apply", "apply_backward", "input_backward"])
+def test_offsets_of_64_bits(name, make, monkeypatch) -> None:
+    monkeypatch.setattr(gpu, "_LONGEST_INT32", 0)
+    assert_values(name, arguments(name, (2, 19, 3, 5), torch.float32, make, Options(RELU)))
+
+
+@pytest.mark.parametrize("name", ON_MAPS)
+@both_layouts
+def test_shapes_and_strides_are_those_of_the_fake(name, make) -> None:
+    args = arguments(name, (2, 19, 3, 5), torch.float32, make, Options(RELU))
+    promised = as_tuple(getattr(torch.ops.ecanet, name)(*(without_data(a) for a in args)))
+    assert [significant(t) for t in launch(name, args)] == [significant(t) for t in promised]
+
+
+@both_layouts
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_in_place_is_out_of_place_written_over_x(name, make) -> None:
+    for act in ACTS:
+        args = arguments(name, (2, 9, 3, 5), torch.float32, make, Options(act))
+        want = launch(name[:-1], args)[0]
+        assert torch.equal(launch(name, args), want)
+        sliced = torch.randn(5, 19, 7, 11)[1::2, 1::2, 1::2, 1::2]
+        want = launch(name[:-1], [sliced, *args[1:]])[0]
+        assert torch.equal(launch(name, [sliced, *args[1:]]), want)
+
+
+@pytest.mark.parametrize("overlap", [-7, 0, 8])
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_the_residual_may_lie_partly_under_the_map_that_is_written(name, overlap) -> None:
+    args = arguments(name, (2, 9, 3, 5), torch.float32, dense, Options(RELU))
+    size, at = args[0].numel(), 3 if name == "apply_" else 1
+    memory = torch.randn(3 * size, device=DEVICE)
+    x = memory[size : 2 * size].view(2, 9, 3, 5)
+    residual = memory[size + overlap : 2 * size + overlap].view(2, 9, 3, 5)
+    others = [a.to(DEVICE) if isinstance(a, Tensor) else a for a in args]
+    others[0], others[at] = x.clone(), residual.clone()
+    want = getattr(gpu, name[:-1])(*others)
+    others[0], others[at] = x, residual
+    getattr(gpu, name)(*others)
+    assert torch.equal(x, want)
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@both_layouts
+@pytest.mark.parametrize("name", ON_MAPS)
+def test_nan_and_inf_propagate_as_in_the_reference(name, make, value) -> None:
+    for o in [Options(act) for act in ACTS]:
+        args = arguments(name, (2, 5, 3, 3), torch.float32, make, o)
+        args[0] = args[0].clone()
+        args[0][1, 2, 1, 1] = value
+        for g, w in zip(launch(name, args), as_tuple(call_reference(name, args)), strict=True):
+            if name == "batch_moments" and math.isinf(value):  # torch's own mean of such a batch is not its var's
+                assert torch.equal(g.isfinite(), w.isfinite())
+            else:
+                assert torch.equal(g.isnan(), w.isnan()), o
+                assert torch.equal(
+                    g.nan_to_num(7, 8, 9).isclose(w.nan_to_num(7, 8, 9), 1e-4, 1e-4), g.new_ones(g.shape) > 0
+                )
+
+
+@pytest.mark.skipif(gpu.interpreting(), reason="the interpreter cuts off instead of rounding")
+@of_type(*HALF_TYPES)
+def test_results_are_rounded_to_nearest_even_as_torch_does(dtype) -> None:
+    scale = torch.randn(1, 300) * torch.logspace(-9, 9, 300)
+    x = torch.ones(1, 300, 2, dtype=dtype)
+    assert torch.equal(launch("apply", [x, scale, None, None, NONE])[0][0, :, 0], scale[0].to(dtype))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@both_layouts
+@pytest.mark.parametrize("shape", [(4, 6, 14, 14), (9, 5, 3, 3)], ids=str)
+def test_a_mean_of_10000_deviations_costs_no_more_digits_than_in_torch(shape, make) -> None:
+    x = (1e4 + make(shape, torch.float64)).float()
+    want_mean, want_var = x.double().mean((0, 2, 3)), x.double().var((0, 2, 3), correction=0)
+    _, torch_mean, torch_inverse = torch.native_batch_norm(x, None, None, None, None, True, 0.1, 0.0)
+    _, mean, var = launch("batch_moments", [x])
+
+    def error(got: Tensor, want: Tensor) -> float:
+        return ((got.double() - want) / want).abs().max().item()
+
+    eps = torch.finfo(torch.float32).eps
+    assert error(mean, want_mean) <= max(2 * error(torch_mean, want_mean), eps)
+    assert error(var, want_var) <= max(2 * error(torch_inverse.double() ** -2, want_var), 4 * eps)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@both_layouts
+@pytest.mark.parametrize("name", EVERY)
+def test_results_repeat_themselves_bit_by_bit(name, make) -> None:
+    args = arguments(name, (2, 3, 25, 20), torch.float32, make, Options(SILU))
+    first, second = (launch(name, [a.clone() if isinstance(a, Tensor) else a for a in args]) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(as_tuple(first), as_tuple(second), strict=True))
+
+
+X, ONES, C = torch.ones(2, 3, 4, 4), torch.ones(2, 3), torch.ones(3)
+NO_NORM = (None, None, None, None, 0.0)
+MISTAKES = [
+    ("squeeze", [X.long()], "x must be float32, float64, bfloat16 or float16"),
+    ("squeeze", [X[0, 0, 0]], r"x must have shape \(N, C, \*spatial\)"),
+    ("apply", [X, ONES.T, None, None, NONE], r"scale must have shape \(2, 3\)"),
+    ("apply", [X, ONES, C, None, NONE], r"shift must have shape \(2, 3\)"),
+    ("apply", [X, ONES, None, X[:1], NONE], "residual must have the shape, the type and the device of x"),
+    ("apply", [X, ONES, None, X.double(), NONE], "residual must have the shape, the type"),
+    ("apply_", [X, ONES, None, None, 5], "act must be 0 to 4, got 5"),
+    ("apply_backward", [X, X, ONES, None, None, None, RELU, True], "ReLU and ReLU6 need saved=out"),
+    ("apply_backward", [X, X, ONES, None, ONES, None, NONE, True], r"center must have shape \(3\)"),
+    ("input_backward", [X, X, ONES, None, None, NONE, ONES, ONES, None], r"slope must have shape \(3\)"),
+    ("eca_coefficients", [X, *NO_NORM, C, False], r"means must have shape \(N, C\)"),
+    ("eca_coefficients", [ONES, C, None, None, None, 0.0, C, False], "mean and var come together"),
+    ("eca_coefficients", [ONES, *NO_NORM, C[:2], False], "kernel must have an odd size"),
+    ("eca_coefficients", [ONES, *NO_NORM, torch.ones(5), True], "kernel must have .* at most C if circular"),
+    ("eca_coefficients_backward", [ONES, ONES, ONES, None, None, *NO_NORM, C, False, 16], "needs its gate"),
+    ("eca_tail_", [X, None, *NO_NORM, C, False, 7], "act must be 0 to 4, got 7"),
+]
+
+
+@pytest.mark.parametrize(("name", "args", "message"), MISTAKES)
+def test_wrong_arguments_are_refused_with_the_name_and_what_would_be_right(name, args, message) -> None:
+    before = X.clone()
+    with pytest.raises(RuntimeError, match=message):
+        launch(name, args)
+    assert torch.equal(X, before)
+
+
+# --- the tail -----------------------------------------------------------------------------------------------------
+
+
+def tail_step(norm: nn.Module, gate: nn.Module | None, act: str | None, make: Callable[..., Tensor]) -> list[Tensor]:
+    """Output, gradients and statistics of a step with a residual."""
+    generator = torch.random.manual_seed(1)
+    x, residual, dout = (make((3, 16, 4, 5), torch.float32).to(DEVICE) for _ in range(3))
+    del generator
+    norm, gate = norm.to(DEVICE), None if gate is None else gate.to(DEVICE)
+    inputs = [x.requires_grad_(), residual.requires_grad_(), *norm.parameters()]
+    inputs += [] if gate is None else list(gate.parameters())
+    out = norm_gate_add_act(x, norm, gate, residual, act)
+    statistics = [t.detach().clone() for t in norm.buffers()]
+    return [out.detach(), *torch.autograd.grad(out, inputs, dout), *statistics]
+
+
+@both_layouts
+@pytest.mark.parametrize("act", [None, "relu", "silu"], ids=str)
+@pytest.mark.parametrize("gate", [None, "eca", "se"], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_the_tail_is_its_modules_one_after_another(training, gate, act, make) -> None:
+    results = []
+    for backend in ("triton", "reference"):
+        torch.manual_seed(0)
+        norm = nn.BatchNorm2d(16).train(training)
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+        module = {None: None, "eca": ECA(16, 5), "se": SE(16, 4)}[gate]
+        with ecanet.backend(backend):
+            results.append(tail_step(norm, module, act, make))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.7, None], ids=str)
+def test_running_statistics_move_as_in_torch(momentum) -> None:
+    norms = []
+    for backend in ("triton", "reference"):
+        torch.manual_seed(0)
+        norm = nn.BatchNorm2d(16, momentum=momentum).to(DEVICE)
+        with ecanet.backend(backend):
+            for _ in range(3):
+                norm_gate_add_act(torch.randn(3, 16, 4, 4, device=DEVICE), norm, ECA(16).to(DEVICE))
+        norms.append(norm.state_dict())
+    torch.testing.assert_close(norms[0], norms[1], rtol=1e-6, atol=1e-6)
+
+
+def test_inference_in_place_and_in_a_network() -> None:
+    torch.manual_seed(0)
+    network = ecanet.models.small_eca_resnet(widths=[8, 16]).eval().to(DEVICE)
+    x = torch.randn(2, 3, 12, 12, device=DEVICE)
+    fast = ecanet.optimize_for_inference(network)
+    with torch.no_grad():
+        with ecanet.backend("reference"):
+            want = network(x)
+        with ecanet.backend("triton"):
+            torch.testing.assert_close(network(x), want, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(fast(x), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+def test_autocast_keeps_maps_in_half_types(dtype) -> None:
+    torch.manual_seed(0)
+    norm, gate = nn.BatchNorm2d(16).to(DEVICE), ECA(16).to(DEVICE)
+    x = torch.randn(3, 16, 4, 5, device=DEVICE, dtype=dtype).requires_grad_()
+    with ecanet.backend("triton"), torch.autocast(DEVICE, dtype):
+        out = norm_gate_add_act(x, norm, gate, x, "relu")
+    (grad,) = torch.autograd.grad(out.float().square().sum(), x)
+    assert out.dtype == grad.dtype == dtype
+    with ecanet.backend("reference"):
+        want = torch.relu(gate(norm(x.float())) + x.float())
+    torch.testing.assert_close(out.float(), want, rtol=0.02, atol=0.02)
+
+
+# --- every kernel compiles for GPUs that are not here ---------------------------------------------------------------
+
+
+def test_every_kernel_compiles_for_nvidia_and_amd() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_triton.py")
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    compiled = json.loads(run.stdout)
+    names = {"moments", "merge", "statistics", "update_running", "apply", "reduce", "input_grad", "coefficients"}
+    assert set(compiled) == names | {"coefficients_backward", "finish"}
+    assert all({"cuda:90", "hip:gfx942"} == set(targets) for targets in compiled.values())

@@ -270,6 +270,9 @@ def _training(compiled: bool, on: On, shape: tuple[int, ...], memory_format: str
     if compiled:
         torch.compiler.reset()
         forwards |= {f"{name} compiled": _compile(module) for name, module in modules.items()}
+        # The same formulas in plain PyTorch, for the compiler to fuse, where the kernels are one operation of the graph.
+        forwards["formula compiled"] = _compile(copy.deepcopy(modules["ecanet"]))
+        modules["formula"] = forwards["formula compiled"]
 
     def step(name: str) -> tuple[Tensor, ...]:
         # autograd.grad and not backward(): inside a network nothing is a leaf, so no gradient is copied into .grad.
@@ -277,7 +280,10 @@ def _training(compiled: bool, on: On, shape: tuple[int, ...], memory_format: str
         inputs = [x, residual, *modules[name.removesuffix(" compiled")].parameters()]
         return (out, *torch.autograd.grad(out, inputs, grad))
 
-    competitors = {name: Competitor(partial(step, name), partial(on.context, grad=True)) for name in forwards}
+    def context(name: str) -> AbstractContextManager[object]:
+        return on.context(backend="reference" if name.startswith("formula") else None, grad=True)
+
+    competitors = {name: Competitor(partial(step, name), partial(context, name)) for name in forwards}
     agree = (
         tuple(name for name in forwards if not name.startswith("no gate")),
         tuple(name for name in forwards if name.startswith("no gate")),

@@ -808,6 +808,40 @@ def test_compiles_to_one_graph_that_does_the_same(make) -> None:
 
 
 @pytest.mark.usefixtures("_nothing_compiled_before")
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_a_compilers_graph_has_the_kernels_as_one_operation_where_they_run(training, backend) -> None:
+    seen = []
+
+    def look(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        seen.extend(str(node.target) for node in graph.graph.nodes if "ecanet" in str(node.target))
+        return graph.forward
+
+    tail = Tail(nn.BatchNorm2d(C).train(training), ECA(C), "relu")
+    x = feature_map(3, C, 5, 4)
+    other = plain(tail)
+    with ecanet.backend(backend), torch.set_grad_enabled(training):
+        got = torch.compile(tail, fullgraph=True, backend=look)(x, x)
+    torch.testing.assert_close(got, other(x, x))
+    name = "ecanet.train_tail" if training else "ecanet.eca_tail"
+    assert seen == ([name] if backend == "auto" and cpu.why_not() is None else [])
+
+
+@pytest.mark.usefixtures("_nothing_compiled_before")
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("act", [None, "relu", "silu", nn.ReLU6()], ids=str)
+def test_compiled_a_residual_of_another_type_gives_the_type_of_the_sum(act, backend) -> None:
+    tail = Tail(nn.BatchNorm2d(C), ECA(C), act)
+    x, residual = feature_map(3, C, 5, 4).bfloat16(), torch.randn(3, C, 5, 4)
+    other = plain(tail)
+    with ecanet.backend(backend):
+        got = torch.compile(tail, fullgraph=True, backend="aot_eager")(x, residual)
+    want = other(x, residual)
+    assert got.dtype == want.dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-5)
+
+
+@pytest.mark.usefixtures("_nothing_compiled_before")
 def test_compiles_once_for_all_sizes() -> None:
     graphs = []
 

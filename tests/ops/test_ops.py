@@ -678,3 +678,62 @@ def test_wrong_arguments_are_refused_with_the_name_and_what_would_be_right(name,
     with pytest.raises(RuntimeError, match=message):
         call(name, args)
     assert torch.equal(X, before)
+
+
+# --- the tail in training -----------------------------------------------------------------------------------------
+
+
+def plain_train_tail(
+    x: Tensor, residual: Any, weight: Any, bias: Any, eps: float, kernel: Any, circular: bool, act: int
+) -> Tensor:
+    """Norm, ECA, residual and activation by torch's own operations."""
+    y = torch.nn.functional.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
+    if kernel is not None:
+        y = reference.scale(y, torch.sigmoid(reference.band(y.mean((2, 3)), kernel, circular)))
+    return reference.activate(y if residual is None else y + residual, act)
+
+
+def train_tail_arguments(make: Callable[..., Tensor], with_all: bool, act: int) -> list[Any]:
+    x, residual = make((3, 5, 4, 3), torch.float64), make((3, 5, 4, 3), torch.float64)
+    weight, bias, kernel = (torch.randn(size, dtype=torch.float64) for size in (5, 5, 3))
+    if not with_all:
+        return [x, None, None, None, 1e-3, None, False, act]
+    return [x, residual, weight, bias, 1e-3, kernel.view(1, 1, 3), True, act]
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("with_all", [True, False], ids=["everything", "x alone"])
+@pytest.mark.parametrize("make", [dense, channels_last])
+def test_the_tail_in_training_is_norm_gate_addition_and_activation(make, with_all, act) -> None:
+    args = train_tail_arguments(make, with_all, act)
+    results = []
+    for function in (lambda *a: torch.ops.ecanet.train_tail(*a)[0], plain_train_tail):
+        inputs = [a.detach().clone().requires_grad_() if isinstance(a, Tensor) else a for a in args]
+        out = function(*inputs)
+        wanted = [a for a in inputs if isinstance(a, Tensor)]
+        results.append([out, *torch.autograd.grad(out.square().sum() + out.sum(), wanted)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
+@pytest.mark.parametrize("act", [NONE, RELU, SILU])
+@pytest.mark.parametrize("with_all", [True, False], ids=["everything", "x alone"])
+def test_opcheck_of_the_tail_in_training(with_all, act) -> None:
+    for make in (dense, channels_last):
+        args = train_tail_arguments(make, with_all, act)
+        for needed in (False, True):
+            inputs = [a.requires_grad_(needed) if isinstance(a, Tensor) else a for a in args]
+            torch.library.opcheck(torch.ops.ecanet.train_tail.default, inputs)
+
+
+@pytest.mark.parametrize("act", [NONE, SILU])
+def test_gradcheck_of_the_tail_in_training(act) -> None:
+    args = train_tail_arguments(dense, True, act)
+    wanted = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+
+    def function(*tensors: Tensor) -> Tensor:
+        given = dict(zip(wanted, tensors, strict=True))
+        return torch.ops.ecanet.train_tail(*(given.get(i, a) for i, a in enumerate(args)))[0]
+
+    assert gradcheck(function, [args[i].requires_grad_() for i in wanted])

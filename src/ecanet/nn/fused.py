@@ -126,6 +126,25 @@ def formula(x: Tensor, norm: Norm, gate: GateMaths, residual: Tensor | None) -> 
     return reference.apply(x, g * a, g * b, residual, 0)
 
 
+def in_graph(x: Tensor, norm: Norm, gate: GateMaths, residual: Tensor | None, act: int) -> Tensor | None:
+    """The tail as one operation in a compiler's graph, or None where the compiler does better with plain PyTorch.
+
+    On a CPU the C++ kernels take a seventh of the time of what Inductor makes of the statistics of a batch
+    (``python -m benchmarks.cpu --only training``). What is exported must run without this library.
+    """
+    if not gate.band or torch.compiler.is_exporting() or backend.choose(x) != "cpu" or x.numel() == 0:
+        return None
+    kernel, circular = gate.parameters[0], gate.circular
+    if norm.mean is None:
+        weights = norm.weight, norm.bias, norm.eps
+        out, _, mean, var, *_ = torch.ops.ecanet.train_tail(x, residual, *weights, kernel, circular, act)
+        update_running_statistics(norm.module, mean.detach(), var.detach(), x.shape[0] * x.shape[2:].numel())
+        return out
+    if torch.is_grad_enabled():
+        return None
+    return torch.ops.ecanet.eca_tail(x, residual, *_at_once(norm, gate), act)
+
+
 def tail(x: Tensor, norm: Norm | None, gate: GateMaths | None, residual: Tensor | None, act: int) -> Tensor:
     """``act(gate(norm(x)) + residual)``.
 

@@ -35,7 +35,8 @@ def norm_gate_add_act(
     The fused kernels run for a BatchNorm (in training or not, SyncBatchNorm, torchvision's FrozenBatchNorm2d) and a
     subclass of :class:`ecanet.nn.Gate`. Other modules are called, and what is left is fused. A module that somebody
     put a hook on, or that :mod:`torch.fx` or a transform of :mod:`torch.func` looks at, is called too: hooks fire,
-    graphs show the modules. Under :func:`torch.compile` the same formulas in plain PyTorch let Inductor fuse them.
+    graphs show the modules. Under :func:`torch.compile` the kernels are an operation of the graph on a CPU; on a GPU,
+    and where no kernels are, the same formulas in plain PyTorch let Inductor fuse them.
 
     Args:
         x: ``(N, C, *spatial)`` with 0 to 3 spatial dimensions.
@@ -167,10 +168,16 @@ def _without_kernels(
 ) -> Tensor:
     if gate is not None and torch.compiler.is_compiling() and not isinstance(norm, nn.SyncBatchNorm):
         norm_maths, gate_maths = maths_of_norm(norm, x), maths_of_gate(gate, x)
-        if norm_maths is not None and norm_maths.mean is None and gate_maths is not None:
-            if residual is None or same_kind(residual, x):
-                return _activate(fused.formula(x, norm_maths, gate_maths, residual), act)
-            return _activate(fused.formula(x, norm_maths, gate_maths, None) + residual, act)
+        if norm_maths is not None and gate_maths is not None:
+            # A residual of another kind, and an activation that is a module of one's own, come afterwards.
+            inside = residual if residual is None or same_kind(residual, x) else None
+            code = act_code(act) if inside is residual else None
+            y = fused.in_graph(x, norm_maths, gate_maths, inside, code or 0)
+            if y is None and norm_maths.mean is None:
+                y, code = fused.formula(x, norm_maths, gate_maths, inside), None
+            if y is not None:
+                y = y + residual if residual is not None and inside is None else y
+                return y if code is not None else _activate(y, act)
     if norm is not None:
         x = norm(x)
     if gate is not None:

@@ -28,6 +28,8 @@ _SCHEMAS = {
     "eca_coefficients": f"(Tensor means, {_NORM}, {_BAND}) -> (Tensor, Tensor, Tensor, Tensor)",
     "eca_coefficients_backward": "(Tensor p, Tensor q, Tensor means, Tensor? gate, Tensor? grad_s, "
     f"{_NORM}, {_BAND}, SymInt positions) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "train_tail": f"(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, {_BAND}, int act) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "eca_tail": f"(Tensor x, Tensor? residual, {_NORM}, {_BAND}, int act) -> Tensor",
     "eca_tail_": f"(Tensor(a!) x, Tensor? residual, {_NORM}, {_BAND}, int act) -> ()",
 }
@@ -45,10 +47,27 @@ def _in_place(function: Callable[..., Tensor]) -> Callable[..., None]:
     return run
 
 
+def _train_tail(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    kernel: Tensor | None,
+    circular: bool,
+    act: int,
+) -> tuple[Tensor, ...]:
+    ops = torch.ops.ecanet
+    means, mean, var = ops.batch_moments(x)
+    _, gate, scale, shift = ops.eca_coefficients(means, mean, var, weight, bias, eps, kernel, circular)
+    return ops.apply(x, scale, shift, residual, act), means, mean, var, gate, scale, shift
+
+
 _REFERENCES: dict[str, Callable[..., Any]] = {
     "squeeze": _squeeze,
     "apply_": _in_place(reference.apply),
     "eca_tail_": _in_place(reference.eca_tail),
+    "train_tail": _train_tail,
     **{name: getattr(reference, name) for name in _SCHEMAS if hasattr(reference, name) and name != "squeeze"},
 }
 
@@ -82,6 +101,12 @@ def _fake_coefficients_backward(p: Any, q: Any, means: Tensor, *rest: Any) -> An
     return _small(means, n, c), *(_small(means, size) for size in (c, c, k, c, c))
 
 
+def _fake_train_tail(x: Tensor, residual: Any, weight: Any, bias: Any, eps: float, kernel: Any, *_: Any) -> Any:
+    n, c = x.shape[:2]
+    gates = _small(x, 0 if kernel is None else n, c)
+    return _like(x), _small(x, n, c), _small(x, c), _small(x, c), gates, _small(x, n, c), _small(x, n, c)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "squeeze": lambda x: _small(x, *x.shape[:2]),
     "batch_moments": lambda x: (_small(x, *x.shape[:2]), _small(x, x.shape[1]), _small(x, x.shape[1])),
@@ -92,6 +117,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "input_backward": lambda grad, x, *_: _like(x),
     "eca_coefficients": _fake_coefficients,
     "eca_coefficients_backward": _fake_coefficients_backward,
+    "train_tail": _fake_train_tail,
     "eca_tail": lambda x, *_: _like(x),
     "eca_tail_": lambda *_: None,
 }
@@ -160,6 +186,43 @@ def _backward_of(function: Callable[..., Any]) -> Callable[..., Any]:
     return backward
 
 
+def _keep_for_train_tail(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, residual, weight, bias, ctx.eps, kernel, ctx.circular, ctx.act = inputs
+    out, *small = output
+    saved = out if reference.ACTS[ctx.act] in ("relu", "relu6") else residual if ctx.act != 0 else None
+    ctx.save_for_backward(x, saved, weight, bias, kernel, *small)
+    ctx.mark_non_differentiable(*small)
+
+
+def _train_tail_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    """The two passes of the backward, as operations that a compiler's graph shows."""
+    ops = torch.ops.ecanet
+    x, saved, weight, bias, kernel, means, mean, var, gate, scale, shift = ctx.saved_tensors
+    needs_residual = ctx.needs_input_grad[1]
+    keep_d = needs_residual and ctx.act != 0
+    d, p, q = ops.apply_backward(grad, x, scale, shift, mean, saved, ctx.act, keep_d)
+    gate = None if kernel is None else gate
+    norm = mean, var, weight, bias, ctx.eps
+    positions = x.shape[2:].numel()
+    offset, grad_weight, grad_bias, grad_kernel, grad_mean, grad_var = ops.eca_coefficients_backward(
+        p, q, means, gate, None, *norm, kernel, ctx.circular, positions
+    )
+    count = x.shape[0] * positions
+    offset, slope = offset + grad_mean / count, grad_var * (2 / count)
+    upstream = (d, x, scale, shift, None, 0) if keep_d else (grad, x, scale, shift, saved, ctx.act)
+    grad_x = ops.input_backward(*upstream, offset, slope, mean) if ctx.needs_input_grad[0] else None
+    return (
+        grad_x,
+        None if not needs_residual else d if keep_d else grad,
+        None if weight is None else grad_weight.to(weight.dtype),
+        None if bias is None else grad_bias.to(bias.dtype),
+        None,
+        None if kernel is None else grad_kernel.reshape(kernel.shape).to(kernel.dtype),
+        None,
+        None,
+    )
+
+
 def _without_derivative(name: str) -> Callable[..., None]:
     """An in-place operation below autograd; where a gradient would be lost, an error says so."""
     operation = getattr(torch.ops.ecanet, name).default
@@ -183,12 +246,14 @@ for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _plain = _dense_outputs(_REFERENCES[_name], _FAKES[_name])
     _library.impl(_name, _plain, "CompositeExplicitAutograd")
-    _library.impl(_name, _on_gpu(_name, _plain), "CUDA")
+    if hasattr(gpu, _name):
+        _library.impl(_name, _on_gpu(_name, _plain), "CUDA")
     torch.library.register_fake(f"ecanet::{_name}", _FAKES[_name], lib=_library)
     if _name.endswith("_"):
         _library.impl(_name, _without_derivative(_name), "Autograd")
-    else:
-        torch.library.register_autograd(
-            f"ecanet::{_name}", _backward_of(_REFERENCES[_name]), setup_context=_setup_context, lib=_library
-        )
+        continue
+    _derivative: tuple[Callable[..., Any], Callable[..., None]] = _backward_of(_REFERENCES[_name]), _setup_context
+    if _name == "train_tail":
+        _derivative = _train_tail_backward, _keep_for_train_tail
+    torch.library.register_autograd(f"ecanet::{_name}", _derivative[0], setup_context=_derivative[1], lib=_library)
 cpu.load()

@@ -270,7 +270,7 @@ def _training(compiled: bool, on: On, shape: tuple[int, ...], memory_format: str
     if compiled:
         torch.compiler.reset()
         forwards |= {f"{name} compiled": _compile(module) for name, module in modules.items()}
-        # The same formulas in plain PyTorch, for the compiler to fuse, where the kernels are one operation of the graph.
+        # The same formulas in plain PyTorch, for the compiler to fuse, instead of the kernels as one operation.
         forwards["formula compiled"] = _compile(copy.deepcopy(modules["ecanet"]))
         modules["formula"] = forwards["formula compiled"]
 

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _cases(args: argparse.Namespace) -> list[Case]:
-    cases = [*map_cases(args.quick, args.compile), *network_cases(args.quick)]
+    cases = [*map_cases(args.quick, args.compile), *network_cases(args.quick, args.compile)]
     return [case for case in cases if case.group in args.only]
 
 

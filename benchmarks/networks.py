@@ -97,13 +97,19 @@ GPU_BATCHES = (128, 256)
 MODES: dict[str, dict[str, Any] | None] = {"eager": None, "compiled": {}, "graphs": {"mode": "reduce-overhead"}}
 
 
-def network_cases(quick: bool) -> Iterator[Case]:
-    """Every case on networks."""
+def network_cases(quick: bool, compiled: bool) -> Iterator[Case]:
+    """Every case on networks on a CPU.
+
+    Args:
+        quick: Tiny images; nothing is compiled, which would take minutes.
+        compiled: Whether the networks compete under torch.compile, too.
+    """
     shape = _QUICK_SHAPE if quick else _SHAPE
+    compiled = compiled and not quick
     builders: dict[str, Callable[..., Work | SavedBytes]] = {
         "memory": _memory,
-        "inference": _inference,
-        "training": _training,
+        "inference": partial(_inference, compiled),
+        "training": partial(_training, compiled),
     }
     for name, build in builders.items():
         for memory_format in MEMORY_FORMATS:
@@ -211,7 +217,7 @@ def _settle(model: nn.Module, x: Tensor) -> None:
         norm.momentum = 0.1
 
 
-def _inference(shape: tuple[int, ...], memory_format: str) -> Work:
+def _inference(compiled: bool, shape: tuple[int, ...], memory_format: str) -> Work:
     x, _ = _example(shape, memory_format)
     models = _models(memory_format)
     for name in ("timm", "no gate"):
@@ -219,26 +225,40 @@ def _inference(shape: tuple[int, ...], memory_format: str) -> Work:
     models["ecanet"].load_state_dict(models["timm"].state_dict())
     for name in ("ecanet", "no gate"):
         models[f"{name} optimised"] = ecanet.optimize_for_inference(models[name].eval())
-    competitors = {name: Competitor(partial(model.eval(), x), torch.no_grad) for name, model in models.items()}
-    agree = (("timm", "ecanet", "ecanet optimised"), ("no gate", "no gate optimised"))
+    calls: dict[str, Callable[..., Tensor]] = {name: model.eval() for name, model in models.items()}
+    calls |= _compiled(models) if compiled else {}
+    competitors = {name: Competitor(partial(call, x), torch.no_grad) for name, call in calls.items()}
+    agree = tuple(tuple(n for n in calls if n.startswith("no gate") == without) for without in (False, True))
     return Work(competitors, agree, 1e-3)
 
 
-def _training(shape: tuple[int, ...], memory_format: str) -> Work:
+def _training(compiled: bool, shape: tuple[int, ...], memory_format: str) -> Work:
     x, target = _example(shape, memory_format)
 
-    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
+    def step(call: Callable[..., Tensor], optimizer: torch.optim.Optimizer) -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), target)
+        loss = F.cross_entropy(call(x), target)
         loss.backward()
         optimizer.step()
         return loss
 
+    models = _models(memory_format)
+    calls: dict[str, Callable[..., Tensor]] = dict(models)
+    if compiled:
+        models |= {f"{name} compiled": model for name, model in _models(memory_format).items() if name != "timm"}
+        calls |= _compiled({name.removesuffix(" compiled"): m for name, m in models.items() if "compiled" in name})
     competitors = {
-        name: Competitor(partial(step, model, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)))
-        for name, model in _models(memory_format).items()
+        name: Competitor(partial(step, call, torch.optim.SGD(models[name].parameters(), lr=1e-3, momentum=0.9)))
+        for name, call in calls.items()
     }
-    return Work(competitors, (("timm", "ecanet"),), 1e-3)
+    agree = tuple(tuple(n for n in calls if n.startswith("no gate") == without) for without in (False, True))
+    return Work(competitors, agree, 1e-3)
+
+
+def _compiled(models: dict[str, nn.Module]) -> dict[str, Callable[..., Tensor]]:
+    """Ours and the one without a gate under torch.compile."""
+    torch.compiler.reset()
+    return {f"{name} compiled": torch.compile(models[name], dynamic=False) for name in ("ecanet", "no gate")}
 
 
 def _memory(shape: tuple[int, ...], memory_format: str) -> SavedBytes:

@@ -51,6 +51,9 @@ CPU_TARGETS = (
     Target("training/tail", "ecanet", "no gate", 1.0),
     Target("network/inference", "ecanet", "no gate", 1.0, each_format=True),
     Target("network/training", "ecanet", "no gate", 1.0, each_format=True),
+    Target("training/tail", "ecanet compiled", "no gate compiled", 1.1),
+    Target("network/inference", "ecanet compiled", "no gate compiled", 1.02, each_format=True),
+    Target("network/training", "ecanet compiled", "no gate compiled", 1.02, each_format=True),
     Target("network/memory", "ecanet", "no gate", 1.02, each_format=True),
     Target("network/inference", "ecanet optimised", "no gate optimised", 1.02, each_format=True),
 )
@@ -191,8 +194,14 @@ def summary(cases: Cases, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _pairs(names: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What the columns compare."""
-    others = [name for name in names if name not in ("copy", "ecanet", "ecanet optimised")]
-    return [("ecanet optimised" if other.endswith("optimised") else "ecanet", other) for other in others]
+    ours = [name for name in names if name.startswith("ecanet")]
+    others = [name for name in names if name != "copy" and name not in ours]
+    pairs = []
+    for other in others:
+        kind = other.rpartition(" ")[2]
+        like = f"ecanet {kind}" if kind in ("optimised", "compiled") else "ecanet"
+        pairs.append((like if like in ours else "ecanet", other))
+    return pairs
 
 
 def report(document: results.Document) -> str:

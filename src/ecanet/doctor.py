@@ -159,9 +159,14 @@ def _backend() -> str:
     reason = backend.reason_against(backend.current())
     if reason is not None:
         return f"{backend.current()} cannot run: {reason}"
-    if backend.current() == "auto" and cpu.why_not() is None:
-        return "auto: C++ kernels on the CPU, plain PyTorch elsewhere"
-    return f"{backend.current()}: " + ("C++ kernels" if backend.current() == "cpu" else "plain PyTorch")
+    names = {"cpu": "C++ kernels on the CPU", "triton": "Triton kernels on a GPU"}
+    if backend.current() == "triton" and gpu.interpreting():
+        names["triton"] = "Triton's interpreter on the CPU, slow"
+    ready = {"cpu": cpu.why_not() is None, "triton": torch.cuda.is_available() and gpu.why_not() is None}
+    chosen = [names[name] for name in names if backend.current() in (name, "auto") and ready.get(name)]
+    if backend.current() in names:
+        return f"{backend.current()}: {names[backend.current()]}"
+    return f"{backend.current()}: " + ", ".join([*chosen, "plain PyTorch" + " elsewhere" * bool(chosen)])
 
 
 def _extras() -> list[str]:

@@ -20,6 +20,8 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 #: Modules whose output is new memory that nobody else sees.
 _FRESH = (*_CONVOLUTIONS, nn.Linear, *_BATCH_NORMS, FrozenBatchNorm2d)
+#: Modules that write into nothing.
+_PURE = (nn.Identity, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Sigmoid, nn.Softmax)
 _ACT_FUNCTIONS: dict[Any, str] = {
     F.relu: "relu",
     torch.relu: "relu",
@@ -49,9 +51,12 @@ class InferenceTail(nn.Module):
         """``act(gate(x) + residual)``, the shape of ``x``."""
         if self.in_place and fused.kernels_run(x) and (residual is None or same_kind(residual, x)):
             maths = maths_of_gate(self.gate, x)
-            tracked = torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad))
+            read = (x, residual, *(() if maths is None else maths.parameters))
+            tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in read)
             if (self.gate is None) == (maths is None) and not tracked:
                 return fused.tail_(x, maths, residual, self.act)
+        if isinstance(x, Tensor) and not x.is_floating_point() and self.gate is None:
+            return reference.activate(x if residual is None else x + residual, self.act)
         return norm_gate_add_act(x, None, self.gate, residual, reference.ACTS[self.act])
 
     def extra_repr(self) -> str:
@@ -70,11 +75,12 @@ def optimize_for_inference(model: nn.Module) -> fx.GraphModule:
     Args:
         model: A network that :func:`torch.fx.symbolic_trace` can trace: those of :mod:`ecanet.models`, torchvision's
             and timm's classifiers. It stays as it is. As in any trace of torch.fx, ``y += x`` where y is another
-            name of a tensor that is read later becomes ``y + x``.
+            name of a tensor that is read later becomes ``y + x``. Hooks on layers stay; put on afterwards, one on a
+            convolution sees memory that the tail then writes over.
 
     Raises:
         TypeError: ``model`` is no module, or is compiled, scripted or wrapped for parallel training.
-        ValueError: ``model`` cannot be traced.
+        ValueError: ``model`` cannot be traced, or it or one of its blocks has a hook, which would be lost.
 
     Example:
         >>> from ecanet.models import eca_resnet18
@@ -112,8 +118,16 @@ class _Tracer(fx.Tracer):
 
 
 def _trace(model: nn.Module) -> fx.GraphModule:
+    tracer = _Tracer()
+    for name, block in model.named_modules():
+        hooks = (block._forward_hooks, block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks)
+        if any(hooks) and (name == "" or not tracer.is_leaf_module(block, name)):
+            raise ValueError(
+                f"{f'block {name!r} of ' if name else ''}model {type(model).__name__} has a hook, which the copy would "
+                "lose: remove it, and put it on the copy"
+            )
     try:
-        return fx.GraphModule(model, _Tracer().trace(model), type(model).__name__)
+        return fx.GraphModule(model, tracer.trace(model), type(model).__name__)
     except Exception as error:
         raise ValueError(
             f"model {type(model).__name__} cannot be traced ({type(error).__name__}: {error}): optimise the part of it "
@@ -195,7 +209,7 @@ def _fuse_tails(traced: fx.GraphModule) -> None:
             if branch is residual:
                 continue
         gate, x = _gate_of(traced, branch), _only_input(branch)
-        if gate is None or x is None or (branch is not node and len(branch.users) > 1):
+        if gate is None or x is None or (branch is not node and not _may_run_later(traced, branch, node)):
             gate, x = None, branch
         end, act = node, 0
         if len(node.users) == 1:
@@ -211,6 +225,20 @@ def _fuse_tails(traced: fx.GraphModule) -> None:
         for old in dict.fromkeys((end, node, branch)):
             if not old.users and old is not x:
                 traced.graph.erase_node(old)
+
+
+def _may_run_later(traced: fx.GraphModule, gate: fx.Node, addition: fx.Node) -> bool:
+    """Whether the gate may as well be called where its output is added: nothing in between writes into its input."""
+    if len(gate.users) > 1:
+        return False
+    between = gate.next
+    while between is not addition:
+        if between.op not in ("placeholder", "get_attr") and not isinstance(
+            _module(traced, between), (*_FRESH, *_PURE, Gate, InferenceTail)
+        ):
+            return False
+        between = between.next
+    return True
 
 
 def _is_added(node: fx.Node) -> bool:

@@ -13,7 +13,8 @@ from torch import nn
 pytest.importorskip("timm")
 
 from benchmarks import cpu as benchmark
-from benchmarks import results
+from benchmarks import gpu as gpu_benchmark
+from benchmarks import results, run
 from benchmarks.measure import (
     Competitor,
     check_agreement,
@@ -24,8 +25,8 @@ from benchmarks.measure import (
     take_turns,
 )
 from benchmarks.networks import network_cases, saved_bytes
-from benchmarks.report import report, roofline, verdicts
-from ecanet.ops import cpu
+from benchmarks.report import GPU_TARGETS, report, roofline, verdicts
+from ecanet.ops import cpu, gpu
 
 BOUND = {"OMP_PROC_BIND": "true"}
 
@@ -162,12 +163,12 @@ def test_quick_run(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("name", ["memory", "training", "inference"])
 def test_networks(name: str) -> None:
     case = next(case for case in network_cases(quick=True, compiled=False) if case.name == name)
-    result = benchmark._measure(case, {"rounds": 1, "network_rounds": 1, "quick": True}, "")
+    result = run._measure(case, {"rounds": 1, "network_rounds": 1, "quick": True}, "")
     assert {"ecanet", "timm", "no gate"} <= result.get("seconds", result.get("saved_bytes")).keys()
 
 
 def test_a_killed_run_goes_on_where_it_was(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure, measured = benchmark._measure, []
+    measure, measured = run._measure, []
 
     def killed_at_the_third(case: Any, *rest: Any) -> Any:
         if len(measured) == 2:
@@ -175,14 +176,14 @@ def test_a_killed_run_goes_on_where_it_was(quick: Path, monkeypatch: pytest.Monk
         measured.append(case.key)
         return measure(case, *rest)
 
-    monkeypatch.setattr(benchmark, "_measure", killed_at_the_third)
+    monkeypatch.setattr(run, "_measure", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         _run(quick, "--only", "module")
     before = results.read(quick)["cases"]
     assert list(before) == measured
     assert len(measured) == 2
 
-    monkeypatch.setattr(benchmark, "_measure", measure)
+    monkeypatch.setattr(run, "_measure", measure)
     after = _run(quick, "--only", "module", "--resume")
     assert len(after["cases"]) == 4
     assert {key: after["cases"][key] for key in before} == before
@@ -210,3 +211,60 @@ def test_wrong_options(args: list[str], capsys: pytest.CaptureFixture[str]) -> N
         benchmark.main(args)
     assert stopped.value.code == 2
     assert args[-1].split(",")[-1] in capsys.readouterr().err
+
+
+# --- on a GPU -----------------------------------------------------------------------------------------------------
+
+
+def test_targets_of_a_gpu() -> None:
+    def case(**seconds: float) -> dict[str, Any]:
+        return {**_case(**seconds), "map_bytes": 2**27}
+
+    network = {"images": 128, "peak_bytes": {"ecanet": 101, "no gate": 100, "timm": 130}}
+    cases = {
+        "op/apply_/256x256x56x56/channels_last": case(ecanet=1.5, plain=9.0, copy=1.0),
+        "op/apply_/1x2x3x3/channels_last": {**case(ecanet=99.0, plain=9.0, copy=1.0), "map_bytes": 8},
+        "training/tail/8x2x3x3/channels_last": case(
+            ecanet=1.0, ecanet_compiled=2.0, no_gate_compiled=2.0, timm_compiled=4.0, copy=1.0
+        ),
+        "network/resnet50-training-compiled/128x3x224x224/channels_last": {
+            "seconds": {"ecanet": [1.0] * 3, "no gate": [0.97] * 3, "timm": [1.2] * 3},
+            **network,
+        },
+    }
+    found = {verdict.what: (verdict.ratio.value, verdict.verdict) for verdict in verdicts(cases, GPU_TARGETS)}
+    name = "network/resnet50-training-compiled"
+    assert found == {
+        "op/apply_, channels_last: ecanet / roofline": (pytest.approx(1.0), "met"),
+        "training/tail, channels_last: ecanet compiled / no gate compiled": (pytest.approx(1.0), "met"),
+        "training/tail, channels_last: ecanet compiled / timm compiled": (pytest.approx(0.5), "met"),
+        f"{name}, geometric mean: ecanet / no gate": (pytest.approx(1 / 0.97), "missed"),
+        f"{name}, geometric mean: ecanet / timm": (pytest.approx(1 / 1.2), "met"),
+        f"{name}, peak memory, geometric mean: ecanet / no gate": (pytest.approx(1.01), "met"),
+    }
+
+
+@pytest.mark.skipif(not gpu.interpreting(), reason="the interpreter is off")
+def test_the_gpu_benchmark_runs_in_the_interpreter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, picture = tmp_path / "out.json", tmp_path / "out.png"
+    common = ["--quick", "--no-compile", "--out", str(path)]
+    gpu_benchmark.main([*common, "--only", "inference,network", "--plot", str(picture)])
+    document = results.read(path)
+    assert len(document["cases"]) == 4 + 2
+    assert document["command"].startswith("TRITON_INTERPRET=1 python -m benchmarks.gpu --dtype bfloat16 --quick")
+    assert "images/s" in capsys.readouterr().out
+    assert picture.stat().st_size > 10_000
+    for key, case in document["cases"].items():
+        assert {"ecanet", "timm", "no gate"} <= case["seconds"].keys(), key
+
+
+@pytest.mark.parametrize("interpreting", [True, False])
+def test_no_gpu_is_said(
+    interpreting: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "interpreting", lambda: interpreting)
+    monkeypatch.setattr(gpu, "why_not", lambda: None if interpreting else "torch sees no GPU")
+    with pytest.raises(SystemExit) as stopped:
+        gpu_benchmark.main([])
+    assert stopped.value.code == 2
+    assert ("only --quick" if interpreting else "torch sees no GPU") in capsys.readouterr().err

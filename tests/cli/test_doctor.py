@@ -11,7 +11,7 @@ from ecanet import doctor as doctors
 from ecanet.cli import main
 from ecanet.doctor import Threads, cpu_quota, loops_for, measure_threads, what_hurts
 from ecanet.ops import backend as backends
-from ecanet.ops import cpu
+from ecanet.ops import cpu, gpu
 from ecanet.ops.build import SOURCES
 
 MISSING = "the C++ kernels are not built; to build them: ecanet build"
@@ -98,11 +98,12 @@ def test_a_backend_that_cannot_run_is_broken(
     calm: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backends, "_choice", "triton")
+    monkeypatch.setattr(gpu, "why_not", lambda: "torch sees no GPU")
     with pytest.raises(SystemExit) as stopped:
         main(["doctor"])
     assert stopped.value.code == 1
     said = capsys.readouterr().out
-    assert "backend    triton cannot run: this version of ecanet has no Triton kernels" in said
+    assert "backend    triton cannot run: torch sees no GPU" in said
     assert said.endswith("\nnext: unset ECANET_BACKEND\n")
 
 

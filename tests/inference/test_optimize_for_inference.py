@@ -220,3 +220,63 @@ def test_a_hook_on_a_convolution_keeps_what_it_saw():
     optimize_for_inference(model)(x)
     model(x)
     assert relative_difference(seen[0], seen[1].detach()) < TOLERANCE
+
+
+class WritesBetweenGateAndAddition(nn.Module):
+    """Each way reads, with its gate, what something later writes over, before both are added."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.conv, self.norm, self.gate = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), ecanet.ECA(8)
+        self.relu, self.way = nn.ReLU(inplace=True), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        z = self.gate(y)
+        if self.way == "module":
+            return z + self.relu(y)
+        if self.way == "function":
+            return z + torch.relu_(y)
+        y.mul_(3)
+        return z + x
+
+
+@pytest.mark.parametrize("way", ["module", "function", "method"])
+def test_a_gate_reads_its_input_before_others_write_into_it(way):
+    model = trained_looking(WritesBetweenGateAndAddition(way))
+    x = torch.randn(2, 8, 5, 5)
+    want = model(x).detach()
+    assert relative_difference(optimize_for_inference(model)(x), want) < TOLERANCE
+
+
+class AddsNumbers(nn.Module):
+    """Additions of what no tail is made for."""
+
+    def forward(self, i: Tensor, x: Tensor) -> Tensor:
+        both = (x > 0) + (x < -1)
+        spectrum = torch.fft.fft(x) + torch.fft.fft(x)
+        return (i + i) * (x.shape[0] + x.dim()) + both + spectrum.real
+
+
+def test_additions_of_integers_and_complex_numbers_stay_what_they_are():
+    i, x = torch.tensor([1, 2]), torch.tensor([0.5, -2.0])
+    assert torch.equal(optimize_for_inference(AddsNumbers())(i, x), AddsNumbers()(i, x))
+
+
+@pytest.mark.parametrize("block", ["", "layer1", "layer1.0"])
+def test_hooks_on_blocks_would_be_lost_so_they_are_refused(block):
+    model, seen = trained_looking(small_eca_resnet()), []
+    model.get_submodule(block).register_forward_hook(lambda *args: seen.append(args))
+    with pytest.raises(ValueError, match="has a hook, which the copy would lose: remove it"):
+        optimize_for_inference(model)
+    assert not seen
+
+
+def test_weights_of_a_gate_that_are_trained_again_get_gradients():
+    fast = optimize_for_inference(trained_looking(small_eca_resnet()))
+    weights = [w for name, w in fast.named_parameters() if "conv.weight" in name and w.dim() == 3]
+    for weight in weights:
+        weight.requires_grad_()
+    fast(torch.randn(2, 3, 28, 28)).square().sum().backward()
+    assert weights
+    assert all(weight.grad is not None for weight in weights)

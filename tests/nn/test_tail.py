@@ -374,6 +374,97 @@ def test_a_gate_that_reads_what_is_not_its_own_is_refused_where_a_gradient_would
     norm_gate_add_act(x, nn.BatchNorm2d(C), GateOfAnotherTensor(C, weight.detach())).sum().backward()
 
 
+def test_a_gate_of_a_foreign_tensor_is_refused_before_the_batch_is_counted() -> None:
+    norm, gate = nn.BatchNorm2d(C), GateOfAnotherTensor(C, torch.ones(C, requires_grad=True))
+    if cpu.why_not() is None:
+        for x in (feature_map(3, C, 5, 4), feature_map(3, C, 5, 4).requires_grad_()):
+            with pytest.raises(RuntimeError, match="not among its parameters"):
+                norm_gate_add_act(x, norm, gate)
+            with pytest.raises(RuntimeError, match="not among its parameters"):
+                norm_gate_add_act(x, None, gate, None, "relu")
+        assert norm.num_batches_tracked == 0
+        assert torch.equal(norm.running_mean, torch.zeros(C))
+
+
+@pytest.mark.parametrize("gate", ["eca", "se", "eca_ns"])
+def test_parameters_that_are_computed_from_others_by_functional_call(gate) -> None:
+    module, x = build(gate), feature_map(3, C, 5, 4)
+
+    def gradients(backend: str) -> tuple[Tensor, ...]:
+        halves = {name: 0.5 * p for name, p in module.named_parameters()}
+        with ecanet.backend(backend):
+            out = torch.func.functional_call(module, halves, (x,))
+        return torch.autograd.grad(out.square().sum(), list(module.parameters()))
+
+    for got, want in zip(gradients("auto"), gradients("reference"), strict=True):
+        assert relative_error(got, want) < 1e-4
+
+
+class GateOfABuffer(Gate):
+    """Scales the means by a buffer, and follows them with another where it is trained."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.factor: Tensor
+        self.average: Tensor
+        self.register_buffer("factor", torch.ones(()))
+        self.register_buffer("average", torch.zeros(channels))
+
+    def logits(self, s: Tensor) -> Tensor:
+        if self.training:
+            self.average.mul_(0.9).add_(s.detach().mean(0), alpha=0.1)
+        return s.mul_(2) * self.weight * self.factor
+
+
+def test_a_buffer_that_is_changed_between_forward_and_backward_is_an_error() -> None:
+    gate, x = GateOfABuffer(C), feature_map(3, C, 5, 4).requires_grad_()
+    for backend in ("auto", "reference"):
+        with ecanet.backend(backend):
+            out = gate(x)
+        gate.factor.mul_(100)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_gate_may_write_into_its_means_and_keep_an_average(grad) -> None:
+    gate, x = GateOfABuffer(C), feature_map(3, C, 5, 4)
+    other = copy.deepcopy(gate)
+    with torch.set_grad_enabled(grad):
+        got = norm_gate_add_act(x, None, gate)
+        with ecanet.backend("reference"):
+            want = norm_gate_add_act(x, None, other)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(gate.average, other.average)
+    assert not gate.average.requires_grad
+    copy.deepcopy(gate)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gate", [None, "eca"])
+def test_a_frozen_norm_of_a_larger_type_decides_the_type_everywhere(gate, dtype) -> None:
+    x, frozen, module = feature_map(2, C, 5, 4).to(dtype), FrozenBatchNorm2d(C), build(gate)
+    outputs = []
+    for backend in ("auto", "reference"):
+        with ecanet.backend(backend):
+            outputs.append(norm_gate_add_act(x, frozen, module, x, "relu"))
+    assert outputs[0].dtype == outputs[1].dtype == torch.float32
+    torch.testing.assert_close(outputs[0], outputs[1])
+
+
+def test_pruned_squeeze_and_excitation_follows_its_mask() -> None:
+    gate, x = SE(C, 4), feature_map(3, C, 5, 4)
+    torch.nn.utils.prune.l1_unstructured(gate.fc1, "weight", amount=0.5)
+    before = gate(x)
+    with torch.no_grad():
+        gate.fc1.weight_orig.zero_()
+    assert not torch.equal(gate(x), before)
+    for _ in range(2):
+        norm_gate_add_act(x, nn.BatchNorm2d(C), gate).square().sum().backward()
+    assert gate.fc1.weight_orig.grad is not None
+
+
 def pruned(eca: ECA) -> ECA:
     torch.nn.utils.prune.random_unstructured(eca.conv, "weight", amount=1)
     return eca

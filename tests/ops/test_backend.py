@@ -9,7 +9,7 @@ import torch
 
 import ecanet
 from ecanet.ops import backend as backends
-from ecanet.ops import cpu
+from ecanet.ops import cpu, gpu
 from ecanet.ops.backend import CPU_DTYPES, backend, choose, current
 from ecanet.ops.build import hash_within, sources_hash
 
@@ -137,12 +137,47 @@ def test_cpu_of_the_environment_without_the_library_is_refused_when_it_is_used(m
         choose(feature_map())
 
 
-def test_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    reason = "backend 'triton' cannot run: this version of ecanet has no Triton kernels"
+def test_triton_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "why_not", lambda: "torch sees no GPU")
+    reason = "backend 'triton' cannot run: torch sees no GPU"
     with pytest.raises(RuntimeError, match=reason), backend("triton"):
         raise AssertionError("entered")
     monkeypatch.setattr(backends, "_choice", "triton")
     with pytest.raises(RuntimeError, match=reason):
+        choose(feature_map())
+
+
+@pytest.mark.parametrize(
+    ("gpu_there", "interpreter", "reason"),
+    [
+        (
+            False,
+            False,
+            "torch sees no GPU; on the CPU they run in Triton's interpreter alone, slowly: TRITON_INTERPRET=1",
+        ),
+        (False, True, None),
+        (True, False, None),
+    ],
+    ids=["neither", "interpreter", "GPU"],
+)
+def test_where_triton_runs(gpu_there, interpreter, reason, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu_there)
+    monkeypatch.setattr(gpu, "interpreting", lambda: interpreter)
+    assert gpu.why_not.__wrapped__() == reason
+
+
+def test_the_interpreter_takes_tensors_on_the_cpu_only_where_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "why_not", lambda: None)
+    monkeypatch.setattr(gpu, "interpreting", lambda: True)
+    assert choose(feature_map()) != "triton"
+    with backend("triton"):
+        assert choose(feature_map()) == "triton"
+        with pytest.raises(RuntimeError, match=r"bfloat16 and float16, this tensor is torch\.complex64"):
+            choose(feature_map(torch.complex64))
+        with pytest.raises(RuntimeError, match="tensors on a GPU, this one is on meta"):
+            choose(feature_map(device="meta"))
+    monkeypatch.setattr(gpu, "interpreting", lambda: False)
+    with backend("triton"), pytest.raises(RuntimeError, match="tensors on a GPU, this one is on cpu"):
         choose(feature_map())
 
 

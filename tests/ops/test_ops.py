@@ -157,6 +157,23 @@ def test_the_residual_may_lie_partly_under_the_map_that_is_written(name, overlap
     assert torch.equal(x, want)
 
 
+@pytest.mark.parametrize("at", range(5), ids=["mean", "var", "weight", "bias", "kernel"])
+def test_norm_and_band_may_lie_under_the_map_that_is_written(at) -> None:
+    channels = 300_000  # every sample is a group of its own
+    x = torch.rand(3, channels) + 0.5
+    args = [x, None, *(torch.rand(channels) + 0.5 for _ in range(4)), 1e-3, torch.randn(3), False, RELU]
+    place = 2 + at + (at == 4)
+    args[place] = x[1] if at < 4 else x[0, :3]
+    want = call("eca_tail", [a.clone() if isinstance(a, Tensor) else a for a in args])
+    call("eca_tail_", args)
+    assert_close(x, want, 1e-6)
+
+
+def test_tensors_of_two_devices_are_an_error_without_data_too() -> None:
+    with pytest.raises(RuntimeError, match=r"all tensors must be on one device, got \['cpu', 'meta'\]"):
+        call("apply", [torch.ones(1, 2, 2), torch.ones(1, 2, device="meta"), None, None, NONE])
+
+
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_in_place_says_that_it_has_no_derivative(name) -> None:
     args = arguments(name, (2, 3, 4, 4), torch.float32, dense, Options(RELU))
@@ -639,6 +656,7 @@ NO_NORM = (None, None, None, None, 0.0)
     [
         ("squeeze", [X.long()], "x must be float32, float64, bfloat16 or float16"),
         ("squeeze", [X[0, 0, 0]], r"x must have shape \(N, C, \*spatial\)"),
+        ("squeeze", [torch.ones(2, 3, 0)], "x has no spatial position to average over"),
         ("moments", [X.to(torch.complex64)], "x must be float32, float64, bfloat16 or float16"),
         ("apply", [X, ONES[:1], None, None, NONE], r"scale must have shape \(2, 3\)"),
         ("apply", [X, ONES.T, None, None, NONE], r"scale must have shape \(2, 3\)"),

@@ -206,6 +206,7 @@ void squeeze_into(const Map& map, const T* x, Acc<T>* mean) {
 
 Tensor squeeze(const Tensor& input) {
   const Map map = map_of(input);
+  STD_TORCH_CHECK(map.positions > 0, "ecanet: x has no spatial position to average over");
   const Tensor x = ordered(input, map), mean = new_small(x, map.samples, map.channels);
   dispatch(x, [&](auto t) {
     using T = decltype(t);
@@ -480,7 +481,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> eca_coefficients_back
 void eca_tail_into(const Tensor& x, const Map& map, const Optional& residual, const Optional& mean, const Optional& var,
                    const Optional& weight, const Optional& bias, double eps, const Optional& kernel, bool circular,
                    int64_t act, const Tensor& result) {
-  const Norm norm(x, map.channels, mean, var, weight, bias, eps);
+  Norm norm(x, map.channels, mean, var, weight, bias, eps);
   Optional w = kernel_of(kernel, x, map.channels, circular);
   Optional r;
   if (residual) {
@@ -488,8 +489,9 @@ void eca_tail_into(const Tensor& x, const Map& map, const Optional& residual, co
     r = ordered(*residual, map);
   }
   const bool in_place = result.data_ptr() == x.data_ptr();
-  if (in_place && r) r = apart(*r, x);
-  if (in_place && w) w = apart(*w, x);
+  if (in_place)
+    for (Optional* read : {&r, &w, &norm.mean, &norm.var, &norm.weight, &norm.bias})
+      if (*read) *read = apart(**read, x);
   if (x.numel() == 0) return;
   dispatch(x, [&](auto t) {
     using T = decltype(t);

@@ -7,13 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ecanet.nn import fused
-from ecanet.nn.gate import Gate, LinearGate
+from ecanet.nn.gate import Gate, LinearGate, is_hooked
 from ecanet.nn.kernel_size import adaptive_kernel_size, check_channels, check_kernel_size
 from ecanet.ops import reference
-
-
-def _is_hooked(conv: nn.Module) -> bool:
-    return bool(conv._forward_pre_hooks or conv._forward_hooks)
 
 
 class _BandGate(LinearGate):
@@ -100,7 +96,7 @@ class ECA(_BandGate):
 
     def logits(self, s: Tensor) -> Tensor:
         """The 1-D convolution over the channels, ``(N, C)`` to ``(N, C)``."""
-        if _is_hooked(self.conv):
+        if is_hooked(self.conv):
             return self.conv(s.to(self.conv.weight.dtype).unsqueeze(1)).squeeze(1).to(s.dtype)
         return reference.band(s, self.conv.weight, self.circular)
 
@@ -108,7 +104,7 @@ class ECA(_BandGate):
         """The kernels know ECA's gate and its derivative, unless a subclass changes it."""
         conv = self.conv  # found once: a module's attributes take as long as a small map
         changed = type(self).gate is not Gate.gate or type(self).logits is not ECA.logits
-        if changed or _is_hooked(conv):
+        if changed or is_hooked(conv):
             return super().maths()
         return fused.GateMaths(self.gate, (conv.weight,), True, self.circular)
 

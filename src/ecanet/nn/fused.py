@@ -165,7 +165,7 @@ def tail(x: Tensor, norm: Norm | None, gate: GateMaths | None, residual: Tensor 
         return _Tail.apply(x, residual, weight, bias, norm, gate, act, *parameters)
     if (gate is None or gate.band) and (norm is None or norm.mean is not None):
         return _kernels.eca_tail(x, residual, *_at_once(norm, gate), act)
-    c = _coefficients(x, norm, gate)
+    c = _coefficients(x, norm, gate, differentiate=False)
     return _kernels.apply(x, c.scale, c.shift, residual, act)
 
 
@@ -174,7 +174,7 @@ def tail_(x: Tensor, gate: GateMaths | None, residual: Tensor | None, act: int) 
     if gate is None or gate.band:
         _kernels.eca_tail_(x, residual, *_at_once(None, gate), act)
     else:
-        c = _coefficients(x, None, gate)
+        c = _coefficients(x, None, gate, differentiate=False)
         _kernels.apply_(x, c.scale, c.shift, residual, act)
     if not x.is_inference():
         torch.autograd.graph.increment_version(x)
@@ -188,7 +188,7 @@ def _at_once(norm: Norm | None, gate: GateMaths | None) -> tuple[Any, ...]:
     return norm.mean, norm.var, norm.weight, norm.bias, norm.eps, kernel, circular
 
 
-def _coefficients(x: Tensor, norm: Norm | None, gate: GateMaths | None) -> _Coefficients:
+def _coefficients(x: Tensor, norm: Norm | None, gate: GateMaths | None, differentiate: bool) -> _Coefficients:
     mean = var = weight = bias = count = None
     eps = 0.0
     if norm is not None:
@@ -198,32 +198,63 @@ def _coefficients(x: Tensor, norm: Norm | None, gate: GateMaths | None) -> _Coef
         count = x.numel() // mean.numel()
         if norm.group is not None:
             mean, var, count = _over_processes(mean, var, count, norm.group)
-        update_running_statistics(norm.module, mean, var, count)
     elif gate is not None:
         means = _kernels.squeeze(x)
     else:  # nothing looks at them
         means = x.new_zeros(x.shape[:2], dtype=reference.accumulation_dtype(x.dtype))
     kernel, circular = (gate.parameters[0], gate.circular) if gate is not None and gate.band else (None, False)
     s, g, scale, shift = _kernels.eca_coefficients(means, mean, var, weight, bias, eps, kernel, circular)
-    if gate is None or gate.band:
-        return _Coefficients(means, mean, var, count, None, None if gate is None else g, scale, shift)
-    graph = _run_gate(gate.function, s)
-    g = graph[1].detach().to(s.dtype)
-    return _Coefficients(means, mean, var, count, scale, g, g * scale, g * shift, graph)
+    graph = None
+    a = None
+    if gate is not None and not gate.band:
+        graph = _run_gate(gate, s, differentiate)
+        a, g = scale, graph[1].detach().to(s.dtype)
+        scale, shift = g * scale, g * shift
+    if norm is not None and count is not None:  # after the gate, which may raise
+        assert mean is not None
+        assert var is not None
+        update_running_statistics(norm.module, mean, var, count)
+    return _Coefficients(means, mean, var, count, a, None if gate is None else g, scale, shift, graph)
 
 
-def _run_gate(function: Callable[[Tensor], Tensor], s: Tensor) -> tuple[Tensor, Tensor]:
-    """Call the gate once, with a graph of (N, C)-sized tensors that no hook on saved tensors takes away."""
-    keep = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
-    with torch.enable_grad(), keep, torch.autocast(s.device.type, enabled=False):
-        leaf = s.detach().requires_grad_()
-        return leaf, function(leaf)
+def _run_gate(gate: GateMaths, s: Tensor, differentiate: bool) -> tuple[Tensor, Tensor]:
+    """Call the gate once; if ``differentiate``, with a graph that no hook on saved tensors takes away.
+
+    Raises:
+        RuntimeError: the gate depends on a tensor whose gradient nobody would get.
+    """
+    with torch.autocast(s.device.type, enabled=False):
+        if not differentiate:
+            g = gate.function(s)
+            if g.requires_grad:
+                _check_leaves(None, g, gate.parameters)
+            return s, g
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_with_version, _of_that_version):
+            leaf = s.detach().requires_grad_()
+            g = gate.function(leaf.clone())  # which may write into what it gets
+    _check_leaves(leaf, g, gate.parameters)
+    return leaf, g
 
 
-def _check_leaves(leaf: Tensor, gate: Tensor, parameters: tuple[Tensor, ...]) -> None:
+def _with_version(t: Tensor) -> tuple[Tensor, int]:
+    return t, t._version
+
+
+def _of_that_version(saved: tuple[Tensor, int]) -> Tensor:
+    t, version = saved
+    if t._version != version:
+        raise RuntimeError(
+            f"a tensor of shape {tuple(t.shape)} that a gate needs for its gradient has been modified by an inplace "
+            "operation"
+        )
+    return t
+
+
+def _check_leaves(leaf: Tensor | None, gate: Tensor, parameters: tuple[Tensor, ...]) -> None:
     """Raise where a gate depends on a tensor whose gradient nobody would get."""
     known = {id(leaf), *map(id, parameters)}
-    to_do, seen = [gate.grad_fn], set()
+    seen = {parameter.grad_fn for parameter in parameters}  # those may be computed from others
+    to_do = [gate.grad_fn]
     while to_do:
         node = to_do.pop()
         if node is None or node in seen:
@@ -287,9 +318,7 @@ class _Tail(torch.autograd.Function):
         act: int,
         *parameters: Tensor,
     ) -> Tensor:
-        c = _coefficients(x, norm, gate)
-        if c.graph is not None:
-            _check_leaves(*c.graph, parameters)
+        c = _coefficients(x, norm, gate, differentiate=True)
         out = _kernels.apply(x, c.scale, c.shift, residual, act)
         name = reference.ACTS[act]
         for_act = out if name in ("relu", "relu6") else residual if name is not None else None

@@ -10,6 +10,11 @@ from ecanet.nn.kernel_size import check_channels
 from ecanet.ops import reference
 
 
+def is_hooked(layer: nn.Module) -> bool:
+    """Whether somebody put a forward hook on a layer that a gate holds for its weights, and does not call else."""
+    return bool(layer._forward_pre_hooks or layer._forward_hooks)
+
+
 class Gate(nn.Module, ABC):
     """A channel-attention module: ``x * sigmoid(logits(channel means of x))``.
 

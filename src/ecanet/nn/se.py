@@ -5,13 +5,16 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ecanet.nn.gate import Gate, LinearGate
+from ecanet.nn.gate import Gate, LinearGate, is_hooked
 from ecanet.nn.kernel_size import check_channels
 from ecanet.ops import reference
 
 
 class SE(Gate):
     """Squeeze-and-Excitation: ``sigmoid(W2 relu(W1 s))`` (Eq. 1, 2). 2 C^2 / r parameters, no biases.
+
+    ``fc1`` and ``fc2`` hold the weights and are called only where a forward hook is on them, as
+    :mod:`torch.nn.utils.prune` puts one there.
 
     Args:
         channels: Number of channels C.
@@ -43,6 +46,8 @@ class SE(Gate):
 
     def logits(self, s: Tensor) -> Tensor:
         """Two fully connected layers with a ReLU between them, ``(N, C)`` to ``(N, C)``."""
+        if is_hooked(self.fc1) or is_hooked(self.fc2):
+            return self.fc2(torch.relu(self.fc1(s.to(self.fc1.weight.dtype)))).to(s.dtype)
         hidden = torch.relu(reference.grouped_linear(s, self.fc1.weight.unsqueeze(0)))
         return reference.grouped_linear(hidden, self.fc2.weight.unsqueeze(0))
 

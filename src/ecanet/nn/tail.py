@@ -131,7 +131,8 @@ def maths_of_norm(norm: nn.Module | None, x: Tensor) -> fused.Norm | None:
         return None
     if type(norm) is FrozenBatchNorm2d:
         given = _given_statistics(norm)
-        return given if x.dim() == 4 and given.mean is not None and given.mean.numel() == x.shape[1] else None
+        fits = given.mean is not None and given.mean.numel() == x.shape[1] and given.mean.dtype == x.dtype
+        return given if x.dim() == 4 and fits else None  # it returns the larger of two types
     if not isinstance(norm, _BatchNorm) or type(norm) not in _BATCH_NORMS:
         return None
     norm._check_input_dim(x)

@@ -123,6 +123,18 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
+def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Without data, too, tensors of several devices are an error."""
+
+    def run(*args: Any) -> Any:
+        devices = {str(arg.device) for arg in args if isinstance(arg, Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(f"ecanet::{name}: all tensors must be on one device, got {sorted(devices)}")
+        return fake(*args)
+
+    return run
+
+
 def _dense_outputs(function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Give the reference's outputs the strides that the fake, and with it the C++, promises."""
 
@@ -248,7 +260,7 @@ for _name, _schema in _SCHEMAS.items():
     _library.impl(_name, _plain, "CompositeExplicitAutograd")
     if hasattr(gpu, _name):
         _library.impl(_name, _on_gpu(_name, _plain), "CUDA")
-    torch.library.register_fake(f"ecanet::{_name}", _FAKES[_name], lib=_library)
+    torch.library.register_fake(f"ecanet::{_name}", _on_one_device(_name, _FAKES[_name]), lib=_library)
     if _name.endswith("_"):
         _library.impl(_name, _without_derivative(_name), "Autograd")
         continue

@@ -17,6 +17,7 @@ import torchvision
 from sync_processes import CASES as SYNC_CASES
 from sync_processes import run_in_processes, training_step
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules import module as module_hooks
@@ -930,6 +931,25 @@ def test_compiled_a_residual_of_another_type_gives_the_type_of_the_sum(act, back
     want = other(x, residual)
     assert got.dtype == want.dtype == torch.float32
     torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-5)
+
+
+@pytest.mark.usefixtures("_nothing_compiled_before")
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_on_a_gpu_a_compiler_gets_one_graph_of_plain_pytorch(training) -> None:
+    """Fake tensors stand for those of a GPU, which need not be there."""
+    graphs = []
+
+    def look(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    with FakeTensorMode(), torch.device("cuda"):
+        tail = Tail(nn.BatchNorm2d(C), ECA(C), "relu").train(training)
+        x = torch.empty(2, C, 4, 4)
+        out = torch.compile(tail, fullgraph=True, backend=look)(x, x)
+    assert (out.device.type, out.shape) == ("cuda", x.shape)
+    assert len(graphs) == 1
+    assert not [node for node in graphs[0].graph.nodes if "ecanet" in str(node.target)]
 
 
 @pytest.mark.usefixtures("_nothing_compiled_before")

@@ -132,7 +132,9 @@ def in_graph(x: Tensor, norm: Norm, gate: GateMaths, residual: Tensor | None, ac
     On a CPU the C++ kernels take a seventh of the time of what Inductor makes of the statistics of a batch
     (``python -m benchmarks.cpu --only training``). What is exported must run without this library.
     """
-    if not gate.band or torch.compiler.is_exporting() or backend.choose(x) != "cpu" or x.numel() == 0:
+    if not gate.band or torch.compiler.is_exporting() or not x.is_cpu or x.numel() == 0:
+        return None
+    if backend.current() not in ("auto", "cpu") or backend.choose(x) != "cpu":
         return None
     kernel, circular = gate.parameters[0], gate.circular
     if norm.mean is None:
@@ -281,7 +283,7 @@ def update_running_statistics(norm: Any, mean: Tensor, var: Tensor, count: int |
                 momentum = 1.0 / norm.num_batches_tracked.to(mean.dtype)
         if momentum is None:  # torch takes this one, too
             momentum = 0.0
-        by_kernel = mean.is_cuda or backend.current() == "triton"
+        by_kernel = (mean.is_cuda or backend.current() == "triton") and not is_compiling()
         if by_kernel and not isinstance(momentum, Tensor) and not isinstance(count, Tensor):
             return gpu.update_running(norm.running_mean, norm.running_var, mean, var, momentum, count)
         keep = 1.0 - momentum

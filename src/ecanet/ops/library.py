@@ -59,7 +59,8 @@ def _train_tail(
 ) -> tuple[Tensor, ...]:
     ops = torch.ops.ecanet
     means, mean, var = ops.batch_moments(x)
-    _, gate, scale, shift = ops.eca_coefficients(means, mean, var, weight, bias, eps, kernel, circular)
+    band = None if kernel is None else kernel.reshape(-1)
+    _, gate, scale, shift = ops.eca_coefficients(means, mean, var, weight, bias, eps, band, circular)
     return ops.apply(x, scale, shift, residual, act), means, mean, var, gate, scale, shift
 
 
@@ -213,11 +214,11 @@ def _train_tail_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None
     needs_residual = ctx.needs_input_grad[1]
     keep_d = needs_residual and ctx.act != 0
     d, p, q = ops.apply_backward(grad, x, scale, shift, mean, saved, ctx.act, keep_d)
-    gate = None if kernel is None else gate
+    gate, band = (None, None) if kernel is None else (gate, kernel.reshape(-1))
     norm = mean, var, weight, bias, ctx.eps
     positions = x.shape[2:].numel()
     offset, grad_weight, grad_bias, grad_kernel, grad_mean, grad_var = ops.eca_coefficients_backward(
-        p, q, means, gate, None, *norm, kernel, ctx.circular, positions
+        p, q, means, gate, None, *norm, band, ctx.circular, positions
     )
     count = x.shape[0] * positions
     offset, slope = offset + grad_mean / count, grad_var * (2 / count)

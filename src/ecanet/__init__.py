@@ -8,6 +8,7 @@ from ecanet import models, nn
 from ecanet.inference import optimize_for_inference
 from ecanet.nn import ECA, ECANS, SE, SEGroup, SEVar1, SEVar2, SEVar3, adaptive_kernel_size
 from ecanet.ops.backend import backend
+from ecanet.surgery import insert_gates_
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "__version__",
     "adaptive_kernel_size",
     "backend",
+    "insert_gates_",
     "models",
     "nn",
     "optimize_for_inference",

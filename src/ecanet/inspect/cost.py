@@ -73,7 +73,7 @@ def multiply_adds(model: nn.Module, input_shape: Sequence[int]) -> int:
     def see(_: str, gate: Gate, x: Tensor) -> None:
         nonlocal extra
         extra += x.numel()
-        extra += x.shape[0] * _elementwise_products(gate)
+        extra += x.shape[0] * elementwise_products(gate)
 
     example = example_tensor(model)
     cuda_devices = [example.device] if example.device.type == "cuda" else []
@@ -83,7 +83,7 @@ def multiply_adds(model: nn.Module, input_shape: Sequence[int]) -> int:
     return counter.get_total_flops() // 2 + extra
 
 
-def _elementwise_products(gate: Gate) -> int:
+def elementwise_products(gate: Gate) -> int:
     """Multiply-adds a sample inside the gate that are no matrix product, so that the flop counter does not see them."""
     if isinstance(gate, ECA | ECANS):
         return gate.kernel_size * gate.channels

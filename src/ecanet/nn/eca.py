@@ -104,7 +104,7 @@ class ECA(_BandGate):
         """The kernels know ECA's gate and its derivative, unless a subclass changes it."""
         conv = self.conv  # found once: a module's attributes take as long as a small map
         changed = type(self).gate is not Gate.gate or type(self).logits is not ECA.logits
-        if changed or is_hooked(conv):
+        if changed or is_hooked(conv) or self._buffers["scale"] is not None:
             return super().maths()
         return fused.GateMaths(self.gate, (conv.weight,), True, self.circular)
 

@@ -23,12 +23,17 @@ class Gate(nn.Module, ABC):
 
     Attributes:
         channels: Number of channels C.
+        scale: A factor on every gate, or None: a buffer that a gate has only where :func:`ecanet.insert_gates_` found
+            no norm to undo a neutral gate.
     """
+
+    scale: Tensor | None
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         check_channels(channels)
         self.channels = channels
+        self.register_buffer("scale", None)
 
     @abstractmethod
     def logits(self, s: Tensor) -> Tensor:
@@ -41,13 +46,14 @@ class Gate(nn.Module, ABC):
             s: Channel means ``(N, C)``; N may be 0.
 
         Returns:
-            Gates ``(N, C)`` in (0, 1); float32 for half types, float64 for float64.
+            Gates ``(N, C)`` in (0, 1), times ``scale`` if there is one; float32 for half types, float64 for float64.
 
         Raises:
             TypeError: ``s`` is not floating point.
             ValueError: ``s`` is not ``(N, C)``.
         """
-        return torch.sigmoid(self.logits(reference.check_means(s, self.channels)))
+        g = torch.sigmoid(self.logits(reference.check_means(s, self.channels)))
+        return g if self.scale is None else g * self.scale
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale every channel of a feature map by its gate.
@@ -79,7 +85,7 @@ class Gate(nn.Module, ABC):
         alone: this is how :mod:`ecanet.models` loads plain pretrained weights without changing the function.
 
         Returns:
-            The constant: 1/2, the sigmoid of 0.
+            The constant: 1/2, the sigmoid of 0, without ``scale``.
 
         Raises:
             ValueError: the gate has no weights that could make it constant.
@@ -87,6 +93,16 @@ class Gate(nn.Module, ABC):
         raise ValueError(
             f"{type(self).__name__} cannot be made neutral: no choice of its weights gives a constant gate"
         )
+
+    def constant(self) -> float | None:
+        """The gate's value where its weights make it the same for every input, as neutral ones do; otherwise None."""
+        if not self.is_neutral():
+            return None
+        return 0.5 if self.scale is None else 0.5 * self.scale.item()
+
+    def is_neutral(self) -> bool:
+        """Whether the weights are such as :meth:`make_neutral_` sets them."""
+        return False
 
     def extra_repr(self) -> str:
         """Constructor arguments for ``repr``."""
@@ -114,3 +130,8 @@ class LinearGate(Gate):
         for weight in self.parameters():
             weight.zero_()
         return 0.5
+
+    def is_neutral(self) -> bool:
+        """Whether W = 0."""
+        weights = list(self.parameters())
+        return bool(weights) and not any(weight.any() for weight in weights)

@@ -57,6 +57,10 @@ class SE(Gate):
         self.fc2.weight.zero_()
         return 0.5
 
+    def is_neutral(self) -> bool:
+        """Whether W2 = 0."""
+        return not self.fc2.weight.any()
+
     def extra_repr(self) -> str:
         """Constructor arguments for ``repr``."""
         return f"{self.channels}, reduction={self.reduction}"

@@ -10,6 +10,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from ecanet.nn import fused
 from ecanet.nn.gate import Gate
+from ecanet.nn.hung import hung_gate
 from ecanet.ops import reference
 
 #: In the order of reference.ACTS.
@@ -35,8 +36,9 @@ def norm_gate_add_act(
     The fused kernels run for a BatchNorm (in training or not, SyncBatchNorm, torchvision's FrozenBatchNorm2d) and a
     subclass of :class:`ecanet.nn.Gate`. Other modules are called, and what is left is fused. A module that somebody
     put a hook on, or that :mod:`torch.fx` or a transform of :mod:`torch.func` looks at, is called too: hooks fire,
-    graphs show the modules. Under :func:`torch.compile` the kernels are an operation of the graph on a CPU; on a GPU,
-    and where no kernels are, the same formulas in plain PyTorch let Inductor fuse them.
+    graphs show the modules. A gate that hangs on the norm (:func:`ecanet.insert_gates_`) counts as ``gate``. Under
+    :func:`torch.compile` the kernels are an operation of the graph on a CPU; on a GPU, and where no kernels are, the
+    same formulas in plain PyTorch let Inductor fuse them.
 
     Args:
         x: ``(N, C, *spatial)`` with 0 to 3 spatial dimensions.
@@ -71,10 +73,9 @@ def norm_gate_add_act(
         return act(norm_gate_add_act(x, norm, gate, residual))
     if residual is not None and not same_kind(residual, x):
         return _activate(norm_gate_add_act(x, norm, gate) + residual, act)
-    gate_maths = maths_of_gate(gate, x)
+    norm_maths, gate_maths = _maths(norm, gate, x)
     if gate is not None and gate_maths is None:
         return norm_gate_add_act(gate(norm_gate_add_act(x, norm)), None, None, residual, act)
-    norm_maths = maths_of_norm(norm, x)
     if norm is not None and norm_maths is None:
         return norm_gate_add_act(norm(x), None, gate, residual, act)
     code = act_code(act)
@@ -125,9 +126,20 @@ def maths_of_gate(gate: nn.Module | None, x: Tensor) -> fused.GateMaths | None:
     return gate.maths() if gate.channels == x.shape[1] else None
 
 
-def maths_of_norm(norm: nn.Module | None, x: Tensor) -> fused.Norm | None:
+def _maths(
+    norm: nn.Module | None, gate: nn.Module | None, x: Tensor
+) -> tuple[fused.Norm | None, fused.GateMaths | None]:
+    """What the kernels need of both; of a gate that hangs on the norm, if the kernels can take the two."""
+    if gate is not None or norm is None or (hung := hung_gate(norm)) is None:
+        return maths_of_norm(norm, x), maths_of_gate(gate, x)
+    gate_maths = maths_of_gate(hung, x)
+    norm_maths = None if gate_maths is None else maths_of_norm(norm, x, known_hooks=1)
+    return norm_maths, None if norm_maths is None else gate_maths
+
+
+def maths_of_norm(norm: nn.Module | None, x: Tensor, known_hooks: int = 0) -> fused.Norm | None:
     """What the kernels need of the norm, or None for one to be called."""
-    if norm is None or fused.called_differently(norm):
+    if norm is None or fused.called_differently(norm, known_hooks):
         return None
     if type(norm) is FrozenBatchNorm2d:
         given = _given_statistics(norm)
@@ -167,8 +179,8 @@ def _process_group(norm: nn.Module) -> object | None:
 def _without_kernels(
     x: Tensor, norm: nn.Module | None, gate: nn.Module | None, residual: Tensor | None, act: str | nn.Module | None
 ) -> Tensor:
-    if gate is not None and torch.compiler.is_compiling() and not isinstance(norm, nn.SyncBatchNorm):
-        norm_maths, gate_maths = maths_of_norm(norm, x), maths_of_gate(gate, x)
+    if torch.compiler.is_compiling() and not isinstance(norm, nn.SyncBatchNorm):
+        norm_maths, gate_maths = _maths(norm, gate, x)
         if norm_maths is not None and gate_maths is not None:
             # A residual of another kind, and an activation that is a module of one's own, come afterwards.
             inside = residual if residual is None or same_kind(residual, x) else None

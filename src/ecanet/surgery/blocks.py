@@ -1,0 +1,225 @@
+"""Residual blocks of any network, and where their branches end.
+
+Blocks whose code does not show it are in :data:`BLOCKS`. All others are found by what they are: :mod:`torch.fx` traces
+the code of each module, its children as they are, and an addition of something computed by convolutions to something
+computed by fewer is a residual block.
+"""
+
+import operator
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from ecanet.surgery.layers import (
+    activation_inside,
+    class_with_forward,
+    count_convolutions,
+    is_attention,
+    is_norm,
+    is_transparent,
+    out_channels,
+)
+
+#: Where the branch of a block ends, by the class of the block: for what adds no residual, or not always.
+BLOCKS: dict[str, str] = {
+    "torchvision.models.mobilenetv2.InvertedResidual": "conv.-1",
+    "torchvision.models.mobilenetv3.InvertedResidual": "block.-1",
+    "torchvision.models.efficientnet.MBConv": "block.-1",
+    "torchvision.models.efficientnet.FusedMBConv": "block.-1",
+    "torchvision.models.mnasnet._InvertedResidual": "layers.-1",
+    "torchvision.models.shufflenetv2.InvertedResidual": "branch2.-1",
+    "torchvision.models.densenet._DenseLayer": "conv2",
+    "timm.models.densenet.DenseLayer": "conv2",
+    "timm.models._efficientnet_blocks.DepthwiseSeparableConv": "bn2",
+    "timm.models._efficientnet_blocks.InvertedResidual": "bn3",
+    "timm.models._efficientnet_blocks.EdgeResidual": "bn2",
+    "timm.models._efficientnet_blocks.CondConvResidual": "bn3",
+    "timm.models._efficientnet_blocks.UniversalInvertedResidual": "pw_proj",
+}
+#: What these return is joined to other channels: a gate after the whole block would see something else.
+JOINED = ("torchvision.models.densenet._DenseLayer", "timm.models.densenet.DenseLayer")
+
+_ADDITIONS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
+#: What is scaled channel by channel, or dropped at random, is a branch still.
+_SCALINGS: tuple[Any, ...] = (operator.mul, operator.imul, torch.mul, "mul", "mul_", F.dropout, F.dropout2d)
+
+
+class Branch(NamedTuple):
+    """A residual block and the end of its branch.
+
+    Attributes:
+        block: Name of the block.
+        end: Name of the module that the branch ends with.
+        channels: Of what that module returns, or None where its layers do not tell.
+        why_not: If a gate cannot be put there, the reason.
+    """
+
+    block: str
+    end: str
+    channels: int | None
+    why_not: str | None = None
+
+
+class ChildrenAsTheyAre(fx.Tracer):
+    """Traces the code of one module; its children are not looked into."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Always."""
+        return True
+
+
+def trace(module: nn.Module) -> fx.Graph | str:
+    """The graph of one module's own code, or why there is none."""
+    try:
+        return ChildrenAsTheyAre().trace(module)
+    except Exception as error:  # whatever the module's code does with a proxy
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def find_blocks(model: nn.Module) -> tuple[list[Branch], dict[str, str]]:
+    """Every residual block of a network, in the order of registration.
+
+    Args:
+        model: The network.
+
+    Returns:
+        The blocks, and why code of other modules could not be looked at, by name.
+    """
+    found: list[Branch] = []
+    untraced: dict[str, str] = {}
+    _search(model, "", found, untraced, set())
+    return found, untraced
+
+
+def _search(module: nn.Module, name: str, found: list[Branch], untraced: dict[str, str], seen: set[nn.Module]) -> None:
+    if module in seen or is_attention(module) or not count_convolutions(module):
+        return
+    seen.add(module)
+    if (cls := class_with_forward(module)) in BLOCKS:
+        found.append(_known_block(module, name, BLOCKS[cls]))
+        return
+    before = len(found)
+    for child_name, child in module.named_children():
+        _search(child, f"{name}.{child_name}" if name else child_name, found, untraced, seen)
+    if len(found) > before or type(module) in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
+        return  # the innermost are the blocks: a skip around many of them is none
+    graph = trace(module)
+    if isinstance(graph, str):
+        untraced[name] = graph
+    else:
+        found.extend(_residual_branches(module, name, graph))
+
+
+def _known_block(block: nn.Module, name: str, path: str) -> Branch:
+    end, names = block, []
+    for part in path.split("."):
+        if part == "-1":
+            part = next(reversed(end._modules))
+        end = end.get_submodule(part)
+        names.append(part)
+    return _branch(name, end, ".".join((name, *names)) if name else ".".join(names))
+
+
+def _branch(block: str, end: nn.Module, end_name: str, channels: int | None = None) -> Branch:
+    channels = out_channels(end) or channels
+    if is_attention(end):
+        reason = f"the block has attention there, {end_name} ({type(end).__name__}): replace_gates_ swaps it"
+        return Branch(block, end_name, channels, reason)
+    norm, norm_name = _last_norm(end, end_name)
+    return Branch(block, norm_name, channels) if norm is not None else Branch(block, end_name, channels)
+
+
+def _last_norm(module: nn.Module, name: str) -> tuple[nn.Module | None, str]:
+    """The norm that a module returns the output of, or None."""
+    while not is_norm(module):
+        if hasattr(module, "forward_fuse"):  # it folds its norm into its convolution later on
+            return None, name
+        if isinstance(module, nn.Sequential):
+            last = next((key for key, child in reversed(module._modules.items()) if not is_transparent(child)), None)
+        else:
+            last = _returned_child(module)
+        if last is None:
+            return None, name
+        module, name = module.get_submodule(last), f"{name}.{last}"
+    return (None, name) if activation_inside(module) else (module, name)
+
+
+def _returned_child(module: nn.Module) -> str | None:
+    if not any(True for _ in module.children()):
+        return None
+    graph = trace(module)
+    if isinstance(graph, str):
+        return None
+    node: Any = next(iter(reversed(graph.nodes))).args[0]
+    while isinstance(node, fx.Node) and node.op == "call_module":
+        if not is_transparent(module.get_submodule(str(node.target))):
+            return str(node.target)
+        node = node.args[0]
+    return None
+
+
+def _residual_branches(module: nn.Module, name: str, graph: fx.Graph) -> Iterator[Branch]:
+    ancestors: dict[fx.Node, set[fx.Node]] = {}
+    for node in graph.nodes:
+        ancestors[node] = {node}.union(*(ancestors[source] for source in node.all_input_nodes))
+
+    def convolutions(nodes: set[fx.Node]) -> int:
+        return sum(count_convolutions(module.get_submodule(str(n.target))) for n in nodes if n.op == "call_module")
+
+    for node in graph.nodes:
+        if node.target not in _ADDITIONS or len(node.all_input_nodes) != 2 or len(node.args) != 2:
+            continue
+        first, second = node.all_input_nodes
+        common = ancestors[first] & ancestors[second]
+        if not common or all(n.op == "placeholder" and _is_taken_apart(n) for n in common):
+            continue
+        counts = convolutions(ancestors[first] - common), convolutions(ancestors[second] - common)
+        if counts[0] == counts[1]:
+            continue
+        yield _end_of(module, name, first if counts[0] > counts[1] else second)
+
+
+def _is_taken_apart(placeholder: fx.Node) -> bool:
+    return any(user.target is operator.getitem for user in placeholder.users)
+
+
+def _end_of(module: nn.Module, name: str, node: fx.Node) -> Branch:
+    """The module that a branch ends with, from the node that is added."""
+    passed: str | None = None
+    prefix = f"{name}." if name else ""
+    while True:
+        if node.op == "call_module":
+            child = module.get_submodule(str(node.target))
+            if not is_transparent(child):
+                return _branch(name, child, prefix + str(node.target), _channels_before(module, node))
+            passed = str(node.target)
+        elif node.target not in _SCALINGS:
+            break
+        tensors = [source for source in node.all_input_nodes if source.op != "get_attr" and not _is_weight(source)]
+        if len(tensors) != 1:
+            break
+        node = tensors[0]
+    if passed is not None:  # a dropped-path module, say, behind a permutation
+        return Branch(name, prefix + passed, _channels_before(module, node))
+    return Branch(name, name, None, f"its branch ends in {node.target}, which is no module: name one that precedes it")
+
+
+def _is_weight(node: fx.Node) -> bool:
+    """Whether a node is computed from a parameter alone."""
+    return bool(node.all_input_nodes) and all(n.op == "get_attr" or _is_weight(n) for n in node.all_input_nodes)
+
+
+def _channels_before(module: nn.Module, node: fx.Node) -> int | None:
+    """Channels of a node: of the nearest module before it that tells."""
+    while node.all_input_nodes or node.op == "call_module":
+        if node.op == "call_module":
+            channels = out_channels(module.get_submodule(str(node.target)))
+            if channels is not None:
+                return channels
+        if not node.all_input_nodes:
+            return None
+        node = node.all_input_nodes[0]
+    return None

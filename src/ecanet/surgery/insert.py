@@ -1,0 +1,208 @@
+"""Put gates into a network that somebody else wrote."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ecanet.models.neutral import Neutralisable
+from ecanet.nn import Gate
+from ecanet.nn.build import GateFactory, build_gate
+from ecanet.nn.hung import GATE, hang_, hung_gate
+from ecanet.surgery.checks import check_model
+from ecanet.surgery.layers import affine, names_of, owners
+from ecanet.surgery.loading import keep_loading_
+from ecanet.surgery.optimizers import add_parameters_, check_optimizer
+from ecanet.surgery.report import Report, Row, gate_row
+from ecanet.surgery.sites import FilterFn, Shapes, Site, Where, dry_run, find_sites
+
+
+class _Plan(NamedTuple):
+    site: Site
+    gate: nn.Module
+    channels: int
+    positions: int | None
+    fold: tuple[Tensor, ...]  # what takes the factor of a neutral gate; empty if the gate's own scale does
+
+
+def insert_gates_(
+    model: nn.Module,
+    gate: str | GateFactory = "eca",
+    where: Where = "block",
+    *,
+    kernel_size: int | Literal["adaptive"] = "adaptive",
+    preserve: bool = True,
+    filter_fn: FilterFn | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    input_shape: Sequence[int] | None = (1, 3, 224, 224),
+) -> Report:
+    """Put a gate after every residual branch (or elsewhere) of a network, in place, without changing its function.
+
+    A gate becomes the child ``gate`` of the module whose output it scales. All keys the network had stay, and state
+    dicts of those keys load as before, strictly; with ``preserve`` they set the gates neutral. A second call with
+    the same arguments does nothing.
+
+    Args:
+        model: Any network of convolutions: torchvision's, timm's, segmentation_models.pytorch's, YOLO's, your own. On
+            any device, ``"meta"`` included.
+        gate: A name in :data:`ecanet.nn.GATES`, or a class or function of the number of channels.
+        where: ``"block"``: at the end of every residual branch, after its last norm and before the addition, as in the
+            paper; in inverted residuals after the linear projection's norm. ``"stage"``: after the last block of every
+            stage. ``"conv"``: after every convolution with norm and activation, for networks without residuals (VGG,
+            U-Net) and YOLO. Or the name of a module, a pattern such as ``"layer4.*.bn3"``, or several of them: after
+            those modules. Or a function of module and name.
+        kernel_size: For gates that have one; ``"adaptive"`` is Eq. (12).
+        preserve: Start with neutral gates, undone by the norm before each, or where none precedes by the gate's
+            ``scale``: the network computes the same function right after. False for training from scratch.
+        filter_fn: Function of module and name that says which of what ``where`` finds are to get one: it is asked for
+            the residual blocks with ``"block"`` and ``"stage"``, otherwise for the modules that gates follow.
+        optimizer: Gets the gates' parameters, in the groups of the modules that they follow.
+        input_shape: Of an input that the network takes. It then runs once without data, so that channels are known
+            for certain and the report counts multiply-adds. None, or a network that does not take it: layers tell.
+
+    Returns:
+        What was put where, and what it costs; prints as a table.
+
+    Raises:
+        TypeError: ``model`` is no module, or is compiled, scripted or wrapped for parallel training; other arguments
+            of a wrong type.
+        ValueError: nothing is found for ``where`` (the message says what can be named), another gate is there, the
+            gate cannot have that many channels or cannot be neutral. The network is then as it was.
+
+    Source:
+        Wang et al., ECA-Net, CVPR 2020, arXiv:1910.03151, for the place.
+
+    Example:
+        >>> import torchvision
+        >>> model = torchvision.models.resnet18().eval()
+        >>> x = torch.randn(1, 3, 64, 64)
+        >>> before = model(x)
+        >>> report = insert_gates_(model, where="block")
+        >>> len(report.rows), report.parameters
+        (8, 36)
+        >>> torch.allclose(model(x), before, atol=1e-5)
+        True
+    """
+    check_model(model)
+    check_optimizer(optimizer)
+    sites, notes = find_sites(model, where, filter_fn)
+    todo, already = _not_yet(sites, gate, kernel_size)
+    if already:
+        notes.append(f"{already} of these have such a gate already")
+    shapes = dry_run(model, [site.host for site in todo], input_shape) if todo else None
+    if shapes is not None:
+        silent = [site.name for site in todo if site.host not in shapes]
+        notes += [f"{name} did not run on the input of shape {tuple(input_shape or ())}" for name in silent]
+    registered = names_of(model)
+    count = owners(model)
+    plans = [_plan(site, gate, kernel_size, preserve, shapes, count) for site in todo]
+    rows: list[Row] = []
+    for site, module, channels, positions, fold in plans:
+        _make_neutral_(module, fold) if preserve else None
+        hang_(site.host, module)
+        add_parameters_(optimizer, module, f"{site.name}.{GATE}", site.host)
+        rows.append(gate_row(f"{site.name}.{GATE}", module, site.name, channels, positions))
+        if len(registered[site.host]) > 1:
+            notes.append(f"{site.name} is shared, and its gate with it: {', '.join(registered[site.host])}")
+    if plans:
+        keep_loading_(model, preserve)
+    return Report("inserted", tuple(rows), tuple(notes))
+
+
+def _not_yet(sites: list[Site], gate: str | GateFactory, kernel_size: int | str) -> tuple[list[Site], int]:
+    todo = []
+    for site in sites:
+        there = hung_gate(site.host)
+        if there is None:
+            todo.append(site)
+            continue
+        channels = getattr(there, "channels", site.channels)
+        wanted = build_gate(gate, channels, kernel_size) if channels is not None else None  # type: ignore[arg-type]
+        if wanted is not None and (type(wanted), wanted.extra_repr()) != (type(there), there.extra_repr()):
+            raise ValueError(
+                f"{site.name} has a gate already, {type(there).__name__}({there.extra_repr()}), and not "
+                f"{type(wanted).__name__}({wanted.extra_repr()}): replace_gates_ swaps gates, remove_gates_ takes them "
+                "out"
+            )
+    return todo, len(sites) - len(todo)
+
+
+def _plan(
+    site: Site,
+    gate: str | GateFactory,
+    kernel_size: int | Literal["adaptive"],
+    preserve: bool,
+    shapes: dict[nn.Module, Shapes] | None,
+    owner_count: dict[int, int],
+) -> _Plan:
+    """Build the gate of one site and see that everything can be done, before anything is."""
+    channels, positions = site.channels, None
+    if shapes is not None and site.host in shapes:
+        shape = shapes[site.host].output
+        if shape is None or len(shape) < 2:
+            got = "no tensor" if shape is None else f"a tensor of shape {tuple(shape)}"
+            raise ValueError(f"a gate cannot follow {site.name}: it returns {got}, and not a map (N, C, *spatial)")
+        if len(shape) > 2 and channels is not None and shape[1] != channels and shape[-1] == channels:
+            raise ValueError(
+                f"a gate cannot follow {site.name}: its output {tuple(shape)} has its {channels} channels last, and "
+                "not in dimension 1: name a module that returns (N, C, *spatial)"
+            )
+        channels, positions = shape[1], shape[2:].numel()
+    if channels is None:
+        raise ValueError(
+            f"how many channels {site.name} ({type(site.host).__name__}) returns cannot be told from its layers: pass "
+            "input_shape=, the shape of an input that the network takes"
+        )
+    try:
+        module = build_gate(gate, channels, kernel_size)
+    except ValueError as error:
+        raise ValueError(f"{site.name}, {channels} channels: {error}") from error
+    if hasattr(site.host, GATE):
+        raise ValueError(
+            f"a gate cannot hang on {site.name}: {type(site.host).__name__} has an attribute {GATE!r} of its own; name "
+            "another module"
+        )
+    like = _example(site.host)
+    if like is not None:
+        module = module.to(device=like.device, dtype=like.dtype)
+    module.train(site.host.training)
+    fold = affine(site.host) or ()
+    if any(owner_count[id(t)] > 1 for t in fold):  # another norm has the same weight
+        fold = ()
+    if preserve:
+        _check_neutral(site, module, fold)
+    return _Plan(site, module, channels, positions, fold)
+
+
+def _example(host: nn.Module) -> Tensor | None:
+    tensors = (*host.parameters(), *host.buffers())
+    return next((t for t in tensors if t.is_floating_point()), None)
+
+
+def _check_neutral(site: Site, gate: nn.Module, fold: tuple[Tensor, ...]) -> None:
+    problem = None
+    if not isinstance(gate, Neutralisable):
+        problem = f"{type(gate).__name__} has no make_neutral_()"
+    elif not fold and not isinstance(gate, Gate):
+        problem = (
+            f"{site.name} is no norm that could undo a neutral gate, and {type(gate).__name__} is no ecanet.nn.Gate"
+        )
+    else:
+        try:
+            gate.make_neutral_()
+        except ValueError as error:
+            problem = str(error)
+    if problem is not None:
+        raise ValueError(f"preserve=True cannot keep the function: {problem}; take another gate, or preserve=False")
+
+
+@torch.no_grad()
+def _make_neutral_(gate: nn.Module, fold: tuple[Tensor, ...]) -> None:
+    assert isinstance(gate, Neutralisable)
+    constant = gate.make_neutral_()
+    for tensor in fold:
+        tensor.div_(constant)
+    if not fold:
+        like = next(gate.parameters(), torch.empty(()))
+        gate.register_buffer("scale", like.new_tensor(1 / constant))

@@ -1,0 +1,136 @@
+"""What a layer of somebody else's network is: norm, activation, attention, something that passes through."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
+
+from ecanet.nn import Gate
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, FrozenBatchNorm2d)
+_TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, StochasticDepth)
+_NO_ACTIVATIONS = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin)
+_ACTIVATION_FILES = ("torch.nn.modules.activation", "timm.layers.activations", "timm.layers.activations_me")
+#: Activations that are called as functions or methods.
+ACTIVATION_FUNCTIONS: frozenset[Any] = frozenset(
+    {
+        *(torch.relu, torch.relu_, torch.sigmoid, torch.tanh),
+        *(
+            F.relu,
+            F.relu_,
+            F.relu6,
+            F.leaky_relu,
+            F.elu,
+            F.selu,
+            F.celu,
+            F.gelu,
+            F.silu,
+            F.mish,
+            F.hardswish,
+            F.hardtanh,
+        ),
+        *("relu", "relu_", "sigmoid", "tanh"),
+    }
+)
+
+#: Attention that scales channels, by class: the layer that tells the number of channels, or None where none does.
+ATTENTION: dict[str, str | None] = {
+    "torchvision.ops.misc.SqueezeExcitation": "fc1",
+    "timm.layers.squeeze_excite.SEModule": "fc1",
+    "timm.layers.squeeze_excite.EffectiveSEModule": "fc",
+    "timm.layers.eca.EcaModule": None,
+    "timm.layers.eca.CecaModule": None,
+    "timm.layers.cbam.CbamModule": "channel.fc1",
+    "timm.layers.cbam.LightCbamModule": "channel.fc1",
+    "timm.layers.gather_excite.GatherExcite": None,
+    "timm.layers.global_context.GlobalContext": None,
+    "timm.models._efficientnet_blocks.SqueezeExcite": "conv_reduce",
+}
+
+
+def qualified_name(cls: type) -> str:
+    """Module and name of a class, as the tables here have them."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def class_with_forward(module: nn.Module) -> str:
+    """The class whose ``forward`` a module runs, so that a subclass that only adds a constructor is its base."""
+    return next(qualified_name(cls) for cls in type(module).__mro__ if "forward" in vars(cls))
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether the module scales channels by what it sees: a gate of ours, or one of :data:`ATTENTION`."""
+    return isinstance(module, Gate) or class_with_forward(module) in ATTENTION
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module is a norm, timm's with an activation inside included."""
+    return isinstance(module, _NORMS)
+
+
+def activation_inside(norm: nn.Module) -> bool:
+    """Whether a norm of timm applies an activation, too."""
+    inside = getattr(norm, "act", None)
+    return isinstance(inside, nn.Module) and not isinstance(inside, nn.Identity)
+
+
+def affine(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Weight and bias of a norm whose output they scale and shift, or None."""
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    if not is_norm(norm) or activation_inside(norm) or not isinstance(weight, Tensor) or not isinstance(bias, Tensor):
+        return None
+    return weight, bias
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether the module is an activation."""
+    return type(module).__module__ in _ACTIVATION_FILES and not isinstance(module, _NO_ACTIVATIONS)
+
+
+def is_transparent(module: nn.Module) -> bool:
+    """Whether what a module returns is its input, but for what is dropped at random in training."""
+    return isinstance(module, _TRANSPARENT) or type(module).__name__ in ("DropPath", "DropBlock2d")
+
+
+def count_convolutions(module: nn.Module) -> int:
+    """Convolutions of feature maps in the module: those inside attention do not count."""
+    if is_attention(module):
+        return 0
+    return int(isinstance(module, CONVOLUTIONS)) + sum(count_convolutions(child) for child in module.children())
+
+
+def out_channels(module: nn.Module) -> int | None:
+    """Channels of what a module returns, read off its last layer that has a say; None if none has."""
+    if is_attention(module):
+        return None
+    for attribute in ("out_channels", "num_features", "num_channels", "out_features"):
+        if isinstance(value := getattr(module, attribute, None), int):
+            return value
+    if isinstance(module, nn.LayerNorm):
+        return int(module.normalized_shape[-1]) if len(module.normalized_shape) == 1 else None
+    if isinstance(module, FrozenBatchNorm2d):
+        return module.weight.numel()
+    return next((c for child in reversed(list(module.children())) if (c := out_channels(child)) is not None), None)
+
+
+def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every name under which each module is registered."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
+
+
+def owners(model: nn.Module) -> Counter[int]:
+    """In how many modules each parameter and buffer is registered, by its id."""
+    return Counter(
+        id(t)
+        for module in model.modules()
+        for t in (*module._parameters.values(), *module._buffers.values())
+        if t is not None
+    )

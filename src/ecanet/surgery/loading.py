@@ -1,0 +1,105 @@
+"""State dicts from before gates came in load into the network with gates, strictly, and keep their function."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ecanet.models.neutral import Neutralisable
+from ecanet.nn.hung import GATE, hung_gate
+from ecanet.surgery.layers import affine
+
+#: Set on a gate that took another module's place: the keys that module had.
+STANDS_FOR = "stands_for"
+
+
+def hung_gates(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Name and module of every host of a gate, and the gate."""
+    for name, host in model.named_modules():
+        gate = hung_gate(host)
+        if gate is not None:
+            yield name, host, gate
+
+
+def keep_loading_(model: nn.Module, preserve: bool) -> None:
+    """Let the network load state dicts of its original keys from now on.
+
+    Args:
+        model: The network.
+        preserve: Whether such a state dict sets the gates neutral, so that the network computes what it did without
+            them; otherwise they stay as they are.
+    """
+    _forget_(model)
+    model.register_load_state_dict_pre_hook(_load_and_preserve if preserve else _load_beside)
+
+
+def stop_(model: nn.Module) -> None:
+    """Undo :func:`keep_loading_` where no gate is left."""
+    if not any(True for _ in hung_gates(model)) and not any(hasattr(m, STANDS_FOR) for m in model.modules()):
+        _forget_(model)
+
+
+def _forget_(model: nn.Module) -> None:
+    hooks = model._load_state_dict_pre_hooks
+    for key in [
+        key for key, hook in hooks.items() if getattr(hook, "hook", hook) in (_load_and_preserve, _load_beside)
+    ]:
+        del hooks[key]
+
+
+def _load_and_preserve(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    _fill(model, state, prefix, preserve=True)
+
+
+def _load_beside(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    _fill(model, state, prefix, preserve=False)
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, state: dict[str, Any], prefix: str, preserve: bool) -> None:
+    """Add to a state dict of the original keys what the gates need."""
+    _fill_replaced(model, state, prefix)
+    hung = list(hung_gates(model))
+    gates = {f"{prefix}{name}.{GATE}.": gate for name, _, gate in hung}
+    if not gates or any(key.startswith(gate_prefix) for gate_prefix in gates for key in state):
+        return  # a state dict with gates
+    for name, host, gate in hung:
+        own = f"{prefix}{name}."
+        is_there = all(f"{own}{key}" in state for key, _ in _own_tensors(host))
+        if not is_there or not any(key.startswith(prefix) for key in state):
+            continue  # a part of the network is loaded, and not this one
+        source = gate
+        if preserve and isinstance(gate, Neutralisable):
+            source = copy.deepcopy(gate)
+            constant = source.make_neutral_()
+            scale, tensors = getattr(source, "scale", None), affine(host)
+            if isinstance(scale, Tensor):
+                scale.fill_(1 / constant)
+            elif tensors is not None:
+                for key in ("weight", "bias"):
+                    state[own + key] = state[own + key] / constant
+        state.update({f"{own}{GATE}.{key}": value for key, value in source.state_dict().items()})
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    persistent = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
+    for key, value in {**module._parameters, **persistent}.items():
+        if value is not None and key != "num_batches_tracked":
+            yield key, value
+
+
+def _fill_replaced(model: nn.Module, state: dict[str, Any], prefix: str) -> None:
+    """Drop the keys of modules whose place a gate took, and keep that gate."""
+    for name, gate in model.named_modules():
+        keys = getattr(gate, STANDS_FOR, None)
+        if keys is None:
+            continue
+        own, start = gate.state_dict(), f"{prefix}{name}."
+        found = {key for key in keys if start + key in state}
+        if not found or set(own) <= {key.removeprefix(start) for key in state if key.startswith(start)}:
+            continue
+        for key in found:
+            del state[start + key]
+        state.update({start + key: value for key, value in own.items()})

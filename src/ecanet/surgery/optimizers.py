@@ -1,0 +1,51 @@
+"""A given optimizer follows what surgery does to parameters."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def add_parameters_(optimizer: torch.optim.Optimizer | None, gate: nn.Module, name: str, beside: nn.Module) -> None:
+    """Add a gate's parameters to the group that holds its neighbour's, so that they share its settings.
+
+    A group of its own would break learning rate schedulers, which count groups.
+
+    Args:
+        optimizer: The optimizer, or None.
+        gate: The gate.
+        name: Of the gate in the network, for optimizers that were given names.
+        beside: The module the gate follows; if none of its parameters is in a group, the first group is taken.
+    """
+    if optimizer is None:
+        return
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    new = [(key, p) for key, p in gate.named_parameters() if id(p) not in known]
+    neighbours = {id(p) for p in beside.parameters()} - {id(p) for p in gate.parameters()}
+    groups = optimizer.param_groups
+    group = next((g for g in groups if any(id(p) in neighbours for p in g["params"])), groups[0])
+    group["params"].extend(p for _, p in new)
+    if "param_names" in group:
+        group["param_names"].extend(f"{name}.{key}" for key, _ in new)
+
+
+def remove_parameters_(optimizer: torch.optim.Optimizer | None, gone: Iterable[Tensor]) -> None:
+    """Take parameters out of an optimizer's groups and forget what it kept for them."""
+    if optimizer is None:
+        return
+    ids = {id(p) for p in gone}
+    for group in optimizer.param_groups:
+        kept: list[int] = [i for i, p in enumerate(group["params"]) if id(p) not in ids]
+        for key in ("params", "param_names"):
+            if key in group:
+                group[key][:] = [group[key][i] for i in kept]
+    state: Any = optimizer.state
+    for parameter in [p for p in state if id(p) in ids]:
+        del state[parameter]
+
+
+def check_optimizer(optimizer: object) -> None:
+    """Raise unless it is an optimizer or None."""
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}")

@@ -1,0 +1,131 @@
+"""What surgery did, as a table."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ecanet.inspect.cost import elementwise_products
+from ecanet.nn import Gate
+
+
+@dataclass(frozen=True)
+class Row:
+    """One gate, or one tail.
+
+    Attributes:
+        name: Its name in the network.
+        gate: Its class; empty for a tail without a gate.
+        where: After what: the module whose output the gate scales.
+        channels: Number of channels, or None where nothing tells.
+        kernel_size: k, or None for a gate that has none.
+        parameters: Parameters added; negative for what was taken out.
+        multiply_adds: Added for one sample, or None where the size of the map is not known.
+    """
+
+    name: str
+    gate: str
+    where: str
+    channels: int | None = None
+    kernel_size: int | None = None
+    parameters: int = 0
+    multiply_adds: int | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one call did to a network; prints as a table.
+
+    Attributes:
+        done: What was done, for the last line: ``"inserted"``, ``"replaced"``, ``"removed"`` or ``"fused"``.
+        rows: One for each gate or tail.
+        notes: What a reader should know: what was left out and why, what was there already.
+        replaced: Modules that are no longer part of the network, by name.
+    """
+
+    done: str
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+    replaced: Mapping[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters added to the network."""
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def multiply_adds(self) -> int | None:
+        """Multiply-adds added for one sample, or None where a row does not know."""
+        known = [row.multiply_adds for row in self.rows if row.multiply_adds is not None]
+        return sum(known) if len(known) == len(self.rows) else None
+
+    def __str__(self) -> str:
+        """The table, the notes, and a last line with the sums."""
+        columns: list[tuple[str, Callable[[Row], object]]] = [
+            ("name", lambda row: row.name),
+            ("gate", lambda row: row.gate),
+            ("where", lambda row: row.where),
+            ("channels", lambda row: row.channels),
+            ("k", lambda row: row.kernel_size),
+            ("params", lambda row: f"{row.parameters:+,}" if row.parameters else "0"),
+            ("MAdds", lambda row: None if row.multiply_adds is None else f"{row.multiply_adds:+,}"),
+        ]
+        table = [[header for header, _ in columns]]
+        table += [["-" if (value := get(row)) is None else str(value) for _, get in columns] for row in self.rows]
+        lines = _aligned(table, left=3) if self.rows else []
+        lines += list(self.notes)
+        madds = self.multiply_adds
+        cost = f": {self.parameters:+,} parameters" + ("" if madds is None else f", {madds:+,} multiply-adds a sample")
+        what = "tail" if self.done == "fused" else "gate"
+        count = f"{len(self.rows)} {what}{'' if len(self.rows) == 1 else 's'} {self.done}"
+        return "\n".join([*lines, count + (cost if self.rows and self.done != "fused" else "")])
+
+
+def _aligned(table: Sequence[Sequence[str]], left: int) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in table
+    ]
+    return [lines[0].rstrip(), "-" * len(lines[0]), *(line.rstrip() for line in lines[1:])]
+
+
+def parameters_of(module: nn.Module) -> int:
+    """Number of parameters of a module."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def gate_row(name: str, gate: nn.Module, where: str, channels: int | None, positions: int | None) -> Row:
+    """The row of a gate that is new.
+
+    Args:
+        name: Its name in the network.
+        gate: The gate.
+        where: The name of the module before it.
+        channels: Number of channels C.
+        positions: Positions of the map S, or None where that is not known.
+    """
+    size = getattr(gate, "kernel_size", None)
+    return Row(
+        name,
+        type(gate).__name__,
+        where,
+        channels,
+        size if isinstance(size, int) else None,
+        parameters_of(gate),
+        _multiply_adds(gate, channels, positions),
+    )
+
+
+def _multiply_adds(gate: nn.Module, channels: int | None, positions: int | None) -> int | None:
+    """As :func:`ecanet.inspect.multiply_adds` counts: C S for squeeze and scaling, and what is inside."""
+    if not isinstance(gate, Gate) or channels is None or positions is None:
+        return None
+    like = next(gate.parameters(), torch.empty(()))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), FlopCounterMode(display=False) as counter:
+        gate.gate(torch.zeros(1, channels, dtype=like.dtype, device=like.device))
+    return channels * positions + counter.get_total_flops() // 2 + elementwise_products(gate)

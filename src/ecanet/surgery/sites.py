@@ -1,0 +1,215 @@
+"""Where gates go: from the ``where=`` argument to modules of the network, and what is known of their outputs."""
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ecanet.inspect.observe import evaluating, example_tensor
+from ecanet.nn.hung import CONTAINERS, GATE
+from ecanet.surgery.blocks import JOINED, Branch, find_blocks
+from ecanet.surgery.groups import find_groups
+from ecanet.surgery.layers import class_with_forward, names_of, out_channels
+
+FilterFn: TypeAlias = Callable[[nn.Module, str], bool]
+Where: TypeAlias = str | Sequence[str] | FilterFn
+
+KINDS = ("block", "stage", "conv")
+
+
+class Site(NamedTuple):
+    """A module whose output a gate is to scale.
+
+    Attributes:
+        name: Of the module.
+        host: The module.
+        channels: Of its output, or None where its layers do not tell.
+    """
+
+    name: str
+    host: nn.Module
+    channels: int | None
+
+
+class Shapes(NamedTuple):
+    """What went into a module and what came out in a dry run; None for what is no tensor."""
+
+    input: torch.Size | None
+    output: torch.Size | None
+
+
+def find_sites(model: nn.Module, where: Where, filter_fn: FilterFn | None) -> tuple[list[Site], list[str]]:
+    """The modules that gates are to hang on, in the order of registration.
+
+    Args:
+        model: The network.
+        where: As in :func:`ecanet.insert_gates_`.
+        filter_fn: As in :func:`ecanet.insert_gates_`.
+
+    Returns:
+        The sites, and notes on what was left out.
+
+    Raises:
+        TypeError: ``where`` is none of the things it may be.
+        ValueError: nothing is found; the message says what can be named instead.
+    """
+    if where in ("block", "stage"):
+        return _at_blocks(model, str(where), filter_fn)
+    names = names_of(model)
+    if where == "conv":
+        found = find_groups(model, names)
+        if not found:
+            raise ValueError(f"where='conv' finds no convolution with an activation behind it; {_what_to_name(model)}")
+    else:
+        found = _named(model, where)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    sites: dict[nn.Module, Site] = {}
+    for name in found:
+        if filter_fn is not None and not filter_fn(modules[name], name):
+            continue
+        site = _site(model, name, out_channels(modules[name]))
+        sites.setdefault(site.host, site)
+    if not sites:
+        raise ValueError(f"filter_fn refuses all of the {len(found)} modules that where={where!r} finds")
+    return list(sites.values()), []
+
+
+def _named(model: nn.Module, where: object) -> list[str]:
+    every = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    if callable(where):
+        found = [name for name, module in model.named_modules() if name and where(module, name)]
+        if not found:
+            raise ValueError(f"where={where!r} is true for no module; {_what_to_name(model)}")
+        return [name for name in found if not _below_a_gate(name)]
+    patterns = [where] if isinstance(where, str) else where
+    if not isinstance(patterns, Iterable) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(
+            f"where must be one of {', '.join(map(repr, KINDS))}, names or patterns of modules, or a function of "
+            f"module and name, got {where!r}"
+        )
+    found = []
+    for pattern in patterns:
+        matched = [name for name in every if fnmatch.fnmatchcase(name, pattern) and not _below_a_gate(name)]
+        if not matched:
+            close = difflib.get_close_matches(pattern, every, 3, 0.5)
+            near = f"; close to it: {', '.join(close)}" if close else ""
+            raise ValueError(
+                f"where={pattern!r} is neither one of {', '.join(map(repr, KINDS))} nor the name of a module, nor a "
+                f"pattern such as 'layer4.*.bn3' that fits one{near}; {_what_to_name(model)}"
+            )
+        found += matched
+    if not found:
+        raise ValueError(f"where={where!r} names nothing; {_what_to_name(model)}")
+    return list(dict.fromkeys(found))
+
+
+def _below_a_gate(name: str) -> bool:
+    return GATE in name.split(".")
+
+
+def _what_to_name(model: nn.Module) -> str:
+    """Modules a user could name, for an error."""
+    useful = [n for n, m in model.named_modules() if n and not isinstance(m, CONTAINERS) and out_channels(m)]
+    shown = ", ".join([*useful[:4], "...", *useful[-4:]] if len(useful) > 9 else useful)
+    return f"modules that can be named: {shown}" if useful else "it has no convolution or norm"
+
+
+def _at_blocks(model: nn.Module, where: str, filter_fn: FilterFn | None) -> tuple[list[Site], list[str]]:
+    branches, untraced = find_blocks(model)
+    if not branches:
+        reasons = "; ".join(f"{name or 'the network itself'}: {why}" for name, why in list(untraced.items())[:3])
+        could_not = f" (code that torch.fx cannot trace: {reasons})" if untraced else ""
+        raise ValueError(
+            f"where={where!r} finds no residual block in {type(model).__name__}{could_not}: try where='conv', or name "
+            f"modules; {_what_to_name(model)}"
+        )
+    wanted = [b for b in branches if filter_fn is None or filter_fn(model.get_submodule(b.block), b.block)]
+    if not wanted:
+        raise ValueError(f"filter_fn refuses all of the {len(branches)} blocks that where={where!r} finds")
+    if where == "stage":
+        return _at_stages(model, wanted), []
+    possible = [branch for branch in wanted if branch.why_not is None]
+    notes = [f"left out: {branch.block}: {branch.why_not}" for branch in wanted if branch.why_not is not None]
+    if not possible:
+        more = f", and {len(notes) - 1} more such blocks" if len(notes) > 1 else ""
+        raise ValueError(f"where='block' can put a gate nowhere in {type(model).__name__}: {notes[0]}{more}")
+    sites: dict[nn.Module, Site] = {}
+    for branch in possible:
+        site = _site(model, branch.end, branch.channels)
+        sites.setdefault(site.host, site)
+    return list(sites.values()), notes
+
+
+def _at_stages(model: nn.Module, branches: list[Branch]) -> list[Site]:
+    """After the last of the blocks that follow one another with as many channels."""
+    last: list[Branch] = []
+    for branch in branches:
+        block = model.get_submodule(branch.block)
+        if class_with_forward(block) in JOINED:
+            raise ValueError(
+                f"where='stage' does not work with {type(block).__name__}, whose output is joined to that of others: "
+                "use where='block', or name modules"
+            )
+        if not branch.block or isinstance(block, CONTAINERS):
+            raise ValueError(
+                f"where='stage' needs blocks that are modules of their own, and {branch.end} is in the code of "
+                f"{branch.block or 'the network itself'}: use where='block', or name modules"
+            )
+        same = last and _stage(last[-1]) == _stage(branch)
+        last[-1:] = [branch] if same else [*last[-1:], branch]
+    return [
+        _site(model, b.block, None if "shufflenet" in class_with_forward(model.get_submodule(b.block)) else b.channels)
+        for b in last
+    ]
+
+
+def _stage(branch: Branch) -> tuple[str, int | None]:
+    return branch.block.rpartition(".")[0], branch.channels
+
+
+def _site(model: nn.Module, name: str, channels: int | None) -> Site:
+    """The module to hang a gate on for the output of the one that is named."""
+    host = model.get_submodule(name)
+    while isinstance(host, nn.Sequential) and len(host):  # its output is that of its last
+        last = next(reversed(host._modules))
+        host, name = host.get_submodule(last), f"{name}.{last}"
+    if isinstance(host, CONTAINERS):
+        raise ValueError(f"where: {name} is a {type(host).__name__}, which returns nothing: name a module in it")
+    return Site(name, host, channels)
+
+
+def dry_run(
+    model: nn.Module, modules: Iterable[nn.Module], input_shape: Sequence[int] | None
+) -> dict[nn.Module, Shapes] | None:
+    """Shapes at the first call of each module when the model runs on an input without data; None if it does not run.
+
+    Args:
+        model: The network. No kernel runs and nothing in it changes.
+        modules: Whose shapes are asked for.
+        input_shape: Of one tensor, or None for no run.
+    """
+    if input_shape is None:
+        return None
+    seen: dict[nn.Module, Shapes] = {}
+
+    def shape_of(value: Any) -> torch.Size | None:
+        return value.shape if isinstance(value, Tensor) else None
+
+    def see(module: nn.Module, args: Any, output: Any) -> None:
+        seen.setdefault(module, Shapes(shape_of(args[0]) if args else None, shape_of(output)))
+
+    example = example_tensor(model)
+    handles = [module.register_forward_hook(see) for module in modules]
+    try:
+        with evaluating(model), FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
+            model(torch.zeros(tuple(input_shape), dtype=example.dtype, device=example.device))
+    except Exception:  # a network may want any other input
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen

@@ -8,7 +8,7 @@ from ecanet import models, nn
 from ecanet.inference import optimize_for_inference
 from ecanet.nn import ECA, ECANS, SE, SEGroup, SEVar1, SEVar2, SEVar3, adaptive_kernel_size
 from ecanet.ops.backend import backend
-from ecanet.surgery import insert_gates_
+from ecanet.surgery import fuse_tails_, insert_gates_, remove_gates_, replace_gates_
 
 __version__ = "0.1.0"
 
@@ -23,8 +23,11 @@ __all__ = [
     "__version__",
     "adaptive_kernel_size",
     "backend",
+    "fuse_tails_",
     "insert_gates_",
     "models",
     "nn",
     "optimize_for_inference",
+    "remove_gates_",
+    "replace_gates_",
 ]

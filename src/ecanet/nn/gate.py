@@ -95,8 +95,11 @@ class Gate(nn.Module, ABC):
         )
 
     def constant(self) -> float | None:
-        """The gate's value where its weights make it the same for every input, as neutral ones do; otherwise None."""
-        if not self.is_neutral():
+        """The gate's value where its weights make it the same for every input, as neutral ones do; otherwise None.
+
+        Weights on the device ``"meta"`` have no values, and none here.
+        """
+        if any(weight.is_meta for weight in self.parameters()) or not self.is_neutral():
             return None
         return 0.5 if self.scale is None else 0.5 * self.scale.item()
 

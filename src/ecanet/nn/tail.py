@@ -145,7 +145,7 @@ def maths_of_norm(norm: nn.Module | None, x: Tensor, known_hooks: int = 0) -> fu
         given = _given_statistics(norm)
         fits = given.mean is not None and given.mean.numel() == x.shape[1] and given.mean.dtype == x.dtype
         return given if x.dim() == 4 and fits else None  # it returns the larger of two types
-    if not isinstance(norm, _BatchNorm) or type(norm) not in _BATCH_NORMS:
+    if not isinstance(norm, _BatchNorm) or not (type(norm) in _BATCH_NORMS or _is_plain_of_timm(norm)):
         return None
     norm._check_input_dim(x)
     if norm.num_features != x.shape[1] or not _types_go_together(norm, x):
@@ -156,6 +156,13 @@ def maths_of_norm(norm: nn.Module | None, x: Tensor, known_hooks: int = 0) -> fu
     if group is None and x.numel() == x.shape[1]:  # torch says what is wrong with one value a channel
         return None
     return fused.Norm(norm, None, None, norm.weight, norm.bias, norm.eps, group)
+
+
+def _is_plain_of_timm(norm: nn.Module) -> bool:
+    """Whether it is timm's BatchNorm with room for an activation, and has none."""
+    if type(norm).__qualname__ != "BatchNormAct2d" or not type(norm).__module__.startswith("timm."):
+        return False
+    return isinstance(norm.act, nn.Identity) and isinstance(norm.drop, nn.Identity)
 
 
 def _types_go_together(norm: Any, x: Tensor) -> bool:

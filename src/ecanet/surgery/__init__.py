@@ -1,6 +1,21 @@
 """Put gates into a network somebody else wrote, swap them, take them out, and give its blocks the fused tail."""
 
+from ecanet.surgery.blocks import BLOCKS
+from ecanet.surgery.fuse import FUSED, fuse_tails_
 from ecanet.surgery.insert import insert_gates_
+from ecanet.surgery.layers import ATTENTION
+from ecanet.surgery.remove import remove_gates_
+from ecanet.surgery.replace import replace_gates_
 from ecanet.surgery.report import Report, Row
 
-__all__ = ["Report", "Row", "insert_gates_"]
+__all__ = [
+    "ATTENTION",
+    "BLOCKS",
+    "FUSED",
+    "Report",
+    "Row",
+    "fuse_tails_",
+    "insert_gates_",
+    "remove_gates_",
+    "replace_gates_",
+]

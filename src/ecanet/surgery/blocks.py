@@ -21,6 +21,7 @@ from ecanet.surgery.layers import (
     is_norm,
     is_transparent,
     out_channels,
+    resolve,
 )
 
 #: Where the branch of a block ends, by the class of the block: for what adds no residual, or not always.
@@ -114,13 +115,8 @@ def _search(module: nn.Module, name: str, found: list[Branch], untraced: dict[st
 
 
 def _known_block(block: nn.Module, name: str, path: str) -> Branch:
-    end, names = block, []
-    for part in path.split("."):
-        if part == "-1":
-            part = next(reversed(end._modules))
-        end = end.get_submodule(part)
-        names.append(part)
-    return _branch(name, end, ".".join((name, *names)) if name else ".".join(names))
+    end_name, end = resolve(block, path)
+    return _branch(name, end, f"{name}.{end_name}" if name else end_name)
 
 
 def _branch(block: str, end: nn.Module, end_name: str, channels: int | None = None) -> Branch:
@@ -165,21 +161,34 @@ def _residual_branches(module: nn.Module, name: str, graph: fx.Graph) -> Iterato
     ancestors: dict[fx.Node, set[fx.Node]] = {}
     for node in graph.nodes:
         ancestors[node] = {node}.union(*(ancestors[source] for source in node.all_input_nodes))
+    additions = {
+        node: pair for node in graph.nodes if (pair := _branch_and_shortcut(module, node, ancestors)) is not None
+    }
+    # What is added on the way along a branch, as Res2Net adds groups of channels, belongs to that branch.
+    inside = {n for branch, shortcut in additions.values() for n in ancestors[branch] - ancestors[shortcut]}
+    for node, (branch, _) in additions.items():
+        if node not in inside:
+            yield _end_of(module, name, branch)
 
-    def convolutions(nodes: set[fx.Node]) -> int:
-        return sum(count_convolutions(module.get_submodule(str(n.target))) for n in nodes if n.op == "call_module")
 
-    for node in graph.nodes:
-        if node.target not in _ADDITIONS or len(node.all_input_nodes) != 2 or len(node.args) != 2:
-            continue
-        first, second = node.all_input_nodes
-        common = ancestors[first] & ancestors[second]
-        if not common or all(n.op == "placeholder" and _is_taken_apart(n) for n in common):
-            continue
-        counts = convolutions(ancestors[first] - common), convolutions(ancestors[second] - common)
-        if counts[0] == counts[1]:
-            continue
-        yield _end_of(module, name, first if counts[0] > counts[1] else second)
+def _branch_and_shortcut(
+    module: nn.Module, addition: fx.Node, ancestors: dict[fx.Node, set[fx.Node]]
+) -> tuple[fx.Node, fx.Node] | None:
+    """Of two addends the one with more convolutions, and the other; None for what is no residual block."""
+    if addition.target not in _ADDITIONS or len(addition.all_input_nodes) != 2 or len(addition.args) != 2:
+        return None
+    first, second = addition.all_input_nodes
+    common = ancestors[first] & ancestors[second]
+    given = any(n.op == "placeholder" and n.args == (None,) for n in (first, second))  # shortcut=None: may be handed in
+    if not given and (not common or all(n.op == "placeholder" and _is_taken_apart(n) for n in common)):
+        return None
+    counts = [
+        sum(count_convolutions(module.get_submodule(str(n.target))) for n in nodes if n.op == "call_module")
+        for nodes in (ancestors[first] - common, ancestors[second] - common)
+    ]
+    if counts[0] == counts[1]:
+        return None
+    return (first, second) if counts[0] > counts[1] else (second, first)
 
 
 def _is_taken_apart(placeholder: fx.Node) -> bool:
@@ -193,6 +202,9 @@ def _end_of(module: nn.Module, name: str, node: fx.Node) -> Branch:
     while True:
         if node.op == "call_module":
             child = module.get_submodule(str(node.target))
+            if sum(n.op == "call_module" and n.target == node.target for n in node.graph.nodes) > 1:
+                reason = f"its branch ends in {node.target}, which it calls several times: name another module"
+                return Branch(name, prefix + str(node.target), None, reason)
             if not is_transparent(child):
                 return _branch(name, child, prefix + str(node.target), _channels_before(module, node))
             passed = str(node.target)

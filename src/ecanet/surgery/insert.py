@@ -12,7 +12,7 @@ from ecanet.nn.build import GateFactory, build_gate
 from ecanet.nn.hung import GATE, hang_, hung_gate
 from ecanet.surgery.checks import check_model
 from ecanet.surgery.layers import affine, names_of, owners
-from ecanet.surgery.loading import keep_loading_
+from ecanet.surgery.loading import PRESERVES, keep_loading_
 from ecanet.surgery.optimizers import add_parameters_, check_optimizer
 from ecanet.surgery.report import Report, Row, gate_row
 from ecanet.surgery.sites import FilterFn, Shapes, Site, Where, dry_run, find_sites
@@ -22,7 +22,7 @@ class _Plan(NamedTuple):
     site: Site
     gate: nn.Module
     channels: int
-    positions: int | None
+    spatial: torch.Size | None
     fold: tuple[Tensor, ...]  # what takes the factor of a neutral gate; empty if the gate's own scale does
 
 
@@ -98,15 +98,16 @@ def insert_gates_(
     count = owners(model)
     plans = [_plan(site, gate, kernel_size, preserve, shapes, count) for site in todo]
     rows: list[Row] = []
-    for site, module, channels, positions, fold in plans:
-        _make_neutral_(module, fold) if preserve else None
+    for site, module, channels, spatial, fold in plans:
+        if preserve:
+            _make_neutral_(module, fold)
         hang_(site.host, module)
         add_parameters_(optimizer, module, f"{site.name}.{GATE}", site.host)
-        rows.append(gate_row(f"{site.name}.{GATE}", module, site.name, channels, positions))
+        rows.append(gate_row(f"{site.name}.{GATE}", module, site.name, channels, spatial))
         if len(registered[site.host]) > 1:
             notes.append(f"{site.name} is shared, and its gate with it: {', '.join(registered[site.host])}")
     if plans:
-        keep_loading_(model, preserve)
+        keep_loading_(model)
     return Report("inserted", tuple(rows), tuple(notes))
 
 
@@ -137,7 +138,7 @@ def _plan(
     owner_count: dict[int, int],
 ) -> _Plan:
     """Build the gate of one site and see that everything can be done, before anything is."""
-    channels, positions = site.channels, None
+    channels, spatial = site.channels, None
     if shapes is not None and site.host in shapes:
         shape = shapes[site.host].output
         if shape is None or len(shape) < 2:
@@ -148,7 +149,7 @@ def _plan(
                 f"a gate cannot follow {site.name}: its output {tuple(shape)} has its {channels} channels last, and "
                 "not in dimension 1: name a module that returns (N, C, *spatial)"
             )
-        channels, positions = shape[1], shape[2:].numel()
+        channels, spatial = shape[1], shape[2:]
     if channels is None:
         raise ValueError(
             f"how many channels {site.name} ({type(site.host).__name__}) returns cannot be told from its layers: pass "
@@ -172,7 +173,7 @@ def _plan(
         fold = ()
     if preserve:
         _check_neutral(site, module, fold)
-    return _Plan(site, module, channels, positions, fold)
+    return _Plan(site, module, channels, spatial, fold)
 
 
 def _example(host: nn.Module) -> Tensor | None:
@@ -200,6 +201,7 @@ def _check_neutral(site: Site, gate: nn.Module, fold: tuple[Tensor, ...]) -> Non
 @torch.no_grad()
 def _make_neutral_(gate: nn.Module, fold: tuple[Tensor, ...]) -> None:
     assert isinstance(gate, Neutralisable)
+    setattr(gate, PRESERVES, True)
     constant = gate.make_neutral_()
     for tensor in fold:
         tensor.div_(constant)

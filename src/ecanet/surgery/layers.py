@@ -118,6 +118,20 @@ def out_channels(module: nn.Module) -> int | None:
     return next((c for child in reversed(list(module.children())) if (c := out_channels(child)) is not None), None)
 
 
+def resolve(module: nn.Module, path: str) -> tuple[str, nn.Module]:
+    """Name and module behind a path in which ``-1`` is the last child.
+
+    Example:
+        >>> resolve(nn.Sequential(nn.ReLU(), nn.Tanh()), "-1")
+        ('1', Tanh())
+    """
+    names = []
+    for part in path.split("."):
+        names.append(next(reversed(module._modules)) if part == "-1" else part)
+        module = module.get_submodule(names[-1])
+    return ".".join(names), module
+
+
 def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
     """Every name under which each module is registered."""
     names: dict[nn.Module, list[str]] = {}

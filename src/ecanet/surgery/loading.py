@@ -13,6 +13,8 @@ from ecanet.surgery.layers import affine
 
 #: Set on a gate that took another module's place: the keys that module had.
 STANDS_FOR = "stands_for"
+#: Set on a gate that a state dict without gates is to make neutral, so that the network computes what it did without.
+PRESERVES = "preserves"
 
 
 def hung_gates(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
@@ -23,43 +25,22 @@ def hung_gates(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
             yield name, host, gate
 
 
-def keep_loading_(model: nn.Module, preserve: bool) -> None:
-    """Let the network load state dicts of its original keys from now on.
-
-    Args:
-        model: The network.
-        preserve: Whether such a state dict sets the gates neutral, so that the network computes what it did without
-            them; otherwise they stay as they are.
-    """
-    _forget_(model)
-    model.register_load_state_dict_pre_hook(_load_and_preserve if preserve else _load_beside)
+def keep_loading_(model: nn.Module) -> None:
+    """Let the network load state dicts of its original keys from now on."""
+    stop_loading_(model)
+    model.register_load_state_dict_pre_hook(_fill)
 
 
-def stop_(model: nn.Module) -> None:
-    """Undo :func:`keep_loading_` where no gate is left."""
-    if not any(True for _ in hung_gates(model)) and not any(hasattr(m, STANDS_FOR) for m in model.modules()):
-        _forget_(model)
-
-
-def _forget_(model: nn.Module) -> None:
+def stop_loading_(model: nn.Module) -> None:
+    """Undo :func:`keep_loading_`."""
     hooks = model._load_state_dict_pre_hooks
-    for key in [
-        key for key, hook in hooks.items() if getattr(hook, "hook", hook) in (_load_and_preserve, _load_beside)
-    ]:
+    for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is _fill]:
         del hooks[key]
 
 
-def _load_and_preserve(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    _fill(model, state, prefix, preserve=True)
-
-
-def _load_beside(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    _fill(model, state, prefix, preserve=False)
-
-
 @torch.no_grad()
-def _fill(model: nn.Module, state: dict[str, Any], prefix: str, preserve: bool) -> None:
-    """Add to a state dict of the original keys what the gates need."""
+def _fill(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """The hook: adds to a state dict of the original keys what the gates need."""
     _fill_replaced(model, state, prefix)
     hung = list(hung_gates(model))
     gates = {f"{prefix}{name}.{GATE}.": gate for name, _, gate in hung}
@@ -71,8 +52,9 @@ def _fill(model: nn.Module, state: dict[str, Any], prefix: str, preserve: bool) 
         if not is_there or not any(key.startswith(prefix) for key in state):
             continue  # a part of the network is loaded, and not this one
         source = gate
-        if preserve and isinstance(gate, Neutralisable):
+        if getattr(gate, PRESERVES, False):
             source = copy.deepcopy(gate)
+            assert isinstance(source, Neutralisable)
             constant = source.make_neutral_()
             scale, tensors = getattr(source, "scale", None), affine(host)
             if isinstance(scale, Tensor):

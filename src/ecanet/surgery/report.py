@@ -1,7 +1,9 @@
 """What surgery did, as a table."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -11,8 +13,7 @@ from ecanet.inspect.cost import elementwise_products
 from ecanet.nn import Gate
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One gate, or one tail.
 
     Attributes:
@@ -99,15 +100,15 @@ def parameters_of(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def gate_row(name: str, gate: nn.Module, where: str, channels: int | None, positions: int | None) -> Row:
-    """The row of a gate that is new.
+def gate_row(name: str, gate: nn.Module, where: str, channels: int | None, spatial: Sequence[int] | None) -> Row:
+    """The row of a gate, or of other attention.
 
     Args:
         name: Its name in the network.
         gate: The gate.
         where: The name of the module before it.
         channels: Number of channels C.
-        positions: Positions of the map S, or None where that is not known.
+        spatial: Size of the map, or None where that is not known.
     """
     size = getattr(gate, "kernel_size", None)
     return Row(
@@ -117,15 +118,22 @@ def gate_row(name: str, gate: nn.Module, where: str, channels: int | None, posit
         channels,
         size if isinstance(size, int) else None,
         parameters_of(gate),
-        _multiply_adds(gate, channels, positions),
+        _multiply_adds(gate, channels, spatial),
     )
 
 
-def _multiply_adds(gate: nn.Module, channels: int | None, positions: int | None) -> int | None:
+def _multiply_adds(attention: nn.Module, channels: int | None, spatial: Sequence[int] | None) -> int | None:
     """As :func:`ecanet.inspect.multiply_adds` counts: C S for squeeze and scaling, and what is inside."""
-    if not isinstance(gate, Gate) or channels is None or positions is None:
+    if channels is None or spatial is None:
         return None
-    like = next(gate.parameters(), torch.empty(()))
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), FlopCounterMode(display=False) as counter:
-        gate.gate(torch.zeros(1, channels, dtype=like.dtype, device=like.device))
-    return channels * positions + counter.get_total_flops() // 2 + elementwise_products(gate)
+    like = next(attention.parameters(), torch.empty(()))
+    x = like.new_empty((1, channels, *spatial), device="meta")
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), counter:
+        without_data = copy.deepcopy(attention).to("meta").eval()
+        try:
+            without_data(x)
+        except Exception:  # somebody else's module, which may want data
+            return None
+    inside = elementwise_products(attention) if isinstance(attention, Gate) else 0
+    return x.numel() + counter.get_total_flops() // 2 + inside

@@ -1,0 +1,61 @@
+"""timm's attention as gates of this library: the same parameters and keys, in the fused tail."""
+
+from torch import Tensor, nn
+
+from ecanet.nn import ECA, Gate
+from ecanet.ops import reference
+from ecanet.surgery.layers import qualified_name
+
+
+class SEModule(Gate):
+    """timm's squeeze-and-excitation: 1 x 1 convolutions with biases, any activations, a norm between them or none.
+
+    Args:
+        channels: Number of channels C.
+        timm: timm's module; its layers become this one's.
+
+    Source:
+        Hu et al., Squeeze-and-Excitation Networks, CVPR 2018.
+    """
+
+    def __init__(self, channels: int, timm: nn.Module) -> None:
+        super().__init__(channels)
+        self.fc1, self.bn, self.act, self.fc2 = (timm.get_submodule(name) for name in ("fc1", "bn", "act", "fc2"))
+        self.scale_activation = timm.get_submodule("gate")
+
+    def logits(self, s: Tensor) -> Tensor:
+        """The layers one after another, ``(N, C)`` to ``(N, C)``."""
+        x = s.to(next(self.fc1.parameters()).dtype)[:, :, None, None]
+        return self.fc2(self.act(self.bn(self.fc1(x))))[:, :, 0, 0].to(s.dtype)
+
+    def gate(self, s: Tensor) -> Tensor:
+        """Gates from channel means, ``(N, C)`` to ``(N, C)``."""
+        return self.scale_activation(self.logits(reference.check_means(s, self.channels)))
+
+
+def as_gate(attention: nn.Module, channels: int | None) -> nn.Module:
+    """The same attention as a gate that the fused tail takes; what has no such gate comes back as it is.
+
+    Args:
+        attention: A module of timm; its parameters are shared, its keys kept.
+        channels: Number of channels C.
+    """
+    if channels is None or attention._forward_hooks or attention._forward_pre_hooks or "forward" in vars(attention):
+        return attention
+    name = qualified_name(type(attention))
+    gate: Gate | None = None
+    if name in ("timm.layers.eca.EcaModule", "timm.layers.eca.CecaModule"):
+        gate = _eca(attention, channels)
+    elif name == "timm.layers.squeeze_excite.SEModule" and not attention.add_maxpool:
+        gate = SEModule(channels, attention)
+    return attention if gate is None else gate.train(attention.training)
+
+
+def _eca(attention: nn.Module, channels: int) -> ECA | None:
+    weight, bias = (getattr(attention.get_submodule("conv"), name) for name in ("weight", "bias"))
+    experiment = bias is not None or getattr(attention, "conv2", None) is not None
+    if experiment or type(attention.get_submodule("gate")).__name__ != "Sigmoid":
+        return None
+    eca = ECA(channels, weight.shape[-1], circular=type(attention).__name__ == "CecaModule")
+    eca.conv.weight = weight
+    return eca

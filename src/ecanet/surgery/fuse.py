@@ -1,0 +1,122 @@
+"""Give the blocks of torchvision's and timm's networks the fused tail."""
+
+import importlib
+from typing import NamedTuple
+
+from torch import nn
+
+from ecanet.nn.hung import hung_gate
+from ecanet.surgery.attention import as_gate
+from ecanet.surgery.checks import check_model
+from ecanet.surgery.layers import out_channels, qualified_name, resolve
+from ecanet.surgery.report import Report, Row
+
+
+class Tail(NamedTuple):
+    """How a block of somebody else runs on the fused tail.
+
+    Attributes:
+        fused: The class that does so, with the same modules.
+        norm: Path of the branch's last norm.
+        attention: Name of the block's own attention between that norm and the addition, if it can have any.
+    """
+
+    fused: str
+    norm: str
+    attention: str | None = None
+
+
+#: By the class of the block.
+FUSED: dict[str, Tail] = {
+    "torchvision.models.resnet.BasicBlock": Tail("ecanet.models.resnet.GatedBasicBlock", "bn2", "eca"),
+    "torchvision.models.resnet.Bottleneck": Tail("ecanet.models.resnet.GatedBottleneck", "bn3", "eca"),
+    "torchvision.models.mobilenetv2.InvertedResidual": Tail(
+        "ecanet.models.mobilenetv2.GatedInvertedResidual", "conv.-1"
+    ),
+    **{
+        f"torchvision.models.{block}": Tail(f"ecanet.surgery.fused_torchvision.{fused}", norm)
+        for block, fused, norm in (
+            ("regnet.ResBottleneckBlock", "FusedResBottleneckBlock", "f.-1.-1"),
+            ("mobilenetv3.InvertedResidual", "FusedInvertedResidual", "block.-1.-1"),
+            ("efficientnet.MBConv", "FusedMBConvTail", "block.-1.-1"),
+            ("efficientnet.FusedMBConv", "FusedMBConvV2Tail", "block.-1.-1"),
+        )
+    },
+    **{
+        f"timm.models.{block}": Tail(f"ecanet.surgery.fused_timm.{fused}", norm, attention)
+        for block, fused, norm, attention in (
+            ("resnet.BasicBlock", "FusedBasicBlock", "bn2", "se"),
+            ("resnet.Bottleneck", "FusedBottleneck", "bn3", "se"),
+            ("regnet.Bottleneck", "FusedRegNetBottleneck", "conv3.bn", None),
+            ("_efficientnet_blocks.DepthwiseSeparableConv", "FusedDepthwiseSeparableConv", "bn2", None),
+            ("_efficientnet_blocks.InvertedResidual", "FusedInvertedResidual", "bn3", None),
+            ("_efficientnet_blocks.EdgeResidual", "FusedEdgeResidual", "bn2", None),
+        )
+    },
+}
+
+
+def fuse_tails_(model: nn.Module) -> Report:
+    """Let blocks run norm, gate, addition and activation in the passes that norm, addition and activation take.
+
+    For torchvision's and timm's blocks in :data:`ecanet.surgery.FUSED`: with gates that :func:`ecanet.insert_gates_`
+    put in, with timm's own ECA and squeeze-and-excitation (``ecaresnet*``, ``seresnet*``), and with none. A block
+    changes its class for one derived from it, and keeps its modules, parameters, buffers and keys: checkpoints load as
+    before, an optimizer goes on, values and gradients are the same to rounding. A second call does nothing. Call it
+    before or after the gates come in.
+
+    Args:
+        model: The network.
+
+    Returns:
+        The blocks and the norm and gate at the end of each; ``replaced`` holds timm's attention modules that a gate of
+        the same parameters stands for.
+
+    Raises:
+        TypeError: ``model`` is no module, or is compiled, scripted or wrapped for parallel training.
+        ValueError: it has none of these blocks.
+
+    Example:
+        >>> import torchvision
+        >>> model = torchvision.models.resnet18()
+        >>> keys = list(model.state_dict())
+        >>> report = fuse_tails_(model)
+        >>> len(report.rows), list(model.state_dict()) == keys
+        (8, True)
+    """
+    check_model(model)
+    fused_already = tuple({tail.fused for tail in FUSED.values()})
+    rows: list[Row] = []
+    notes: list[str] = []
+    replaced: dict[str, nn.Module] = {}
+    already = 0
+    for name, block in list(model.named_modules()):
+        cls = qualified_name(type(block))
+        already += cls in fused_already
+        tail = FUSED.get(cls)
+        if tail is None:
+            continue
+        if "forward" in vars(block):
+            notes.append(f"left out: {name} has a forward of its own")
+            continue
+        norm_name, norm = resolve(block, tail.norm)
+        gate = hung_gate(norm)
+        if tail.attention is not None:
+            own = getattr(block, tail.attention, None)
+            gate = own if gate is None and own is not None else gate
+            if own is not None and (adopted := as_gate(own, out_channels(norm))) is not own:
+                replaced[f"{name}.{tail.attention}"] = own
+                block.register_module(tail.attention, adopted)
+                gate = adopted
+            elif not hasattr(block, tail.attention):
+                block.register_module(tail.attention, None)
+        module_name, _, class_name = tail.fused.rpartition(".")
+        block.__class__ = getattr(importlib.import_module(module_name), class_name)
+        where = f"{name}.{norm_name}" if name else norm_name
+        rows.append(Row(name, "" if gate is None else type(gate).__name__, where, out_channels(norm)))
+    if not rows and not already:
+        known = ", ".join(block.removeprefix("torchvision.models.").replace(".models", "") for block in FUSED)
+        raise ValueError(f"{type(model).__name__} has no block that has a fused tail (known: {known})")
+    if already:
+        notes.append(f"{already} blocks run on the fused tail already")
+    return Report("fused", tuple(rows), tuple(notes), replaced)

@@ -1,0 +1,75 @@
+"""torchvision's blocks on the fused tail: the modules, keys and values of the classes they derive from."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torchvision.models.efficientnet import FusedMBConv, MBConv
+from torchvision.models.mobilenetv3 import InvertedResidual
+from torchvision.models.regnet import ResBottleneckBlock
+
+from ecanet.nn import norm_gate_add_act
+from ecanet.nn.fused import called_differently
+from ecanet.surgery.layers import is_norm
+
+
+def _linear_end(*sequences: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+    """Convolution and norm at the end of nested sequences, the outermost first, or None where they are called else."""
+    last = list(sequences[-1].children())
+    if any(called_differently(sequence) for sequence in sequences) or len(last) != 2 or not is_norm(last[1]):
+        return None
+    return last[0], last[1]
+
+
+class FusedResBottleneckBlock(ResBottleneckBlock):
+    """RegNet's block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C_in, H, W)`` to ``(N, C_out, H / stride, W / stride)``."""
+        *layers, last = self.f.children()
+        end = _linear_end(self.f, last)
+        if end is None:
+            return super().forward(x)
+        residual = x if self.proj is None else self.proj(x)
+        for layer in layers:
+            x = layer(x)
+        return norm_gate_add_act(end[0](x), end[1], None, residual, self.activation)
+
+
+def _inverted(block: Any, x: Tensor) -> Tensor | None:
+    """The branch of an inverted residual and its addition, or None where the block has to do it itself."""
+    *layers, last = block.block.children()
+    end = _linear_end(block.block, last)
+    depth = getattr(block, "stochastic_depth", None)
+    if end is None or (depth is not None and depth.p > 0 and block.training):
+        return None
+    residual = x if block.use_res_connect else None
+    for layer in layers:
+        x = layer(x)
+    return norm_gate_add_act(end[0](x), end[1], None, residual)
+
+
+class FusedInvertedResidual(InvertedResidual):
+    """MobileNetV3's block."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(N, C_in, H, W)`` to ``(N, C_out, H / stride, W / stride)``."""
+        out = _inverted(self, input)
+        return super().forward(input) if out is None else out
+
+
+class FusedMBConvTail(MBConv):
+    """EfficientNet's block; in training with stochastic depth it is called as it was."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(N, C_in, H, W)`` to ``(N, C_out, H / stride, W / stride)``."""
+        out = _inverted(self, input)
+        return super().forward(input) if out is None else out
+
+
+class FusedMBConvV2Tail(FusedMBConv):
+    """EfficientNetV2's block of early stages; likewise."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(N, C_in, H, W)`` to ``(N, C_out, H / stride, W / stride)``."""
+        out = _inverted(self, input)
+        return super().forward(input) if out is None else out

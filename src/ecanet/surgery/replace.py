@@ -1,0 +1,201 @@
+"""Swap the attention that a network has: its own, or gates that were put in."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from ecanet.models.neutral import Neutralisable
+from ecanet.nn import Gate
+from ecanet.nn.build import GateFactory, build_gate
+from ecanet.nn.hung import GATE
+from ecanet.surgery.checks import check_model
+from ecanet.surgery.layers import ATTENTION, class_with_forward, is_attention, names_of, out_channels
+from ecanet.surgery.loading import PRESERVES, STANDS_FOR, keep_loading_
+from ecanet.surgery.optimizers import add_parameters_, check_optimizer, remove_parameters_
+from ecanet.surgery.report import Report, Row, gate_row, parameters_of
+from ecanet.surgery.sites import FilterFn, Shapes, dry_run
+
+
+class _Swap(NamedTuple):
+    name: str
+    old: nn.Module
+    new: nn.Module
+    channels: int | None
+    spatial: torch.Size | None
+
+
+def replace_gates_(
+    model: nn.Module,
+    gate: str | GateFactory | Mapping[str, nn.Module] = "eca",
+    *,
+    kernel_size: int | Literal["adaptive"] = "adaptive",
+    filter_fn: FilterFn | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    input_shape: Sequence[int] | None = (1, 3, 224, 224),
+) -> Report:
+    """Swap every attention module of a network for a gate: squeeze-and-excitation for ECA, and back.
+
+    Found are gates of this library wherever they are, and squeeze-and-excitation, ECA and their kin of torchvision and
+    timm (:data:`ecanet.surgery.ATTENTION`). The new gate takes the old one's place and name. State dicts with the old
+    one's keys still load: what they hold for it is left out. A neutral gate is swapped for a neutral one, so the
+    function stays; one that was trained cannot be, and the network needs fine-tuning. What is such a gate already
+    stays.
+
+    Args:
+        model: The network.
+        gate: A name in :data:`ecanet.nn.GATES`, a class or function of the number of channels; or names of attention
+            modules and what to put there, such as ``replaced`` of an earlier report, which puts everything back.
+        kernel_size: For gates that have one; ``"adaptive"`` is Eq. (12).
+        filter_fn: Function of an attention module and its name that says whether it is to be swapped.
+        optimizer: Loses the old gates' parameters and gets the new ones'.
+        input_shape: As in :func:`ecanet.insert_gates_`.
+
+    Returns:
+        What was swapped; ``replaced`` holds the old modules by name.
+
+    Raises:
+        TypeError: ``model`` is no module, or is compiled, scripted or wrapped for parallel training.
+        ValueError: the network has no attention, or the gate cannot have that many channels. The network is then as
+            it was.
+
+    Example:
+        >>> import torchvision
+        >>> model = torchvision.models.mobilenet_v3_small().eval()
+        >>> report = replace_gates_(model, "eca")
+        >>> len(report.rows), report.parameters
+        (9, -528733)
+        >>> back = replace_gates_(model, report.replaced)
+        >>> back.parameters
+        528733
+    """
+    check_model(model)
+    check_optimizer(optimizer)
+    found = list(attention_in(model))
+    if isinstance(gate, Mapping):
+        swaps = list(_put_back(dict(found), gate))
+    else:
+        if not found:
+            raise ValueError(
+                f"{type(model).__name__} has no attention to replace (known: gates of ecanet, "
+                f"{', '.join(name.rpartition('.')[2] for name in ATTENTION)}): insert_gates_ puts gates in"
+            )
+        wanted = [(name, old) for name, old in found if filter_fn is None or filter_fn(old, name)]
+        if not wanted:
+            raise ValueError(f"filter_fn refuses all of the {len(found)} attention modules")
+        shapes = dry_run(model, [old for _, old in wanted], input_shape)
+        swaps = [s for name, old in wanted if (s := _swap(model, name, old, gate, kernel_size, shapes)) is not None]
+    registered = names_of(model)
+    rows: list[Row] = []
+    for name, old, new, channels, spatial in swaps:
+        _install_(model, registered[old], new)
+        remove_parameters_(optimizer, old.parameters())
+        parent = model.get_submodule(name.rpartition(".")[0])
+        add_parameters_(optimizer, new, name, parent)
+        row = gate_row(name, new, name.removesuffix(f".{GATE}"), channels, spatial)
+        before = gate_row(name, old, "", channels, spatial).multiply_adds
+        madds = None if row.multiply_adds is None or before is None else row.multiply_adds - before
+        rows.append(row._replace(parameters=row.parameters - parameters_of(old), multiply_adds=madds))
+    if any(hasattr(new, STANDS_FOR) for _, _, new, _, _ in swaps):
+        keep_loading_(model)
+    same = len(found) - len(swaps)
+    notes = (f"{same} of the {len(found)} attention modules stay as they are",) if swaps and same else ()
+    return Report("replaced", tuple(rows), notes, {swap.name: swap.old for swap in swaps})
+
+
+def attention_in(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every attention module of a network by name; what is inside of one does not count."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name and is_attention(module) and not name.startswith(inside):
+            inside = (*inside, f"{name}.")
+            yield name, module
+
+
+def channels_of(model: nn.Module, name: str, attention: nn.Module) -> int | None:
+    """Number of channels that an attention module scales: its layers tell, or the layer registered before it."""
+    if isinstance(attention, Gate):
+        return attention.channels
+    path = ATTENTION.get(class_with_forward(attention))
+    if path is not None:
+        layer = attention.get_submodule(path)
+        return int(getattr(layer, "in_channels", 0) or getattr(layer, "in_features", 0)) or None
+    parent_name, _, child_name = name.rpartition(".")
+    known: int | None = None
+    for sibling_name, sibling in model.get_submodule(parent_name).named_children():
+        if sibling_name == child_name:
+            return known
+        known = out_channels(sibling) or known
+    return None
+
+
+def _swap(
+    model: nn.Module,
+    name: str,
+    old: nn.Module,
+    gate: str | GateFactory,
+    kernel_size: int | Literal["adaptive"],
+    shapes: dict[nn.Module, Shapes] | None,
+) -> _Swap | None:
+    channels, spatial = channels_of(model, name, old), None
+    shape = shapes[old].input if shapes is not None and old in shapes else None
+    if shape is not None:
+        channels, spatial = shape[1], shape[2:]
+    if channels is None:
+        raise ValueError(
+            f"how many channels {name} ({type(old).__name__}) scales cannot be told from its layers: pass "
+            "input_shape=, the shape of an input that the network takes"
+        )
+    try:
+        new = build_gate(gate, channels, kernel_size)
+    except ValueError as error:
+        raise ValueError(f"{name}, {channels} channels: {error}") from error
+    if type(new) is type(old) and isinstance(new, Gate) and new.extra_repr() == old.extra_repr():
+        return None
+    like = next(old.parameters(), next(model.parameters(), torch.empty(())))
+    new = new.to(device=like.device, dtype=like.dtype).train(old.training)
+    constant = old.constant() if isinstance(old, Gate) else None
+    if constant is not None:
+        _make_constant_(name, new, constant)
+    _stand_for_(new, old)
+    if hasattr(old, PRESERVES):
+        setattr(new, PRESERVES, True)
+    return _Swap(name, old, new, channels, spatial)
+
+
+def _make_constant_(name: str, gate: nn.Module, constant: float) -> None:
+    """Keep the function where the old gate was neutral."""
+    if not isinstance(gate, Neutralisable):
+        raise ValueError(
+            f"{name} is neutral, and {type(gate).__name__} has no make_neutral_() to be neutral in its place"
+        )
+    own = gate.make_neutral_()
+    if own != constant:
+        like = next(gate.parameters())
+        gate.register_buffer("scale", like.new_tensor(constant / own))
+
+
+def _stand_for_(new: nn.Module, old: nn.Module) -> None:
+    keys = set(getattr(old, STANDS_FOR, ())) | set(old.state_dict())
+    if not isinstance(new, Gate) or keys <= set(new.state_dict()):
+        return
+    setattr(new, STANDS_FOR, tuple(sorted(keys)))
+
+
+def _put_back(found: dict[str, nn.Module], modules: Mapping[str, nn.Module]) -> Iterator[_Swap]:
+    for name, module in modules.items():
+        if name not in found:
+            raise ValueError(
+                f"gate names {name!r}, where the network has no attention: it has {', '.join(found) or 'none'}"
+            )
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"gate[{name!r}] must be a module, got {type(module).__name__}")
+        if module is not found[name]:
+            yield _Swap(name, found[name], module, None, None)
+
+
+def _install_(model: nn.Module, names: list[str], new: nn.Module) -> None:
+    for name in names:
+        parent_name, _, child = name.rpartition(".")
+        model.get_submodule(parent_name)._modules[child] = new

@@ -93,6 +93,8 @@ def _named(model: nn.Module, where: object) -> list[str]:
         )
     found = []
     for pattern in patterns:
+        if pattern in KINDS:
+            raise ValueError(f"where={where!r}: {pattern!r} stands alone, without other kinds, names or patterns")
         matched = [name for name in every if fnmatch.fnmatchcase(name, pattern) and not _below_a_gate(name)]
         if not matched:
             close = difflib.get_close_matches(pattern, every, 3, 0.5)

@@ -60,18 +60,19 @@ def find_sites(model: nn.Module, where: Where, filter_fn: FilterFn | None) -> tu
     if where in ("block", "stage"):
         return _at_blocks(model, str(where), filter_fn)
     names = names_of(model)
+    found: dict[str, int | None]
     if where == "conv":
-        found = find_groups(model, names)
+        found = {**find_groups(model, names)}
         if not found:
             raise ValueError(f"where='conv' finds no convolution with an activation behind it; {_what_to_name(model)}")
     else:
-        found = _named(model, where)
+        found = dict.fromkeys(_named(model, where))
     modules = dict(model.named_modules(remove_duplicate=False))
     sites: dict[nn.Module, Site] = {}
-    for name in found:
+    for name, channels in found.items():
         if filter_fn is not None and not filter_fn(modules[name], name):
             continue
-        site = _site(model, name, out_channels(modules[name]))
+        site = _site(model, name, channels or out_channels(modules[name]))
         sites.setdefault(site.host, site)
     if not sites:
         raise ValueError(f"filter_fn refuses all of the {len(found)} modules that where={where!r} finds")

@@ -4,14 +4,21 @@ Photographs and boxes (VOC XML) are read where the package was installed; its co
 """
 
 import importlib.metadata
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
+import pytest
 import yaml
 from PIL import Image
+
+needs_deepforest = pytest.mark.skipif(
+    importlib.util.find_spec("deepforest") is None,
+    reason="reads deepforest's photographs: pip install --no-deps -r tests/data-packages.txt",
+)
 
 
 class Photograph(NamedTuple):

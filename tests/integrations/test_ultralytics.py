@@ -46,6 +46,7 @@ def lively(file: str) -> nn.Module:
     model = YOLO(file).model
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
             module.momentum = None
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, 0, 0.1)
@@ -141,7 +142,6 @@ def test_a_row_takes_the_channels_of_the_layer_before_at_every_scale(factory, sc
     want = factory(channels)
     assert type(gate) is type(want)
     assert (gate.channels, gate.extra_repr()) == (channels, want.extra_repr())
-    assert gate.np == sum(p.numel() for p in want.parameters())
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_an_unknown_example(name):
 # insert_gates_ on YOLO's networks.
 
 
-@pytest.mark.parametrize("where", ["conv", "block", "stage"])
+@pytest.mark.parametrize("where", ["conv", "block"])
 @pytest.mark.parametrize("file", FILES)
 def test_inserted_gates_keep_the_function_also_after_fuse(file, where):
     model = lively(file)
@@ -279,6 +279,7 @@ def test_conv_gates_follow_conv_and_block_gates_the_branch_of_bottlenecks():
     conv, block = YOLO("yolo11n.yaml").model, YOLO("yolo11n.yaml").model
     rows = ecanet.insert_gates_(conv, where="conv").rows
     assert {type(conv.get_submodule(row.where)).__name__ for row in rows} == {"Conv", "DWConv"}
+    assert (len(rows), len(ecanet.insert_gates_(YOLO("yolo11n.yaml").model).rows)) == (77, 12)  # docs/yolo.md
     rows = ecanet.insert_gates_(block, filter_fn=lambda module, name: type(module).__name__ == "Bottleneck").rows
     bottlenecks = [f"{name}.cv2" for name, m in block.named_modules() if type(m).__name__ == "Bottleneck" and m.add]
     assert [row.where for row in rows] == bottlenecks
@@ -295,6 +296,37 @@ def test_training_that_would_lose_inserted_gates_is_an_error(pretrained):
     ecanet.insert_gates_(yolo.model)
     with pytest.raises(ValueError, match=r"pretrained=.* would lose the gates"):
         yolo.train(data="trees.yaml", epochs=1, pretrained=pretrained)
+
+
+def test_gates_that_fit_no_layer_of_the_new_network_are_named():
+    source, target = YOLO("yolo11n.yaml").model, YOLO("yolo11n.yaml").model
+    ecanet.insert_gates_(source, where=["model.0", "model.1"])
+    target.model[1] = type(target.model[1])(16, 48, 3, 2)
+    with pytest.warns(UserWarning, match=r"1 gates are left out, as layers of the new network have other.*: model\.1$"):
+        target.load(source)
+    assert [name for name, module in target.named_modules() if isinstance(module, ecanet.ECA)] == ["model.0.gate"]
+
+
+def test_a_gate_that_replaced_that_of_a_row_runs_and_is_kept_in_training():
+    register()
+    model = YOLO(example()).model.eval()
+    assert len(ecanet.replace_gates_(model, "se").rows) == 3
+    x = torch.rand(1, 3, 64, 64)
+    want = run(model, x)
+    anew = tasks.DetectionModel(model.yaml, verbose=False).eval()
+    anew.load(model)
+    assert [type(gate) for gate in gates(anew)] == [ecanet.SE] * 3
+    torch.testing.assert_close(run(anew, x), want)
+
+
+def test_removing_inserted_gates_gives_the_network_back():
+    model = lively("yolo11n.yaml")
+    x, keys = torch.rand(1, 3, 64, 64), list(model.state_dict())
+    want = run(model, x)
+    ecanet.insert_gates_(model, where="conv")
+    ecanet.remove_gates_(model)
+    assert list(model.state_dict()) == keys
+    torch.testing.assert_close(run(model, x), want, rtol=1e-5, atol=1e-5)
 
 
 def test_weights_for_another_scale_bring_no_gates():
@@ -365,29 +397,32 @@ BUILD_ANEW = """
 import json, sys
 from ultralytics import YOLO
 from ultralytics.nn.tasks import DetectionModel
-saved = YOLO(sys.argv[1]).model
-model = DetectionModel(saved.yaml, nc=2, verbose=False)  # as the trainer does
-model.load(saved)
-print(json.dumps(sum(type(m).__name__ == "ECA" for m in model.modules())))
+counts = []
+for file in sys.argv[1:]:
+    saved = YOLO(file).model
+    model = DetectionModel(saved.yaml, nc=2, verbose=False)  # as the trainer does
+    model.load(saved)
+    counts.append(sum(type(m).__name__ == "ECA" for m in model.modules()))
+print(json.dumps(counts))
 """
 
 
 @needs_deepforest
-@pytest.mark.parametrize("name", ["yolo11-eca", "yolo26-eca"])
+@pytest.mark.parametrize(("name", "optimizer"), [("yolo11-eca", "auto"), ("yolo26-eca", "MuSGD")])
 @pytest.mark.filterwarnings(
     "ignore:You are using the legacy TorchScript-based ONNX export:DeprecationWarning",
     "ignore:The feature will be removed:DeprecationWarning",
     "ignore:Converting a tensor to a Python:torch.jit.TracerWarning",
     "ignore:Constant folding - Only steps=1 can be constant folded:UserWarning",
 )
-def test_a_file_with_gates_is_trained_saved_loaded_and_exported(name, train, tmp_path):
+def test_a_file_with_gates_is_trained_saved_loaded_and_exported(name, optimizer, train, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     register()
     yolo = YOLO(example(name))
     kernels: dict[str, list[Tensor]] = {}
     for moment in ("on_train_start", "on_train_end"):
         yolo.add_callback(moment, lambda trainer, moment=moment: kernels.update({moment: weights(trainer.model)}))
-    train(yolo, epochs=1)
+    train(yolo, epochs=1, optimizer=optimizer)
     for before, after in zip(kernels["on_train_start"], kernels["on_train_end"], strict=True):
         assert torch.isfinite(after).all()
         assert not torch.equal(before, after)
@@ -436,21 +471,22 @@ def test_training_keeps_inserted_gates_also_when_resumed_elsewhere(from_file, tr
     assert not any(kernel.any() for kernel in kernels[0])  # neutral, so training starts from the plain network
     last = tmp_path / "run" / "weights" / "last.pt"
     assert any(kernel.any() for kernel in weights(YOLO(last).model))
-    assert in_a_fresh_process(RESUME, last) == count
+    if from_file:
+        assert in_a_fresh_process(RESUME, last) == count
 
 
 def test_gates_of_a_saved_network_are_kept_where_it_is_built_anew(tmp_path):
     yolo = YOLO("yolo11n.yaml")
     count = len(ecanet.insert_gates_(yolo.model).rows)
     yolo.save(tmp_path / "inserted.pt")
-    assert in_a_fresh_process(BUILD_ANEW, tmp_path / "inserted.pt") == count
     register()
     YOLO(example()).save(tmp_path / "by_name.pt")
-    assert in_a_fresh_process(BUILD_ANEW, tmp_path / "by_name.pt") == 3
+    counts = in_a_fresh_process(BUILD_ANEW, tmp_path / "inserted.pt", tmp_path / "by_name.pt")
+    assert counts == [count, 3]
 
 
 def test_a_network_from_a_file_with_gates_loads_where_known_classes_alone_are_allowed(tmp_path):
     register()
     YOLO(example()).save(tmp_path / "by_name.pt")
     restricted = "from ecanet.integrations.ultralytics import register\nregister()\n" + BUILD_ANEW
-    assert in_a_fresh_process(restricted, tmp_path / "by_name.pt", ULTRALYTICS_SAFE_LOAD="1") == 3
+    assert in_a_fresh_process(restricted, tmp_path / "by_name.pt", ULTRALYTICS_SAFE_LOAD="1") == [3]

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import functools
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ from typing import Any, ClassVar
 from torch import nn
 from torch.serialization import add_safe_globals
 
-from ecanet.nn import GATES, GateFactory
+from ecanet.nn import GATES, Gate, GateFactory
 from ecanet.nn.hung import hang_, hung_gate
 from ecanet.surgery.loading import hung_gates, keep_loading_
 
@@ -200,15 +201,28 @@ def _load_with_gates(load: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(load)
     def load_with_gates(self: Any, weights: Any, *args: Any, **kwargs: Any) -> Any:
         source = (weights.get("ema") or weights["model"]) if isinstance(weights, dict) else weights
-        if isinstance(source, nn.Module) and source is not self and _same_file(self, source):
-            modules = dict(self.named_modules())
-            for name, _, gate in list(hung_gates(source)):
-                if name in modules and hung_gate(modules[name]) is None:
-                    hang_(modules[name], copy.deepcopy(gate).float())
-            if any(True for _ in hung_gates(self)):
-                keep_loading_(self)
-                keep_gates(self)
-        return load(self, weights, *args, **kwargs)
+        if not (isinstance(source, nn.Module) and source is not self and _same_file(self, source)):
+            return load(self, weights, *args, **kwargs)
+        modules = dict(self.named_modules())
+        for name, gate in list(source.named_modules()):
+            if isinstance(gate, Gate) and isinstance(modules.get(name), Gate) and not _alike(gate, modules[name]):
+                self.set_submodule(name, copy.deepcopy(gate).float())  # replace_gates_ was at a row of the file
+        for name, host, gate in list(hung_gates(source)):
+            if name in modules and hung_gate(modules[name]) is None and _same_shapes(modules[name], host):
+                hang_(modules[name], copy.deepcopy(gate).float())
+        result = load(self, weights, *args, **kwargs)  # layers of the head may become copies of the source's
+        there = {name for name, _, _ in hung_gates(self)}
+        if there:
+            keep_loading_(self)
+            keep_gates(self)
+        missing = [name for name, _, _ in hung_gates(source) if name not in there]
+        if missing:
+            warnings.warn(
+                f"{len(missing)} gates are left out, as layers of the new network have other shapes: "
+                f"{', '.join(missing)}",
+                stacklevel=2,
+            )
+        return result
 
     load_with_gates.keeps_gates = True  # type: ignore[attr-defined]
     return load_with_gates
@@ -217,6 +231,15 @@ def _load_with_gates(load: Callable[..., Any]) -> Callable[..., Any]:
 def _same_file(first: Any, second: Any) -> bool:
     """Whether two networks come from the same rows at the same scale; the number of classes may differ."""
     return all(first.yaml.get(key) == second.yaml.get(key) for key in ("backbone", "head", "scale"))
+
+
+def _alike(first: nn.Module, second: nn.Module) -> bool:
+    return (type(first), first.extra_repr()) == (type(second), second.extra_repr())
+
+
+def _same_shapes(host: nn.Module, source: nn.Module) -> bool:
+    theirs = source.state_dict()
+    return all(key in theirs and theirs[key].shape == value.shape for key, value in host.state_dict().items())
 
 
 def _train_with_gates(train: Callable[..., Any]) -> Callable[..., Any]:

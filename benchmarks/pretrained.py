@@ -122,10 +122,14 @@ def right(network: nn.Module, images: Tensor, labels: Tensor) -> int:
         return int((network(images).argmax(1) == labels).sum())
 
 
-def missing() -> str | None:
-    """What is not installed, and how to install it; None if everything is."""
+def missing(*names: str) -> str | None:
+    """What is not installed, and how to install it; None if everything is.
+
+    Args:
+        names: Of the networks of :data:`NETWORKS` that are wanted, with the photographs.
+    """
     absent = []
-    for package in (*(info.package for info in NETWORKS.values()), PHOTOGRAPHS_IN):
+    for package in (*(NETWORKS[name].package for name in names), PHOTOGRAPHS_IN):
         try:
             importlib.metadata.distribution(package)
         except importlib.metadata.PackageNotFoundError:

@@ -15,7 +15,8 @@ from benchmarks.pretrained import NETWORKS
 from ecanet import fuse_tails_, insert_gates_, remove_gates_, replace_gates_
 from ecanet.nn import Gate
 
-pytestmark = pytest.mark.skipif(pretrained.missing() is not None, reason=str(pretrained.missing()))
+MISSING = pretrained.missing(*NETWORKS)
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 #: In float64 and for places beside the paper's a few photographs will do.

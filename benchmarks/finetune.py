@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import pretrained, results, run
-from benchmarks.finetune_report import draw, key, report, seeds_of, summary
+from benchmarks.finetune_report import key, report, seeds_of, summary
 from benchmarks.finetune_runs import NETWORK, WAYS, finetune
 from benchmarks.machine import describe
 
@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     _run_all(document, args.seeds, path)
     print(report(document))
     if args.plot:
+        from benchmarks.finetune_picture import draw
+
         draw(document).savefig(args.plot)
 
 

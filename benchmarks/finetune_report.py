@@ -1,23 +1,18 @@
-"""Tables and picture of ``benchmarks.finetune``'s result file."""
+"""Tables of ``benchmarks.finetune``: ``python -m benchmarks.finetune_report FILE.json [--plot FILE.png]``."""
 
+import argparse
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks import results
 from benchmarks.finetune_runs import KEPT, PLAIN, RANDOM, WAYS
-from ecanet.inspect.style import COLOURS, DARK, FONT_SIZE, SMALL_FONT_SIZE, new_figure, style_axes
 from ecanet.study import Comparison, Difference, Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 #: What is compared, the first minus the second.
 PAIRS = ((KEPT, PLAIN), (RANDOM, PLAIN), (KEPT, RANDOM))
-_COLOURS = {PLAIN: COLOURS[6], KEPT: COLOURS[0], RANDOM: COLOURS[1]}
 #: Of the mean over the evaluations after the first, where no way has learned anything yet.
 AVERAGE = "average"
 
@@ -40,13 +35,13 @@ def summary(document: results.Document) -> dict[str, Any]:
         document: With at least one seed that all ways were run with.
     """
     seeds = seeds_of(document)
-    steps = _runs(document, PLAIN)[0]["steps"]
+    steps = runs_of(document, PLAIN)[0]["steps"]
     points = [*steps, AVERAGE]
     return {
         "seeds": seeds,
         "steps": steps,
-        "photographs_right": {way: [run["photographs_right"] for run in _runs(document, way)] for way in WAYS},
-        "logits_moved": {way: [run["logits_moved"] for run in _runs(document, way)] for way in WAYS},
+        "photographs_right": {way: [run["photographs_right"] for run in runs_of(document, way)] for way in WAYS},
+        "logits_moved": {way: [run["logits_moved"] for run in runs_of(document, way)] for way in WAYS},
         "top1": {
             way: {
                 str(point): {"mean": _round(c.mean(way)), "spread": _round(c.spread(way))}
@@ -83,7 +78,7 @@ def comparison(document: results.Document, point: int | str, baseline: str) -> C
         {
             way: [
                 Run(way, seed, _value(run, point), [], Path())
-                for seed, run in zip(seeds_of(document), _runs(document, way), strict=True)
+                for seed, run in zip(seeds_of(document), runs_of(document, way), strict=True)
             ]
             for way in ways
         }
@@ -121,75 +116,8 @@ def report(document: results.Document) -> str:
     )
 
 
-def draw(document: results.Document) -> "Figure":
-    """What each way leaves of the trained network, how it learns, and how far from the network without a gate.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
-    found = summary(document)
-    figure = new_figure(3.9)
-    photographs, curves, differences = figure.subplots(1, 3, width_ratios=(0.8, 1.5, 1.5))
-    _draw_photographs(photographs, found, document["settings"]["photographs"])
-    _draw_curves(curves, document, found)
-    _draw_differences(differences, found)
-    return figure
-
-
-def _draw_photographs(axes: "Axes", found: Mapping[str, Any], count: int) -> None:
-    style_axes(axes, "", f"ImageNet photographs right, of {count}")
-    for i, way in enumerate(WAYS):
-        mean = statistics.fmean(found["photographs_right"][way])
-        axes.bar(i, mean, 0.65, color=_COLOURS[way])
-        axes.annotate(
-            f"{mean:g}",
-            (i, mean),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="center",
-            color=_COLOURS[way],
-            fontsize=FONT_SIZE,
-            fontweight="bold",
-        )
-    axes.set_xticks(range(len(WAYS)), [way.replace(", ", ",\n").replace(" ", "\n") for way in WAYS])
-    axes.set_ylim(0, 1.08 * count)
-    axes.set_title("Right after insertion", fontsize=FONT_SIZE, loc="left")
-
-
-def _draw_curves(axes: "Axes", document: results.Document, found: Mapping[str, Any]) -> None:
-    style_axes(axes, "steps of fine-tuning", "top-1 on held-out pictures (%)")
-    steps = found["steps"]
-    for way in WAYS:
-        tops = [run["top1"] for run in _runs(document, way)]
-        by_step = list(zip(*tops, strict=True))
-        if len(tops) > 1:
-            low, high = [min(values) for values in by_step], [max(values) for values in by_step]
-            axes.fill_between(steps, low, high, color=_COLOURS[way], alpha=0.15, linewidth=0)
-        mean = [statistics.fmean(values) for values in by_step]
-        axes.plot(steps, mean, color=_COLOURS[way], linewidth=2, marker="o", markersize=3.5, label=way)
-    axes.set_xlim(0, steps[-1])
-    axes.legend(loc="lower right", frameon=False, fontsize=SMALL_FONT_SIZE)
-    axes.set_title(f"Fine-tuning (band: lowest to highest of {len(found['seeds'])})", fontsize=FONT_SIZE, loc="left")
-
-
-def _draw_differences(axes: "Axes", found: Mapping[str, Any]) -> None:
-    style_axes(axes, "steps of fine-tuning", f"difference from {PLAIN} (points)")
-    steps = found["steps"]
-    axes.axhline(0, color=DARK, linewidth=0.8)
-    for way, baseline in PAIRS:
-        if baseline != PLAIN:
-            continue
-        cells = [found["difference"][f"{way} - {baseline}"][str(step)] for step in steps]
-        if all(cell["low"] is not None for cell in cells):
-            low, high = [cell["low"] for cell in cells], [cell["high"] for cell in cells]
-            axes.fill_between(steps, low, high, color=_COLOURS[way], alpha=0.15, linewidth=0)
-        mean = [cell["mean"] for cell in cells]
-        axes.plot(steps, mean, color=_COLOURS[way], linewidth=2, marker="o", markersize=3.5)
-    axes.set_xlim(0, steps[-1])
-    axes.set_title("Paired by seed (band: 95 % interval)", fontsize=FONT_SIZE, loc="left")
-
-
-def _runs(document: results.Document, way: str) -> list[dict[str, Any]]:
+def runs_of(document: results.Document, way: str) -> list[dict[str, Any]]:
+    """The runs of one way, by seed."""
     return [document["cases"][key(way, seed)] for seed in seeds_of(document)]
 
 
@@ -201,8 +129,10 @@ def _value(run: Mapping[str, Any], point: int | str) -> float:
 
 def _train_loss(document: results.Document, way: str) -> dict[int, float]:
     """Mean over runs and the steps between two evaluations, by the later one."""
-    losses = [statistics.fmean(values) for values in zip(*(r["train_loss"] for r in _runs(document, way)), strict=True)]
-    return {b: statistics.fmean(losses[a:b]) for a, b in pairwise(_runs(document, way)[0]["steps"])}
+    losses = [
+        statistics.fmean(values) for values in zip(*(r["train_loss"] for r in runs_of(document, way)), strict=True)
+    ]
+    return {b: statistics.fmean(losses[a:b]) for a, b in pairwise(runs_of(document, way)[0]["steps"])}
 
 
 def _difference(document: results.Document, point: int | str, way: str, baseline: str) -> Difference:
@@ -233,3 +163,26 @@ def _table(rows: list[Any]) -> str:
         for row in rows
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the tables of a result file again, and draw its picture."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.finetune_report",
+        description=main.__doc__,
+        epilog="Example: python -m benchmarks.finetune_report benchmarks/results/finetune.json "
+        "--plot docs/images/finetune.png",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE.json")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png")
+    args = parser.parse_args(argv)
+    document = results.read(args.file)
+    print(report(document))
+    if args.plot:
+        from benchmarks.finetune_picture import draw
+
+        draw(document).savefig(args.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,8 +13,10 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from ecanet.nn import Gate, fused, norm_gate_add_act
 from ecanet.nn.fused import called_differently
+from ecanet.nn.hung import hung_gate
 from ecanet.nn.tail import act_code, maths_of_gate, same_kind
 from ecanet.ops import reference
+from ecanet.surgery.checks import check_model
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -90,7 +92,7 @@ def optimize_for_inference(model: nn.Module) -> fx.GraphModule:
         >>> torch.allclose(fast(x), model(x), atol=1e-4)
         True
     """
-    _check(model)
+    check_model(model)
     model = copy.deepcopy(model).eval().requires_grad_(False)
     traced = _trace(model)
     _fold_norms(traced)
@@ -101,17 +103,6 @@ def optimize_for_inference(model: nn.Module) -> fx.GraphModule:
     return traced
 
 
-def _check(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        raise TypeError(f"model is wrapped in {type(model).__name__}: pass model.module")
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        raise TypeError("model is compiled: pass the model from before torch.compile, and compile the result")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("model is scripted or traced: pass the model from before that")
-
-
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, (Gate, FrozenBatchNorm2d)) or super().is_leaf_module(m, module_qualified_name)
@@ -120,8 +111,9 @@ class _Tracer(fx.Tracer):
 def _trace(model: nn.Module) -> fx.GraphModule:
     tracer = _Tracer()
     for name, block in model.named_modules():
-        hooks = (block._forward_hooks, block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks)
-        if any(hooks) and (name == "" or not tracer.is_leaf_module(block, name)):
+        hooks = (block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks)
+        others = len(block._forward_hooks) > (hung_gate(block) is not None)  # a gate that hangs on it is traced along
+        if (others or any(hooks)) and (name == "" or not tracer.is_leaf_module(block, name)):
             raise ValueError(
                 f"{f'block {name!r} of ' if name else ''}model {type(model).__name__} has a hook, which the copy would "
                 "lose: remove it, and put it on the copy"
@@ -155,7 +147,8 @@ def _fold_norms(traced: fx.GraphModule) -> None:
         layer = _module(traced, source)
         if layer is None or type(layer) not in _CONVOLUTIONS:
             continue
-        if called_differently(norm) or called_differently(layer):
+        gate = hung_gate(norm)
+        if called_differently(norm, known_hooks=int(gate is not None)) or called_differently(layer):
             continue
         # A layer that is called twice, or whose output or weights somebody else reads, keeps its weights.
         if len(source.users) > 1 or calls[source.target] > 1 or calls[node.target] > 1:
@@ -164,7 +157,12 @@ def _fold_norms(traced: fx.GraphModule) -> None:
             continue
         fold: Any = fuse_conv_bn_eval  # it takes FrozenBatchNorm2d as well
         traced.set_submodule(str(source.target), fold(layer, norm).requires_grad_(False))
-        node.replace_all_uses_with(source)
+        folded = source
+        if gate is not None:
+            traced.add_submodule(f"{node.name}_gate", gate)
+            with traced.graph.inserting_after(node):
+                folded = traced.graph.call_module(f"{node.name}_gate", (source,))
+        node.replace_all_uses_with(folded)
         traced.graph.erase_node(node)
 
 

@@ -172,7 +172,7 @@ def scripted() -> nn.Module:
     ("build", "error", "says"),
     [
         (lambda: "resnet50", TypeError, "torch.nn.Module, got str"),
-        (lambda: nn.DataParallel(nn.Linear(1, 1)), TypeError, "pass model.module"),
+        (lambda: nn.DataParallel(nn.Linear(1, 1)), TypeError, "such as model.module"),
         (scripted, TypeError, "scripted or traced"),
         (lambda: torch.compile(nn.Linear(1, 1)), TypeError, "before torch.compile"),
         (ShapeDependent, ValueError, "optimise the part of it that can"),

@@ -53,12 +53,12 @@ def layouts(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Ten
 def assert_matches_the_equations(gate: Gate, x: Tensor, case: str) -> None:
     """Output for every type; for float32 and float64 also the gradients of x and of every weight."""
 
-    def close(what: str, got: Tensor, want: Tensor, tolerance: float) -> None:
+    def close(what: str, got: Tensor, want: Tensor, tolerance: float, scale: float = 1.0) -> None:
         torch.testing.assert_close(
             got.detach().double().cpu(),
             want.detach(),
             rtol=tolerance,
-            atol=min(tolerance, 1e-5),
+            atol=min(tolerance, 1e-5) * scale,
             msg=lambda text: f"{case}, {what}: {text}",
         )
 
@@ -82,7 +82,10 @@ def assert_matches_the_equations(gate: Gate, x: Tensor, case: str) -> None:
         got_grads = torch.autograd.grad(out, [x, *gate.parameters()], dout.to(out.device))
         want_grads = torch.autograd.grad(want, [x64, *weights.values()], dout.double())
         for what, got, reference_grad in zip(["x", *weights], got_grads, want_grads, strict=True):
-            close(f"gradient of {what}", got, reference_grad, max(TOLERANCE[x.dtype], TOLERANCE[got.dtype]))
+            # A weight's gradient is a sum over the whole map, which the terms' rounding enters: where they cancel, plain
+            # PyTorch is as far off, and the order of the sum, which differs among CPUs, decides by how much.
+            scale = 1.0 if what == "x" else max(1.0, reference_grad.abs().max().item())
+            close(f"gradient of {what}", got, reference_grad, max(TOLERANCE[x.dtype], TOLERANCE[got.dtype]), scale)
 
 
 @all_gates

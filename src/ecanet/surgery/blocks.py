@@ -17,6 +17,7 @@ from ecanet.surgery.layers import (
     activation_inside,
     class_with_forward,
     count_convolutions,
+    folds_later,
     is_attention,
     is_norm,
     is_transparent,
@@ -131,7 +132,7 @@ def _branch(block: str, end: nn.Module, end_name: str, channels: int | None = No
 def _last_norm(module: nn.Module, name: str) -> tuple[nn.Module | None, str]:
     """The norm that a module returns the output of, or None."""
     while not is_norm(module):
-        if hasattr(module, "forward_fuse"):  # it folds its norm into its convolution later on
+        if folds_later(module):
             return None, name
         if isinstance(module, nn.Sequential):
             last = next((key for key, child in reversed(module._modules.items()) if not is_transparent(child)), None)

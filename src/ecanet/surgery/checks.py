@@ -1,37 +1,52 @@
-"""Refusals that every operation shares, before anything is done."""
+"""Refusals that every operation on a whole network shares, before anything is done."""
+
+from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import nn
-
-_WRAPPERS = (
-    nn.parallel.DistributedDataParallel,
-    nn.DataParallel,
-    torch.distributed.fsdp.FullyShardedDataParallel,
-)
 
 
 def check_model(model: object) -> None:
-    """Raise unless surgery may be done on a network.
+    """Raise unless a network can be changed or copied as it is.
 
     Raises:
-        TypeError: it is no module, or is compiled, scripted or wrapped for parallel training; says what to pass.
+        TypeError: it is no module, or it or a part of it is compiled, scripted or wrapped for parallel training; says
+            what to pass.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
-        where = "model is" if not name else f"model.{name} is"
-        if isinstance(module, _WRAPPERS):
+        where = f"model.{name}" if name else "model"
+        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or _is_sharded(module):
             raise TypeError(
-                f"{where} wrapped in {type(module).__name__}: do surgery on the plain model first and wrap the result, "
-                "so that the processes know of the new parameters"
+                f"{where} is wrapped for parallel training ({type(module).__name__}): pass the plain model, such as "
+                "model.module, and wrap the result, so that all processes know of its parameters"
             )
-        if isinstance(module, torch.distributed.fsdp.FSDPModule):
-            raise TypeError(f"{where} sharded by fully_shard: do surgery first, and shard the result")
         if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
-            raise TypeError(
-                f"{where} compiled: do surgery on the model from before torch.compile, and compile the result"
-            )
+            raise TypeError(f"{where} is compiled: pass the model from before torch.compile, and compile the result")
         if isinstance(module, torch.jit.ScriptModule):
-            raise TypeError(
-                f"{where} scripted or traced: do surgery on the model from before that, and script the result"
-            )
+            raise TypeError(f"{where} is scripted or traced: pass the model from before that")
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    if not dist.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    return isinstance(module, (FSDPModule, FullyShardedDataParallel))
+
+
+def check_input_shape(input_shape: object) -> None:
+    """Raise unless it is the shape of an input, or None.
+
+    Raises:
+        TypeError: it is no sequence of integers.
+        ValueError: a size is below 1.
+    """
+    if input_shape is None:
+        return
+    if not isinstance(input_shape, Sequence) or not all(type(size) is int for size in input_shape):
+        raise TypeError(f"input_shape must be a sequence of integers such as (1, 3, 224, 224), got {input_shape!r}")
+    if not input_shape or min(input_shape) < 1:
+        raise ValueError(f"input_shape must have sizes of 1 or more, such as (1, 3, 224, 224), got {input_shape!r}")

@@ -10,7 +10,7 @@ from ecanet.models.neutral import Neutralisable
 from ecanet.nn import Gate
 from ecanet.nn.build import GateFactory, build_gate
 from ecanet.nn.hung import GATE, hang_, hung_gate
-from ecanet.surgery.checks import check_model
+from ecanet.surgery.checks import check_input_shape, check_model
 from ecanet.surgery.layers import affine, names_of, owners
 from ecanet.surgery.loading import PRESERVES, keep_loading_
 from ecanet.surgery.optimizers import add_parameters_, check_optimizer
@@ -86,6 +86,7 @@ def insert_gates_(
     """
     check_model(model)
     check_optimizer(optimizer)
+    check_input_shape(input_shape)
     sites, notes = find_sites(model, where, filter_fn)
     todo, already = _not_yet(sites, gate, kernel_size)
     if already:
@@ -94,6 +95,10 @@ def insert_gates_(
     if shapes is not None:
         silent = [site.name for site in todo if site.host not in shapes]
         notes += [f"{name} did not run on the input of shape {tuple(input_shape or ())}" for name in silent]
+    elif todo and input_shape is not None:
+        notes.append(
+            f"the network does not run on an input of shape {tuple(input_shape)}: multiply-adds are not counted"
+        )
     registered = names_of(model)
     count = owners(model)
     plans = [_plan(site, gate, kernel_size, preserve, shapes, count) for site in todo]

@@ -59,8 +59,14 @@ def qualified_name(cls: type) -> str:
 
 
 def class_with_forward(module: nn.Module) -> str:
-    """The class whose ``forward`` a module runs, so that a subclass that only adds a constructor is its base."""
-    return next(qualified_name(cls) for cls in type(module).__mro__ if "forward" in vars(cls))
+    """The class whose ``forward`` a module runs, so that a subclass that only adds a constructor is its base.
+
+    What :func:`ecanet.fuse_tails_` made of a block counts as the block.
+    """
+    theirs = (
+        cls for cls in type(module).__mro__ if "forward" in vars(cls) and not cls.__module__.startswith("ecanet.")
+    )
+    return qualified_name(next(theirs))
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -130,6 +136,11 @@ def resolve(module: nn.Module, path: str) -> tuple[str, nn.Module]:
         names.append(next(reversed(module._modules)) if part == "-1" else part)
         module = module.get_submodule(names[-1])
     return ".".join(names), module
+
+
+def folds_later(module: nn.Module) -> bool:
+    """Whether the module can merge its layers for deployment: a gate that hangs on one of them would be lost."""
+    return any(hasattr(module, name) for name in ("forward_fuse", "fuse", "reparameterize", "switch_to_deploy"))
 
 
 def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:

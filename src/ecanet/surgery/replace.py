@@ -10,7 +10,7 @@ from ecanet.models.neutral import Neutralisable
 from ecanet.nn import Gate
 from ecanet.nn.build import GateFactory, build_gate
 from ecanet.nn.hung import GATE
-from ecanet.surgery.checks import check_model
+from ecanet.surgery.checks import check_input_shape, check_model
 from ecanet.surgery.layers import ATTENTION, class_with_forward, is_attention, names_of, out_channels
 from ecanet.surgery.loading import PRESERVES, STANDS_FOR, keep_loading_
 from ecanet.surgery.optimizers import add_parameters_, check_optimizer, remove_parameters_
@@ -72,6 +72,7 @@ def replace_gates_(
     """
     check_model(model)
     check_optimizer(optimizer)
+    check_input_shape(input_shape)
     found = list(attention_in(model))
     if isinstance(gate, Mapping):
         swaps = list(_put_back(dict(found), gate))

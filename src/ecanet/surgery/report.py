@@ -73,9 +73,12 @@ class Report:
             ("params", lambda row: f"{row.parameters:+,}" if row.parameters else "0"),
             ("MAdds", lambda row: None if row.multiply_adds is None else f"{row.multiply_adds:+,}"),
         ]
-        table = [[header for header, _ in columns]]
-        table += [["-" if (value := get(row)) is None else str(value) for _, get in columns] for row in self.rows]
-        lines = _aligned(table, left=3) if self.rows else []
+        shown = [(header, get) for header, get in columns if any(get(row) not in (None, "", "0") for row in self.rows)]
+        table = [[header for header, _ in shown]]
+        table += [["-" if (value := get(row)) in (None, "") else str(value) for _, get in shown] for row in self.rows]
+        lines = (
+            _aligned(table, left=sum(header in ("name", "gate", "where") for header, _ in shown)) if self.rows else []
+        )
         lines += list(self.notes)
         madds = self.multiply_adds
         cost = f": {self.parameters:+,} parameters" + ("" if madds is None else f", {madds:+,} multiply-adds a sample")

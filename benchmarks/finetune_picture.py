@@ -20,7 +20,7 @@ _TICKS = {PLAIN: "no\ngate", KEPT: "function\nkept", RANDOM: "random\ngate"}
 
 
 def draw(document: results.Document) -> "Figure":
-    """Photographs still right after insertion, accuracy by step, and differences from the network without a gate.
+    """Photographs still right after insertion; accuracy by step, its difference from no gate, and the training loss.
 
     Args:
         document: A result file, with at least one seed that all ways were run with.
@@ -30,11 +30,11 @@ def draw(document: results.Document) -> "Figure":
     """
     found = summary(document)
     seeds = len(found["seeds"])
-    figure = new_figure(3.9)
-    photographs, curves, differences = figure.subplots(1, 3, width_ratios=(0.85, 1.5, 1.5))
+    figure = new_figure(6.8)
+    (photographs, curves), (losses, differences) = figure.subplots(2, 2, width_ratios=(1, 1.25))
     _draw_photographs(photographs, found["photographs_right"], document["settings"]["photographs"])
 
-    _style(curves, f"Fine-tuning (band: all {seeds} seeds)", found["steps"], "top-1 on held-out pictures (%)")
+    _style(curves, f"Evaluation (mean, and band of {seeds} seeds)", found["steps"], "top-1, held-out pictures (%)")
     for way in (KEPT, RANDOM, PLAIN):
         by_step = list(zip(*(run["top1"] for run in runs_of(document, way)), strict=True))
         mean = [statistics.fmean(values) for values in by_step]
@@ -42,7 +42,13 @@ def draw(document: results.Document) -> "Figure":
     curves.set_ylim(bottom=0)
     curves.legend(loc="lower right", frameon=False, fontsize=SMALL_FONT_SIZE)
 
-    _style(differences, "Paired by seed (band: 95 %)", found["steps"], f"difference from {PLAIN} (points)")
+    _style(losses, f"Training, norms by the batch (mean of {seeds} seeds)", found["steps"], "training loss")
+    for way in (KEPT, RANDOM, PLAIN):
+        mean = [statistics.fmean(v) for v in zip(*(run["train_loss"] for run in runs_of(document, way)), strict=True)]
+        losses.plot(range(1, 1 + len(mean)), mean, color=_COLOURS[way], linestyle=_DASHES[way], linewidth=1.5)
+    losses.set_ylim(bottom=0)
+
+    _style(differences, "Paired by seed (mean, and 95 % interval)", found["steps"], f"top-1 - that of {PLAIN} (points)")
     differences.axhline(0, color=DARK, linewidth=1, linestyle="--", zorder=3)
     for way in (KEPT, RANDOM):
         cells = [found["difference"][f"{way} - {PLAIN}"][str(step)] for step in found["steps"]]

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.finetune_runs import KEPT, PLAIN, RANDOM, WAYS
-from ecanet.study import Comparison, Difference, Run
+from ecanet.study import Comparison, Difference, Run, paired_difference
 
 #: What is compared, the first minus the second.
 PAIRS = ((KEPT, PLAIN), (RANDOM, PLAIN), (KEPT, RANDOM))
@@ -53,6 +53,11 @@ def summary(document: results.Document) -> dict[str, Any]:
         "train_loss": {
             way: {str(step): round(loss, 4) for step, loss in _train_loss(document, way).items()} for way in WAYS
         },
+        "train_loss_difference": {
+            f"{way} - {baseline}": {name: _round(value, 4) for name, value in vars(difference).items()}
+            for way, baseline in PAIRS
+            for difference in [_train_loss_difference(document, way, baseline)]
+        },
         "difference": {
             f"{way} - {baseline}": {
                 str(point): {
@@ -91,7 +96,11 @@ def report(document: results.Document) -> str:
     points = [*found["steps"], AVERAGE]
     photographs, seeds = document["settings"]["photographs"], len(found["seeds"])
     right = [
-        [way, _range(found["photographs_right"][way]), _range([round(100 * v, 1) for v in found["logits_moved"][way]])]
+        [
+            way,
+            from_to(found["photographs_right"][way]),
+            from_to([round(100 * v, 1) for v in found["logits_moved"][way]]),
+        ]
         for way in WAYS
     ]
     accuracy = [[way, *(f"{found['top1'][way][str(point)]['mean']:.1f}" for point in points)] for way in WAYS]
@@ -106,12 +115,14 @@ def report(document: results.Document) -> str:
     return "\n\n".join(
         [
             f"Right after insertion, {photographs} photographs of ImageNet\n"
-            + _table([["", "right", "logits moved, %"], *right]),
+            + aligned([["", "right", "logits moved, %"], *right]),
             f"Top-1 on {document['settings']['held_out']} held-out pictures in per cent, mean of {n}\n"
-            + _table([head, *accuracy]),
-            f"Training loss since the evaluation before, where norms go by the batch, mean of {n}\n" + _table(losses),
+            + aligned([head, *accuracy]),
+            f"Training loss since the evaluation before, where norms go by the batch, mean of {n}\n" + aligned(losses),
+            "Difference in training loss over all steps, paired by seed, with 95 % intervals\n"
+            + "\n".join(f"{pair}: {_interval(d, 3)}" for pair, d in found["train_loss_difference"].items()),
             f"Differences in points, paired by seed, with 95 % intervals (Student's t, {n})\n"
-            + _table(list(zip(*[head, *differences], strict=True))),
+            + aligned(list(zip(*[head, *differences], strict=True))),
         ]
     )
 
@@ -135,34 +146,48 @@ def _train_loss(document: results.Document, way: str) -> dict[int, float]:
     return {b: statistics.fmean(losses[a:b]) for a, b in pairwise(runs_of(document, way)[0]["steps"])}
 
 
+def _train_loss_difference(document: results.Document, way: str, baseline: str) -> Difference:
+    """Of the mean over all steps."""
+    pairs = zip(runs_of(document, way), runs_of(document, baseline), strict=True)
+    return paired_difference([statistics.fmean(a["train_loss"]) - statistics.fmean(b["train_loss"]) for a, b in pairs])
+
+
 def _difference(document: results.Document, point: int | str, way: str, baseline: str) -> Difference:
     return comparison(document, point, baseline).difference(way)
 
 
-def _round(value: float | None) -> float | None:
-    return None if value is None else round(value, 2)
+def _round(value: float | None, digits: int = 2) -> float | None:
+    return None if value is None else round(value, digits)
 
 
-def _range(values: list[Any]) -> str:
+def from_to(values: Sequence[Any]) -> str:
+    """The one value, or the smallest and the largest."""
     return str(values[0]) if len(set(values)) == 1 else f"{min(values)} to {max(values)}"
 
 
-def _interval(difference: Mapping[str, float | None]) -> str:
-    if difference["low"] is None:
-        return f"{difference['mean']:+.1f}"
-    return f"{difference['mean']:+.1f} ({difference['low']:+.1f} to {difference['high']:+.1f})"
+def _interval(difference: Mapping[str, float | None], digits: int = 1) -> str:
+    mean, low, high = (
+        None if value is None else f"{value:+.{digits}f}" for value in map(difference.get, ("mean", "low", "high"))
+    )
+    return f"{mean}" if low is None else f"{mean} ({low} to {high})"
 
 
-def _table(rows: list[Any]) -> str:
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Rows of cells as a table, the first a head.
+
+    Args:
+        rows: All of one length.
+        left: How many columns are text; the others stand right.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
-            str(cell).ljust(width) if i == 0 else str(cell).rjust(width)
+            cell.ljust(width) if i < left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
+        ).rstrip()
         for row in rows
     ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

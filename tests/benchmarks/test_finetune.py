@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from benchmarks import finetune as command
-from benchmarks import finetune_report, pretrained, results
+from benchmarks import finetune_report, photographs, pretrained, results
 from benchmarks.finetune_report import AVERAGE, comparison, report, seeds_of, summary
 from benchmarks.finetune_runs import KEPT, NETWORK, PLAIN, RANDOM, WAYS, evaluated_after, insert
+from benchmarks.pretrained import NETWORKS
 
 MISSING = pretrained.missing(NETWORK)
 needs_packages = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
@@ -37,6 +38,7 @@ def document() -> results.Document:
         for way, runs in top1.items()
         for seed, values in enumerate(runs)
     }
+    cases[f"{KEPT}/seed 1"]["train_loss"] = [3.0] * 10 + [2.0] * 10
     cases[f"{PLAIN}/seed 2"] = _case(0, 0, 0)  # a killed run: the other ways are not there yet
     return {"settings": {"photographs": 20, "held_out": 300, "steps": 20}, "cases": cases}
 
@@ -50,6 +52,11 @@ def test_differences_are_paired_by_seed(document: results.Document) -> None:
     assert found[f"{KEPT} - {RANDOM}"][AVERAGE]["mean"] == pytest.approx((16 + 27) / 2)
     assert comparison(document, 10, RANDOM).difference(KEPT).mean == 42
     assert summary(document)["train_loss"][PLAIN] == {"10": 2.0, "20": 1.0}
+    assert summary(document)["train_loss_difference"][f"{KEPT} - {PLAIN}"] == {
+        "mean": 0.5,
+        "low": -5.853,
+        "high": 6.853,
+    }
 
 
 def test_the_tables_say_what_was_measured(document: results.Document) -> None:
@@ -91,6 +98,25 @@ def test_the_ways_share_everything_but_the_gates() -> None:
     x = torch.randn(2, 3, 64, 64)
     assert torch.allclose(kept.network.eval()(x), plain.network.eval()(x), rtol=1e-4, atol=1e-6)
     assert not torch.equal(insert(PLAIN, 4, 1).network.classifier[1].weight, state["classifier.1.weight"])
+
+
+@pytest.mark.skipif(pretrained.missing(*NETWORKS) is not None, reason=str(pretrained.missing(*NETWORKS)))
+def test_what_random_gates_break_in_mobilenet_are_its_running_statistics(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "out.json"
+    photographs.main(["--seeds", "1", "--photographs", "6", "--out", str(file)])
+    document = results.read(file)
+    assert capsys.readouterr().out.strip() == photographs.report(document)
+    assert len(document["cases"]) == 2 * 3
+    plain, kept, random = (document["cases"][f"{NETWORK}/{way}/seed 0"] for way in WAYS)
+    for statistics in ("running", "batch"):
+        assert plain[statistics]["right"] == kept[statistics]["right"] >= 5
+        assert plain[statistics]["moved"] == 0
+        assert kept[statistics]["moved"] < 1e-4
+    assert random["running"]["right"] <= 1
+    assert random["batch"]["right"] >= 4
+    assert random["batch"]["moved"] < 0.5 < random["running"]["moved"]
 
 
 def _run(path: Path, *args: str) -> results.Document:

@@ -289,8 +289,10 @@ def _without_derivative(name: str) -> Callable[..., None]:
 
 
 _library = torch.library.Library("ecanet", "DEF")
+# Any strides will do: Inductor, which makes convolutions channels last, need not convert maps back and forth.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 for _name, _schema in _SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.define(_name + _schema, tags=_TAGS)
     _plain = _dense_outputs(_REFERENCES[_name], _FAKES[_name])
     _library.impl(_name, _plain, "CompositeExplicitAutograd")
     if hasattr(gpu, _name):

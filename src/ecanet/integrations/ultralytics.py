@@ -286,8 +286,8 @@ def example(name: str = "yolo11-eca") -> str:
         ValueError: there is no such file.
 
     Example:
-        >>> example("yolo26m-eca")[-28:]
-        'integrations/yolo/yolo26m-eca.yaml'
+        >>> Path(example("yolo26m-eca")).name
+        'yolo26m-eca.yaml'
     """
     match = re.fullmatch(r"(yolo\d+)([nsmlx]?)(-\w+)", name)
     if match is None or not (_EXAMPLES / f"{match[1]}{match[3]}.yaml").is_file():

@@ -230,7 +230,8 @@ def _load_with_gates(load: Callable[..., Any]) -> Callable[..., Any]:
 
 def _same_file(first: Any, second: Any) -> bool:
     """Whether two networks come from the same rows at the same scale; the number of classes may differ."""
-    return all(first.yaml.get(key) == second.yaml.get(key) for key in ("backbone", "head", "scale"))
+    rows = [{key: getattr(m, "yaml", {}).get(key) for key in ("backbone", "head", "scale")} for m in (first, second)]
+    return rows[0] == rows[1]
 
 
 def _alike(first: nn.Module, second: nn.Module) -> bool:

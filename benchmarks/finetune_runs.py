@@ -15,7 +15,6 @@ from ecanet.train import DataConfig
 from ecanet.train.data import TensorImages, embedded
 from ecanet.train.data.loading import EpochSampler, test_transform
 
-NETWORK = "mobilenet_v2"
 #: The yardstick first. In the others ECA follows every block, and ``preserve`` is what tells them apart.
 PLAIN, KEPT, RANDOM = "no gate", "ECA, function kept", "ECA, random gate"
 WAYS: Mapping[str, bool | None] = {PLAIN: None, KEPT: True, RANDOM: False}
@@ -45,27 +44,29 @@ def evaluated_after(steps: int) -> list[int]:
     return sorted({round(share * steps) for share in EVALUATED_AT})
 
 
-def insert(way: str, seed: int, photographs: int) -> Inserted:
+def insert(name: str, way: str, seed: int, photographs: int) -> Inserted:
     """Load the trained network, put gates in, judge it on photographs, and give it a new classifier.
 
     Args:
+        name: Of a network of :data:`benchmarks.pretrained.NETWORKS`.
         way: One of :data:`WAYS`.
         seed: Of the new classifier, the same for every way, and of random gates.
         photographs: How many to judge it on, at most 20.
     """
-    network = pretrained.load(NETWORK)
+    network = pretrained.load(name)
     torch.manual_seed(seed)
-    head = nn.Linear(network.classifier[1].in_features, CLASSES)  # type: ignore[index, union-attr]
+    *_, (where, old) = ((where, m) for where, m in network.named_modules() if isinstance(m, nn.Linear))
+    head = nn.Linear(old.in_features, CLASSES)
     nn.init.normal_(head.weight, std=0.01)
     nn.init.zeros_(head.bias)
-    images, labels = (values[:photographs] for values in pretrained.photographs(NETWORK))
+    images, labels = (values[:photographs] for values in pretrained.photographs(name))
     with torch.no_grad():
         before = network(images)
         preserve = WAYS[way]
         if preserve is not None:
             insert_gates_(network, "eca", preserve=preserve)
         after = network(images)
-    network.classifier[1] = head  # type: ignore[index, operator]
+    network.set_submodule(where, head)
     right = int((after.argmax(1) == labels).sum())
     return Inserted(network, right, float((after - before).norm() / before.norm()))
 
@@ -80,7 +81,8 @@ def finetune(
     Args:
         way: One of :data:`WAYS`.
         seed: The run's.
-        settings: ``steps``, ``batch``, ``lr``, ``size`` (pixels), ``held_out`` (pictures), ``photographs``.
+        settings: ``network`` (its name), ``steps``, ``batch``, ``lr``, ``size`` (pixels), ``held_out`` (pictures),
+            ``photographs``.
         on_evaluation: Called with the number of steps done and top-1 in per cent.
 
     Returns:
@@ -92,9 +94,9 @@ def finetune(
     train, test = splits.train, splits.val
     assert isinstance(train, TensorImages)
     assert isinstance(test, TensorImages)
-    network, photographs_right, logits_moved = insert(way, seed, settings["photographs"])
+    network, photographs_right, logits_moved = insert(settings["network"], way, seed, settings["photographs"])
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    held_out = _pictures(test, torch.arange(settings["held_out"]), settings["size"])
+    held_out = _pictures(test, torch.arange(settings["held_out"]), settings)
     order = torch.tensor([index for _, index in EpochSampler(len(train), seed, settings["batch"])])
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
     evaluations: list[tuple[int, float, float]] = []
@@ -109,7 +111,7 @@ def finetune(
             break
         _set_lr(optimizer, settings["lr"] * _schedule(step, settings["steps"]))
         which = order[step * settings["batch"] : (step + 1) * settings["batch"]]
-        images, labels = _pictures(train, which, settings["size"])
+        images, labels = _pictures(train, which, settings)
         loss = F.cross_entropy(network.train()(images), labels)
         train_loss.append(loss.item())
         loss.backward()
@@ -127,11 +129,11 @@ def finetune(
     }
 
 
-def _pictures(images: TensorImages, which: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Grey pictures as an ImageNet network takes them: enlarged, three channels, ImageNet's mean and deviation."""
-    resize = test_transform(DataConfig("embedded", image_size=size))
-    normalise = v2.Normalize(pretrained.NETWORKS[NETWORK].mean, pretrained.NETWORKS[NETWORK].std)
-    pixels = normalise(resize(images.images[which]).expand(-1, 3, -1, -1) / 255)
+def _pictures(images: TensorImages, which: Tensor, settings: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Grey pictures as the trained network takes them: enlarged, three channels, its own mean and deviation."""
+    resize = test_transform(DataConfig("embedded", image_size=settings["size"]))
+    trained = pretrained.NETWORKS[settings["network"]]
+    pixels = v2.Normalize(trained.mean, trained.std)(resize(images.images[which]).expand(-1, 3, -1, -1) / 255)
     return pixels.contiguous(memory_format=torch.channels_last), images.labels[which]
 
 

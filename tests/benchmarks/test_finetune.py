@@ -11,9 +11,10 @@ import torch
 from benchmarks import finetune as command
 from benchmarks import finetune_report, photographs, pretrained, results
 from benchmarks.finetune_report import AVERAGE, comparison, report, seeds_of, summary
-from benchmarks.finetune_runs import KEPT, NETWORK, PLAIN, RANDOM, WAYS, evaluated_after, insert
+from benchmarks.finetune_runs import KEPT, PLAIN, RANDOM, WAYS, evaluated_after, insert
 from benchmarks.pretrained import NETWORKS
 
+NETWORK = "mobilenet_v2"
 MISSING = pretrained.missing(NETWORK)
 needs_packages = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
@@ -85,7 +86,7 @@ def test_evaluations_start_at_nothing_and_end_at_the_end(steps: int, expected: l
 
 @needs_packages
 def test_the_ways_share_everything_but_the_gates() -> None:
-    plain, kept, random = (insert(way, seed=3, photographs=4) for way in WAYS)
+    plain, kept, random = (insert(NETWORK, way, seed=3, photographs=4) for way in WAYS)
     assert plain.logits_moved == 0
     assert kept.logits_moved < 1e-4
     assert random.logits_moved > 0.5
@@ -97,7 +98,7 @@ def test_the_ways_share_everything_but_the_gates() -> None:
     assert len(in_random) == len(kept.network.state_dict()) == len(state) + 17
     x = torch.randn(2, 3, 64, 64)
     assert torch.allclose(kept.network.eval()(x), plain.network.eval()(x), rtol=1e-4, atol=1e-6)
-    assert not torch.equal(insert(PLAIN, 4, 1).network.classifier[1].weight, state["classifier.1.weight"])
+    assert not torch.equal(insert(NETWORK, PLAIN, 4, 1).network.classifier[1].weight, state["classifier.1.weight"])
 
 
 @pytest.mark.skipif(pretrained.missing(*NETWORKS) is not None, reason=str(pretrained.missing(*NETWORKS)))
@@ -131,7 +132,7 @@ def test_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = _run(tmp_path / "out.json", "--plot", str(picture))
     assert picture.stat().st_size > 10_000
     assert capsys.readouterr().out.strip() == report(document)
-    assert document["command"].endswith("--threads 1 --seeds 1 --quick --lr 0.001")
+    assert document["command"].endswith("--threads 1 --network mobilenet_v2 --seeds 1 --quick --lr 0.001")
     assert {"machine", "versions", "commit", "environment", "summary"} <= document.keys()
     assert str(Path.home()) not in (tmp_path / "out.json").read_text()
     assert list(document["cases"]) == [f"{way}/seed 0" for way in WAYS]

@@ -289,6 +289,8 @@ def update_running_statistics(norm: Any, mean: Tensor, var: Tensor, count: int |
         if momentum is None:  # torch takes this one, too
             momentum = 0.0
         by_kernel = (mean.is_cuda or backend.current() == "triton") and not is_compiling()
+        # Numbers reach a Triton kernel in float32, too few digits for statistics in float64.
+        by_kernel = by_kernel and mean.dtype is torch.float32
         if by_kernel and not isinstance(momentum, Tensor) and not isinstance(count, Tensor):
             return gpu.update_running(norm.running_mean, norm.running_var, mean, var, momentum, count)
         keep = 1.0 - momentum

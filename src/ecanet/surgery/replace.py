@@ -17,6 +17,9 @@ from ecanet.surgery.optimizers import add_parameters_, check_optimizer, remove_p
 from ecanet.surgery.report import Report, Row, gate_row, parameters_of
 from ecanet.surgery.sites import FilterFn, Shapes, dry_run
 
+#: What YOLO's network reads off its layers: number, where the input comes from, type and number of parameters.
+_YOLO_ROW = ("i", "f", "type", "np")
+
 
 class _Swap(NamedTuple):
     name: str
@@ -164,6 +167,7 @@ def _swap(
     _stand_for_(new, old)
     if hasattr(old, PRESERVES) and isinstance(new, Gate):
         setattr(new, PRESERVES, True)
+    vars(new).update({key: value for key, value in vars(old).items() if key in _YOLO_ROW})
     return _Swap(name, old, new, channels, spatial)
 
 

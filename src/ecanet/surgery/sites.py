@@ -197,6 +197,7 @@ def dry_run(
     """
     if input_shape is None:
         return None
+    modules = list(modules)
     seen: dict[nn.Module, Shapes] = {}
 
     def shape_of(value: Any) -> torch.Size | None:
@@ -210,8 +211,10 @@ def dry_run(
     try:
         with evaluating(model), FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
             model(torch.zeros(tuple(input_shape), dtype=example.dtype, device=example.device))
-    except Exception:  # a network may want any other input
-        return None
+    except (
+        Exception
+    ):  # a network may want any other input, or look at values: YOLO's head does when all layers have run
+        return seen if all(module in seen for module in modules) else None
     finally:
         for handle in handles:
             handle.remove()

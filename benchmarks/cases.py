@@ -157,6 +157,43 @@ class _FusedTail(_Tail):
         return norm_gate_add_act(x, self.norm, self.gate, residual, "relu")
 
 
+class _GateOp(torch.autograd.Function):
+    """Statistics of the batch, ECA and what follows from them for the tail, by the library's operations."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor, eps: float) -> tuple[Tensor, ...]:
+        means, mean, var = torch.ops.ecanet.batch_moments(x)
+        norm_and_band = mean, var, weight, bias, eps, kernel.reshape(-1), False
+        _, gate, scale, shift = torch.ops.ecanet.eca_coefficients(means, *norm_and_band)
+        ctx.save_for_backward(x, means, mean, var, weight, bias, kernel, gate)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, var)
+        return scale, shift, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, grad_scale: Tensor, grad_shift: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, means, mean, var, weight, bias, kernel, gate = ctx.saved_tensors
+        positions = x.shape[2:].numel()
+        offset, grad_weight, grad_bias, grad_kernel, grad_mean, grad_var = torch.ops.ecanet.eca_coefficients_backward(
+            grad_shift, grad_scale - mean * grad_shift, means, gate, None,
+            mean, var, weight, bias, ctx.eps, kernel.reshape(-1), False, positions,
+        )  # fmt: skip
+        count = x.shape[0] * positions
+        offset, slope, mean = (t[..., None, None] for t in (offset + grad_mean / count, grad_var * (2 / count), mean))
+        grad_x = (offset + slope * (x - mean)).to(x.dtype)
+        return grad_x, grad_weight, grad_bias, grad_kernel.reshape(kernel.shape), None
+
+
+class _GateOpTail(_FusedTail):
+    """The passes that write maps are left to a compiler; it sees what the operations between them return."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        norm = self.norm
+        scale, shift, mean, var = _GateOp.apply(x, norm.weight, norm.bias, self.gate.conv.weight, norm.eps)
+        fused.update_running_statistics(norm, mean, var, x.shape[0] * x.shape[2:].numel())
+        return reference.apply(x, scale, shift, residual, _RELU)
+
+
 def _randn(on: On, shape: tuple[int, ...], memory_format: str) -> Tensor:
     return torch.randn(shape, device=on.device, dtype=on.dtype).contiguous(memory_format=MEMORY_FORMATS[memory_format])
 
@@ -273,6 +310,9 @@ def _training(compiled: bool, on: On, shape: tuple[int, ...], memory_format: str
         # The same formulas in plain PyTorch, for the compiler to fuse, instead of the kernels as one operation.
         forwards["formula compiled"] = _compile(copy.deepcopy(modules["ecanet"]))
         modules["formula"] = forwards["formula compiled"]
+        # Statistics and gate by the library's operations, and only what writes maps for the compiler to fuse.
+        modules["gate op"] = _GateOpTail(copy.deepcopy(norm).to(on.device), copy.deepcopy(eca))
+        forwards["gate op compiled"] = _compile(modules["gate op"])
 
     def step(name: str) -> tuple[Tensor, ...]:
         # autograd.grad and not backward(): inside a network nothing is a leaf, so no gradient is copied into .grad.

@@ -16,7 +16,7 @@ from benchmarks.networks import network_cases
 from benchmarks.report import report
 from ecanet.ops import cpu
 
-GROUPS = ("op", "module", "inference", "training", "network")
+GROUPS = ("op", "module", "inference", "training", "network", "surgery")
 _QUICK_ROUNDS = 3
 #: A training step of ResNet-50 takes seconds.
 _NETWORK_ROUNDS = 10

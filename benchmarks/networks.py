@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import EcaModule
@@ -62,6 +63,11 @@ def usual_mobilenet_v2(make_gate: Callable[[int], nn.Module]) -> nn.Module:
     return network
 
 
+def _fused(network: nn.Module) -> nn.Module:
+    ecanet.fuse_tails_(network)
+    return network
+
+
 #: Competitors by network, built anew for each case.
 NETWORKS: dict[str, dict[str, Callable[[], nn.Module]]] = {
     **{
@@ -81,6 +87,13 @@ NETWORKS: dict[str, dict[str, Callable[[], nn.Module]]] = {
         "ecanet": ecanet.models.eca_mobilenet_v2,
         "no gate": mobilenet_v2,
         "SE": partial(usual_mobilenet_v2, lambda channels: SqueezeExcitation(channels, max(1, channels // 8))),
+    },
+    # timm's own network, and the same on the fused tail
+    "ecaresnet50d": {
+        "timm": partial(timm.create_model, "ecaresnet50d"),
+        "ecanet": lambda: _fused(timm.create_model("ecaresnet50d")),
+        "no gate": partial(timm.create_model, "resnet50d"),
+        "SE": partial(timm.create_model, "resnet50d", block_args={"attn_layer": "se"}),
     },
 }
 #: For --quick: what an interpreter gets through.
@@ -114,6 +127,10 @@ def network_cases(quick: bool, compiled: bool) -> Iterator[Case]:
     for name, build in builders.items():
         for memory_format in MEMORY_FORMATS:
             yield Case("network", name, shape, memory_format, partial(build, shape, memory_format))
+    for name, build in (("inference", _surgery_inference), ("training", _surgery_training)):
+        for memory_format in MEMORY_FORMATS:
+            case = partial(build, quick, shape, memory_format)
+            yield Case("surgery", f"ecaresnet50d-{name}", shape, memory_format, case)
 
 
 def gpu_network_cases(quick: bool, compiled: bool, on: On) -> Iterator[Case]:
@@ -232,27 +249,58 @@ def _inference(compiled: bool, shape: tuple[int, ...], memory_format: str) -> Wo
     return Work(competitors, agree, 1e-3)
 
 
+def _step(call: Callable[..., Tensor], x: Tensor, target: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    optimizer.zero_grad()
+    loss = F.cross_entropy(call(x), target)
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
 def _training(compiled: bool, shape: tuple[int, ...], memory_format: str) -> Work:
     x, target = _example(shape, memory_format)
-
-    def step(call: Callable[..., Tensor], optimizer: torch.optim.Optimizer) -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(call(x), target)
-        loss.backward()
-        optimizer.step()
-        return loss
-
     models = _models(memory_format)
     calls: dict[str, Callable[..., Tensor]] = dict(models)
     if compiled:
         models |= {f"{name} compiled": model for name, model in _models(memory_format).items() if name != "timm"}
         calls |= _compiled({name.removesuffix(" compiled"): m for name, m in models.items() if "compiled" in name})
     competitors = {
-        name: Competitor(partial(step, call, torch.optim.SGD(models[name].parameters(), lr=1e-3, momentum=0.9)))
+        name: Competitor(
+            partial(_step, call, x, target, torch.optim.SGD(models[name].parameters(), lr=1e-3, momentum=0.9))
+        )
         for name, call in calls.items()
     }
     agree = tuple(tuple(n for n in calls if n.startswith("no gate") == without) for without in (False, True))
     return Work(competitors, agree, 1e-3)
+
+
+def _surgery_models(quick: bool, memory_format: str) -> dict[str, nn.Module]:
+    """ECA-ResNet-50-D of timm, the same after :func:`ecanet.fuse_tails_`, and its backbone without a gate."""
+    torch.manual_seed(0)
+    plain, eca = ("resnet26d", "ecaresnet26t") if quick else ("resnet50d", "ecaresnet50d")
+    models = {"timm": timm.create_model(eca), "ecanet": timm.create_model(eca), "no gate": timm.create_model(plain)}
+    models["ecanet"].load_state_dict(models["timm"].state_dict())
+    _fused(models["ecanet"])
+    return {name: model.to(memory_format=MEMORY_FORMATS[memory_format]) for name, model in models.items()}
+
+
+def _surgery_inference(quick: bool, shape: tuple[int, ...], memory_format: str) -> Work:
+    x, _ = _example(shape, memory_format)
+    models = _surgery_models(quick, memory_format)
+    for name in ("timm", "no gate"):
+        _settle(models[name], x)
+    models["ecanet"].load_state_dict(models["timm"].state_dict())
+    competitors = {name: Competitor(partial(model.eval(), x), torch.no_grad) for name, model in models.items()}
+    return Work(competitors, (("timm", "ecanet"),), 1e-3)
+
+
+def _surgery_training(quick: bool, shape: tuple[int, ...], memory_format: str) -> Work:
+    x, target = _example(shape, memory_format)
+    competitors = {
+        name: Competitor(partial(_step, model, x, target, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)))
+        for name, model in _surgery_models(quick, memory_format).items()
+    }
+    return Work(competitors, (("timm", "ecanet"),), 1e-3)
 
 
 def _compiled(models: dict[str, nn.Module]) -> dict[str, Callable[..., Tensor]]:

@@ -1,4 +1,4 @@
-"""``ecanet VERB``: fit, validate, predict, demo, build, doctor. Typed functions; recipes are YAML of their names."""
+"""``ecanet VERB``, a typed function for each; recipes are YAML of their names."""
 
 import argparse
 import csv
@@ -96,6 +96,58 @@ def _add_demo(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
     return run
 
 
+def _add_insert(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
+    from ecanet.nn import GATES
+    from ecanet.surgery.saved import Insertion, check_path, save
+
+    parser.add_argument("--model", required=True, help="torchvision/NAME or timm/NAME.")
+    parser.add_argument("--gate", default="eca", help=f"One of {', '.join(GATES)}.")
+    parser.add_argument("--kernel-size", type=_kernel_size, default="adaptive", help="An odd integer, or adaptive.")
+    parser.add_argument(
+        "--where", nargs="+", default=["block"], help="block, stage, conv, or names and patterns of modules."
+    )
+    parser.add_argument("--no-preserve", action="store_true", help="Fresh gates instead of neutral ones.")
+    parser.add_argument("--weights", type=Path, help="A checkpoint of the network without gates, loaded first.")
+    parser.add_argument("--num-classes", type=int, help="Classes of the head, if not the library's number.")
+    parser.add_argument("--input-size", type=int, help="Height and width that multiply-adds are counted for.")
+    parser.add_argument("--fuse", action="store_true", help="Let the blocks run on the fused tail, too.")
+    parser.add_argument("--report", action="store_true", help="Print the table, which is the default without --save.")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="Write the network; ecanet.surgery.load reads it.")
+
+    def run(args: "Namespace") -> None:
+        if args.save is not None:
+            check_path(args.save)
+        insertion = Insertion(
+            model=args.model,
+            gate=args.gate,
+            where=args.where[0] if len(args.where) == 1 else tuple(args.where),
+            kernel_size=args.kernel_size,
+            preserve=not args.no_preserve,
+            num_classes=args.num_classes,
+            input_size=args.input_size,
+            fuse=args.fuse,
+        )
+        model, reports = insertion.build(args.weights)
+        full = args.report or args.save is None
+        print("\n\n".join(str(report) if full else str(report).splitlines()[-1] for report in reports))
+        if args.save is not None:
+            save(model, insertion, args.save)
+            values = "random weights" if args.weights is None else f"the weights of {args.weights}"
+            print(f"wrote {args.save}: {args.model} with {values}")
+            print(f"next: model = ecanet.surgery.load({str(args.save)!r})")
+
+    return run
+
+
+def _kernel_size(text: str) -> int | str:
+    if text == "adaptive":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither an odd integer nor adaptive") from None
+
+
 def _add_build(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
     import torch
 
@@ -143,11 +195,16 @@ _VERBS: dict[str, tuple[str, str, "Callable[[ArgumentParser], Callable[[Namespac
         "ecanet demo --seeds 3 --out runs/demo",
         _add_demo,
     ),
+    "insert": (
+        "Put gates into a network of torchvision or timm: where, how many, at what cost.",
+        "ecanet insert --model torchvision/resnet50 --where block --report --save resnet50_eca.pt",
+        _add_insert,
+    ),
     "build": ("Build the C++ kernels for the CPU, in about a minute.", "ecanet build", _add_build),
     "doctor": ("What runs on this machine, what does not, and why.", "ecanet doctor", _add_doctor),
 }
 # These work with torch and torchvision alone.
-_WITHOUT_EXTRAS = ("build", "doctor")
+_WITHOUT_EXTRAS = ("insert", "build", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from torch import nn
 
 pytest.importorskip("timm")
 
+from benchmarks import cases, results, run
 from benchmarks import cpu as benchmark
 from benchmarks import gpu as gpu_benchmark
-from benchmarks import results, run
 from benchmarks.measure import (
     Competitor,
     check_agreement,
@@ -158,6 +159,17 @@ def test_quick_run(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = capsys.readouterr().out
     assert output.strip() == report(document)
     assert "training/tail, geometric mean: ecanet / no gate" in output
+
+
+@pytest.mark.parametrize("memory_format", cases.MEMORY_FORMATS)
+def test_all_forms_of_the_training_tail_agree(memory_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled as far as Inductor, whose code takes minutes to write."""
+    monkeypatch.setattr(cases, "_compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    work = cases._training(True, cases.On(), (2, 16, 3, 5), memory_format)
+    forms = {"timm", "ecanet", "timm compiled", "ecanet compiled", "formula compiled", "gate op compiled"}
+    assert set(work.agree[0]) == forms
+    for names in work.agree:
+        check_agreement(work.competitors, names, 1e-5)
 
 
 @pytest.mark.parametrize("name", ["memory", "training", "inference"])

@@ -82,7 +82,7 @@ def assert_matches_the_equations(gate: Gate, x: Tensor, case: str) -> None:
         got_grads = torch.autograd.grad(out, [x, *gate.parameters()], dout.to(out.device))
         want_grads = torch.autograd.grad(want, [x64, *weights.values()], dout.double())
         for what, got, reference_grad in zip(["x", *weights], got_grads, want_grads, strict=True):
-            # A weight's gradient is a sum over the whole map, which the terms' rounding enters: where they cancel, plain
+            # A weight's gradient is a sum over the whole map, with the terms' rounding: where they cancel, plain
             # PyTorch is as far off, and the order of the sum, which differs among CPUs, decides by how much.
             scale = 1.0 if what == "x" else max(1.0, reference_grad.abs().max().item())
             close(f"gradient of {what}", got, reference_grad, max(TOLERANCE[x.dtype], TOLERANCE[got.dtype]), scale)

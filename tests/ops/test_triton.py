@@ -43,6 +43,8 @@ from op_cases import (
     without_data,
 )
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ecanet
 from ecanet.nn import ECA, SE, norm_gate_add_act
@@ -331,15 +333,65 @@ def test_autocast_keeps_maps_in_half_types(dtype) -> None:
     torch.testing.assert_close(out.float(), want, rtol=0.02, atol=0.02)
 
 
-# --- every kernel compiles for GPUs that are not here ---------------------------------------------------------------
+# --- every kernel compiles for GPUs that are not here, and Inductor sees it ------------------------------------------
+
+
+def of_script(name: str) -> dict[str, list[str]]:
+    """What a script beside this file prints, outside the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name(name)
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout)
 
 
 def test_every_kernel_compiles_for_nvidia_and_amd() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("compile_triton.py")
-    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    compiled = json.loads(run.stdout)
+    compiled = of_script("compile_triton.py")
     names = {"moments", "merge", "statistics", "update_running", "apply", "reduce", "input_grad", "coefficients"}
     assert set(compiled) == names | {"coefficients_backward", "finish"}
     assert all({"cuda:90", "hip:gfx942"} == set(targets) for targets in compiled.values())
+
+
+def test_inductor_launches_the_kernels_itself_and_copies_nothing() -> None:
+    launches = {
+        "squeeze": ["moments"],
+        "moments": ["moments", "merge"],
+        "batch_moments": ["moments", "statistics"],
+        "apply": ["apply"],
+        "apply_backward": ["reduce"],
+        "input_backward": ["input_grad"],
+        "eca_coefficients": ["coefficients"],
+        "eca_coefficients_backward": ["coefficients_backward", "finish"],
+        "eca_tail": ["moments", "coefficients", "apply"],
+    }
+    want = {name: [f"{kernel}_{i}" for i, kernel in enumerate(kernels)] for name, kernels in launches.items()}
+    want |= {name: [f"torch.ops.ecanet.{name}"] for name in IN_PLACE}
+    assert of_script("inductor_triton.py") == {f"{n} {m}": want[n] for n in EVERY for m in ("dense", "channels_last")}
+
+
+class Apply(nn.Module):
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return torch.ops.ecanet.apply(x, scale, None, None, RELU)
+
+
+@pytest.mark.parametrize("how", ["on the CPU", "sizes as symbols", "exported"])
+def test_the_operation_stays_one_node(how, monkeypatch) -> None:
+    """Elsewhere than on a GPU, where launches are not known yet, and in what must be saved and loaded."""
+    graphs = []
+
+    def look(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(gpu, "why_not", lambda: None)
+    monkeypatch.setattr(gpu, "interpreting", lambda: False)
+    torch._dynamo.reset()
+    with FakeTensorMode(), torch.device("cpu" if how == "on the CPU" else "cuda"), torch.no_grad():
+        args = torch.empty(2, 8, 4, 4), torch.empty(2, 8)
+        if how == "exported":
+            graphs.append(torch.export.export(Apply(), args).run_decompositions().graph_module)
+        else:
+            backend = aot_autograd(fw_compiler=look)
+            torch.compile(Apply(), fullgraph=True, dynamic=how == "sizes as symbols", backend=backend)(*args)
+    (graph,) = graphs
+    assert [node.target for node in graph.graph.nodes if node.op == "call_function"] == [torch.ops.ecanet.apply.default]

@@ -1,7 +1,10 @@
-"""Reading checkpoint files without running their code, and saying how a state dict fits a network."""
+"""Checkpoint files: read without running their code, written whole or not at all; how a state dict fits a network."""
 
+import contextlib
+import io
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -67,6 +70,34 @@ def safe_load(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
         raise ValueError(f"{path} {_what_is_wrong(error)}") from error
 
 
+def safe_save(value: Any, path: str | os.PathLike[str]) -> None:
+    """Write a file of ``torch.save`` beside its place and rename it: a kill or a full disk leaves what was there.
+
+    Args:
+        value: Tensors and plain values.
+        path: The file; its folder is made when it is not there.
+
+    Raises:
+        OSError: it could not be written; names the file and its size.
+    """
+    target = Path(path)
+    partial_file = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with partial_file.open("wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial_file, target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial_file.unlink(missing_ok=True)
+        size = f"{buffer.tell() / 2**20:.1f} MiB needed"
+        raise OSError(error.errno, f"cannot write the checkpoint {target} ({error.strerror}; {size})") from error
+
+
 def state_dict_in(loaded: object, source: str) -> dict[str, Tensor]:
     """The state dict inside what a checkpoint holds; ``source`` names it in errors."""
     for nested in ("state_dict", "model"):
@@ -98,10 +129,15 @@ def _what_is_wrong(error: Exception) -> str:
 
 
 def _without_prefix(state: StateDict) -> dict[str, Tensor]:
-    keys = list(state)
+    """Keys without what wrappers put before them; versions of modules, which some networks ask for, stay beside."""
+    keys, versions = list(state), dict(getattr(state, "_metadata", None) or {})
     while prefix := next((p for p in _WRAPPERS if keys and all(key.startswith(p) for key in keys)), None):
         keys = [key.removeprefix(prefix) for key in keys]
-    return dict(zip(keys, state.values(), strict=True))
+        versions = {f"{name}.".removeprefix(prefix)[:-1]: value for name, value in versions.items() if name}
+    plain: Any = OrderedDict(zip(keys, state.values(), strict=True))
+    if versions:
+        plain._metadata = versions
+    return plain
 
 
 def misfits(state: StateDict, own: StateDict) -> dict[str, list[str]]:

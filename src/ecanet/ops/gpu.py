@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ecanet.ops import reference
 
@@ -45,6 +46,9 @@ def _triton() -> Any:
 
 
 def _launch(kernel: str, programs: int, on: Tensor, *args: Any, **constants: Any) -> None:
+    if isinstance(on, FunctionalTensor):  # a compiler traces: the launch becomes a node of its graph
+        torch.library.wrap_triton(getattr(_triton(), kernel))[(programs,)](*args, **constants)
+        return
     guard: AbstractContextManager[object] = torch.cuda.device(on.device) if on.is_cuda else nullcontext()
     with guard:
         getattr(_triton(), kernel)[(programs,)](*args, **constants)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
 from ecanet.ops import cpu, gpu, reference
 
@@ -162,6 +163,39 @@ def _on_gpu(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _shown_to_compilers(name: str) -> Callable[..., Any]:
+    """What a compiler's functionalization makes of an operation: on a GPU its launches, as with ``triton_op``."""
+    launches = _train_tail if name == "train_tail" else getattr(gpu, name)
+
+    def run(mode: Any, operation: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not _can_be_shown(args):
+            return mode.__torch_dispatch__(operation, types, args, kwargs)
+        with mode:
+            return launches(*args)
+
+    return run
+
+
+def _can_be_shown(args: tuple[Any, ...]) -> bool:
+    """Whether the Triton kernels can run, with launches known now.
+
+    Where sizes are symbols they are not: tiles and splits follow from sizes. What is exported names operations.
+    """
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    numbers = [*args, *(n for t in tensors for n in t.shape)]
+    if (
+        not all(type(t) is FunctionalTensor and t.is_cuda for t in tensors)
+        or tensors[0].numel() == 0
+        or any(isinstance(n, torch.SymInt) for n in numbers)
+        or gpu.why_not() is not None
+        or gpu.interpreting()
+    ):
+        return False
+    from torch.export._trace import custom_triton_ops_decomposition_disabled  # not imported with torch: 0.3 s
+
+    return not custom_triton_ops_decomposition_disabled()
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
     ctx.others = [None if is_tensor else value for value, is_tensor in zip(inputs, ctx.is_tensor, strict=True)]
@@ -255,8 +289,10 @@ def _without_derivative(name: str) -> Callable[..., None]:
 
 
 _library = torch.library.Library("ecanet", "DEF")
+# Any strides will do: Inductor, which makes convolutions channels last, need not convert maps back and forth.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 for _name, _schema in _SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.define(_name + _schema, tags=_TAGS)
     _plain = _dense_outputs(_REFERENCES[_name], _FAKES[_name])
     _library.impl(_name, _plain, "CompositeExplicitAutograd")
     if hasattr(gpu, _name):
@@ -265,6 +301,9 @@ for _name, _schema in _SCHEMAS.items():
     if _name.endswith("_"):
         _library.impl(_name, _without_derivative(_name), "Autograd")
         continue
+    # Not those in place: as one node Inductor lets them write where they should, decomposed they would copy the map.
+    _rule = _shown_to_compilers(_name)
+    torch.library.register_torch_dispatch(f"ecanet::{_name}", FunctionalTensorMode, _rule, lib=_library)
     _derivative: tuple[Callable[..., Any], Callable[..., None]] = _backward_of(_REFERENCES[_name]), _setup_context
     if _name == "train_tail":
         _derivative = _train_tail_backward, _keep_for_train_tail

@@ -127,6 +127,11 @@ def band(s: Tensor, weight: Tensor, circular: bool = False) -> Tensor:
     Returns:
         ``(N, C)``.
     """
+    if torch.jit.is_tracing():  # one Conv in the ONNX file that comes of it
+        margin = (weight.shape[-1] - 1) // 2
+        means = _pad(s, weight.shape[-1], circular) if circular else s
+        kernel = weight.reshape(1, 1, -1).to(s.dtype)
+        return F.conv1d(means.unsqueeze(1), kernel, padding=0 if circular else margin).squeeze(1)
     return band_non_shared(s, weight.reshape(1, -1), circular)
 
 
@@ -144,7 +149,12 @@ def band_non_shared(s: Tensor, weight: Tensor, circular: bool = False) -> Tensor
     Returns:
         ``(N, C)``.
     """
-    windows = _pad(s, weight.shape[-1], circular).unfold(1, weight.shape[-1], 1)  # (N, C, k)
+    k = weight.shape[-1]
+    padded = _pad(s, k, circular)
+    if torch.jit.is_tracing():  # torch.onnx.export(dynamo=False) knows no unfold of a map of any size
+        windows = torch.stack([padded[:, j : padded.shape[1] - k + 1 + j] for j in range(k)], dim=-1)
+    else:
+        windows = padded.unfold(1, k, 1)  # (N, C, k)
     return (windows * weight.to(s.dtype)).sum(-1)
 
 

@@ -7,15 +7,19 @@ from ecanet.surgery.layers import ATTENTION
 from ecanet.surgery.remove import remove_gates_
 from ecanet.surgery.replace import replace_gates_
 from ecanet.surgery.report import Report, Row
+from ecanet.surgery.saved import Insertion, load, save
 
 __all__ = [
     "ATTENTION",
     "BLOCKS",
     "FUSED",
+    "Insertion",
     "Report",
     "Row",
     "fuse_tails_",
     "insert_gates_",
+    "load",
     "remove_gates_",
     "replace_gates_",
+    "save",
 ]

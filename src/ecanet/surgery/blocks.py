@@ -40,6 +40,8 @@ BLOCKS: dict[str, str] = {
     "timm.models._efficientnet_blocks.EdgeResidual": "bn2",
     "timm.models._efficientnet_blocks.CondConvResidual": "bn3",
     "timm.models._efficientnet_blocks.UniversalInvertedResidual": "pw_proj",
+    "timm.models.rexnet.LinearBottleneck": "conv_pwl",
+    "segmentation_models_pytorch.encoders._efficientnet.MBConvBlock": "_bn2",
 }
 #: What these return is joined to other channels: a gate after the whole block would see something else.
 JOINED = ("torchvision.models.densenet._DenseLayer", "timm.models.densenet.DenseLayer")
@@ -122,9 +124,13 @@ def _known_block(block: nn.Module, name: str, path: str) -> Branch:
 
 def _branch(block: str, end: nn.Module, end_name: str, channels: int | None = None) -> Branch:
     channels = out_channels(end) or channels
-    if is_attention(end):
-        reason = f"the block has attention there, {end_name} ({type(end).__name__}): replace_gates_ swaps it"
-        return Branch(block, end_name, channels, reason)
+    last, last_name = end, end_name
+    while isinstance(last, nn.Sequential) and len(last):
+        key, last = next((k, child) for k, child in reversed(last._modules.items()) if child is not None)
+        last_name = f"{last_name}.{key}"
+    if is_attention(last):
+        reason = f"the block has attention there, {last_name} ({type(last).__name__}): replace_gates_ swaps it"
+        return Branch(block, last_name, channels, reason)
     norm, norm_name = _last_norm(end, end_name)
     return Branch(block, norm_name, channels) if norm is not None else Branch(block, end_name, channels)
 

@@ -16,6 +16,8 @@ def check_model(model: object) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if any(cls.__module__ == "ultralytics.engine.model" for cls in type(model).__mro__):
+        raise TypeError(f"model is Ultralytics' {type(model).__name__}, which holds the network: pass its .model")
     for name, module in model.named_modules():
         where = f"model.{name}" if name else "model"
         if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or _is_sharded(module):

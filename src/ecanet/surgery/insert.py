@@ -113,7 +113,16 @@ def insert_gates_(
             notes.append(f"{site.name} is shared, and its gate with it: {', '.join(registered[site.host])}")
     if plans:
         keep_loading_(model)
+        _keep_training(model)
     return Report("inserted", tuple(rows), tuple(notes))
+
+
+def _keep_training(model: nn.Module) -> None:
+    """YOLO builds a network anew to train it, so it has to know of the gates."""
+    if any(cls.__module__.startswith("ultralytics.") for cls in type(model).__mro__):
+        from ecanet.integrations.ultralytics import keep_gates  # the one import upwards: where Ultralytics is, already
+
+        keep_gates(model)
 
 
 def _not_yet(sites: list[Site], gate: str | GateFactory, kernel_size: int | str) -> tuple[list[Site], int]:

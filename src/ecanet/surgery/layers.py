@@ -50,6 +50,9 @@ ATTENTION: dict[str, str | None] = {
     "timm.layers.gather_excite.GatherExcite": None,
     "timm.layers.global_context.GlobalContext": None,
     "timm.models._efficientnet_blocks.SqueezeExcite": "conv_reduce",
+    "timm.models.senet.SEModule": "fc1",
+    "timm.models.hgnet.EseModule": "conv",
+    "segmentation_models_pytorch.base.modules.SCSEModule": "cSE.1",
 }
 
 

@@ -80,7 +80,8 @@ def _fill_replaced(model: nn.Module, state: dict[str, Any], prefix: str) -> None
             continue
         own, start = gate.state_dict(), f"{prefix}{name}."
         found = {key for key in keys if start + key in state}
-        if not found or set(own) <= {key.removeprefix(start) for key in state if key.startswith(start)}:
+        is_own = all(start + key in state and state[start + key].shape == value.shape for key, value in own.items())
+        if is_own or not found:
             continue
         for key in found:
             del state[start + key]

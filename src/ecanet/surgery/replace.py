@@ -17,6 +17,9 @@ from ecanet.surgery.optimizers import add_parameters_, check_optimizer, remove_p
 from ecanet.surgery.report import Report, Row, gate_row, parameters_of
 from ecanet.surgery.sites import FilterFn, Shapes, dry_run
 
+#: What YOLO's network reads off its layers: number, where the input comes from, type and number of parameters.
+_YOLO_ROW = ("i", "f", "type", "np")
+
 
 class _Swap(NamedTuple):
     name: str
@@ -98,7 +101,7 @@ def replace_gates_(
         before = gate_row(name, old, "", channels, spatial).multiply_adds
         madds = None if row.multiply_adds is None or before is None else row.multiply_adds - before
         rows.append(row._replace(parameters=row.parameters - parameters_of(old), multiply_adds=madds))
-    if any(hasattr(new, STANDS_FOR) for _, _, new, _, _ in swaps):
+    if swaps:
         keep_loading_(model)
     same = len(found) - len(swaps)
     notes = (f"{same} of the {len(found)} attention modules stay as they are",) if swaps and same else ()
@@ -159,9 +162,12 @@ def _swap(
     constant = old.constant() if isinstance(old, Gate) else None
     if constant is not None:
         _make_constant_(name, new, constant)
+    elif isinstance(old, Gate) and old.scale is not None and isinstance(new, Gate):
+        new.scale = old.scale.clone()
     _stand_for_(new, old)
-    if hasattr(old, PRESERVES):
+    if hasattr(old, PRESERVES) and isinstance(new, Gate):
         setattr(new, PRESERVES, True)
+    vars(new).update({key: value for key, value in vars(old).items() if key in _YOLO_ROW})
     return _Swap(name, old, new, channels, spatial)
 
 
@@ -178,10 +184,8 @@ def _make_constant_(name: str, gate: nn.Module, constant: float) -> None:
 
 
 def _stand_for_(new: nn.Module, old: nn.Module) -> None:
-    keys = set(getattr(old, STANDS_FOR, ())) | set(old.state_dict())
-    if not isinstance(new, Gate) or keys <= set(new.state_dict()):
-        return
-    setattr(new, STANDS_FOR, tuple(sorted(keys)))
+    """Note the keys whose values are of no use any more."""
+    setattr(new, STANDS_FOR, tuple(sorted({*getattr(old, STANDS_FOR, ()), *old.state_dict()})))
 
 
 def _put_back(found: dict[str, nn.Module], modules: Mapping[str, nn.Module]) -> Iterator[_Swap]:

@@ -60,18 +60,19 @@ def find_sites(model: nn.Module, where: Where, filter_fn: FilterFn | None) -> tu
     if where in ("block", "stage"):
         return _at_blocks(model, str(where), filter_fn)
     names = names_of(model)
+    found: dict[str, int | None]
     if where == "conv":
-        found = find_groups(model, names)
+        found = {**find_groups(model, names)}
         if not found:
             raise ValueError(f"where='conv' finds no convolution with an activation behind it; {_what_to_name(model)}")
     else:
-        found = _named(model, where)
+        found = dict.fromkeys(_named(model, where))
     modules = dict(model.named_modules(remove_duplicate=False))
     sites: dict[nn.Module, Site] = {}
-    for name in found:
+    for name, channels in found.items():
         if filter_fn is not None and not filter_fn(modules[name], name):
             continue
-        site = _site(model, name, out_channels(modules[name]))
+        site = _site(model, name, channels or out_channels(modules[name]))
         sites.setdefault(site.host, site)
     if not sites:
         raise ValueError(f"filter_fn refuses all of the {len(found)} modules that where={where!r} finds")
@@ -93,6 +94,8 @@ def _named(model: nn.Module, where: object) -> list[str]:
         )
     found = []
     for pattern in patterns:
+        if pattern in KINDS:
+            raise ValueError(f"where={where!r}: {pattern!r} stands alone, without other kinds, names or patterns")
         matched = [name for name in every if fnmatch.fnmatchcase(name, pattern) and not _below_a_gate(name)]
         if not matched:
             close = difflib.get_close_matches(pattern, every, 3, 0.5)
@@ -194,6 +197,7 @@ def dry_run(
     """
     if input_shape is None:
         return None
+    modules = list(modules)
     seen: dict[nn.Module, Shapes] = {}
 
     def shape_of(value: Any) -> torch.Size | None:
@@ -207,8 +211,10 @@ def dry_run(
     try:
         with evaluating(model), FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
             model(torch.zeros(tuple(input_shape), dtype=example.dtype, device=example.device))
-    except Exception:  # a network may want any other input
-        return None
+    except (
+        Exception
+    ):  # a network may want any other input, or look at values: YOLO's head does when all layers have run
+        return seen if all(module in seen for module in modules) else None
     finally:
         for handle in handles:
             handle.remove()

@@ -1,7 +1,5 @@
 """Checkpoints: written whole or not at all, read without unpickling code, enough to build the network again."""
 
-import contextlib
-import io
 import math
 import os
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
 from ecanet.models import build_model
-from ecanet.models.state_dicts import safe_load
+from ecanet.models.state_dicts import safe_load, safe_save
 from ecanet.train.config import ModelConfig
 
 #: The key under which a checkpoint says what it is.
@@ -31,24 +29,13 @@ class SafeCheckpointIO(TorchCheckpointIO):
         Raises:
             OSError: it could not be written; names the file and what to do.
         """
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                file.write(buffer.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, target)
+            safe_save(checkpoint, path)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
             raise OSError(
                 error.errno,
-                f"cannot write the checkpoint {target} ({error.strerror}; {buffer.tell() / 2**20:.1f} MiB needed). "
-                "What was saved before is intact: free some space, then run the same command with --resume",
+                f"{error.strerror}. What was saved before is intact: free some space, then run the same command with "
+                "--resume",
             ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:

@@ -1,0 +1,182 @@
+"""A network of torchvision or timm with gates: built from plain values, saved with them, and loaded again."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ecanet.models.state_dicts import describe, misfits, read_state_dict, safe_load, safe_save, state_dict_in
+from ecanet.nn.build import GATES
+from ecanet.surgery.fuse import fuse_tails_
+from ecanet.surgery.insert import insert_gates_
+from ecanet.surgery.networks import create_network, default_input_shape
+from ecanet.surgery.report import Report
+
+#: The key under which a file says how its network is built.
+INSERTION = "ecanet_insertion"
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """A network and the gates that go into it.
+
+    Attributes:
+        model: ``"torchvision/NAME"`` or ``"timm/NAME"``.
+        gate: A name in :data:`ecanet.nn.GATES`.
+        where: As in :func:`ecanet.insert_gates_`: a kind, or names and patterns of modules.
+        kernel_size: For gates that have one; ``"adaptive"`` is Eq. (12).
+        preserve: Start with neutral gates, so that the network computes the same function.
+        num_classes: Classes of its head, by default as many as the library gives it.
+        input_size: Height and width in pixels that multiply-adds are counted for; by default the network's own.
+        fuse: Run its blocks on the fused tail, too.
+    """
+
+    model: str
+    gate: str = "eca"
+    where: str | tuple[str, ...] = "block"
+    kernel_size: int | Literal["adaptive"] = "adaptive"
+    preserve: bool = True
+    num_classes: int | None = None
+    input_size: int | None = None
+    fuse: bool = False
+
+    def build(self, weights: str | os.PathLike[str] | None = None) -> tuple[nn.Module, tuple[Report, ...]]:
+        """The network, in eval mode, and what was done to it.
+
+        Args:
+            weights: A checkpoint of the network without gates, loaded before they come in. It has to fit.
+
+        Raises:
+            ImportError: a network of timm without timm installed.
+            OSError: no checkpoint there.
+            ValueError: no such network, the checkpoint does not fit, or as :func:`ecanet.insert_gates_`.
+
+        Example:
+            >>> model, (report,) = Insertion("torchvision/resnet18", where="stage").build()
+            >>> len(report.rows)
+            4
+        """
+        if self.gate not in GATES:
+            raise ValueError(f"gate must be one of {', '.join(GATES)}, got {self.gate!r}")
+        if self.input_size is not None and self.input_size < 1:
+            raise ValueError(f"input_size must be 1 or more, got {self.input_size}")
+        state = None if weights is None else read_state_dict(weights)
+        model = create_network(self.model, self.num_classes).eval()
+        if state is not None:
+            _load_strictly(model, state, f"{weights} does not fit {self.model}", "num_classes sets the head's classes")
+        shape = default_input_shape(self.model, model)
+        if self.input_size is not None:
+            shape = (*shape[:2], self.input_size, self.input_size)
+        report = insert_gates_(
+            model,
+            self.gate,
+            self.where,
+            kernel_size=self.kernel_size,
+            preserve=self.preserve,
+            input_shape=shape,
+        )
+        return model, (report, fuse_tails_(model)) if self.fuse else (report,)
+
+
+def save(model: nn.Module, insertion: Insertion, path: str | os.PathLike[str]) -> None:
+    """Write the weights of a network with gates and the plain values that build it again.
+
+    The file is written beside its place and renamed. :func:`ecanet.models.read_state_dict` reads the weights alone.
+
+    Args:
+        model: The network that ``insertion`` built, trained since or not.
+        insertion: How it was built.
+        path: The file, of ``torch.save``.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: ``path`` ends in ``.safetensors``.
+    """
+    check_path(path)
+    packages = ("ecanet", "torch", "torchvision", *(["timm"] if insertion.model.startswith("timm/") else []))
+    about = dataclasses.asdict(insertion)
+    versions = {package: _version(package) for package in packages}
+    safe_save({INSERTION: about, "versions": versions, "state_dict": model.state_dict()}, path)
+
+
+def load(path: str | os.PathLike[str]) -> nn.Module:
+    """Build the network with gates that :func:`save` or ``ecanet insert --save`` wrote, without unpickling code.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The network on the CPU, in eval mode.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ImportError: a network of timm without timm installed.
+        ValueError: the file is damaged or something else, or the installed libraries build another network from it.
+
+    Example:
+        >>> import tempfile
+        >>> insertion = Insertion("torchvision/resnet18", num_classes=10)
+        >>> model, _ = insertion.build()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(model, insertion, f"{folder}/model.pt")
+        ...     again = load(f"{folder}/model.pt")
+        >>> x = torch.randn(1, 3, 64, 64)
+        >>> torch.equal(model(x), again(x))
+        True
+    """
+    loaded = safe_load(path)
+    if not isinstance(loaded, Mapping) or not isinstance(loaded.get(INSERTION), Mapping):
+        raise ValueError(
+            f"{path} is a checkpoint, but not one that `ecanet insert --save` wrote, so nothing says how to build its "
+            "network: build it, then model.load_state_dict(ecanet.models.read_state_dict(path))"
+        )
+    written = ", ".join(f"{package} {number}" for package, number in dict(loaded.get("versions") or {}).items())
+    try:
+        insertion = Insertion(**loaded[INSERTION])
+        with torch.random.fork_rng(devices=[]):
+            model, _ = insertion.build()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the network in {path} (written with {written}) cannot be built: {error}") from error
+    _load_strictly(
+        model,
+        state_dict_in(loaded.get("state_dict"), str(path)),
+        f"the weights in {path} do not fit the network it names, {insertion.model}",
+        f"it was written with {written}",
+    )
+    return model
+
+
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError if a network with gates cannot be saved under that name."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        raise ValueError(f"cannot save to {path}: the file is one of torch.save, so name it {path.with_suffix('.pt')}")
+    if path.is_dir():
+        raise ValueError(f"cannot save to {path}: it is a folder; name a file such as {path / 'model.pt'}")
+
+
+def _load_strictly(model: nn.Module, state: Mapping[str, Any], what: str, hint: str) -> None:
+    own = model.state_dict()
+    # Checkpoints from before torch 0.4.1 do not count batches, and torch lets them.
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    problem = describe(missing=missing, **misfits(state, own))
+    try:
+        if not problem:
+            model.load_state_dict(state)
+    except (RuntimeError, ValueError) as error:
+        problem = str(error)
+    if problem:
+        raise ValueError(f"{what} ({hint}): {problem}")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,56 @@
+"""Every architecture of the table in docs/surgery.md: in, the same function, trained, loaded, out again."""
+
+import copy
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, OK, Architecture
+from networks import assert_same_state, build, images, relative_difference
+
+from ecanet import insert_gates_, remove_gates_
+from ecanet.inspect import gates
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
+
+
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a.expected == OK], ids=lambda a: a.name)
+def test_gates_go_in_and_come_out(architecture: Architecture) -> None:
+    model = build(architecture.name)
+    original = copy.deepcopy(model.state_dict())
+    for dtype, tolerance in TOLERANCE.items():
+        model.to(dtype)
+        x = images(architecture.size, dtype=dtype)
+        with torch.no_grad():
+            before = model(x)
+
+        report = insert_gates_(model, where=architecture.where)
+
+        assert len(report.rows) == len(gates(model)) > 0
+        assert relative_difference(model(x).detach(), before) < tolerance
+
+        if dtype == torch.float64:
+            model(x).square().sum().backward()
+            for name, gate in gates(model).items():
+                for parameter in gate.parameters():
+                    assert parameter.grad is not None, name
+                    assert parameter.grad.any(), name
+            model.zero_grad()
+
+            model.load_state_dict(original)  # strict
+            with torch.no_grad():
+                assert relative_difference(model(x), before) < tolerance
+
+        assert len(remove_gates_(model).rows) == len(report.rows)
+    with torch.no_grad():
+        assert torch.equal(model(x), before)
+    assert_same_state(model.to(torch.float32).state_dict(), original)
+
+
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a.expected != OK], ids=lambda a: a.name)
+def test_what_cannot_take_gates_says_so_and_stays_as_it_was(architecture: Architecture) -> None:
+    with torch.device("meta"):
+        model = build(architecture.name)
+    keys = list(model.state_dict())
+    with pytest.raises(ValueError, match=architecture.expected):
+        insert_gates_(model, where=architecture.where)
+    assert list(model.state_dict()) == keys

@@ -3,7 +3,7 @@
 import argparse
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from benchmarks.finetune_report import aligned, from_to
 from benchmarks.finetune_runs import RANDOM, WAYS
 from benchmarks.machine import describe
 from ecanet import insert_gates_
+from ecanet.nn import Gate
 
 _RESULT = Path("benchmarks/results/photographs.json")
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in pretrained.NETWORKS:
         network = pretrained.load(name)
         images, labels = (values[: args.photographs] for values in pretrained.photographs(name))
-        before = _logits(network, images)
+        before = dict(_logits(network, images))
         for way in WAYS:
             for seed in range(args.seeds if way == RANDOM else 1):  # nothing else is left to chance
                 key = f"{name}/{way}/seed {seed}"
@@ -64,34 +65,42 @@ def measure(
 
     Returns:
         For norms that go by ``running`` statistics, as in evaluation, and by those of the ``batch``, as in training:
-        how many are ``right``, and what the logits ``moved``, relative to their norm.
+        how many are ``right``, what the logits ``moved``, relative to their norm, and the 5, 50 and 95 % quantiles of
+        all ``gates``, None without any.
     """
     network = copy.deepcopy(network)
     torch.manual_seed(seed)
     if WAYS[way] is not None:
         insert_gates_(network, "eca", preserve=bool(WAYS[way]))
-    return {
-        statistics: {
+    gates: list[Tensor] = []
+    for module in network.modules():
+        if isinstance(module, Gate):
+            module.register_forward_pre_hook(lambda gate, args: gates.append(gate.gate(args[0].mean((2, 3))).flatten()))
+    found = {}
+    for statistics, logits in _logits(network, images):
+        found[statistics] = {
             "right": int((logits.argmax(1) == labels).sum()),
             "moved": float(f"{float((logits - before[statistics]).norm() / before[statistics].norm()):.4g}"),
+            "gates": [round(float(torch.cat(gates).quantile(q)), 3) for q in (0.05, 0.5, 0.95)] if gates else None,
         }
-        for statistics, logits in _logits(network, images).items()
-    }
+        gates.clear()
+    return found
 
 
 @torch.no_grad()
-def _logits(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
+def _logits(network: nn.Module, images: Tensor) -> Iterator[tuple[str, Tensor]]:
     """By what the norms go by. The network's statistics stay as they are."""
-    by_batch = copy.deepcopy(network)
+    yield "running", network(images)
+    by_batch = copy.deepcopy(network)  # hooks and what they write to are shared
     for module in by_batch.modules():
         if isinstance(module, _BatchNorm):
             module.train()
-    return {"running": network(images), "batch": by_batch(images)}
+    yield "batch", by_batch(images)
 
 
 def report(document: results.Document) -> str:
     """One row a network and way."""
-    rows: list[list[str]] = [["network", "", "right", "logits moved, %", "right", "logits moved, %"]]
+    rows: list[list[str]] = [["network", "", *2 * ["right", "logits moved, %", "gates, 5 to 95 %"]]]
     for name in pretrained.NETWORKS:
         for way in WAYS:
             cases = [case for key, case in document["cases"].items() if key.startswith(f"{name}/{way}/")]
@@ -99,6 +108,9 @@ def report(document: results.Document) -> str:
             for statistics in ("running", "batch"):
                 cells.append(from_to([case[statistics]["right"] for case in cases]))
                 cells.append(from_to([round(100 * case[statistics]["moved"], 1) for case in cases]))
+                gates = [case[statistics]["gates"] for case in cases if case[statistics]["gates"]]
+                low, high = (f"{pick(g[i] for g in gates):.2f}" if gates else "" for pick, i in ((min, 0), (max, 2)))
+                cells.append(f"{low} to {high}" if gates else "-")
             rows.append([name, way, *cells])
     return (
         f"{document['settings']['photographs']} photographs of ImageNet right after insertion, "

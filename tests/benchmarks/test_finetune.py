@@ -115,6 +115,10 @@ def test_what_random_gates_break_in_mobilenet_are_its_running_statistics(
         assert plain[statistics]["right"] == kept[statistics]["right"] >= 5
         assert plain[statistics]["moved"] == 0
         assert kept[statistics]["moved"] < 1e-4
+        assert plain[statistics]["gates"] is None
+        assert kept[statistics]["gates"] == [0.5, 0.5, 0.5]
+    low, middle, high = random["batch"]["gates"]
+    assert 0.2 < low < middle < high < 0.8
     assert random["running"]["right"] <= 1
     assert random["batch"]["right"] >= 4
     assert random["batch"]["moved"] < 0.5 < random["running"]["moved"]

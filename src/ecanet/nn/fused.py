@@ -134,7 +134,7 @@ def formula(x: Tensor, norm: Norm, gate: GateMaths, residual: Tensor | None) -> 
 def in_graph(x: Tensor, norm: Norm, gate: GateMaths, residual: Tensor | None, act: int) -> Tensor | None:
     """The tail as one operation in a compiler's graph, or None where the compiler does better with plain PyTorch.
 
-    On a CPU the C++ kernels take a fifth of the time of what Inductor makes of the same formulas
+    On a CPU the C++ kernels take a quarter of the time of what Inductor makes of the same formulas
     (``python -m benchmarks.cpu --only training``). What is exported must run without this library.
     """
     if not gate.band or torch.compiler.is_exporting() or not x.is_cpu or x.numel() == 0:

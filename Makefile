@@ -4,9 +4,10 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
 KERNELS := src/ecanet/lib/ecanet_cpu.so
-# Ultralytics writes its settings at import: here and not into the home, and it looks for nothing on the network.
+# Ultralytics writes its settings at import: here and not into the home, says nothing about it, and stays off the network.
 export YOLO_CONFIG_DIR := $(CURDIR)/$(VENV)/ultralytics
 export YOLO_OFFLINE := 1
+export YOLO_VERBOSE := false
 
 .PHONY: demo test check bench format clean
 

@@ -172,7 +172,7 @@ def test_all_forms_of_the_training_tail_agree(memory_format: str, monkeypatch: p
         check_agreement(work.competitors, names, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["memory", "training", "inference"])
+@pytest.mark.parametrize("name", ["memory", "training", "inference", "ecaresnet50d-training", "ecaresnet50d-inference"])
 def test_networks(name: str) -> None:
     case = next(case for case in network_cases(quick=True, compiled=False) if case.name == name)
     result = run._measure(case, {"rounds": 1, "network_rounds": 1, "quick": True}, "")

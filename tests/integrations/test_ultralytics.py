@@ -307,6 +307,14 @@ def test_gates_that_fit_no_layer_of_the_new_network_are_named():
     assert [name for name, module in target.named_modules() if isinstance(module, ecanet.ECA)] == ["model.0.gate"]
 
 
+def test_weights_of_a_network_that_is_not_ultralytics_load_as_before():
+    keep_gates()
+    model = YOLO("yolo11n.yaml").model
+    before = copy.deepcopy(model.state_dict())
+    model.load(nn.Sequential(nn.Linear(2, 2)))
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
 def test_a_gate_that_replaced_that_of_a_row_runs_and_is_kept_in_training():
     register()
     model = YOLO(example()).model.eval()

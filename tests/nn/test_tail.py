@@ -17,6 +17,7 @@ import torchvision
 from sync_processes import CASES as SYNC_CASES
 from sync_processes import run_in_processes, training_step
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
@@ -978,6 +979,30 @@ def test_inductor_makes_the_same_of_it() -> None:
     x = feature_map(3, C, 5, 4)
     got = {name.replace("_orig_mod.", ""): t for name, t in step(compiled, x, x).items()}
     assert_equal(got, step(other, x, x), TOLERANCE[torch.float32])
+
+
+@needs_kernels
+@pytest.mark.usefixtures("_nothing_compiled_before")
+def test_between_convolutions_inductor_converts_no_maps(monkeypatch) -> None:
+    """It makes them channels last, and the operation takes them as they come."""
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = (nn.Conv2d(C, C, 3, padding=1, bias=False) for _ in range(2))
+            self.tail = Tail(randomise_(nn.BatchNorm2d(C)), ECA(C), "relu")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.tail(self.first(x), None))
+
+    network, x = Network().eval(), torch.randn(2, C, 6, 5)
+    monkeypatch.setattr(torch._inductor.config, "fx_graph_cache", False)
+    monkeypatch.setattr(torch._functorch.config, "enable_autograd_cache", False)
+    with torch.no_grad():
+        got, (code,) = run_and_get_code(torch.compile(network, fullgraph=True), x)
+        torch.testing.assert_close(got, network(x))
+    assert "torch.ops.ecanet.eca_tail.default(" in code
+    assert "fused_eca_tail" not in code  # a kernel that makes the operation's argument
 
 
 @pytest.mark.usefixtures("_nothing_compiled_before")

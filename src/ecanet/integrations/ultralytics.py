@@ -230,7 +230,8 @@ def _load_with_gates(load: Callable[..., Any]) -> Callable[..., Any]:
 
 def _same_file(first: Any, second: Any) -> bool:
     """Whether two networks come from the same rows at the same scale; the number of classes may differ."""
-    return all(first.yaml.get(key) == second.yaml.get(key) for key in ("backbone", "head", "scale"))
+    rows = [{key: getattr(m, "yaml", {}).get(key) for key in ("backbone", "head", "scale")} for m in (first, second)]
+    return rows[0] == rows[1]
 
 
 def _alike(first: nn.Module, second: nn.Module) -> bool:
@@ -286,8 +287,8 @@ def example(name: str = "yolo11-eca") -> str:
         ValueError: there is no such file.
 
     Example:
-        >>> example("yolo26m-eca")[-28:]
-        'integrations/yolo/yolo26m-eca.yaml'
+        >>> Path(example("yolo26m-eca")).name
+        'yolo26m-eca.yaml'
     """
     match = re.fullmatch(r"(yolo\d+)([nsmlx]?)(-\w+)", name)
     if match is None or not (_EXAMPLES / f"{match[1]}{match[3]}.yaml").is_file():

@@ -40,8 +40,9 @@ def insert_gates_(
     """Put a gate after every residual branch (or elsewhere) of a network, in place, without changing its function.
 
     A gate becomes the child ``gate`` of the module whose output it scales. All keys the network had stay, and state
-    dicts of those keys load as before, strictly; with ``preserve`` they set the gates neutral. A second call with
-    the same arguments does nothing.
+    dicts of those keys load as before, strictly; with ``preserve`` they set the gates neutral. (Files and copies:
+    what ``model.state_dict()`` returned before is the network's own tensors, which change.) A second call with the same
+    arguments does nothing.
 
     Args:
         model: Any network of convolutions: torchvision's, timm's, segmentation_models.pytorch's, YOLO's, your own. On

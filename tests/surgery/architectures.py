@@ -21,7 +21,7 @@ class Architecture(NamedTuple):
     """
 
     name: str
-    size: int = 64
+    size: int = 32
     expected: str = OK
     where: str = "block"
 

@@ -41,6 +41,8 @@ struct Line {
 
 // Sums of long runs are kept in blocks, so that the rounding error does not grow with the size of the map.
 constexpr int64_t kBlock = 4096;
+// So many vectors are summed up before they are added to what came before.
+constexpr int64_t kPartial = 32;
 
 // What a run of at least one vector adds up to, lane by lane.
 template <class T>
@@ -195,12 +197,19 @@ void row_moments(const T* x, int64_t size, double* mean, double* m2) {
     const Vec<A> center = splat(about);
     Vec<A> d0 = {}, d1 = {}, q0 = {}, q1 = {};
     int64_t i = 0;
-    for (; i + 2 * W <= count; i += 2 * W) {
-      const Vec<A> u = load(b + i) - center, v = load(b + i + W) - center;
-      d0 += u;
-      d1 += v;
-      q0 += u * u;
-      q1 += v * v;
+    while (i + 2 * W <= count) {
+      // Squares of values on a coarse grid, as those far from 0 are, round to one side when added to a long sum.
+      const int64_t end = count - i < kPartial * W ? count : i + kPartial * W;
+      Vec<A> p0 = {}, p1 = {};
+      for (; i + 2 * W <= end; i += 2 * W) {
+        const Vec<A> u = load(b + i) - center, v = load(b + i + W) - center;
+        d0 += u;
+        d1 += v;
+        p0 += u * u;
+        p1 += v * v;
+      }
+      q0 += p0;
+      q1 += p1;
     }
     for (; i + W <= count; i += W) {
       const Vec<A> u = load(b + i) - center;

@@ -16,8 +16,8 @@ from torch import nn
 from torch.serialization import add_safe_globals
 
 from ecanet.nn import GATES, Gate, GateFactory
-from ecanet.nn.hung import hang_, hung_gate
-from ecanet.surgery.loading import hung_gates, keep_loading_
+from ecanet.nn.hung import hang_, hung_gate, hung_gates
+from ecanet.surgery.loading import keep_loading_
 
 _EXAMPLES = Path(__file__).with_name("yolo")
 
@@ -290,7 +290,7 @@ def example(name: str = "yolo11-eca") -> str:
         >>> Path(example("yolo26m-eca")).name
         'yolo26m-eca.yaml'
     """
-    match = re.fullmatch(r"(yolo\d+)([nsmlx]?)(-\w+)", name)
+    match = re.fullmatch(r"(yolo\d+)([nsmlx]?)(-\w+)", str(name))
     if match is None or not (_EXAMPLES / f"{match[1]}{match[3]}.yaml").is_file():
         known = sorted(path.stem for path in _EXAMPLES.glob("*.yaml"))
         raise ValueError(f"name must be one of {known}, or one with a scale such as 'yolo11s-eca', got {name!r}")

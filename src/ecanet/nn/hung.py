@@ -2,15 +2,22 @@
 
 The gate is the module's child ``gate``, and a forward hook calls it, so every key of the network stays and the gate's
 are ``NAME.gate.*``. The hook is a function of this file and finds the gate through its module: copies and pickles of
-the network work.
+the network work. Where somebody builds a BatchNorm anew and hands its children on, as
+:meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` does, the gate hangs itself on the new one.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.module import register_module_module_registration_hook
 
 #: Name of the gate in the module it hangs on.
 GATE = "gate"
+
+#: Set on a gate that hangs.
+_HANGS = "hangs"
 
 #: These call their children, or let others: one more would run, too.
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -33,6 +40,16 @@ def hang_(host: nn.Module, gate: nn.Module) -> None:
         raise ValueError(f"a {type(host).__name__} with an attribute {GATE!r} of its own cannot take one: wrap it")
     host.register_module(GATE, gate)
     host.register_forward_hook(run_gate)
+    setattr(gate, _HANGS, True)
+
+
+def _hang_on_the_new_host(host: nn.Module, name: str, gate: nn.Module | None) -> None:
+    hangs = name == GATE and getattr(gate, _HANGS, False) and isinstance(host, _NormBase)
+    if hangs and run_gate not in host._forward_hooks.values():
+        host.register_forward_hook(run_gate)
+
+
+register_module_module_registration_hook(_hang_on_the_new_host)
 
 
 def hung_gate(host: nn.Module) -> nn.Module | None:
@@ -41,8 +58,16 @@ def hung_gate(host: nn.Module) -> nn.Module | None:
     return gate if gate is not None and run_gate in host._forward_hooks.values() else None
 
 
+def hung_gates(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Name and module of every host of a gate, and the gate."""
+    for name, host in model.named_modules():
+        gate = hung_gate(host)
+        if gate is not None:
+            yield name, host, gate
+
+
 def take_down_(host: nn.Module) -> None:
     """Remove the gate that hangs on a module, and its hook."""
     for key in [key for key, hook in host._forward_hooks.items() if hook is run_gate]:
         del host._forward_hooks[key]
-    del host._modules[GATE]
+    delattr(host._modules.pop(GATE), _HANGS)

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from ecanet.nn import ECA, Gate
+from ecanet.nn.fused import called_differently
 from ecanet.ops import reference
 from ecanet.surgery.layers import qualified_name
 
@@ -40,7 +41,7 @@ def as_gate(attention: nn.Module, channels: int | None) -> nn.Module:
         attention: A module of timm; its parameters are shared, its keys kept.
         channels: Number of channels C.
     """
-    if channels is None or attention._forward_hooks or attention._forward_pre_hooks or "forward" in vars(attention):
+    if channels is None or any(called_differently(module) for module in attention.modules()):
         return attention
     name = qualified_name(type(attention))
     gate: Gate | None = None
@@ -52,9 +53,9 @@ def as_gate(attention: nn.Module, channels: int | None) -> nn.Module:
 
 
 def _eca(attention: nn.Module, channels: int) -> ECA | None:
-    weight, bias = (getattr(attention.get_submodule("conv"), name) for name in ("weight", "bias"))
+    weight, bias = (attention.get_submodule("conv")._parameters.get(name) for name in ("weight", "bias"))
     experiment = bias is not None or getattr(attention, "conv2", None) is not None
-    if experiment or type(attention.get_submodule("gate")).__name__ != "Sigmoid":
+    if weight is None or experiment or type(attention.get_submodule("gate")).__name__ != "Sigmoid":
         return None
     eca = ECA(channels, weight.shape[-1], circular=type(attention).__name__ == "CecaModule")
     eca.conv.weight = weight

@@ -19,8 +19,10 @@ from ecanet.surgery.layers import (
     count_convolutions,
     folds_later,
     is_attention,
+    is_empty,
     is_norm,
     is_transparent,
+    merges_branches,
     out_channels,
     resolve,
 )
@@ -99,7 +101,7 @@ def find_blocks(model: nn.Module) -> tuple[list[Branch], dict[str, str]]:
 
 
 def _search(module: nn.Module, name: str, found: list[Branch], untraced: dict[str, str], seen: set[nn.Module]) -> None:
-    if module in seen or is_attention(module) or not count_convolutions(module):
+    if module in seen or is_attention(module) or not count_convolutions(module) or merges_branches(module):
         return
     seen.add(module)
     if (cls := class_with_forward(module)) in BLOCKS:
@@ -125,9 +127,9 @@ def _known_block(block: nn.Module, name: str, path: str) -> Branch:
 def _branch(block: str, end: nn.Module, end_name: str, channels: int | None = None) -> Branch:
     channels = out_channels(end) or channels
     last, last_name = end, end_name
-    while isinstance(last, nn.Sequential) and len(last):
-        key, last = next((k, child) for k, child in reversed(last._modules.items()) if child is not None)
-        last_name = f"{last_name}.{key}"
+    while isinstance(last, nn.Sequential) and not is_empty(last):
+        key = next(key for key, child in reversed(last._modules.items()) if not is_empty(child))
+        last, last_name = last.get_submodule(key), f"{last_name}.{key}"
     if is_attention(last):
         reason = f"the block has attention there, {last_name} ({type(last).__name__}): replace_gates_ swaps it"
         return Branch(block, last_name, channels, reason)

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parameter import is_lazy
+
+from ecanet.nn import Gate
 
 
 def check_model(model: object) -> None:
@@ -29,6 +32,8 @@ def check_model(model: object) -> None:
             raise TypeError(f"{where} is compiled: pass the model from before torch.compile, and compile the result")
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(f"{where} is scripted or traced: pass the model from before that")
+        if any(is_lazy(parameter) for parameter in module._parameters.values()):
+            raise TypeError(f"{where} has parameters that are not initialised: run it once on an input first")
 
 
 def _is_sharded(module: nn.Module) -> bool:
@@ -52,3 +57,11 @@ def check_input_shape(input_shape: object) -> None:
         raise TypeError(f"input_shape must be a sequence of integers such as (1, 3, 224, 224), got {input_shape!r}")
     if not input_shape or min(input_shape) < 1:
         raise ValueError(f"input_shape must have sizes of 1 or more, such as (1, 3, 224, 224), got {input_shape!r}")
+
+
+def check_channels_of(gate: nn.Module, name: str, channels: int) -> None:
+    """Raise ValueError if a gate was built for another number of channels than what it follows returns."""
+    if isinstance(gate, Gate) and gate.channels != channels:
+        raise ValueError(
+            f"gate made a {type(gate).__name__} of {gate.channels} channels for {name}, which has {channels}"
+        )

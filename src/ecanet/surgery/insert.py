@@ -10,7 +10,7 @@ from ecanet.models.neutral import Neutralisable
 from ecanet.nn import Gate
 from ecanet.nn.build import GateFactory, build_gate
 from ecanet.nn.hung import GATE, hang_, hung_gate
-from ecanet.surgery.checks import check_input_shape, check_model
+from ecanet.surgery.checks import check_channels_of, check_input_shape, check_model
 from ecanet.surgery.layers import affine, names_of, owners
 from ecanet.surgery.loading import PRESERVES, keep_loading_
 from ecanet.surgery.optimizers import add_parameters_, check_optimizer
@@ -24,6 +24,7 @@ class _Plan(NamedTuple):
     channels: int
     spatial: torch.Size | None
     fold: tuple[Tensor, ...]  # what takes the factor of a neutral gate; empty if the gate's own scale does
+    runs: bool  # in the dry run, or for all that is known
 
 
 def insert_gates_(
@@ -86,8 +87,10 @@ def insert_gates_(
         True
     """
     check_model(model)
-    check_optimizer(optimizer)
+    check_optimizer(optimizer, model)
     check_input_shape(input_shape)
+    if not isinstance(preserve, bool):
+        raise TypeError(f"preserve must be True or False, got {preserve!r}")
     sites, notes = find_sites(model, where, filter_fn)
     todo, already = _not_yet(sites, gate, kernel_size)
     if already:
@@ -102,14 +105,15 @@ def insert_gates_(
         )
     registered = names_of(model)
     count = owners(model)
-    plans = [_plan(site, gate, kernel_size, preserve, shapes, count) for site in todo]
+    plans = [_plan(model, site, gate, kernel_size, preserve, shapes, count) for site in todo]
     rows: list[Row] = []
-    for site, module, channels, spatial, fold in plans:
+    for site, module, channels, spatial, fold, runs in plans:
         if preserve:
             _make_neutral_(module, fold)
         hang_(site.host, module)
         add_parameters_(optimizer, module, f"{site.name}.{GATE}", site.host)
-        rows.append(gate_row(f"{site.name}.{GATE}", module, site.name, channels, spatial))
+        row = gate_row(f"{site.name}.{GATE}", module, site.name, channels, spatial)
+        rows.append(row if runs else row._replace(multiply_adds=0))
         if len(registered[site.host]) > 1:
             notes.append(f"{site.name} is shared, and its gate with it: {', '.join(registered[site.host])}")
     if plans:
@@ -145,6 +149,7 @@ def _not_yet(sites: list[Site], gate: str | GateFactory, kernel_size: int | str)
 
 
 def _plan(
+    model: nn.Module,
     site: Site,
     gate: str | GateFactory,
     kernel_size: int | Literal["adaptive"],
@@ -154,6 +159,7 @@ def _plan(
 ) -> _Plan:
     """Build the gate of one site and see that everything can be done, before anything is."""
     channels, spatial = site.channels, None
+    runs = shapes is None or site.host in shapes
     if shapes is not None and site.host in shapes:
         shape = shapes[site.host].output
         if shape is None or len(shape) < 2:
@@ -174,26 +180,33 @@ def _plan(
         module = build_gate(gate, channels, kernel_size)
     except ValueError as error:
         raise ValueError(f"{site.name}, {channels} channels: {error}") from error
+    check_channels_of(module, site.name, channels)
     if hasattr(site.host, GATE):
         raise ValueError(
             f"a gate cannot hang on {site.name}: {type(site.host).__name__} has an attribute {GATE!r} of its own; name "
             "another module"
         )
-    like = _example(site.host)
+    like = _example(model, site.name)
     if like is not None:
         module = module.to(device=like.device, dtype=like.dtype)
     module.train(site.host.training)
     fold = affine(site.host) or ()
-    if any(owner_count[id(t)] > 1 for t in fold):  # another norm has the same weight
+    if not runs or any(owner_count[id(t)] > 1 for t in fold):  # its code is called else; another norm has its weight
         fold = ()
     if preserve:
         _check_neutral(site, module, fold)
-    return _Plan(site, module, channels, spatial, fold)
+    return _Plan(site, module, channels, spatial, fold, runs)
 
 
-def _example(host: nn.Module) -> Tensor | None:
-    tensors = (*host.parameters(), *host.buffers())
-    return next((t for t in tensors if t.is_floating_point()), None)
+def _example(model: nn.Module, name: str) -> Tensor | None:
+    """A tensor of the type and on the device of what a gate follows: the module's own, or of the part around it."""
+    path = name.split(".")
+    for i in range(len(path), -1, -1):
+        part = model.get_submodule(".".join(path[:i]))
+        for t in (*part.parameters(), *part.buffers()):
+            if t.is_floating_point():
+                return t
+    return None
 
 
 def _check_neutral(site: Site, gate: nn.Module, fold: tuple[Tensor, ...]) -> None:

@@ -16,6 +16,15 @@ _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, FrozenBatchNorm2d)
 _TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, StochasticDepth)
 _NO_ACTIVATIONS = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin)
 _ACTIVATION_FILES = ("torch.nn.modules.activation", "timm.layers.activations", "timm.layers.activations_me")
+_KNOWN_NORMS = (
+    "torch.nn.modules.batchnorm.",
+    "torch.nn.modules.instancenorm.",
+    "torch.nn.modules.normalization.",
+    "torchvision.ops.misc.FrozenBatchNorm2d",
+    "torchvision.models.convnext.LayerNorm2d",
+    "timm.layers.norm.",
+    "timm.layers.norm_act.",
+)
 #: Activations that are called as functions or methods.
 ACTIVATION_FUNCTIONS: frozenset[Any] = frozenset(
     {
@@ -89,9 +98,16 @@ def activation_inside(norm: nn.Module) -> bool:
 
 
 def affine(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Weight and bias of a norm whose output they scale and shift, or None."""
-    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    if not is_norm(norm) or activation_inside(norm) or not isinstance(weight, Tensor) or not isinstance(bias, Tensor):
+    """Weight and bias of a norm whose output they scale and shift, and that can be written into; otherwise None.
+
+    Norms whose code is not known, or whose weights are computed (parametrized, pruned), are none of these.
+    """
+    theirs = class_with_forward(norm)
+    known = theirs.startswith(_KNOWN_NORMS) and is_norm(norm) and not activation_inside(norm)
+    if not known or norm._forward_pre_hooks or "forward" in vars(norm):
+        return None
+    weight, bias = ((norm._parameters | norm._buffers).get(name) for name in ("weight", "bias"))
+    if weight is None or bias is None or not all(t.is_contiguous() and not t.is_inference() for t in (weight, bias)):
         return None
     return weight, bias
 
@@ -103,7 +119,12 @@ def is_activation(module: nn.Module) -> bool:
 
 def is_transparent(module: nn.Module) -> bool:
     """Whether what a module returns is its input, but for what is dropped at random in training."""
-    return isinstance(module, _TRANSPARENT) or type(module).__name__ in ("DropPath", "DropBlock2d")
+    return isinstance(module, _TRANSPARENT) or type(module).__name__ in ("DropPath", "DropBlock2d") or is_empty(module)
+
+
+def is_empty(module: nn.Module | None) -> bool:
+    """Whether it is a sequence of nothing, which returns its input."""
+    return module is None or (type(module) is nn.Sequential and not len(module))
 
 
 def count_convolutions(module: nn.Module) -> int:
@@ -144,6 +165,11 @@ def resolve(module: nn.Module, path: str) -> tuple[str, nn.Module]:
 def folds_later(module: nn.Module) -> bool:
     """Whether the module can merge its layers for deployment: a gate that hangs on one of them would be lost."""
     return any(hasattr(module, name) for name in ("forward_fuse", "fuse", "reparameterize", "switch_to_deploy"))
+
+
+def merges_branches(module: nn.Module) -> bool:
+    """Whether the module can become one convolution for deployment, as RepVGG's: no gate can be inside."""
+    return any(hasattr(module, name) for name in ("forward_fuse", "reparameterize", "switch_to_deploy"))
 
 
 def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ecanet.models.neutral import Neutralisable
-from ecanet.nn.hung import GATE, hung_gate
+from ecanet.nn.hung import GATE, hung_gates
 from ecanet.surgery.layers import affine
 
 #: Set on a gate that took another module's place: the keys that module had.
@@ -17,25 +17,30 @@ STANDS_FOR = "stands_for"
 PRESERVES = "preserves"
 
 
-def hung_gates(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """Name and module of every host of a gate, and the gate."""
-    for name, host in model.named_modules():
-        gate = hung_gate(host)
-        if gate is not None:
-            yield name, host, gate
-
-
 def keep_loading_(model: nn.Module) -> None:
-    """Let the network load state dicts of its original keys from now on."""
-    stop_loading_(model)
-    model.register_load_state_dict_pre_hook(_fill)
+    """Let the network, and every part of it that holds gates, load state dicts of its original keys; others no more."""
+    holders = set(_holders(model))
+    for module in model.modules():
+        hooks = module._load_state_dict_pre_hooks
+        there = [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is _fill]
+        if module in holders and not there:
+            module.register_load_state_dict_pre_hook(_fill)
+        for key in there if module not in holders else ():
+            del hooks[key]
 
 
-def stop_loading_(model: nn.Module) -> None:
-    """Undo :func:`keep_loading_`."""
-    hooks = model._load_state_dict_pre_hooks
-    for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is _fill]:
-        del hooks[key]
+def _holders(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules above hosts, and above gates that took another module's place."""
+    names = [name for name, _, _ in hung_gates(model)]
+    names += [name for name, module in model.named_modules() if hasattr(module, STANDS_FOR)]
+    parts = [name.split(".") for name in names if name]
+    prefixes = {".".join(path[:i]) for path in parts for i in range(len(path))} | ({""} if names else set())
+    return (model.get_submodule(prefix) for prefix in sorted(prefixes))
+
+
+def without_values(gate: nn.Module) -> bool:
+    """Whether a gate is on the device ``"meta"``."""
+    return any(t.is_meta for t in (*gate.parameters(), *gate.buffers()))
 
 
 @torch.no_grad()
@@ -43,33 +48,54 @@ def _fill(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None
     """The hook: adds to a state dict of the original keys what the gates need."""
     _fill_replaced(model, state, prefix)
     hung = list(hung_gates(model))
-    gates = {f"{prefix}{name}.{GATE}.": gate for name, _, gate in hung}
+    gates = [f"{_start(prefix, name)}{GATE}." for name, _, _ in hung]
     if not gates or any(key.startswith(gate_prefix) for gate_prefix in gates for key in state):
         return  # a state dict with gates
+    ours = tuple(gate_prefix.removeprefix(prefix) for gate_prefix in gates)
+    original = [k for k in model.state_dict() if not k.startswith(ours) and not k.endswith("num_batches_tracked")]
     for name, host, gate in hung:
-        own = f"{prefix}{name}."
-        is_there = all(f"{own}{key}" in state for key, _ in _own_tensors(host))
-        if not is_there or not any(key.startswith(prefix) for key in state):
+        covering = _covering(name, original)
+        if not covering or not all(prefix + key in state for key in covering):
             continue  # a part of the network is loaded, and not this one
-        source = gate
+        own, source = _start(prefix, name), gate
         if getattr(gate, PRESERVES, False):
-            source = copy.deepcopy(gate)
-            assert isinstance(source, Neutralisable)
-            constant = source.make_neutral_()
-            scale, tensors = getattr(source, "scale", None), affine(host)
-            if isinstance(scale, Tensor):
-                scale.fill_(1 / constant)
-            elif tensors is not None:
+            source, constant = _neutral(gate, device=state[prefix + covering[0]].device)
+            tensors = affine(host)
+            if getattr(source, "scale", None) is None and tensors is not None:
                 for key in ("weight", "bias"):
                     state[own + key] = state[own + key] / constant
         state.update({f"{own}{GATE}.{key}": value for key, value in source.state_dict().items()})
 
 
-def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    persistent = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
-    for key, value in {**module._parameters, **persistent}.items():
-        if value is not None and key != "num_batches_tracked":
-            yield key, value
+def _start(prefix: str, name: str) -> str:
+    return f"{prefix}{name}." if name else prefix
+
+
+def _covering(name: str, original: list[str]) -> list[str]:
+    """Keys that are there wherever the output of a module is loaded: its own, or of the part around it."""
+    path = name.split(".") if name else []
+    for i in range(len(path), -1, -1):
+        start = ".".join(path[:i]) + "." if i else ""
+        found = [key for key in original if key.startswith(start)]
+        if found:
+            return found
+    return []
+
+
+def _neutral(gate: nn.Module, device: torch.device) -> tuple[nn.Module, float]:
+    """A neutral copy of a gate, with values on the device also where the gate has none yet, and its constant."""
+    twin = copy.deepcopy(gate)
+    if without_values(gate):
+        twin = twin.to_empty(device=device)
+        for module in twin.modules():
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+    assert isinstance(twin, Neutralisable)
+    constant = twin.make_neutral_()
+    scale = getattr(twin, "scale", None)
+    if isinstance(scale, Tensor):
+        scale.fill_(1 / constant)
+    return twin, constant
 
 
 def _fill_replaced(model: nn.Module, state: dict[str, Any], prefix: str) -> None:

@@ -45,7 +45,19 @@ def remove_parameters_(optimizer: torch.optim.Optimizer | None, gone: Iterable[T
         del state[parameter]
 
 
-def check_optimizer(optimizer: object) -> None:
-    """Raise unless it is an optimizer or None."""
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+def check_optimizer(optimizer: object, model: nn.Module) -> None:
+    """Raise unless it is None or an optimizer of the model's parameters that can get new ones.
+
+    Raises:
+        TypeError: it is no optimizer, or one that cannot follow.
+        ValueError: none of its parameters is the model's.
+    """
+    if optimizer is None:
+        return
+    if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
+    if type(optimizer).__name__ in ("LBFGS", "Muon"):  # one counts its parameters, the other takes matrices alone
+        raise TypeError(f"optimizer: {type(optimizer).__name__} cannot follow: build it after surgery")
+    own = {id(parameter) for parameter in model.parameters()}
+    if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError("optimizer has none of the model's parameters: pass the one that trains this model")

@@ -4,10 +4,10 @@ import torch
 from torch import nn
 
 from ecanet.nn import Gate
-from ecanet.nn.hung import GATE, take_down_
+from ecanet.nn.hung import GATE, hung_gates, take_down_
 from ecanet.surgery.checks import check_model
 from ecanet.surgery.layers import affine, owners
-from ecanet.surgery.loading import hung_gates, stop_loading_
+from ecanet.surgery.loading import keep_loading_, without_values
 from ecanet.surgery.optimizers import check_optimizer, remove_parameters_
 from ecanet.surgery.report import Report, Row, parameters_of
 from ecanet.surgery.sites import FilterFn
@@ -49,12 +49,13 @@ def remove_gates_(
         (8, True)
     """
     check_model(model)
-    check_optimizer(optimizer)
+    check_optimizer(optimizer, model)
     wanted = [
         (name, host, gate)
         for name, host, gate in hung_gates(model)
         if filter_fn is None or filter_fn(gate, f"{name}.{GATE}" if name else GATE)
     ]
+    gates = {name: gate for name, _, gate in wanted}
     constants = {name: gate.constant() if isinstance(gate, Gate) else None for name, _, gate in wanted}
     count = owners(model)
     tensors = {name: affine(host) or () for name, host, _ in wanted}
@@ -62,7 +63,8 @@ def remove_gates_(
     lost = [
         name
         for name, constant in constants.items()
-        if constant is None or (constant != 1 and (not tensors[name] or name in shared))
+        if not without_values(gates[name])
+        and (constant is None or (constant != 1 and (not tensors[name] or name in shared)))
     ]
     if lost and not force:
         shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
@@ -85,6 +87,5 @@ def remove_gates_(
         removed[gate_name] = gate
         channels = getattr(gate, "channels", None)
         rows.append(Row(gate_name, type(gate).__name__, name, channels, None, -parameters_of(gate)))
-    if not any(True for _ in hung_gates(model)):
-        stop_loading_(model)
+    keep_loading_(model)
     return Report("removed", tuple(rows), (), removed)

@@ -9,8 +9,8 @@ from torch import nn
 from ecanet.models.neutral import Neutralisable
 from ecanet.nn import Gate
 from ecanet.nn.build import GateFactory, build_gate
-from ecanet.nn.hung import GATE
-from ecanet.surgery.checks import check_input_shape, check_model
+from ecanet.nn.hung import GATE, hang_, hung_gate, take_down_
+from ecanet.surgery.checks import check_channels_of, check_input_shape, check_model
 from ecanet.surgery.layers import ATTENTION, class_with_forward, is_attention, names_of, out_channels
 from ecanet.surgery.loading import PRESERVES, STANDS_FOR, keep_loading_
 from ecanet.surgery.optimizers import add_parameters_, check_optimizer, remove_parameters_
@@ -74,7 +74,7 @@ def replace_gates_(
         461601
     """
     check_model(model)
-    check_optimizer(optimizer)
+    check_optimizer(optimizer, model)
     check_input_shape(input_shape)
     found = list(attention_in(model))
     if isinstance(gate, Mapping):
@@ -155,6 +155,7 @@ def _swap(
         new = build_gate(gate, channels, kernel_size)
     except ValueError as error:
         raise ValueError(f"{name}, {channels} channels: {error}") from error
+    check_channels_of(new, name, channels)
     if type(new) is type(old) and isinstance(new, Gate) and new.extra_repr() == old.extra_repr():
         return None
     like = next(old.parameters(), next(model.parameters(), torch.empty(())))
@@ -177,7 +178,12 @@ def _make_constant_(name: str, gate: nn.Module, constant: float) -> None:
         raise ValueError(
             f"{name} is neutral, and {type(gate).__name__} has no make_neutral_() to be neutral in its place"
         )
-    own = gate.make_neutral_()
+    try:
+        own = gate.make_neutral_()
+    except ValueError as error:
+        raise ValueError(
+            f"{name} is neutral, and what takes its place has to be: {error}; take another gate"
+        ) from error
     if own != constant:
         like = next(gate.parameters())
         gate.register_buffer("scale", like.new_tensor(constant / own))
@@ -196,11 +202,20 @@ def _put_back(found: dict[str, nn.Module], modules: Mapping[str, nn.Module]) -> 
             )
         if not isinstance(module, nn.Module):
             raise TypeError(f"gate[{name!r}] must be a module, got {type(module).__name__}")
-        if module is not found[name]:
-            yield _Swap(name, found[name], module, None, None)
+        old = found[name]
+        if module is not old:
+            like = next(old.parameters(), None)
+            module = module if like is None else module.to(device=like.device, dtype=like.dtype)
+            yield _Swap(name, old, module.train(old.training), None, None)
 
 
 def _install_(model: nn.Module, names: list[str], new: nn.Module) -> None:
     for name in names:
         parent_name, _, child = name.rpartition(".")
-        model.get_submodule(parent_name)._modules[child] = new
+        parent = model.get_submodule(parent_name)
+        hangs = hung_gate(parent) is not None and child == GATE
+        if hangs:
+            take_down_(parent)
+            hang_(parent, new)
+        else:
+            parent._modules[child] = new

@@ -1,5 +1,6 @@
 """Where gates go: from the ``where=`` argument to modules of the network, and what is known of their outputs."""
 
+import copy
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Sequence
@@ -10,10 +11,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ecanet.inspect.observe import evaluating, example_tensor
-from ecanet.nn.hung import CONTAINERS, GATE
+from ecanet.nn.hung import CONTAINERS, GATE, hung_gates, run_gate
 from ecanet.surgery.blocks import JOINED, Branch, find_blocks
 from ecanet.surgery.groups import find_groups
-from ecanet.surgery.layers import class_with_forward, names_of, out_channels
+from ecanet.surgery.layers import CONVOLUTIONS, class_with_forward, is_empty, names_of, out_channels
 
 FilterFn: TypeAlias = Callable[[nn.Module, str], bool]
 Where: TypeAlias = str | Sequence[str] | FilterFn
@@ -69,6 +70,8 @@ def find_sites(model: nn.Module, where: Where, filter_fn: FilterFn | None) -> tu
         found = dict.fromkeys(_named(model, where))
     modules = dict(model.named_modules(remove_duplicate=False))
     sites: dict[nn.Module, Site] = {}
+    if not found:
+        raise ValueError(f"where={where!r} names nothing but gates that are there; {_what_to_name(model)}")
     for name, channels in found.items():
         if filter_fn is not None and not filter_fn(modules[name], name):
             continue
@@ -80,12 +83,13 @@ def find_sites(model: nn.Module, where: Where, filter_fn: FilterFn | None) -> tu
 
 
 def _named(model: nn.Module, where: object) -> list[str]:
-    every = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    gates = tuple(f"{f'{name}.' if name else ''}{GATE}." for name, _, _ in hung_gates(model))
+    every = [n for n, _ in model.named_modules(remove_duplicate=False) if n and not f"{n}.".startswith(gates)]
     if callable(where):
-        found = [name for name, module in model.named_modules() if name and where(module, name)]
+        found = [name for name in every if where(model.get_submodule(name), name)]
         if not found:
             raise ValueError(f"where={where!r} is true for no module; {_what_to_name(model)}")
-        return [name for name in found if not _below_a_gate(name)]
+        return found
     patterns = [where] if isinstance(where, str) else where
     if not isinstance(patterns, Iterable) or not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(
@@ -96,7 +100,7 @@ def _named(model: nn.Module, where: object) -> list[str]:
     for pattern in patterns:
         if pattern in KINDS:
             raise ValueError(f"where={where!r}: {pattern!r} stands alone, without other kinds, names or patterns")
-        matched = [name for name in every if fnmatch.fnmatchcase(name, pattern) and not _below_a_gate(name)]
+        matched = [name for name in every if fnmatch.fnmatchcase(name, pattern)]
         if not matched:
             close = difflib.get_close_matches(pattern, every, 3, 0.5)
             near = f"; close to it: {', '.join(close)}" if close else ""
@@ -108,10 +112,6 @@ def _named(model: nn.Module, where: object) -> list[str]:
     if not found:
         raise ValueError(f"where={where!r} names nothing; {_what_to_name(model)}")
     return list(dict.fromkeys(found))
-
-
-def _below_a_gate(name: str) -> bool:
-    return GATE in name.split(".")
 
 
 def _what_to_name(model: nn.Module) -> str:
@@ -126,20 +126,26 @@ def _at_blocks(model: nn.Module, where: str, filter_fn: FilterFn | None) -> tupl
     if not branches:
         reasons = "; ".join(f"{name or 'the network itself'}: {why}" for name, why in list(untraced.items())[:3])
         could_not = f" (code that torch.fx cannot trace: {reasons})" if untraced else ""
+        groups = "try where='conv', or " if find_groups(model, names_of(model)) else ""
         raise ValueError(
-            f"where={where!r} finds no residual block in {type(model).__name__}{could_not}: try where='conv', or name "
-            f"modules; {_what_to_name(model)}"
+            f"where={where!r} finds no residual block in {type(model).__name__}{could_not}: {groups}name modules; "
+            f"{_what_to_name(model)}"
         )
     wanted = [b for b in branches if filter_fn is None or filter_fn(model.get_submodule(b.block), b.block)]
     if not wanted:
         raise ValueError(f"filter_fn refuses all of the {len(branches)} blocks that where={where!r} finds")
+    unread = [
+        f"not looked into: {name}: torch.fx cannot trace its code ({why})"
+        for name, why in untraced.items()
+        if any(isinstance(child, CONVOLUTIONS) for child in model.get_submodule(name).children())
+    ]
     if where == "stage":
-        return _at_stages(model, wanted), []
+        return _at_stages(model, wanted), unread
     possible = [branch for branch in wanted if branch.why_not is None]
-    notes = [f"left out: {branch.block}: {branch.why_not}" for branch in wanted if branch.why_not is not None]
+    notes = unread + [f"left out: {branch.block}: {branch.why_not}" for branch in wanted if branch.why_not is not None]
     if not possible:
-        more = f", and {len(notes) - 1} more such blocks" if len(notes) > 1 else ""
-        raise ValueError(f"where='block' can put a gate nowhere in {type(model).__name__}: {notes[0]}{more}")
+        more = f", and {len(wanted) - 1} more such blocks" if len(wanted) > 1 else ""
+        raise ValueError(f"where='block' can put a gate nowhere in {type(model).__name__}: {notes[len(unread)]}{more}")
     sites: dict[nn.Module, Site] = {}
     for branch in possible:
         site = _site(model, branch.end, branch.channels)
@@ -177,8 +183,12 @@ def _stage(branch: Branch) -> tuple[str, int | None]:
 def _site(model: nn.Module, name: str, channels: int | None) -> Site:
     """The module to hang a gate on for the output of the one that is named."""
     host = model.get_submodule(name)
-    while isinstance(host, nn.Sequential) and len(host):  # its output is that of its last
-        last = next(reversed(host._modules))
+    while (
+        isinstance(host, nn.Sequential) and type(host).forward is nn.Sequential.forward
+    ):  # it returns what its last does
+        last = next((key for key, child in reversed(host._modules.items()) if not is_empty(child)), None)
+        if last is None:
+            break
         host, name = host.get_submodule(last), f"{name}.{last}"
     if isinstance(host, CONTAINERS):
         raise ValueError(f"where: {name} is a {type(host).__name__}, which returns nothing: name a module in it")
@@ -190,32 +200,39 @@ def dry_run(
 ) -> dict[nn.Module, Shapes] | None:
     """Shapes at the first call of each module when the model runs on an input without data; None if it does not run.
 
+    A copy runs, without the hooks of others, on the network's own parameters, which nothing writes into: what a network
+    keeps from a run stays out of it.
+
     Args:
-        model: The network. No kernel runs and nothing in it changes.
+        model: The network.
         modules: Whose shapes are asked for.
         input_shape: Of one tensor, or None for no run.
     """
     if input_shape is None:
         return None
-    modules = list(modules)
+    wanted = {id(module): module for module in modules}
     seen: dict[nn.Module, Shapes] = {}
 
     def shape_of(value: Any) -> torch.Size | None:
         return value.shape if isinstance(value, Tensor) else None
 
-    def see(module: nn.Module, args: Any, output: Any) -> None:
-        seen.setdefault(module, Shapes(shape_of(args[0]) if args else None, shape_of(output)))
+    def see_as(module: nn.Module) -> Callable[..., None]:
+        def see(_: nn.Module, args: Any, output: Any) -> None:
+            seen.setdefault(module, Shapes(shape_of(args[0]) if args else None, shape_of(output)))
+
+        return see
 
     example = example_tensor(model)
-    handles = [module.register_forward_hook(see) for module in modules]
     try:
-        with evaluating(model), FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
-            model(torch.zeros(tuple(input_shape), dtype=example.dtype, device=example.device))
-    except (
-        Exception
-    ):  # a network may want any other input, or look at values: YOLO's head does when all layers have run
-        return seen if all(module in seen for module in modules) else None
-    finally:
-        for handle in handles:
-            handle.remove()
+        memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        twin = copy.deepcopy(model, memo)
+        for module in twin.modules():
+            for key in [key for key, hook in module._forward_hooks.items() if hook is not run_gate]:
+                del module._forward_hooks[key]
+        for key, module in wanted.items():
+            memo[key].register_forward_hook(see_as(module))
+        with evaluating(twin), FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
+            twin(torch.zeros(tuple(input_shape), dtype=example.dtype, device=example.device))
+    except Exception:  # it wants another input, or cannot be copied, or looks at values, as YOLO's head does at its end
+        return seen if len(seen) == len(wanted) else None
     return seen

@@ -159,6 +159,18 @@ def test_what_is_left_out_is_noted_where_others_get_a_gate() -> None:
     assert report.notes == ("left out: 1: its branch ends in flip, which is no module: name one that precedes it",)
 
 
+def test_code_that_cannot_be_traced_is_noted_where_others_get_a_gate() -> None:
+    class Untraceable(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.run(self, x) if x.sum() > -1e9 else x
+
+    report = insert_gates_(nn.Sequential(Block(in_place), Untraceable(in_place)), input_shape=(1, C, 4, 4))
+    assert len(report.rows) == 1
+    assert any(
+        note.startswith("not looked into: 1: torch.fx cannot trace its code (TraceError") for note in report.notes
+    )
+
+
 class Functional(nn.Module):
     """A plain network whose activations are functions."""
 

@@ -161,8 +161,10 @@ def test_prints_blocks_norms_and_gates() -> None:
 
 
 def test_a_network_without_such_blocks() -> None:
+    with torch.device("meta"):
+        model = torchvision.models.vgg11()
     with pytest.raises(ValueError, match=r"VGG has no block that has a fused tail \(known: .*resnet.BasicBlock"):
-        fuse_tails_(build("torchvision/squeezenet1_1") if False else torchvision.models.vgg11())
+        fuse_tails_(model)
 
 
 def test_a_block_with_a_forward_of_its_own_is_left_out() -> None:
@@ -174,12 +176,22 @@ def test_a_block_with_a_forward_of_its_own_is_left_out() -> None:
     assert report.notes == ("left out: layer1.0 has a forward of its own",)
 
 
-def test_a_hook_on_timms_attention_still_fires() -> None:
+@pytest.mark.parametrize("path", ["layer1.0.se", "layer1.0.se.conv"])
+def test_a_hook_on_timms_attention_still_fires(path) -> None:
     model, seen = build("timm/ecaresnet26t"), []
-    model.layer1[0].se.register_forward_hook(lambda module, args, output: seen.append(type(module).__name__))
+    model.get_submodule(path).register_forward_hook(lambda *_: seen.append(path))
     fuse_tails_(model)
     model(images())
-    assert seen == ["EcaModule"]
+    assert seen == [path]
+
+
+def test_attention_whose_weight_is_computed_is_called_as_it_is() -> None:
+    model, x = build("timm/ecaresnet26t"), images()
+    torch.nn.utils.parametrizations.weight_norm(model.layer2[0].se.conv)
+    before = model(x)
+    fuse_tails_(model)
+    assert type(model.layer2[0].se).__name__ == "EcaModule"
+    assert relative_difference(model(x), before) < 1e-5
 
 
 @pytest.mark.parametrize("block", FUSED)

@@ -10,6 +10,7 @@ import torch
 import torchvision
 from networks import assert_same_state, build, images, randomise_, relative_difference
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torchvision.ops import FrozenBatchNorm2d
 
 import ecanet
@@ -521,3 +522,208 @@ class TestDeployment:
 
 def test_randomised_networks_differ_from_new_ones() -> None:
     assert relative_difference(randomise_(nn.BatchNorm2d(64)).weight, torch.ones(64)) > 0.1
+
+
+class LazilyCached(nn.Module):
+    """A network that keeps a tensor of its first run, as relative positions are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.grid: Tensor | None = None
+        self.kept: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.grid is None:
+            self.grid = torch.linspace(0, 1, x.shape[-1])
+        self.kept["input"] = x
+        return x + self.bn(self.conv(x * self.grid))
+
+
+class TestDryRun:
+    def test_what_a_network_keeps_of_a_run_stays_out_of_it(self) -> None:
+        model = nn.Sequential(LazilyCached()).eval()
+        seen: list[Tensor] = []
+        model[0].conv.register_forward_hook(lambda module, args, output: seen.append(output))
+        insert_gates_(model, where="0.bn", input_shape=(1, 3, 8, 8))
+        assert model[0].grid is None
+        assert model[0].kept == {}
+        assert seen == []
+
+    def test_after_a_refusal_too(self) -> None:
+        model = nn.Sequential(LazilyCached()).eval()
+        with pytest.raises(ValueError, match="preserve=True cannot keep the function"):
+            insert_gates_(model, "se_var1", where="0.bn", input_shape=(1, 3, 8, 8))
+        assert model[0].grid is None
+
+    def test_real_networks_give_real_tensors(self) -> None:
+        model = timm.create_model("levit_conv_128s", num_classes=3).eval()
+        insert_gates_(model)
+        assert type(model(torch.randn(1, 3, 224, 224)).detach()) is Tensor
+
+    def test_parameters_without_values_are_refused(self) -> None:
+        with pytest.raises(TypeError, match=r"model\.0 has parameters that are not initialised: run it once"):
+            insert_gates_(nn.Sequential(nn.LazyConv2d(8, 3)), where="0")
+
+    def test_a_gate_that_does_not_run_costs_nothing_and_folds_nothing(self) -> None:
+        class Bypassed(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.bn.forward(self.conv(x))
+
+        model, x = randomise_(nn.Sequential(Bypassed())).eval(), images(8)
+        before = model(x)
+        report = insert_gates_(model, where="0.bn", input_shape=(1, 3, 8, 8))
+        assert torch.equal(model(x), before)
+        assert report.notes == ("0.bn did not run on the input of shape (1, 3, 8, 8)",)
+        assert report.multiply_adds == 0
+
+
+PLACES = [
+    ("torchvision/resnet18", "block"), ("torchvision/resnet18", "stage"), ("torchvision/resnet18", "conv"),
+    ("torchvision/shufflenet_v2_x0_5", "block"), ("torchvision/squeezenet1_1", "conv"), ("timm/convnext_atto", "block"),
+]  # fmt: skip
+
+
+class TestWhereverGatesHang:
+    @pytest.mark.parametrize(("name", "where"), PLACES)
+    def test_device_and_type_are_those_of_the_network(self, name, where) -> None:
+        with torch.device("meta"):
+            model = build(name)
+        insert_gates_(model, where=where)
+        assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
+        model = build(name).double()
+        insert_gates_(model, where=where)
+        assert {p.dtype for p in model.parameters()} == {torch.float64}
+
+    @pytest.mark.parametrize(("name", "where"), PLACES)
+    def test_a_part_of_a_checkpoint_leaves_trained_gates_alone(self, name, where) -> None:
+        model = build(name)
+        last = next(key for key in reversed(list(model.state_dict())) if key.endswith("bias"))
+        insert_gates_(model, where=where)
+        for gate in gates(model).values():
+            nn.init.normal_(gate.conv.weight)
+        state = copy.deepcopy(model.state_dict())
+        model.load_state_dict({last: state[last] + 1}, strict=False)
+        assert_same_state(model.state_dict(), {**state, last: state[last] + 1})
+
+    @pytest.mark.parametrize(("name", "where"), PLACES)
+    def test_a_plain_checkpoint_makes_trained_gates_neutral(self, name, where) -> None:
+        model, plain, x = build(name), build(name), images()
+        insert_gates_(model, where=where)
+        for gate in gates(model).values():
+            nn.init.normal_(gate.conv.weight)
+        model.load_state_dict(plain.state_dict())
+        assert torch.equal(model(x), plain(x))
+
+    @pytest.mark.parametrize(("name", "where"), PLACES)
+    def test_a_network_without_values_is_given_them(self, name, where) -> None:
+        plain, x = build(name), images()
+        with torch.device("meta"):
+            model = build(name)
+        insert_gates_(model, "se", where=where)
+        model.load_state_dict(copy.deepcopy(plain.state_dict()), assign=True)
+        assert torch.equal(model.eval()(x), plain(x))
+
+    def test_a_part_of_the_network_loads_its_own_original_keys(self) -> None:
+        model, plain, x = resnet18(), resnet18(), images()
+        insert_gates_(model)
+        for gate in gates(model).values():
+            nn.init.normal_(gate.conv.weight)
+        for name, part in plain.named_children():
+            getattr(model, name).load_state_dict(part.state_dict())
+        assert torch.equal(model(x), plain(x))
+
+
+class OneMore(nn.BatchNorm2d):
+    """A norm whose weight is what it multiplies with, less 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x
+
+
+class TestNorms:
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda bn: torch.nn.utils.parametrize.register_parametrization(bn, "weight", nn.Softplus()),
+            lambda bn: prune.l1_unstructured(bn, "weight", 0.25),
+            lambda bn: setattr(bn, "__class__", OneMore),
+            lambda bn: setattr(bn, "weight", nn.Parameter(torch.ones(1).expand(64))),
+        ],
+        ids=["parametrized", "pruned", "of another class", "that cannot be written"],
+    )
+    def test_a_norm_whose_weight_is_not_simply_its_factor_is_left_alone(self, change) -> None:
+        model, x = resnet18(), images()
+        change(model.layer1[0].bn2)
+        before = model(x)
+        insert_gates_(model)
+        assert torch.equal(model(x), before)
+        assert model.layer1[0].bn2.gate.scale == 2
+
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_gates_come_along_when_norms_are_converted(self, fused) -> None:
+        model, x = resnet18(), images()
+        plain = copy.deepcopy(model)
+        insert_gates_(model)
+        if fused:
+            ecanet.fuse_tails_(model)
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        assert isinstance(model.layer1[0].bn2, nn.SyncBatchNorm)
+        assert relative_difference(model(x), plain(x)) < 1e-6
+        assert len(insert_gates_(model).rows) == 0
+        remove_gates_(model)
+        assert list(model.state_dict()) == list(plain.state_dict())
+
+
+class TestNames:
+    def test_a_users_own_module_called_gate_can_be_named(self) -> None:
+        model = nn.Sequential()
+        model.add_module("gate", nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU()))
+        assert [row.where for row in insert_gates_(model, where="gate.0").rows] == ["gate.0"]
+
+    def test_a_sequence_that_does_more_than_its_modules_gets_the_gate_itself(self) -> None:
+        class Skip(nn.Sequential):
+            def forward(self, x: Tensor) -> Tensor:
+                return x + super().forward(x)
+
+        model = nn.Sequential(Skip(nn.Conv2d(3, 3, 1)))
+        with pytest.raises(ValueError, match="0 is a Skip"):
+            insert_gates_(model, where="0", input_shape=(1, 3, 8, 8))
+
+    def test_an_empty_sequence_at_the_end_of_a_branch_is_passed(self) -> None:
+        class Block(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.branch = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Sequential())
+
+            def forward(self, x: Tensor) -> Tensor:
+                return x + self.branch(x)
+
+        assert [row.where for row in insert_gates_(nn.Sequential(Block())).rows] == ["0.branch.1"]
+
+
+class TestMoreRefusals:
+    @pytest.mark.parametrize(
+        ("make", "error", "says"),
+        [
+            (lambda model: torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1), ValueError, "none of the model's"),
+            (lambda model: torch.optim.LBFGS(model.parameters()), TypeError, "LBFGS cannot follow: build it after"),
+        ],
+    )
+    def test_optimizers_that_cannot_follow(self, make, error, says) -> None:
+        model = resnet18()
+        with pytest.raises(error, match=says):
+            insert_gates_(model, optimizer=make(model))
+        assert not gates(model)
+
+    def test_a_gate_of_another_number_of_channels(self) -> None:
+        with pytest.raises(ValueError, match=r"gate made a ECA of 65 channels for layer1.0.bn2, which has 64"):
+            insert_gates_(resnet18(), lambda channels: ECA(channels + 1))
+
+    def test_preserve_is_true_or_false(self) -> None:
+        with pytest.raises(TypeError, match="preserve must be True or False, got 'no'"):
+            insert_gates_(resnet18(), preserve="no")

@@ -82,7 +82,7 @@ class TestRemove:
             model = torchvision.models.resnet18()
         keys = list(model.state_dict())
         insert_gates_(model)
-        remove_gates_(model, force=True)
+        remove_gates_(model)
         assert list(model.state_dict()) == keys
 
 
@@ -189,6 +189,20 @@ class TestReplace:
     def test_a_network_without_attention(self) -> None:
         with pytest.raises(ValueError, match=r"ResNet has no attention to replace.*insert_gates_ puts gates in"):
             replace_gates_(resnet18())
+
+    def test_what_is_put_back_has_type_and_mode_of_what_was_there(self) -> None:
+        model = build("torchvision/mobilenet_v3_small").train()
+        report = replace_gates_(model)
+        model.double().eval()
+        replace_gates_(model, report.replaced)
+        assert not any(module.training for module in model.modules())
+        assert model(images(dtype=torch.float64)).dtype == torch.float64
+
+    def test_a_neutral_gate_needs_one_that_can_be_neutral(self) -> None:
+        model = resnet18()
+        insert_gates_(model)
+        with pytest.raises(ValueError, match=r"layer1.0.bn2.gate is neutral.*take another gate"):
+            replace_gates_(model, "se_var1")
 
     def test_shared_attention_stays_shared(self) -> None:
         model = build("timm/seresnet18")

@@ -1,6 +1,7 @@
 """Every architecture of the table in docs/surgery.md: in, the same function, trained, loaded, out again."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,12 @@ from networks import assert_same_state, build, images, relative_difference
 from ecanet import insert_gates_, remove_gates_
 from ecanet.inspect import gates
 
+#: Gates and parameters by architecture, as the documentation has them.
+DOCUMENTED = {
+    cells[1]: (int(cells[5]), int(cells[6].replace(",", "")))
+    for line in (Path(__file__).parents[2] / "docs" / "surgery.md").read_text().splitlines()
+    if len(cells := [cell.strip() for cell in line.split("|")]) == 10 and cells[5].isdecimal() and cells[6]
+}
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 
 
@@ -25,7 +32,8 @@ def test_gates_go_in_and_come_out(architecture: Architecture) -> None:
 
         report = insert_gates_(model, where=architecture.where)
 
-        assert len(report.rows) == len(gates(model)) > 0
+        assert len(report.rows) == len(gates(model))
+        assert (len(report.rows), report.parameters) == DOCUMENTED[architecture.name]
         assert relative_difference(model(x).detach(), before) < tolerance
 
         if dtype == torch.float64:

@@ -20,7 +20,7 @@ from ecanet.ops import gpu, reference
 STAGES = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))
 BATCHES = (1, 8)
 #: On a GPU also the largest maps of MobileNetV2 and of a ResNet's stem, and whole batches.
-GPU_STAGES, GPU_BATCHES = ((64, 112, 112), *STAGES), (32, 256)
+GPU_STAGES, GPU_BATCHES = ((64, 112, 112), *STAGES), (32, 512)
 QUICK_STAGES, QUICK_BATCHES = ((16, 6, 6), (32, 3, 3)), (2,)
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 _RELU = reference.ACTS.index("relu")
@@ -184,6 +184,18 @@ class _GateOp(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_kernel.reshape(kernel.shape), None
 
 
+class _OperationTail(_FusedTail):
+    """All of it in one operation, with the derivative it is registered with."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        norm, kernel = self.norm, self.gate.conv.weight
+        out, _, mean, var, *_ = torch.ops.ecanet.train_tail(
+            x, residual, norm.weight, norm.bias, norm.eps, kernel, False, _RELU
+        )
+        fused.update_running_statistics(norm, mean.detach(), var.detach(), x.shape[0] * x.shape[2:].numel())
+        return out
+
+
 class _GateOpTail(_FusedTail):
     """The passes that write maps are left to a compiler; it sees what the operations between them return."""
 
@@ -307,9 +319,15 @@ def _training(compiled: bool, on: On, shape: tuple[int, ...], memory_format: str
     if compiled:
         torch.compiler.reset()
         forwards |= {f"{name} compiled": _compile(module) for name, module in modules.items()}
-        # The same formulas in plain PyTorch, for the compiler to fuse, instead of the kernels as one operation.
-        forwards["formula compiled"] = _compile(copy.deepcopy(modules["ecanet"]))
-        modules["formula"] = forwards["formula compiled"]
+        # What is not the default there: on a CPU the same formulas in plain PyTorch, for the compiler to fuse; on a GPU
+        # the kernels as one operation.
+        other, tail = (
+            ("formula", copy.deepcopy(modules["ecanet"]))
+            if on.device == "cpu" and on.kernels != "triton"
+            else ("operation", _OperationTail(copy.deepcopy(norm).to(on.device), copy.deepcopy(eca)))
+        )
+        modules[other] = tail
+        forwards[f"{other} compiled"] = _compile(tail)
         # Statistics and gate by the library's operations, and only what writes maps for the compiler to fuse.
         modules["gate op"] = _GateOpTail(copy.deepcopy(norm).to(on.device), copy.deepcopy(eca))
         forwards["gate op compiled"] = _compile(modules["gate op"])

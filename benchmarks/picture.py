@@ -38,6 +38,7 @@ _GPU_GROUPS: tuple[_Group, ...] = (
             ("resnet50", "ResNet-50"),
             ("resnet101", "ResNet-101"),
             ("mobilenet_v2", "MobileNetV2"),
+            ("ecaresnet50d", "ECA-ResNet-50-D"),
             ("small_resnet", "small ResNet"),
         )
         for what in ("training", "inference")

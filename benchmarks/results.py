@@ -48,12 +48,19 @@ def resume(path: Path, header: Document) -> Document:
         return {}
     before = read(path)
     for name in _SAME:
-        if before.get(name) != header[name]:
+        if _given(before.get(name)) != _given(header[name]):
             raise ValueError(
                 f"{path} cannot be resumed, its {name} differ: {before.get(name)} there, {header[name]} now; "
                 "measure again without --resume, or write to another file"
             )
     return before["cases"]
+
+
+def _given(value: Any) -> Any:
+    """Without what is measured anew in every run: the bandwidth of the GPU."""
+    if not isinstance(value, dict) or "gpu" not in value:
+        return value
+    return {**value, "gpu": {k: v for k, v in (value["gpu"] or {}).items() if k != "copy_gb_per_second"}}
 
 
 def _dumps(document: Document) -> str:

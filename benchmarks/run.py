@@ -34,22 +34,39 @@ def measure_all(
 
         torch._inductor.config.compile_threads = 1  # no processes beside the one that measures
     todo = [case for case in cases if case.key not in document["cases"]]
+    failed: dict[str, str] = {}
     gc.freeze()  # take_turns collects garbage; not among what was imported, again and again
     try:
         for i, case in enumerate(todo, start=1):
             prefix = f"[{i:>{len(str(len(todo)))}}/{len(todo)}] {case.key}"
             say(prefix, end="")
             start = time.monotonic()
-            document["cases"][case.key] = _measure(case, document["settings"], prefix)
+            try:
+                document["cases"][case.key] = _measure(case, document["settings"], prefix)
+            except RuntimeError as error:  # out of memory, or a disagreement: the cases after it are worth measuring
+                failed[case.key] = f"{type(error).__name__}: {error}".splitlines()[0]
+                say(f"{_restart(prefix)}: FAILED, {failed[case.key]}")
+                _free_memory()
+                continue
             document["command"] = command(document)
             results.write(path, document)
             say(f"{_restart(prefix)}: {time.monotonic() - start:.1f} s")
     finally:
         gc.unfreeze()
+    if failed:
+        document["failed"] = failed
+        if not document["cases"]:
+            raise RuntimeError(f"all {len(failed)} cases failed: {next(iter(failed.items()))}")
     document["command"] = command(document)
     cases_measured = document.pop("cases")
     document |= {"summary": summary(cases_measured, document["settings"]), "cases": cases_measured}
     results.write(path, document)
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _measure(case: Case, settings: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 pytest.importorskip("timm")
 
-from benchmarks import cases, results, run
+from benchmarks import cases, networks, results, run
 from benchmarks import cpu as benchmark
 from benchmarks import gpu as gpu_benchmark
 from benchmarks.measure import (
@@ -27,6 +28,7 @@ from benchmarks.measure import (
 )
 from benchmarks.networks import network_cases, saved_bytes
 from benchmarks.report import GPU_TARGETS, report, roofline, verdicts
+from ecanet.nn import ECA
 from ecanet.ops import cpu, gpu
 
 BOUND = {"OMP_PROC_BIND": "true"}
@@ -225,6 +227,38 @@ def test_wrong_options(args: list[str], capsys: pytest.CaptureFixture[str]) -> N
     assert args[-1].split(",")[-1] in capsys.readouterr().err
 
 
+def test_a_case_that_fails_is_told_and_the_others_are_measured(
+    quick: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure = run._measure
+
+    def fail_once(case: Any, *rest: Any) -> Any:
+        if case.memory_format == "contiguous":
+            raise torch.OutOfMemoryError("out of memory\nmore")
+        return measure(case, *rest)
+
+    monkeypatch.setattr(run, "_measure", fail_once)
+    document = _run(quick, "--only", "module")
+    assert len(document["cases"]) == 2
+    assert set(document["failed"].values()) == {"OutOfMemoryError: out of memory"}
+    assert "FAILED, not measured: module/forward/2x16x6x6/contiguous: OutOfMemoryError" in capsys.readouterr().out
+    monkeypatch.setattr(run, "_measure", measure)
+    again = _run(quick, "--only", "module", "--resume")
+    assert (len(again["cases"]), "failed" in again) == (4, False)
+
+
+def test_a_run_on_a_gpu_goes_on_though_its_bandwidth_is_measured_anew(tmp_path: Path) -> None:
+    def header(bandwidth: float, name: str = "one") -> dict[str, Any]:
+        same = dict.fromkeys(("settings", "versions", "kernels", "commit"), "same")
+        return {**same, "machine": {"gpu": {"name": name, "copy_gb_per_second": bandwidth}}}
+
+    path = tmp_path / "out.json"
+    results.write(path, {**header(2871.0), "cases": {"a": {}}})
+    assert results.resume(path, header(2873.0)) == {"a": {}}
+    with pytest.raises(ValueError, match="its machine differ"):
+        results.resume(path, header(2871.0, "another"))
+
+
 # --- on a GPU -----------------------------------------------------------------------------------------------------
 
 
@@ -235,6 +269,7 @@ def test_targets_of_a_gpu() -> None:
     network = {"images": 128, "peak_bytes": {"ecanet": 101, "no gate": 100, "timm": 130}}
     cases = {
         "op/apply_/256x256x56x56/channels_last": case(ecanet=1.5, plain=9.0, copy=1.0),
+        "op/apply_/256x256x56x56/contiguous": case(ecanet=1.8, plain=9.0, copy=1.0),
         "op/apply_/1x2x3x3/channels_last": {**case(ecanet=99.0, plain=9.0, copy=1.0), "map_bytes": 8},
         "training/tail/8x2x3x3/channels_last": case(
             ecanet=1.0, ecanet_compiled=2.0, no_gate_compiled=2.0, timm_compiled=4.0, copy=1.0
@@ -247,13 +282,35 @@ def test_targets_of_a_gpu() -> None:
     found = {verdict.what: (verdict.ratio.value, verdict.verdict) for verdict in verdicts(cases, GPU_TARGETS)}
     name = "network/resnet50-training-compiled"
     assert found == {
-        "op/apply_, channels_last: ecanet / roofline": (pytest.approx(1.0), "met"),
+        "op/apply_, worst: 256x256x56x56 contiguous: ecanet / roofline": (pytest.approx(1.2), "missed"),
         "training/tail, channels_last: ecanet compiled / no gate compiled": (pytest.approx(1.0), "met"),
         "training/tail, channels_last: ecanet compiled / timm compiled": (pytest.approx(0.5), "met"),
         f"{name}, geometric mean: ecanet / no gate": (pytest.approx(1 / 0.97), "missed"),
         f"{name}, geometric mean: ecanet / timm": (pytest.approx(1 / 1.2), "met"),
         f"{name}, peak memory, geometric mean: ecanet / no gate": (pytest.approx(1.01), "met"),
     }
+
+
+def test_a_network_with_a_wrong_gate_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(ECA):
+        def logits(self, s: torch.Tensor) -> torch.Tensor:
+            return torch.full_like(s, -3.0)
+
+    on = cases.On("cpu", torch.bfloat16, "auto")
+    for make, right in ((networks._small, True), (partial(networks._small, Wrong), False)):
+        monkeypatch.setitem(networks._QUICK_BUILDERS, "ecanet", make)
+        work = networks._gpu_training(on, networks.QUICK_NETWORK, None, (8, 3, 32, 32))
+        with nullcontext() if right else pytest.raises(RuntimeError, match="ecanet and timm disagree"):
+            check_agreement(work.competitors, ("timm", "ecanet"), work.tolerance)
+
+
+def test_on_a_gpu_the_operation_competes_where_the_formula_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "_compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    work = cases._training(
+        True, cases.On(kernels="triton" if gpu.interpreting() else "auto"), (2, 16, 3, 5), "contiguous"
+    )
+    assert ("operation compiled" in work.competitors) == gpu.interpreting()
+    check_agreement(work.competitors, work.agree[0], 1e-5)
 
 
 @pytest.mark.skipif(not gpu.interpreting(), reason="the interpreter is off")

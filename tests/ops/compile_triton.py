@@ -7,10 +7,12 @@ import json
 from collections import defaultdict
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ecanet.ops import gpu
 from ecanet.ops import triton_kernels as kernels
 
 TARGETS = (GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64))
@@ -19,8 +21,16 @@ INTEGERS = {
     "samples", "channels", "positions", "splits", "per_split", "rows", "per_program", "groups", "programs",
 }  # fmt: skip
 DOUBLES = {"mean", "m2"}  # of moments, merge and statistics
-WALK = {"LAST": True, "ROWS": 64, "POSITIONS": 64, "INDEX": tl.int32, "ACC": tl.float32}
-ROWS = {"LAST": False, "ROWS": 16, "POSITIONS": 256, "INDEX": tl.int64, "ACC": tl.float32}
+
+
+def launched_for(*shape: int, last: bool) -> dict[str, Any]:
+    """The constants that a map of that shape is launched with."""
+    x = torch.empty(shape, device="meta")
+    return gpu._Map.of(x.to(memory_format=torch.channels_last) if last else x).constants()
+
+
+WALK = launched_for(256, 256, 56, 56, last=True)
+ROWS = {**launched_for(256, 2048, 7, 7, last=False), "INDEX": tl.int64}
 MEANS = {"eps": 1e-5, "CIRCULAR": False, "INDEX": tl.int32, "ACC": tl.float32}
 MAPS = {"x", "residual", "out", "grad", "saved", "d"}
 

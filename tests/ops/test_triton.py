@@ -140,6 +140,19 @@ def test_offsets_of_64_bits(name, make, monkeypatch) -> None:
     assert_values(name, arguments(name, (2, 19, 3, 5), torch.float32, make, Options(RELU)))
 
 
+def test_more_than_2_31_means() -> None:
+    """The first program of a launch for 2^16 samples of 2^16 channels."""
+    means = torch.randn(256)
+    s, scale, shift = (torch.full((256,), float("nan")) for _ in range(3))
+    triton_kernels = gpu._triton()
+    triton_kernels.coefficients[(1,)](
+        means, None, None, None, None, None, s, s, scale, shift, 2**16, 2**16,
+        eps=0.0, K=0, CIRCULAR=False, BLOCK=256, INDEX=triton_kernels.tl.int64, ACC=triton_kernels.tl.float32,
+    )  # fmt: skip
+    assert torch.equal(s, means)
+    assert torch.equal(scale, torch.ones(256))
+
+
 @pytest.mark.parametrize("name", ON_MAPS)
 @both_layouts
 def test_shapes_and_strides_are_those_of_the_fake(name, make) -> None:

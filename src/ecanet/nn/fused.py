@@ -301,7 +301,8 @@ def update_running_statistics(norm: Any, mean: Tensor, var: Tensor, count: int |
 
 def _over_processes(mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, variance and number of values of all processes, from those of this one: 2 C + 1 numbers travel."""
-    mine = torch.cat([mean.double(), var.double(), mean.new_tensor([count], dtype=torch.double)])
+    number = torch.full((1,), count, dtype=torch.double, device=mean.device)  # no copy that a GPU would wait for
+    mine = torch.cat([mean.double(), var.double(), number])
     flat = mine.new_empty(dist.get_world_size(group) * mine.numel())
     dist.all_gather_into_tensor(flat, mine, group=group)
     gathered = flat.view(-1, mine.numel())

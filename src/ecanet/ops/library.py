@@ -145,10 +145,16 @@ def _dense_outputs(function: Callable[..., Any], fake: Callable[..., Any]) -> Ca
         if outputs is None:
             return None
         if isinstance(outputs, Tensor):
-            return promised.copy_(outputs)
-        return tuple(like.copy_(output) for output, like in zip(outputs, promised, strict=True))
+            return _laid_out(outputs, promised, args)
+        return tuple(_laid_out(output, like, args) for output, like in zip(outputs, promised, strict=True))
 
     return run
+
+
+def _laid_out(output: Tensor, promised: Tensor, args: tuple[Any, ...]) -> Tensor:
+    """The output itself where it has the promised form and is no view of an argument, else a copy of that form."""
+    fits = (output.stride(), output.dtype) == (promised.stride(), promised.dtype) and output._base is None
+    return output if fits and not any(output is arg for arg in args) else promised.copy_(output)
 
 
 def _on_gpu(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:

@@ -32,7 +32,7 @@ def _rows(block, samples, channels, positions, ROWS: tl.constexpr, LAST: tl.cons
         nc = block.to(INDEX) * ROWS + tl.arange(0, ROWS)
         channel = (nc % channels).to(tl.int32)
         start = nc * positions
-        exists = nc < samples * channels
+        exists = nc < tl.cast(samples, INDEX) * channels
     return start, nc, channel, exists
 
 
@@ -182,7 +182,7 @@ def statistics(
     """Means of rows, and mean and biased variance of every channel over the batch; merged in float64."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     known = channel < channels
-    rows = samples * channels
+    rows = tl.cast(samples, INDEX) * channels
     total = tl.zeros((CHANNELS,), tl.float64)
     for n in range(0, samples, SAMPLES):
         sample = n + tl.arange(0, SAMPLES)
@@ -351,7 +351,7 @@ def coefficients(
 ):  # fmt: skip
     """From means to gates, scales and shifts; without ``kernel`` there is no gate."""
     at = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
-    exists = at < samples * channels
+    exists = at < tl.cast(samples, INDEX) * channels
     channel = (at % channels).to(tl.int32)
     row = at - channel
     a = _norm_slope(var, weight, channel, exists, eps, ACC)

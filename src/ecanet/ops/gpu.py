@@ -27,7 +27,8 @@ _LONGEST_INT32 = 2**31 - 2**22  # offsets may go beyond the last element by a ti
 @functools.cache
 def interpreting() -> bool:
     """Whether Triton's kernels run in its interpreter, on the CPU: ``TRITON_INTERPRET=1`` in the environment."""
-    return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+    asked = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # what triton understands
+    return asked and importlib.util.find_spec("triton") is not None
 
 
 @functools.cache

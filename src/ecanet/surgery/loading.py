@@ -48,8 +48,8 @@ def _fill(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None
     """The hook: adds to a state dict of the original keys what the gates need."""
     _fill_replaced(model, state, prefix)
     hung = list(hung_gates(model))
-    gates = [f"{_start(prefix, name)}{GATE}." for name, _, _ in hung]
-    if not gates or any(key.startswith(gate_prefix) for gate_prefix in gates for key in state):
+    gates = tuple(f"{_start(prefix, name)}{GATE}." for name, _, _ in hung)
+    if not gates or any(key.startswith(gates) for key in state):
         return  # a state dict with gates
     ours = tuple(gate_prefix.removeprefix(prefix) for gate_prefix in gates)
     original = [k for k in model.state_dict() if not k.startswith(ours) and not k.endswith("num_batches_tracked")]

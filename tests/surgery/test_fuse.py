@@ -28,6 +28,7 @@ NETWORKS = {
     "timm/resnet26d": 8,
     "timm/seresnet18": 8,
     "timm/ecaresnet26t": 8,
+    "timm/ecaresnet50d": 16,
     "timm/regnety_002": 13,
     "timm/mobilenetv3_small_050": 11,
     "timm/tf_efficientnetv2_b0": 20,

@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "quick": args.quick,
             "compiled": args.compile,
             "dtype": "float32",
+            **({"matching": args.matching} if args.matching else {}),
         },
         **describe(args.threads),
         "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _cases(args: argparse.Namespace) -> list[Case]:
     cases = [*map_cases(args.quick, args.compile), *network_cases(args.quick, args.compile)]
-    return [case for case in cases if case.group in args.only]
+    return [case for case in cases if case.group in args.only and args.matching in case.key]
 
 
 def _command(document: results.Document) -> str:
@@ -76,6 +77,7 @@ def _command(document: results.Document) -> str:
         "--quick" if settings["quick"] else f"--rounds {settings['rounds']}",
         *(["--no-compile"] if not settings["compiled"] else []),
         *([f"--only {','.join(group for group in GROUPS if group in groups)}"] if groups != set(GROUPS) else []),
+        *([f"--matching {settings['matching']}"] if "matching" in settings else []),
     ]
     return " ".join(words)
 
@@ -107,6 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--only", type=_groups, default=GROUPS, metavar="GROUPS", help=f"some of {','.join(GROUPS)} (default: all)"
+    )
+    parser.add_argument(
+        "--matching", default="", metavar="TEXT", help="only cases whose key has it, such as /inference/"
     )
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run? The numbers mean nothing")

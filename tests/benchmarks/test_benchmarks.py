@@ -227,6 +227,12 @@ def test_wrong_options(args: list[str], capsys: pytest.CaptureFixture[str]) -> N
     assert args[-1].split(",")[-1] in capsys.readouterr().err
 
 
+def test_cases_can_be_chosen_by_their_keys(quick: Path) -> None:
+    document = _run(quick, "--only", "module,op", "--matching", "/squeeze/2x16")
+    assert list(document["cases"]) == [f"op/squeeze/2x16x6x6/{layout}" for layout in cases.MEMORY_FORMATS]
+    assert document["command"].endswith("--no-compile --only op --matching /squeeze/2x16")
+
+
 def test_a_case_that_fails_is_told_and_the_others_are_measured(
     quick: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ import copy
 import gc
 import itertools
 import math
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -916,7 +917,7 @@ def test_a_compilers_graph_has_the_kernels_as_one_operation_where_they_run(train
     with ecanet.backend(backend), torch.set_grad_enabled(training):
         got = torch.compile(tail, fullgraph=True, backend=look)(x, x)
     torch.testing.assert_close(got, other(x, x))
-    name = "ecanet.train_tail" if training else "ecanet.eca_tail"
+    name = "ecanet.train_tail" if training else "ecanet.eca_tail_"
     assert seen == ([name] if backend == "auto" and cpu.why_not() is None else [])
 
 
@@ -983,8 +984,8 @@ def test_inductor_makes_the_same_of_it() -> None:
 
 @needs_kernels
 @pytest.mark.usefixtures("_nothing_compiled_before")
-def test_between_convolutions_inductor_converts_no_maps(monkeypatch) -> None:
-    """It makes them channels last, and the operation takes them as they come."""
+def test_between_convolutions_inductor_converts_and_copies_no_maps() -> None:
+    """It makes them channels last, and the operation takes them as they come and writes over them."""
 
     class Network(nn.Module):
         def __init__(self) -> None:
@@ -996,13 +997,34 @@ def test_between_convolutions_inductor_converts_no_maps(monkeypatch) -> None:
             return self.second(self.tail(self.first(x), None))
 
     network, x = Network().eval(), torch.randn(2, C, 6, 5)
-    monkeypatch.setattr(torch._inductor.config, "fx_graph_cache", False)
-    monkeypatch.setattr(torch._functorch.config, "enable_autograd_cache", False)
-    with torch.no_grad():
+    without_caches = (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    )
+    with torch.no_grad(), without_caches[0], without_caches[1]:
         got, (code,) = run_and_get_code(torch.compile(network, fullgraph=True), x)
         torch.testing.assert_close(got, network(x))
-    assert "torch.ops.ecanet.eca_tail.default(" in code
+    (written,) = re.findall(r"torch\.ops\.ecanet\.eca_tail_\.default\((\w+),", code)
+    assert f"{written} = extern_kernels.convolution(" in code
     assert "fused_eca_tail" not in code  # a kernel that makes the operation's argument
+    assert "fused_clone" not in code
+
+
+@needs_kernels
+@pytest.mark.usefixtures("_nothing_compiled_before")
+def test_what_somebody_else_reads_is_not_written_over() -> None:
+    tail = Tail(randomise_(nn.BatchNorm2d(C)), ECA(C), "relu").eval()
+
+    def twice(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x + 1
+        return tail(y, y), y
+
+    x = feature_map(2, C, 6, 5)
+    with torch.no_grad():
+        got, kept = torch.compile(twice, fullgraph=True)(x)
+        want, y = twice(x)
+    torch.testing.assert_close(got, want)
+    assert torch.equal(kept, y)
 
 
 @pytest.mark.usefixtures("_nothing_compiled_before")

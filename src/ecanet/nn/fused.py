@@ -149,7 +149,9 @@ def in_graph(x: Tensor, norm: Norm, gate: GateMaths, residual: Tensor | None, ac
         return out
     if torch.is_grad_enabled():
         return None
-    return torch.ops.ecanet.eca_tail(x, residual, *_at_once(norm, gate), act)
+    out = x.clone()  # which a compiler leaves out where nobody else reads x: the tail then writes over it
+    torch.ops.ecanet.eca_tail_(out, residual, *_at_once(norm, gate), act)
+    return out
 
 
 def tail(x: Tensor, norm: Norm | None, gate: GateMaths | None, residual: Tensor | None, act: int) -> Tensor:

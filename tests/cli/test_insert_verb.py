@@ -69,7 +69,7 @@ LOAD_IN_A_FRESH_PROCESS = """
 import sys, torch, ecanet
 model = ecanet.surgery.load(sys.argv[1])
 assert not model.training
-torch.save(model(torch.load(sys.argv[2])), sys.argv[3])
+torch.save(model(torch.load(sys.argv[2], weights_only=True)), sys.argv[3])
 """
 
 
@@ -103,7 +103,8 @@ def test_weights_in_gates_saved_and_loaded_in_a_fresh_process(
     arguments = [str(path) for path in (target, tmp_path / "x.pt", tmp_path / "y.pt")]
     subprocess.run([sys.executable, "-c", LOAD_IN_A_FRESH_PROCESS, *arguments], check=True)
     with torch.no_grad():
-        torch.testing.assert_close(torch.load(tmp_path / "y.pt"), plain(x), rtol=1e-4, atol=1e-4)  # float32
+        y = torch.load(tmp_path / "y.pt", weights_only=True)
+        torch.testing.assert_close(y, plain(x), rtol=1e-4, atol=1e-4)  # float32
     assert len(read_state_dict(target)) == len(plain.state_dict()) + 8
 
 

@@ -64,10 +64,7 @@ def multiply_adds(model: nn.Module, input_shape: Sequence[int]) -> int:
         >>> multiply_adds(eca, (1, 3, 224, 224)) - multiply_adds(plain, (1, 3, 224, 224)) - 572_320  # 3 * sum of C
         4512
     """
-    if not isinstance(input_shape, Sequence) or not all(type(size) is int for size in input_shape):
-        raise TypeError(f"input_shape must be a sequence of integers such as (1, 3, 224, 224), got {input_shape!r}")
-    if not input_shape or min(input_shape) < 1:
-        raise ValueError(f"input_shape must have sizes of 1 or more, such as (1, 3, 224, 224), got {input_shape!r}")
+    check_input_shape(input_shape)
     extra = 0
 
     def see(_: str, gate: Gate, x: Tensor) -> None:
@@ -81,6 +78,19 @@ def multiply_adds(model: nn.Module, input_shape: Sequence[int]) -> int:
     with torch.random.fork_rng(devices=cuda_devices), evaluating(model), observing(model, see), counter:
         model(example.new_zeros(input_shape))
     return counter.get_total_flops() // 2 + extra
+
+
+def check_input_shape(input_shape: object) -> None:
+    """Raise unless it is the shape of an input.
+
+    Raises:
+        TypeError: it is no sequence of integers.
+        ValueError: a size is below 1, or there is none.
+    """
+    if not isinstance(input_shape, Sequence) or not all(type(size) is int for size in input_shape):
+        raise TypeError(f"input_shape must be a sequence of integers such as (1, 3, 224, 224), got {input_shape!r}")
+    if not input_shape or min(input_shape) < 1:
+        raise ValueError(f"input_shape must have sizes of 1 or more, such as (1, 3, 224, 224), got {input_shape!r}")
 
 
 def elementwise_products(gate: Gate) -> int:

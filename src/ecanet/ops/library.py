@@ -144,17 +144,25 @@ def _dense_outputs(function: Callable[..., Any], fake: Callable[..., Any]) -> Ca
         outputs, promised = function(*args), fake(*args)
         if outputs is None:
             return None
+        taken = {_memory(arg) for arg in args if isinstance(arg, Tensor)}
         if isinstance(outputs, Tensor):
-            return _laid_out(outputs, promised, args)
-        return tuple(_laid_out(output, like, args) for output, like in zip(outputs, promised, strict=True))
+            return _laid_out(outputs, promised, taken)
+        return tuple(_laid_out(output, like, taken) for output, like in zip(outputs, promised, strict=True))
 
     return run
 
 
-def _laid_out(output: Tensor, promised: Tensor, args: tuple[Any, ...]) -> Tensor:
-    """The output itself where it has the promised form and is no view of an argument, else a copy of that form."""
-    fits = (output.stride(), output.dtype) == (promised.stride(), promised.dtype) and output._base is None
-    return output if fits and not any(output is arg for arg in args) else promised.copy_(output)
+def _laid_out(output: Tensor, promised: Tensor, taken: set[int]) -> Tensor:
+    """The output itself where it has the promised form and memory of its own, else a copy of that form."""
+    fits = (output.stride(), output.dtype) == (promised.stride(), promised.dtype)
+    if not fits or _memory(output) in taken:
+        return promised.copy_(output)
+    taken.add(_memory(output))
+    return output
+
+
+def _memory(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
 
 
 def _on_gpu(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:

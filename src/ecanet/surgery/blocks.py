@@ -48,6 +48,9 @@ BLOCKS: dict[str, str] = {
 #: What these return is joined to other channels: a gate after the whole block would see something else.
 JOINED = ("torchvision.models.densenet._DenseLayer", "timm.models.densenet.DenseLayer")
 
+#: What these return has other channels than their branch, which is joined inside.
+WIDER = ("torchvision.models.shufflenetv2.InvertedResidual",)
+
 _ADDITIONS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
 #: What is scaled channel by channel, or dropped at random, is a branch still.
 _SCALINGS: tuple[Any, ...] = (operator.mul, operator.imul, torch.mul, "mul", "mul_", F.dropout, F.dropout2d)

@@ -1,13 +1,9 @@
 """Refusals that every operation on a whole network shares, before anything is done."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parameter import is_lazy
-
-from ecanet.nn import Gate
 
 
 def check_model(model: object) -> None:
@@ -42,26 +38,3 @@ def _is_sharded(module: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
     return isinstance(module, (FSDPModule, FullyShardedDataParallel))
-
-
-def check_input_shape(input_shape: object) -> None:
-    """Raise unless it is the shape of an input, or None.
-
-    Raises:
-        TypeError: it is no sequence of integers.
-        ValueError: a size is below 1.
-    """
-    if input_shape is None:
-        return
-    if not isinstance(input_shape, Sequence) or not all(type(size) is int for size in input_shape):
-        raise TypeError(f"input_shape must be a sequence of integers such as (1, 3, 224, 224), got {input_shape!r}")
-    if not input_shape or min(input_shape) < 1:
-        raise ValueError(f"input_shape must have sizes of 1 or more, such as (1, 3, 224, 224), got {input_shape!r}")
-
-
-def check_channels_of(gate: nn.Module, name: str, channels: int) -> None:
-    """Raise ValueError if a gate was built for another number of channels than what it follows returns."""
-    if isinstance(gate, Gate) and gate.channels != channels:
-        raise ValueError(
-            f"gate made a {type(gate).__name__} of {gate.channels} channels for {name}, which has {channels}"
-        )

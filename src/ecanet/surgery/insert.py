@@ -6,11 +6,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ecanet.inspect.cost import check_input_shape
 from ecanet.models.neutral import Neutralisable
 from ecanet.nn import Gate
 from ecanet.nn.build import GateFactory, build_gate
 from ecanet.nn.hung import GATE, hang_, hung_gate
-from ecanet.surgery.checks import check_channels_of, check_input_shape, check_model
+from ecanet.surgery.checks import check_model
+from ecanet.surgery.fitting import build_fitting_gate
 from ecanet.surgery.layers import affine, names_of, owners
 from ecanet.surgery.loading import PRESERVES, keep_loading_
 from ecanet.surgery.optimizers import add_parameters_, check_optimizer
@@ -24,6 +26,7 @@ class _Plan(NamedTuple):
     channels: int
     spatial: torch.Size | None
     fold: tuple[Tensor, ...]  # what takes the factor of a neutral gate; empty if the gate's own scale does
+    constant: float  # of the neutral gate
     runs: bool  # in the dry run, or for all that is known
 
 
@@ -70,7 +73,8 @@ def insert_gates_(
         TypeError: ``model`` is no module, or is compiled, scripted or wrapped for parallel training; other arguments
             of a wrong type.
         ValueError: nothing is found for ``where`` (the message says what can be named), another gate is there, the
-            gate cannot have that many channels or cannot be neutral. The network is then as it was.
+            gate cannot have that many channels or cannot be neutral, the optimizer has none of the model's parameters.
+            The network is then as it was.
 
     Source:
         Wang et al., ECA-Net, CVPR 2020, arXiv:1910.03151, for the place.
@@ -88,7 +92,8 @@ def insert_gates_(
     """
     check_model(model)
     check_optimizer(optimizer, model)
-    check_input_shape(input_shape)
+    if input_shape is not None:
+        check_input_shape(input_shape)
     if not isinstance(preserve, bool):
         raise TypeError(f"preserve must be True or False, got {preserve!r}")
     sites, notes = find_sites(model, where, filter_fn)
@@ -107,9 +112,10 @@ def insert_gates_(
     count = owners(model)
     plans = [_plan(model, site, gate, kernel_size, preserve, shapes, count) for site in todo]
     rows: list[Row] = []
-    for site, module, channels, spatial, fold, runs in plans:
-        if preserve:
-            _make_neutral_(module, fold)
+    for site, module, channels, spatial, fold, constant, runs in plans:
+        with torch.no_grad():
+            for tensor in fold:
+                tensor.div_(constant)
         hang_(site.host, module)
         add_parameters_(optimizer, module, f"{site.name}.{GATE}", site.host)
         row = gate_row(f"{site.name}.{GATE}", module, site.name, channels, spatial)
@@ -171,31 +177,18 @@ def _plan(
                 "not in dimension 1: name a module that returns (N, C, *spatial)"
             )
         channels, spatial = shape[1], shape[2:]
-    if channels is None:
-        raise ValueError(
-            f"how many channels {site.name} ({type(site.host).__name__}) returns cannot be told from its layers: pass "
-            "input_shape=, the shape of an input that the network takes"
-        )
-    try:
-        module = build_gate(gate, channels, kernel_size)
-    except ValueError as error:
-        raise ValueError(f"{site.name}, {channels} channels: {error}") from error
-    check_channels_of(module, site.name, channels)
+    module = build_fitting_gate(gate, kernel_size, site.name, site.host, channels, _example(model, site.name))
+    assert channels is not None
     if hasattr(site.host, GATE):
         raise ValueError(
             f"a gate cannot hang on {site.name}: {type(site.host).__name__} has an attribute {GATE!r} of its own; name "
             "another module"
         )
-    like = _example(model, site.name)
-    if like is not None:
-        module = module.to(device=like.device, dtype=like.dtype)
-    module.train(site.host.training)
     fold = affine(site.host) or ()
     if not runs or any(owner_count[id(t)] > 1 for t in fold):  # its code is called else; another norm has its weight
         fold = ()
-    if preserve:
-        _check_neutral(site, module, fold)
-    return _Plan(site, module, channels, spatial, fold, runs)
+    constant = _make_neutral_(site, module, fold) if preserve else 1.0
+    return _Plan(site, module, channels, spatial, fold, constant, runs)
 
 
 def _example(model: nn.Module, name: str) -> Tensor | None:
@@ -209,7 +202,8 @@ def _example(model: nn.Module, name: str) -> Tensor | None:
     return None
 
 
-def _check_neutral(site: Site, gate: nn.Module, fold: tuple[Tensor, ...]) -> None:
+def _make_neutral_(site: Site, gate: nn.Module, fold: tuple[Tensor, ...]) -> float:
+    """Make a new gate neutral, with a scale that undoes it where nothing else does, and return its constant."""
     problem = None
     if not isinstance(gate, Neutralisable):
         problem = f"{type(gate).__name__} has no make_neutral_()"
@@ -219,20 +213,13 @@ def _check_neutral(site: Site, gate: nn.Module, fold: tuple[Tensor, ...]) -> Non
         )
     else:
         try:
-            gate.make_neutral_()
+            constant = gate.make_neutral_()
         except ValueError as error:
             problem = str(error)
     if problem is not None:
         raise ValueError(f"preserve=True cannot keep the function: {problem}; take another gate, or preserve=False")
-
-
-@torch.no_grad()
-def _make_neutral_(gate: nn.Module, fold: tuple[Tensor, ...]) -> None:
-    assert isinstance(gate, Neutralisable)
     setattr(gate, PRESERVES, True)
-    constant = gate.make_neutral_()
-    for tensor in fold:
-        tensor.div_(constant)
     if not fold:
         like = next(gate.parameters(), torch.empty(()))
         gate.register_buffer("scale", like.new_tensor(1 / constant))
+    return constant

@@ -164,7 +164,7 @@ def resolve(module: nn.Module, path: str) -> tuple[str, nn.Module]:
 
 def folds_later(module: nn.Module) -> bool:
     """Whether the module can merge its layers for deployment: a gate that hangs on one of them would be lost."""
-    return any(hasattr(module, name) for name in ("forward_fuse", "fuse", "reparameterize", "switch_to_deploy"))
+    return hasattr(module, "fuse") or merges_branches(module)
 
 
 def merges_branches(module: nn.Module) -> bool:

@@ -37,7 +37,8 @@ def remove_gates_(
 
     Raises:
         TypeError: ``model`` is no module, or is compiled, scripted or wrapped for parallel training.
-        ValueError: gates are not constant and ``force`` is not given. The network is then as it was.
+        ValueError: gates are not constant and ``force`` is not given, or the optimizer has none of the model's
+            parameters. The network is then as it was.
 
     Example:
         >>> import torchvision

@@ -6,11 +6,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
+from ecanet.inspect.cost import check_input_shape
 from ecanet.models.neutral import Neutralisable
 from ecanet.nn import Gate
-from ecanet.nn.build import GateFactory, build_gate
+from ecanet.nn.build import GateFactory
 from ecanet.nn.hung import GATE, hang_, hung_gate, take_down_
-from ecanet.surgery.checks import check_channels_of, check_input_shape, check_model
+from ecanet.surgery.checks import check_model
+from ecanet.surgery.fitting import build_fitting_gate
 from ecanet.surgery.layers import ATTENTION, class_with_forward, is_attention, names_of, out_channels
 from ecanet.surgery.loading import PRESERVES, STANDS_FOR, keep_loading_
 from ecanet.surgery.optimizers import add_parameters_, check_optimizer, remove_parameters_
@@ -60,8 +62,8 @@ def replace_gates_(
 
     Raises:
         TypeError: ``model`` is no module, or is compiled, scripted or wrapped for parallel training.
-        ValueError: the network has no attention, or the gate cannot have that many channels. The network is then as
-            it was.
+        ValueError: the network has no attention, the gate cannot have that many channels, or the optimizer has none
+            of the model's parameters. The network is then as it was.
 
     Example:
         >>> import torchvision
@@ -75,7 +77,8 @@ def replace_gates_(
     """
     check_model(model)
     check_optimizer(optimizer, model)
-    check_input_shape(input_shape)
+    if input_shape is not None:
+        check_input_shape(input_shape)
     found = list(attention_in(model))
     if isinstance(gate, Mapping):
         swaps = list(_put_back(dict(found), gate))
@@ -146,20 +149,10 @@ def _swap(
     shape = shapes[old].input if shapes is not None and old in shapes else None
     if shape is not None:
         channels, spatial = shape[1], shape[2:]
-    if channels is None:
-        raise ValueError(
-            f"how many channels {name} ({type(old).__name__}) scales cannot be told from its layers: pass "
-            "input_shape=, the shape of an input that the network takes"
-        )
-    try:
-        new = build_gate(gate, channels, kernel_size)
-    except ValueError as error:
-        raise ValueError(f"{name}, {channels} channels: {error}") from error
-    check_channels_of(new, name, channels)
+    like = next(old.parameters(), next(model.parameters(), None))
+    new = build_fitting_gate(gate, kernel_size, name, old, channels, like)
     if type(new) is type(old) and isinstance(new, Gate) and new.extra_repr() == old.extra_repr():
         return None
-    like = next(old.parameters(), next(model.parameters(), torch.empty(())))
-    new = new.to(device=like.device, dtype=like.dtype).train(old.training)
     constant = old.constant() if isinstance(old, Gate) else None
     if constant is not None:
         _make_constant_(name, new, constant)

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ecanet.inspect.observe import evaluating, example_tensor
 from ecanet.nn.hung import CONTAINERS, GATE, hung_gates, run_gate
-from ecanet.surgery.blocks import JOINED, Branch, find_blocks
+from ecanet.surgery.blocks import JOINED, WIDER, Branch, find_blocks
 from ecanet.surgery.groups import find_groups
 from ecanet.surgery.layers import CONVOLUTIONS, class_with_forward, is_empty, names_of, out_channels
 
@@ -170,10 +170,8 @@ def _at_stages(model: nn.Module, branches: list[Branch]) -> list[Site]:
             )
         same = last and _stage(last[-1]) == _stage(branch)
         last[-1:] = [branch] if same else [*last[-1:], branch]
-    return [
-        _site(model, b.block, None if "shufflenet" in class_with_forward(model.get_submodule(b.block)) else b.channels)
-        for b in last
-    ]
+    wider = [class_with_forward(model.get_submodule(branch.block)) in WIDER for branch in last]
+    return [_site(model, b.block, None if more else b.channels) for b, more in zip(last, wider, strict=True)]
 
 
 def _stage(branch: Branch) -> tuple[str, int | None]:

@@ -1,0 +1,47 @@
+"""A gate that fits where it goes."""
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from ecanet.nn import Gate
+from ecanet.nn.build import GateFactory, build_gate
+
+
+def build_fitting_gate(
+    gate: str | GateFactory,
+    kernel_size: int | Literal["adaptive"],
+    name: str,
+    beside: nn.Module,
+    channels: int | None,
+    like: Tensor | None,
+) -> nn.Module:
+    """Build a gate for one place of a network.
+
+    Args:
+        gate: As in :func:`ecanet.insert_gates_`.
+        kernel_size: Likewise.
+        name: Of the place, for errors.
+        beside: The module that the gate follows or takes the place of; it gives the mode.
+        channels: Of the maps there, or None where they are not known.
+        like: Gives type and device, if there is one.
+
+    Raises:
+        ValueError: the number of channels is not known, or not one that the gate can have.
+    """
+    if channels is None:
+        raise ValueError(
+            f"how many channels there are at {name} ({type(beside).__name__}) cannot be told from its layers: pass "
+            "input_shape=, the shape of an input that the network takes"
+        )
+    try:
+        built = build_gate(gate, channels, kernel_size)
+    except ValueError as error:
+        raise ValueError(f"{name}, {channels} channels: {error}") from error
+    if isinstance(built, Gate) and built.channels != channels:
+        raise ValueError(
+            f"gate made a {type(built).__name__} of {built.channels} channels for {name}, which has {channels}"
+        )
+    if like is not None:
+        built = built.to(device=like.device, dtype=like.dtype)
+    return built.train(beside.training)

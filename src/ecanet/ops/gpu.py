@@ -7,6 +7,7 @@ tensors give the same bits on every run.
 import functools
 import importlib
 import importlib.util
+import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -19,7 +20,8 @@ from ecanet.ops import reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-_TILE = 4096  # elements that a program holds at a time
+_TILE = 4096  # elements that a program holds at a time; of several maps, to sum over them, half as many
+_AT_ONCE = 16  # bytes that a thread reads or writes at once
 _PROGRAMS = 2048  # so many keep the largest GPUs busy
 _LONGEST_INT32 = 2**31 - 2**22  # offsets may go beyond the last element by a tile
 
@@ -81,6 +83,14 @@ def dense(x: Tensor) -> Tensor:
     return x if last is not None and x.is_contiguous(memory_format=last) else x.contiguous()
 
 
+class _Tile(NamedTuple):
+    """What a program holds at a time, and how many programs a map takes."""
+
+    rows: int
+    positions: int
+    programs: int
+
+
 class _Map(NamedTuple):
     """A feature map as the kernels see it, and how they walk it."""
 
@@ -89,8 +99,6 @@ class _Map(NamedTuple):
     channels: int
     positions: int
     last: bool
-    rows_a_tile: int
-    positions_a_tile: int
 
     @staticmethod
     def of(x: Tensor) -> "_Map":
@@ -99,14 +107,7 @@ class _Map(NamedTuple):
         if x.dim() < 2:
             raise RuntimeError(f"ecanet: x must have shape (N, C, *spatial), got {tuple(x.shape)}")
         x = dense(x)
-        samples, channels, positions = x.shape[0], x.shape[1], x.shape[2:].numel()
-        last = not x.is_contiguous()
-        if last:
-            rows = min(_power_of_2(channels), 128, _TILE)
-            return _Map(x, samples, channels, positions, last, rows, min(_power_of_2(positions), _TILE // rows))
-        positions_a_tile = min(_power_of_2(positions), 1024, _TILE)
-        rows = min(_power_of_2(samples * channels), _TILE // positions_a_tile)
-        return _Map(x, samples, channels, positions, last, rows, positions_a_tile)
+        return _Map(x, x.shape[0], x.shape[1], x.shape[2:].numel(), not x.is_contiguous())
 
     def ordered(self, t: Tensor, name: str) -> Tensor:
         """Another map in the order of this one."""
@@ -131,30 +132,60 @@ class _Map(NamedTuple):
         return self.samples * self.channels
 
     @property
-    def row_blocks(self) -> int:
-        if self.last:
-            return self.samples * _cdiv(self.channels, self.rows_a_tile)
-        return _cdiv(self.rows, self.rows_a_tile)
+    def align(self) -> int:
+        """What divides the number of neighbours in memory, up to 16."""
+        return math.gcd(self.channels if self.last else self.positions, 16)
 
     @property
-    def tiles(self) -> int:
-        return self.row_blocks * _cdiv(self.positions, self.positions_a_tile)
+    def at_once(self) -> int:
+        """Elements that a thread reads or writes at once."""
+        return _AT_ONCE // self.x.element_size()
 
-    def splits(self) -> tuple[int, int]:
-        """Into how many parts reductions split the positions, and how many positions a part has."""
-        worth = self.positions // (8 * self.positions_a_tile)
-        wanted = max(1, min(worth, _cdiv(_PROGRAMS, self.row_blocks)))
-        per_split = _cdiv(_cdiv(self.positions, wanted), self.positions_a_tile) * self.positions_a_tile
-        return _cdiv(self.positions, per_split), per_split
+    def for_elements(self) -> _Tile:
+        """Tiles for work element by element."""
+        if self.last:
+            rows = min(_power_of_2(self.channels), 128, _TILE)
+            positions = min(_power_of_2(self.positions), _TILE // rows)
+            return _Tile(rows, positions, self._row_blocks(rows) * _cdiv(self.positions, positions))
+        run = min(self.at_once, _power_of_2(self.positions + 1) // 2)  # not longer than a row
+        runs = min(_power_of_2(_cdiv(self.x.numel(), run)), _TILE // run)
+        return _Tile(runs, run, _cdiv(self.x.numel(), runs * run))
+
+    def for_sums(self) -> tuple[_Tile, int, int, int]:
+        """Tiles for sums over positions, and how rows are cut.
+
+        Returns:
+            The tile; the number of splits; positions of a split; rows are read from multiples of so many elements.
+        """
+        tile = _TILE // 2
+        if self.last:
+            rows = min(_power_of_2(self.channels), 128, tile)
+            positions = min(_power_of_2(self.positions), tile // rows)
+        else:  # a quarter of a row at a time, but not less than what eight threads read at once
+            positions = max(8 * self.at_once, min(_power_of_2(self.positions // 4), 1024))
+            positions = min(positions, _power_of_2(self.positions), tile)
+            rows = min(_power_of_2(self.rows), tile // positions)
+        blocks = self._row_blocks(rows)
+        splits = max(1, min(self.positions // (8 * positions), _cdiv(_PROGRAMS, blocks)))
+        per_split = _cdiv(_cdiv(self.positions, splits), positions) * positions
+        splits = _cdiv(self.positions, per_split)
+        aligned = self.last or self.align >= self.at_once or self.positions < 2 * self.at_once
+        start = 1 if aligned or splits > 1 else self.at_once
+        return _Tile(rows, positions, blocks * splits), splits, per_split, start
+
+    def _row_blocks(self, rows: int) -> int:
+        return self.samples * _cdiv(self.channels, rows) if self.last else _cdiv(self.rows, rows)
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.x.new_empty(shape, dtype=dtype or reference.accumulation_dtype(self.x.dtype))
 
-    def constants(self) -> dict[str, Any]:
+    def constants(self, tile: _Tile) -> dict[str, Any]:
         return {
             "LAST": self.last,
-            "ROWS": self.rows_a_tile,
-            "POSITIONS": self.positions_a_tile,
+            "ALIGN": self.align,
+            "TOTAL": math.gcd(self.x.numel(), 16),
+            "ROWS": tile.rows,
+            "POSITIONS": tile.positions,
             "INDEX": _index(self.x.numel()),
             "ACC": _type(self.x.dtype),
         }
@@ -175,13 +206,13 @@ def _check_act(act: int) -> None:
 
 
 def _partial_moments(m: _Map, second: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, int, int]:
-    splits, per_split = m.splits()
+    tile, splits, per_split, start = m.for_sums()
     mean = m.new(splits, *m.nc, dtype=dtype)
     m2 = m.new(splits if second else 0, *m.nc, dtype=dtype)
     _launch(
-        "moments", m.row_blocks * splits, m.x,
+        "moments", tile.programs, m.x,
         m.x, mean, m2, m.samples, m.channels, m.positions, splits, per_split,
-        SECOND=second, OUT=_type(dtype), **m.constants(),
+        SECOND=second, OUT=_type(dtype), START=start, **m.constants(tile),
     )  # fmt: skip
     return mean, m2, splits, per_split
 
@@ -209,12 +240,18 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def _merge(
     m: _Map, mean: Tensor, m2: Tensor, mean_out: Tensor, m2_out: Tensor, splits: int, per_split: int, second: bool
 ) -> None:
-    block = min(_power_of_2(m.rows), 512)
+    at_once, block = _blocks_of_splits(m.rows, splits)
     _launch(
         "merge", _cdiv(m.rows, block), m.x,
         mean, m2, mean_out, m2_out, m.rows, m.positions, splits, per_split,
-        SECOND=second, BLOCK=block, OUT=_type(mean.dtype), INDEX=_index(mean.numel()),
+        SECOND=second, SPLITS=at_once, BLOCK=block, INDEX=_index(mean.numel()),
     )  # fmt: skip
+
+
+def _blocks_of_splits(rows: int, splits: int) -> tuple[int, int]:
+    """Splits and rows that a program merges."""
+    at_once = _power_of_2(splits)
+    return at_once, min(_power_of_2(rows), max(1, 2048 // at_once), 256)
 
 
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,11 +259,12 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     m = _Map.of(x)
     mean, m2, splits, per_split = _partial_moments(m, True, torch.float64)
     means, batch_mean, batch_var = m.new(*m.nc), m.new(m.channels), m.new(m.channels)
-    channels = min(_power_of_2(m.channels), 16)
+    at_once, channels = _power_of_2(splits), min(_power_of_2(m.channels), 4)  # 32 bytes: what memory gives at a time
     _launch(
         "statistics", _cdiv(m.channels, channels), x,
         mean, m2, means, batch_mean, batch_var, m.samples, m.channels, m.positions, splits, per_split,
-        SAMPLES=min(_power_of_2(m.samples), 128), CHANNELS=channels, INDEX=_index(mean.numel()),
+        SPLITS=at_once, SAMPLES=min(_power_of_2(m.samples), max(1, 2048 // (at_once * channels))), CHANNELS=channels,
+        INDEX=_index(mean.numel()),
     )  # fmt: skip
     return means, batch_mean, batch_var
 
@@ -254,9 +292,10 @@ def _apply(x: Tensor, scale: Tensor, shift: Tensor | None, residual: Tensor | No
     if over_x:
         read = [_apart(t, m.x) for t in read]
     out = m.x if over_x else torch.empty_like(m.x)
+    tile = m.for_elements()
     _launch(
-        "apply", m.tiles, x, m.x, *read, out, m.samples, m.channels, m.positions,
-        ACT=act, **m.constants(),
+        "apply", tile.programs, x, m.x, *read, out, m.samples, m.channels, m.positions,
+        ACT=act, **m.constants(tile),
     )  # fmt: skip
     return out
 
@@ -306,16 +345,24 @@ def apply_backward(
     m = _Map.of(x)
     grad, scale, shift, saved = _upstream(m, grad, scale, shift, saved, act)
     center = m.small(center, (m.channels,), "center")
-    splits, per_split = m.splits()
+    tile, splits, per_split, start = m.for_sums()
     d = torch.empty_like(m.x) if needs_d else None
     p, q = m.new(splits, *m.nc), m.new(splits, *m.nc)
     _launch(
-        "reduce", m.row_blocks * splits, x,
+        "reduce", tile.programs, x,
         grad, m.x, scale, shift, center, saved, d, p, q, m.samples, m.channels, m.positions, splits, per_split,
-        ACT=act, **m.constants(),
+        ACT=act, START=start, **m.constants(tile),
     )  # fmt: skip
-    p, q = (p[0], q[0]) if splits == 1 else (p.sum(0), q.sum(0))
-    return x.new_empty(0) if d is None else d, p, q
+    d = x.new_empty(0) if d is None else d
+    if splits == 1:
+        return d, p[0], q[0]
+    p_sum, q_sum = m.new(*m.nc), m.new(*m.nc)
+    at_once, block = _blocks_of_splits(m.rows, splits)
+    _launch(
+        "add_splits", _cdiv(m.rows, block), x, p, q, p_sum, q_sum, m.rows, splits,
+        SPLITS=at_once, BLOCK=block, INDEX=_index(p.numel()),
+    )  # fmt: skip
+    return d, p_sum, q_sum
 
 
 def input_backward(
@@ -335,10 +382,11 @@ def input_backward(
     offset = _small(offset, x, m.nc, "offset")
     slope, center = m.small(slope, (m.channels,), "slope"), m.small(center, (m.channels,), "center")
     out = torch.empty_like(m.x)
+    tile = m.for_elements()
     _launch(
-        "input_grad", m.tiles, x,
+        "input_grad", tile.programs, x,
         grad, m.x, scale, shift, saved, offset, slope, center, out, m.samples, m.channels, m.positions,
-        ACT=act, **m.constants(),
+        ACT=act, **m.constants(tile),
     )  # fmt: skip
     return out
 

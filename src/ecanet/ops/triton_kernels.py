@@ -3,10 +3,14 @@
 Names and formulas are those of :mod:`ecanet.ops.reference`; :mod:`ecanet.ops.gpu` launches them. Importing this file
 imports triton.
 
-A map ``(N, C, S)`` is walked in tiles of ``ROWS`` rows by ``POSITIONS`` positions, a row being one channel of one
-sample: contiguous, the positions of a row are neighbours in memory; channels last (``LAST``), the rows of a position
-are. Reductions may split the positions of a row over ``splits`` programs; what each found is merged in a fixed order,
-so results repeat themselves bit by bit.
+A map ``(N, C, S)`` has N C rows, a row being one channel of one sample. It is walked in tiles of ``ROWS`` by
+``POSITIONS`` elements. In memory the positions of a row are neighbours, or, channels last (``LAST``), the channels of a
+position. ``ALIGN`` divides the number of neighbours; loads and stores are as wide as it allows.
+
+What sums over rows takes a tile of rows and goes on along their positions, so that most sums happen within a thread. It
+may split the positions over ``splits`` programs; what each found is merged in a fixed order, so results repeat
+themselves bit by bit. What works element by element cuts contiguous maps into runs of ``POSITIONS`` neighbours, each in
+one row or in two, so that maps whose rows are not aligned (7 x 7) are read and written as widely as others.
 """
 
 from typing import Any
@@ -19,28 +23,114 @@ jit: Any = triton.jit
 
 
 @jit
-def _rows(block, samples, channels, positions, ROWS: tl.constexpr, LAST: tl.constexpr, INDEX: tl.constexpr):
-    """Of every row of a tile: offset of its first position, index in ``(N, C)``, channel, whether it exists."""
-    if LAST:
-        blocks = tl.cdiv(channels, ROWS)
-        sample = (block // blocks).to(INDEX)
-        channel = block % blocks * ROWS + tl.arange(0, ROWS)
-        start = sample * positions * channels + channel
-        nc = sample * channels + channel
-        exists = channel < channels
-    else:
-        nc = block.to(INDEX) * ROWS + tl.arange(0, ROWS)
-        channel = (nc % channels).to(tl.int32)
-        start = nc * positions
-        exists = nc < tl.cast(samples, INDEX) * channels
-    return start, nc, channel, exists
+def _multiple(size, OF: tl.constexpr):
+    """The size, in a form that shows the compiler what divides it."""
+    return size // OF * OF
 
 
 @jit
-def _places(start, position, channels, LAST: tl.constexpr, INDEX: tl.constexpr):
-    """Offsets of a tile, [ROWS, POSITIONS]."""
-    step = channels if LAST else 1
-    return start[:, None] + position.to(INDEX)[None, :] * step
+def _size(samples, channels, positions, TOTAL: tl.constexpr, INDEX: tl.constexpr):
+    """Elements of the map."""
+    return _multiple(tl.cast(samples, INDEX) * channels * positions, TOTAL)
+
+
+@jit
+def _rows(
+    block, samples, channels, positions, ROWS: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr,
+    START: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """Where the rows of a tile are.
+
+    The offset to read each from; how many elements that is before its first position; its index in ``(N, C)``; its
+    channel; whether it exists; how far its positions are apart.
+    """
+    step = 1
+    if LAST:
+        step = _multiple(channels, ALIGN)
+        blocks = tl.cdiv(channels, ROWS)
+        sample = (block // blocks).to(INDEX)
+        channel = block % blocks * ROWS + tl.arange(0, ROWS)
+        first = sample * positions * step + channel
+        row = sample * channels + channel
+        exists = channel < step
+    else:
+        row = block.to(INDEX) * ROWS + tl.arange(0, ROWS)
+        channel = (row % channels).to(tl.int32)
+        first = row * _multiple(positions, ALIGN)
+        exists = row < tl.cast(samples, INDEX) * channels
+    start = _multiple(first, START)
+    return start, (first - start).to(tl.int32), row, channel, exists, step
+
+
+@jit
+def _end(begin, per_split, positions, LAST: tl.constexpr, ALIGN: tl.constexpr, START: tl.constexpr):
+    """Where a split ends, counted from where its rows are read."""
+    if LAST:
+        return tl.minimum(begin + per_split, positions)
+    if START > 1:  # the only split
+        return _multiple(positions + 2 * (START - 1), START)
+    return tl.minimum(begin + per_split, _multiple(positions, ALIGN))
+
+
+@jit
+def _tile(
+    start, lead, exists, step, at, end, positions, size, POSITIONS: tl.constexpr, START: tl.constexpr,
+    INDEX: tl.constexpr,
+):  # fmt: skip
+    """Offsets of the rows' elements from ``at`` on, [ROWS, POSITIONS]; which can be read; which are the rows' own."""
+    position = at + tl.arange(0, POSITIONS)
+    place = start[:, None] + position.to(INDEX)[None, :] * step
+    readable = exists[:, None] & (position < end)[None, :]
+    inside = readable
+    if START > 1:
+        own = position[None, :] - lead[:, None]
+        inside = readable & (own.to(tl.uint32) < positions.to(tl.uint32))  # nor is it less than 0
+        readable &= place < size
+    return place, readable, inside
+
+
+@jit
+def _elements(
+    program, samples, channels, positions, ROWS: tl.constexpr, POSITIONS: tl.constexpr, LAST: tl.constexpr,
+    ALIGN: tl.constexpr, TOTAL: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """What a program works on element by element.
+
+    Offsets and which exist, [ROWS, POSITIONS]; the row where each [ROWS] of them begins, and the row after that; which
+    elements belong to the row after.
+    """
+    rows = tl.cast(samples, INDEX) * channels
+    size = _size(samples, channels, positions, TOTAL, INDEX)
+    if LAST:
+        tiles = tl.cdiv(positions, POSITIONS)
+        start, lead, row, _, exists, step = _rows(
+            program // tiles, samples, channels, positions, ROWS, LAST, ALIGN, 1, INDEX
+        )
+        at = program % tiles * POSITIONS
+        place, _, inside = _tile(start, lead, exists, step, at, positions, positions, size, POSITIONS, 1, INDEX)
+        is_after = tl.zeros((1, 1), tl.int1)
+    else:
+        first = program.to(INDEX) * (ROWS * POSITIONS)
+        run = tl.arange(0, ROWS) * POSITIONS
+        place = first + (run[:, None] + tl.arange(0, POSITIONS)[None, :])
+        inside = place < size
+        row = first // positions  # of 64 bits only this division; those of the runs are of 32
+        run += (first - row * positions).to(tl.int32)
+        down = run // positions
+        row += down
+        is_after = (run - down * positions)[:, None] + tl.arange(0, POSITIONS)[None, :] >= positions
+    return place, inside, tl.minimum(row, rows - 1), tl.minimum(row + 1, rows - 1), is_after
+
+
+@jit
+def _of_rows(
+    values, row, after, is_after, POSITIONS: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """The value of its row for every element of a tile."""
+    value = tl.load(values + row).to(ACC)[:, None]
+    if not LAST and ALIGN % POSITIONS != 0:  # otherwise no run lies in two rows
+        value = tl.where(is_after, tl.load(values + after).to(ACC)[:, None], value)
+    return value
 
 
 @jit
@@ -103,8 +193,8 @@ def _upstream(grad, x, saved, scale, shift, place, mask, ACT: tl.constexpr, ACC:
 @jit
 def moments(
     x, mean, m2, samples, channels, positions, splits, per_split,
-    SECOND: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr, INDEX: tl.constexpr,
-    ACC: tl.constexpr, OUT: tl.constexpr,
+    SECOND: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr, TOTAL: tl.constexpr, START: tl.constexpr,
+    ROWS: tl.constexpr, POSITIONS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     """Mean of every row over the positions of one split and, if ``SECOND``, the sum of squares about it.
 
@@ -112,28 +202,28 @@ def moments(
     squares lose digits to cancellation by at most the number of tiles.
     """
     block, split = tl.program_id(0) // splits, tl.program_id(0) % splits
-    start, nc, _, exists = _rows(block, samples, channels, positions, ROWS, LAST, INDEX)
+    start, lead, row, _, exists, step = _rows(block, samples, channels, positions, ROWS, LAST, ALIGN, START, INDEX)
+    size = _size(samples, channels, positions, TOTAL, INDEX)
     begin = split * per_split
-    end = tl.minimum(begin + per_split, positions)
-    count = (end - begin).to(ACC)
+    end = _end(begin, per_split, positions, LAST, ALIGN, START)
+    count = (tl.minimum(begin + per_split, positions) - begin).to(ACC)
+    place, readable, inside = _tile(start, lead, exists, step, begin, end, positions, size, POSITIONS, START, INDEX)
+    value = tl.load(x + place, readable, 0.0).to(ACC)
     origin = tl.zeros((ROWS,), ACC)
     if SECOND:
-        position = begin + tl.arange(0, POSITIONS)
-        inside = exists[:, None] & (position < end)[None, :]
-        first = tl.load(x + _places(start, position, channels, LAST, INDEX), inside, 0.0).to(ACC)
-        origin = tl.sum(first, 1) / tl.minimum(end - begin, POSITIONS).to(ACC)
+        first = tl.minimum(begin + POSITIONS - lead, tl.minimum(begin + per_split, positions)) - begin
+        origin = tl.sum(tl.where(inside, value, 0.0), 1) / first.to(ACC)
         origin = tl.where(origin - origin == 0.0, origin, 0.0)  # finite, or none: Inf - Inf would be NaN
-    total = tl.zeros((ROWS, POSITIONS), ACC)
-    squares = tl.zeros((ROWS, POSITIONS), ACC)
-    for at in range(begin, end, POSITIONS):
-        position = at + tl.arange(0, POSITIONS)
-        inside = exists[:, None] & (position < end)[None, :]
-        value = tl.load(x + _places(start, position, channels, LAST, INDEX), inside, 0.0).to(ACC)
+    total = tl.where(inside, value - origin[:, None], 0.0)
+    squares = total * total
+    for at in range(begin + POSITIONS, end, POSITIONS):
+        place, readable, inside = _tile(start, lead, exists, step, at, end, positions, size, POSITIONS, START, INDEX)
+        value = tl.load(x + place, readable, 0.0).to(ACC)
         away = tl.where(inside, value - origin[:, None], 0.0)
         total += away
         if SECOND:
             squares += away * away
-    here = split.to(INDEX) * samples * channels + nc
+    here = split.to(INDEX) * samples * channels + row
     away = tl.sum(total, 1) / count
     tl.store(mean + here, origin.to(OUT) + away.to(OUT), exists)
     if SECOND:
@@ -141,67 +231,81 @@ def moments(
 
 
 @jit
-def _merge_splits(mean, m2, at, exists, rows, positions, splits, per_split, SECOND: tl.constexpr, OUT: tl.constexpr):
-    """Mean and sum of squares of whole rows, from those of their splits (Chan, Golub, LeVeque 1979)."""
-    m = tl.load(mean + at, exists, 0.0).to(OUT)
+def _merge_splits(
+    mean, m2, at, exists, rows, positions, splits, per_split,
+    SECOND: tl.constexpr, SPLITS: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """Mean and sum of squares of whole rows, from those of their splits (Chan, Golub, LeVeque 1979).
+
+    ``at`` and the results are [A, B]; the sums of squares are 0 unless ``SECOND``.
+    """
+    split = tl.arange(0, SPLITS)[:, None, None]
+    known = exists[None, :, :] & (split < splits)
+    place = split.to(INDEX) * rows + at[None, :, :]
+    part = tl.load(mean + place, known, 0.0)
+    count = tl.maximum(tl.minimum(positions - split * per_split, per_split), 0).to(part.dtype)
+    m = tl.sum(part * count, 0) / positions
     q = tl.zeros_like(m)
     if SECOND:
-        q = tl.load(m2 + at, exists, 0.0).to(OUT)
-    for split in range(1, splits):
-        before = (split * per_split).to(OUT)
-        count = (tl.minimum(split * per_split + per_split, positions) - split * per_split).to(OUT)
-        at += rows
-        other = tl.load(mean + at, exists, 0.0).to(OUT)
-        away = other - m
-        m = (m * before + other * count) / (before + count)
-        if SECOND:
-            q += tl.load(m2 + at, exists, 0.0).to(OUT)
-            q += away * away * (before * count / (before + count))
+        away = tl.where(known, part - m[None, :, :], 0.0)
+        q = tl.sum(tl.load(m2 + place, known, 0.0) + away * away * count, 0)
     return m, q
 
 
 @jit
 def merge(
     mean, m2, mean_out, m2_out, rows, positions, splits, per_split,
-    SECOND: tl.constexpr, BLOCK: tl.constexpr, OUT: tl.constexpr, INDEX: tl.constexpr,
+    SECOND: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """One mean, and one sum of squares, for every row."""
-    at = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)[None, :]
     exists = at < rows
-    m, q = _merge_splits(mean, m2, at, exists, rows, positions, splits, per_split, SECOND, OUT)
+    m, q = _merge_splits(mean, m2, at, exists, rows, positions, splits, per_split, SECOND, SPLITS, INDEX)
     tl.store(mean_out + at, m.to(mean_out.dtype.element_ty), exists)
     if SECOND:
         tl.store(m2_out + at, q.to(m2_out.dtype.element_ty), exists)
 
 
 @jit
+def add_splits(p, q, p_out, q_out, rows, splits, SPLITS: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr):
+    """Sums of whole rows from those of their splits."""
+    at = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    split = tl.arange(0, SPLITS)[:, None]
+    known = (at < rows)[None, :] & (split < splits)
+    place = split.to(INDEX) * rows + at[None, :]
+    tl.store(p_out + at, tl.sum(tl.load(p + place, known, 0.0), 0), at < rows)
+    tl.store(q_out + at, tl.sum(tl.load(q + place, known, 0.0), 0), at < rows)
+
+
+@jit
 def statistics(
     mean, m2, means_out, mean_out, var_out, samples, channels, positions, splits, per_split,
-    SAMPLES: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
+    SPLITS: tl.constexpr, SAMPLES: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Means of rows, and mean and biased variance of every channel over the batch; merged in float64."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     known = channel < channels
     rows = tl.cast(samples, INDEX) * channels
-    total = tl.zeros((CHANNELS,), tl.float64)
+    total = tl.zeros((SAMPLES, CHANNELS), tl.float64)
     for n in range(0, samples, SAMPLES):
         sample = n + tl.arange(0, SAMPLES)
         at = sample.to(INDEX)[:, None] * channels + channel[None, :]
         exists = (sample < samples)[:, None] & known[None, :]
-        m, _ = _merge_splits(mean, m2, at, exists, rows, positions, splits, per_split, False, tl.float64)
+        m, _ = _merge_splits(mean, m2, at, exists, rows, positions, splits, per_split, False, SPLITS, INDEX)
         tl.store(means_out + at, m.to(means_out.dtype.element_ty), exists)
-        total += tl.sum(tl.where(exists, m, 0.0), 0)
-    center = total / samples
-    spread = tl.zeros((CHANNELS,), tl.float64)
+        total += m
+    center = tl.sum(total, 0) / samples
+    spread = tl.zeros((SAMPLES, CHANNELS), tl.float64)
     for n in range(0, samples, SAMPLES):
         sample = n + tl.arange(0, SAMPLES)
         at = sample.to(INDEX)[:, None] * channels + channel[None, :]
         exists = (sample < samples)[:, None] & known[None, :]
-        m, q = _merge_splits(mean, m2, at, exists, rows, positions, splits, per_split, True, tl.float64)
-        away = m - center[None, :]
-        spread += tl.sum(tl.where(exists, q + away * away * positions, 0.0), 0)
+        m, q = _merge_splits(mean, m2, at, exists, rows, positions, splits, per_split, True, SPLITS, INDEX)
+        away = tl.where(exists, m - center[None, :], 0.0)
+        spread += q + away * away * positions
     tl.store(mean_out + channel, center.to(mean_out.dtype.element_ty), known)
-    tl.store(var_out + channel, (spread / samples / positions).to(var_out.dtype.element_ty), known)
+    variance = tl.sum(spread, 0) / samples / positions
+    tl.store(var_out + channel, variance.to(var_out.dtype.element_ty), known)
 
 
 @jit
@@ -223,18 +327,17 @@ def update_running(
 @jit
 def apply(
     x, scale, shift, residual, out, samples, channels, positions,
-    ACT: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr, INDEX: tl.constexpr,
-    ACC: tl.constexpr,
+    ACT: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr, TOTAL: tl.constexpr, ROWS: tl.constexpr,
+    POSITIONS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """``act(x * scale + shift + residual)``; ``out`` may be ``x``."""
-    tiles = tl.cdiv(positions, POSITIONS)
-    start, nc, _, exists = _rows(tl.program_id(0) // tiles, samples, channels, positions, ROWS, LAST, INDEX)
-    position = tl.program_id(0) % tiles * POSITIONS + tl.arange(0, POSITIONS)
-    place = _places(start, position, channels, LAST, INDEX)
-    inside = exists[:, None] & (position < positions)[None, :]
-    y = tl.load(x + place, inside, 0.0).to(ACC) * tl.load(scale + nc, exists, 0.0).to(ACC)[:, None]
+    place, inside, row, after, is_after = _elements(
+        tl.program_id(0), samples, channels, positions, ROWS, POSITIONS, LAST, ALIGN, TOTAL, INDEX
+    )
+    y = tl.load(x + place, inside, 0.0).to(ACC)
+    y *= _of_rows(scale, row, after, is_after, POSITIONS, LAST, ALIGN, ACC)
     if shift is not None:
-        y += tl.load(shift + nc, exists, 0.0).to(ACC)[:, None]
+        y += _of_rows(shift, row, after, is_after, POSITIONS, LAST, ALIGN, ACC)
     if residual is not None:
         y += tl.load(residual + place, inside, 0.0).to(ACC)
     tl.store(out + place, _activate(y, ACT).to(out.dtype.element_ty), inside)
@@ -243,39 +346,43 @@ def apply(
 @jit
 def reduce(
     grad, x, scale, shift, center, saved, d, p, q, samples, channels, positions, splits, per_split,
-    ACT: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr, INDEX: tl.constexpr,
-    ACC: tl.constexpr,
+    ACT: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr, TOTAL: tl.constexpr, START: tl.constexpr,
+    ROWS: tl.constexpr, POSITIONS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """First pass of the backward: d, and for one split of every row the sums of d and of d (x - center).
 
     ``p`` and ``q`` are ``(splits, N, C)``; without ``d`` it is not kept.
     """
     block, split = tl.program_id(0) // splits, tl.program_id(0) % splits
-    start, nc, channel, exists = _rows(block, samples, channels, positions, ROWS, LAST, INDEX)
+    start, lead, row, channel, exists, step = _rows(
+        block, samples, channels, positions, ROWS, LAST, ALIGN, START, INDEX
+    )
+    size = _size(samples, channels, positions, TOTAL, INDEX)
     begin = split * per_split
-    end = tl.minimum(begin + per_split, positions)
+    end = _end(begin, per_split, positions, LAST, ALIGN, START)
     a = None
     b = None
     if ACT == 3 or ACT == 4:
-        a = tl.load(scale + nc, exists, 0.0).to(ACC)[:, None]
+        a = tl.load(scale + row, exists, 0.0).to(ACC)[:, None]
         if shift is not None:
-            b = tl.load(shift + nc, exists, 0.0).to(ACC)[:, None]
+            b = tl.load(shift + row, exists, 0.0).to(ACC)[:, None]
     middle = tl.zeros((ROWS,), ACC)
     if center is not None:
         middle = tl.load(center + channel, exists, 0.0).to(ACC)
     p_total = tl.zeros((ROWS, POSITIONS), ACC)
     q_total = tl.zeros((ROWS, POSITIONS), ACC)
     for at in range(begin, end, POSITIONS):
-        position = at + tl.arange(0, POSITIONS)
-        place = _places(start, position, channels, LAST, INDEX)
-        inside = exists[:, None] & (position < end)[None, :]
-        value = tl.load(x + place, inside, 0.0).to(ACC)
-        here = _upstream(grad, value, saved, a, b, place, inside, ACT, ACC)
+        place, readable, inside = _tile(start, lead, exists, step, at, end, positions, size, POSITIONS, START, INDEX)
+        value = tl.load(x + place, readable, 0.0).to(ACC)
+        here = _upstream(grad, value, saved, a, b, place, readable, ACT, ACC)
         if d is not None:
-            tl.store(d + place, here.to(d.dtype.element_ty), inside)
+            # Without scale and shift d is the same whichever row's program writes it: as wide as it was read.
+            if ACT == 3 or ACT == 4:
+                readable = inside
+            tl.store(d + place, here.to(d.dtype.element_ty), readable)
         p_total += tl.where(inside, here, 0.0)
         q_total += tl.where(inside, here * (value - middle[:, None]), 0.0)
-    at_split = split.to(INDEX) * samples * channels + nc
+    at_split = split.to(INDEX) * samples * channels + row
     tl.store(p + at_split, tl.sum(p_total, 1), exists)
     tl.store(q + at_split, tl.sum(q_total, 1), exists)
 
@@ -283,28 +390,27 @@ def reduce(
 @jit
 def input_grad(
     grad, x, scale, shift, saved, offset, slope, center, out, samples, channels, positions,
-    ACT: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr, INDEX: tl.constexpr,
-    ACC: tl.constexpr,
+    ACT: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr, TOTAL: tl.constexpr, ROWS: tl.constexpr,
+    POSITIONS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Second pass of the backward: ``scale * d + offset + slope * (x - center)``."""
-    tiles = tl.cdiv(positions, POSITIONS)
-    start, nc, channel, exists = _rows(tl.program_id(0) // tiles, samples, channels, positions, ROWS, LAST, INDEX)
-    position = tl.program_id(0) % tiles * POSITIONS + tl.arange(0, POSITIONS)
-    place = _places(start, position, channels, LAST, INDEX)
-    inside = exists[:, None] & (position < positions)[None, :]
-    a = tl.load(scale + nc, exists, 0.0).to(ACC)[:, None]
+    place, inside, row, after, is_after = _elements(
+        tl.program_id(0), samples, channels, positions, ROWS, POSITIONS, LAST, ALIGN, TOTAL, INDEX
+    )
+    a = _of_rows(scale, row, after, is_after, POSITIONS, LAST, ALIGN, ACC)
     b = None
     if (ACT == 3 or ACT == 4) and shift is not None:
-        b = tl.load(shift + nc, exists, 0.0).to(ACC)[:, None]
+        b = _of_rows(shift, row, after, is_after, POSITIONS, LAST, ALIGN, ACC)
     value = None
     if ACT == 3 or ACT == 4 or slope is not None:
         value = tl.load(x + place, inside, 0.0).to(ACC)
     g = _upstream(grad, value, saved, a, b, place, inside, ACT, ACC) * a
-    g += tl.load(offset + nc, exists, 0.0).to(ACC)[:, None]
+    g += _of_rows(offset, row, after, is_after, POSITIONS, LAST, ALIGN, ACC)
     if slope is not None:
+        channel, next_channel = row % channels, after % channels
         if center is not None:
-            value -= tl.load(center + channel, exists, 0.0).to(ACC)[:, None]
-        g += tl.load(slope + channel, exists, 0.0).to(ACC)[:, None] * value
+            value -= _of_rows(center, channel, next_channel, is_after, POSITIONS, LAST, ALIGN, ACC)
+        g += _of_rows(slope, channel, next_channel, is_after, POSITIONS, LAST, ALIGN, ACC) * value
     tl.store(out + place, g.to(out.dtype.element_ty), inside)
 
 

@@ -1,14 +1,21 @@
-"""Compile every Triton kernel, in several variants, for an NVIDIA and an AMD GPU; neither has to be there.
+"""Compile the Triton kernels, as they are launched on maps of several kinds, for an NVIDIA and an AMD GPU.
 
-Prints the targets by kernel. Run without ``TRITON_INTERPRET``.
+Neither has to be there. Prints what came out. Run without ``TRITON_INTERPRET``.
 """
 
 import json
-from collections import defaultdict
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
+from op_cases import RELU, SILU
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -16,89 +23,111 @@ from ecanet.ops import gpu
 from ecanet.ops import triton_kernels as kernels
 
 TARGETS = (GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64))
-tl = kernels.tl
-INTEGERS = {
-    "samples", "channels", "positions", "splits", "per_split", "rows", "per_program", "groups", "programs",
-}  # fmt: skip
-DOUBLES = {"mean", "m2"}  # of moments, merge and statistics
-
-
-def launched_for(*shape: int, last: bool) -> dict[str, Any]:
-    """The constants that a map of that shape is launched with."""
-    x = torch.empty(shape, device="meta")
-    return gpu._Map.of(x.to(memory_format=torch.channels_last) if last else x).constants()
-
-
-WALK = launched_for(256, 256, 56, 56, last=True)
-ROWS = {**launched_for(256, 2048, 7, 7, last=False), "INDEX": tl.int64}
-MEANS = {"eps": 1e-5, "CIRCULAR": False, "INDEX": tl.int32, "ACC": tl.float32}
-MAPS = {"x", "residual", "out", "grad", "saved", "d"}
-
-#: Kernel, constants, arguments that are None, and the type of the maps.
-VARIANTS: list[tuple[str, dict[str, Any], set[str], str]] = [
-    *(
-        (name, {**walk, **more}, none, dtype)
-        for walk, dtype in ((WALK, "bf16"), (ROWS, "fp32"))
-        for name, more, none in (
-            ("moments", {"SECOND": True, "OUT": tl.float64}, set()),
-            ("moments", {"SECOND": False, "OUT": tl.float32}, set()),
-            ("apply", {"ACT": 1}, set()),
-            ("apply", {"ACT": 3}, {"shift", "residual"}),
-            ("reduce", {"ACT": 1}, {"shift"}),
-            ("reduce", {"ACT": 4}, {"d", "center", "saved"}),
-            ("input_grad", {"ACT": 0}, {"shift", "saved"}),
-            ("input_grad", {"ACT": 3}, {"slope", "center"}),
-        )
-    ),
-    ("merge", {"SECOND": True, "BLOCK": 512, "OUT": tl.float64, "INDEX": tl.int32}, set(), "fp32"),
-    ("statistics", {"SAMPLES": 128, "CHANNELS": 16, "INDEX": tl.int32}, set(), "fp32"),
-    ("update_running", {"BLOCK": 512}, set(), "fp32"),
-    ("coefficients", {**MEANS, "K": 5, "BLOCK": 256}, set(), "fp32"),
-    ("coefficients", {**MEANS, "CIRCULAR": True, "K": 5, "BLOCK": 256}, {"mean", "var", "weight", "bias"}, "fp32"),
-    ("coefficients", {**MEANS, "K": 0, "BLOCK": 256}, {"kernel"}, "fp32"),
-    *(
-        ("coefficients_backward", {**MEANS, "K": k, "SAMPLES": 32, "CHANNELS": 32, "TAPS": 8}, none, "fp32")
-        for k, none in ((5, {"grad_s"}), (0, {"kernel"}), (0, {"kernel", "gate", "grad_s", "mean", "var", "bias"}))
-    ),
-    *(
-        ("finish", {"eps": 1e-5, "K": k, "CHANNELS": 128, "PROGRAMS": 64, "TAPS": 8, "ACC": tl.float32}, none, "fp32")
-        for k, none in ((5, set()), (0, {"var", "weight"}))
-    ),
+TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+WIDE, ODD = "wide", "odd"
+#: Shape, type, channels last; and whether all of the map can be read and written 16 bytes at a time.
+MAPS: list[tuple[tuple[int, ...], torch.dtype, bool, str]] = [
+    ((256, 256, 56, 56), torch.bfloat16, True, WIDE),
+    ((128, 24, 28, 28), torch.float16, True, WIDE),
+    ((8, 24, 7, 7), torch.bfloat16, False, WIDE),
+    ((512, 1024, 14, 14), torch.bfloat16, False, WIDE),
+    ((512, 2048, 7, 7), torch.float32, False, WIDE),
+    ((1, 1, 1, 1), torch.float32, False, ODD),
+    ((3, 5, 9, 9), torch.float64, False, ODD),
 ]
+Launch = tuple[str, tuple[Any, ...], dict[str, Any]]
 
 
-def argument_type(kernel: str, name: str, map_type: str) -> str:
-    """As triton spells it."""
-    if name in INTEGERS:
-        return "i32"
-    if name in ("momentum", "unbiased"):
-        return "fp32"
-    if name in MAPS:
-        return f"*{map_type}"
-    if kernel in ("moments", "merge", "statistics") and name in DOUBLES:
-        return "*fp64"
-    return "*fp32"
+def launches(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> list[Launch]:
+    """Those of every operation on such a map, and on its means."""
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    x = x.to(memory_format=torch.channels_last) if last else x
+    small = gpu.reference.accumulation_dtype(dtype)
+    n, c = shape[:2]
+    means, channel, k = (torch.empty(s, dtype=small, device="meta") for s in ((n, c), (c,), (min(c, 5) | 1,)))
+    norm, no_norm = (channel, channel, channel, channel, 1e-5), (None, None, None, None, 0.0)
+    seen: list[Launch] = []
+    with patch.object(gpu, "_launch", lambda kernel, programs, on, *args, **more: seen.append((kernel, args, more))):
+        gpu.squeeze(x)
+        gpu.moments(x)
+        gpu.batch_moments(x)
+        gpu.apply(x, means, means, x, RELU)
+        gpu.apply(x, means, None, None, SILU)
+        gpu.apply_backward(x, x, means, None, channel, x, RELU, True)
+        gpu.apply_backward(x, x, means, means, None, None, SILU, False)
+        gpu.input_backward(x, x, means, None, None, 0, means, channel, channel)
+        gpu.input_backward(x, x, means, means, x, SILU, means, None, None)
+        gpu.eca_coefficients(means, *norm, k, False)
+        gpu.eca_coefficients(means, *no_norm, k, k.numel() <= c)
+        gpu.eca_coefficients(means, *norm, None, False)
+        backward = means, means, means
+        gpu.eca_coefficients_backward(*backward, means, None, *norm, k, False, 49)
+        gpu.eca_coefficients_backward(*backward, means, means, *norm, None, False, 49)
+        gpu.eca_coefficients_backward(*backward, None, None, *no_norm, None, False, 49)
+        gpu.update_running(channel, channel, channel, channel, 0.1, 49)
+    return seen
 
 
-def main() -> None:
-    """Compile all; the first that does not compile raises."""
-    compiled: dict[str, set[str]] = defaultdict(set)
-    for name, constants, none, map_type in VARIANTS:
-        kernel = getattr(kernels, name)
-        fixed = {**constants, **dict.fromkeys(none)}
-        signature = {
-            argument: "constexpr" if argument in fixed else argument_type(name, argument, map_type)
-            for argument in kernel.arg_names
-        }
-        ones = {argument: 1 for argument, kind in signature.items() if kind == "i32"}  # triton fixes a size of 1
-        for more, targets in (({}, TARGETS), (ones, TARGETS[:1])):
-            types = {argument: "constexpr" if argument in more else kind for argument, kind in signature.items()}
-            known = {(kernel.arg_names.index(argument),): value for argument, value in {**fixed, **more}.items()}
-            for target in targets:
-                triton.compile(ASTSource(fn=kernel, signature=types, constexprs=known), target=target)
-                compiled[name].add(f"{target.backend}:{target.arch}")
-    print(json.dumps({name: sorted(targets) for name, targets in compiled.items()}))
+def source(kernel: str, args: tuple[Any, ...], constants: dict[str, Any]) -> ASTSource:
+    """A kernel for such arguments: what is None or 1 is fixed, what 16 divides is known to be."""
+    function = getattr(kernels, kernel)
+    signature: dict[str, str] = {}
+    fixed: dict[tuple[int], Any] = {}
+    known: dict[tuple[int], Any] = {}
+    for i, name in enumerate(function.arg_names):
+        value = args[i] if i < len(args) else constants[name]
+        size = value if isinstance(value, int) and i < len(args) else None
+        if i >= len(args) or value is None or size == 1:
+            signature[name], fixed[i,] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = f"*{TYPES[value.dtype]}"
+        else:
+            signature[name] = "fp32" if size is None else "i32"
+        if isinstance(value, Tensor) or (size is not None and size % 16 == 0):
+            known[i,] = [["tt.divisibility", 16]]
+    return ASTSource(fn=function, signature=signature, constexprs=fixed, attrs=known)
+
+
+def spilled_bytes(ptx: str) -> int:
+    """What does not fit into registers."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", path, "-o", path.with_suffix(".cubin")]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
+
+
+def access_bytes(ptx: str) -> list[int]:
+    """How wide loads from memory and stores to it are."""
+    found = re.findall(r"(?:ld|st)\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)", ptx)
+    return sorted({int(many or 1) * int(bits) // 8 for many, bits in found})
+
+
+def compiled() -> Iterator[dict[str, Any]]:
+    """Every kernel once for what it is compiled for."""
+    seen: set[str] = set()
+    for (shape, dtype, last, kind), longest in [*((m, 2**31) for m in MAPS), (MAPS[0], 0), (MAPS[2], 0)]:
+        with patch.object(gpu, "_LONGEST_INT32", longest):
+            todo = launches(shape, dtype, last)
+        for kernel, args, constants in todo:
+            code = source(kernel, args, constants)
+            if (key := code.hash()) in seen:
+                continue
+            seen.add(key)
+            for target in TARGETS:
+                assembly = triton.compile(code, target=target).asm
+                result = {
+                    "kernel": kernel,
+                    "target": f"{target.backend}:{target.arch}",
+                    "map": f"{shape} {TYPES[dtype]}{' channels last' * last}{' 64 bits' * (longest == 0)}",
+                    "wide": kind == WIDE,
+                }
+                if target.backend == "cuda":
+                    ptx = assembly["ptx"]
+                    result |= {"spilled_bytes": spilled_bytes(ptx), "access_bytes": access_bytes(ptx)}
+                yield result
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(list(compiled())))

@@ -127,10 +127,21 @@ def test_values_of_operations_on_means(name, rank, make, dtype) -> None:
 
 @pytest.mark.usefixtures("small_tiles")
 @both_layouts
-@pytest.mark.parametrize("shape", [(1, 3, 27, 19), (2, 11, 8, 8), (2, 70, 3, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 3, 27, 19), (2, 11, 8, 8), (2, 70, 3, 3), (3, 5, 9, 9)], ids=str)
 @pytest.mark.parametrize("name", ON_MAPS)
 def test_positions_and_channels_of_many_programs(name, shape, make) -> None:
-    assert_values(name, arguments(name, shape, torch.float32, make, Options(RELU, kernel=5)))
+    for act in (RELU, SILU):
+        assert_values(name, arguments(name, shape, torch.float32, make, Options(act, kernel=5)))
+
+
+@pytest.mark.parametrize("size", range(1, 21))
+@pytest.mark.parametrize("name", ON_MAPS)
+def test_contiguous_rows_of_every_alignment(name, size) -> None:
+    """Runs of neighbours that lie in two rows; rows that begin between two multiples of 16 bytes."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in [(3, 5, size), (2, 4, 7, size)]:
+            for act in (RELU, SILU):
+                assert_values(name, arguments(name, shape, dtype, dense, Options(act)), f"{shape} {dtype} {act}")
 
 
 @both_layouts
@@ -367,11 +378,21 @@ def of_script(name: str) -> dict[str, list[str]]:
     return json.loads(run.stdout)
 
 
-def test_every_kernel_compiles_for_nvidia_and_amd() -> None:
+WALKS = {"moments", "apply", "reduce", "input_grad"}  # from one end of a map to the other
+
+
+def test_every_kernel_compiles_for_nvidia_and_amd_and_walks_maps_16_bytes_at_a_time() -> None:
+    """Contiguous maps of 7 x 7, too, whose rows are not aligned; and without spilling registers."""
     compiled = of_script("compile_triton.py")
-    names = {"moments", "merge", "statistics", "update_running", "apply", "reduce", "input_grad", "coefficients"}
-    assert set(compiled) == names | {"coefficients_backward", "finish"}
-    assert all({"cuda:90", "hip:gfx942"} == set(targets) for targets in compiled.values())
+    names = {name for name, value in vars(gpu._triton()).items() if hasattr(value, "fn") and name[0] != "_"}
+    assert {(k, t) for k in names for t in ("cuda:90", "hip:gfx942")} == {(c["kernel"], c["target"]) for c in compiled}
+    walks = [c for c in compiled if c["kernel"] in WALKS and c["target"] == "cuda:90"]
+    assert {c["kernel"] for c in walks if c["wide"]} == WALKS
+    for c in walks:
+        assert c["spilled_bytes"] == 0, c
+        if c["wide"]:  # less wide are means, scales and sums: float32, or float64 for the moments of a batch
+            assert 16 in c["access_bytes"], c
+            assert set(c["access_bytes"]) <= {4, 8, 16}, c
 
 
 def test_inductor_launches_the_kernels_itself_and_copies_nothing() -> None:

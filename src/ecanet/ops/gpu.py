@@ -475,9 +475,9 @@ def eca_coefficients_backward(
     def new(*shape: int) -> Tensor:
         return means.new_empty(shape, dtype=dtype)
 
-    block, a_time = min(_power_of_2(channels), 32), min(_power_of_2(samples), 32)
+    block, a_time = min(_power_of_2(channels), 32), min(_power_of_2(samples), 8)
     blocks = _cdiv(channels, block)
-    groups = max(1, min(_cdiv(samples, a_time), _PROGRAMS // 8 // blocks))
+    groups = max(1, min(_cdiv(samples, a_time), _PROGRAMS // 2 // blocks, 64))
     per_program = _cdiv(_cdiv(samples, groups), a_time) * a_time
     groups = _cdiv(samples, per_program)
     taps = max(_power_of_2(k), 1)
@@ -496,12 +496,12 @@ def eca_coefficients_backward(
     )  # fmt: skip
     grad_weight, grad_bias, grad_mean, grad_var = (new(channels) for _ in range(4))
     grad_kernel = new(k)
-    block = min(_power_of_2(channels), 128)
     _launch(
         "finish", _cdiv(channels, block), means,
         sum_a, sum_b, kernel_sums, norm.var, norm.weight, grad_weight, grad_bias, grad_kernel, grad_mean, grad_var,
         channels, groups, groups * blocks,
-        eps=eps, K=k, CHANNELS=block, PROGRAMS=min(_power_of_2(groups * blocks), 64), TAPS=taps, ACC=_type(dtype),
+        eps=eps, K=k, GROUPS=_power_of_2(groups), CHANNELS=block, PROGRAMS=min(_power_of_2(groups * blocks), 256),
+        TAPS=taps, ACC=_type(dtype),
     )  # fmt: skip
     return offset, grad_weight, grad_bias, grad_kernel, grad_mean, grad_var
 

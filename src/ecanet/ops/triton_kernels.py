@@ -548,17 +548,16 @@ def coefficients_backward(
 def finish(
     sum_a, sum_b, kernel_sums, var, weight, grad_weight, grad_bias, grad_kernel, grad_mean, grad_var,
     channels, groups, programs,
-    eps: tl.constexpr, K: tl.constexpr, CHANNELS: tl.constexpr, PROGRAMS: tl.constexpr, TAPS: tl.constexpr,
-    ACC: tl.constexpr,
+    eps: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, PROGRAMS: tl.constexpr,
+    TAPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of norm and band from the sums of :func:`coefficients_backward`."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     known = channel < channels
-    a = tl.zeros((CHANNELS,), ACC)
-    b = tl.zeros((CHANNELS,), ACC)
-    for group in range(groups):
-        a += tl.load(sum_a + group * channels + channel, known, 0.0)
-        b += tl.load(sum_b + group * channels + channel, known, 0.0)
+    group = tl.arange(0, GROUPS)[:, None]
+    at, there = group * channels + channel[None, :], known[None, :] & (group < groups)
+    a = tl.sum(tl.load(sum_a + at, there, 0.0), 0)
+    b = tl.sum(tl.load(sum_b + at, there, 0.0), 0)
     inverse = _norm_slope(var, None, channel, known, eps, ACC)
     gamma = tl.full((CHANNELS,), 1.0, ACC)
     if weight is not None:
@@ -570,8 +569,8 @@ def finish(
     if K > 0 and tl.program_id(0) == 0:
         taps = tl.zeros((TAPS,), ACC)
         tap = tl.arange(0, TAPS)
-        for at in range(0, programs, PROGRAMS):
-            program = at + tl.arange(0, PROGRAMS)
+        for first in range(0, programs, PROGRAMS):
+            program = first + tl.arange(0, PROGRAMS)
             part = tl.load(kernel_sums + program[:, None] * TAPS + tap[None, :], (program < programs)[:, None], 0.0)
             taps += tl.sum(part, 0)
         tl.store(grad_kernel + tap, taps, tap < K)

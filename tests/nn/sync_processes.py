@@ -2,6 +2,7 @@
 
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch.multiprocessing
 from torch import nn
 
 from ecanet.nn import build_gate, norm_gate_add_act
+from ecanet.nn.hung import hang_
 
 C = 16
 
-#: Gate, activation, samples of each process and arguments of the norm.
+#: Gate, activation, samples of each process and arguments of the norm; whether the gate hangs on the norm, and whether
+#: x requires a gradient.
 CASES: dict[str, dict[str, Any]] = {
     "no gate": {"gate": None, "act": "relu", "samples": (2, 2)},
     "eca": {"gate": "eca", "act": "relu", "samples": (2, 2)},
@@ -24,16 +27,28 @@ CASES: dict[str, dict[str, Any]] = {
     "cumulative average": {"gate": "eca", "act": "relu", "samples": (3, 1), "norm": {"momentum": None}},
     "not affine": {"gate": "se", "act": "relu", "samples": (2, 1), "norm": {"affine": False}},
     "channels last": {"gate": "eca", "act": "relu", "samples": (2, 3), "last": True},
+    "frozen layers before": {"gate": "eca", "act": "relu", "samples": (2, 1), "needs_x": False},
+    "an empty batch": {"gate": "eca", "act": "relu", "samples": (3, 0)},
+    "an empty batch, no gate": {"gate": None, "act": "silu", "samples": (0, 3), "last": True},
+    "an empty batch, se": {"gate": "se", "act": "relu", "samples": (0, 2), "norm": {"momentum": None}},
+    "an empty batch, not affine": {"gate": "eca", "act": nn.GELU(), "samples": (2, 0), "norm": {"affine": False}},
+    "an empty batch, a gate that hangs on the norm": {"gate": "eca", "act": "relu", "samples": (0, 2), "hangs": True},
+    "an empty batch, frozen layers before": {"gate": "se", "act": "relu", "samples": (2, 0), "needs_x": False},
 }
+#: Every process has an empty batch.
+NOTHING = {"nothing": {"gate": "eca", "act": "relu", "samples": (0, 0)}}
 
 
 def training_step(name: str, sync: bool, rank: int | None = None) -> dict[str, torch.Tensor]:
     """Two steps on the samples of one process, or on all of them: outputs, gradients, statistics."""
-    case = {"size": (5, 3), "norm": {}, "last": False, **CASES[name]}
+    case = {"size": (5, 3), "norm": {}, "last": False, "hangs": False, "needs_x": True, **(CASES | NOTHING)[name]}
     torch.manual_seed(0)
     norm_type = nn.SyncBatchNorm if sync else nn.BatchNorm2d if case["size"] else nn.BatchNorm1d
     norm = norm_type(C, **case["norm"]).double()
     gate = None if case["gate"] is None else build_gate(case["gate"], C).double()
+    if gate is not None and case["hangs"]:
+        hang_(norm, gate)
+        gate = None
     first = 0 if rank in (None, 0) else case["samples"][0]
     count = sum(case["samples"]) if rank is None else case["samples"][rank]
     seen = {}
@@ -42,13 +57,15 @@ def training_step(name: str, sync: bool, rank: int | None = None) -> dict[str, t
         generator = torch.Generator().manual_seed(step)
         x, residual, dout = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
         x = 2 * x + torch.arange(C).reshape(C, *[1] * len(case["size"]))
-        mine = [t[first : first + count].clone().requires_grad_() for t in (x, residual)]
+        mine = [t[first : first + count].clone() for t in (x, residual)]
         if case["last"]:
-            mine = [t.detach().to(memory_format=torch.channels_last).requires_grad_() for t in mine]
+            mine = [t.to(memory_format=torch.channels_last) for t in mine]
+        mine = [mine[0].requires_grad_(case["needs_x"]), mine[1].requires_grad_()]
         out = norm_gate_add_act(mine[0], norm, gate, mine[1], case["act"])
         out.backward(dout[first : first + count])
-        seen |= {f"output {step}": out.detach(), f"gradient of x {step}": mine[0].grad}
-        seen[f"gradient of residual {step}"] = mine[1].grad
+        seen |= {f"output {step}": out.detach(), f"gradient of residual {step}": mine[1].grad}
+        if case["needs_x"]:
+            seen[f"gradient of x {step}"] = mine[0].grad
     for kind, module in (("norm", norm), ("gate", gate)):
         if module is not None:
             seen |= {f"gradient of {kind}.{key}": p.grad for key, p in module.named_parameters()}
@@ -60,9 +77,10 @@ def _process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     if sys.platform == "linux":  # not by the machine's name, which need not lead anywhere
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    patience = timedelta(minutes=2)  # where the processes wait for each other in vain
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", timeout=patience, rank=rank, world_size=2)
     try:
-        torch.save({name: training_step(name, sync=True, rank=rank) for name in CASES}, f"{folder}/{rank}.pt")
+        torch.save({name: training_step(name, sync=True, rank=rank) for name in CASES | NOTHING}, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 

@@ -1274,6 +1274,15 @@ def test_sync_batch_norm_of_two_processes_is_one_process_on_the_joined_batch(cas
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_where_every_process_has_an_empty_batch_the_statistics_shrink_as_in_torch(two_processes) -> None:
+    for seen in (process["nothing"] for process in two_processes):
+        assert seen["output 1"].shape == seen["gradient of x 1"].shape == (0, 16, 5, 3)
+        assert seen["norm.num_batches_tracked"] == 2
+        assert torch.equal(seen["norm.running_mean"], torch.zeros(16, dtype=torch.float64))
+        torch.testing.assert_close(seen["norm.running_var"], torch.full((16,), 0.9**2, dtype=torch.float64))
+        assert not any(t.any() for name, t in seen.items() if name.startswith("gradient of"))
+
+
 # --- mistakes -----------------------------------------------------------------------------------------------------
 
 X = torch.randn(2, C, 3, 3)

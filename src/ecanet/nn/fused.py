@@ -80,11 +80,15 @@ class _Coefficients(NamedTuple):
     graph: tuple[Tensor, Tensor] | None = None  # s and the gate that autograd can go back through
 
 
-def kernels_run(x: Tensor) -> bool:
+def kernels_run(x: Tensor, empty: bool = False) -> bool:
     """Whether the kernels can take x as it comes, now.
 
     Not where somebody wants to see plain PyTorch: torch.compile and export, torch.fx, torch.jit.trace, transforms of
     torch.func, forward-mode derivatives, tensor subclasses.
+
+    Args:
+        x: A map.
+        empty: Whether it may be empty: whether they could take the maps of other processes that are like it.
 
     Raises:
         RuntimeError: the backend asked for by :func:`ecanet.backend` cannot run.
@@ -96,7 +100,7 @@ def kernels_run(x: Tensor) -> bool:
         and x.layout is torch.strided
         and backend.choose(x) != "reference"
         and 2 <= x.dim() <= 5
-        and x.numel() > 0
+        and (empty or x.numel() > 0)
         and not _are_transforms_active()
         and forward_ad._current_level < 0
     )
@@ -176,6 +180,18 @@ def tail(x: Tensor, norm: Norm | None, gate: GateMaths | None, residual: Tensor 
         return _kernels.eca_tail(x, residual, *_at_once(norm, gate), act)
     c = _coefficients(x, norm, gate, differentiate=False)
     return _kernels.apply(x, c.scale, c.shift, residual, act)
+
+
+def norm_of_nothing(x: Tensor, norm: Norm) -> Tensor:
+    """The norm of an empty batch, among processes whose batches need not be empty.
+
+    They wait for this one in the same collectives as :func:`tail` runs, forward and backward.
+
+    Args:
+        x: ``(N, C, *spatial)``, empty, C not 0.
+        norm: A norm with a group.
+    """
+    return _NormOfNothing.apply(x, norm.weight, norm.bias, norm)
 
 
 def tail_(x: Tensor, gate: GateMaths | None, residual: Tensor | None, act: int) -> Tensor:
@@ -342,11 +358,7 @@ class _Tail(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the fused tail of norm, gate, residual and activation cannot be differentiated twice "
-                "(create_graph=True): run the forward pass under ecanet.backend('reference')"
-            )
+        _refuse_a_second_derivative()
         x, for_act, weight, bias, means, mean, var, a, g, scale, shift, *parameters = ctx.saved_tensors
         gate, act = ctx.gate, ctx.act
         needs_x, needs_residual = ctx.needs_input_grad[:2]
@@ -370,7 +382,7 @@ class _Tail(torch.autograd.Function):
             grad_parameters = [grad_kernel.reshape(kernel.shape)]
         slope = None
         if ctx.count is not None:
-            if ctx.norm.group is not None:
+            if ctx.norm.group is not None and needs_x:  # else nobody looks at them, nor do processes without a batch
                 both = torch.stack([grad_mean, grad_var])
                 dist.all_reduce(both, group=ctx.norm.group)
                 grad_mean, grad_var = both
@@ -382,6 +394,39 @@ class _Tail(torch.autograd.Function):
         inputs = [(weight, grad_weight), (bias, grad_bias), *zip(parameters, grad_parameters, strict=True)]
         small = [None if t is None or gt is None else gt.to(t.dtype) for t, gt in inputs]
         return grad_x, grad if needs_residual else None, small[0], small[1], None, None, None, *small[2:]
+
+
+class _NormOfNothing(torch.autograd.Function):
+    """Takes part in the collectives of :class:`_Tail` with a count and gradients of 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm) -> Tensor:
+        zeros = x.new_zeros(x.shape[1], dtype=reference.accumulation_dtype(x.dtype))
+        mean, var, count = _over_processes(zeros, zeros, 0, norm.group)
+        # Where every batch is empty, torch's SyncBatchNorm counts a batch of zeros.
+        mean, var = (torch.where(count > 0, t, zeros) for t in (mean, var))
+        update_running_statistics(norm.module, mean, var, count)
+        ctx.save_for_backward(zeros, weight, bias)
+        ctx.group = norm.group
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_a_second_derivative()
+        zeros, *parameters = ctx.saved_tensors
+        needs_x, *needed = ctx.needs_input_grad[:3]
+        if needs_x:
+            dist.all_reduce(torch.stack([zeros, zeros]), group=ctx.group)
+        small = (torch.zeros_like(t) if needs else None for t, needs in zip(parameters, needed, strict=True))
+        return grad if needs_x else None, *small, None
+
+
+def _refuse_a_second_derivative() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the fused tail of norm, gate, residual and activation cannot be differentiated twice "
+            "(create_graph=True): run the forward pass under ecanet.backend('reference')"
+        )
 
 
 def _gate_backward(

@@ -66,7 +66,7 @@ def norm_gate_add_act(
         True
     """
     _check(x, norm, gate, act)
-    if not fused.kernels_run(x):
+    if not fused.kernels_run(x) and not _is_awaited(x, norm):
         return _without_kernels(x, norm, gate, residual, act)
     # What the kernels cannot take over is called, and the rest starts from there.
     if isinstance(act, nn.Module) and act_code(act) is None:
@@ -78,6 +78,9 @@ def norm_gate_add_act(
         return norm_gate_add_act(gate(norm_gate_add_act(x, norm)), None, None, residual, act)
     if norm is not None and norm_maths is None:
         return norm_gate_add_act(norm(x), None, gate, residual, act)
+    if norm_maths is not None and x.numel() == 0:
+        gate = hung_gate(norm) if gate is None and norm is not None else gate
+        return _without_kernels(fused.norm_of_nothing(x, norm_maths), None, gate, residual, act)
     code = act_code(act)
     assert code is not None
     if norm is None and gate is None and residual is None and code == 0:
@@ -181,6 +184,17 @@ def _process_group(norm: nn.Module) -> object | None:
         return None
     group = norm.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
+
+
+def _is_awaited(x: Tensor, norm: nn.Module | None) -> bool:
+    """Whether x is an empty batch, and the norm shares statistics with processes whose maps the kernels can take."""
+    return (
+        norm is not None
+        and fused.kernels_run(x, empty=True)
+        and x.numel() == 0
+        and x.shape[1] > 0
+        and _process_group(norm) is not None
+    )
 
 
 def _without_kernels(

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <memory>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -52,6 +53,33 @@ const Kernels<T>& kernels() {
 #endif
 }
 
+// What error messages say of a tensor, in the words of Python.
+std::string shape_of(const Tensor& t) {
+  std::string text = "(";
+  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
+  return text + ")";
+}
+
+const char* device_of(const Tensor& t) { return t.is_cpu() ? "on the CPU" : "on another device"; }
+
+const char* type_of(const Tensor& t) {
+  switch (const ScalarType type = t.scalar_type()) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
+    default: return torch::headeronly::toString(type);
+  }
+}
+
 template <class F>
 void dispatch(const Tensor& x, F&& f) {
   int32_t dtype;
@@ -60,7 +88,7 @@ void dispatch(const Tensor& x, F&& f) {
   if (dtype == aoti_torch_dtype_float64()) return f(double{});
   if (dtype == aoti_torch_dtype_bfloat16()) return f(bfloat16{});
   if (dtype == aoti_torch_dtype_float16()) return f(float16{});
-  STD_TORCH_CHECK(false, "ecanet: x must be float32, float64, bfloat16 or float16");
+  STD_TORCH_CHECK(false, "ecanet: x must be float32, float64, bfloat16 or float16; got ", type_of(x));
 }
 
 int32_t dtype_of(const Tensor& t) {
@@ -112,7 +140,7 @@ bool is_channels_last(const Tensor& t) {
 }
 
 Map map_of(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() >= 2, "ecanet: x must have shape (N, C, *spatial)");
+  STD_TORCH_CHECK(x.dim() >= 2, "ecanet: x must have shape (N, C, *spatial); got ", shape_of(x));
   Map map{x.size(0), x.size(1), 1, !x.is_contiguous() && is_channels_last(x)};
   for (int64_t d = 2; d < x.dim(); ++d) map.positions *= x.size(d);
   return map;
@@ -128,7 +156,8 @@ Tensor ordered(const Tensor& t, const Map& map) {
 void check_same(const Tensor& t, const Tensor& x, const char* name) {
   bool same = t.dim() == x.dim() && dtype_of(t) == dtype_of(x) && t.is_cpu();
   for (int64_t d = 0; same && d < x.dim(); ++d) same = t.size(d) == x.size(d);
-  STD_TORCH_CHECK(same, "ecanet: ", name, " must have the shape, the type and the device of x");
+  STD_TORCH_CHECK(same, "ecanet: ", name, " must have the shape, the type and the device of x: ", shape_of(x), ", ",
+                  type_of(x), ", on the CPU; got ", shape_of(t), ", ", type_of(t), ", ", device_of(t));
 }
 
 // A small tensor of so many elements: contiguous, of the type to compute in.
@@ -142,13 +171,13 @@ Tensor typed(const Tensor& t, const Tensor& x) {
 
 Tensor small(const Tensor& t, const Tensor& x, int64_t rows, int64_t columns, const char* name) {
   STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, "ecanet: ", name,
-                  " must have shape (", rows, ", ", columns, "), on the CPU");
+                  " must have shape (", rows, ", ", columns, "), on the CPU; got ", shape_of(t), ", ", device_of(t));
   return typed(t, x);
 }
 
 Tensor small(const Tensor& t, const Tensor& x, int64_t size, const char* name) {
   STD_TORCH_CHECK(t.is_cpu() && t.dim() == 1 && t.size(0) == size, "ecanet: ", name, " must have shape (", size,
-                  "), on the CPU");
+                  "), on the CPU; got ", shape_of(t), ", ", device_of(t));
   return typed(t, x);
 }
 
@@ -206,7 +235,8 @@ void squeeze_into(const Map& map, const T* x, Acc<T>* mean) {
 
 Tensor squeeze(const Tensor& input) {
   const Map map = map_of(input);
-  STD_TORCH_CHECK(map.positions > 0, "ecanet: x has no spatial position to average over");
+  STD_TORCH_CHECK(map.positions > 0, "ecanet: x has no spatial position to average over: every spatial size must be",
+                  " 1 or more; got shape ", shape_of(input));
   const Tensor x = ordered(input, map), mean = new_small(x, map.samples, map.channels);
   dispatch(x, [&](auto t) {
     using T = decltype(t);
@@ -329,7 +359,7 @@ struct Upstream {
       check_same(*s, x, "saved");
       saved = ordered(*s, map);
     }
-    STD_TORCH_CHECK(saved || act == Act::none || needs_input(act), "ecanet: ReLU and ReLU6 need saved=out");
+    STD_TORCH_CHECK(saved || act == Act::none || needs_input(act), "ecanet: ReLU and ReLU6 need saved=out; got None");
     if (needs_input(act))
       shift = b ? small(*b, x, map.samples, map.channels, "shift") : no_shift(scale);
   }
@@ -398,7 +428,8 @@ struct Norm {
   Norm(const Tensor& like, int64_t channels, const Optional& m, const Optional& v, const Optional& w, const Optional& b,
        double eps)
       : eps(eps) {
-    STD_TORCH_CHECK(m.has_value() == v.has_value(), "ecanet: mean and var come together");
+    STD_TORCH_CHECK(m.has_value() == v.has_value(), "ecanet: mean and var come together; got ", m ? "mean" : "var",
+                    " alone");
     if (m) mean = small(*m, like, channels, "mean");
     if (v) var = small(*v, like, channels, "var");
     if (w) weight = small(*w, like, channels, "weight");
@@ -414,8 +445,8 @@ Optional kernel_of(const Optional& kernel, const Tensor& like, int64_t channels,
   if (!kernel) return std::nullopt;
   const int64_t k = kernel->numel();
   STD_TORCH_CHECK(k % 2 == 1 && (!circular || k <= channels), "ecanet: kernel must have an odd size, and at most C",
-                  " if circular; got ", k);
-  STD_TORCH_CHECK(kernel->is_cpu(), "ecanet: kernel must be on the CPU");
+                  " = ", channels, " if circular; got ", k);
+  STD_TORCH_CHECK(kernel->is_cpu(), "ecanet: kernel must be on the CPU; got one ", device_of(*kernel));
   return typed(*kernel, like);
 }
 
@@ -423,7 +454,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> eca_coefficients(const Tensor& means,
                                                             const Optional& var, const Optional& weight,
                                                             const Optional& bias, double eps, const Optional& kernel,
                                                             bool circular) {
-  STD_TORCH_CHECK(means.dim() == 2, "ecanet: means must have shape (N, C)");
+  STD_TORCH_CHECK(means.dim() == 2, "ecanet: means must have shape (N, C); got ", shape_of(means));
   const int64_t samples = means.size(0), channels = means.size(1);
   const Tensor m = small(means, means, samples, channels, "means");
   const Norm norm(m, channels, mean, var, weight, bias, eps);
@@ -447,7 +478,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> eca_coefficients_back
     const Tensor& p, const Tensor& q, const Tensor& means, const Optional& gate, const Optional& grad_s,
     const Optional& mean, const Optional& var, const Optional& weight, const Optional& bias, double eps,
     const Optional& kernel, bool circular, int64_t positions) {
-  STD_TORCH_CHECK(means.dim() == 2, "ecanet: means must have shape (N, C)");
+  STD_TORCH_CHECK(means.dim() == 2, "ecanet: means must have shape (N, C); got ", shape_of(means));
   const int64_t samples = means.size(0), channels = means.size(1);
   const Tensor m = small(means, means, samples, channels, "means");
   const Tensor pp = small(p, m, samples, channels, "p"), qq = small(q, m, samples, channels, "q");
@@ -456,7 +487,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> eca_coefficients_back
   Optional g, ds;
   if (gate) g = small(*gate, m, samples, channels, "gate");
   if (grad_s) ds = small(*grad_s, m, samples, channels, "grad_s");
-  STD_TORCH_CHECK(!w || g, "ecanet: a kernel needs its gate");
+  STD_TORCH_CHECK(!w || g, "ecanet: a kernel needs its gate; got gate=None");
   const int64_t k = w ? w->numel() : 0;
   const Tensor offset = new_small(m, samples, channels), grad_kernel = new_small(m, k);
   const Tensor grad_weight = new_small(m, channels), grad_bias = new_small(m, channels);

@@ -732,6 +732,61 @@ def test_autocast_does_not_reach_the_gate(gate) -> None:
     torch.testing.assert_close(*grads)
 
 
+def train_in_float16(
+    backend: str, gate: str, scaler: torch.amp.GradScaler, steps: int
+) -> tuple[list[float], list[Tensor]]:
+    """Losses of a small network under autocast, and its weights before the first step and after each."""
+    torch.manual_seed(0)
+    network = ecanet.models.small_eca_resnet(gate, widths=[8, 16], num_classes=4)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    x, target = torch.randn(16, 3, 12, 12), torch.randint(4, (16,))
+    losses, weights = [], [nn.utils.parameters_to_vector(network.parameters()).detach()]
+    with ecanet.backend(backend):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.float16):
+                loss = nn.functional.cross_entropy(network(x), target)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(loss.item())
+            weights.append(nn.utils.parameters_to_vector(network.parameters()).detach())
+    return losses, weights
+
+
+def assert_trained_alike(got: tuple[list[float], list[Tensor]], want: tuple[list[float], list[Tensor]]) -> None:
+    """Losses up to what float16 rounds; weights up to 3 % of their way: gradients add up many roundings."""
+    assert got[0] == pytest.approx(want[0], rel=2**-12)
+    assert torch.equal(got[1][0], want[1][0])
+    moved = want[1][-1] - want[1][0]
+    assert moved.norm() > 0.1
+    assert (got[1][-1] - want[1][-1]).norm() <= 2**-5 * moved.norm()
+
+
+@pytest.mark.parametrize("gate", ["eca", "se"])
+def test_training_in_float16_with_scaled_gradients_follows_the_reference(gate) -> None:
+    runs = [
+        train_in_float16(backend, gate, torch.amp.GradScaler("cpu", init_scale=2.0**10), steps=5)
+        for backend in ("auto", "reference")
+    ]
+    assert_trained_alike(*runs)
+    losses = runs[0][0]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("gate", ["eca", "se"])
+def test_gradients_that_overflow_are_seen_by_the_scaler_which_leaves_out_the_step(gate) -> None:
+    runs = []
+    for backend in ("auto", "reference"):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-30)
+        runs.append(train_in_float16(backend, gate, scaler, steps=4))
+        assert scaler.get_scale() == 2.0**10  # lowered once
+    before, skipped, after = runs[0][1][:3]
+    assert torch.equal(skipped, before)
+    assert not torch.equal(after, before)
+    assert_trained_alike(*runs)
+
+
 @both_layouts
 @pytest.mark.parametrize("gate", [None, "eca", "se"], ids=str)
 def test_a_mean_much_larger_than_the_deviation_costs_no_more_digits_than_the_modules_lose(gate, layout) -> None:

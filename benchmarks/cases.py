@@ -67,6 +67,7 @@ class Work:
         maps: So many feature maps must be read or written at least: the roofline.
         map_bytes: Bytes of one map.
         images: A call works on so many, where that is what counts.
+        peak: Whether the allocator sees what a call takes: not where a CUDA graph is replayed.
     """
 
     competitors: dict[str, Competitor]
@@ -75,6 +76,7 @@ class Work:
     maps: int | None = None
     map_bytes: int | None = None
     images: int | None = None
+    peak: bool = True
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Case:
 
 
 def map_cases(quick: bool, compiled: bool, on: On = On()) -> Iterator[Case]:
-    """Every case on feature maps, largest shapes first.
+    """Every case on feature maps, largest shapes first, and for a GPU the operations between the passes over them.
 
     Args:
         quick: Tiny shapes.
@@ -120,16 +122,22 @@ def map_cases(quick: bool, compiled: bool, on: On = On()) -> Iterator[Case]:
     if quick:
         stages, batches = QUICK_STAGES, QUICK_BATCHES
     shapes = [(n, *s) for s in stages for n in reversed(batches)]
-    builders: list[tuple[str, str, Callable[..., Work]]] = [("op", name, partial(_op, name)) for name in _OPS]
+    on_gpu = on.kernels == "triton"
+    ops = [name for name in _OPS if on_gpu or name not in _GPU_OPS]
+    builders: list[tuple[str, str, Callable[..., Work]]] = [("op", name, partial(_op, name)) for name in ops]
     builders += [
         ("module", "forward", partial(_module, compiled)),
         ("inference", "tail", partial(_inference, compiled)),
         ("training", "tail", partial(_training, compiled)),
+        ("training", "tail-forward", partial(_training, compiled, backward=False)),
     ]
     for group, name, build in builders:
         for shape in shapes:
             for memory_format in MEMORY_FORMATS:
                 yield Case(group, name, shape, memory_format, partial(build, on, shape, memory_format))
+    for name in _SMALL_OPS if on_gpu else ():
+        for small in dict.fromkeys(shape[:2] for shape in shapes):
+            yield Case("op", name, small, "contiguous", partial(_small_op, name, on, small))
 
 
 def gate_add_relu_(x: Tensor, gate: ECA, residual: Tensor) -> Tensor:
@@ -227,7 +235,11 @@ def _copy(x: Tensor) -> Competitor:
 
 
 #: Operations by the maps they must move.
-_OPS = {"squeeze": 1, "moments": 1, "apply_": 3, "apply_backward": 4, "input_backward": 3}
+_OPS = {"squeeze": 1, "moments": 1, "batch_moments": 1, "apply_": 3, "apply_backward": 4, "input_backward": 3}
+#: Of these, measured on a GPU only.
+_GPU_OPS = ("batch_moments",)
+#: Between the passes, on (N, C) numbers; no copy to compare with. Measured on a GPU only, where they are launches.
+_SMALL_OPS = ("eca_coefficients", "eca_coefficients_backward")
 
 
 def _op(name: str, on: On, shape: tuple[int, ...], memory_format: str) -> Work:
@@ -240,6 +252,7 @@ def _op(name: str, on: On, shape: tuple[int, ...], memory_format: str) -> Work:
     arguments: tuple[Any, ...] = {
         "squeeze": (x,),
         "moments": (x,),
+        "batch_moments": (x,),
         "apply_": (scale, None, residual, _RELU),
         "apply_backward": (grad, x, scale, None, center, out, _RELU, True),
         # As after apply_backward: grad is d, and the activation is done with.
@@ -258,6 +271,24 @@ def _op(name: str, on: On, shape: tuple[int, ...], memory_format: str) -> Work:
         runs = partial(op, *arguments), partial(getattr(reference, name), *arguments)
     competitors = {"ecanet": Competitor(runs[0], torch.no_grad), "plain": Competitor(runs[1], torch.no_grad)}
     return Work(competitors | {"copy": _copy(x)}, (("plain", "ecanet"),), on.tolerance, _OPS[name], x.nbytes)
+
+
+def _small_op(name: str, on: On, shape: tuple[int, int]) -> Work:
+    torch.manual_seed(0)
+    channels = shape[1]
+    means, p, q = (torch.randn(shape, device=on.device) for _ in range(3))
+    weight, bias = torch.rand(channels, device=on.device) + 0.5, torch.randn(channels, device=on.device)
+    kernel = _gates(on, channels)[0].conv.weight.detach().reshape(-1)
+    norm_and_band = means.mean(0), torch.ones_like(weight), weight, bias, 1e-5, kernel, False
+    arguments: tuple[Any, ...] = (means, *norm_and_band)
+    if name == "eca_coefficients_backward":
+        gate, positions = reference.eca_coefficients(*arguments)[1], 49
+        arguments = (p, q, means, gate, None, *norm_and_band, positions)
+    competitors = {
+        where: Competitor(partial(getattr(module, name), *arguments), torch.no_grad)
+        for where, module in (("ecanet", gpu), ("plain", reference))
+    }
+    return Work(competitors, (("plain", "ecanet"),), On().tolerance)
 
 
 def _module(compiled: bool, on: On, shape: tuple[int, ...], memory_format: str) -> Work:
@@ -299,7 +330,7 @@ def _inference(compiled: bool, on: On, shape: tuple[int, ...], memory_format: st
     return Work(competitors, (agree,), on.tolerance, 3, x.nbytes)
 
 
-def _training(compiled: bool, on: On, shape: tuple[int, ...], memory_format: str) -> Work:
+def _training(compiled: bool, on: On, shape: tuple[int, ...], memory_format: str, backward: bool = True) -> Work:
     torch.manual_seed(0)
     x, residual = (_randn(on, shape, memory_format).requires_grad_() for _ in range(2))
     grad = _randn(on, shape, memory_format)
@@ -333,8 +364,10 @@ def _training(compiled: bool, on: On, shape: tuple[int, ...], memory_format: str
         forwards["gate op compiled"] = _compile(modules["gate op"])
 
     def step(name: str) -> tuple[Tensor, ...]:
-        # autograd.grad and not backward(): inside a network nothing is a leaf, so no gradient is copied into .grad.
         out = forwards[name](x, residual)
+        if not backward:  # but all is saved that a backward needs
+            return (out,)
+        # autograd.grad and not backward(): inside a network nothing is a leaf, so no gradient is copied into .grad.
         inputs = [x, residual, *modules[name.removesuffix(" compiled")].parameters()]
         return (out, *torch.autograd.grad(out, inputs, grad))
 
@@ -349,5 +382,7 @@ def _training(compiled: bool, on: On, shape: tuple[int, ...], memory_format: str
     competitors["copy"] = _copy(x.detach())
     # Forward: moments read x; apply reads x and residual, writes out. Backward: the first pass reads the gradient, out
     # and x and writes d; the second reads d and x and writes the gradient of x.
+    if not backward:
+        return Work(competitors, agree, on.tolerance, 4, x.nbytes)
     # One ReLU that rounds otherwise is 6e-3 of a gradient.
     return Work(competitors, agree, max(2e-2, 5 * on.tolerance), 4 + 4 + 3, x.nbytes)

@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         "with timm's EcaModule and with squeeze-and-excitation; eager, compiled, in CUDA graphs. A copy's bandwidth "
         "first.",
         epilog="Example: python -m benchmarks.gpu --plot cost_gpu.png; python -m benchmarks.gpu --only op,training; "
-        "without a GPU: TRITON_INTERPRET=1 python -m benchmarks.gpu --quick --no-compile",
+        "without a GPU: TRITON_INTERPRET=1 python -m benchmarks.gpu --quick",
     )
     parser.add_argument("--dtype", choices=tuple(_DTYPES), default="bfloat16", help="of the maps (default: bfloat16)")
     parser.add_argument(

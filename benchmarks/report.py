@@ -12,7 +12,7 @@ from benchmarks.measure import Ratio, geometric_mean, geometric_mean_of_ratios
 
 Cases = Mapping[str, Mapping[str, Any]]
 #: Operations that walk whole maps.
-PASSES = ("squeeze", "moments", "apply_", "apply_backward", "input_backward")
+PASSES = ("squeeze", "moments", "batch_moments", "apply_", "apply_backward", "input_backward")
 
 
 @dataclass(frozen=True)

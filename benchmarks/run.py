@@ -93,7 +93,8 @@ def _measure(case: Case, settings: dict[str, Any], prefix: str) -> dict[str, Any
     if work.maps is not None:
         result |= {"maps": work.maps, "map_bytes": work.map_bytes}
     if work.images is not None:
-        result |= {"images": work.images, "peak_bytes": {name: _peak(c) for name, c in work.competitors.items()}}
+        peaks = {name: _peak(c) if work.peak else None for name, c in work.competitors.items()}
+        result |= {"images": work.images, "peak_bytes": peaks}
     return result | {
         "calls_a_turn": {name: timing.calls for name, timing in timings.items()},
         "page_faults_a_call": {name: float(f"{timing.page_faults:.4g}") for name, timing in timings.items()},

@@ -151,7 +151,7 @@ def test_quick_run(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = quick.with_suffix(".png")
     document = _run(quick, "--only", "op,module,inference,training", "--plot", str(picture))
     assert picture.stat().st_size > 10_000
-    assert len(document["cases"]) == 8 * 2 * 2
+    assert len(document["cases"]) == 9 * 2 * 2
     assert document["command"].endswith("--threads 1 --quick --no-compile --only op,module,inference,training")
     assert {"machine", "versions", "commit", "environment", "load_average_at_start", "summary"} <= document.keys()
     assert str(Path.home()) not in quick.read_text()
@@ -164,12 +164,16 @@ def test_quick_run(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("memory_format", cases.MEMORY_FORMATS)
-def test_all_forms_of_the_training_tail_agree(memory_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backward", [True, False])
+def test_all_forms_of_the_training_tail_agree(
+    backward: bool, memory_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Compiled as far as Inductor, whose code takes minutes to write."""
     monkeypatch.setattr(cases, "_compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
-    work = cases._training(True, cases.On(), (2, 16, 3, 5), memory_format)
+    work = cases._training(True, cases.On(), (2, 16, 3, 5), memory_format, backward)
     forms = {"timm", "ecanet", "timm compiled", "ecanet compiled", "formula compiled", "gate op compiled"}
     assert set(work.agree[0]) == forms
+    assert work.maps == (11 if backward else 4)
     for names in work.agree:
         check_agreement(work.competitors, names, 1e-5)
 
@@ -319,7 +323,61 @@ def test_on_a_gpu_the_operation_competes_where_the_formula_is_the_default(monkey
     check_agreement(work.competitors, work.agree[0], 1e-5)
 
 
-@pytest.mark.skipif(not gpu.interpreting(), reason="the interpreter is off")
+#: As the command in the interpreter measures.
+INTERPRETED = cases.On("cpu", torch.bfloat16, "triton")
+QUICK = {"rounds": 1, "network_rounds": 1, "quick": True}
+in_the_interpreter = pytest.mark.skipif(not gpu.interpreting(), reason="the interpreter is off")
+
+
+def _gpu_case(key: str, compiled: bool = False) -> cases.Case:
+    found = [*cases.map_cases(True, compiled, INTERPRETED), *networks.gpu_network_cases(True, compiled, INTERPRETED)]
+    return next(case for case in found if case.key.startswith(key + "/"))
+
+
+def test_on_a_gpu_operations_are_measured_that_have_no_row_on_a_cpu() -> None:
+    def ops(on: cases.On) -> set[str]:
+        return {case.name for case in cases.map_cases(True, False, on) if case.group == "op"}
+
+    assert ops(INTERPRETED) - ops(cases.On()) == {"batch_moments", "eca_coefficients", "eca_coefficients_backward"}
+    assert ops(cases.On()) < ops(INTERPRETED)
+
+
+@in_the_interpreter
+@pytest.mark.parametrize(
+    ("name", "maps"), [("batch_moments", 1), ("eca_coefficients", None), ("eca_coefficients_backward", None)]
+)
+def test_operations_on_a_gpu_against_plain_pytorch(name: str, maps: int | None) -> None:
+    case = _gpu_case(f"op/{name}")
+    assert len(case.shape) == (2 if maps is None else 4)
+    result = run._measure(case, QUICK, "")
+    assert result.get("maps") == maps  # without, there is no roofline
+    assert result["seconds"].keys() == {"ecanet", "plain"} | ({"copy"} if maps else set())
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("key", ["training/tail-forward", f"network/{networks.QUICK_NETWORK}-inference-graphs"])
+def test_what_is_compiled_runs_in_the_interpreter(key: str) -> None:
+    compiled = run._measure(_gpu_case(key, compiled=True), QUICK, "")["seconds"]
+    assert ("ecanet compiled" in compiled) == key.startswith("training")  # compiled networks have rows of their own
+    assert all(math.isfinite(s) and s > 0 for samples in compiled.values() for s in samples)
+
+
+@pytest.mark.parametrize("mode", networks.MODES)
+@pytest.mark.parametrize("build", [networks._gpu_training, networks._gpu_inference])
+def test_peak_memory_is_left_out_where_a_graph_is_replayed(
+    build: Any, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_peak", lambda _: 7)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    on, shape = cases.On("cpu", torch.bfloat16, "auto"), (2, 3, 8, 8)
+    case = cases.Case(
+        "network", mode, shape, "channels_last", partial(build, on, networks.QUICK_NETWORK, networks.MODES[mode], shape)
+    )
+    result = run._measure(case, QUICK, "")
+    assert set(result["peak_bytes"].values()) == {None if mode == "graphs" else 7}
+
+
+@in_the_interpreter
 def test_the_gpu_benchmark_runs_in_the_interpreter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, picture = tmp_path / "out.json", tmp_path / "out.png"
     common = ["--quick", "--no-compile", "--out", str(path)]

@@ -12,7 +12,7 @@ from ecanet.models.kernel_sizes import KernelSizes, kernel_sizes_per_stage
 from ecanet.models.neutral import make_neutral_
 from ecanet.models.plain import PlainWeights, load_plain_weights
 from ecanet.nn.build import GateSpec, build_gate, gate_name
-from ecanet.nn.tail import norm_gate_add_act
+from ecanet.nn.tail import conv_norm_gate_add_act, norm_gate_add_act
 
 
 class GatedBasicBlock(BasicBlock):
@@ -52,7 +52,7 @@ class GatedBottleneck(Bottleneck):
         """``(N, C_in, H, W)`` to ``(N, C_out, H / stride, W / stride)``."""
         out = norm_gate_add_act(self.conv1(x), self.bn1, act=self.relu)
         out = norm_gate_add_act(self.conv2(out), self.bn2, act=self.relu)
-        return norm_gate_add_act(self.conv3(out), self.bn3, self.eca, _residual(self, x), self.relu)
+        return conv_norm_gate_add_act(out, self.conv3, self.bn3, self.eca, _residual(self, x), self.relu)
 
 
 def _residual(block: GatedBasicBlock | GatedBottleneck, x: Tensor) -> Tensor:

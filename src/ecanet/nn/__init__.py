@@ -5,7 +5,7 @@ from ecanet.nn.eca import ECA, ECANS
 from ecanet.nn.gate import Gate, LinearGate
 from ecanet.nn.kernel_size import adaptive_kernel_size
 from ecanet.nn.se import SE, SEGroup, SEVar1, SEVar2, SEVar3, se_gc2, se_gc3
-from ecanet.nn.tail import norm_gate_add_act
+from ecanet.nn.tail import conv_norm_gate_add_act, norm_gate_add_act
 
 __all__ = [
     "ECA",
@@ -22,6 +22,7 @@ __all__ = [
     "SEVar3",
     "adaptive_kernel_size",
     "build_gate",
+    "conv_norm_gate_add_act",
     "norm_gate_add_act",
     "se_gc2",
     "se_gc3",

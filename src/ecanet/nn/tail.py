@@ -11,6 +11,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from ecanet.nn import fused
 from ecanet.nn.gate import Gate
 from ecanet.nn.hung import hung_gate
+from ecanet.nn.pointwise import is_pointwise, means_after
 from ecanet.ops import reference
 
 #: In the order of reference.ACTS.
@@ -38,7 +39,8 @@ def norm_gate_add_act(
     put a hook on, or that :mod:`torch.fx` or a transform of :mod:`torch.func` looks at, is called too: hooks fire,
     graphs show the modules. A gate that hangs on the norm (:func:`ecanet.insert_gates_`) counts as ``gate``. Under
     :func:`torch.compile` the kernels are an operation of the graph on a CPU; on a GPU, and where no kernels are, the
-    same formulas in plain PyTorch let Inductor fuse them.
+    same formulas in plain PyTorch let Inductor fuse them. :func:`conv_norm_gate_add_act` takes the convolution before
+    the norm along.
 
     Args:
         x: ``(N, C, *spatial)`` with 0 to 3 spatial dimensions.
@@ -65,14 +67,79 @@ def norm_gate_add_act(
         >>> torch.allclose(out, torch.relu(eca(norm(x)) + x), atol=1e-5)
         True
     """
+    return tail(x, norm, gate, residual, act)
+
+
+def conv_norm_gate_add_act(
+    x: Tensor,
+    conv: nn.Module,
+    norm: nn.Module | None = None,
+    gate: nn.Module | None = None,
+    residual: Tensor | None = None,
+    act: str | nn.Module | None = None,
+) -> Tensor:
+    """``norm_gate_add_act(conv(x), norm, gate, residual, act)``, with a squeeze that need not read ``conv(x)``.
+
+    The same values, to rounding. At inference on a GPU, behind a 1 x 1 convolution that widens, the means that the
+    gate wants are found from those of ``x`` (:mod:`ecanet.nn.pointwise`): norm, gate, addition and activation then
+    take the one pass over ``conv(x)`` that norm, addition and activation take.
+
+    Args:
+        x: What the convolution is called on.
+        conv: The convolution, or any module that makes a map of a map.
+        norm: As :func:`norm_gate_add_act` takes it.
+        gate: As :func:`norm_gate_add_act` takes it.
+        residual: As :func:`norm_gate_add_act` takes it.
+        act: As :func:`norm_gate_add_act` takes it.
+
+    Returns:
+        As :func:`norm_gate_add_act`.
+
+    Raises:
+        TypeError: As :func:`norm_gate_add_act`; and ``conv`` is no module.
+        ValueError: As :func:`norm_gate_add_act`.
+        RuntimeError: As :func:`norm_gate_add_act`.
+
+    Source:
+        This library's.
+
+    Example:
+        >>> from ecanet.nn import ECA
+        >>> conv, norm, eca = nn.Conv2d(16, 64, 1), nn.BatchNorm2d(64).eval(), ECA(64)
+        >>> x = torch.randn(8, 16, 7, 7)
+        >>> out = conv_norm_gate_add_act(x, conv, norm, eca, act="relu")
+        >>> torch.allclose(out, torch.relu(eca(norm(conv(x)))), atol=1e-5)
+        True
+    """
+    if not isinstance(conv, nn.Module):
+        raise TypeError(f"conv must be a module, got {type(conv).__name__}")
+    means = None  # torch.fx comes with something else than a tensor, and writes down what it looks at
+    if isinstance(x, Tensor) and is_pointwise(conv) and not getattr(norm, "training", False) and _is_gated(norm, gate):
+        means = means_after(x, conv.weight, conv.bias)  # type: ignore[arg-type]
+    return tail(conv(x), norm, gate, residual, act, means)
+
+
+def _is_gated(norm: nn.Module | None, gate: nn.Module | None) -> bool:
+    return isinstance(gate, Gate) or (norm is not None and hung_gate(norm) is not None)
+
+
+def tail(
+    x: Tensor,
+    norm: nn.Module | None,
+    gate: nn.Module | None,
+    residual: Tensor | None,
+    act: str | nn.Module | None,
+    means: Tensor | None = None,
+) -> Tensor:
+    """:func:`norm_gate_add_act`; ``means`` are the channel means of x, if they are known."""
     _check(x, norm, gate, act)
     if not fused.kernels_run(x) and not _is_awaited(x, norm):
-        return _without_kernels(x, norm, gate, residual, act)
+        return _without_kernels(x, norm, gate, residual, act, means)
     # What the kernels cannot take over is called, and the rest starts from there.
     if isinstance(act, nn.Module) and act_code(act) is None:
-        return act(norm_gate_add_act(x, norm, gate, residual))
+        return act(tail(x, norm, gate, residual, None, means))
     if residual is not None and not same_kind(residual, x):
-        return _activate(norm_gate_add_act(x, norm, gate) + residual, act)
+        return _activate(tail(x, norm, gate, None, None, means) + residual, act)
     norm_maths, gate_maths = _maths(norm, gate, x)
     if gate is not None and gate_maths is None:
         return norm_gate_add_act(gate(norm_gate_add_act(x, norm)), None, None, residual, act)
@@ -80,12 +147,12 @@ def norm_gate_add_act(
         return norm_gate_add_act(norm(x), None, gate, residual, act)
     if norm_maths is not None and x.numel() == 0:
         gate = hung_gate(norm) if gate is None and norm is not None else gate
-        return _without_kernels(fused.norm_of_nothing(x, norm_maths), None, gate, residual, act)
+        return _without_kernels(fused.norm_of_nothing(x, norm_maths), None, gate, residual, act, None)
     code = act_code(act)
     assert code is not None
     if norm is None and gate is None and residual is None and code == 0:
         return x
-    return fused.tail(x, norm_maths, gate_maths, residual, code)
+    return fused.tail(x, norm_maths, gate_maths, residual, code, means)
 
 
 def _check(x: object, norm: object, gate: object, act: object) -> None:
@@ -198,17 +265,24 @@ def _is_awaited(x: Tensor, norm: nn.Module | None) -> bool:
 
 
 def _without_kernels(
-    x: Tensor, norm: nn.Module | None, gate: nn.Module | None, residual: Tensor | None, act: str | nn.Module | None
+    x: Tensor,
+    norm: nn.Module | None,
+    gate: nn.Module | None,
+    residual: Tensor | None,
+    act: str | nn.Module | None,
+    means: Tensor | None,
 ) -> Tensor:
     if torch.compiler.is_compiling() and not isinstance(norm, nn.SyncBatchNorm):
         norm_maths, gate_maths = _maths(norm, gate, x)
-        if norm_maths is not None and gate_maths is not None:
+        if gate_maths is not None and (norm is None or norm_maths is not None):
             # A residual of another kind, and an activation that is a module of one's own, come afterwards.
             inside = residual if residual is None or same_kind(residual, x) else None
             code = act_code(act) if inside is residual else None
-            y = fused.in_graph(x, norm_maths, gate_maths, inside, code or 0)
-            if y is None and norm_maths.mean is None:
+            y = None if norm_maths is None else fused.in_graph(x, norm_maths, gate_maths, inside, code or 0)
+            if y is None and norm_maths is not None and norm_maths.mean is None:
                 y, code = fused.formula(x, norm_maths, gate_maths, inside), None
+            elif y is None and means is not None:
+                y = fused.formula_given_means(x, norm_maths, gate_maths, inside, code or 0, means)
             if y is not None:
                 y = y + residual if residual is not None and inside is None else y
                 return y if code is not None else _activate(y, act)

@@ -23,7 +23,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _no_autocast(device_type: str) -> AbstractContextManager[object]:
+def no_autocast(device_type: str) -> AbstractContextManager[object]:
+    """In it the maths on ``(N, C)`` keeps its type."""
     # Not torch.amp.is_autocast_available: torch.compile of torch 2.10 cannot trace it.
     return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
@@ -177,7 +178,7 @@ def grouped_linear(s: Tensor, weight: Tensor) -> Tensor:
         ``(N, G * D)``.
     """
     groups, out, inside = weight.shape
-    with _no_autocast(s.device.type):
+    with no_autocast(s.device.type):
         blocks = torch.einsum("ngi,goi->ngo", s.reshape(-1, groups, inside), weight.to(s.dtype))
     return blocks.reshape(-1, groups * out)
 

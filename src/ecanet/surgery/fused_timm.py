@@ -5,17 +5,23 @@ from typing import Any
 from timm.models import _efficientnet_blocks, regnet, resnet
 from torch import Tensor, nn
 
-from ecanet.nn import norm_gate_add_act
+from ecanet.nn import conv_norm_gate_add_act, norm_gate_add_act
 
 
 def _end(
-    block: nn.Module, x: Tensor, norm: nn.Module, gate: nn.Module | None, residual: Tensor | None, act: Any = None
+    block: nn.Module,
+    x: Tensor,
+    conv: nn.Module,
+    norm: nn.Module,
+    gate: nn.Module | None,
+    residual: Tensor | None,
+    act: Any = None,
 ) -> Tensor:
-    """Norm, gate, addition and activation, with what is dropped at random between them."""
+    """Convolution, norm, gate, addition and activation, with what is dropped at random between them."""
     drop = getattr(block, "drop_path", None)
     if residual is None or drop is None or isinstance(drop, nn.Identity) or not block.training:
-        return norm_gate_add_act(x, norm, gate, residual, act)
-    x = drop(norm_gate_add_act(x, norm, gate)) + residual
+        return conv_norm_gate_add_act(x, conv, norm, gate, residual, act)
+    x = drop(norm_gate_add_act(conv(x), norm, gate)) + residual
     return x if act is None else act(x)
 
 
@@ -25,9 +31,9 @@ class FusedBasicBlock(resnet.BasicBlock):
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C_in, H, W)`` to ``(N, C_out, H / stride, W / stride)``."""
         out = self.drop_block(norm_gate_add_act(self.conv1(x), self.bn1))
-        out = self.conv2(self.aa(self.act1(out)))  # type: ignore[misc]
+        out = self.aa(self.act1(out))  # type: ignore[misc]
         shortcut = x if self.downsample is None else self.downsample(x)
-        return _end(self, out, self.bn2, self.se, shortcut, self.act2)
+        return _end(self, out, self.conv2, self.bn2, self.se, shortcut, self.act2)
 
 
 class FusedBottleneck(resnet.Bottleneck):
@@ -41,9 +47,9 @@ class FusedBottleneck(resnet.Bottleneck):
             out = norm_gate_add_act(out, self.bn2, act=self.act2)
         else:
             out = self.act2(self.drop_block(self.bn2(out)))
-        out = self.conv3(self.aa(out))  # type: ignore[misc]
+        out = self.aa(out)  # type: ignore[misc]
         shortcut = x if self.downsample is None else self.downsample(x)
-        return _end(self, out, self.bn3, self.se, shortcut, self.act3)
+        return _end(self, out, self.conv3, self.bn3, self.se, shortcut, self.act3)
 
 
 class FusedRegNetBottleneck(regnet.Bottleneck):
@@ -51,9 +57,9 @@ class FusedRegNetBottleneck(regnet.Bottleneck):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C_in, H, W)`` to ``(N, C_out, H / stride, W / stride)``."""
-        out = self.conv3.conv(self.se(self.conv2(self.conv1(x))))
+        out = self.se(self.conv2(self.conv1(x)))
         residual = None if self.downsample is None else self.downsample(x)
-        return _end(self, out, self.conv3.bn, None, residual, self.act3)
+        return _end(self, out, self.conv3.conv, self.conv3.bn, None, residual, self.act3)
 
 
 class FusedDepthwiseSeparableConv(_efficientnet_blocks.DepthwiseSeparableConv):
@@ -64,8 +70,8 @@ class FusedDepthwiseSeparableConv(_efficientnet_blocks.DepthwiseSeparableConv):
         out = x
         if self.conv_s2d is not None:
             out = self.bn_s2d(self.conv_s2d(out))
-        out = self.conv_pw(self.se(self.aa(self.bn1(self.conv_dw(out)))))  # type: ignore[misc]
-        return _end(self, out, self.bn2, None, x if self.has_skip else None)
+        out = self.se(self.aa(self.bn1(self.conv_dw(out))))  # type: ignore[misc]
+        return _end(self, out, self.conv_pw, self.bn2, None, x if self.has_skip else None)
 
 
 class FusedInvertedResidual(_efficientnet_blocks.InvertedResidual):
@@ -77,8 +83,8 @@ class FusedInvertedResidual(_efficientnet_blocks.InvertedResidual):
         if self.conv_s2d is not None:
             out = self.bn_s2d(self.conv_s2d(out))
         out = self.bn2(self.conv_dw(self.bn1(self.conv_pw(out))))
-        out = self.conv_pwl(self.se(self.aa(out)))  # type: ignore[misc]
-        return _end(self, out, self.bn3, None, x if self.has_skip else None)
+        out = self.se(self.aa(out))  # type: ignore[misc]
+        return _end(self, out, self.conv_pwl, self.bn3, None, x if self.has_skip else None)
 
 
 class FusedEdgeResidual(_efficientnet_blocks.EdgeResidual):
@@ -86,5 +92,5 @@ class FusedEdgeResidual(_efficientnet_blocks.EdgeResidual):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C_in, H, W)`` to ``(N, C_out, H / stride, W / stride)``."""
-        out = self.conv_pwl(self.se(self.aa(self.bn1(self.conv_exp(x)))))  # type: ignore[misc]
-        return _end(self, out, self.bn2, None, x if self.has_skip else None)
+        out = self.se(self.aa(self.bn1(self.conv_exp(x))))  # type: ignore[misc]
+        return _end(self, out, self.conv_pwl, self.bn2, None, x if self.has_skip else None)

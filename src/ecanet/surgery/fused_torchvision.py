@@ -7,7 +7,7 @@ from torchvision.models.efficientnet import FusedMBConv, MBConv
 from torchvision.models.mobilenetv3 import InvertedResidual
 from torchvision.models.regnet import ResBottleneckBlock
 
-from ecanet.nn import norm_gate_add_act
+from ecanet.nn import conv_norm_gate_add_act
 from ecanet.nn.fused import called_differently
 from ecanet.surgery.layers import is_norm
 
@@ -32,7 +32,7 @@ class FusedResBottleneckBlock(ResBottleneckBlock):
         residual = x if self.proj is None else self.proj(x)
         for layer in layers:
             x = layer(x)
-        return norm_gate_add_act(end[0](x), end[1], None, residual, self.activation)
+        return conv_norm_gate_add_act(x, *end, None, residual, self.activation)
 
 
 def _inverted(block: Any, x: Tensor) -> Tensor | None:
@@ -45,7 +45,7 @@ def _inverted(block: Any, x: Tensor) -> Tensor | None:
     residual = x if block.use_res_connect else None
     for layer in layers:
         x = layer(x)
-    return norm_gate_add_act(end[0](x), end[1], None, residual)
+    return conv_norm_gate_add_act(x, *end, None, residual)
 
 
 class FusedInvertedResidual(InvertedResidual):

@@ -145,7 +145,7 @@ def gate_add_relu_(x: Tensor, gate: ECA, residual: Tensor) -> Tensor:
     return fused.tail_(x, gate.maths(), residual, _RELU)
 
 
-class _Tail(nn.Module):
+class Tail(nn.Module):
     """How torchvision's Bottleneck ends, with a gate or without."""
 
     def __init__(self, norm: nn.Module | None, gate: nn.Module | None) -> None:
@@ -153,6 +153,7 @@ class _Tail(nn.Module):
         self.norm, self.gate = norm, gate
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Norm, gate, addition, ReLU: maps ``(N, C, H, W)``."""
         y = x if self.norm is None else self.norm(x)
         if self.gate is not None:
             y = self.gate(y)
@@ -160,8 +161,11 @@ class _Tail(nn.Module):
         return torch.relu_(y)
 
 
-class _FusedTail(_Tail):
+class FusedTail(Tail):
+    """The same by the library."""
+
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The same maps."""
         return norm_gate_add_act(x, self.norm, self.gate, residual, "relu")
 
 
@@ -192,7 +196,7 @@ class _GateOp(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_kernel.reshape(kernel.shape), None
 
 
-class _OperationTail(_FusedTail):
+class _OperationTail(FusedTail):
     """All of it in one operation, with the derivative it is registered with."""
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -204,7 +208,7 @@ class _OperationTail(_FusedTail):
         return out
 
 
-class _GateOpTail(_FusedTail):
+class _GateOpTail(FusedTail):
     """The passes that write maps are left to a compiler; it sees what the operations between them return."""
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -316,7 +320,7 @@ def _inference(compiled: bool, on: On, shape: tuple[int, ...], memory_format: st
     eca, timm = _gates(on, shape[1])
     # Each in-place one has a map of its own; their values stay bounded, or grow linearly without a gate.
     mine, vanilla = x.clone(), x.clone()
-    eager = _Tail(None, timm)
+    eager = Tail(None, timm)
     competitors = {
         "timm": Competitor(partial(eager, x, residual), on.context),
         "ecanet": Competitor(partial(gate_add_relu_, mine, eca, residual), on.context),
@@ -342,9 +346,9 @@ def _training(compiled: bool, on: On, shape: tuple[int, ...], memory_format: str
         norm.bias.normal_()
     norms = (copy.deepcopy(norm).to(on.device) for _ in range(3))
     modules = {
-        "timm": _Tail(next(norms), timm),
-        "ecanet": _FusedTail(next(norms), eca),
-        "no gate": _Tail(next(norms), None),
+        "timm": Tail(next(norms), timm),
+        "ecanet": FusedTail(next(norms), eca),
+        "no gate": Tail(next(norms), None),
     }
     forwards: dict[str, Callable[..., Any]] = dict(modules)
     if compiled:

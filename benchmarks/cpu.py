@@ -89,12 +89,6 @@ def _groups(value: str) -> tuple[str, ...]:
     return names
 
 
-def _positive(value: str) -> int:
-    if not value.isdecimal() or int(value) < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
-    return int(value)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.cpu",
@@ -103,9 +97,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: OMP_NUM_THREADS=1 python -m benchmarks.cpu --plot cost.png; "
         "OMP_PROC_BIND=true OMP_NUM_THREADS=2 python -m benchmarks.cpu --threads 2",
     )
-    parser.add_argument("--threads", type=_positive, default=1, help="threads of torch (default: 1)")
+    parser.add_argument("--threads", type=run.positive, default=1, help="threads of torch (default: 1)")
     parser.add_argument(
-        "--rounds", type=_positive, default=20, help=f"turns of each (default: 20; networks: at most {_NETWORK_ROUNDS})"
+        "--rounds",
+        type=run.positive,
+        default=20,
+        help=f"turns of each (default: 20; networks: at most {_NETWORK_ROUNDS})",
     )
     parser.add_argument(
         "--only", type=_groups, default=GROUPS, metavar="GROUPS", help=f"some of {','.join(GROUPS)} (default: all)"

@@ -85,13 +85,6 @@ def _command(document: results.Document) -> str:
     return " ".join(words)
 
 
-def positive(value: str) -> int:
-    """An option that counts something."""
-    if not value.isdecimal() or int(value) < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
-    return int(value)
-
-
 def _several(value: str) -> int:
     if not value.isdecimal() or int(value) < 2:
         raise argparse.ArgumentTypeError(f"must be 2 or more, got {value}")
@@ -121,13 +114,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--network", choices=tuple(pretrained.NETWORKS), default="mobilenet_v2", help="(default: mobilenet_v2)"
     )
-    parser.add_argument("--seeds", type=positive, default=5, help="0, 1, ...: runs of each way (default: 5)")
-    parser.add_argument("--steps", type=positive, default=60, help="of fine-tuning (default: 60)")
+    parser.add_argument("--seeds", type=run.positive, default=5, help="0, 1, ...: runs of each way (default: 5)")
+    parser.add_argument("--steps", type=run.positive, default=60, help="of fine-tuning (default: 60)")
     parser.add_argument("--batch", type=_several, default=32, help="pictures a step (default: 32)")
     parser.add_argument("--lr", type=_rate, default=1e-3, help="highest learning rate of AdamW (default: 0.001)")
     parser.add_argument("--size", type=_several, default=96, help="side of a picture in pixels (default: 96)")
-    parser.add_argument("--held-out", type=positive, default=300, help="pictures to evaluate on (default: 300)")
-    parser.add_argument("--threads", type=positive, default=1, help="threads of torch (default: 1)")
+    parser.add_argument("--held-out", type=run.positive, default=300, help="pictures to evaluate on (default: 300)")
+    parser.add_argument("--threads", type=run.positive, default=1, help="threads of torch (default: 1)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run? The numbers mean nothing")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help=f"default: {_RESULTS}/finetune-NETWORK.json")
     parser.add_argument("--resume", action="store_true", help="keep the runs that the file has, do the others")

@@ -102,12 +102,6 @@ def _some_of(names: Sequence[str]) -> "type[tuple[str, ...]]":
     return parse  # type: ignore[return-value]
 
 
-def _positive(value: str) -> int:
-    if not value.isdecimal() or int(value) < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
-    return int(value)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
@@ -119,7 +113,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=tuple(_DTYPES), default="bfloat16", help="of the maps (default: bfloat16)")
     parser.add_argument(
-        "--rounds", type=_positive, default=20, help=f"turns of each (default: 20; networks: at most {_NETWORK_ROUNDS})"
+        "--rounds",
+        type=run.positive,
+        default=20,
+        help=f"turns of each (default: 20; networks: at most {_NETWORK_ROUNDS})",
     )
     for option, names in (("--only", GROUPS), ("--networks", tuple(NETWORKS))):
         parser.add_argument(

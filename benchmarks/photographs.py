@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from benchmarks import pretrained, results, run
-from benchmarks.finetune import positive
 from benchmarks.finetune_report import aligned, from_to
 from benchmarks.finetune_runs import RANDOM, WAYS
 from benchmarks.machine import describe
@@ -128,9 +127,11 @@ def _parser() -> argparse.ArgumentParser:
         "weights and photographs that benchmarks/pretrained.py names. Takes some minutes.",
         epilog="Example: OMP_NUM_THREADS=1 python -m benchmarks.photographs --seeds 5",
     )
-    parser.add_argument("--seeds", type=positive, default=5, help="0, 1, ...: draws of random gates (default: 5)")
-    parser.add_argument("--photographs", type=positive, default=20, help="the first so many, at most 20 (default: 20)")
-    parser.add_argument("--threads", type=positive, default=1, help="threads of torch (default: 1)")
+    parser.add_argument("--seeds", type=run.positive, default=5, help="0, 1, ...: draws of random gates (default: 5)")
+    parser.add_argument(
+        "--photographs", type=run.positive, default=20, help="the first so many, at most 20 (default: 20)"
+    )
+    parser.add_argument("--threads", type=run.positive, default=1, help="threads of torch (default: 1)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", default=_RESULT, help="default: %(default)s")
     return parser
 

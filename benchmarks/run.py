@@ -1,5 +1,6 @@
 """Measure cases one after another: what ``benchmarks.cpu`` and ``benchmarks.gpu`` share."""
 
+import argparse
 import gc
 import os
 import sys
@@ -122,3 +123,10 @@ def _restart(line: str) -> str:
 def say(text: str, end: str = "\n") -> None:
     """Tell about progress."""
     print(text, end=end, file=sys.stderr, flush=True)
+
+
+def positive(value: str) -> int:
+    """An option that counts something."""
+    if not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
+    return int(value)

@@ -263,14 +263,18 @@ MISTAKES = [
     ("apply", [X, ONES, None, X[:1], NONE], "residual must have the shape, the type and the device of x"),
     ("apply", [X, ONES, None, X.double(), NONE], "residual must have the shape, the type"),
     ("apply_", [X, ONES, None, None, 5], "act must be 0 to 4, got 5"),
-    ("apply_backward", [X, X, ONES, None, None, None, RELU, True], "ReLU and ReLU6 need saved=out"),
+    ("apply_backward", [X, X, ONES, None, None, None, RELU, True], "ReLU and ReLU6 need saved=out; got None"),
     ("apply_backward", [X, X, ONES, None, ONES, None, NONE, True], r"center must have shape \(3\)"),
     ("input_backward", [X, X, ONES, None, None, NONE, ONES, ONES, None], r"slope must have shape \(3\)"),
     ("eca_coefficients", [X, *NO_NORM, C, False], r"means must have shape \(N, C\)"),
-    ("eca_coefficients", [ONES, C, None, None, None, 0.0, C, False], "mean and var come together"),
+    ("eca_coefficients", [ONES, C, None, None, None, 0.0, C, False], "mean and var come together; got mean alone"),
     ("eca_coefficients", [ONES, *NO_NORM, C[:2], False], "kernel must have an odd size"),
     ("eca_coefficients", [ONES, *NO_NORM, torch.ones(5), True], "kernel must have .* at most C if circular"),
-    ("eca_coefficients_backward", [ONES, ONES, ONES, None, None, *NO_NORM, C, False, 16], "needs its gate"),
+    (
+        "eca_coefficients_backward",
+        [ONES, ONES, ONES, None, None, *NO_NORM, C, False, 16],
+        "needs its gate; got gate=None",
+    ),
     ("eca_tail_", [X, None, *NO_NORM, C, False, 7], "act must be 0 to 4, got 7"),
 ]
 

@@ -325,7 +325,7 @@ def _upstream(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     _check_act(act)
     if saved is None and reference.ACTS[act] in ("relu", "relu6"):
-        raise RuntimeError("ecanet: ReLU and ReLU6 need saved=out")
+        raise RuntimeError("ecanet: ReLU and ReLU6 need saved=out; got None")
     saved = None if saved is None else m.ordered(saved, "saved")
     scale = _small(scale, m.x, m.nc, "scale")
     return m.ordered(grad, "grad"), scale, m.small(shift, m.nc, "shift"), saved
@@ -400,7 +400,8 @@ class _Norm(NamedTuple):
     @staticmethod
     def of(like: Tensor, channels: int, *tensors: Tensor | None) -> "_Norm":
         if (tensors[0] is None) != (tensors[1] is None):
-            raise RuntimeError("ecanet: mean and var come together")
+            alone = "mean" if tensors[1] is None else "var"
+            raise RuntimeError(f"ecanet: mean and var come together; got {alone} alone")
         named = zip(_Norm._fields, tensors, strict=True)
         return _Norm(*(None if t is None else _small(t, like, (channels,), name) for name, t in named))
 
@@ -466,7 +467,7 @@ def eca_coefficients_backward(
     norm = _Norm.of(means, channels, mean, var, weight, bias)
     kernel, k = _taps(kernel, channels, circular)
     if kernel is not None and gate is None:
-        raise RuntimeError("ecanet: a kernel needs its gate")
+        raise RuntimeError("ecanet: a kernel needs its gate; got gate=None")
     p, q = _small(p, means, nc, "p"), _small(q, means, nc, "q")
     gate = None if gate is None else _small(gate, means, nc, "gate")
     grad_s = None if grad_s is None else _small(grad_s, means, nc, "grad_s")

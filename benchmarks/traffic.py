@@ -71,7 +71,7 @@ def cases(quick: bool) -> Iterator[Case]:
     Args:
         quick: Small ones.
     """
-    for channels, height, width in [(64, 8, 8)] if quick else STAGES:
+    for channels, height, width in [(64, 28, 28)] if quick else STAGES:
         for memory_format in MEMORY_FORMATS:
             builders: dict[str, Callable[[], nn.Module]] = {
                 "no gate": lambda c=channels: Tail(nn.BatchNorm2d(c), None),
@@ -79,7 +79,7 @@ def cases(quick: bool) -> Iterator[Case]:
                 "timm": lambda c=channels: Tail(nn.BatchNorm2d(c), EcaModule(c)),
                 "SE": lambda c=channels: Tail(nn.BatchNorm2d(c), SqueezeExcitation(c, c // 16)),
             }
-            yield Case("tail", (2 if quick else _BATCH, channels, height, width), memory_format, True, builders)
+            yield Case("tail", (32 if quick else _BATCH, channels, height, width), memory_format, True, builders)
     if quick:
         return
     for network in _NETWORKS:

@@ -1,8 +1,12 @@
 """The benchmarks run, compute their ratios right and lose nothing; no test asserts a time."""
 
+import importlib.util
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -401,3 +405,22 @@ def test_no_gpu_is_said(
         gpu_benchmark.main([])
     assert stopped.value.code == 2
     assert ("only --quick" if interpreting else "torch sees no GPU") in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_traffic_is_counted_without_a_gpu(tmp_path) -> None:
+    """In a process of its own: it makes triton and Inductor believe in a GPU."""
+    file = tmp_path / "traffic.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.traffic", "--quick", "--out", file]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    counted = results.read(file)["cases"]
+    assert set(counted) == {f"tail/training/32x64x28x28/{name}" for name in ("contiguous", "channels_last")}
+    for key, case in counted.items():
+        assert key in done.stdout
+        total = {name: traffic["forward"] + traffic["backward"] for name, traffic in case.items()}
+        bytes_of_map = 32 * 64 * 28 * 28 * 2
+        # Forward: x and the residual are read, the result is written; backward: result, its gradient, x; and two written.
+        assert total["no gate"] >= (3 + 5) * bytes_of_map
+        assert total["ecanet"] < total["timm"]

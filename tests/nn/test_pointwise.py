@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import ecanet
 import ecanet.nn.hung
+from ecanet.models.mobilenetv2 import GatedInvertedResidual
 from ecanet.models.resnet import GatedBottleneck
 from ecanet.nn import ECA, SE, conv_norm_gate_add_act, fused
 from ecanet.nn.pointwise import is_pointwise, means_after
@@ -198,6 +199,12 @@ def test_a_network_optimised_for_inference_squeezes_the_inputs_too(squeezed) -> 
         torch.testing.assert_close(torch.fx.symbolic_trace(fast)(x), want, rtol=1e-4, atol=1e-4)
 
 
+def averages(graph: torch.fx.GraphModule) -> list[int]:
+    """Channels of the maps whose means a graph takes."""
+    means = [node for node in graph.graph.nodes if node.op == "call_method" and node.target == "mean"]
+    return [node.args[0].meta["example_value"].shape[1] for node in means]
+
+
 @pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
 @pytest.mark.parametrize("make", BRANCHES.values(), ids=BRANCHES)
 def test_what_is_compiled_reads_the_output_once(make, dynamic) -> None:
@@ -207,8 +214,7 @@ def test_what_is_compiled_reads_the_output_once(make, dynamic) -> None:
     averaged: list[int] = []
 
     def look(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
-        means = [node for node in graph.graph.nodes if node.op == "call_method" and node.target == "mean"]
-        averaged.extend(node.args[0].meta["example_value"].shape[1] for node in means)
+        averaged.extend(averages(graph))
         return graph.forward
 
     torch._dynamo.reset()
@@ -216,6 +222,22 @@ def test_what_is_compiled_reads_the_output_once(make, dynamic) -> None:
         got = torch.compile(branch, fullgraph=True, dynamic=dynamic, backend=look)(x, residual)
         torch.testing.assert_close(got, branch.one_after_another(x, residual), rtol=1e-5, atol=1e-5)
     assert averaged == [8]
+
+
+def test_a_compiled_inverted_residual_averages_before_it_narrows() -> None:
+    torch.manual_seed(0)
+    block = GatedInvertedResidual(8, 8, 1, 6).eval()
+    block.append_gate(ECA(8))
+    x, averaged = torch.randn(2, 8, 6, 7), []
+
+    def look(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        averaged.extend(averages(graph))
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad(), ecanet.backend("reference"):
+        torch.testing.assert_close(torch.compile(block, fullgraph=True, backend=look)(x), block(x))
+    assert averaged == [48]
 
 
 def test_what_is_exported_is_plain_modules_for_any_size() -> None:

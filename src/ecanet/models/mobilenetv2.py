@@ -14,7 +14,7 @@ from ecanet.models.plain import PlainWeights, load_plain_weights
 from ecanet.nn.build import GateSpec, build_gate, gate_name
 from ecanet.nn.fused import called_differently
 from ecanet.nn.se import SE
-from ecanet.nn.tail import norm_gate_add_act
+from ecanet.nn.tail import conv_norm_gate_add_act
 
 #: Inverted residuals in each of the seven stages of torchvision's default setting.
 BLOCKS_PER_STAGE = (1, 2, 3, 4, 3, 3, 1)
@@ -37,10 +37,11 @@ class GatedInvertedResidual(InvertedResidual):
         layers = list(self.conv)
         gate = layers.pop() if self.has_gate else None
         norm = layers.pop()
+        conv = layers.pop()
         out = x
         for layer in layers:
             out = layer(out)
-        return norm_gate_add_act(out, norm, gate, x if self.use_res_connect else None)
+        return conv_norm_gate_add_act(out, conv, norm, gate, x if self.use_res_connect else None)
 
 
 class ECAMobileNetV2(HubModel, MobileNetV2):

@@ -2,8 +2,9 @@
 
 A mean over positions commutes with a convolution that looks at one position: ``mean(W u + b) = W mean(u) + b``. Where
 the convolution widens, as the last one of a bottleneck does, its input has fewer values to read than its output: a
-quarter of them in a ResNet. On a GPU that is what the gate costs at inference (``python -m benchmarks.traffic``); the
-C++ kernels find a sample's means while it is in the cache anyway, and were not faster for it.
+quarter of them in a ResNet. And what torch.compile writes reads none of them: u comes from a norm and an activation,
+and their kernel sums up what it writes (``python -m benchmarks.traffic`` counts both). The C++ kernels find a sample's
+means while it is in the cache anyway, and were not faster for it.
 """
 
 from typing import Any
@@ -33,8 +34,8 @@ def is_pointwise(layer: nn.Module | None) -> bool:
 def means_after(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """Channel means of the output of a 1 x 1 convolution, or None where they are better found from the output.
 
-    That is where the convolution does not widen, or its matrix is larger than the map; on a CPU; where a gradient is
-    asked for; and where somebody wants to see plain modules.
+    That is where the convolution does not widen, unless a compiler is at work; where its matrix is larger than the map;
+    on a CPU; where a gradient is asked for; and where somebody wants to see plain modules.
 
     Args:
         x: What the convolution is called on, ``(N, C_in, *spatial)``.
@@ -49,7 +50,7 @@ def means_after(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None
             return None
         means = fused.kernels.squeeze(x)
     elif torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not fused.is_operation_in_graph(x):
-        if _is_tracked(x, weight, bias) or not _is_less_work(x, weight):
+        if _is_tracked(x, weight, bias) or not _is_less_work(x, weight, is_free=True):
             return None
         means = reference.squeeze(x, weight.shape[1])
     else:
@@ -63,10 +64,11 @@ def _is_tracked(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _is_less_work(x: Tensor, weight: Tensor) -> bool:
+def _is_less_work(x: Tensor, weight: Tensor, is_free: bool = False) -> bool:
+    """Whether reading x, unless it is free, and the matrix takes less than reading the convolution's output."""
     if x.dim() != weight.dim() or x.numel() == 0:
         return False
-    wide, narrow = weight.shape[:2]
     samples, positions = x.shape[0], x.shape[2:].numel()
-    products = samples * wide * narrow
-    return samples * positions * narrow + wide * narrow + products // _PRODUCTS_PER_READ < samples * positions * wide
+    outputs, inputs = weight.shape[:2]
+    matrix = outputs * inputs + samples * outputs * inputs // _PRODUCTS_PER_READ
+    return (0 if is_free else samples * positions * inputs) + matrix < samples * positions * outputs

@@ -80,9 +80,9 @@ def conv_norm_gate_add_act(
 ) -> Tensor:
     """``norm_gate_add_act(conv(x), norm, gate, residual, act)``, with a squeeze that need not read ``conv(x)``.
 
-    The same values, to rounding. At inference on a GPU, behind a 1 x 1 convolution that widens, the means that the
-    gate wants are found from those of ``x`` (:mod:`ecanet.nn.pointwise`): norm, gate, addition and activation then
-    take the one pass over ``conv(x)`` that norm, addition and activation take.
+    The same values, to rounding. At inference on a GPU, behind a 1 x 1 convolution that widens, or any under
+    :func:`torch.compile`, the means that the gate wants are found from those of ``x`` (:mod:`ecanet.nn.pointwise`):
+    norm, gate, addition and activation then take the one pass over ``conv(x)`` that norm, addition and activation take.
 
     Args:
         x: What the convolution is called on.

@@ -421,6 +421,6 @@ def test_traffic_is_counted_without_a_gpu(tmp_path) -> None:
         assert key in done.stdout
         total = {name: traffic["forward"] + traffic["backward"] for name, traffic in case.items()}
         bytes_of_map = 32 * 64 * 28 * 28 * 2
-        # Forward: x and the residual are read, the result is written; backward: result, its gradient, x; and two written.
+        # Forward reads x and the residual and writes; backward reads the result, its gradient and x, and writes two.
         assert total["no gate"] >= (3 + 5) * bytes_of_map
         assert total["ecanet"] < total["timm"]

@@ -1,4 +1,7 @@
-"""One training step of a tail with SyncBatchNorm, in one process or shared by two: what test_tail.py compares."""
+"""One training step of a tail with SyncBatchNorm, in one process or shared by two: what test_tail.py compares.
+
+The two meet over gloo on the CPU; where there are two GPUs, over NCCL with one each.
+"""
 
 import os
 import sys
@@ -39,13 +42,13 @@ CASES: dict[str, dict[str, Any]] = {
 NOTHING = {"nothing": {"gate": "eca", "act": "relu", "samples": (0, 0)}}
 
 
-def training_step(name: str, sync: bool, rank: int | None = None) -> dict[str, torch.Tensor]:
+def training_step(name: str, sync: bool, rank: int | None = None, device: str = "cpu") -> dict[str, torch.Tensor]:
     """Two steps on the samples of one process, or on all of them: outputs, gradients, statistics."""
     case = {"size": (5, 3), "norm": {}, "last": False, "hangs": False, "needs_x": True, **(CASES | NOTHING)[name]}
     torch.manual_seed(0)
     norm_type = nn.SyncBatchNorm if sync else nn.BatchNorm2d if case["size"] else nn.BatchNorm1d
-    norm = norm_type(C, **case["norm"]).double()
-    gate = None if case["gate"] is None else build_gate(case["gate"], C).double()
+    norm = norm_type(C, **case["norm"]).double().to(device)
+    gate = None if case["gate"] is None else build_gate(case["gate"], C).double().to(device)
     if gate is not None and case["hangs"]:
         hang_(norm, gate)
         gate = None
@@ -57,12 +60,12 @@ def training_step(name: str, sync: bool, rank: int | None = None) -> dict[str, t
         generator = torch.Generator().manual_seed(step)
         x, residual, dout = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
         x = 2 * x + torch.arange(C).reshape(C, *[1] * len(case["size"]))
-        mine = [t[first : first + count].clone() for t in (x, residual)]
+        mine = [t[first : first + count].clone().to(device) for t in (x, residual)]
         if case["last"]:
             mine = [t.to(memory_format=torch.channels_last) for t in mine]
         mine = [mine[0].requires_grad_(case["needs_x"]), mine[1].requires_grad_()]
         out = norm_gate_add_act(mine[0], norm, gate, mine[1], case["act"])
-        out.backward(dout[first : first + count])
+        out.backward(dout[first : first + count].to(device))
         seen |= {f"output {step}": out.detach(), f"gradient of residual {step}": mine[1].grad}
         if case["needs_x"]:
             seen[f"gradient of x {step}"] = mine[0].grad
@@ -70,17 +73,21 @@ def training_step(name: str, sync: bool, rank: int | None = None) -> dict[str, t
         if module is not None:
             seen |= {f"gradient of {kind}.{key}": p.grad for key, p in module.named_parameters()}
             seen |= {f"{kind}.{key}": t for key, t in module.named_buffers()}
-    return seen
+    return {key: t if t is None else t.cpu() for key, t in seen.items()}
 
 
 def _process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     if sys.platform == "linux":  # not by the machine's name, which need not lead anywhere
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    backend, device = ("nccl", f"cuda:{rank}") if torch.cuda.device_count() >= 2 else ("gloo", "cpu")
+    if backend == "nccl":
+        torch.cuda.set_device(device)
     patience = timedelta(minutes=2)  # where the processes wait for each other in vain
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", timeout=patience, rank=rank, world_size=2)
+    dist.init_process_group(backend, init_method=f"file://{folder}/meeting", timeout=patience, rank=rank, world_size=2)
     try:
-        torch.save({name: training_step(name, sync=True, rank=rank) for name in CASES | NOTHING}, f"{folder}/{rank}.pt")
+        seen = {name: training_step(name, sync=True, rank=rank, device=device) for name in CASES | NOTHING}
+        torch.save(seen, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 

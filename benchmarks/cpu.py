@@ -19,7 +19,6 @@ from ecanet.ops import cpu
 GROUPS = ("op", "module", "inference", "training", "network", "surgery")
 _QUICK_ROUNDS = 3
 #: A training step of ResNet-50 takes seconds.
-_NETWORK_ROUNDS = 10
 _BUSY = 0.3
 
 
@@ -37,7 +36,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "command": "",
         "settings": {
             "rounds": rounds,
-            "network_rounds": min(rounds, _NETWORK_ROUNDS),
             "quick": args.quick,
             "compiled": args.compile,
             "dtype": "float32",
@@ -98,12 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         "OMP_PROC_BIND=true OMP_NUM_THREADS=2 python -m benchmarks.cpu --threads 2",
     )
     parser.add_argument("--threads", type=run.positive, default=1, help="threads of torch (default: 1)")
-    parser.add_argument(
-        "--rounds",
-        type=run.positive,
-        default=20,
-        help=f"turns of each (default: 20; networks: at most {_NETWORK_ROUNDS})",
-    )
+    parser.add_argument("--rounds", type=run.positive, default=20, help="turns of each (default: 20)")
     parser.add_argument(
         "--only", type=_groups, default=GROUPS, metavar="GROUPS", help=f"some of {','.join(GROUPS)} (default: all)"
     )

@@ -16,7 +16,7 @@ from ecanet.ops import gpu
 
 GROUPS = ("op", "module", "inference", "training", "network")
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_QUICK_ROUNDS, _NETWORK_ROUNDS = 3, 10
+_QUICK_ROUNDS = 3
 _COPY_BYTES = 2**30
 
 
@@ -41,7 +41,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             "device": "cuda",
             "interpreted": gpu.interpreting(),
             "rounds": rounds,
-            "network_rounds": min(rounds, _NETWORK_ROUNDS),
             "quick": args.quick,
             "compiled": args.compile,
             "dtype": args.dtype,
@@ -112,12 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         "without a GPU: TRITON_INTERPRET=1 python -m benchmarks.gpu --quick",
     )
     parser.add_argument("--dtype", choices=tuple(_DTYPES), default="bfloat16", help="of the maps (default: bfloat16)")
-    parser.add_argument(
-        "--rounds",
-        type=run.positive,
-        default=20,
-        help=f"turns of each (default: 20; networks: at most {_NETWORK_ROUNDS})",
-    )
+    parser.add_argument("--rounds", type=run.positive, default=20, help="turns of each (default: 20)")
     for option, names in (("--only", GROUPS), ("--networks", tuple(NETWORKS))):
         parser.add_argument(
             option, type=_some_of(names), default=names, metavar=option[2:].upper(), help=f"some of {','.join(names)}"

@@ -82,7 +82,7 @@ def _measure(case: Case, settings: dict[str, Any], prefix: str) -> dict[str, Any
         if name not in checked:
             with competitor.context():
                 competitor.run()
-    rounds = settings["network_rounds" if case.group in ("network", "surgery") else "rounds"]
+    rounds = settings["rounds"]
     turn_seconds = _QUICK_TURN_SECONDS if settings["quick"] else _TURN_SECONDS
 
     def on_round(done: int) -> None:

@@ -185,7 +185,7 @@ def test_all_forms_of_the_training_tail_agree(
 @pytest.mark.parametrize("name", ["memory", "training", "inference", "ecaresnet50d-training", "ecaresnet50d-inference"])
 def test_networks(name: str) -> None:
     case = next(case for case in network_cases(quick=True, compiled=False) if case.name == name)
-    result = run._measure(case, {"rounds": 1, "network_rounds": 1, "quick": True}, "")
+    result = run._measure(case, {"rounds": 1, "quick": True}, "")
     assert {"ecanet", "timm", "no gate"} <= result.get("seconds", result.get("saved_bytes")).keys()
 
 
@@ -329,7 +329,7 @@ def test_on_a_gpu_the_operation_competes_where_the_formula_is_the_default(monkey
 
 #: As the command in the interpreter measures.
 INTERPRETED = cases.On("cpu", torch.bfloat16, "triton")
-QUICK = {"rounds": 1, "network_rounds": 1, "quick": True}
+QUICK = {"rounds": 1, "quick": True}
 in_the_interpreter = pytest.mark.skipif(not gpu.interpreting(), reason="the interpreter is off")
 
 

@@ -4,7 +4,7 @@ A mean over positions commutes with a convolution that looks at one position: ``
 the convolution widens, as the last one of a bottleneck does, its input has fewer values to read than its output: a
 quarter of them in a ResNet. And what torch.compile writes reads none of them: u comes from a norm and an activation,
 and their kernel sums up what it writes (``python -m benchmarks.traffic`` counts both). The C++ kernels find a sample's
-means while it is in the cache anyway, and were not faster for it.
+means while it is in the cache anyway.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from ecanet.nn import fused
 from ecanet.ops import backend, reference
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_PRODUCTS_PER_READ = 16  # that take about as long as reading a value
+_PRODUCTS_PER_READ = 16  # so many take as long as reading a value: an estimate, where both are few
 
 
 def is_pointwise(layer: nn.Module | None) -> bool:

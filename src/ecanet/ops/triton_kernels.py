@@ -5,12 +5,15 @@ imports triton.
 
 A map ``(N, C, S)`` has N C rows, a row being one channel of one sample. It is walked in tiles of ``ROWS`` by
 ``POSITIONS`` elements. In memory the positions of a row are neighbours, or, channels last (``LAST``), the channels of a
-position. ``ALIGN`` divides the number of neighbours; loads and stores are as wide as it allows.
+position. ``ALIGN`` divides the number of neighbours and ``TOTAL`` the number of elements: loads and stores are as wide
+as these allow.
 
-What sums over rows takes a tile of rows and goes on along their positions, so that most sums happen within a thread. It
-may split the positions over ``splits`` programs; what each found is merged in a fixed order, so results repeat
-themselves bit by bit. What works element by element cuts contiguous maps into runs of ``POSITIONS`` neighbours, each in
-one row or in two, so that maps whose rows are not aligned (7 x 7) are read and written as widely as others.
+What sums over positions takes a tile of rows and goes on along their positions, so that most sums happen within a
+thread. It may split the positions over ``splits`` programs; what each found is merged in a fixed order, so results
+repeat themselves bit by bit. Contiguous rows that are not aligned (those of 7 x 7) are read from the last multiple of
+``START`` before them, and what belongs to the neighbours is left out of the sums.
+
+What works element by element cuts a contiguous map into runs of ``POSITIONS`` neighbours, each in one row or in two.
 """
 
 from typing import Any

@@ -370,6 +370,32 @@ def test_autocast_keeps_maps_in_half_types(dtype) -> None:
     torch.testing.assert_close(out.float(), want, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("gate", [ECA, SE])
+def test_a_step_of_training_can_be_captured_in_a_cuda_graph(gate) -> None:
+    torch.manual_seed(0)
+    norm, module = nn.BatchNorm2d(16).to(DEVICE), gate(16).to(DEVICE)
+    x = torch.randn(3, 16, 4, 5, device=DEVICE).requires_grad_()
+
+    def step() -> tuple[Tensor, ...]:
+        out = norm_gate_add_act(x, norm, module, x, "relu")
+        return out, *torch.autograd.grad(out.square().sum(), [x, *norm.parameters(), *module.parameters()])
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles the kernels
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    for got, want in zip(captured, step(), strict=True):
+        torch.testing.assert_close(got, want)
+
+
 # --- every kernel compiles for GPUs that are not here, and Inductor sees it ------------------------------------------
 
 

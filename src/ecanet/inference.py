@@ -11,11 +11,10 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.ops import FrozenBatchNorm2d
 
-from ecanet.nn import Gate, fused
+from ecanet.nn import Gate, fused, norm_gate_add_act
 from ecanet.nn.fused import called_differently
 from ecanet.nn.hung import hung_gate
-from ecanet.nn.pointwise import is_pointwise, means_after
-from ecanet.nn.tail import act_code, maths_of_gate, same_kind, tail
+from ecanet.nn.tail import act_code, maths_of_gate, same_kind
 from ecanet.ops import reference
 from ecanet.surgery.checks import check_model
 
@@ -50,17 +49,17 @@ class InferenceTail(nn.Module):
         self.act = act
         self.in_place = in_place
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, means: Tensor | None = None) -> Tensor:
-        """``act(gate(x) + residual)``, the shape of ``x``; ``means``, if they are known, are the channel means of x."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``act(gate(x) + residual)``, the shape of ``x``."""
         if self.in_place and fused.kernels_run(x) and (residual is None or same_kind(residual, x)):
             maths = maths_of_gate(self.gate, x)
             read = (x, residual, *(() if maths is None else maths.parameters))
             tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in read)
             if (self.gate is None) == (maths is None) and not tracked:
-                return fused.tail_(x, maths, residual, self.act, means)
+                return fused.tail_(x, maths, residual, self.act)
         if isinstance(x, Tensor) and not x.is_floating_point() and self.gate is None:
             return reference.activate(x if residual is None else x + residual, self.act)
-        return tail(x, None, self.gate, residual, reference.ACTS[self.act], means)
+        return norm_gate_add_act(x, None, self.gate, residual, reference.ACTS[self.act])
 
     def extra_repr(self) -> str:
         """Activation and whether the input is overwritten."""
@@ -218,25 +217,12 @@ def _fuse_tails(traced: fx.GraphModule) -> None:
                 end, act = user, code
         name = f"{end.name}_tail"
         traced.add_submodule(name, InferenceTail(gate, act, in_place=_is_fresh(traced, x)))
-        args = (x, residual, _means(traced, x)) if gate is not None else (x, residual)
         with traced.graph.inserting_after(end):
-            joined = traced.graph.call_module(name, args)
-        end.replace_all_uses_with(joined)
+            tail = traced.graph.call_module(name, (x,) if residual is None else (x, residual))
+        end.replace_all_uses_with(tail)
         for old in dict.fromkeys((end, node, branch)):
             if not old.users and old is not x:
                 traced.graph.erase_node(old)
-
-
-def _means(traced: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """A new node with the channel means of the node's output, if it calls a convolution that they follow from."""
-    source = _only_input(node)
-    conv: Any = _module(traced, node)
-    if source is None or not is_pointwise(conv):
-        return None
-    with traced.graph.inserting_before(node):
-        weight = traced.graph.get_attr(f"{node.target}.weight")
-        bias = None if conv.bias is None else traced.graph.get_attr(f"{node.target}.bias")
-        return traced.graph.call_function(means_after, (source, weight, bias))
 
 
 def _may_run_later(traced: fx.GraphModule, gate: fx.Node, addition: fx.Node) -> bool:

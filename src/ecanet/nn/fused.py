@@ -41,7 +41,7 @@ class _Kernels:
         return run
 
 
-kernels = _Kernels()
+_kernels = _Kernels()
 # By their own names: what is looked up on the way to a small map takes as long as the map.
 _is_tracing, _are_transforms_active = torch._C._is_tracing, torch._C._are_functorch_transforms_active
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
@@ -172,14 +172,7 @@ def in_graph(x: Tensor, norm: Norm, gate: GateMaths, residual: Tensor | None, ac
     return out
 
 
-def tail(
-    x: Tensor,
-    norm: Norm | None,
-    gate: GateMaths | None,
-    residual: Tensor | None,
-    act: int,
-    means: Tensor | None = None,
-) -> Tensor:
+def tail(x: Tensor, norm: Norm | None, gate: GateMaths | None, residual: Tensor | None, act: int) -> Tensor:
     """``act(gate(norm(x)) + residual)``.
 
     Args:
@@ -188,7 +181,6 @@ def tail(
         gate: A gate, or None.
         residual: Shape and type of ``x``, or None.
         act: Index in :data:`ecanet.ops.reference.ACTS`.
-        means: ``(N, C)`` of ``x``, if they are known; of use where nothing is differentiated.
     """
     weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
     parameters = () if gate is None else gate.parameters
@@ -198,10 +190,10 @@ def tail(
         if norm is None and gate is None:  # no use for x in the backward, so torch's own operations save less
             return reference.activate(x if residual is None else x + residual, act)
         return _Tail.apply(x, residual, weight, bias, norm, gate, act, *parameters)
-    if means is None and (gate is None or gate.band) and (norm is None or norm.mean is not None):
-        return kernels.eca_tail(x, residual, *_at_once(norm, gate), act)
-    c = _coefficients(x, norm, gate, differentiate=False, means=means)
-    return kernels.apply(x, c.scale, c.shift, residual, act)
+    if (gate is None or gate.band) and (norm is None or norm.mean is not None):
+        return _kernels.eca_tail(x, residual, *_at_once(norm, gate), act)
+    c = _coefficients(x, norm, gate, differentiate=False)
+    return _kernels.apply(x, c.scale, c.shift, residual, act)
 
 
 def norm_of_nothing(x: Tensor, norm: Norm) -> Tensor:
@@ -216,13 +208,13 @@ def norm_of_nothing(x: Tensor, norm: Norm) -> Tensor:
     return _NormOfNothing.apply(x, norm.weight, norm.bias, norm)
 
 
-def tail_(x: Tensor, gate: GateMaths | None, residual: Tensor | None, act: int, means: Tensor | None = None) -> Tensor:
-    """Write ``act(gate(x) + residual)`` into x; for inference. ``means`` are those of x, if they are known."""
-    if means is None and (gate is None or gate.band):
-        kernels.eca_tail_(x, residual, *_at_once(None, gate), act)
+def tail_(x: Tensor, gate: GateMaths | None, residual: Tensor | None, act: int) -> Tensor:
+    """Write ``act(gate(x) + residual)`` into x; for inference."""
+    if gate is None or gate.band:
+        _kernels.eca_tail_(x, residual, *_at_once(None, gate), act)
     else:
-        c = _coefficients(x, None, gate, differentiate=False, means=means)
-        kernels.apply_(x, c.scale, c.shift, residual, act)
+        c = _coefficients(x, None, gate, differentiate=False)
+        _kernels.apply_(x, c.scale, c.shift, residual, act)
     if not x.is_inference():
         torch.autograd.graph.increment_version(x)
     return x
@@ -235,24 +227,22 @@ def _at_once(norm: Norm | None, gate: GateMaths | None) -> tuple[Any, ...]:
     return norm.mean, norm.var, norm.weight, norm.bias, norm.eps, kernel, circular
 
 
-def _coefficients(
-    x: Tensor, norm: Norm | None, gate: GateMaths | None, differentiate: bool, means: Tensor | None = None
-) -> _Coefficients:
+def _coefficients(x: Tensor, norm: Norm | None, gate: GateMaths | None, differentiate: bool) -> _Coefficients:
     mean = var = weight = bias = count = None
     eps = 0.0
     if norm is not None:
         mean, var, weight, bias, eps = norm.mean, norm.var, norm.weight, norm.bias, norm.eps
     if norm is not None and mean is None:
-        means, mean, var = kernels.batch_moments(x)
+        means, mean, var = _kernels.batch_moments(x)
         count = x.numel() // mean.numel()
         if norm.group is not None:
             mean, var, count = _over_processes(mean, var, count, norm.group)
     elif gate is not None:
-        means = kernels.squeeze(x) if means is None else means
+        means = _kernels.squeeze(x)
     else:  # nothing looks at them
         means = x.new_zeros(x.shape[:2], dtype=reference.accumulation_dtype(x.dtype))
     kernel, circular = (gate.parameters[0], gate.circular) if gate is not None and gate.band else (None, False)
-    s, g, scale, shift = kernels.eca_coefficients(means, mean, var, weight, bias, eps, kernel, circular)
+    s, g, scale, shift = _kernels.eca_coefficients(means, mean, var, weight, bias, eps, kernel, circular)
     graph = None
     a = None
     if gate is not None and not gate.band:
@@ -371,7 +361,7 @@ class _Tail(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         c = _coefficients(x, norm, gate, differentiate=True)
-        out = kernels.apply(x, c.scale, c.shift, residual, act)
+        out = _kernels.apply(x, c.scale, c.shift, residual, act)
         name = reference.ACTS[act]
         for_act = out if name in ("relu", "relu6") else residual if name is not None else None
         ctx.save_for_backward(
@@ -388,7 +378,7 @@ class _Tail(torch.autograd.Function):
         needs_x, needs_residual = ctx.needs_input_grad[:2]
         # d is the residual's gradient; where nobody needs it, the second pass computes it again.
         keep_d = needs_residual and act != 0
-        d, p, q = kernels.apply_backward(grad, x, scale, shift, mean, for_act, act, keep_d)
+        d, p, q = _kernels.apply_backward(grad, x, scale, shift, mean, for_act, act, keep_d)
         if keep_d:
             grad, act = d, 0
         kernel, circular, grad_s = None, False, None
@@ -399,7 +389,7 @@ class _Tail(torch.autograd.Function):
             grad_gate = a * q if bias is None else a * q + bias * p
             grad_s, grad_parameters = _gate_backward(ctx.graph[0], ctx.graph[1], gate.parameters, grad_gate)
         eps = 0.0 if ctx.norm is None else ctx.norm.eps
-        offset, grad_weight, grad_bias, grad_kernel, grad_mean, grad_var = kernels.eca_coefficients_backward(
+        offset, grad_weight, grad_bias, grad_kernel, grad_mean, grad_var = _kernels.eca_coefficients_backward(
             p, q, means, g, grad_s, mean, var, weight, bias, eps, kernel, circular, x.numel() // means.numel()
         )
         if kernel is not None:
@@ -414,7 +404,7 @@ class _Tail(torch.autograd.Function):
             slope = grad_var.mul_(2 / ctx.count)
         grad_x = None
         if needs_x:
-            grad_x = kernels.input_backward(grad, x, scale, shift, for_act, act, offset, slope, mean)
+            grad_x = _kernels.input_backward(grad, x, scale, shift, for_act, act, offset, slope, mean)
         inputs = [(weight, grad_weight), (bias, grad_bias), *zip(parameters, grad_parameters, strict=True)]
         small = [None if t is None or gt is None else gt.to(t.dtype) for t, gt in inputs]
         return grad_x, grad if needs_residual else None, small[0], small[1], None, None, None, *small[2:]

@@ -11,7 +11,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from ecanet.nn import fused
 from ecanet.nn.gate import Gate
 from ecanet.nn.hung import hung_gate
-from ecanet.nn.pointwise import is_pointwise, means_after
+from ecanet.nn.pointwise import means_after
 from ecanet.ops import reference
 
 #: In the order of reference.ACTS.
@@ -67,7 +67,7 @@ def norm_gate_add_act(
         >>> torch.allclose(out, torch.relu(eca(norm(x)) + x), atol=1e-5)
         True
     """
-    return tail(x, norm, gate, residual, act)
+    return _tail(x, norm, gate, residual, act)
 
 
 def conv_norm_gate_add_act(
@@ -80,9 +80,9 @@ def conv_norm_gate_add_act(
 ) -> Tensor:
     """``norm_gate_add_act(conv(x), norm, gate, residual, act)``, with a squeeze that need not read ``conv(x)``.
 
-    The same values, to rounding. At inference on a GPU, behind a 1 x 1 convolution that widens, or any under
-    :func:`torch.compile`, the means that the gate wants are found from those of ``x`` (:mod:`ecanet.nn.pointwise`):
-    norm, gate, addition and activation then take the one pass over ``conv(x)`` that norm, addition and activation take.
+    The same values, to rounding. Compiled by :func:`torch.compile` for inference on a GPU, the means that the gate
+    wants of a 1 x 1 convolution's output are found from its input (:mod:`ecanet.nn.pointwise`): norm, gate, addition
+    and activation then take the one pass over ``conv(x)`` that norm, addition and activation take.
 
     Args:
         x: What the convolution is called on.
@@ -113,33 +113,26 @@ def conv_norm_gate_add_act(
     """
     if not isinstance(conv, nn.Module):
         raise TypeError(f"conv must be a module, got {type(conv).__name__}")
-    means = None  # torch.fx comes with something else than a tensor, and writes down what it looks at
-    if isinstance(x, Tensor) and is_pointwise(conv) and not getattr(norm, "training", False) and _is_gated(norm, gate):
-        means = means_after(x, conv.weight, conv.bias)  # type: ignore[arg-type]
-    return tail(conv(x), norm, gate, residual, act, means)
+    return _tail(conv(x), norm, gate, residual, act, (conv, x))
 
 
-def _is_gated(norm: nn.Module | None, gate: nn.Module | None) -> bool:
-    return isinstance(gate, Gate) or (norm is not None and hung_gate(norm) is not None)
-
-
-def tail(
+def _tail(
     x: Tensor,
     norm: nn.Module | None,
     gate: nn.Module | None,
     residual: Tensor | None,
     act: str | nn.Module | None,
-    means: Tensor | None = None,
+    source: tuple[nn.Module, Tensor] | None = None,
 ) -> Tensor:
-    """:func:`norm_gate_add_act`; ``means`` are the channel means of x, if they are known."""
+    """:func:`norm_gate_add_act`; ``source`` is what was called on what to make x, if that is known."""
     _check(x, norm, gate, act)
     if not fused.kernels_run(x) and not _is_awaited(x, norm):
-        return _without_kernels(x, norm, gate, residual, act, means)
+        return _without_kernels(x, norm, gate, residual, act, source)
     # What the kernels cannot take over is called, and the rest starts from there.
     if isinstance(act, nn.Module) and act_code(act) is None:
-        return act(tail(x, norm, gate, residual, None, means))
+        return act(_tail(x, norm, gate, residual, None))
     if residual is not None and not same_kind(residual, x):
-        return _activate(tail(x, norm, gate, None, None, means) + residual, act)
+        return _activate(_tail(x, norm, gate, None, None) + residual, act)
     norm_maths, gate_maths = _maths(norm, gate, x)
     if gate is not None and gate_maths is None:
         return norm_gate_add_act(gate(norm_gate_add_act(x, norm)), None, None, residual, act)
@@ -147,12 +140,12 @@ def tail(
         return norm_gate_add_act(norm(x), None, gate, residual, act)
     if norm_maths is not None and x.numel() == 0:
         gate = hung_gate(norm) if gate is None and norm is not None else gate
-        return _without_kernels(fused.norm_of_nothing(x, norm_maths), None, gate, residual, act, None)
+        return _without_kernels(fused.norm_of_nothing(x, norm_maths), None, gate, residual, act)
     code = act_code(act)
     assert code is not None
     if norm is None and gate is None and residual is None and code == 0:
         return x
-    return fused.tail(x, norm_maths, gate_maths, residual, code, means)
+    return fused.tail(x, norm_maths, gate_maths, residual, code)
 
 
 def _check(x: object, norm: object, gate: object, act: object) -> None:
@@ -270,7 +263,7 @@ def _without_kernels(
     gate: nn.Module | None,
     residual: Tensor | None,
     act: str | nn.Module | None,
-    means: Tensor | None,
+    source: tuple[nn.Module, Tensor] | None = None,
 ) -> Tensor:
     if torch.compiler.is_compiling() and not isinstance(norm, nn.SyncBatchNorm):
         norm_maths, gate_maths = _maths(norm, gate, x)
@@ -281,7 +274,7 @@ def _without_kernels(
             y = None if norm_maths is None else fused.in_graph(x, norm_maths, gate_maths, inside, code or 0)
             if y is None and norm_maths is not None and norm_maths.mean is None:
                 y, code = fused.formula(x, norm_maths, gate_maths, inside), None
-            elif y is None and means is not None:
+            elif y is None and source is not None and (means := means_after(*source)) is not None:
                 y = fused.formula_given_means(x, norm_maths, gate_maths, inside, code or 0, means)
             if y is not None:
                 y = y + residual if residual is not None and inside is None else y

@@ -184,7 +184,7 @@ def test_only_what_looks_at_one_position_is_pointwise() -> None:
     [
         lambda: Branch(nn.Conv2d(8, 32, 3, padding=1), None, ECA(32), None),
         lambda: Branch(nn.Sequential(conv()), None, ECA(32), None),
-        lambda: Branch(nn.Conv2d(8, 2**15 + 1, 1), None, ECA(2**15 + 1), None),
+        lambda: Branch(nn.Conv2d(8, 2**17 + 1, 1), None, ECA(2**17 + 1), None),
     ],
     ids=["looks around", "no convolution", "matrix larger than maps are"],
 )

@@ -59,6 +59,33 @@ both_layouts = pytest.mark.parametrize("make", [dense, channels_last])
 ROUNDING = {**MAP_TOLERANCE, torch.bfloat16: MAP_TOLERANCE[torch.bfloat16] * (2 if gpu.interpreting() else 1)}
 
 
+if gpu.why_not() is None:
+    import triton
+    import triton.language as tl
+
+    from ecanet.ops import triton_kernels as kernels
+
+    @triton.jit
+    def offsets_of(
+        tile_out, elements_out, row_out, tile, program, at, samples, channels, positions,
+        rows: tl.constexpr, at_once: tl.constexpr, last: tl.constexpr, align: tl.constexpr, total: tl.constexpr,
+        first: tl.constexpr,
+    ):  # fmt: skip
+        """Where the kernels would read a map of that size: a tile of rows, and a tile element by element."""
+        here = tl.arange(0, rows)[:, None] * at_once + tl.arange(0, at_once)[None, :]
+        start, lead, row, _, exists, step = kernels._rows(
+            tile, samples, channels, positions, rows, last, align, first, tl.int64
+        )
+        size = kernels._size(samples, channels, positions, total, tl.int64)
+        place, _, _ = kernels._tile(start, lead, exists, step, at, positions, positions, size, at_once, first, tl.int64)
+        tl.store(tile_out + here, place)
+        tl.store(row_out + tl.arange(0, rows), row)
+        place, _, _, _, _ = kernels._elements(
+            program, samples, channels, positions, rows, at_once, last, align, total, tl.int64
+        )
+        tl.store(elements_out + here, place)
+
+
 def launch(name: str, args: list[Any]) -> Any:
     """Run the kernels, on the GPU if there is one; an in-place operation writes over its first argument."""
     moved = [a.to(DEVICE) if isinstance(a, Tensor) else a for a in args]
@@ -149,6 +176,53 @@ def test_contiguous_rows_of_every_alignment(name, size) -> None:
 def test_offsets_of_64_bits(name, make, monkeypatch) -> None:
     monkeypatch.setattr(gpu, "_LONGEST_INT32", 0)
     assert_values(name, arguments(name, (2, 19, 3, 5), torch.float32, make, Options(RELU)))
+
+
+def test_without_a_c_compiler_they_cannot_run_on_a_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(gpu, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    assert "install gcc, or set CC" in gpu.why_not.__wrapped__()
+    monkeypatch.setenv("CC", "cc")
+    assert gpu.why_not.__wrapped__() is None
+
+
+BILLIONS = [  # samples, channels, positions; number of a tile of 4 rows, and of one of 4 x 8 elements
+    (2**12, 2**10, 2**10, 2**20 - 1, 2**27 - 1),
+    (3, 5, 2**28 + 3, 3, 120_000_000),
+    (2**14 + 1, 257, 1023, 1_052_000, 134_000_000),
+    (1, 64, 2**26, 5, 130_000_000),
+]
+
+
+@pytest.mark.skipif(not gpu.interpreting(), reason="counts in the interpreter, without the maps")
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # would be seen in what comes out
+@pytest.mark.parametrize(("samples", "channels", "positions", "tile", "program"), BILLIONS)
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
+def test_offsets_beyond_2_31_elements(last, samples, channels, positions, tile, program) -> None:
+    """Of maps that no machine of ours could hold: what the kernels would read, in whole numbers of Python's."""
+    rows, at_once, start = 4, 8, 1 if last else 8
+    tile_out, elements_out = (torch.full((rows, at_once), -1, dtype=torch.int64) for _ in range(2))
+    row_out = torch.full((rows,), -1, dtype=torch.int64)
+    at = positions - 5
+    offsets_of[(1,)](
+        tile_out, elements_out, row_out, tile, program, at, samples, channels, positions,
+        rows=rows, at_once=at_once, last=last, align=math.gcd(channels if last else positions, 16),
+        total=math.gcd(samples * channels * positions, 16), first=start,
+    )  # fmt: skip
+    blocks, tiles = -(-channels // rows), -(-positions // at_once)
+    step = channels if last else 1
+    for r in range(rows):
+        sample, channel = divmod(tile, blocks)[0], tile % blocks * rows + r
+        index = sample * channels + channel if last else tile * rows + r
+        first = sample * positions * channels + channel if last else index * positions // start * start
+        block, places = divmod(program, tiles)
+        begin = (block // blocks * positions + places * at_once) * channels + block % blocks * rows + r
+        begin = begin if last else (program * rows + r) * at_once
+        assert row_out[r] == index
+        assert tile_out[r].tolist() == [first + (at + p) * step for p in range(at_once)]
+        assert elements_out[r].tolist() == [begin + p * step for p in range(at_once)]
 
 
 def test_more_than_2_31_means() -> None:

@@ -17,7 +17,7 @@ from ecanet.ops import reference
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: Larger matrices stand behind small maps, which are as soon read. No size of the map is asked for: with dynamic shapes
 #: every question is one more reason to compile again.
-_LARGEST_MATRIX = 2**18
+_LARGEST_MATRIX = 2**20
 
 
 def is_pointwise(layer: nn.Module) -> bool:

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import math
 import os
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -40,6 +41,8 @@ def why_not() -> str | None:
         return "triton is not installed; it comes with torch for NVIDIA and AMD GPUs"
     if not torch.cuda.is_available() and not interpreting():
         return "torch sees no GPU; on the CPU they run in Triton's interpreter alone, slowly: TRITON_INTERPRET=1"
+    if not interpreting() and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "triton finds no C compiler, with which it builds what launches kernels: install gcc, or set CC"
     return None
 
 
@@ -166,7 +169,7 @@ class _Map(NamedTuple):
             positions = min(positions, _power_of_2(self.positions), tile)
             rows = min(_power_of_2(self.rows), tile // positions)
         blocks = self._row_blocks(rows)
-        splits = max(1, min(self.positions // (8 * positions), _cdiv(_PROGRAMS, blocks)))
+        splits = max(1, min(self.positions // (4 * positions), _cdiv(_PROGRAMS, blocks)))
         per_split = _cdiv(_cdiv(self.positions, splits), positions) * positions
         splits = _cdiv(self.positions, per_split)
         aligned = self.last or self.align >= self.at_once or self.positions < 2 * self.at_once
@@ -208,7 +211,7 @@ def _check_act(act: int) -> None:
 def _partial_moments(m: _Map, second: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, int, int]:
     tile, splits, per_split, start = m.for_sums()
     mean = m.new(splits, *m.nc, dtype=dtype)
-    m2 = m.new(splits if second else 0, *m.nc, dtype=dtype)
+    m2 = m.new(splits if second else 0, *m.nc)
     _launch(
         "moments", tile.programs, m.x,
         m.x, mean, m2, m.samples, m.channels, m.positions, splits, per_split,

@@ -230,7 +230,7 @@ def moments(
     away = tl.sum(total, 1) / count
     tl.store(mean + here, origin.to(OUT) + away.to(OUT), exists)
     if SECOND:
-        tl.store(m2 + here, (tl.sum(squares, 1) - away * away * count).to(OUT), exists)
+        tl.store(m2 + here, tl.sum(squares, 1) - away * away * count, exists)
 
 
 @jit
@@ -251,7 +251,7 @@ def _merge_splits(
     q = tl.zeros_like(m)
     if SECOND:
         away = tl.where(known, part - m[None, :, :], 0.0)
-        q = tl.sum(tl.load(m2 + place, known, 0.0) + away * away * count, 0)
+        q = tl.sum(tl.load(m2 + place, known, 0.0).to(part.dtype) + away * away * count, 0)
     return m, q
 
 

@@ -113,7 +113,9 @@ def conv_norm_gate_add_act(
     """
     if not isinstance(conv, nn.Module):
         raise TypeError(f"conv must be a module, got {type(conv).__name__}")
-    return _tail(conv(x), norm, gate, residual, act, (conv, x))
+    gated = gate is not None or (norm is not None and hung_gate(norm) is not None)
+    means = means_after(conv, x) if gated else None  # before the convolution: next to what writes x
+    return _tail(conv(x), norm, gate, residual, act, means)
 
 
 def _tail(
@@ -122,12 +124,12 @@ def _tail(
     gate: nn.Module | None,
     residual: Tensor | None,
     act: str | nn.Module | None,
-    source: tuple[nn.Module, Tensor] | None = None,
+    means: Tensor | None = None,
 ) -> Tensor:
-    """:func:`norm_gate_add_act`; ``source`` is what was called on what to make x, if that is known."""
+    """:func:`norm_gate_add_act`; ``means`` are the channel means of x, where a compiler has found them already."""
     _check(x, norm, gate, act)
     if not fused.kernels_run(x) and not _is_awaited(x, norm):
-        return _without_kernels(x, norm, gate, residual, act, source)
+        return _without_kernels(x, norm, gate, residual, act, means)
     # What the kernels cannot take over is called, and the rest starts from there.
     if isinstance(act, nn.Module) and act_code(act) is None:
         return act(_tail(x, norm, gate, residual, None))
@@ -263,7 +265,7 @@ def _without_kernels(
     gate: nn.Module | None,
     residual: Tensor | None,
     act: str | nn.Module | None,
-    source: tuple[nn.Module, Tensor] | None = None,
+    means: Tensor | None = None,
 ) -> Tensor:
     if torch.compiler.is_compiling() and not isinstance(norm, nn.SyncBatchNorm):
         norm_maths, gate_maths = _maths(norm, gate, x)
@@ -274,7 +276,7 @@ def _without_kernels(
             y = None if norm_maths is None else fused.in_graph(x, norm_maths, gate_maths, inside, code or 0)
             if y is None and norm_maths is not None and norm_maths.mean is None:
                 y, code = fused.formula(x, norm_maths, gate_maths, inside), None
-            elif y is None and source is not None and (means := means_after(*source)) is not None:
+            elif y is None and means is not None:
                 y = fused.formula_given_means(x, norm_maths, gate_maths, inside, code or 0, means)
             if y is not None:
                 y = y + residual if residual is not None and inside is None else y

@@ -30,7 +30,7 @@ _GPU_GROUPS: tuple[_Group, ...] = (
     *(
         (
             f"network/{network}-{what}-{mode}",
-            f"{label}, {what},\n{mode} (1: no gate)",
+            f"{label}\n{what}\n{mode}\n(1: no gate)",
             "no gate",
             ("ecanet", "timm", "SE"),
         )
@@ -69,7 +69,8 @@ def draw(document: results.Document) -> "Figure":
     groups = [
         group for group in (_GPU_GROUPS if gpu else _CPU_GROUPS) if any(k.startswith(group[0] + "/") for k in cases)
     ]
-    figure = new_figure(4.6, width=max(13.0, 1.5 * len(groups)))
+    width = max(13.0, 1.5 * len(groups))
+    figure = new_figure(4.6, width=width)
     axes = figure.subplots()
     style_axes(axes, ylabel="ratio to the same without a gate")
     position, ticks, shown = 0.0, [], {}
@@ -78,14 +79,14 @@ def draw(document: results.Document) -> "Figure":
         present = _present(cases, keys, one, names)
         if not present:
             continue
-        width = max(_GROUP, _BAR * len(present))
-        ticks.append((position + width / 2, label))
-        place = position + (width - _BAR * (len(present) - 1)) / 2
+        taken = max(_GROUP, _BAR * len(present))
+        ticks.append((position + taken / 2, label))
+        place = position + (taken - _BAR * (len(present) - 1)) / 2
         for name in present:
             bars = _bar(axes, place, name, [value(cases[key], name, one) for key in keys])
             shown[_LABELS[_kind(name)] + (", compiled" if _is_compiled(name) else "")] = bars.patches[0]
             place += _BAR
-        position += width + _BAR
+        position += taken + _BAR
     axes.axhline(1.0, color=DARK, linewidth=1.0)
     axes.set_xticks([tick for tick, _ in ticks], [label for _, label in ticks])
     axes.set_ylim(0, min(_TOP, axes.get_ylim()[1]))
@@ -97,7 +98,8 @@ def draw(document: results.Document) -> "Figure":
         pad=14,
     )
     handles, labels = list(shown.values()), list(shown)
-    figure.legend(handles, labels, loc="outside lower center", ncols=8, fontsize=SMALL_FONT_SIZE, frameon=False)
+    columns = int(width // 2.6)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=SMALL_FONT_SIZE, frameon=False)
     return figure
 
 
@@ -134,7 +136,7 @@ def _bar(axes: "Axes", position: float, name: str, ratios: Sequence[float]) -> "
         error_kw={"ecolor": DARK, "elinewidth": 0.8, "capsize": 2},
     )
     axes.annotate(
-        f"{mean:.2f}",
+        f"{mean:.2f}" if mean < _TOP else f"{mean:.3g}",
         (position, min(high, _TOP)),
         xytext=(0, 4),
         textcoords="offset points",

@@ -109,8 +109,8 @@ def compiled() -> Iterator[dict[str, Any]]:
     seen: set[str] = set()
     for (shape, dtype, last, kind), longest in [*((m, 2**31) for m in MAPS), (MAPS[0], 0), (MAPS[2], 0)]:
         with patch.object(gpu, "_LONGEST_INT32", longest):
-            todo = launches(shape, dtype, last)
-        for kernel, args, constants in todo:
+            launched = launches(shape, dtype, last)
+        for kernel, args, constants in launched:
             code = source(kernel, args, constants)
             if (key := code.hash()) in seen:
                 continue

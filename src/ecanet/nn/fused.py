@@ -130,9 +130,8 @@ def formula(x: Tensor, norm: Norm, gate: GateMaths, residual: Tensor | None) -> 
     mean = means.mean(0)
     var = (m2 / positions + (means - mean).square()).mean(0)
     update_running_statistics(norm.module, mean.detach(), var.detach(), x.shape[0] * positions)
-    s, a, b = reference.normalise(means, mean, var, norm.weight, norm.bias, norm.eps)
-    g = gate.function(s)
-    return reference.apply(x, g * a, g * b, residual, 0)
+    found = Norm(norm.module, mean, var, norm.weight, norm.bias, norm.eps)
+    return formula_given_means(x, found, gate, residual, 0, means)
 
 
 def formula_given_means(

@@ -43,6 +43,12 @@ def means_after(conv: nn.Module, x: Tensor) -> Tensor | None:
 
     Returns:
         ``(N, C_out)``, float32 for half types.
+
+    Raises:
+        ValueError: ``x`` has other channels than ``conv`` takes.
+
+    Source:
+        This library's.
     """
     if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or fused.is_operation_in_graph(x):
         return None

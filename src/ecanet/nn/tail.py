@@ -85,15 +85,15 @@ def conv_norm_gate_add_act(
     and activation then take the one pass over ``conv(x)`` that norm, addition and activation take.
 
     Args:
-        x: What the convolution is called on.
-        conv: The convolution, or any module that makes a map of a map.
-        norm: As :func:`norm_gate_add_act` takes it.
-        gate: As :func:`norm_gate_add_act` takes it.
-        residual: As :func:`norm_gate_add_act` takes it.
+        x: ``(N, C_in, *spatial)``, what the convolution is called on.
+        conv: The convolution, or any module that makes a map ``(N, C, *spatial)`` of x.
+        norm: The norm of C channels, or None.
+        gate: The gate of C channels, or None.
+        residual: The shape and type of ``conv(x)``, or what can be added to it, or None.
         act: As :func:`norm_gate_add_act` takes it.
 
     Returns:
-        As :func:`norm_gate_add_act`.
+        The shape, type and memory format of ``conv(x)``; where ``residual`` has another shape or type, those of the sum.
 
     Raises:
         TypeError: As :func:`norm_gate_add_act`; and ``conv`` is no module.

@@ -93,7 +93,7 @@ def conv_norm_gate_add_act(
         act: As :func:`norm_gate_add_act` takes it.
 
     Returns:
-        The shape, type and memory format of ``conv(x)``; where ``residual`` has another shape or type, those of the sum.
+        The shape, type and memory format of ``conv(x)``; where ``residual`` has others, those of the sum.
 
     Raises:
         TypeError: As :func:`norm_gate_add_act`; and ``conv`` is no module.

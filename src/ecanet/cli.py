@@ -107,6 +107,9 @@ def _add_insert(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
         "--where", nargs="+", default=["block"], help="block, stage, conv, or names and patterns of modules."
     )
     parser.add_argument("--no-preserve", action="store_true", help="Fresh gates instead of neutral ones.")
+    parser.add_argument(
+        "--fold", action="store_true", help="Fold the gates' factors into the norms: the keys of the authors' files."
+    )
     parser.add_argument("--weights", type=Path, help="A checkpoint of the network without gates, loaded first.")
     parser.add_argument("--num-classes", type=int, help="Classes of the head, if not the library's number.")
     parser.add_argument("--input-size", type=int, help="Height and width that multiply-adds are counted for.")
@@ -123,6 +126,7 @@ def _add_insert(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
             where=args.where[0] if len(args.where) == 1 else tuple(args.where),
             kernel_size=args.kernel_size,
             preserve=not args.no_preserve,
+            fold=args.fold,
             num_classes=args.num_classes,
             input_size=args.input_size,
             fuse=args.fuse,

@@ -105,7 +105,7 @@ def test_weights_in_gates_saved_and_loaded_in_a_fresh_process(
     with torch.no_grad():
         y = torch.load(tmp_path / "y.pt", weights_only=True)
         torch.testing.assert_close(y, plain(x), rtol=1e-4, atol=1e-4)  # float32
-    assert len(read_state_dict(target)) == len(plain.state_dict()) + 8
+    assert len(read_state_dict(target)) == len(plain.state_dict()) + 2 * 8
 
 
 def test_a_network_trained_since_is_saved_with_what_it_learned(tmp_path: Path) -> None:

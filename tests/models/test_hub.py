@@ -32,6 +32,8 @@ def gates(model: nn.Module) -> list[str]:
         (ECAMobileNetV2, {"kernel_size": "released", "num_classes": 5, "width_mult": 0.5}),
         (SmallECAResNet, {"kernel_size": (3, 5, 7), "widths": (32, 64, 128), "blocks": 2, "stem_stride": 2}),
         (SmallECAResNet, {"gate": "eca_ns", "kernel_size": 5, "neutral": True}),
+        (SmallECAResNet, {"gate": "se", "neutral": True, "fold": True}),
+        (SmallECAResNet, {"factor": 1.5}),
         (SmallECAResNet, {"gate": ECA}),
         (SmallECAResNet, {"gate": se_gc3}),
     ],
@@ -61,6 +63,8 @@ def test_a_folder_is_readable(tmp_path):
         "blocks": 1,
         "stem_stride": 1,
         "neutral": False,
+        "factor": 1.0,
+        "fold": False,
     }
     assert "library_name: ecanet" in (tmp_path / "README.md").read_text()
 

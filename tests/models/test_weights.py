@@ -410,10 +410,10 @@ def test_a_classifier_of_another_kind_is_kept(head, small_plain):
 # What cannot be loaded, or not without a change of function
 
 
-def assert_refused_and_unchanged(model: nn.Module, weights, message: str) -> None:
+def assert_refused_and_unchanged(model: nn.Module, weights, message: str, fold: bool = False) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=message):
-        load_plain_weights(model, weights)
+        load_plain_weights(model, weights, fold=fold)
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], before[key]) for key in before)
@@ -435,12 +435,16 @@ def test_a_gate_without_make_neutral_is_refused(small_plain):
     assert_refused_and_unchanged(model, small_plain, r"gate Sequential has no make_neutral_\(\)")
 
 
-def test_a_norm_without_weight_and_bias_is_refused():
+def test_a_norm_without_weight_and_bias_can_take_no_factor_and_need_not():
     build = functools.partial(eca_resnet18, norm_layer=nn.InstanceNorm2d)
-    state = build(None).state_dict()
-    assert_refused_and_unchanged(build(), state, "InstanceNorm2d, has no weight and bias .* use one with affine=True")
-    with pytest.raises(ValueError, match="affine=True"):
-        build(neutral=True)
+    plain = build(None).eval()
+    model = build(weights=plain.state_dict()).eval()
+    x = pictures()
+    assert torch.equal(model(x), plain(x))
+    message = r"layer1\.0\.eca cannot be folded.*InstanceNorm2d is no norm with a plain weight and bias"
+    assert_refused_and_unchanged(build(), plain.state_dict(), message, fold=True)
+    with pytest.raises(ValueError, match=message):
+        build(neutral=True, fold=True)
 
 
 @pytest.mark.parametrize("gate", ["eca", "se", None], ids=str)

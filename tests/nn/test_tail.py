@@ -409,15 +409,15 @@ class GateOfABuffer(Gate):
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
         self.weight = nn.Parameter(torch.ones(channels))
-        self.factor: Tensor
+        self.strength: Tensor
         self.average: Tensor
-        self.register_buffer("factor", torch.ones(()))
+        self.register_buffer("strength", torch.ones(()))
         self.register_buffer("average", torch.zeros(channels))
 
     def logits(self, s: Tensor) -> Tensor:
         if self.training:
             self.average.mul_(0.9).add_(s.detach().mean(0), alpha=0.1)
-        return s.mul_(2) * self.weight * self.factor
+        return s.mul_(2) * self.weight * self.strength
 
 
 def test_a_buffer_that_is_changed_between_forward_and_backward_is_an_error() -> None:
@@ -425,7 +425,7 @@ def test_a_buffer_that_is_changed_between_forward_and_backward_is_an_error() -> 
     for backend in ("auto", "reference"):
         with ecanet.backend(backend):
             out = gate(x)
-        gate.factor.mul_(100)
+        gate.strength.mul_(100)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             out.sum().backward()
 

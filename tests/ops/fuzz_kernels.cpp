@@ -578,6 +578,7 @@ void fuzz_coefficients(const Kernels<T>& kernels, Random& random) {
   const Norm<A> norm(random, channels);
   const Band band(random, channels);
   const bool with_band = !random.chance(4), with_s = with_band || random.chance(2);
+  const double factor = random.chance(2) ? 1 : 2.5;
   Buffer<A> means(random, nc), taps(random, band.k), a(random, channels), b(random, channels), s(random, nc),
       gate(random, with_band ? nc : 0), scale(random, nc), shift(random, nc),
       padded(random, with_band ? samples * (channels + band.k - 1) : 0);
@@ -590,6 +591,7 @@ void fuzz_coefficients(const Kernels<T>& kernels, Random& random) {
                                 taps.get_if(with_band),
                                 band.k,
                                 band.circular,
+                                factor,
                                 a.get(),
                                 b.get(),
                                 s.get_if(with_s),
@@ -616,7 +618,7 @@ void fuzz_coefficients(const Kernels<T>& kernels, Random& random) {
       const int64_t from = band.neighbour(c, j, channels);
       if (from >= 0) logit += taps[j] * norm.s(from, means[n * channels + from]);
     }
-    if (with_band) g = 1 / (1 + std::exp(-logit));
+    if (with_band) g = factor / (1 + std::exp(-logit));
     if (with_band) check("gate", i, gate[i], g, 10 * loosely<A>);
     check("scale", i, scale[i], g * norm.a(c), 30 * loosely<A>);
     check("shift", i, shift[i], g * (norm.beta(c) - norm.a(c) * norm.m(c)), 100 * loosely<A>);
@@ -633,6 +635,7 @@ void fuzz_coefficients_backward(const Kernels<T>& kernels, Random& random) {
   const Band band(random, channels);
   const bool with_band = random.chance(2), with_gate = with_band || random.chance(2);
   const bool with_grad_s = with_gate && !with_band;
+  const double factor = random.chance(2) ? 1 : 2.5;
   const int64_t k = with_band ? band.k : 0, room = channels + (with_band ? k - 1 : 0);
   Buffer<A> p(random, nc), q(random, nc), means(random, nc), gate(random, nc), grad_s(random, nc), taps(random, k),
       offset(random, nc), weight(random, channels), bias(random, channels), band_grad(random, k),
@@ -657,6 +660,7 @@ void fuzz_coefficients_backward(const Kernels<T>& kernels, Random& random) {
                                  taps.get_if(with_band),
                                  k,
                                  band.circular,
+                                 factor,
                                  offset.get(),
                                  weight.get(),
                                  bias.get(),
@@ -674,7 +678,7 @@ void fuzz_coefficients_backward(const Kernels<T>& kernels, Random& random) {
     const int64_t n = i / channels, c = i % channels;
     if (with_grad_s) want_ds[size_t(i)] = grad_s[i];
     if (!with_band) continue;
-    const double logit = (norm.a(c) * q[i] + norm.beta(c) * p[i]) * gate[i] * (1 - gate[i]);
+    const double logit = (norm.a(c) * q[i] + norm.beta(c) * p[i]) * gate[i] * (1 - gate[i] / factor);
     for (int64_t j = 0; j < k; ++j) {
       const int64_t from = band.neighbour(c, j, channels);
       if (from < 0) continue;

@@ -117,7 +117,15 @@ def naive_norm(means: Tensor, mean: Any, var: Any, weight: Any, bias: Any, eps: 
 
 
 def naive_coefficients(
-    means: Tensor, mean: Any, var: Any, weight: Any, bias: Any, eps: float, kernel: Any, circular: bool
+    means: Tensor,
+    mean: Any,
+    var: Any,
+    weight: Any,
+    bias: Any,
+    eps: float,
+    kernel: Any,
+    circular: bool,
+    factor: float = 1.0,
 ) -> tuple[Tensor, ...]:
     slope, shift, s = naive_norm(means, mean, var, weight, bias, eps)
     if kernel is None:
@@ -126,7 +134,7 @@ def naive_coefficients(
     ends = (s[:, s.shape[1] - margin :], s[:, :margin]) if circular else (s.new_zeros(s.shape[0], margin),) * 2
     padded = torch.cat([ends[0], s, ends[1]], 1)
     logits = conv1d(padded.unsqueeze(1), kernel.double().reshape(1, 1, -1)).squeeze(1)
-    gate = 1 / (1 + torch.exp(-logits))
+    gate = factor / (1 + torch.exp(-logits))
     return s, gate, gate * slope, gate * shift
 
 
@@ -144,6 +152,7 @@ def naive_coefficients_backward(
     kernel: Any,
     circular: bool,
     positions: int,
+    factor: float,
 ) -> tuple[Tensor, ...]:
     """By autograd: the sum of d (scale x + shift), with p = sum d and q = sum d (x - mean), plus grad_s s."""
     ones = torch.ones(means.shape[1], dtype=torch.float64)
@@ -166,6 +175,7 @@ def naive_coefficients_backward(
         eps,
         None if kernel is None else leaf["kernel"],
         circular,
+        factor,
     )
     if gate is not None and kernel is None:
         scale, shift = scale * gate.double(), shift * gate.double()
@@ -177,8 +187,8 @@ def naive_coefficients_backward(
 
 
 def naive_eca_tail(x: Tensor, residual: Any, *norm_and_band: Any) -> Tensor:
-    *norm_and_band, act = norm_and_band
-    _, _, scale, shift = naive_coefficients(naive_squeeze(x), *norm_and_band)
+    *norm_and_band, act, factor = norm_and_band
+    _, _, scale, shift = naive_coefficients(naive_squeeze(x), *norm_and_band, factor)
     return naive_apply(x, scale, shift, residual, act)
 
 
@@ -218,6 +228,7 @@ class Options(NamedTuple):
     kernel: int | None = 3
     circular: bool = False
     gate: bool = True
+    factor: float = 1.0
 
 
 EVERY_ACT = [Options(act) for act in ACTS]
@@ -234,14 +245,20 @@ WITH_AND_WITHOUT = [
 ]
 NORMS_AND_BANDS = [
     *(
-        Options(SILU, residual=residual, norm=norm, kernel=kernel, circular=circular)
+        Options(SILU, residual=residual, norm=norm, kernel=kernel, circular=circular, factor=factor)
         for residual, norm in [
             (True, "affine"),
             (False, "statistics"),
             (True, "weights of the type of x"),
             (True, "none"),
         ]
-        for kernel, circular in ((3, False), (3, True), (1, True), (9, False), (None, False))
+        for kernel, circular, factor in (
+            (3, False, 1.0),
+            (3, True, 2.0),
+            (1, True, 1 / 3),
+            (9, False, 2.5),
+            (None, False, 2.0),
+        )
     ),
     Options(kernel=None, gate=False),
     *EVERY_ACT,
@@ -305,17 +322,17 @@ def arguments(
             slope = channel(o.slope)
             return [map_(), map_(), factor(), shift, saved(), o.act, factor(), slope, channel(o.center)]
         case "eca_coefficients":
-            return [factor(), *norm_and_band(c, small, o)]
+            return [factor(), *norm_and_band(c, small, o), o.factor]
         case "eca_coefficients_backward":
             norm_band = norm_and_band(c, small, o)
             with_band = norm_band[-2] is not None
             means = factor()
-            gate = naive_coefficients(means, *norm_band)[1].to(small) if with_band else factor().sigmoid()
+            gate = naive_coefficients(means, *norm_band, o.factor)[1].to(small) if with_band else factor().sigmoid()
             gate = gate if o.gate else None
             grad_s = factor() if o.gate and not with_band else None
-            return [factor(), factor(), means, gate, grad_s, *norm_band, 49]
+            return [factor(), factor(), means, gate, grad_s, *norm_band, 49, o.factor]
         case "eca_tail":
-            return [map_(), map_() if o.residual else None, *norm_and_band(c, dtype, o), o.act]
+            return [map_(), map_() if o.residual else None, *norm_and_band(c, dtype, o), o.act, o.factor]
     raise AssertionError(name)
 
 

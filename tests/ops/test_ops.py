@@ -314,9 +314,13 @@ GRADIENT_OPTIONS = {
     "squeeze": [Options()],
     "moments": [Options()],
     "batch_moments": [Options()],
-    "eca_coefficients": [Options(), Options(norm="none", circular=True), Options(norm="statistics", kernel=None)],
-    "eca_coefficients_backward": [Options(), Options(kernel=None), Options(norm="none", circular=True)],
-    "eca_tail": [*EVERY_ACT, Options(residual=False, norm="none"), Options(kernel=None)],
+    "eca_coefficients": [
+        Options(factor=2.5),
+        Options(norm="none", circular=True),
+        Options(norm="statistics", kernel=None),
+    ],
+    "eca_coefficients_backward": [Options(factor=2.5), Options(kernel=None), Options(norm="none", circular=True)],
+    "eca_tail": [*EVERY_ACT, Options(residual=False, norm="none", factor=2.5), Options(kernel=None)],
 }
 
 
@@ -740,12 +744,12 @@ def test_wrong_arguments_are_refused_with_the_name_what_would_be_right_and_what_
 
 
 def plain_train_tail(
-    x: Tensor, residual: Any, weight: Any, bias: Any, eps: float, kernel: Any, circular: bool, act: int
+    x: Tensor, residual: Any, weight: Any, bias: Any, eps: float, kernel: Any, circular: bool, act: int, factor: float
 ) -> Tensor:
     """Norm, ECA, residual and activation by torch's own operations."""
     y = torch.nn.functional.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
     if kernel is not None:
-        y = reference.scale(y, torch.sigmoid(reference.band(y.mean((2, 3)), kernel, circular)))
+        y = reference.scale(y, factor * torch.sigmoid(reference.band(y.mean((2, 3)), kernel, circular)))
     return reference.activate(y if residual is None else y + residual, act)
 
 
@@ -753,8 +757,8 @@ def train_tail_arguments(make: Callable[..., Tensor], with_all: bool, act: int) 
     x, residual = make((3, 5, 4, 3), torch.float64), make((3, 5, 4, 3), torch.float64)
     weight, bias, kernel = (torch.randn(size, dtype=torch.float64) for size in (5, 5, 3))
     if not with_all:
-        return [x, None, None, None, 1e-3, None, False, act]
-    return [x, residual, weight, bias, 1e-3, kernel.view(1, 1, 3), True, act]
+        return [x, None, None, None, 1e-3, None, False, act, 1.0]
+    return [x, residual, weight, bias, 1e-3, kernel.view(1, 1, 3), True, act, 2.5]
 
 
 @pytest.mark.parametrize("act", ACTS)

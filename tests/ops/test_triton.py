@@ -232,7 +232,8 @@ def test_more_than_2_31_means() -> None:
     triton_kernels = gpu._triton()
     triton_kernels.coefficients[(1,)](
         means, None, None, None, None, None, s, s, scale, shift, 2**16, 2**16,
-        eps=0.0, K=0, CIRCULAR=False, BLOCK=256, INDEX=triton_kernels.tl.int64, ACC=triton_kernels.tl.float32,
+        eps=0.0, factor=1.0, K=0, CIRCULAR=False, BLOCK=256, INDEX=triton_kernels.tl.int64,
+        ACC=triton_kernels.tl.float32,
     )  # fmt: skip
     assert torch.equal(s, means)
     assert torch.equal(scale, torch.ones(256))

@@ -12,9 +12,9 @@ from torch import nn
 import ecanet
 from ecanet import fuse_tails_, insert_gates_, remove_gates_
 from ecanet.nn import fused
+from ecanet.nn.norms import qualified_name
 from ecanet.ops import cpu
 from ecanet.surgery import FUSED
-from ecanet.surgery.layers import qualified_name
 
 NETWORKS = {
     "torchvision/resnet18": 8,

@@ -147,15 +147,15 @@ class TestFunction:
         insert_gates_(model)
         assert torch.equal(model(x), plain(x))
 
-    def test_a_norm_takes_the_factor_and_where_there_is_none_the_gate_has_a_scale(self) -> None:
+    @pytest.mark.parametrize("where", ["block", "stage", "conv"])
+    def test_the_gate_has_the_factor_and_nothing_else_changes(self, where) -> None:
         model = resnet18()
-        weight = model.layer1[0].bn2.weight.detach().clone()
-        insert_gates_(model)
-        assert torch.equal(model.layer1[0].bn2.weight, 2 * weight)
-        assert "layer1.0.bn2.gate.scale" not in model.state_dict()
-        plain = vgg()
-        insert_gates_(plain, where="conv")
-        assert plain.state_dict()["2.gate.scale"] == 2
+        before = copy.deepcopy(model.state_dict())
+        insert_gates_(model, where=where)
+        after = model.state_dict()
+        assert all(torch.equal(after[key], value) for key, value in before.items())
+        assert {gate.factor for gate in gates(model).values()} == {2.0}
+        assert all(after[f"{name}.scale"] == 2 for name in gates(model))
 
     @pytest.mark.parametrize(
         "norm",
@@ -223,7 +223,8 @@ class TestStateDicts:
         insert_gates_(model)
         new = [key for key in model.state_dict() if key not in keys]
         assert [key for key in model.state_dict() if key in keys] == keys
-        assert new == [f"layer{i}.{j}.bn2.gate.conv.weight" for i in (1, 2, 3, 4) for j in (0, 1)]
+        hosts = [f"layer{i}.{j}.bn2" for i in (1, 2, 3, 4) for j in (0, 1)]
+        assert new == [f"{host}.gate.{key}" for host in hosts for key in ("scale", "conv.weight")]
 
     def test_a_plain_checkpoint_loads_after_training_and_brings_the_plain_function(self) -> None:
         model, plain, x = resnet18(), resnet18(), images()
@@ -565,7 +566,7 @@ class TestDryRun:
         with pytest.raises(TypeError, match=r"model\.0 has parameters that are not initialised: run it once"):
             insert_gates_(nn.Sequential(nn.LazyConv2d(8, 3)), where="0")
 
-    def test_a_gate_that_does_not_run_costs_nothing_and_folds_nothing(self) -> None:
+    def test_a_gate_that_does_not_run_costs_nothing_and_changes_nothing(self) -> None:
         class Bypassed(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
@@ -724,6 +725,7 @@ class TestMoreRefusals:
         with pytest.raises(ValueError, match=r"gate made a ECA of 65 channels for layer1.0.bn2, which has 64"):
             insert_gates_(resnet18(), lambda channels: ECA(channels + 1))
 
-    def test_preserve_is_true_or_false(self) -> None:
-        with pytest.raises(TypeError, match="preserve must be True or False, got 'no'"):
-            insert_gates_(resnet18(), preserve="no")
+    @pytest.mark.parametrize("argument", ["preserve", "fold"])
+    def test_true_or_false(self, argument) -> None:
+        with pytest.raises(TypeError, match=f"{argument} must be True or False, got 'no'"):
+            insert_gates_(resnet18(), **{argument: "no"})

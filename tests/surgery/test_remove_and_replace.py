@@ -48,12 +48,13 @@ class TestRemove:
             remove_gates_(model)
         assert torch.equal(model(x), before)
 
-    def test_forced_trained_gates_leave_norms_with_half_their_factor(self) -> None:
+    @pytest.mark.parametrize("fold", [False, True])
+    def test_forced_trained_gates_leave_the_norms_of_the_plain_network(self, fold) -> None:
         model, plain, x = resnet18(), resnet18(), images()
         plain.load_state_dict(model.state_dict())
-        insert_gates_(model)
+        insert_gates_(model, fold=fold)
         train_(model)
-        remove_gates_(model, force=True)
+        remove_gates_(model, force=True, fold=fold)
         assert torch.equal(model(x), plain(x))
 
     def test_some_can_be_chosen(self) -> None:

@@ -148,6 +148,7 @@ struct CoefficientArgs {
   const A* band;   // (k) or null
   int64_t k;
   bool circular;
+  double factor;  // of the gate
   A *a, *b;      // (C): the norm as a x + b, from `prepare`
   A* s;          // (N, C) or null: means of the norm's output
   A* gate;       // (N, C); null without a band
@@ -166,6 +167,7 @@ struct CoefficientGradArgs {
   const A* band;                 // (k) or null
   int64_t k;
   bool circular;
+  double factor;                 // of the gate
   A *offset;                     // (N, C)
   A *weight, *bias, *band_grad;  // (C), (C), (k)
   A *mean, *var;                 // (C)

@@ -643,11 +643,12 @@ void wrap_around(A* padded, int64_t channels, int64_t margin) {
   }
 }
 
-// gate = sigmoid(band of s), or 1 without a band; scale = gate a, shift = gate b.
+// gate = factor sigmoid(band of s), or 1 without a band; scale = gate a, shift = gate b.
 template <class A>
 void coefficients(const CoefficientArgs<A>& a, int64_t begin, int64_t end) {
   constexpr int64_t W = Simd<A>::width;
   const int64_t channels = a.channels, margin = a.band ? (a.k - 1) / 2 : 0;
+  const A factor = A(a.factor);
   for (int64_t n = begin; n < end; ++n) {
     const int64_t at = n * channels;
     A *scale = a.scale + at, *shift = a.shift + at;
@@ -664,7 +665,7 @@ void coefficients(const CoefficientArgs<A>& a, int64_t begin, int64_t end) {
     for (; i + W <= channels; i += W) {
       Vec<A> logit = {};
       for (int64_t j = 0; j < a.k; ++j) logit += a.band[j] * load(padded + i + j);
-      const Vec<A> g = sigmoid<A>(logit);
+      const Vec<A> g = factor * sigmoid<A>(logit);
       store(gate + i, g);
       store(scale + i, g * load(a.a + i));
       store(shift + i, g * load(a.b + i));
@@ -673,7 +674,7 @@ void coefficients(const CoefficientArgs<A>& a, int64_t begin, int64_t end) {
       const int64_t some = channels - i;
       Vec<A> logit = {};
       for (int64_t j = 0; j < a.k; ++j) logit += a.band[j] * load_some(padded + i + j, some);
-      const Vec<A> g = sigmoid<A>(logit);
+      const Vec<A> g = factor * sigmoid<A>(logit);
       store_some(gate + i, g, some);
       store_some(scale + i, g * load_some(a.a + i, some), some);
       store_some(shift + i, g * load_some(a.b + i, some), some);
@@ -685,6 +686,7 @@ template <class A>
 void coefficients_backward(const CoefficientGradArgs<A>& g) {
   const int64_t channels = g.channels, margin = g.band ? (g.k - 1) / 2 : 0;
   const A *mean = g.norm.mean, *bias = g.norm.bias;
+  const A inverse_factor = A(1 / g.factor);
   A *a = g.a, *ds = g.ds, *s = g.padded + margin, *logits = g.logits + margin;
   norm_slope(g.norm, channels, a);
   for (int64_t j = 0; j < g.k; ++j) g.band_grad[j] = 0;
@@ -695,7 +697,7 @@ void coefficients_backward(const CoefficientGradArgs<A>& g) {
       norm_means(g.norm, channels, a, means, s);
       for (int64_t c = 0; c < channels; ++c) logits[c] = a[c] * q[c];
       for (int64_t c = 0; bias && c < channels; ++c) logits[c] += bias[c] * p[c];
-      for (int64_t c = 0; c < channels; ++c) logits[c] *= gate[c] * (A(1) - gate[c]);
+      for (int64_t c = 0; c < channels; ++c) logits[c] *= gate[c] * (A(1) - gate[c] * inverse_factor);
       if (g.circular) {
         wrap_around(g.padded, channels, margin);
         wrap_around(g.logits, channels, margin);

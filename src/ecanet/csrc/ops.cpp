@@ -453,7 +453,7 @@ Optional kernel_of(const Optional& kernel, const Tensor& like, int64_t channels,
 std::tuple<Tensor, Tensor, Tensor, Tensor> eca_coefficients(const Tensor& means, const Optional& mean,
                                                             const Optional& var, const Optional& weight,
                                                             const Optional& bias, double eps, const Optional& kernel,
-                                                            bool circular) {
+                                                            bool circular, double factor) {
   STD_TORCH_CHECK(means.dim() == 2, "ecanet: means must have shape (N, C); got ", shape_of(means));
   const int64_t samples = means.size(0), channels = means.size(1);
   const Tensor m = small(means, means, samples, channels, "means");
@@ -466,8 +466,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> eca_coefficients(const Tensor& means,
     const int64_t k = w ? w->numel() : 1;
     std::vector<A> room(2 * channels), padded(w ? samples * (channels + k - 1) : 0);
     const CoefficientArgs<A> args{channels,    norm.args<A>(),           in<A>(m),  in<A>(w),     k,
-                                  circular,    room.data(),              room.data() + channels, out<A>(s), out<A>(gate),
-                                  out<A>(scale), out<A>(shift),          padded.data()};
+                                  circular,    factor,                   room.data(), room.data() + channels, out<A>(s),
+                                  out<A>(gate), out<A>(scale),           out<A>(shift), padded.data()};
     kernels<A>().prepare(args);
     kernels<A>().coefficients(args, 0, samples);
   });
@@ -477,7 +477,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> eca_coefficients(const Tensor& means,
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> eca_coefficients_backward(
     const Tensor& p, const Tensor& q, const Tensor& means, const Optional& gate, const Optional& grad_s,
     const Optional& mean, const Optional& var, const Optional& weight, const Optional& bias, double eps,
-    const Optional& kernel, bool circular, int64_t positions) {
+    const Optional& kernel, bool circular, int64_t positions, double factor) {
   STD_TORCH_CHECK(means.dim() == 2, "ecanet: means must have shape (N, C); got ", shape_of(means));
   const int64_t samples = means.size(0), channels = means.size(1);
   const Tensor m = small(means, means, samples, channels, "means");
@@ -499,9 +499,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> eca_coefficients_back
     std::vector<double> sums(2 * channels);
     A* const r = room.data();
     kernels<A>().coefficients_backward({samples, channels, positions, norm.args<A>(), in<A>(pp), in<A>(qq), in<A>(m),
-                                        in<A>(g), in<A>(ds), in<A>(w), k, circular, out<A>(offset), out<A>(grad_weight),
-                                        out<A>(grad_bias), out<A>(grad_kernel), out<A>(grad_mean), out<A>(grad_var), r,
-                                        r + channels, r + 2 * channels, r + 2 * channels + padded, sums.data(),
+                                        in<A>(g), in<A>(ds), in<A>(w), k, circular, factor, out<A>(offset),
+                                        out<A>(grad_weight), out<A>(grad_bias), out<A>(grad_kernel), out<A>(grad_mean),
+                                        out<A>(grad_var), r, r + channels, r + 2 * channels, r + 2 * channels + padded, sums.data(),
                                         sums.data() + channels});
   });
   return {offset, grad_weight, grad_bias, grad_kernel, grad_mean, grad_var};
@@ -511,7 +511,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> eca_coefficients_back
 
 void eca_tail_into(const Tensor& x, const Map& map, const Optional& residual, const Optional& mean, const Optional& var,
                    const Optional& weight, const Optional& bias, double eps, const Optional& kernel, bool circular,
-                   int64_t act, const Tensor& result) {
+                   int64_t act, double factor, const Tensor& result) {
   Norm norm(x, map.channels, mean, var, weight, bias, eps);
   Optional w = kernel_of(kernel, x, map.channels, circular);
   Optional r;
@@ -539,7 +539,7 @@ void eca_tail_into(const Tensor& x, const Map& map, const Optional& residual, co
       const std::unique_ptr<A[]> room(new A[2 * channels + (w ? 4 : 2) * nc + padded]);
       A *const a = room.get(), *const scale = a + 2 * channels, *const s = scale + 2 * nc, *const margins = s + 2 * nc;
       if (w) std::fill(margins, margins + padded, A(0));
-      const CoefficientArgs<A> coefficients{channels, norm.args<A>(), w ? s : nullptr, in<A>(w), k, circular, a,
+      const CoefficientArgs<A> coefficients{channels, norm.args<A>(), w ? s : nullptr, in<A>(w), k, circular, factor, a,
                                             a + channels, w ? s : nullptr, s + nc, scale, scale + nc, margins};
       loops.prepare(coefficients);
       for (int64_t n = first; n < last; n += group) {
@@ -561,18 +561,18 @@ void eca_tail_into(const Tensor& x, const Map& map, const Optional& residual, co
 
 Tensor eca_tail(const Tensor& input, const Optional& residual, const Optional& mean, const Optional& var,
                 const Optional& weight, const Optional& bias, double eps, const Optional& kernel, bool circular,
-                int64_t act) {
+                int64_t act, double factor) {
   const Map map = map_of(input);
   const Tensor x = ordered(input, map), result = empty_as(x);
-  eca_tail_into(x, map, residual, mean, var, weight, bias, eps, kernel, circular, act, result);
+  eca_tail_into(x, map, residual, mean, var, weight, bias, eps, kernel, circular, act, factor, result);
   return result;
 }
 
 void eca_tail_(Tensor x, const Optional& residual, const Optional& mean, const Optional& var, const Optional& weight,
-               const Optional& bias, double eps, const Optional& kernel, bool circular, int64_t act) {
+               const Optional& bias, double eps, const Optional& kernel, bool circular, int64_t act, double factor) {
   const Map map = map_of(x);
   const Tensor work = ordered(x, map);
-  eca_tail_into(work, map, residual, mean, var, weight, bias, eps, kernel, circular, act, work);
+  eca_tail_into(work, map, residual, mean, var, weight, bias, eps, kernel, circular, act, factor, work);
   if (work.data_ptr() != x.data_ptr()) torch::stable::copy_(x, work);
 }
 

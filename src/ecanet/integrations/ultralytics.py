@@ -17,7 +17,7 @@ from torch.serialization import add_safe_globals
 
 from ecanet.nn import GATES, Gate, GateFactory
 from ecanet.nn.hung import hang_, hung_gate, hung_gates
-from ecanet.surgery.loading import keep_loading_
+from ecanet.nn.loading import keep_loading_
 
 _EXAMPLES = Path(__file__).with_name("yolo")
 

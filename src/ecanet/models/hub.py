@@ -9,6 +9,10 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from ecanet.models.neutral import make_neutral_
+from ecanet.nn import Gate
+from ecanet.nn.folding import fold_factors_
+
 _REMEDY = "needs huggingface_hub and safetensors: pip install 'ecanet[hub]'"
 
 try:
@@ -58,6 +62,27 @@ class HubModel(
     def gated_norms(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """Pairs of a norm and the gate that scales its output, in forward order."""
         raise NotImplementedError
+
+    def _start_gates(self) -> None:
+        """Make the gates what ``config`` says.
+
+        Raises:
+            ValueError: a gate cannot be neutral or its factor folded, or ``factor`` is another than a neutral one's.
+        """
+        given = self.config["factor"]
+        if self.config["neutral"]:
+            make_neutral_(self, fold=self.config["fold"])
+        elif self.config["fold"]:
+            fold_factors_(self)
+        self._note_factor()
+        needed = self.config["factor"]
+        if self.config["neutral"] and given is not None and given != needed:
+            raise ValueError(f"factor must be {needed} or left out with neutral=True, got {given!r}")
+
+    def _note_factor(self, **changes: Any) -> None:
+        """Put the factor that the gates have into ``config``, where all have the same, and other changes."""
+        factors = {gate.factor for _, gate in self.gated_norms() if isinstance(gate, Gate)}
+        self.config = {**self.config, **changes, "factor": factors.pop() if len(factors) == 1 else None}
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, *, config: dict[str, Any] | None = None, **kwargs: Any

@@ -9,7 +9,6 @@ from torchvision.models.mobilenetv2 import InvertedResidual, MobileNetV2
 
 from ecanet.models.hub import HubModel
 from ecanet.models.kernel_sizes import KernelSizes, kernel_sizes_per_stage
-from ecanet.models.neutral import make_neutral_
 from ecanet.models.plain import PlainWeights, load_plain_weights
 from ecanet.nn.build import GateSpec, build_gate, gate_name
 from ecanet.nn.fused import called_differently
@@ -59,7 +58,9 @@ class ECAMobileNetV2(HubModel, MobileNetV2):
         num_classes: Outputs of the classifier.
         width_mult: Factor on the channels of every layer.
         dropout: Before the classifier.
-        neutral: Start as the plain network: constant gates, undone by the norms before them.
+        neutral: As in :class:`~ecanet.models.ECAResNet`.
+        factor: As in :class:`~ecanet.models.ECAResNet`.
+        fold: As in :class:`~ecanet.models.ECAResNet`.
         norm_layer: torchvision's.
 
     Shape:
@@ -68,7 +69,7 @@ class ECAMobileNetV2(HubModel, MobileNetV2):
     Raises:
         TypeError: ``gate`` does not make a module.
         ValueError: unknown ``gate`` or ``kernel_size``, a gate that cannot have the channels of a stage, or a
-            ``neutral`` start for a gate that has none.
+            ``neutral`` start for a gate that has none, or another ``factor`` than that needs.
 
     Source:
         Wang et al., ECA-Net, CVPR 2020, arXiv:1910.03151; Sandler et al., arXiv:1801.04381.
@@ -95,6 +96,8 @@ class ECAMobileNetV2(HubModel, MobileNetV2):
         width_mult: float = 1.0,
         dropout: float = 0.2,
         neutral: bool = False,
+        factor: float | None = None,
+        fold: bool = False,
         norm_layer: Any = None,
     ) -> None:
         super().__init__(
@@ -111,17 +114,19 @@ class ECAMobileNetV2(HubModel, MobileNetV2):
             "width_mult": width_mult,
             "dropout": dropout,
             "neutral": neutral,
+            "factor": factor,
+            "fold": fold,
             "norm_layer": norm_layer,
         }
         sizes = kernel_sizes_per_stage(kernel_size, len(BLOCKS_PER_STAGE), self.backbone)
         sizes_per_block = [size for size, blocks in zip(sizes, BLOCKS_PER_STAGE, strict=True) for _ in range(blocks)]
         if gate is not None:
             factory = partial(SE, reduction=8) if gate_name(gate) == "se" else gate
+            number = 1.0 if factor is None else factor
             for block, size in zip(self._blocks(), sizes_per_block, strict=True):
-                block.append_gate(build_gate(factory, block.out_channels, size))
+                block.append_gate(build_gate(factory, block.out_channels, size, number))
         self._has_gates = gate is not None
-        if neutral:
-            make_neutral_(self)
+        self._start_gates()
 
     def _blocks(self) -> Iterator[GatedInvertedResidual]:
         return (module for module in self.features if isinstance(module, GatedInvertedResidual))
@@ -140,7 +145,7 @@ def eca_mobilenet_v2(gate: GateSpec = "eca", *, weights: PlainWeights | None = N
         gate: A name in :data:`ecanet.nn.GATES`, a class or function of the number of channels, or None for none.
         weights: A **plain** MobileNetV2's weights, loaded without changing the function it computes:
             see :func:`ecanet.models.load_plain_weights`.
-        kwargs: ``kernel_size``, ``num_classes``, ``width_mult``, ``dropout``, ``neutral``: see
+        kwargs: ``kernel_size``, ``num_classes``, ``width_mult``, ``dropout``, ``neutral``, ``factor``, ``fold``: see
             :class:`ECAMobileNetV2`.
 
     Raises:
@@ -151,5 +156,5 @@ def eca_mobilenet_v2(gate: GateSpec = "eca", *, weights: PlainWeights | None = N
     """
     model = ECAMobileNetV2(gate, **kwargs)
     if weights is not None:
-        load_plain_weights(model, weights)
+        load_plain_weights(model, weights, fold=model.config["fold"])
     return model

@@ -1,57 +1,50 @@
-"""Networks that start as their plain twins: constant gates, undone by the norms before them."""
+"""Networks that start as their plain twins: gates that are 1."""
 
-from collections.abc import Iterable
-from typing import Protocol, runtime_checkable
+import copy
+from collections.abc import Iterator
+from typing import Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-
-@runtime_checkable
-class Neutralisable(Protocol):
-    """A gate that can be made constant: :meth:`ecanet.nn.Gate.make_neutral_`."""
-
-    def make_neutral_(self) -> float:
-        """Make the gate a constant and return it."""
-        ...
+from ecanet.nn.folding import check_foldable, fold_factors_
+from ecanet.nn.loading import keep_loading_
+from ecanet.nn.neutral import make_identity_
 
 
 class Gated(Protocol):
     """A network that can name its gates and the norms before them."""
 
-    def gated_norms(self) -> Iterable[tuple[nn.Module, nn.Module]]:
+    def gated_norms(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """Pairs of a norm and the gate that scales its output."""
         ...
 
 
-@torch.no_grad()
-def make_neutral_(model: Gated) -> None:
-    """Make a network with gates compute what it computes without them, on norms that were trained without them.
+def make_neutral_(model: Gated, *, fold: bool = False) -> None:
+    """Make a network with gates compute what it computes without them: every gate becomes 1, nothing else is touched.
 
-    Every gate becomes a constant c (1/2 for all gates with weights) and the norm before it takes 1/c: its weight and
-    bias are doubled. In floating point the two cancel exactly.
+    Plain state dicts then load strictly, and make the gates 1 again.
 
     Args:
-        model: A network whose norms hold a plain network's values: call it once, after building or loading them.
+        model: One of :mod:`ecanet.models`.
+        fold: Fold the gates' factors into the norms before them: :func:`ecanet.fold_factors_`.
 
     Raises:
-        ValueError: a gate cannot be constant (SE-Var1 has no weights), or a norm has no weight and bias.
+        ValueError: a gate cannot be constant (SE-Var1 has no weights), or with ``fold`` a norm cannot take its factor.
+            The network is then as it was.
     """
-    pairs: list[tuple[Tensor, Tensor, Neutralisable]] = []
-    for norm, gate in model.gated_norms():
-        if not isinstance(gate, Neutralisable):
+    assert isinstance(model, nn.Module)
+    if fold:
+        check_foldable(model)
+    gates = [gate for _, gate in model.gated_norms()]
+    for gate in gates:
+        try:
+            make_identity_(copy.deepcopy(gate))
+        except ValueError as error:
             raise ValueError(
-                f"gate {type(gate).__name__} has no make_neutral_(), so the network cannot start as its plain twin: "
-                "subclass ecanet.nn.Gate and define it, or load without the plain weights"
-            )
-        weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-        if not isinstance(weight, Tensor) or not isinstance(bias, Tensor):
-            raise ValueError(
-                f"the norm before the gate, {type(norm).__name__}, has no weight and bias to undo a constant gate: "
-                "use one with affine=True"
-            )
-        pairs.append((weight, bias, gate))
-    for weight, bias, neutralisable in pairs:
-        constant = neutralisable.make_neutral_()
-        weight.div_(constant)
-        bias.div_(constant)
+                f"gate {error}, so the network cannot start as its plain twin: take another gate, or neutral=False"
+            ) from error
+    for gate in gates:
+        make_identity_(gate)
+    keep_loading_(model)
+    if fold:
+        fold_factors_(model)

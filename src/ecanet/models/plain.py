@@ -12,30 +12,34 @@ from torchvision.models import WeightsEnum, get_model_weights
 from ecanet.models.hub import HubModel
 from ecanet.models.neutral import make_neutral_
 from ecanet.models.state_dicts import StateDict, describe, eca_kernel_sizes, misfits, read_state_dict, state_dict_in
+from ecanet.nn.folding import check_foldable, fold_factors_
 
 PlainWeights: TypeAlias = str | os.PathLike[str] | WeightsEnum | StateDict
 Network = TypeVar("Network", bound=HubModel)
 
 
-def load_plain_weights(model: Network, weights: PlainWeights) -> Network:
+def load_plain_weights(model: Network, weights: PlainWeights, *, fold: bool = False) -> Network:
     """Load a plain network's weights into one with gates, without changing the function the network computes.
 
-    Training starts from the plain network: every gate is made constant (with w = 0 it is sigmoid(0) = 1/2), and the
-    norm before it takes the factor back (its weight and bias are doubled), exactly in floating point. A classifier that
-    is not of the model's shape is left out and the model's own kept.
+    Training starts from the plain network: every gate is made 1 (with w = 0 its sigmoid is 1/2, and its factor 2 undoes
+    that exactly), and nothing else is touched. A classifier that is not of the model's shape is left out and the
+    model's own kept.
 
     Args:
         model: A network of :mod:`ecanet.models`; changed in place.
         weights: torchvision's weights (an enum, or its name such as ``"IMAGENET1K_V1"``, which torchvision
             downloads), a file, or a state dict with torchvision's keys.
+        fold: Fold the gates' factors into the norms before them, so that the model has the keys of the authors' files:
+            :func:`ecanet.fold_factors_`.
 
     Returns:
-        ``model``.
+        ``model``; its ``config`` says how its gates start.
 
     Raises:
         FileNotFoundError, ImportError: as :func:`read_state_dict`.
         ValueError: keys are missing, unexpected or of the wrong shape, the state dict has gates of its own, or a
-            gate cannot be constant (SE-Var1 has no weights). The model is then unchanged.
+            gate cannot be constant (SE-Var1 has no weights), or with ``fold`` a norm cannot take its factor. The model
+            is then unchanged.
 
     Example:
         >>> import torchvision
@@ -68,13 +72,13 @@ def load_plain_weights(model: Network, weights: PlainWeights) -> Network:
     problems = describe(missing=missing, **misfits(state, own))
     if problems:
         raise ValueError(f"weights do not fit {model.backbone}: {problems}")
-    before = {key: value.clone() for key, value in own.items()}
+    if fold:
+        check_foldable(model)
+    make_neutral_(model)
     model.load_state_dict(state, strict=False)
-    try:
-        make_neutral_(model)
-    except Exception:
-        model.load_state_dict(before)
-        raise
+    if fold:
+        fold_factors_(model)
+    model._note_factor(neutral=True, fold=fold)
     return model
 
 

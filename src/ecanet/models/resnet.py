@@ -9,7 +9,6 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from ecanet.models.hub import HubModel
 from ecanet.models.kernel_sizes import KernelSizes, kernel_sizes_per_stage
-from ecanet.models.neutral import make_neutral_
 from ecanet.models.plain import PlainWeights, load_plain_weights
 from ecanet.nn.build import GateSpec, build_gate, gate_name
 from ecanet.nn.tail import conv_norm_gate_add_act, norm_gate_add_act
@@ -60,14 +59,19 @@ def _residual(block: GatedBasicBlock | GatedBottleneck, x: Tensor) -> Tensor:
 
 
 def _attach_gates(
-    stages: Sequence[nn.Sequential], widths: Sequence[int], gate: GateSpec, kernel_size: KernelSizes, backbone: str
+    stages: Sequence[nn.Sequential],
+    widths: Sequence[int],
+    gate: GateSpec,
+    kernel_size: KernelSizes,
+    factor: float,
+    backbone: str,
 ) -> None:
     sizes = kernel_sizes_per_stage(kernel_size, len(stages), backbone)
     if gate is None:
         return
     for stage, channels, size in zip(stages, widths, sizes, strict=True):
         for block in stage:
-            block.eca = build_gate(gate, channels, size)
+            block.eca = build_gate(gate, channels, size, factor)
 
 
 class _GatedStages(HubModel):
@@ -96,7 +100,10 @@ class ECAResNet(_GatedStages, ResNet):
         kernel_size: For gates that have one: ``"adaptive"`` (Eq. 12), ``"released"`` (the released weights'), an odd
             integer, or one for each of the 4 stages. No gate, no kernel: None ignores it.
         num_classes: Outputs of the classifier.
-        neutral: Start as the plain network: constant gates, undone by the norms before them.
+        neutral: Start as the plain network, with gates that are 1 (of factor 2, if they end in a sigmoid). Plain state
+            dicts load into it, strictly, and bring their function.
+        factor: On every gate; by default 1, and with ``neutral`` what that needs.
+        fold: Fold the gates' factors into the norms before them: :func:`ecanet.fold_factors_`.
         kwargs: torchvision's: ``zero_init_residual``, ``groups``, ``width_per_group``,
             ``replace_stride_with_dilation``, ``norm_layer``.
 
@@ -105,7 +112,8 @@ class ECAResNet(_GatedStages, ResNet):
 
     Raises:
         TypeError: ``gate`` does not make a module.
-        ValueError: unknown ``depth``, ``gate`` or ``kernel_size``, or a ``neutral`` start for a gate that has none.
+        ValueError: unknown ``depth``, ``gate`` or ``kernel_size``, a ``neutral`` start for a gate that has none, or
+            another ``factor`` than that needs.
 
     Source:
         Wang et al., ECA-Net, CVPR 2020, arXiv:1910.03151; He et al., arXiv:1512.03385 (stride in the 3 x 3
@@ -145,6 +153,8 @@ class ECAResNet(_GatedStages, ResNet):
         kernel_size: KernelSizes = "adaptive",
         num_classes: int = 1000,
         neutral: bool = False,
+        factor: float | None = None,
+        fold: bool = False,
         **kwargs: Any,
     ) -> None:
         if depth not in self._layouts:
@@ -158,13 +168,14 @@ class ECAResNet(_GatedStages, ResNet):
             "kernel_size": kernel_size,
             "num_classes": num_classes,
             "neutral": neutral,
+            "factor": factor,
+            "fold": fold,
             **kwargs,
         }
         stages = [getattr(self, name) for name in self.stage_names]
         widths = [width * block.expansion for width in (64, 128, 256, 512)]
-        _attach_gates(stages, widths, gate, kernel_size, self.backbone)
-        if neutral:
-            make_neutral_(self)
+        _attach_gates(stages, widths, gate, kernel_size, 1.0 if factor is None else factor, self.backbone)
+        self._start_gates()
 
 
 class SmallECAResNet(_GatedStages):
@@ -178,14 +189,16 @@ class SmallECAResNet(_GatedStages):
         blocks: Blocks a stage.
         stem_stride: Stride of the first convolution: 2 takes a quarter of the time on 28 x 28 pictures.
         neutral: As in :class:`ECAResNet`.
+        factor: As in :class:`ECAResNet`.
+        fold: As in :class:`ECAResNet`.
 
     Shape:
         Input ``(N, 3, H, W)``, output ``(N, num_classes)``.
 
     Raises:
         TypeError: ``gate`` does not make a module.
-        ValueError: unknown ``gate`` or ``kernel_size``, empty ``widths``, ``blocks`` < 1, or a ``neutral`` start for a
-            gate that has none.
+        ValueError: unknown ``gate`` or ``kernel_size``, empty ``widths``, ``blocks`` < 1, a ``neutral`` start for a
+            gate that has none, or another ``factor`` than that needs.
 
     Source:
         The layout for CIFAR of He et al., arXiv:1512.03385, Section 4.2.
@@ -205,6 +218,8 @@ class SmallECAResNet(_GatedStages):
         blocks: int = 1,
         stem_stride: int = 1,
         neutral: bool = False,
+        factor: float | None = None,
+        fold: bool = False,
     ) -> None:
         super().__init__()
         if not widths:
@@ -220,6 +235,8 @@ class SmallECAResNet(_GatedStages):
             "blocks": blocks,
             "stem_stride": stem_stride,
             "neutral": neutral,
+            "factor": factor,
+            "fold": fold,
         }
         self.conv1 = nn.Conv2d(3, widths[0], 3, stem_stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
@@ -240,9 +257,8 @@ class SmallECAResNet(_GatedStages):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         # After the backbone, so that a seed gives the same backbone whatever the gate.
-        _attach_gates(stages, widths, gate, kernel_size, self.backbone)
-        if neutral:
-            make_neutral_(self)
+        _attach_gates(stages, widths, gate, kernel_size, 1.0 if factor is None else factor, self.backbone)
+        self._start_gates()
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, 3, H, W)`` to ``(N, num_classes)``."""
@@ -255,7 +271,7 @@ class SmallECAResNet(_GatedStages):
 def _resnet(depth: int, weights: PlainWeights | None, gate: GateSpec, kwargs: dict[str, Any]) -> ECAResNet:
     model = ECAResNet(depth, gate, **kwargs)
     if weights is not None:
-        load_plain_weights(model, weights)
+        load_plain_weights(model, weights, fold=model.config["fold"])
     return model
 
 
@@ -277,7 +293,8 @@ def eca_resnet50(gate: GateSpec = "eca", *, weights: PlainWeights | None = None,
         weights: A **plain** network's weights, loaded without changing the function it computes:
             see :func:`ecanet.models.load_plain_weights`. For the authors' ECA weights use
             :func:`ecanet.models.load_official`.
-        kwargs: ``kernel_size``, ``num_classes``, ``neutral`` and torchvision's: see :class:`ECAResNet`.
+        kwargs: ``kernel_size``, ``num_classes``, ``neutral``, ``factor``, ``fold`` and torchvision's: see
+            :class:`ECAResNet`.
 
     Raises:
         TypeError, ValueError: as :class:`ECAResNet` and :func:`ecanet.models.load_plain_weights`.
@@ -314,5 +331,5 @@ def small_eca_resnet(gate: GateSpec = "eca", *, weights: PlainWeights | None = N
     """
     model = SmallECAResNet(gate, **kwargs)
     if weights is not None:
-        load_plain_weights(model, weights)
+        load_plain_weights(model, weights, fold=model.config["fold"])
     return model

@@ -230,7 +230,7 @@ class TimmECAResNet(_TimmModel, ECAResNet):
         _set_in_chans_(self.conv1, in_chans)
         self.reset_classifier(num_classes, global_pool)
         if weights is not None:
-            load_plain_weights(self, weights)
+            load_plain_weights(self, weights, fold=self.config["fold"])
 
     def _sections(self) -> list[list[nn.Module]]:
         stem = [self.conv1, self.bn1, self.relu]
@@ -254,7 +254,7 @@ class TimmECAMobileNetV2(_TimmModel, ECAMobileNetV2):
         global_pool: timm's name of a pooling.
         drop_rate: Dropout before the classifier.
         weights: A plain network's weights, loaded without changing the function it computes.
-        kwargs: ``kernel_size``, ``width_mult``, ``neutral`` and ``norm_layer``, as there.
+        kwargs: ``kernel_size``, ``width_mult``, ``neutral``, ``factor``, ``fold`` and ``norm_layer``, as there.
 
     Raises:
         TypeError, ValueError: as :class:`~ecanet.models.ECAMobileNetV2` and
@@ -292,7 +292,7 @@ class TimmECAMobileNetV2(_TimmModel, ECAMobileNetV2):
         _set_in_chans_(self.get_submodule("features.0.0"), in_chans)
         self.reset_classifier(num_classes, global_pool)
         if weights is not None:
-            load_plain_weights(self, weights)
+            load_plain_weights(self, weights, fold=self.config["fold"])
 
     def _sections(self) -> list[list[nn.Module]]:
         starts = (0, *(end + 1 for end in self._map_ends))

@@ -2,6 +2,7 @@
 
 from ecanet.nn.build import GATES, GateFactory, GateSpec, build_gate
 from ecanet.nn.eca import ECA, ECANS
+from ecanet.nn.folding import fold_factors_
 from ecanet.nn.gate import Gate, LinearGate
 from ecanet.nn.kernel_size import adaptive_kernel_size
 from ecanet.nn.se import SE, SEGroup, SEVar1, SEVar2, SEVar3, se_gc2, se_gc3
@@ -23,6 +24,7 @@ __all__ = [
     "adaptive_kernel_size",
     "build_gate",
     "conv_norm_gate_add_act",
+    "fold_factors_",
     "norm_gate_add_act",
     "se_gc2",
     "se_gc3",

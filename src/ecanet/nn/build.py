@@ -7,6 +7,7 @@ from typing import Literal
 from torch import nn
 
 from ecanet.nn.eca import ECA, ECANS
+from ecanet.nn.gate import Gate
 from ecanet.nn.se import SE, SEGroup, SEVar1, SEVar2, SEVar3, se_gc2, se_gc3
 
 GateFactory = Callable[..., nn.Module]
@@ -73,7 +74,10 @@ def takes_kernel_size(factory: GateFactory) -> bool:
 
 
 def build_gate(
-    gate: str | GateFactory, channels: int, kernel_size: int | Literal["adaptive"] = "adaptive"
+    gate: str | GateFactory,
+    channels: int,
+    kernel_size: int | Literal["adaptive"] = "adaptive",
+    factor: float = 1.0,
 ) -> nn.Module:
     """Build one gate.
 
@@ -82,10 +86,11 @@ def build_gate(
         channels: Number of channels C.
         kernel_size: For gates that have one; ``"adaptive"`` leaves the gate its default, which for ECA and ECA-NS is
             Eq. (12).
+        factor: On the gate; 1 leaves what the class or function gives it.
 
     Raises:
         TypeError: what was given does not make a module.
-        ValueError: unknown name, or a kernel size for a gate that has none.
+        ValueError: unknown name, or a kernel size or a factor for a gate that has none.
 
     Example:
         >>> build_gate("eca", 256).kernel_size
@@ -100,4 +105,11 @@ def build_gate(
         raise ValueError(f"kernel_size={kernel_size!r} was given, but gate={gate!r} has no kernel size: leave it out")
     if not isinstance(module, nn.Module):
         raise TypeError(f"gate={gate!r} must return a torch.nn.Module, got {type(module).__name__}")
+    if factor != 1:
+        if not isinstance(module, Gate):
+            raise ValueError(
+                f"factor={factor!r} was given, but gate={gate!r} makes a {type(module).__name__}, which has no factor: "
+                "subclass ecanet.nn.Gate, or leave it out"
+            )
+        module.factor = factor
     return module

@@ -13,8 +13,10 @@ from ecanet.ops import reference
 
 
 class _BandGate(LinearGate):
-    def __init__(self, channels: int, kernel_size: int | Literal["adaptive"], circular: bool) -> None:
-        super().__init__(channels)
+    def __init__(
+        self, channels: int, kernel_size: int | Literal["adaptive"], circular: bool, factor: float = 1.0
+    ) -> None:
+        super().__init__(channels, factor=factor)
         if kernel_size == "adaptive":
             kernel_size = adaptive_kernel_size(channels)
         elif isinstance(kernel_size, str):
@@ -28,9 +30,9 @@ class _BandGate(LinearGate):
         self.kernel_size = kernel_size
         self.circular = circular
 
-    def extra_repr(self) -> str:
-        circular = ", circular=True" if self.circular else ""
-        return f"{self.channels}, kernel_size={self.kernel_size}{circular}"
+    def _arguments(self) -> list[str]:
+        circular = ["circular=True"] if self.circular else []
+        return [f"{self.channels}", f"kernel_size={self.kernel_size}", *circular]
 
 
 class ECA(_BandGate):
@@ -46,10 +48,12 @@ class ECA(_BandGate):
         kernel_size: k, odd: how many neighbouring channels a gate looks at. ``"adaptive"`` is
             :func:`~ecanet.nn.adaptive_kernel_size` of C.
         circular: Channels have no order, so let the first and the last be neighbours instead of padding with zeros.
+        factor: On every gate; 2 undoes the sigmoid of 0.
 
     Raises:
-        TypeError: ``channels`` or ``kernel_size`` is not an integer.
-        ValueError: ``kernel_size`` is even or not positive, or above ``channels`` with circular padding.
+        TypeError: ``channels`` or ``kernel_size`` is not an integer, ``factor`` is not a number.
+        ValueError: ``kernel_size`` is even or not positive, or above ``channels`` with circular padding; ``factor`` is
+            not finite and above 0.
 
     Source:
         Wang et al., ECA-Net, CVPR 2020, arXiv:1910.03151. The listing in Figure 3 lacks the sigmoid of Eq. (9).
@@ -66,9 +70,14 @@ class ECA(_BandGate):
     """
 
     def __init__(
-        self, channels: int, kernel_size: int | Literal["adaptive"] = "adaptive", *, circular: bool = False
+        self,
+        channels: int,
+        kernel_size: int | Literal["adaptive"] = "adaptive",
+        *,
+        circular: bool = False,
+        factor: float = 1.0,
     ) -> None:
-        super().__init__(channels, kernel_size, circular)
+        super().__init__(channels, kernel_size, circular, factor)
         k = self.kernel_size
         padding_mode: Literal["circular", "zeros"] = "circular" if circular else "zeros"
         self.conv = nn.Conv1d(1, 1, k, padding=(k - 1) // 2, padding_mode=padding_mode, bias=False)
@@ -104,9 +113,9 @@ class ECA(_BandGate):
         """The kernels know ECA's gate and its derivative, unless a subclass changes it."""
         conv = self.conv  # found once: a module's attributes take as long as a small map
         changed = type(self).gate is not Gate.gate or type(self).logits is not ECA.logits
-        if changed or is_hooked(conv) or self._buffers["scale"] is not None:
+        if changed or is_hooked(conv):
             return super().maths()
-        return fused.GateMaths(self.gate, (conv.weight,), True, self.circular)
+        return fused.GateMaths(self.gate, (conv.weight,), True, self.circular, self.factor)
 
 
 class ECANS(_BandGate):
@@ -118,10 +127,10 @@ class ECANS(_BandGate):
         channels: Number of channels C.
         kernel_size: As in :class:`ECA`.
         circular: As in :class:`ECA`.
+        factor: As in :class:`ECA`.
 
     Raises:
-        TypeError: ``channels`` or ``kernel_size`` is not an integer.
-        ValueError: ``kernel_size`` is even or not positive, or above ``channels`` with circular padding.
+        TypeError, ValueError: as :class:`ECA`.
 
     Source:
         Wang et al., ECA-Net, CVPR 2020, arXiv:1910.03151, Table 2.
@@ -132,9 +141,14 @@ class ECANS(_BandGate):
     """
 
     def __init__(
-        self, channels: int, kernel_size: int | Literal["adaptive"] = "adaptive", *, circular: bool = False
+        self,
+        channels: int,
+        kernel_size: int | Literal["adaptive"] = "adaptive",
+        *,
+        circular: bool = False,
+        factor: float = 1.0,
     ) -> None:
-        super().__init__(channels, kernel_size, circular)
+        super().__init__(channels, kernel_size, circular, factor)
         self.weight = nn.Parameter(torch.empty(channels, self.kernel_size))
         self.reset_parameters()
 
@@ -142,6 +156,7 @@ class ECANS(_BandGate):
         """Draw the weights as ``torch.nn.Conv1d(1, 1, k)`` draws its own: uniform within 1 / sqrt(k)."""
         bound = 1 / math.sqrt(self.kernel_size)
         nn.init.uniform_(self.weight, -bound, bound)
+        super().reset_parameters()
 
     def logits(self, s: Tensor) -> Tensor:
         """The band matrix times the channel means, ``(N, C)`` to ``(N, C)``."""

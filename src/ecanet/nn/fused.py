@@ -60,12 +60,16 @@ class Norm(NamedTuple):
 
 
 class GateMaths(NamedTuple):
-    """What the tail needs to know of a gate: a function of the channel means; if ``band``, ECA's, of one kernel."""
+    """What the tail needs to know of a gate: a function of the channel means; if ``band``, ECA's, of one kernel.
+
+    ``function`` contains the factor; ``factor`` is for those who compute the band's gate themselves.
+    """
 
     function: Callable[[Tensor], Tensor]
     parameters: tuple[Tensor, ...]
     band: bool = False
     circular: bool = False
+    factor: float = 1.0
 
 
 class _Coefficients(NamedTuple):
@@ -161,13 +165,13 @@ def in_graph(x: Tensor, norm: Norm, gate: GateMaths, residual: Tensor | None, ac
     kernel, circular = gate.parameters[0], gate.circular
     if norm.mean is None:
         weights = norm.weight, norm.bias, norm.eps
-        out, _, mean, var, *_ = torch.ops.ecanet.train_tail(x, residual, *weights, kernel, circular, act)
+        out, _, mean, var, *_ = torch.ops.ecanet.train_tail(x, residual, *weights, kernel, circular, act, gate.factor)
         update_running_statistics(norm.module, mean.detach(), var.detach(), x.shape[0] * x.shape[2:].numel())
         return out
     if torch.is_grad_enabled():
         return None
     out = x.clone()  # which a compiler leaves out where nobody else reads x: the tail then writes over it
-    torch.ops.ecanet.eca_tail_(out, residual, *_at_once(norm, gate), act)
+    torch.ops.ecanet.eca_tail_(out, residual, *_at_once(norm, gate), act, gate.factor)
     return out
 
 
@@ -190,7 +194,7 @@ def tail(x: Tensor, norm: Norm | None, gate: GateMaths | None, residual: Tensor 
             return reference.activate(x if residual is None else x + residual, act)
         return _Tail.apply(x, residual, weight, bias, norm, gate, act, *parameters)
     if (gate is None or gate.band) and (norm is None or norm.mean is not None):
-        return _kernels.eca_tail(x, residual, *_at_once(norm, gate), act)
+        return _kernels.eca_tail(x, residual, *_at_once(norm, gate), act, 1.0 if gate is None else gate.factor)
     c = _coefficients(x, norm, gate, differentiate=False)
     return _kernels.apply(x, c.scale, c.shift, residual, act)
 
@@ -210,7 +214,7 @@ def norm_of_nothing(x: Tensor, norm: Norm) -> Tensor:
 def tail_(x: Tensor, gate: GateMaths | None, residual: Tensor | None, act: int) -> Tensor:
     """Write ``act(gate(x) + residual)`` into x; for inference."""
     if gate is None or gate.band:
-        _kernels.eca_tail_(x, residual, *_at_once(None, gate), act)
+        _kernels.eca_tail_(x, residual, *_at_once(None, gate), act, 1.0 if gate is None else gate.factor)
     else:
         c = _coefficients(x, None, gate, differentiate=False)
         _kernels.apply_(x, c.scale, c.shift, residual, act)
@@ -240,8 +244,10 @@ def _coefficients(x: Tensor, norm: Norm | None, gate: GateMaths | None, differen
         means = _kernels.squeeze(x)
     else:  # nothing looks at them
         means = x.new_zeros(x.shape[:2], dtype=reference.accumulation_dtype(x.dtype))
-    kernel, circular = (gate.parameters[0], gate.circular) if gate is not None and gate.band else (None, False)
-    s, g, scale, shift = _kernels.eca_coefficients(means, mean, var, weight, bias, eps, kernel, circular)
+    kernel, circular, factor = None, False, 1.0
+    if gate is not None and gate.band:
+        kernel, circular, factor = gate.parameters[0], gate.circular, gate.factor
+    s, g, scale, shift = _kernels.eca_coefficients(means, mean, var, weight, bias, eps, kernel, circular, factor)
     graph = None
     a = None
     if gate is not None and not gate.band:
@@ -275,7 +281,8 @@ def _run_gate(gate: GateMaths, s: Tensor, differentiate: bool) -> tuple[Tensor, 
 
 
 def _with_version(t: Tensor) -> tuple[Tensor, int]:
-    return t, t._version
+    # Detached: an output that an operation saves, as sigmoid does, would keep the graph that keeps it.
+    return t.detach(), t._version
 
 
 def _of_that_version(saved: tuple[Tensor, int]) -> Tensor:
@@ -380,16 +387,16 @@ class _Tail(torch.autograd.Function):
         d, p, q = _kernels.apply_backward(grad, x, scale, shift, mean, for_act, act, keep_d)
         if keep_d:
             grad, act = d, 0
-        kernel, circular, grad_s = None, False, None
+        kernel, circular, factor, grad_s = None, False, 1.0, None
         grad_parameters: list[Tensor | None] = [None] * len(parameters)
         if gate is not None and gate.band:
-            kernel, circular = parameters[0], gate.circular
+            kernel, circular, factor = parameters[0], gate.circular, gate.factor
         elif gate is not None:
             grad_gate = a * q if bias is None else a * q + bias * p
             grad_s, grad_parameters = _gate_backward(ctx.graph[0], ctx.graph[1], gate.parameters, grad_gate)
         eps = 0.0 if ctx.norm is None else ctx.norm.eps
         offset, grad_weight, grad_bias, grad_kernel, grad_mean, grad_var = _kernels.eca_coefficients_backward(
-            p, q, means, g, grad_s, mean, var, weight, bias, eps, kernel, circular, x.numel() // means.numel()
+            p, q, means, g, grad_s, mean, var, weight, bias, eps, kernel, circular, x.numel() // means.numel(), factor
         )
         if kernel is not None:
             grad_parameters = [grad_kernel.reshape(kernel.shape)]

@@ -1,13 +1,21 @@
 """The contract of every gate: means in, gates out, and a feature map scaled by them."""
 
+import math
 from abc import ABC, abstractmethod
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.compiler import is_compiling
 
 from ecanet.nn import fused
 from ecanet.nn.kernel_size import check_channels
 from ecanet.ops import reference
+
+#: Half types round a factor by as much, and running averages of networks drift by less: still the same factor.
+_ROUNDING = 2.0**-8
 
 
 def is_hooked(layer: nn.Module) -> bool:
@@ -15,29 +23,112 @@ def is_hooked(layer: nn.Module) -> bool:
     return bool(layer._forward_pre_hooks or layer._forward_hooks)
 
 
+def check_factor(factor: float) -> float:
+    """A gate's factor as a float.
+
+    Raises:
+        TypeError: ``factor`` is not a number.
+        ValueError: ``factor`` is not finite and above 0.
+    """
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)):
+        raise TypeError(f"factor must be a number, got {factor!r}")
+    if not (math.isfinite(factor) and factor > 0):
+        raise ValueError(f"factor must be finite and above 0, got {factor!r}: 1 for a plain gate, 2 for a neutral one")
+    return float(factor)
+
+
 class Gate(nn.Module, ABC):
-    """A channel-attention module: ``x * sigmoid(logits(channel means of x))``.
+    """A channel-attention module: ``x * factor * sigmoid(logits(channel means of x))``.
 
     A subclass says what its logits are; everything else is here. All modules of the paper's Table 2 differ in the
     logits alone.
 
+    Args:
+        channels: Number of channels C.
+        factor: On every gate. 2 undoes the sigmoid of 0: :meth:`make_identity_`.
+
     Attributes:
         channels: Number of channels C.
-        scale: A factor on every gate, or None: a buffer that a gate has only where :func:`ecanet.insert_gates_` found
-            no norm to undo a neutral gate.
+        scale: The factor as files hold it, a tensor without dimensions; None where the factor is 1, so that such a
+            gate has the keys of the authors' module. Nothing is computed from it: where something writes into it,
+            :attr:`factor` follows.
+        starts_as_identity: Whether :meth:`make_identity_` was called. Then ``reset_parameters`` and a checkpoint from
+            before the gate came in make the gate 1 again.
+
+    Raises:
+        TypeError: ``channels`` is not an integer, ``factor`` is not a number.
+        ValueError: ``channels`` below 1, or ``factor`` not finite and above 0.
     """
 
     scale: Tensor | None
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, factor: float = 1.0) -> None:
         super().__init__()
         check_channels(channels)
         self.channels = channels
+        self.starts_as_identity = False
+        self._seen = 0, 0, False  # of the tensor ``scale``: its id, its version, whether a change was looked at
         self.register_buffer("scale", None)
+        self.factor = factor
 
     @abstractmethod
     def logits(self, s: Tensor) -> Tensor:
         """What goes into the sigmoid, ``(N, C)``, from channel means ``(N, C)`` in the type to compute in."""
+
+    @property
+    def factor(self) -> float:
+        """The number that every gate is multiplied with.
+
+        Raises:
+            RuntimeError: ``scale`` was overwritten by something that is no factor.
+        """
+        scale = self._buffers["scale"]
+        if scale is None:
+            return 1.0
+        if not is_compiling() and self._is_rewritten(scale):
+            self._read(scale)
+        return self._factor
+
+    @factor.setter
+    def factor(self, value: float) -> None:
+        self._factor = check_factor(value)
+        scale = self._buffers["scale"]
+        if self._factor == 1:
+            self._buffers["scale"] = None
+        elif scale is None or scale.is_inference():
+            like = next(self.parameters(), scale)
+            self._buffers["scale"] = torch.tensor(
+                self._factor, dtype=None if like is None else like.dtype, device=None if like is None else like.device
+            )
+        else:
+            with torch.no_grad():
+                scale.fill_(self._factor)
+        if (scale := self._buffers["scale"]) is not None:
+            self._seen = id(scale), _version(scale), False
+
+    def _is_rewritten(self, scale: Tensor) -> bool:
+        """Whether ``scale`` is another tensor than when it was looked at, or was written into since.
+
+        A GPU would be waited for, and DistributedDataParallel writes at every step: there, the first time alone.
+        """
+        known, version, again = self._seen
+        return id(scale) != known or (_version(scale) != version and (scale.is_cpu or not again))
+
+    def _read(self, scale: Tensor) -> None:
+        """Take the factor from ``scale``, unless somebody looks on who would take the number for a result."""
+        watched = torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
+        if watched or _has_no_value(scale) or torch._C._len_torch_dispatch_stack():
+            return
+        value = float(scale)
+        problem = _problem_of(scale)
+        if problem is not None:
+            raise RuntimeError(
+                f"the scale of a {type(self).__name__} gate {problem}: something wrote into it that is no factor, or "
+                "nothing did after to_empty(): load a state dict or call reset_parameters()"
+            )
+        if not _is_rounded(value, self._factor):
+            self._factor = value
+        self._seen = id(scale), _version(scale), id(scale) == self._seen[0]
 
     def gate(self, s: Tensor) -> Tensor:
         """Gates from channel means.
@@ -46,14 +137,18 @@ class Gate(nn.Module, ABC):
             s: Channel means ``(N, C)``; N may be 0.
 
         Returns:
-            Gates ``(N, C)`` in (0, 1), times ``scale`` if there is one; float32 for half types, float64 for float64.
+            Gates ``(N, C)`` in (0, ``factor``); float32 for half types, float64 for float64.
 
         Raises:
             TypeError: ``s`` is not floating point.
             ValueError: ``s`` is not ``(N, C)``.
         """
-        g = torch.sigmoid(self.logits(reference.check_means(s, self.channels)))
-        return g if self.scale is None else g * self.scale
+        return self.scaled(torch.sigmoid(self.logits(reference.check_means(s, self.channels))))
+
+    def scaled(self, g: Tensor) -> Tensor:
+        """Gates times :attr:`factor`, for a subclass with a :meth:`gate` of its own."""
+        factor = self.factor
+        return g if factor == 1 else g * factor
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale every channel of a feature map by its gate.
@@ -81,11 +176,8 @@ class Gate(nn.Module, ABC):
     def make_neutral_(self) -> float:
         """Set the weights so that the gate is the same constant for every input; training can go on from there.
 
-        A norm before the gate whose weight and bias are divided by that constant makes the pair equal to the norm
-        alone: this is how :mod:`ecanet.models` loads plain pretrained weights without changing the function.
-
         Returns:
-            The constant: 1/2, the sigmoid of 0, without ``scale``.
+            The constant without ``factor``: 1/2, the sigmoid of 0.
 
         Raises:
             ValueError: the gate has no weights that could make it constant.
@@ -94,6 +186,42 @@ class Gate(nn.Module, ABC):
             f"{type(self).__name__} cannot be made neutral: no choice of its weights gives a constant gate"
         )
 
+    def make_identity_(self) -> None:
+        """Make the gate 1 for every input: neutral weights, and the factor that undoes their constant.
+
+        A trained network that gets such a gate computes what it computed, and nothing else of it is touched: in
+        floating point 2 times 1/2 is exactly 1.
+
+        Raises:
+            ValueError: as :meth:`make_neutral_`.
+
+        Example:
+            >>> from ecanet.nn import ECA
+            >>> eca, x = ECA(64), torch.randn(8, 64, 7, 7)
+            >>> eca.make_identity_()
+            >>> eca.factor, torch.equal(eca(x), x)
+            (2.0, True)
+        """
+        self.factor = 1 / self.make_neutral_()
+        self.starts_as_identity = True
+        for layer in self.modules():  # whichever is reset last, the gate is 1 afterwards
+            if layer is not self and callable(getattr(type(layer), "reset_parameters", None)):
+                vars(layer)["reset_parameters"] = ResetWithGate(self, layer)
+
+    def reset_parameters(self) -> None:
+        """Give the gate the weights of a new one: drawn at random, or those of :meth:`make_identity_` if it started so.
+
+        ``scale`` is written again, which has no value after ``to_empty()``. A subclass with weights of its own draws
+        them and calls this.
+        """
+        for layer in self.children():
+            if callable(reset := getattr(layer, "reset_parameters", None)):
+                reset()
+        if self.starts_as_identity:
+            self.make_identity_()
+        elif self._buffers["scale"] is not None:
+            self.factor = self._factor
+
     def constant(self) -> float | None:
         """The gate's value where its weights make it the same for every input, as neutral ones do; otherwise None.
 
@@ -101,22 +229,114 @@ class Gate(nn.Module, ABC):
         """
         if any(weight.is_meta for weight in self.parameters()) or not self.is_neutral():
             return None
-        return 0.5 if self.scale is None else 0.5 * self.scale.item()
+        return 0.5 * self.factor
 
     def is_neutral(self) -> bool:
         """Whether the weights are such as :meth:`make_neutral_` sets them."""
         return False
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take the factor along with the weights; weights without their factor are an error, strict or not."""
+        names = {name for name, _ in chain(self.named_parameters(), self.named_buffers())} - {"scale"}
+        has_weights = not names or any(prefix + name in state_dict for name in names)
+        given = state_dict.get(f"{prefix}scale")
+        problem = None
+        if has_weights and (given is not None or names):
+            problem = self._problem_of_factor(given)
+        if problem is not None:
+            error_msgs.append(f"{prefix}*: {problem}")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if self._buffers["scale"] is None or given is None or problem is not None:
+            return
+        if not has_weights:  # somebody gives missing tensors memory; their values come later
+            self.factor = self._factor
+        elif not _has_no_value(given) and not _is_rounded(float(given), self._factor):
+            self._factor = float(given)
+
+    def _problem_of_factor(self, given: object) -> str | None:
+        """Why weights with this value for ``scale``, None for none, are not those of a gate such as this, or None."""
+        has_factor = self._buffers["scale"] is not None
+        if given is None:
+            if not has_factor or self._factor == 1:
+                return None
+            return (
+                f"the weights of a gate of factor 1, as the authors' and timm's are, and this gate has the factor "
+                f"{self._factor:g}: load them into gates without one (insert_gates_ with preserve=False, the networks "
+                "with neutral=False)"
+            )
+        problem = _problem_of(given)
+        if problem is not None:
+            return f"scale {problem}, and is no factor of a gate, which is one number above 0"
+        assert isinstance(given, Tensor)
+        if has_factor or _has_no_value(given) or _is_rounded(float(given), 1.0):
+            return None
+        return (
+            f"the weights of a gate of factor {float(given):g}, and this gate has the factor 1: load them into one of "
+            f"that factor (insert_gates_ with preserve=True, the networks with factor={float(given):g})"
+        )
+
     def extra_repr(self) -> str:
         """Constructor arguments for ``repr``."""
-        return f"{self.channels}"
+        return ", ".join([*self._arguments(), *([] if self.scale is None else [f"factor={self._factor:g}"])])
+
+    def _arguments(self) -> list[str]:
+        """Constructor arguments but ``factor``, as ``repr`` shows them."""
+        return [f"{self.channels}"]
+
+
+class ResetWithGate:
+    """``reset_parameters`` of a layer inside a gate that starts as 1."""
+
+    def __init__(self, gate: Gate, layer: nn.Module) -> None:
+        self.gate, self.layer = gate, layer
+
+    def __call__(self) -> None:
+        """Draw the layer's weights as ever, and make the gate 1 again."""
+        type(self.layer).reset_parameters(self.layer)  # type: ignore[attr-defined]
+        self.gate.make_identity_()
+
+
+def _version(t: Tensor) -> int:
+    return -1 if t.is_inference() else t._version
+
+
+def _has_no_value(t: Tensor) -> bool:
+    return t.is_meta or isinstance(t, FakeTensor)
+
+
+def _is_rounded(value: float, factor: float) -> bool:
+    """Whether a value is the factor, as a half type or a running average of networks rounds it."""
+    return abs(value - factor) <= _ROUNDING * factor
+
+
+def _problem_of(t: object) -> str | None:
+    """What keeps a value in a state dict from being a factor, or None."""
+    if not isinstance(t, Tensor):
+        return f"is a {type(t).__name__}"
+    if t.numel() != 1 or t.is_complex() or t.dtype is torch.bool:
+        return f"has the shape {tuple(t.shape)} and the type {t.dtype}"
+    if _has_no_value(t):
+        return None
+    value = float(t)
+    return None if math.isfinite(value) and value > 0 else f"is {value:g}"
 
 
 class LinearGate(Gate):
     """A gate whose logits are W s for a C x C matrix W: every module of Table 2 except SE."""
 
     def matrix(self) -> Tensor:
-        """The matrix W of Eq. (4) to (6), ``(C, C)``, so that ``sigmoid(W @ y)`` equals ``gate(y[None])[0]``.
+        """The matrix W of Eq. (4) to (6), ``(C, C)``, so that ``factor * sigmoid(W @ y)`` equals ``gate(y[None])[0]``.
 
         Differentiable in the gate's weights.
         """

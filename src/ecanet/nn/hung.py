@@ -13,11 +13,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from ecanet.nn.loading import HANGS, fill_with_gates_
+
 #: Name of the gate in the module it hangs on.
 GATE = "gate"
-
-#: Set on a gate that hangs.
-_HANGS = "hangs"
 
 #: These call their children, or let others: one more would run, too.
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -40,13 +39,14 @@ def hang_(host: nn.Module, gate: nn.Module) -> None:
         raise ValueError(f"a {type(host).__name__} with an attribute {GATE!r} of its own cannot take one: wrap it")
     host.register_module(GATE, gate)
     host.register_forward_hook(run_gate)
-    setattr(gate, _HANGS, True)
+    setattr(gate, HANGS, True)
 
 
 def _hang_on_the_new_host(host: nn.Module, name: str, gate: nn.Module | None) -> None:
-    hangs = name == GATE and getattr(gate, _HANGS, False) and isinstance(host, _NormBase)
+    hangs = name == GATE and getattr(gate, HANGS, False) and isinstance(host, _NormBase)
     if hangs and run_gate not in host._forward_hooks.values():
         host.register_forward_hook(run_gate)
+        fill_with_gates_(host)
 
 
 register_module_module_registration_hook(_hang_on_the_new_host)
@@ -70,4 +70,4 @@ def take_down_(host: nn.Module) -> None:
     """Remove the gate that hangs on a module, and its hook."""
     for key in [key for key, hook in host._forward_hooks.items() if hook is run_gate]:
         del host._forward_hooks[key]
-    delattr(host._modules.pop(GATE), _HANGS)
+    delattr(host._modules.pop(GATE), HANGS)

@@ -20,10 +20,11 @@ class SE(Gate):
         channels: Number of channels C.
         reduction: r: the hidden layer has C // r channels, at least 1. The paper uses 16 for ResNets and 8 for
             MobileNetV2.
+        factor: On every gate; 2 undoes the sigmoid of 0.
 
     Raises:
-        TypeError: ``channels`` or ``reduction`` is not an integer.
-        ValueError: ``channels`` or ``reduction`` below 1.
+        TypeError: ``channels`` or ``reduction`` is not an integer, ``factor`` is not a number.
+        ValueError: ``channels`` or ``reduction`` below 1, ``factor`` not finite and above 0.
 
     Source:
         Hu et al., Squeeze-and-Excitation Networks, CVPR 2018; parameter counts as in ECA-Net's Tables 2 and 3.
@@ -33,8 +34,8 @@ class SE(Gate):
         torch.Size([2, 256, 7, 7])
     """
 
-    def __init__(self, channels: int, reduction: int = 16) -> None:
-        super().__init__(channels)
+    def __init__(self, channels: int, reduction: int = 16, *, factor: float = 1.0) -> None:
+        super().__init__(channels, factor=factor)
         if isinstance(reduction, bool) or not isinstance(reduction, int):
             raise TypeError(f"reduction must be an integer, got {reduction!r}")
         if reduction < 1:
@@ -61,9 +62,8 @@ class SE(Gate):
         """Whether W2 = 0."""
         return not self.fc2.weight.any()
 
-    def extra_repr(self) -> str:
-        """Constructor arguments for ``repr``."""
-        return f"{self.channels}, reduction={self.reduction}"
+    def _arguments(self) -> list[str]:
+        return [f"{self.channels}", f"reduction={self.reduction}"]
 
 
 class SEVar1(LinearGate):
@@ -93,14 +93,15 @@ class SEVar2(LinearGate):
         3
     """
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels)
+    def __init__(self, channels: int, *, factor: float = 1.0) -> None:
+        super().__init__(channels, factor=factor)
         self.weight = nn.Parameter(torch.empty(channels))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the weights uniformly from (-1, 1), as a layer with one input each would."""
         nn.init.uniform_(self.weight, -1, 1)
+        super().reset_parameters()
 
     def logits(self, s: Tensor) -> Tensor:
         """Every channel mean times its own weight."""
@@ -113,10 +114,11 @@ class SEGroup(LinearGate):
     Args:
         channels: Number of channels C.
         groups: G, a divisor of C. Table 2: SE-GC1 has G = 16, SE-GC2 C / 16, SE-GC3 C / 8.
+        factor: As in :class:`SE`.
 
     Raises:
-        TypeError: ``channels`` or ``groups`` is not an integer.
-        ValueError: ``groups`` does not divide ``channels``.
+        TypeError: ``channels`` or ``groups`` is not an integer, ``factor`` is not a number.
+        ValueError: ``groups`` does not divide ``channels``, ``factor`` is not finite and above 0.
 
     Source:
         Wang et al., ECA-Net, CVPR 2020, arXiv:1910.03151, Table 2.
@@ -126,8 +128,8 @@ class SEGroup(LinearGate):
         True
     """
 
-    def __init__(self, channels: int, groups: int = 16) -> None:
-        super().__init__(channels)
+    def __init__(self, channels: int, groups: int = 16, *, factor: float = 1.0) -> None:
+        super().__init__(channels, factor=factor)
         if isinstance(groups, bool) or not isinstance(groups, int):
             raise TypeError(f"groups must be an integer, got {groups!r}")
         if groups < 1 or channels % groups:
@@ -141,14 +143,14 @@ class SEGroup(LinearGate):
         """Draw the weights as ``torch.nn.Linear`` draws its own: uniform within 1 / sqrt(inputs of a block)."""
         bound = 1 / math.sqrt(self.channels // self.groups)
         nn.init.uniform_(self.weight, -bound, bound)
+        super().reset_parameters()
 
     def logits(self, s: Tensor) -> Tensor:
         """The block-diagonal matrix times the channel means, ``(N, C)`` to ``(N, C)``."""
         return reference.grouped_linear(s, self.weight)
 
-    def extra_repr(self) -> str:
-        """Constructor arguments for ``repr``."""
-        return f"{self.channels}, groups={self.groups}"
+    def _arguments(self) -> list[str]:
+        return [f"{self.channels}", f"groups={self.groups}"]
 
 
 class SEVar3(SEGroup):
@@ -162,26 +164,25 @@ class SEVar3(SEGroup):
         torch.Size([1, 8, 8])
     """
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, groups=1)
+    def __init__(self, channels: int, *, factor: float = 1.0) -> None:
+        super().__init__(channels, groups=1, factor=factor)
 
-    def extra_repr(self) -> str:
-        """Constructor arguments for ``repr``."""
-        return f"{self.channels}"
+    def _arguments(self) -> list[str]:
+        return [f"{self.channels}"]
 
 
-def se_gc2(channels: int) -> SEGroup:
+def se_gc2(channels: int, *, factor: float = 1.0) -> SEGroup:
     """SE-GC2 of Table 2: C / 16 groups of 16 channels. 16 C parameters."""
-    return _groups_of(channels, 16)
+    return _groups_of(channels, 16, factor)
 
 
-def se_gc3(channels: int) -> SEGroup:
+def se_gc3(channels: int, *, factor: float = 1.0) -> SEGroup:
     """SE-GC3 of Table 2: C / 8 groups of 8 channels. 8 C parameters."""
-    return _groups_of(channels, 8)
+    return _groups_of(channels, 8, factor)
 
 
-def _groups_of(channels: int, size: int) -> SEGroup:
+def _groups_of(channels: int, size: int, factor: float) -> SEGroup:
     check_channels(channels)
     if channels % size:
         raise ValueError(f"channels must be a multiple of {size} for groups of {size} channels, got {channels}")
-    return SEGroup(channels, groups=channels // size)
+    return SEGroup(channels, groups=channels // size, factor=factor)

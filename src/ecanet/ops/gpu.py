@@ -433,6 +433,7 @@ def eca_coefficients(
     eps: float,
     kernel: Tensor | None,
     circular: bool,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """From means to scale and shift; see :func:`ecanet.ops.reference.eca_coefficients`."""
     samples, channels = _check_means(means)
@@ -445,7 +446,7 @@ def eca_coefficients(
     _launch(
         "coefficients", _cdiv(samples * channels, block), means,
         means.contiguous(), *norm, kernel, s, gate, scale, shift, samples, channels,
-        eps=eps, K=k, CIRCULAR=circular, BLOCK=block, INDEX=_index(means.numel()), ACC=_type(dtype),
+        eps=eps, factor=factor, K=k, CIRCULAR=circular, BLOCK=block, INDEX=_index(means.numel()), ACC=_type(dtype),
     )  # fmt: skip
     return s, gate, scale, shift
 
@@ -464,6 +465,7 @@ def eca_coefficients_backward(
     kernel: Tensor | None,
     circular: bool,
     positions: int,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Between the two passes of the backward; see :func:`ecanet.ops.reference.eca_coefficients_backward`."""
     samples, channels = nc = _check_means(means)
@@ -495,8 +497,8 @@ def eca_coefficients_backward(
         "coefficients_backward", groups * blocks, means,
         p, q, means.contiguous(), gate, grad_s, *norm, kernel, offset, sum_a, sum_b, kernel_sums,
         samples, channels, positions, per_program,
-        eps=eps, K=k, CIRCULAR=circular, SAMPLES=a_time, CHANNELS=block, TAPS=taps, INDEX=_index(means.numel()),
-        ACC=_type(dtype),
+        eps=eps, factor=factor, K=k, CIRCULAR=circular, SAMPLES=a_time, CHANNELS=block, TAPS=taps,
+        INDEX=_index(means.numel()), ACC=_type(dtype),
     )  # fmt: skip
     grad_weight, grad_bias, grad_mean, grad_var = (new(channels) for _ in range(4))
     grad_kernel = new(k)
@@ -521,18 +523,42 @@ def eca_tail(
     kernel: Tensor | None,
     circular: bool,
     act: int,
+    factor: float = 1.0,
 ) -> Tensor:
     """Norm with given statistics, ECA, residual and activation; see :func:`ecanet.ops.reference.eca_tail`."""
-    return apply(x, *_scale_and_shift(x, mean, var, weight, bias, eps, kernel, circular), residual, act)
+    scale, shift = _scale_and_shift(x, mean, var, weight, bias, eps, kernel, circular, factor)
+    return apply(x, scale, shift, residual, act)
 
 
-def eca_tail_(x: Tensor, residual: Tensor | None, *norm_band_and_act: Any) -> None:
+def eca_tail_(
+    x: Tensor,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    kernel: Tensor | None,
+    circular: bool,
+    act: int,
+    factor: float = 1.0,
+) -> None:
     """:func:`eca_tail`, written over ``x``."""
-    *norm_and_band, act = norm_band_and_act
-    apply_(x, *_scale_and_shift(x, *norm_and_band), residual, act)
+    scale, shift = _scale_and_shift(x, mean, var, weight, bias, eps, kernel, circular, factor)
+    apply_(x, scale, shift, residual, act)
 
 
-def _scale_and_shift(x: Tensor, *norm_and_band: Any) -> tuple[Tensor, Tensor]:
-    has_band = norm_and_band[5] is not None  # otherwise nothing looks at the means
-    means = squeeze(x) if has_band else x.new_zeros(x.shape[:2], dtype=reference.accumulation_dtype(x.dtype))
-    return eca_coefficients(means, *norm_and_band)[2:]
+def _scale_and_shift(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    kernel: Tensor | None,
+    circular: bool,
+    factor: float,
+) -> tuple[Tensor, Tensor]:
+    no_means = kernel is None  # nothing looks at them
+    means = x.new_zeros(x.shape[:2], dtype=reference.accumulation_dtype(x.dtype)) if no_means else squeeze(x)
+    return eca_coefficients(means, mean, var, weight, bias, eps, kernel, circular, factor)[2:]

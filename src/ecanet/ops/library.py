@@ -15,6 +15,7 @@ from ecanet.ops import cpu, gpu, reference
 
 _NORM = "Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, float eps"
 _BAND = "Tensor? kernel, bool circular"
+_FACTOR = "float factor=1.0"
 
 _SCHEMAS = {
     "squeeze": "(Tensor x) -> Tensor",
@@ -26,13 +27,13 @@ _SCHEMAS = {
     "bool needs_d) -> (Tensor, Tensor, Tensor)",
     "input_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor? shift, Tensor? saved, int act, Tensor offset, "
     "Tensor? slope, Tensor? center) -> Tensor",
-    "eca_coefficients": f"(Tensor means, {_NORM}, {_BAND}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "eca_coefficients": f"(Tensor means, {_NORM}, {_BAND}, {_FACTOR}) -> (Tensor, Tensor, Tensor, Tensor)",
     "eca_coefficients_backward": "(Tensor p, Tensor q, Tensor means, Tensor? gate, Tensor? grad_s, "
-    f"{_NORM}, {_BAND}, SymInt positions) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "train_tail": f"(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, {_BAND}, int act) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "eca_tail": f"(Tensor x, Tensor? residual, {_NORM}, {_BAND}, int act) -> Tensor",
-    "eca_tail_": f"(Tensor(a!) x, Tensor? residual, {_NORM}, {_BAND}, int act) -> ()",
+    f"{_NORM}, {_BAND}, SymInt positions, {_FACTOR}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "train_tail": f"(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, {_BAND}, int act, "
+    f"{_FACTOR}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "eca_tail": f"(Tensor x, Tensor? residual, {_NORM}, {_BAND}, int act, {_FACTOR}) -> Tensor",
+    "eca_tail_": f"(Tensor(a!) x, Tensor? residual, {_NORM}, {_BAND}, int act, {_FACTOR}) -> ()",
 }
 
 
@@ -57,11 +58,12 @@ def _train_tail(
     kernel: Tensor | None,
     circular: bool,
     act: int,
+    factor: float = 1.0,
 ) -> tuple[Tensor, ...]:
     ops = torch.ops.ecanet
     means, mean, var = ops.batch_moments(x)
     band = None if kernel is None else kernel.reshape(-1)
-    _, gate, scale, shift = ops.eca_coefficients(means, mean, var, weight, bias, eps, band, circular)
+    _, gate, scale, shift = ops.eca_coefficients(means, mean, var, weight, bias, eps, band, circular, factor)
     return ops.apply(x, scale, shift, residual, act), means, mean, var, gate, scale, shift
 
 
@@ -90,7 +92,7 @@ def _fake_coefficients(means: Tensor, *rest: Any) -> Any:
     n, c = means.shape
     return (
         _small(means, n, c),
-        _small(means, 0 if rest[-2] is None else n, c),
+        _small(means, 0 if rest[5] is None else n, c),
         _small(means, n, c),
         _small(means, n, c),
     )
@@ -248,7 +250,7 @@ def _backward_of(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _keep_for_train_tail(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, weight, bias, ctx.eps, kernel, ctx.circular, ctx.act = inputs
+    x, residual, weight, bias, ctx.eps, kernel, ctx.circular, ctx.act, ctx.factor = inputs
     out, *small = output
     saved = out if reference.ACTS[ctx.act] in ("relu", "relu6") else residual if ctx.act != 0 else None
     ctx.save_for_backward(x, saved, weight, bias, kernel, *small)
@@ -266,7 +268,7 @@ def _train_tail_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None
     norm = mean, var, weight, bias, ctx.eps
     positions = x.shape[2:].numel()
     offset, grad_weight, grad_bias, grad_kernel, grad_mean, grad_var = ops.eca_coefficients_backward(
-        p, q, means, gate, None, *norm, band, ctx.circular, positions
+        p, q, means, gate, None, *norm, band, ctx.circular, positions, ctx.factor
     )
     count = x.shape[0] * positions
     offset, slope = offset + grad_mean / count, grad_var * (2 / count)
@@ -279,6 +281,7 @@ def _train_tail_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None
         None if bias is None else grad_bias.to(bias.dtype),
         None,
         None if kernel is None else grad_kernel.reshape(kernel.shape).to(kernel.dtype),
+        None,
         None,
         None,
     )

@@ -392,6 +392,7 @@ def eca_coefficients(
     eps: float,
     kernel: Tensor | None,
     circular: bool,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """From the means of a norm's input to the scale and the shift of norm and ECA together.
 
@@ -404,6 +405,7 @@ def eca_coefficients(
         eps: As in :func:`normalise`.
         kernel: ``(k,)`` of the band, in the type of ``means``; None for no gate.
         circular: As in :func:`band`.
+        factor: Of the gate: ``gate = factor * sigmoid(band of s)``.
 
     Returns:
         ``s``, ``gate`` (of size 0 x C without a band), ``scale`` and ``shift``, all ``(N, C)``.
@@ -411,7 +413,7 @@ def eca_coefficients(
     s, a, b = normalise(means, mean, var, weight, bias, eps)
     if kernel is None:
         return s, s.new_empty(0, s.shape[1]), a.expand_as(s).clone(), b.expand_as(s).clone()
-    gate = torch.sigmoid(band(s, kernel, circular))
+    gate = torch.sigmoid(band(s, kernel, circular)) * factor
     return s, gate, gate * a, gate * b
 
 
@@ -429,6 +431,7 @@ def eca_coefficients_backward(
     kernel: Tensor | None,
     circular: bool,
     positions: int,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Between the two passes of the backward: from the sums of d to what the second pass adds.
 
@@ -450,6 +453,7 @@ def eca_coefficients_backward(
         kernel: As in :func:`eca_coefficients`; None takes ``grad_s``.
         circular: As in :func:`band`.
         positions: S, so many positions has a map.
+        factor: As in :func:`eca_coefficients`.
 
     Returns:
         ``offset`` ``(N, C)``: ds a / S, the squeeze's part of the input's gradient; ``(C,)``-sized gradients of
@@ -462,7 +466,7 @@ def eca_coefficients_backward(
     if kernel is not None:
         assert gate is not None
         k = kernel.numel()
-        grad_logits = (a * q + beta * p) * gate * (1 - gate)
+        grad_logits = (a * q + beta * p) * gate * (1 - gate / factor)
         windows = _pad(s, k, circular).unfold(1, k, 1)
         grad_kernel = (windows * grad_logits.unsqueeze(-1)).sum((0, 1))
         ds = band(grad_logits, kernel.flip(0), circular)
@@ -486,6 +490,7 @@ def eca_tail(
     kernel: Tensor | None,
     circular: bool,
     act: int,
+    factor: float = 1.0,
 ) -> Tensor:
     """Norm with given statistics, ECA, residual and activation at once.
 
@@ -500,8 +505,9 @@ def eca_tail(
         kernel: As in :func:`eca_coefficients`.
         circular: As in :func:`band`.
         act: Index in :data:`ACTS`.
+        factor: As in :func:`eca_coefficients`.
     """
     means = squeeze(x, x.shape[1])
     kernel = None if kernel is None else kernel.to(means.dtype)
-    _, _, scale, shift = eca_coefficients(means, mean, var, weight, bias, eps, kernel, circular)
+    _, _, scale, shift = eca_coefficients(means, mean, var, weight, bias, eps, kernel, circular, factor)
     return apply(x, scale, shift, residual, act)

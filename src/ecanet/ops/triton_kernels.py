@@ -455,8 +455,8 @@ def _norm_mean(means, mean, var, weight, bias, row, channel, known, eps: tl.cons
 @jit
 def coefficients(
     means, mean, var, weight, bias, kernel, s_out, gate_out, scale_out, shift_out, samples, channels,
-    eps: tl.constexpr, K: tl.constexpr, CIRCULAR: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr,
-    ACC: tl.constexpr,
+    eps: tl.constexpr, factor: tl.constexpr, K: tl.constexpr, CIRCULAR: tl.constexpr, BLOCK: tl.constexpr,
+    INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """From means to gates, scales and shifts; without ``kernel`` there is no gate."""
     at = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
@@ -474,7 +474,7 @@ def coefficients(
             known = known & exists
             near = _norm_mean(means, mean, var, weight, bias, row, other, known, eps, ACC)
             logit += tl.load(kernel + j).to(ACC) * tl.where(known, near, 0.0)
-        gate = _sigmoid(logit)
+        gate = _sigmoid(logit) * factor
         tl.store(gate_out + at, gate, exists)
         a *= gate
         b *= gate
@@ -484,23 +484,23 @@ def coefficients(
 
 @jit
 def _logit_grad(
-    p, q, gate, var, weight, bias, row, channel, known, eps: tl.constexpr, ACC: tl.constexpr
+    p, q, gate, var, weight, bias, row, channel, known, eps: tl.constexpr, factor: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """Gradient of a gate's logit: (a q + bias p) gate (1 - gate)."""
+    """Gradient of a gate's logit: (a q + bias p) gate (1 - gate / factor)."""
     at = row + channel
     g = tl.load(gate + at, known, 0.0).to(ACC)
     grad = _norm_slope(var, weight, channel, known, eps, ACC) * tl.load(q + at, known, 0.0).to(ACC)
     if bias is not None:
         grad += tl.load(bias + channel, known, 0.0).to(ACC) * tl.load(p + at, known, 0.0).to(ACC)
-    return tl.where(known, grad * g * (1.0 - g), 0.0)
+    return tl.where(known, grad * g * (1.0 - g / factor), 0.0)
 
 
 @jit
 def coefficients_backward(
     p, q, means, gate, grad_s, mean, var, weight, bias, kernel, offset_out, sum_a, sum_b, kernel_sums,
     samples, channels, positions, per_program,
-    eps: tl.constexpr, K: tl.constexpr, CIRCULAR: tl.constexpr, SAMPLES: tl.constexpr, CHANNELS: tl.constexpr,
-    TAPS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
+    eps: tl.constexpr, factor: tl.constexpr, K: tl.constexpr, CIRCULAR: tl.constexpr, SAMPLES: tl.constexpr,
+    CHANNELS: tl.constexpr, TAPS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Offsets ``(N, C)``, and the sums over some samples that the gradients of norm and band are made of.
 
@@ -521,10 +521,10 @@ def coefficients_backward(
         inside = (sample < samples) & exists
         ds = tl.zeros((SAMPLES, CHANNELS), ACC)
         if kernel is not None:
-            logit = _logit_grad(p, q, gate, var, weight, bias, row, channel, inside, eps, ACC)
+            logit = _logit_grad(p, q, gate, var, weight, bias, row, channel, inside, eps, factor, ACC)
             for j in tl.static_range(K):
                 other, known = _neighbour(channel, K // 2 - j, channels, CIRCULAR)
-                near = _logit_grad(p, q, gate, var, weight, bias, row, other, known & inside, eps, ACC)
+                near = _logit_grad(p, q, gate, var, weight, bias, row, other, known & inside, eps, factor, ACC)
                 ds += tl.load(kernel + j).to(ACC) * near
                 other, known = _neighbour(channel, j - K // 2, channels, CIRCULAR)
                 known = known & inside

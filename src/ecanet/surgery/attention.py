@@ -4,8 +4,8 @@ from torch import Tensor, nn
 
 from ecanet.nn import ECA, Gate
 from ecanet.nn.fused import called_differently
+from ecanet.nn.norms import qualified_name
 from ecanet.ops import reference
-from ecanet.surgery.layers import qualified_name
 
 
 class SEModule(Gate):
@@ -31,7 +31,7 @@ class SEModule(Gate):
 
     def gate(self, s: Tensor) -> Tensor:
         """Gates from channel means, ``(N, C)`` to ``(N, C)``."""
-        return self.scale_activation(self.logits(reference.check_means(s, self.channels)))
+        return self.scaled(self.scale_activation(self.logits(reference.check_means(s, self.channels))))
 
 
 def as_gate(attention: nn.Module, channels: int | None) -> nn.Module:

@@ -13,14 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from ecanet.nn.norms import activation_inside, class_with_forward, is_norm
 from ecanet.surgery.layers import (
-    activation_inside,
-    class_with_forward,
     count_convolutions,
     folds_later,
     is_attention,
     is_empty,
-    is_norm,
     is_transparent,
     merges_branches,
     out_channels,

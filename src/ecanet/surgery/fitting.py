@@ -8,6 +8,11 @@ from ecanet.nn import Gate
 from ecanet.nn.build import GateFactory, build_gate
 
 
+def arguments_of(gate: nn.Module) -> str:
+    """The constructor arguments of a gate but its factor, as ``repr`` shows them."""
+    return ", ".join(gate._arguments()) if isinstance(gate, Gate) else gate.extra_repr()
+
+
 def build_fitting_gate(
     gate: str | GateFactory,
     kernel_size: int | Literal["adaptive"],

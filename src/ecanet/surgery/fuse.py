@@ -6,9 +6,10 @@ from typing import NamedTuple
 from torch import nn
 
 from ecanet.nn.hung import hung_gate
+from ecanet.nn.norms import qualified_name
 from ecanet.surgery.attention import as_gate
 from ecanet.surgery.checks import check_model
-from ecanet.surgery.layers import out_channels, qualified_name, resolve
+from ecanet.surgery.layers import out_channels, resolve
 from ecanet.surgery.report import Report, Row
 
 

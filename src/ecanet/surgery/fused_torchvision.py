@@ -9,7 +9,7 @@ from torchvision.models.regnet import ResBottleneckBlock
 
 from ecanet.nn import conv_norm_gate_add_act
 from ecanet.nn.fused import called_differently
-from ecanet.surgery.layers import is_norm
+from ecanet.nn.norms import is_norm
 
 
 def _linear_end(*sequences: nn.Module) -> tuple[nn.Module, nn.Module] | None:

@@ -6,14 +6,13 @@ from typing import Any
 
 from torch import fx, nn
 
+from ecanet.nn.norms import activation_inside, is_norm
 from ecanet.surgery.blocks import trace
 from ecanet.surgery.layers import (
     ACTIVATION_FUNCTIONS,
     CONVOLUTIONS,
-    activation_inside,
     is_activation,
     is_attention,
-    is_norm,
     is_transparent,
 )
 

@@ -1,5 +1,7 @@
 """Put gates into a network that somebody else wrote."""
 
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -7,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from ecanet.inspect.cost import check_input_shape
-from ecanet.models.neutral import Neutralisable
 from ecanet.nn import Gate
 from ecanet.nn.build import GateFactory, build_gate
+from ecanet.nn.folding import owners, tensors_to_scale
 from ecanet.nn.hung import GATE, hang_, hung_gate
+from ecanet.nn.loading import keep_loading_
+from ecanet.nn.neutral import make_identity_
 from ecanet.surgery.checks import check_model
-from ecanet.surgery.fitting import build_fitting_gate
-from ecanet.surgery.layers import affine, names_of, owners
-from ecanet.surgery.loading import PRESERVES, keep_loading_
+from ecanet.surgery.fitting import arguments_of, build_fitting_gate
+from ecanet.surgery.layers import names_of
 from ecanet.surgery.optimizers import add_parameters_, check_optimizer
 from ecanet.surgery.report import Report, Row, gate_row
 from ecanet.surgery.sites import FilterFn, Shapes, Site, Where, dry_run, find_sites
@@ -25,8 +28,7 @@ class _Plan(NamedTuple):
     gate: nn.Module
     channels: int
     spatial: torch.Size | None
-    fold: tuple[Tensor, ...]  # what takes the factor of a neutral gate; empty if the gate's own scale does
-    constant: float  # of the neutral gate
+    norm: tuple[Tensor, ...]  # what takes the gate's factor; nothing if the gate keeps it
     runs: bool  # in the dry run, or for all that is known
 
 
@@ -37,16 +39,16 @@ def insert_gates_(
     *,
     kernel_size: int | Literal["adaptive"] = "adaptive",
     preserve: bool = True,
+    fold: bool = False,
     filter_fn: FilterFn | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     input_shape: Sequence[int] | None = (1, 3, 224, 224),
 ) -> Report:
     """Put a gate after every residual branch (or elsewhere) of a network, in place, without changing its function.
 
-    A gate becomes the child ``gate`` of the module whose output it scales. All keys the network had stay, and state
-    dicts of those keys load as before, strictly; with ``preserve`` they set the gates neutral. (Files and copies:
-    what ``model.state_dict()`` returned before is the network's own tensors, which change.) A second call with the same
-    arguments does nothing.
+    A gate becomes the child ``gate`` of the module whose output it scales, and nothing else of the network is touched.
+    All keys the network had stay, and state dicts of those keys load as before, strictly; with ``preserve`` they make
+    the gates 1 again. A second call with the same arguments does nothing.
 
     Args:
         model: Any network of convolutions: torchvision's, timm's, segmentation_models.pytorch's, YOLO's, your own. On
@@ -58,8 +60,11 @@ def insert_gates_(
             U-Net) and YOLO. Or the name of a module, a pattern such as ``"layer4.*.bn3"``, or several of them: after
             those modules. Or a function of module and name.
         kernel_size: For gates that have one; ``"adaptive"`` is Eq. (12).
-        preserve: Start with neutral gates, undone by the norm before each, or where none precedes by the gate's
-            ``scale``: the network computes the same function right after. False for training from scratch.
+        preserve: Start with gates that are 1: the network computes the same function right after, and its parameters
+            get the gradients they got. Such a gate has the factor 2, which undoes the sigmoid of 0, and a buffer
+            ``scale`` in state dicts that says so. False for training from scratch.
+        fold: Fold those factors into the norms before the gates, so that the keys are those of the authors' files:
+            :func:`ecanet.fold_factors_`.
         filter_fn: Function of module and name that says which of what ``where`` finds are to get one: it is asked for
             the residual blocks with ``"block"`` and ``"stage"``, otherwise for the modules that gates follow.
         optimizer: Gets the gates' parameters, in the groups of the modules that they follow.
@@ -73,8 +78,8 @@ def insert_gates_(
         TypeError: ``model`` is no module, or is compiled, scripted or wrapped for parallel training; other arguments
             of a wrong type.
         ValueError: nothing is found for ``where`` (the message says what can be named), another gate is there, the
-            gate cannot have that many channels or cannot be neutral, the optimizer has none of the model's parameters.
-            The network is then as it was.
+            gate cannot have that many channels or cannot be neutral, with ``fold`` there is no norm that could take a
+            factor, the optimizer has none of the model's parameters. The network is then as it was.
 
     Source:
         Wang et al., ECA-Net, CVPR 2020, arXiv:1910.03151, for the place.
@@ -94,8 +99,9 @@ def insert_gates_(
     check_optimizer(optimizer, model)
     if input_shape is not None:
         check_input_shape(input_shape)
-    if not isinstance(preserve, bool):
-        raise TypeError(f"preserve must be True or False, got {preserve!r}")
+    for argument, value in (("preserve", preserve), ("fold", fold)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{argument} must be True or False, got {value!r}")
     sites, notes = find_sites(model, where, filter_fn)
     todo, already = _not_yet(sites, gate, kernel_size)
     if already:
@@ -110,12 +116,15 @@ def insert_gates_(
         )
     registered = names_of(model)
     count = owners(model)
-    plans = [_plan(model, site, gate, kernel_size, preserve, shapes, count) for site in todo]
+    plans = [_plan(model, site, gate, kernel_size, preserve, count if fold else None, shapes) for site in todo]
     rows: list[Row] = []
-    for site, module, channels, spatial, fold, constant, runs in plans:
-        with torch.no_grad():
-            for tensor in fold:
-                tensor.div_(constant)
+    for site, module, channels, spatial, norm, runs in plans:
+        if norm:
+            assert isinstance(module, Gate)
+            with torch.no_grad():
+                for tensor in norm:
+                    tensor.mul_(module.factor)
+            module.factor = 1.0
         hang_(site.host, module)
         add_parameters_(optimizer, module, f"{site.name}.{GATE}", site.host)
         row = gate_row(f"{site.name}.{GATE}", module, site.name, channels, spatial)
@@ -124,16 +133,23 @@ def insert_gates_(
             notes.append(f"{site.name} is shared, and its gate with it: {', '.join(registered[site.host])}")
     if plans:
         keep_loading_(model)
-        _keep_training(model)
+        _tell_the_library_of(model)
     return Report("inserted", tuple(rows), tuple(notes))
 
 
-def _keep_training(model: nn.Module) -> None:
-    """YOLO builds a network anew to train it, so it has to know of the gates."""
-    if any(cls.__module__.startswith("ultralytics.") for cls in type(model).__mro__):
-        from ecanet.integrations.ultralytics import keep_gates  # the one import upwards: where Ultralytics is, already
+def _tell_the_library_of(model: nn.Module) -> None:
+    """Let those know of gates who build networks anew to train them, or fill in what a file lacks.
 
-        keep_gates(model)
+    The imports upwards: nothing is imported of a library that is not there already.
+    """
+    if any(cls.__module__.startswith("ultralytics.") for cls in type(model).__mro__):
+        from ecanet.integrations import ultralytics
+
+        ultralytics.keep_gates(model)
+    if "transformers.modeling_utils" in sys.modules:  # the model may be a part of one of its networks
+        from ecanet.integrations import transformers
+
+        transformers.keep_gates()
 
 
 def _not_yet(sites: list[Site], gate: str | GateFactory, kernel_size: int | str) -> tuple[list[Site], int]:
@@ -145,11 +161,11 @@ def _not_yet(sites: list[Site], gate: str | GateFactory, kernel_size: int | str)
             continue
         channels = getattr(there, "channels", site.channels)
         wanted = build_gate(gate, channels, kernel_size) if channels is not None else None  # type: ignore[arg-type]
-        if wanted is not None and (type(wanted), wanted.extra_repr()) != (type(there), there.extra_repr()):
+        if wanted is not None and (type(wanted), arguments_of(wanted)) != (type(there), arguments_of(there)):
             raise ValueError(
-                f"{site.name} has a gate already, {type(there).__name__}({there.extra_repr()}), and not "
-                f"{type(wanted).__name__}({wanted.extra_repr()}): replace_gates_ swaps gates, remove_gates_ takes them "
-                "out"
+                f"{site.name} has a gate already, {type(there).__name__}({arguments_of(there)}), and not "
+                f"{type(wanted).__name__}({arguments_of(wanted)}): replace_gates_ swaps gates, remove_gates_ takes "
+                "them out"
             )
     return todo, len(sites) - len(todo)
 
@@ -160,8 +176,8 @@ def _plan(
     gate: str | GateFactory,
     kernel_size: int | Literal["adaptive"],
     preserve: bool,
+    count: Counter[int] | None,
     shapes: dict[nn.Module, Shapes] | None,
-    owner_count: dict[int, int],
 ) -> _Plan:
     """Build the gate of one site and see that everything can be done, before anything is."""
     channels, spatial = site.channels, None
@@ -184,11 +200,22 @@ def _plan(
             f"a gate cannot hang on {site.name}: {type(site.host).__name__} has an attribute {GATE!r} of its own; name "
             "another module"
         )
-    fold = affine(site.host) or ()
-    if not runs or any(owner_count[id(t)] > 1 for t in fold):  # its code is called else; another norm has its weight
-        fold = ()
-    constant = _make_neutral_(site, module, fold) if preserve else 1.0
-    return _Plan(site, module, channels, spatial, fold, constant, runs)
+    if preserve:
+        try:
+            make_identity_(module)
+        except ValueError as error:
+            raise ValueError(
+                f"preserve=True cannot keep the function: {error}; take another gate, or preserve=False"
+            ) from error
+    norm: tuple[Tensor, ...] = ()
+    if count is not None and isinstance(module, Gate) and module.factor != 1:
+        if not runs:
+            raise ValueError(
+                f"fold=True: {site.name} did not run on the input, so nothing tells whether its gate does"
+                ": leave fold out"
+            )
+        norm = tensors_to_scale(f"the gate after {site.name}", site.host, count)
+    return _Plan(site, module, channels, spatial, norm, runs)
 
 
 def _example(model: nn.Module, name: str) -> Tensor | None:
@@ -200,26 +227,3 @@ def _example(model: nn.Module, name: str) -> Tensor | None:
             if t.is_floating_point():
                 return t
     return None
-
-
-def _make_neutral_(site: Site, gate: nn.Module, fold: tuple[Tensor, ...]) -> float:
-    """Make a new gate neutral, with a scale that undoes it where nothing else does, and return its constant."""
-    problem = None
-    if not isinstance(gate, Neutralisable):
-        problem = f"{type(gate).__name__} has no make_neutral_()"
-    elif not fold and not isinstance(gate, Gate):
-        problem = (
-            f"{site.name} is no norm that could undo a neutral gate, and {type(gate).__name__} is no ecanet.nn.Gate"
-        )
-    else:
-        try:
-            constant = gate.make_neutral_()
-        except ValueError as error:
-            problem = str(error)
-    if problem is not None:
-        raise ValueError(f"preserve=True cannot keep the function: {problem}; take another gate, or preserve=False")
-    setattr(gate, PRESERVES, True)
-    if not fold:
-        like = next(gate.parameters(), torch.empty(()))
-        gate.register_buffer("scale", like.new_tensor(1 / constant))
-    return constant

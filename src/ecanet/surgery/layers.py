@@ -1,30 +1,19 @@
-"""What a layer of somebody else's network is: norm, activation, attention, something that passes through."""
+"""What a layer of somebody else's network is: activation, attention, something that passes through."""
 
-from collections import Counter
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch import nn
 from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
 
 from ecanet.nn import Gate
+from ecanet.nn.norms import class_with_forward
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, FrozenBatchNorm2d)
 _TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, StochasticDepth)
 _NO_ACTIVATIONS = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin)
 _ACTIVATION_FILES = ("torch.nn.modules.activation", "timm.layers.activations", "timm.layers.activations_me")
-_KNOWN_NORMS = (
-    "torch.nn.modules.batchnorm.",
-    "torch.nn.modules.instancenorm.",
-    "torch.nn.modules.normalization.",
-    "torchvision.ops.misc.FrozenBatchNorm2d",
-    "torchvision.models.convnext.LayerNorm2d",
-    "timm.layers.norm.",
-    "timm.layers.norm_act.",
-)
 #: Activations that are called as functions or methods.
 ACTIVATION_FUNCTIONS: frozenset[Any] = frozenset(
     {
@@ -65,51 +54,9 @@ ATTENTION: dict[str, str | None] = {
 }
 
 
-def qualified_name(cls: type) -> str:
-    """Module and name of a class, as the tables here have them."""
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def class_with_forward(module: nn.Module) -> str:
-    """The class whose ``forward`` a module runs, so that a subclass that only adds a constructor is its base.
-
-    What :func:`ecanet.fuse_tails_` made of a block counts as the block.
-    """
-    theirs = (
-        cls for cls in type(module).__mro__ if "forward" in vars(cls) and not cls.__module__.startswith("ecanet.")
-    )
-    return qualified_name(next(theirs))
-
-
 def is_attention(module: nn.Module) -> bool:
     """Whether the module scales channels by what it sees: a gate of ours, or one of :data:`ATTENTION`."""
     return isinstance(module, Gate) or class_with_forward(module) in ATTENTION
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether the module is a norm, timm's with an activation inside included."""
-    return isinstance(module, _NORMS)
-
-
-def activation_inside(norm: nn.Module) -> bool:
-    """Whether a norm of timm applies an activation, too."""
-    inside = getattr(norm, "act", None)
-    return isinstance(inside, nn.Module) and not isinstance(inside, nn.Identity)
-
-
-def affine(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Weight and bias of a norm whose output they scale and shift, and that can be written into; otherwise None.
-
-    Norms whose code is not known, or whose weights are computed (parametrized, pruned), are none of these.
-    """
-    theirs = class_with_forward(norm)
-    known = theirs.startswith(_KNOWN_NORMS) and is_norm(norm) and not activation_inside(norm)
-    if not known or norm._forward_pre_hooks or "forward" in vars(norm):
-        return None
-    weight, bias = ((norm._parameters | norm._buffers).get(name) for name in ("weight", "bias"))
-    if weight is None or bias is None or not all(t.is_contiguous() and not t.is_inference() for t in (weight, bias)):
-        return None
-    return weight, bias
 
 
 def is_activation(module: nn.Module) -> bool:
@@ -178,13 +125,3 @@ def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
     return names
-
-
-def owners(model: nn.Module) -> Counter[int]:
-    """In how many modules each parameter and buffer is registered, by its id."""
-    return Counter(
-        id(t)
-        for module in model.modules()
-        for t in (*module._parameters.values(), *module._buffers.values())
-        if t is not None
-    )

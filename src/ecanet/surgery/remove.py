@@ -1,13 +1,13 @@
 """Take out the gates that were put in."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ecanet.nn import Gate
+from ecanet.nn.folding import owners, tensors_to_scale
 from ecanet.nn.hung import GATE, hung_gates, take_down_
+from ecanet.nn.loading import keep_loading_
 from ecanet.surgery.checks import check_model
-from ecanet.surgery.layers import affine, owners
-from ecanet.surgery.loading import keep_loading_, without_values
 from ecanet.surgery.optimizers import check_optimizer, remove_parameters_
 from ecanet.surgery.report import Report, Row, parameters_of
 from ecanet.surgery.sites import FilterFn
@@ -17,18 +17,20 @@ def remove_gates_(
     model: nn.Module,
     *,
     force: bool = False,
+    fold: bool = False,
     filter_fn: FilterFn | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Report:
     """Take out the gates that :func:`ecanet.insert_gates_` put in: the network is the original one, with its keys.
 
-    A neutral gate is a constant, and the norm before it takes it: the function stays. A gate that was trained is no
-    constant.
+    A neutral gate is 1, so the function stays. A gate that was trained is not: the function changes without it, and the
+    network needs fine-tuning. Nothing but the gates is touched, except with ``fold``.
 
     Args:
         model: The network.
-        force: Take out trained gates, too. A norm before one takes 1/2, the value a gate starts from: the function
-            changes, and the network needs fine-tuning.
+        force: Take out trained gates, too.
+        fold: Let the norm before a gate take the value of a gate that is another constant than 1, as neutral gates are
+            after :func:`ecanet.fold_factors_`; before a trained gate that was folded, the value it started from.
         filter_fn: Function of a gate and its name that says whether it is to go.
         optimizer: Loses the gates' parameters.
 
@@ -37,7 +39,7 @@ def remove_gates_(
 
     Raises:
         TypeError: ``model`` is no module, or is compiled, scripted or wrapped for parallel training.
-        ValueError: gates are not constant and ``force`` is not given, or the optimizer has none of the model's
+        ValueError: gates are not 1 and neither ``force`` nor ``fold`` helps, or the optimizer has none of the model's
             parameters. The network is then as it was.
 
     Example:
@@ -56,32 +58,32 @@ def remove_gates_(
         for name, host, gate in hung_gates(model)
         if filter_fn is None or filter_fn(gate, f"{name}.{GATE}" if name else GATE)
     ]
-    gates = {name: gate for name, _, gate in wanted}
-    constants = {name: gate.constant() if isinstance(gate, Gate) else None for name, _, gate in wanted}
-    count = owners(model)
-    tensors = {name: affine(host) or () for name, host, _ in wanted}
-    shared = {name for name, _, _ in wanted if any(count[id(t)] > 1 for t in tensors[name])}
-    lost = [
-        name
-        for name, constant in constants.items()
-        if not without_values(gates[name])
-        and (constant is None or (constant != 1 and (not tensors[name] or name in shared)))
-    ]
+    constants = {name: _constant(gate) for name, _, gate in wanted}
+    lost = [name for name, constant in constants.items() if constant is None or (constant != 1 and not fold)]
     if lost and not force:
         shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+        if all(constants[name] is not None for name in lost):
+            what, remedy = "constant, but not 1", "fold=True lets the norms before them take that"
+        else:
+            what, remedy = "not constant", "force=True does it all the same"
         raise ValueError(
-            f"the gates after {shown} are not constant, so taking them out changes what the network computes: "
-            "force=True does it all the same"
+            f"the gates after {shown} are {what}, so taking them out changes what the network computes: {remedy}"
         )
+    folds: dict[str, tuple[tuple[Tensor, ...], float]] = {}
+    if fold:
+        count = owners(model)
+        for name, host, gate in wanted:
+            constant = constants[name]
+            value = _at_the_start(gate) if constant is None else constant
+            if value != 1:
+                folds[name] = tensors_to_scale(f"the gate after {name}", host, count), value
     rows: list[Row] = []
     removed: dict[str, nn.Module] = {}
     for name, host, gate in wanted:
-        constant = constants[name]
-        factor = 0.5 if constant is None and isinstance(gate, Gate) and gate.scale is None else constant
-        if factor is not None and name not in shared:
-            with torch.no_grad():
-                for tensor in tensors[name]:
-                    tensor.mul_(factor)
+        tensors, value = folds.get(name, ((), 1))
+        with torch.no_grad():
+            for tensor in tensors:
+                tensor.mul_(value)
         take_down_(host)
         remove_parameters_(optimizer, gate.parameters())
         gate_name = f"{name}.{GATE}" if name else GATE
@@ -90,3 +92,15 @@ def remove_gates_(
         rows.append(Row(gate_name, type(gate).__name__, name, channels, None, -parameters_of(gate)))
     keep_loading_(model)
     return Report("removed", tuple(rows), (), removed)
+
+
+def _constant(gate: nn.Module) -> float | None:
+    """What a gate is for every input, or None; one without values is what it started from."""
+    if any(t.is_meta for t in (*gate.parameters(), *gate.buffers())):
+        return _at_the_start(gate)
+    return gate.constant() if isinstance(gate, Gate) else None
+
+
+def _at_the_start(gate: nn.Module) -> float:
+    """What a gate was before it was trained, with the factor it has; 1 where that is not known."""
+    return 0.5 * gate.factor if isinstance(gate, Gate) and gate.starts_as_identity else 1.0

@@ -1,5 +1,6 @@
 """Swap the attention that a network has: its own, or gates that were put in."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -7,14 +8,16 @@ import torch
 from torch import nn
 
 from ecanet.inspect.cost import check_input_shape
-from ecanet.models.neutral import Neutralisable
 from ecanet.nn import Gate
 from ecanet.nn.build import GateFactory
 from ecanet.nn.hung import GATE, hang_, hung_gate, take_down_
+from ecanet.nn.loading import keep_loading_
+from ecanet.nn.neutral import make_identity_
+from ecanet.nn.norms import class_with_forward
 from ecanet.surgery.checks import check_model
-from ecanet.surgery.fitting import build_fitting_gate
-from ecanet.surgery.layers import ATTENTION, class_with_forward, is_attention, names_of, out_channels
-from ecanet.surgery.loading import PRESERVES, STANDS_FOR, keep_loading_
+from ecanet.surgery.fitting import arguments_of, build_fitting_gate
+from ecanet.surgery.layers import ATTENTION, is_attention, names_of, out_channels
+from ecanet.surgery.loading import stand_for_
 from ecanet.surgery.optimizers import add_parameters_, check_optimizer, remove_parameters_
 from ecanet.surgery.report import Report, Row, gate_row, parameters_of
 from ecanet.surgery.sites import FilterFn, Shapes, dry_run
@@ -44,9 +47,9 @@ def replace_gates_(
 
     Found are gates of this library wherever they are, and squeeze-and-excitation, ECA and their kin of torchvision and
     timm (:data:`ecanet.surgery.ATTENTION`). The new gate takes the old one's place and name. State dicts with the old
-    one's keys still load: what they hold for it is left out. A neutral gate is swapped for a neutral one, so the
-    function stays; one that was trained cannot be, and the network needs fine-tuning. What is such a gate already
-    stays.
+    one's keys still load: what they hold for it is left out. A neutral gate is swapped for a neutral one of the same
+    value, so the function stays; one that was trained cannot be: its factor stays, and the network needs fine-tuning.
+    What is such a gate already stays.
 
     Args:
         model: The network.
@@ -151,40 +154,41 @@ def _swap(
         channels, spatial = shape[1], shape[2:]
     like = next(old.parameters(), next(model.parameters(), None))
     new = build_fitting_gate(gate, kernel_size, name, old, channels, like)
-    if type(new) is type(old) and isinstance(new, Gate) and new.extra_repr() == old.extra_repr():
+    if type(new) is type(old) and isinstance(new, Gate) and arguments_of(new) == arguments_of(old):
         return None
     constant = old.constant() if isinstance(old, Gate) else None
     if constant is not None:
         _make_constant_(name, new, constant)
-    elif isinstance(old, Gate) and old.scale is not None and isinstance(new, Gate):
-        new.scale = old.scale.clone()
-    _stand_for_(new, old)
-    if hasattr(old, PRESERVES) and isinstance(new, Gate):
-        setattr(new, PRESERVES, True)
+    elif isinstance(old, Gate) and isinstance(new, Gate):
+        new.factor = old.factor
+        new.starts_as_identity = old.starts_as_identity and _can_be_identity(new)
+    stand_for_(new, old)
     vars(new).update({key: value for key, value in vars(old).items() if key in _YOLO_ROW})
     return _Swap(name, old, new, channels, spatial)
 
 
+def _can_be_identity(gate: Gate) -> bool:
+    try:
+        copy.deepcopy(gate).make_identity_()
+    except ValueError:
+        return False
+    return True
+
+
 def _make_constant_(name: str, gate: nn.Module, constant: float) -> None:
     """Keep the function where the old gate was neutral."""
-    if not isinstance(gate, Neutralisable):
-        raise ValueError(
-            f"{name} is neutral, and {type(gate).__name__} has no make_neutral_() to be neutral in its place"
-        )
     try:
-        own = gate.make_neutral_()
+        make_identity_(gate)
     except ValueError as error:
         raise ValueError(
             f"{name} is neutral, and what takes its place has to be: {error}; take another gate"
         ) from error
-    if own != constant:
-        like = next(gate.parameters())
-        gate.register_buffer("scale", like.new_tensor(constant / own))
-
-
-def _stand_for_(new: nn.Module, old: nn.Module) -> None:
-    """Note the keys whose values are of no use any more."""
-    setattr(new, STANDS_FOR, tuple(sorted({*getattr(old, STANDS_FOR, ()), *old.state_dict()})))
+    if isinstance(gate, Gate):
+        gate.factor *= constant
+    elif constant != 1:
+        raise ValueError(
+            f"{name} is {constant:g}, and a {type(gate).__name__} has no factor to be that; take another gate"
+        )
 
 
 def _put_back(found: dict[str, nn.Module], modules: Mapping[str, nn.Module]) -> Iterator[_Swap]:

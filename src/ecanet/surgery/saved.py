@@ -31,7 +31,8 @@ class Insertion:
         gate: A name in :data:`ecanet.nn.GATES`.
         where: As in :func:`ecanet.insert_gates_`: a kind, or names and patterns of modules.
         kernel_size: For gates that have one; ``"adaptive"`` is Eq. (12).
-        preserve: Start with neutral gates, so that the network computes the same function.
+        preserve: Start with gates that are 1, so that the network computes the same function.
+        fold: Fold the gates' factors into the norms before them, so that the keys are those of the authors' files.
         num_classes: Classes of its head, by default as many as the library gives it.
         input_size: Height and width in pixels that multiply-adds are counted for; by default the network's own.
         fuse: Run its blocks on the fused tail, too.
@@ -42,6 +43,7 @@ class Insertion:
     where: str | tuple[str, ...] = "block"
     kernel_size: int | Literal["adaptive"] = "adaptive"
     preserve: bool = True
+    fold: bool = False
     num_classes: int | None = None
     input_size: int | None = None
     fuse: bool = False
@@ -79,6 +81,7 @@ class Insertion:
             self.where,
             kernel_size=self.kernel_size,
             preserve=self.preserve,
+            fold=self.fold,
             input_shape=shape,
         )
         return model, (report, fuse_tails_(model)) if self.fuse else (report,)

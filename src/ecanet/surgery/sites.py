@@ -12,9 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ecanet.inspect.observe import evaluating, example_tensor
 from ecanet.nn.hung import CONTAINERS, GATE, hung_gates, run_gate
+from ecanet.nn.norms import class_with_forward
 from ecanet.surgery.blocks import JOINED, WIDER, Branch, find_blocks
 from ecanet.surgery.groups import find_groups
-from ecanet.surgery.layers import CONVOLUTIONS, class_with_forward, is_empty, names_of, out_channels
+from ecanet.surgery.layers import CONVOLUTIONS, is_empty, names_of, out_channels
 
 FilterFn: TypeAlias = Callable[[nn.Module, str], bool]
 Where: TypeAlias = str | Sequence[str] | FilterFn

@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,7 @@ def load_trained(path: str | os.PathLike[str]) -> TrainedNetwork:
     path = Path(path)
     checkpoint = read_checkpoint(path / "best.ckpt" if path.is_dir() else path)
     about = checkpoint[ABOUT]
-    network = build_network(ModelConfig(**{**about["recipe"]["model"], "weights": None}), len(about["classes"]))
+    network = build_network(as_it_started(ModelConfig(**about["recipe"]["model"])), len(about["classes"]))
     prefix = "network."
     network.load_state_dict(
         {key[len(prefix) :]: value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)}
@@ -176,6 +176,11 @@ def load_trained(path: str | os.PathLike[str]) -> TrainedNetwork:
     return TrainedNetwork(
         network.eval(), about["classes"], about["mean"], about["std"], about["recipe"], about["history"]
     )
+
+
+def as_it_started(config: ModelConfig) -> ModelConfig:
+    """The same network without the file it started from: plain weights make gates start neutral."""
+    return replace(config, weights=None, neutral=config.neutral or config.weights is not None)
 
 
 def build_network(config: ModelConfig, num_classes: int) -> nn.Module:

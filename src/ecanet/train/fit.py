@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from ecanet.train.checkpoint import (
     SafeCheckpointIO,
     SaveCheckpoints,
     TrainedNetwork,
+    as_it_started,
     build_network,
     load_trained,
     read_checkpoint,
@@ -107,7 +108,12 @@ def _fit(
     # The global generators, for the initial weights and Lightning's workers.
     L.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
     data = ImageData(recipe.data, recipe.trainer.seed)
-    network = build_network(recipe.model, len(data.classes))
+    if resume_from is None:
+        network = build_network(recipe.model, len(data.classes))
+    else:  # the file that the run started from may be gone; that there was one is kept on record
+        begun_with = read_checkpoint(resume_from)[ABOUT]["recipe"]["model"]["weights"]
+        recipe = replace(recipe, model=replace(recipe.model, weights=begun_with))
+        network = build_network(as_it_started(recipe.model), len(data.classes))
     history = _History(recipe, data, on_epoch)
     callbacks: list[Callback] = [history]
     if recipe.optim.ema is not None:

@@ -1,0 +1,60 @@
+"""Gates in Hugging Face transformers' networks: what ``from_pretrained`` does not find starts as it should.
+
+A network that calls :func:`ecanet.insert_gates_` in its constructor has gates that a plain checkpoint lacks.
+``from_pretrained`` gives missing tensors memory and then initialises the modules they belong to, each layer for itself.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from ecanet.nn import Gate
+
+#: What transformers sets on a tensor, and older versions on a module, whose values come from a file.
+_FLAG = "_is_hf_initialized"
+
+
+def keep_gates() -> None:
+    """Let ``from_pretrained`` make gates that start as 1 so again where a checkpoint lacks them.
+
+    :func:`ecanet.insert_gates_` calls this where transformers is imported. Other modules are initialised as ever;
+    calling it twice does no more than calling it once.
+    """
+    modeling = sys.modules.get("transformers.modeling_utils")
+    network: Any = getattr(modeling, "PreTrainedModel", None)
+    initialize = getattr(network, "_initialize_weights", None)
+    if initialize is not None and not getattr(initialize, "keeps_gates", False):
+        network._initialize_weights = _with_gates(initialize)
+
+
+def _with_gates(initialize: Callable[..., None]) -> Callable[..., None]:
+    """Transformers' ``PreTrainedModel._initialize_weights``, which is called on every module after its children."""
+
+    @functools.wraps(initialize)
+    def initialize_with_gates(self: Any, module: Any, *args: Any, **kwargs: Any) -> None:
+        is_new = isinstance(module, Gate) and not getattr(module, _FLAG, False)
+        # Asked before: transformers flags what it has initialised, too.
+        loaded = is_new and _comes_from_a_file(module)
+        initialize(self, module, *args, **kwargs)
+        if is_new and not loaded:
+            module.reset_parameters()
+
+    initialize_with_gates.keeps_gates = True  # type: ignore[attr-defined]
+    return initialize_with_gates
+
+
+def _comes_from_a_file(gate: Gate) -> bool:
+    """Whether a checkpoint has the weights of a gate.
+
+    Raises:
+        ValueError: it has, but not the factor that belongs to them.
+    """
+    weights = list(gate.parameters())
+    found = any(getattr(weight, _FLAG, False) for weight in weights)
+    if found and gate.scale is not None and not getattr(gate.scale, _FLAG, False):
+        raise ValueError(
+            f"the checkpoint has weights of a {type(gate).__name__} gate without a factor, and this network's gates "
+            f"have one, {gate.extra_repr()}: insert them with preserve=False"
+        )
+    return found

@@ -1,0 +1,103 @@
+"""A gate's factor inside the norm before it: the paper's exact form, with the keys of the authors' files."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ecanet.nn.gate import Gate, check_factor
+from ecanet.nn.hung import hung_gates
+from ecanet.nn.norms import affine
+
+
+@torch.no_grad()
+def fold_factors_(model: nn.Module, *, factor: float = 1.0) -> list[str]:
+    """Move the factors of a network's gates into the norms before them, or back: the network computes the same.
+
+    Gates of factor 1 have the keys of the authors' and timm's modules, and the norms hold what a neutral gate of 1/2
+    needs. From then on norm and gate belong together: whoever loads, moves or replaces one of the two without the other
+    halves or doubles the branch. Gates that keep their factor, as this library makes them, have no such tie.
+
+    Args:
+        model: A network with gates that :func:`ecanet.insert_gates_` put in, or one of :mod:`ecanet.models`.
+        factor: What every gate is left with: 1 folds the factors, 2 is the inverse for neutral gates that were folded.
+
+    Returns:
+        The names of the gates whose factor was another.
+
+    Raises:
+        TypeError: ``factor`` is not a number.
+        ValueError: ``factor`` is not finite and above 0, or there is no norm before a gate, or one that cannot take a
+            factor: without weight and bias, of unknown code, or with weights that another module has, too. Nothing is
+            changed then.
+
+    Example:
+        >>> import torchvision
+        >>> from ecanet import insert_gates_
+        >>> model = torchvision.models.resnet18()
+        >>> _ = insert_gates_(model)
+        >>> len(fold_factors_(model)), "layer1.0.bn2.gate.scale" in model.state_dict()
+        (8, False)
+    """
+    factor = check_factor(factor)
+    changes = [(name, norm, gate) for name, norm, gate in _pairs(model) if gate.factor != factor]
+    count = owners(model)
+    tensors = [tensors_to_scale(name, norm, count) for name, norm, _ in changes]
+    for (_, _, gate), (weight, bias) in zip(changes, tensors, strict=True):
+        for tensor in (weight, bias):
+            tensor.mul_(gate.factor / factor)
+        gate.factor = factor
+    return [name for name, _, _ in changes]
+
+
+def _pairs(model: nn.Module) -> Iterator[tuple[str, nn.Module, Gate]]:
+    """Name of every gate with a module before it, that module, and the gate; each gate once."""
+    names = {module: name for name, module in model.named_modules()}
+    pairs = [(host, gate) for _, host, gate in hung_gates(model)]
+    for module in model.modules():
+        if callable(gated_norms := getattr(module, "gated_norms", None)):
+            pairs += gated_norms()
+    known: set[nn.Module] = set()
+    for norm, gate in pairs:
+        if isinstance(gate, Gate) and gate not in known:
+            known.add(gate)
+            yield names[gate], norm, gate
+
+
+def check_foldable(model: nn.Module) -> None:
+    """Raise ValueError where :func:`fold_factors_` would, if every gate had a factor."""
+    count = owners(model)
+    for name, norm, _ in _pairs(model):
+        tensors_to_scale(name, norm, count)
+
+
+def tensors_to_scale(gate: str, norm: nn.Module, count: Counter[int]) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the norm before a gate.
+
+    Args:
+        gate: Name of the gate, for the error.
+        norm: The module before it.
+        count: What :func:`owners` says of the network.
+
+    Raises:
+        ValueError: it cannot take a factor.
+    """
+    tensors = affine(norm)
+    if tensors is None:
+        problem = f"{type(norm).__name__} is no norm with a plain weight and bias that could take it"
+    elif any(count[id(t)] > 1 for t in tensors):
+        problem = f"another module has the weights of its {type(norm).__name__}, too"
+    else:
+        return tensors
+    raise ValueError(f"the factor of {gate} cannot be folded into what is before it: {problem}; leave it in the gate")
+
+
+def owners(model: nn.Module) -> Counter[int]:
+    """In how many modules each parameter and buffer is registered, by its id."""
+    return Counter(
+        id(t)
+        for module in model.modules()
+        for t in (*module._parameters.values(), *module._buffers.values())
+        if t is not None
+    )

@@ -1,0 +1,58 @@
+"""What a norm of somebody else's network is, and whether its weight and bias could take a factor."""
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torchvision.ops import FrozenBatchNorm2d
+
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, FrozenBatchNorm2d)
+_KNOWN_NORMS = (
+    "torch.nn.modules.batchnorm.",
+    "torch.nn.modules.instancenorm.",
+    "torch.nn.modules.normalization.",
+    "torchvision.ops.misc.FrozenBatchNorm2d",
+    "torchvision.models.convnext.LayerNorm2d",
+    "timm.layers.norm.",
+    "timm.layers.norm_act.",
+)
+
+
+def qualified_name(cls: type) -> str:
+    """Module and name of a class, as the tables here have them."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def class_with_forward(module: nn.Module) -> str:
+    """The class whose ``forward`` a module runs, so that a subclass that only adds a constructor is its base.
+
+    What :func:`ecanet.fuse_tails_` made of a block counts as the block.
+    """
+    theirs = (
+        cls for cls in type(module).__mro__ if "forward" in vars(cls) and not cls.__module__.startswith("ecanet.")
+    )
+    return qualified_name(next(theirs))
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module is a norm, timm's with an activation inside included."""
+    return isinstance(module, _NORMS)
+
+
+def activation_inside(norm: nn.Module) -> bool:
+    """Whether a norm of timm applies an activation, too."""
+    inside = getattr(norm, "act", None)
+    return isinstance(inside, nn.Module) and not isinstance(inside, nn.Identity)
+
+
+def affine(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Weight and bias of a norm whose output they scale and shift, and that can be written into; otherwise None.
+
+    Norms whose code is not known, or whose weights are computed (parametrized, pruned), are none of these.
+    """
+    theirs = class_with_forward(norm)
+    known = theirs.startswith(_KNOWN_NORMS) and is_norm(norm) and not activation_inside(norm)
+    if not known or norm._forward_pre_hooks or "forward" in vars(norm):
+        return None
+    weight, bias = ((norm._parameters | norm._buffers).get(name) for name in ("weight", "bias"))
+    if weight is None or bias is None or not all(t.is_contiguous() and not t.is_inference() for t in (weight, bias)):
+        return None
+    return weight, bias

@@ -50,8 +50,8 @@ class Gate(nn.Module, ABC):
     Attributes:
         channels: Number of channels C.
         scale: The factor as files hold it, a tensor without dimensions; None where the factor is 1, so that such a
-            gate has the keys of the authors' module. Nothing is computed from it: where something writes into it,
-            :attr:`factor` follows.
+            gate has the keys of the authors' module. Nothing is computed from it: where something replaces it or
+            writes into it (``scale.data`` hides that), :attr:`factor` follows.
         starts_as_identity: Whether :meth:`make_identity_` was called. Then ``reset_parameters`` and a checkpoint from
             before the gate came in make the gate 1 again.
 

@@ -217,7 +217,7 @@ def test_a_type_that_rounds_does_not_change_it(dtype, assign) -> None:
 
 WRONG_FILES = {
     "the authors' file into a neutral gate": (
-        {"factor": 2.0}, lambda state: state.pop("scale"), r"weights of a gate of factor 1.*the factor 2.*preserve=False"
+        {"factor": 2.0}, lambda state: state.pop("scale"), r"a gate of factor 1.*the factor 2.*preserve=False"
     ),
     "a neutral gate's file into the authors' gate": (
         {}, lambda state: state.update(scale=torch.tensor(2.0)), r"a gate of factor 2, and this gate has the factor 1"

@@ -16,8 +16,9 @@ def fold_factors_(model: nn.Module, *, factor: float = 1.0) -> list[str]:
     """Move the factors of a network's gates into the norms before them, or back: the network computes the same.
 
     Gates of factor 1 have the keys of the authors' and timm's modules, and the norms hold what a neutral gate of 1/2
-    needs. From then on norm and gate belong together: whoever loads, moves or replaces one of the two without the other
-    halves or doubles the branch. Gates that keep their factor, as this library makes them, have no such tie.
+    needs; the weights of a trained gate take back that it sees the norm's output scaled. From then on norm and gate
+    belong together: whoever loads, moves or replaces one of the two without the other halves or doubles the branch.
+    Gates that keep their factor, as this library makes them, have no such tie.
 
     Args:
         model: A network with gates that :func:`ecanet.insert_gates_` put in, or one of :mod:`ecanet.models`.
@@ -29,8 +30,8 @@ def fold_factors_(model: nn.Module, *, factor: float = 1.0) -> list[str]:
     Raises:
         TypeError: ``factor`` is not a number.
         ValueError: ``factor`` is not finite and above 0, or there is no norm before a gate, or one that cannot take a
-            factor: without weight and bias, of unknown code, or with weights that another module has, too. Nothing is
-            changed then.
+            factor: without weight and bias, of unknown code, or with weights that another module has, too; or the gate
+            is trained and has no weights that could follow (SE-Var1). Nothing is changed then.
 
     Example:
         >>> import torchvision
@@ -43,10 +44,13 @@ def fold_factors_(model: nn.Module, *, factor: float = 1.0) -> list[str]:
     factor = check_factor(factor)
     changes = [(name, norm, gate) for name, norm, gate in _pairs(model) if gate.factor != factor]
     count = owners(model)
-    tensors = [tensors_to_scale(name, norm, count) for name, norm, _ in changes]
-    for (_, _, gate), (weight, bias) in zip(changes, tensors, strict=True):
-        for tensor in (weight, bias):
-            tensor.mul_(gate.factor / factor)
+    tensors = [(tensors_to_scale(name, norm, count), _weights_to_scale(name, gate)) for name, norm, gate in changes]
+    for (_, _, gate), (of_norm, of_gate) in zip(changes, tensors, strict=True):
+        ratio = gate.factor / factor
+        for tensor in of_norm:
+            tensor.mul_(ratio)
+        for tensor in of_gate:
+            tensor.div_(ratio)
         gate.factor = factor
     return [name for name, _, _ in changes]
 
@@ -63,6 +67,19 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, nn.Module, Gate]]:
         if isinstance(gate, Gate) and gate not in known:
             known.add(gate)
             yield names[gate], norm, gate
+
+
+def _weights_to_scale(name: str, gate: Gate) -> tuple[Tensor, ...]:
+    """Weights of a gate that see the means of the norm's output; of a constant gate none do."""
+    if gate.constant() is not None or any(t.is_meta for t in gate.parameters()):
+        return ()
+    weights = gate.weights_on_means()
+    if not weights:
+        raise ValueError(
+            f"the factor of {name} cannot be folded: the gate is not constant, and a {type(gate).__name__} has no "
+            "plain weights that could take back that it sees the norm's output scaled; leave it in the gate"
+        )
+    return weights
 
 
 def check_foldable(model: nn.Module) -> None:

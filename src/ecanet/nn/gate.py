@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.compiler import is_compiling
+from torch.nn.utils.parametrize import is_parametrized
 
 from ecanet.nn import fused
 from ecanet.nn.kernel_size import check_channels
@@ -235,6 +236,10 @@ class Gate(nn.Module, ABC):
         """Whether the weights are such as :meth:`make_neutral_` sets them."""
         return False
 
+    def weights_on_means(self) -> tuple[Tensor, ...]:
+        """Parameters that, divided by r, make the logits of r times the means what they were; none if none do."""
+        return ()
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -344,6 +349,10 @@ class LinearGate(Gate):
         dtype = reference.accumulation_dtype(like.dtype)
         # Row j of the result of the identity is what channel j adds to every logit: column j of W.
         return self.logits(torch.eye(self.channels, dtype=dtype, device=like.device)).T
+
+    def weights_on_means(self) -> tuple[Tensor, ...]:
+        """All of W, unless it is computed from other parameters."""
+        return () if any(is_parametrized(module) for module in self.modules()) else tuple(self.parameters())
 
     @torch.no_grad()
     def make_neutral_(self) -> float:

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ecanet.nn.gate import Gate, LinearGate, is_hooked
 from ecanet.nn.kernel_size import check_channels
@@ -57,6 +58,10 @@ class SE(Gate):
         """Set W2 = 0, keep W1, so that gradients reach W2 at once; every gate becomes sigmoid(0) = 1/2."""
         self.fc2.weight.zero_()
         return 0.5
+
+    def weights_on_means(self) -> tuple[Tensor, ...]:
+        """W1: a ReLU follows it, which multiplies as it does."""
+        return () if is_parametrized(self.fc1) else tuple(self.fc1.parameters())
 
     def is_neutral(self) -> bool:
         """Whether W2 = 0."""

@@ -229,6 +229,13 @@ def _gates(on: On, channels: int) -> tuple[ECA, EcaModule]:
     return eca.to(on.device), timm.to(on.device)
 
 
+def _neutral(eca: ECA) -> ECA:
+    """A copy that is 1 for every input, by its factor 2."""
+    twin = copy.deepcopy(eca)
+    twin.make_identity_()
+    return twin
+
+
 def _compile(module: nn.Module) -> Callable[..., Any]:
     return torch.compile(module, dynamic=False)
 
@@ -329,9 +336,11 @@ def _inference(compiled: bool, on: On, shape: tuple[int, ...], memory_format: st
         torch.compiler.reset()
         competitors["timm compiled"] = Competitor(partial(_compile(eager), x, residual), on.context)
     agree = tuple(competitors)
+    neutral, other = _neutral(eca), x.clone()
+    competitors["neutral"] = Competitor(partial(gate_add_relu_, other, neutral, residual), on.context)
     competitors["no gate"] = Competitor(lambda: torch.relu_(vanilla.add_(residual)), torch.no_grad)
     competitors["copy"] = _copy(x)
-    return Work(competitors, (agree,), on.tolerance, 3, x.nbytes)
+    return Work(competitors, (agree, ("no gate", "neutral")), on.tolerance, 3, x.nbytes)
 
 
 def _training(compiled: bool, on: On, shape: tuple[int, ...], memory_format: str, backward: bool = True) -> Work:
@@ -344,10 +353,11 @@ def _training(compiled: bool, on: On, shape: tuple[int, ...], memory_format: str
     with torch.no_grad():  # a new norm makes every mean of a single sample 0, and nothing depends on ECA's weight
         norm.weight.uniform_(0.5, 1.5)
         norm.bias.normal_()
-    norms = (copy.deepcopy(norm).to(on.device) for _ in range(3))
+    norms = (copy.deepcopy(norm).to(on.device) for _ in range(4))
     modules = {
         "timm": Tail(next(norms), timm),
         "ecanet": FusedTail(next(norms), eca),
+        "neutral": FusedTail(next(norms), _neutral(eca)),
         "no gate": Tail(next(norms), None),
     }
     forwards: dict[str, Callable[..., Any]] = dict(modules)
@@ -373,16 +383,15 @@ def _training(compiled: bool, on: On, shape: tuple[int, ...], memory_format: str
             return (out,)
         # autograd.grad and not backward(): inside a network nothing is a leaf, so no gradient is copied into .grad.
         inputs = [x, residual, *modules[name.removesuffix(" compiled")].parameters()]
-        return (out, *torch.autograd.grad(out, inputs, grad))
+        outputs = (out, *torch.autograd.grad(out, inputs, grad))
+        return outputs[:-1] if name.startswith("neutral") else outputs  # no gate has no gradient of a kernel
 
     def context(name: str) -> AbstractContextManager[object]:
         return on.context(backend="reference" if name.startswith("formula") else None, grad=True)
 
     competitors = {name: Competitor(partial(step, name), partial(context, name)) for name in forwards}
-    agree = (
-        tuple(name for name in forwards if not name.startswith("no gate")),
-        tuple(name for name in forwards if name.startswith("no gate")),
-    )
+    like_no_gate = tuple(name for name in forwards if name.startswith(("no gate", "neutral")))
+    agree = tuple(name for name in forwards if name not in like_no_gate), like_no_gate[::-1]
     competitors["copy"] = _copy(x.detach())
     # Forward: moments read x; apply reads x and residual, writes out. Backward: the first pass reads the gradient, out
     # and x and writes d; the second reads d and x and writes the gradient of x.

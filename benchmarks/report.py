@@ -49,6 +49,8 @@ CPU_TARGETS = (
     Target("inference/tail", "ecanet", "timm", 1 / 3),
     Target("training/tail", "ecanet", "timm", 1 / 2),
     Target("training/tail", "ecanet", "no gate", 1.0),
+    Target("training/tail", "neutral", "ecanet", 1.01),
+    Target("inference/tail", "neutral", "ecanet", 1.01),
     Target("network/inference", "ecanet", "no gate", 1.0, each_format=True),
     Target("network/training", "ecanet", "no gate", 1.0, each_format=True),
     Target("training/tail", "ecanet compiled", "no gate compiled", 1.1),

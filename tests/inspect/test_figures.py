@@ -414,6 +414,11 @@ def test_gates_per_class_shows_a_line_per_class() -> None:
     assert [text.get_text() for text in legend.get_texts()] == CLASSES
 
 
+def test_gates_of_a_larger_factor_are_all_seen() -> None:
+    figure = plot_gates_per_class({"a": 2 * torch.rand(3, 8), "b": torch.full((3, 16), 1.9)}, CLASSES)
+    assert [axes.get_ylim() for axes in figure.axes] == [(0, 2), (0, 2)]
+
+
 def test_gates_per_class_by_mean() -> None:
     gate = torch.tensor([[0.9, 0.1, 0.5], [0.8, 0.2, 0.3]], dtype=torch.float64)
     (axes,) = plot_gates_per_class({"a": gate}, CLASSES[:2], by_mean=True).axes

@@ -27,7 +27,7 @@ _BAR_HEIGHT = 0.1
 
 
 def plot_matrices(gates: Mapping[str, LinearGate], *, shared_scale: bool = False) -> "Figure":
-    """Draw the matrix W of several gates: ``gate = sigmoid(W @ channel means)``.
+    """Draw the matrix W of several gates: ``gate = factor * sigmoid(W @ channel means)``.
 
     Entries that are zero are white; the smallest weights are grey. From 32 channels on, a second panel below shows
     the first 16. Above 128 channels each cell of the large panel stands for a square of entries and shows the

@@ -1,5 +1,6 @@
 """The gates that a model learned, class by class: values and figure."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -139,6 +140,9 @@ def plot_gates_per_class(
     for axes in panels.flat[len(shown) :]:
         axes.remove()
     colours = _class_colours(len(classes))
+    # Sigmoids are below 1; gates with a factor, as those with a neutral start have, can be as large as that.
+    largest = max((float(values[name].nan_to_num().max()) for name in shown if values[name].numel()), default=0.0)
+    top = max(1, math.ceil(largest))
     for position, name in enumerate(shown):
         axes, gate = panels.flat[position], values[name].detach().double().cpu()
         channels = gate.shape[1]
@@ -159,8 +163,8 @@ def plot_gates_per_class(
         spread = f"{seen.std(0, correction=0).mean():.3f}" if len(seen) else "unknown"
         axes.set_title(f"{name}: C = {channels}, spread across classes {spread}", fontsize=SMALL_FONT_SIZE, loc="left")
         axes.set_xlim(1, max(channels, 2))
-        axes.set_ylim(0, 1)
-        axes.set_yticks([0, 0.5, 1])
+        axes.set_ylim(0, top)
+        axes.set_yticks([0, top / 2, top])
     if len(classes) <= 30:
         handles = panels.flat[0].get_lines()
         legend = figure.legend(

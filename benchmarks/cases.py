@@ -130,6 +130,8 @@ def map_cases(quick: bool, compiled: bool, on: On = On()) -> Iterator[Case]:
         ("inference", "tail", partial(_inference, compiled)),
         ("training", "tail", partial(_training, compiled)),
         ("training", "tail-forward", partial(_training, compiled, backward=False)),
+        ("inference", "factor", partial(_factor, False)),
+        ("training", "factor", partial(_factor, True)),
     ]
     for group, name, build in builders:
         for shape in shapes:
@@ -227,13 +229,6 @@ def _gates(on: On, channels: int) -> tuple[ECA, EcaModule]:
     eca, timm = ECA(channels), EcaModule(channels)
     timm.load_state_dict(eca.state_dict())
     return eca.to(on.device), timm.to(on.device)
-
-
-def _neutral(eca: ECA) -> ECA:
-    """A copy that is 1 for every input, by its factor 2."""
-    twin = copy.deepcopy(eca)
-    twin.make_identity_()
-    return twin
 
 
 def _compile(module: nn.Module) -> Callable[..., Any]:
@@ -336,11 +331,9 @@ def _inference(compiled: bool, on: On, shape: tuple[int, ...], memory_format: st
         torch.compiler.reset()
         competitors["timm compiled"] = Competitor(partial(_compile(eager), x, residual), on.context)
     agree = tuple(competitors)
-    neutral, other = _neutral(eca), x.clone()
-    competitors["neutral"] = Competitor(partial(gate_add_relu_, other, neutral, residual), on.context)
     competitors["no gate"] = Competitor(lambda: torch.relu_(vanilla.add_(residual)), torch.no_grad)
     competitors["copy"] = _copy(x)
-    return Work(competitors, (agree, ("no gate", "neutral")), on.tolerance, 3, x.nbytes)
+    return Work(competitors, (agree,), on.tolerance, 3, x.nbytes)
 
 
 def _training(compiled: bool, on: On, shape: tuple[int, ...], memory_format: str, backward: bool = True) -> Work:
@@ -353,11 +346,10 @@ def _training(compiled: bool, on: On, shape: tuple[int, ...], memory_format: str
     with torch.no_grad():  # a new norm makes every mean of a single sample 0, and nothing depends on ECA's weight
         norm.weight.uniform_(0.5, 1.5)
         norm.bias.normal_()
-    norms = (copy.deepcopy(norm).to(on.device) for _ in range(4))
+    norms = (copy.deepcopy(norm).to(on.device) for _ in range(3))
     modules = {
         "timm": Tail(next(norms), timm),
         "ecanet": FusedTail(next(norms), eca),
-        "neutral": FusedTail(next(norms), _neutral(eca)),
         "no gate": Tail(next(norms), None),
     }
     forwards: dict[str, Callable[..., Any]] = dict(modules)
@@ -383,15 +375,16 @@ def _training(compiled: bool, on: On, shape: tuple[int, ...], memory_format: str
             return (out,)
         # autograd.grad and not backward(): inside a network nothing is a leaf, so no gradient is copied into .grad.
         inputs = [x, residual, *modules[name.removesuffix(" compiled")].parameters()]
-        outputs = (out, *torch.autograd.grad(out, inputs, grad))
-        return outputs[:-1] if name.startswith("neutral") else outputs  # no gate has no gradient of a kernel
+        return (out, *torch.autograd.grad(out, inputs, grad))
 
     def context(name: str) -> AbstractContextManager[object]:
         return on.context(backend="reference" if name.startswith("formula") else None, grad=True)
 
     competitors = {name: Competitor(partial(step, name), partial(context, name)) for name in forwards}
-    like_no_gate = tuple(name for name in forwards if name.startswith(("no gate", "neutral")))
-    agree = tuple(name for name in forwards if name not in like_no_gate), like_no_gate[::-1]
+    agree = (
+        tuple(name for name in forwards if not name.startswith("no gate")),
+        tuple(name for name in forwards if name.startswith("no gate")),
+    )
     competitors["copy"] = _copy(x.detach())
     # Forward: moments read x; apply reads x and residual, writes out. Backward: the first pass reads the gradient, out
     # and x and writes d; the second reads d and x and writes the gradient of x.
@@ -399,3 +392,33 @@ def _training(compiled: bool, on: On, shape: tuple[int, ...], memory_format: str
         return Work(competitors, agree, on.tolerance, 4, x.nbytes)
     # One ReLU that rounds otherwise is 6e-3 of a gradient.
     return Work(competitors, agree, max(2e-2, 5 * on.tolerance), 4 + 4 + 3, x.nbytes)
+
+
+def _factor(training: bool, on: On, shape: tuple[int, ...], memory_format: str) -> Work:
+    """What a gate's factor costs: the tail with a gate that is 1 by its factor 2, and with gates without a factor.
+
+    No copy among them: what takes its turn after one is slower.
+    """
+    torch.manual_seed(0)
+    x, residual, grad = (_randn(on, shape, memory_format) for _ in range(3))
+    eca = ECA(shape[1]).to(on.device)
+    neutral, constant = copy.deepcopy(eca), copy.deepcopy(eca)
+    neutral.make_identity_()
+    constant.make_neutral_()
+    gates = {"ecanet": eca, "neutral": neutral, "constant": constant}
+    if not training:  # in place: each has a map of its own, and their values stay bounded or grow linearly
+        runs = {name: partial(gate_add_relu_, x.clone(), gate, residual) for name, gate in gates.items()}
+        competitors = {name: Competitor(run, on.context) for name, run in runs.items()}
+        return Work(competitors, (), on.tolerance)
+    x.requires_grad_()
+    residual.requires_grad_()
+    norm = nn.BatchNorm2d(shape[1]).to(on.device)
+    tails = {name: FusedTail(copy.deepcopy(norm), gate) for name, gate in gates.items()}
+
+    def step(tail: FusedTail) -> tuple[Tensor, ...]:
+        out = tail(x, residual)
+        return (out, *torch.autograd.grad(out, [x, residual, *tail.parameters()], grad))
+
+    context = partial(on.context, grad=True)
+    competitors = {name: Competitor(partial(step, tail), context) for name, tail in tails.items()}
+    return Work(competitors, (), on.tolerance)

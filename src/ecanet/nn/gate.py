@@ -68,7 +68,8 @@ class Gate(nn.Module, ABC):
         check_channels(channels)
         self.channels = channels
         self.starts_as_identity = False
-        self._seen = 0, 0, False  # of the tensor ``scale``: its id, its version, whether a change was looked at
+        self._seen = 0, 0  # id and version of the tensor ``scale`` that the factor was read from or written to
+        self._read_again = False  # whether that one was read a second time
         self.register_buffer("scale", None)
         self.factor = factor
 
@@ -86,7 +87,8 @@ class Gate(nn.Module, ABC):
         scale = self._buffers["scale"]
         if scale is None:
             return 1.0
-        if not is_compiling() and self._is_rewritten(scale):
+        # Asked at every call: as little as tells that nobody wrote.
+        if not is_compiling() and (id(scale), _version(scale)) != self._seen:
             self._read(scale)
         return self._factor
 
@@ -105,31 +107,29 @@ class Gate(nn.Module, ABC):
             with torch.no_grad():
                 scale.fill_(self._factor)
         if (scale := self._buffers["scale"]) is not None:
-            self._seen = id(scale), _version(scale), False
-
-    def _is_rewritten(self, scale: Tensor) -> bool:
-        """Whether ``scale`` is another tensor than when it was looked at, or was written into since.
-
-        A GPU would be waited for, and DistributedDataParallel writes at every step: there, the first time alone.
-        """
-        known, version, again = self._seen
-        return id(scale) != known or (_version(scale) != version and (scale.is_cpu or not again))
+            self._seen, self._read_again = (id(scale), _version(scale)), False
 
     def _read(self, scale: Tensor) -> None:
-        """Take the factor from ``scale``, unless somebody looks on who would take the number for a result."""
+        """Take the factor from ``scale``, unless somebody looks on who would take the number for a result.
+
+        A GPU is waited for, and DistributedDataParallel writes at every step: there, the first change alone is read.
+        """
         watched = torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
         if watched or _has_no_value(scale) or torch._C._len_torch_dispatch_stack():
             return
-        value = float(scale)
+        same = id(scale) == self._seen[0]
+        if same and self._read_again and not scale.is_cpu:
+            return
         problem = _problem_of(scale)
         if problem is not None:
             raise RuntimeError(
                 f"the scale of a {type(self).__name__} gate {problem}: something wrote into it that is no factor, or "
                 "nothing did after to_empty(): load a state dict or call reset_parameters()"
             )
+        value = float(scale)
         if not _is_rounded(value, self._factor):
             self._factor = value
-        self._seen = id(scale), _version(scale), id(scale) == self._seen[0]
+        self._seen, self._read_again = (id(scale), _version(scale)), same
 
     def gate(self, s: Tensor) -> Tensor:
         """Gates from channel means.
@@ -313,7 +313,10 @@ class ResetWithGate:
 
 
 def _version(t: Tensor) -> int:
-    return -1 if t.is_inference() else t._version
+    try:
+        return t._version
+    except RuntimeError:  # an inference tensor does not count
+        return -1
 
 
 def _has_no_value(t: Tensor) -> bool:

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from ecanet.inspect import gates
 from ecanet.train import Recipe, fit
-from ecanet.train.checkpoint import SafeCheckpointIO, read_checkpoint
+from ecanet.train.checkpoint import SafeCheckpointIO, build_network, load_trained, read_checkpoint
 from ecanet.train.classifier import Classifier
 from ecanet.train.config import to_plain
 
@@ -188,3 +189,20 @@ def test_logs_of_an_interrupted_run_are_kept(
     fit(tiny(), tmp_path, resume=True, progress=False)
     logs = [(tmp_path / "logs" / f"session_{i}" / "metrics.csv").read_text() for i in (0, 1)]
     assert all("val/top1" in log for log in logs)
+
+
+def test_a_run_from_plain_weights_goes_on_and_loads_without_their_file(tiny, monkeypatch, tmp_path) -> None:
+    recipe = tiny()
+    plain = build_network(replace(recipe.model, gate=None), 3)
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    recipe = replace(recipe, model=replace(recipe.model, weights=str(tmp_path / "plain.pth")))
+    fit(recipe, tmp_path / "whole", progress=False)
+    fit_until(monkeypatch, recipe, tmp_path / "killed", 12)
+    (tmp_path / "plain.pth").unlink()
+    without = replace(recipe, model=replace(recipe.model, weights=None))
+    fit(without, tmp_path / "killed", resume=True, progress=False)
+    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+    for folder in ("whole", "killed"):
+        trained = load_trained(tmp_path / folder)
+        assert {gate.factor for gate in gates(trained.network).values()} == {2.0}
+        assert trained.recipe["model"]["weights"] == str(tmp_path / "plain.pth")

@@ -1,0 +1,104 @@
+"""What a file says, before it is believed: how large it may make things, and how it is shown in an error."""
+
+import math
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+#: Longest text from a file that a message repeats.
+_SHOWN = 80
+
+
+def shown(value: object, most: int = _SHOWN) -> str:
+    r"""Text from a file as a message may repeat it: cut, and without line breaks or escape codes.
+
+    Args:
+        value: Anything; its ``repr`` if it is no text.
+        most: Longest result, in characters.
+
+    Example:
+        >>> print(shown("layer1.0" + chr(27) + "[2J"), shown("a" * 10**6, most=6))
+        layer1.0\x1b[2J aaa...
+    """
+    # Of something long the first part is enough, and all of it could take longer than reading it.
+    text = value[: 2 * most] if isinstance(value, str) else _short_repr(value)
+    cut = len(value) > 2 * most if isinstance(value, str) else False
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= most and not cut else f"{text[: most - 3]}..."
+
+
+def _short_repr(value: object) -> str:
+    """Of a number or the like its ``repr``; of something that holds others its type, as those may be without end."""
+    if value is None or isinstance(value, (bool, float)):
+        return repr(value)
+    if isinstance(value, int):
+        return repr(value) if value.bit_length() < 256 else f"a number of {value.bit_length()} bits"
+    return f"a {type(value).__name__}"
+
+
+def check_file(path: Path, most_bytes: int | None = None) -> None:
+    """Raise unless a path is a file of bytes, and not a device or a pipe that would never end.
+
+    Args:
+        path: The file.
+        most_bytes: Largest size, or None for any.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no regular file, or larger.
+    """
+    try:
+        about = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"no such file: {shown(str(path), 200)}") from error
+    if not stat.S_ISREG(about.st_mode):
+        kind = "a folder" if stat.S_ISDIR(about.st_mode) else "no regular file"
+        raise ValueError(f"{shown(str(path), 200)} is {kind}")
+    if most_bytes is not None and about.st_size > most_bytes:
+        raise ValueError(
+            f"{shown(str(path), 200)} has {about.st_size:,} bytes, more than the {most_bytes:,} that one may have"
+        )
+
+
+def check_number(value: object, what: str, low: float, high: float) -> None:
+    """Raise unless a value is a finite number in a range.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is outside.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{what} must be a number, got {shown(value)}")
+    if not (math.isfinite(value) and low <= value <= high):
+        raise ValueError(f"{what} must be {low:g} or more and at most {high:g}, got {shown(value)}")
+
+
+def listed(names: Iterable[str], most: int = 20) -> str:
+    """Names from a file as a sentence may hold them: the first ones, each shortened, and how many more there are."""
+    every = list(names)
+    text = ", ".join(shown(name) for name in every[:most])
+    return text if len(every) <= most else f"{text} and {len(every) - most} more"
+
+
+def check_plain(value: Any, what: str) -> None:
+    """Raise unless a value is a scalar or a list of scalars, each finite and short.
+
+    Raises:
+        TypeError: it is something else, such as a mapping, which could stand for an object to be built.
+        ValueError: a number is not finite or a text or list too long.
+    """
+    items = value if isinstance(value, (list, tuple)) else [value]
+    if len(items) > 1000:
+        raise ValueError(f"{what} must be a list of at most 1000 values, got {len(items)}")
+    for item in items:
+        if item is None or isinstance(item, bool):
+            continue
+        if isinstance(item, str):
+            if len(item) > 1000:
+                raise ValueError(f"{what} must be a text of at most 1000 characters, got {len(item)}")
+        elif isinstance(item, (int, float)):
+            check_number(item, what, -1e12, 1e12)
+        else:
+            raise TypeError(f"{what} must be a number, a text, true, false, null or a list of these, got {shown(item)}")

@@ -1,6 +1,7 @@
 """``save_pretrained`` / ``from_pretrained`` through huggingface_hub's mixin, and a clear word when it is missing."""
 
 import importlib.util
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from ecanet.models.arguments import CHECKS, check_arguments
 from ecanet.models.neutral import make_neutral_
+from ecanet.models.state_dicts import describe, misfits, read_state_dict
 from ecanet.nn import Gate
 from ecanet.nn.folding import fold_factors_
+from ecanet.untrusted import check_file, shown
 
 _REMEDY = "needs huggingface_hub and safetensors: pip install 'ecanet[hub]'"
 
@@ -47,9 +51,6 @@ class HubModel(
     tags=["image-classification", "channel-attention", "eca-net"],
 ):
     """A network whose constructor arguments (``config``) and weights fit in a folder: config.json, model.safetensors.
-
-    ``from_pretrained`` is huggingface_hub's, from a folder or a repository of the Hub, and returns the network in eval
-    mode. Keys that are missing or unexpected raise, unless ``strict=False`` is given.
 
     A subclass sets ``config`` to the arguments that build it again, ``backbone`` to torchvision's name of its plain
     twin and ``classifier_name`` to the prefix of its classifier's keys, and names its gates.
@@ -108,7 +109,6 @@ class HubModel(
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     _ = ECAResNet(18, "se", num_classes=10).save_pretrained(folder)
             ...     model = ECAResNet.from_pretrained(folder)
-            Loading weights from local directory
             >>> model.config["gate"]
             'se'
         """
@@ -141,10 +141,87 @@ class HubModel(
             )
 
     @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> Any:
-        # The mixin's own default is strict=False: another network's folder then gives random weights without a word.
+    def from_pretrained(  # type: ignore[override]
+        cls, folder: str | Path, *, strict: bool = True, map_location: Any = "cpu", **arguments: Any
+    ) -> Any:
+        """Build the network that a folder, or a repository of the Hub, describes, and load its weights.
+
+        Both files are data: arguments are checked one by one, none of them opens a path, and nothing is built for sizes
+        that the weights do not have.
+
+        Args:
+            folder: A folder with ``config.json`` and ``model.safetensors``, or the name of a repository of the Hub.
+            strict: Refuse weights that are missing or unexpected; otherwise what fits is loaded.
+            map_location: Device for the network.
+            arguments: huggingface_hub's ``revision``, ``cache_dir``, ``force_download``, ``local_files_only`` and
+                ``token``; others take the place of those in ``config.json``.
+
+        Returns:
+            The network in eval mode.
+
+        Raises:
+            ImportError: huggingface_hub or safetensors is not installed.
+            OSError: no such folder, file or repository.
+            TypeError, ValueError: a file is damaged, an argument not one of the network's, or the weights do not fit;
+                names the file.
+        """
         _require_safetensors("from_pretrained")
-        return super()._from_pretrained(strict=strict, **kwargs)
+        hub = {name: arguments.pop(name) for name in _OF_THE_HUB if name in arguments}
+        config_file = _file_of(folder, "config.json", hub)
+        given = check_arguments(_read_config(config_file), config_file, _arguments_of(cls)) | arguments
+        weights = _file_of(folder, "model.safetensors", hub)
+        state = read_state_dict(weights)
+        with torch.device("meta"):  # no memory is taken for sizes that the file only claims
+            own = cls(**given).state_dict()
+        problem = misfits(state, own)
+        if not strict:
+            problem.pop("unexpected")
+        missing = [key for key in own if key not in state] if strict else []
+        if found := describe(missing=missing, **problem):
+            raise ValueError(f"{weights} does not fit the network that {config_file} describes: {found}")
+        model = cls(**given)
+        model.load_state_dict(state, strict=strict)
+        return model.to(map_location).eval()
+
+
+#: Arguments that huggingface_hub takes to find a file.
+_OF_THE_HUB = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+#: Largest ``config.json``; those that are written here have less than 1 kB.
+_LARGEST_CONFIG = 2**16
+
+
+def _arguments_of(cls: type) -> list[str]:
+    """Arguments of a network's constructor, and of those it hands arguments on to."""
+    names: list[str] = []
+    for base in cls.__mro__:
+        if "__init__" not in vars(base) or not issubclass(base, nn.Module) or base is nn.Module:
+            continue
+        parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+        names += [p.name for p in parameters if p.name in CHECKS and p.name not in names]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return names
+
+
+def _file_of(folder: str | Path, name: str, hub: dict[str, Any]) -> Path:
+    if Path(folder).is_dir():
+        path = Path(folder) / name
+        if not path.exists():
+            raise FileNotFoundError(f"no {name} in {folder}, so it is no folder that save_pretrained wrote")
+        return path
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise ImportError(f"from_pretrained {_REMEDY}") from error
+    return Path(hf_hub_download(str(folder), name, **hub))
+
+
+def _read_config(path: Path) -> Any:
+    check_file(path, _LARGEST_CONFIG)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON file, or damaged ({shown(str(error), 200)})") from error
 
 
 def _gates(model: HubModel) -> list[str]:

@@ -2,7 +2,10 @@
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
 
 from ecanet.models.kernel_sizes import RELEASED
 from ecanet.models.mobilenetv2 import BLOCKS_PER_STAGE, ECAMobileNetV2
@@ -43,18 +46,23 @@ def load_official(path: str | os.PathLike[str], strict: bool = True) -> ECAResNe
             f"{path} holds no ECA weights (no key ends in 'conv.weight' with shape (1, 1, k)): "
             "for a plain network's weights use ecanet.models.load_plain_weights"
         )
-    model: ECAResNet | ECAMobileNetV2
+    build: Callable[[], ECAResNet | ECAMobileNetV2]
     if any(key.startswith("features.") for key in state):
-        model = ECAMobileNetV2(
-            kernel_size=_mobilenet_stages(kernels, path), num_classes=_classes(state, ECAMobileNetV2.classifier_name)
+        build = partial(
+            ECAMobileNetV2,
+            kernel_size=_mobilenet_stages(kernels, path),
+            num_classes=_classes(state, ECAMobileNetV2.classifier_name, 1280),
         )
     else:
         depth = _depth(state, path)
-        model = ECAResNet(
+        build = partial(
+            ECAResNet,
             depth,
             kernel_size=_resnet_stages(kernels, depth, path),
-            num_classes=_classes(state, ECAResNet.classifier_name),
+            num_classes=_classes(state, ECAResNet.classifier_name, 512 if depth < 50 else 2048),
         )
+    with torch.device("meta"):  # no memory is taken for sizes that the file only claims
+        model = build()
     own = model.state_dict()
     # Checkpoints from before torch 0.4.1 have no such counters; torch starts them at 0.
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
@@ -64,6 +72,7 @@ def load_official(path: str | os.PathLike[str], strict: bool = True) -> ECAResNe
         if strict:
             raise ValueError(f"{found}: pass strict=False to load what fits")
         warnings.warn(found, stacklevel=2)
+    model = build()
     fitting = {key: value for key, value in state.items() if key in own and value.shape == own[key].shape}
     model.load_state_dict(fitting, strict=False)
     return model
@@ -109,6 +118,8 @@ def _depth(state: StateDict, path: object) -> int:
     return depths[kind, tuple(blocks)]
 
 
-def _classes(state: StateDict, classifier: str) -> int:
+def _classes(state: StateDict, classifier: str, features: int) -> int:
+    """Rows of the classifier's weight, if it is one: a number that the file has values for."""
     weight = state.get(f"{classifier}.weight")
-    return 1000 if weight is None else weight.shape[0]
+    is_one = weight is not None and weight.dim() == 2 and weight.shape[0] > 0 and weight.shape[1] == features
+    return weight.shape[0] if weight is not None and is_one else 1000

@@ -11,6 +11,9 @@ from ecanet.nn.gate import Gate, LinearGate, is_hooked
 from ecanet.nn.kernel_size import adaptive_kernel_size, check_channels, check_kernel_size
 from ecanet.ops import reference
 
+#: Kernels up to this size are built whatever the number of channels: they cost nothing.
+_ANY_KERNEL = 255
+
 
 class _BandGate(LinearGate):
     def __init__(
@@ -22,6 +25,11 @@ class _BandGate(LinearGate):
         elif isinstance(kernel_size, str):
             raise ValueError(f"kernel_size must be 'adaptive' or a positive odd integer, got {kernel_size!r}")
         check_kernel_size(kernel_size)
+        if kernel_size > max(2 * channels - 1, _ANY_KERNEL):
+            raise ValueError(
+                f"kernel_size must be at most {2 * channels - 1} for {channels} channels, got {kernel_size}: taps "
+                "further away see nothing but padding"
+            )
         if circular and kernel_size > channels:
             raise ValueError(
                 f"kernel_size must not exceed channels={channels} with circular padding, got {kernel_size}: "
@@ -52,8 +60,8 @@ class ECA(_BandGate):
 
     Raises:
         TypeError: ``channels`` or ``kernel_size`` is not an integer, ``factor`` is not a number.
-        ValueError: ``kernel_size`` is even or not positive, or above ``channels`` with circular padding; ``factor`` is
-            not finite and above 0.
+        ValueError: ``kernel_size`` is even or not positive, above 2 ``channels`` - 1 (and 255), or with circular
+            padding above ``channels``; ``factor`` is not finite and above 0.
 
     Source:
         Wang et al., ECA-Net, CVPR 2020, arXiv:1910.03151. The listing in Figure 3 lacks the sigmoid of Eq. (9).

@@ -249,9 +249,11 @@ def _run(verb: str, args: Sequence[str]) -> None:
         from jsonargparse import ArgumentParser
     except ImportError as error:
         raise ImportError("the command line needs jsonargparse: pip install 'ecanet[train]'") from error
+    from ecanet.train.recipes import with_recipes_read
+
     parser: Any = ArgumentParser(prog=f"ecanet {verb}", description=f"{what} Example: {example}")
     run = add(parser)
-    run(parser.instantiate(parser.parse_args(list(args))))
+    run(parser.instantiate(parser.parse_args(with_recipes_read(list(args)))))
 
 
 def _overview() -> str:

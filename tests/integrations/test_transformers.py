@@ -158,6 +158,56 @@ def test_gates_without_their_factor_are_refused(tmp_path) -> None:
     assert torch.equal(logits(loaded(GatedAtRandom, tmp_path), x), logits(model, x))
 
 
+class Backbone(transformers.PreTrainedModel):
+    """Any network of the library or of torch in a network of transformers, as people wrap their own."""
+
+    config_class = transformers.ResNetConfig
+
+    def _init_weights(self, module: nn.Module) -> None:
+        pass
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.net = self.build()
+        self.post_init()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class Plain(Backbone):
+    def build(self) -> nn.Module:
+        return ecanet.models.small_eca_resnet(None)
+
+
+class Neutral(Backbone):
+    def build(self) -> nn.Module:
+        return ecanet.models.small_eca_resnet("se", neutral=True)
+
+
+class ByHand(Backbone):
+    def build(self) -> nn.Module:
+        net = ecanet.models.small_eca_resnet("eca_ns")
+        for gate in gates(net).values():
+            gate.make_identity_()
+        return net
+
+
+@pytest.mark.parametrize("cls", [Neutral, ByHand], ids=lambda cls: cls.__name__)
+def test_a_network_of_the_library_as_a_backbone(cls, tmp_path) -> None:
+    plain, x = randomise_(Plain(config())), torch.randn(2, 3, 32, 32)
+    plain.save_pretrained(tmp_path)
+    for _ in range(3):  # memory that happens to hold the right thing once
+        with torch.no_grad():
+            assert torch.equal(loaded(cls, tmp_path)(x), plain(x))
+
+
+def test_gates_with_a_factor_are_refused_by_those_without(tmp_path) -> None:
+    Gated(config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the checkpoint has gates with a factor"):
+        loaded(GatedAtRandom, tmp_path)
+
+
 def test_networks_without_gates_are_initialised_as_ever(plain) -> None:
     folder, model = plain
     x = torch.randn(2, 3, 32, 32)

@@ -9,6 +9,7 @@ import torch
 from equations import GATES
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
+from torch.nn.utils import prune
 from torchvision.ops import FrozenBatchNorm2d
 
 import ecanet
@@ -396,3 +397,67 @@ def test_nothing_is_asked_of_a_tensor_on_the_way() -> None:
     for _ in range(3):
         gate(torch.randn(N, C, 2, 2))
         norm_gate_add_act(torch.randn(N, C, 2, 2), nn.BatchNorm2d(C), gate)
+
+
+def written_into(factor: float) -> ECA:
+    """A gate into which something wrote another factor, and nothing ran since."""
+    gate = ECA(C, factor=2.0)
+    gate.scale.copy_(torch.tensor(factor))
+    return gate
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda gate, x: torch.compile(gate, backend="eager", fullgraph=True)(x),
+        lambda gate, x: torch.compile(norm_gate_add_act, backend="aot_eager", fullgraph=True)(x, None, gate),
+        lambda gate, x: vmap(lambda t: gate(t[None])[0])(x),
+    ],
+    ids=["compiled", "compiled tail", "vmap"],
+)
+def test_what_runs_first_sees_what_was_written(run) -> None:
+    torch._dynamo.reset()
+    x, gate = torch.randn(N, C, 2, 2), written_into(3.0)
+    want = copy.deepcopy(gate)(x)
+    torch.testing.assert_close(run(gate, x), want)
+    assert gate.factor == 3
+
+
+def test_writing_under_inference_mode_is_seen() -> None:
+    with torch.inference_mode():
+        gate = ECA(C, factor=2.0)
+        for value in (3.0, 4.0):
+            gate.scale.fill_(value)
+            assert gate.factor == value
+
+
+def test_factors_that_are_close_are_told_apart() -> None:
+    gate = ECA(C, factor=2.0)
+    gate.load_state_dict(ECA(C, factor=2.006).state_dict())
+    assert gate.factor == pytest.approx(2.006)
+    with pytest.raises(RuntimeError, match="a gate of factor 1.003"):
+        ECA(C).load_state_dict(ECA(C, factor=1.003).state_dict(), strict=False)
+
+
+def test_a_file_of_factor_1_takes_the_record_away() -> None:
+    gate = ECA(C, factor=2.0)
+    gate.load_state_dict({**gate.state_dict(), "scale": torch.tensor(1.0)})
+    assert (gate.factor, gate.scale) == (1, None)
+
+
+@pytest.mark.parametrize(
+    "change", [torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.parametrizations.spectral_norm]
+)
+def test_gates_whose_weights_are_computed_cannot_be_neutral(change) -> None:
+    for gate, layer in ((ECA(C), "conv"), (SE(C), "fc2")):
+        change(getattr(gate, layer))
+        with pytest.raises(ValueError, match="its weights are computed from others"):
+            gate.make_identity_()
+
+
+def test_pruned_gates_can() -> None:
+    x = torch.randn(N, C, 2, 2)
+    for gate, layer in ((ECA(C), "conv"), (SE(C), "fc2"), (SE(C), "fc1")):
+        prune.l1_unstructured(getattr(gate, layer), "weight", 0.25)
+        gate.make_identity_()
+        assert torch.equal(gate(x), x)

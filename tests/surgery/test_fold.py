@@ -181,3 +181,64 @@ def test_mistakes_are_named() -> None:
     with torch.device("meta"):
         model = insert(torchvision.models.resnet18())
     assert len(fold_factors_(model)) == 8
+
+
+def one_for_all() -> nn.Module:
+    """A network of two branches whose norms share a gate."""
+    gate = ECA(3)
+    model = nn.Sequential(Branch(nn.BatchNorm2d(3)), Branch(nn.BatchNorm2d(3))).eval()
+    insert_gates_(model, lambda channels: gate, where=["0.end", "1.end"], input_shape=(1, 3, 8, 8))
+    return model
+
+
+def hooked() -> nn.Module:
+    model = nn.Sequential(Branch(nn.BatchNorm2d(3))).eval()
+    model[0].end.register_forward_hook(lambda module, args, output: output + 1)
+    insert_gates_(model, where="0.end", input_shape=(1, 3, 8, 8))
+    return model
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(Branch(nn.BatchNorm2d(3)), Branch(nn.BatchNorm2d(3))).eval()
+    insert_gates_(model, where=["0.end", "1.end"], input_shape=(1, 3, 8, 8))
+    train_(model)
+    model[1].end.gate.conv.weight = model[0].end.gate.conv.weight
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [(one_for_all, "follows several modules"), (hooked, "no norm with a plain weight"), (tied, "weights of its own")],
+    ids=["one gate for all", "a hook on the norm", "gates that share a weight"],
+)
+def test_what_would_change_the_function_is_refused(build, says) -> None:
+    model, x = build(), torch.randn(2, 3, 8, 8)
+    before, state = model(x), copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=says):
+        fold_factors_(model)
+    assert_same_state(model.state_dict(), state)
+    assert torch.equal(model(x), before)
+
+
+def test_one_gate_for_several_places_cannot_be_folded_at_once_and_comes_out_whole() -> None:
+    gate = ECA(3)
+    model, x = nn.Sequential(Branch(nn.BatchNorm2d(3)), Branch(nn.BatchNorm2d(3))).eval(), torch.randn(2, 3, 8, 8)
+    before = model(x)
+    places = {"where": ["0.end", "1.end"], "input_shape": (1, 3, 8, 8)}
+    with pytest.raises(ValueError, match="a gate of its own for every place"):
+        insert_gates_(model, lambda channels: gate, fold=True, **places)
+    insert_gates_(model, lambda channels: gate, **places)
+    assert len(remove_gates_(model).rows) == 2
+    assert torch.equal(model(x), before)
+
+
+def test_config_says_what_folding_and_plain_weights_made_of_a_network(tmp_path) -> None:
+    plain = ecanet.models.small_eca_resnet(None, num_classes=5).state_dict()
+    for change in (fold_factors_, lambda m: m.load_state_dict(plain), lambda m: fold_factors_(m, factor=1.5)):
+        for fold in (False, True):
+            model = ecanet.models.small_eca_resnet(num_classes=5, neutral=True, fold=fold).eval()
+            change(model)
+            model.save_pretrained(tmp_path)
+            again = type(model).from_pretrained(tmp_path)
+            x = images(32)
+            assert torch.equal(again(x), model(x))

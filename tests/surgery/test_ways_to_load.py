@@ -3,6 +3,7 @@
 import copy
 import datetime
 import importlib.util
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -450,3 +451,15 @@ def test_on_the_meta_device_then_empty_then_reset(plain) -> None:
             module.reset_parameters()
     tensor_by_tensor(model, plain.state_dict(), Path())
     assert_same_function(model, plain)
+
+
+@pytest.mark.parametrize("gate", ["eca", "se", "eca_ns"])
+def test_memory_that_nothing_was_written_into_is_no_weight(gate, plain) -> None:
+    with torch.device("meta"):
+        model = gated(gate=gate)
+    model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.detach().fill_(math.nan if tensor.is_floating_point() else 0)
+    model.load_state_dict(plain.state_dict())
+    assert_same_function(model, plain)
+    assert all(weight.isfinite().all() for weight in model.parameters())

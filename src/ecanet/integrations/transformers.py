@@ -23,9 +23,10 @@ def keep_gates() -> None:
     """
     modeling = sys.modules.get("transformers.modeling_utils")
     network: Any = getattr(modeling, "PreTrainedModel", None)
-    initialize = getattr(network, "_initialize_weights", None)
-    if initialize is not None and not getattr(initialize, "keeps_gates", False):
-        network._initialize_weights = _with_gates(initialize)
+    for name, with_gates in (("_initialize_weights", _with_gates), ("_adjust_missing_and_unexpected_keys", _checked)):
+        function = getattr(network, name, None)
+        if function is not None and not getattr(function, "keeps_gates", False):
+            setattr(network, name, with_gates(function))
 
 
 def _with_gates(initialize: Callable[..., None]) -> Callable[..., None]:
@@ -44,13 +45,31 @@ def _with_gates(initialize: Callable[..., None]) -> Callable[..., None]:
     return initialize_with_gates
 
 
+def _checked(adjust: Callable[..., Any]) -> Callable[..., Any]:
+    """Transformers' look at what a file has and the network lacks, which it would only warn of."""
+
+    @functools.wraps(adjust)
+    def adjust_with_gates(self: Any, loading: Any, *args: Any, **kwargs: Any) -> Any:
+        gates = {name for name, module in self.named_modules() if isinstance(module, Gate) and module.scale is None}
+        found = [key for key in getattr(loading, "unexpected_keys", ()) if key.removesuffix(".scale") in gates]
+        if found:
+            raise ValueError(
+                f"the checkpoint has gates with a factor ({found[0]} and {len(found) - 1} more), and this network's "
+                "have none: insert them with preserve=True and without fold"
+            )
+        return adjust(self, loading, *args, **kwargs)
+
+    adjust_with_gates.keeps_gates = True  # type: ignore[attr-defined]
+    return adjust_with_gates
+
+
 def _comes_from_a_file(gate: Gate) -> bool:
     """Whether a checkpoint has the weights of a gate.
 
     Raises:
         ValueError: it has, but not the factor that belongs to them.
     """
-    weights = list(gate.parameters())
+    weights: list[Any] = list(gate.parameters()) or [gate.scale]
     found = any(getattr(weight, _FLAG, False) for weight in weights)
     if found and gate.scale is not None and not getattr(gate.scale, _FLAG, False):
         raise ValueError(

@@ -81,9 +81,18 @@ class HubModel(
             raise ValueError(f"factor must be {needed} or left out with neutral=True, got {given!r}")
 
     def _note_factor(self, **changes: Any) -> None:
-        """Put the factor that the gates have into ``config``, where all have the same, and other changes."""
+        """Put the factor that the gates have into ``config``, where all have the same, and other changes.
+
+        What was folded or unfolded since the network was built is seen by it: neutral gates have one factor alone.
+        """
         factors = {gate.factor for _, gate in self.gated_norms() if isinstance(gate, Gate)}
-        self.config = {**self.config, **changes, "factor": factors.pop() if len(factors) == 1 else None}
+        config = {**self.config, **changes, "factor": factors.pop() if len(factors) == 1 else None}
+        factor = config["factor"]
+        if factor is not None and config["neutral"]:
+            config |= {"fold": factor == 1, "neutral": factor in (1, 2)}
+        elif factor not in (None, 1):
+            config["fold"] = False
+        self.config = config
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, *, config: dict[str, Any] | None = None, **kwargs: Any
@@ -113,6 +122,7 @@ class HubModel(
             'se'
         """
         _require_safetensors("save_pretrained")
+        self._note_factor()
         config = self.config if config is None else config
         for name, value in config.items():
             try:

@@ -44,40 +44,62 @@ def fold_factors_(model: nn.Module, *, factor: float = 1.0) -> list[str]:
     factor = check_factor(factor)
     changes = [(name, norm, gate) for name, norm, gate in _pairs(model) if gate.factor != factor]
     count = owners(model)
-    tensors = [(tensors_to_scale(name, norm, count), _weights_to_scale(name, gate)) for name, norm, gate in changes]
+    tensors = [
+        (tensors_to_scale(f"the factor of {name}", norm, count), _weights_to_scale(name, gate, count))
+        for name, norm, gate in changes
+    ]
     for (_, _, gate), (of_norm, of_gate) in zip(changes, tensors, strict=True):
-        ratio = gate.factor / factor
-        for tensor in of_norm:
-            tensor.mul_(ratio)
-        for tensor in of_gate:
-            tensor.div_(ratio)
-        gate.factor = factor
+        fold_(gate, of_norm, of_gate, factor)
     return [name for name, _, _ in changes]
 
 
+@torch.no_grad()
+def fold_(gate: Gate, of_norm: tuple[Tensor, ...], of_gate: tuple[Tensor, ...] = (), factor: float = 1.0) -> None:
+    """Leave a gate with a factor, and let the rest of what it had go into a norm.
+
+    Args:
+        gate: The gate.
+        of_norm: Weight and bias of the norm before it: :func:`tensors_to_scale`.
+        of_gate: Weights of the gate that see the means of the norm's output.
+        factor: What the gate is left with.
+    """
+    ratio = gate.factor / factor
+    for tensor in of_norm:
+        tensor.mul_(ratio)
+    for tensor in of_gate:
+        tensor.div_(ratio)
+    gate.factor = factor
+
+
 def _pairs(model: nn.Module) -> Iterator[tuple[str, nn.Module, Gate]]:
-    """Name of every gate with a module before it, that module, and the gate; each gate once."""
+    """Name of every gate with a module before it, that module, and the gate.
+
+    Raises:
+        ValueError: a gate follows several modules: one factor cannot be in the norms of some and not of others.
+    """
     names = {module: name for name, module in model.named_modules()}
     pairs = [(host, gate) for _, host, gate in hung_gates(model)]
     for module in model.modules():
         if callable(gated_norms := getattr(module, "gated_norms", None)):
             pairs += gated_norms()
-    known: set[nn.Module] = set()
+    before: dict[nn.Module, nn.Module] = {}
     for norm, gate in pairs:
-        if isinstance(gate, Gate) and gate not in known:
-            known.add(gate)
-            yield names[gate], norm, gate
+        if isinstance(gate, Gate) and before.setdefault(gate, norm) is not norm:
+            raise ValueError(f"the factor of {names[gate]} cannot be folded: the gate follows several modules")
+    for gate, norm in before.items():
+        assert isinstance(gate, Gate)
+        yield names[gate], norm, gate
 
 
-def _weights_to_scale(name: str, gate: Gate) -> tuple[Tensor, ...]:
+def _weights_to_scale(name: str, gate: Gate, count: Counter[int]) -> tuple[Tensor, ...]:
     """Weights of a gate that see the means of the norm's output; of a constant gate none do."""
     if gate.constant() is not None or any(t.is_meta for t in gate.parameters()):
         return ()
     weights = gate.weights_on_means()
-    if not weights:
+    if not weights or any(count[id(weight)] > 1 for weight in weights):
         raise ValueError(
             f"the factor of {name} cannot be folded: the gate is not constant, and a {type(gate).__name__} has no "
-            "plain weights that could take back that it sees the norm's output scaled; leave it in the gate"
+            "plain weights of its own that could take back that it sees the norm's output scaled; leave it in the gate"
         )
     return weights
 
@@ -86,14 +108,14 @@ def check_foldable(model: nn.Module) -> None:
     """Raise ValueError where :func:`fold_factors_` would, if every gate had a factor."""
     count = owners(model)
     for name, norm, _ in _pairs(model):
-        tensors_to_scale(name, norm, count)
+        tensors_to_scale(f"the factor of {name}", norm, count)
 
 
-def tensors_to_scale(gate: str, norm: nn.Module, count: Counter[int]) -> tuple[Tensor, Tensor]:
+def tensors_to_scale(what: str, norm: nn.Module, count: Counter[int]) -> tuple[Tensor, Tensor]:
     """Weight and bias of the norm before a gate.
 
     Args:
-        gate: Name of the gate, for the error.
+        what: What is to be folded, for the error.
         norm: The module before it.
         count: What :func:`owners` says of the network.
 
@@ -107,7 +129,7 @@ def tensors_to_scale(gate: str, norm: nn.Module, count: Counter[int]) -> tuple[T
         problem = f"another module has the weights of its {type(norm).__name__}, too"
     else:
         return tensors
-    raise ValueError(f"the factor of {gate} cannot be folded into what is before it: {problem}; leave it in the gate")
+    raise ValueError(f"{what} cannot be folded into what is before it: {problem}; leave it in the gate")
 
 
 def owners(model: nn.Module) -> Counter[int]:

@@ -1,6 +1,7 @@
 """The contract of every gate: means in, gates out, and a feature map scaled by them."""
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from itertools import chain
 from typing import Any
@@ -16,7 +17,7 @@ from ecanet.nn.kernel_size import check_channels
 from ecanet.ops import reference
 
 #: Half types round a factor by as much, and running averages of networks drift by less: still the same factor.
-_ROUNDING = 2.0**-8
+_HALF_ROUNDING, _ROUNDING = 2.0**-8, 2.0**-11
 
 
 def is_hooked(layer: nn.Module) -> bool:
@@ -68,7 +69,10 @@ class Gate(nn.Module, ABC):
         check_channels(channels)
         self.channels = channels
         self.starts_as_identity = False
-        self._seen = 0, 0  # id and version of the tensor ``scale`` that the factor was read from or written to
+        self._seen: tuple[int, float] = (
+            0,
+            0,
+        )  # id and version of the tensor ``scale`` that the factor was read from or written to
         self._read_again = False  # whether that one was read a second time
         self.register_buffer("scale", None)
         self.factor = factor
@@ -88,13 +92,17 @@ class Gate(nn.Module, ABC):
         if scale is None:
             return 1.0
         # Asked at every call: as little as tells that nobody wrote.
-        if not is_compiling() and (id(scale), _version(scale)) != self._seen:
+        if is_compiling():
+            self._read_before_compiling()
+        elif (id(scale), _version(scale)) != self._seen:
             self._read(scale)
         return self._factor
 
     @factor.setter
     def factor(self, value: float) -> None:
         self._factor = check_factor(value)
+        if self._factor != 1:
+            _tell_transformers()
         scale = self._buffers["scale"]
         if self._factor == 1:
             self._buffers["scale"] = None
@@ -109,12 +117,19 @@ class Gate(nn.Module, ABC):
         if (scale := self._buffers["scale"]) is not None:
             self._seen, self._read_again = (id(scale), _version(scale)), False
 
+    @torch.compiler.assume_constant_result
+    def _read_before_compiling(self) -> None:
+        """What an eager call does first, while a compiler traces: it then guards the number."""
+        scale = self._buffers["scale"]
+        if scale is not None and (id(scale), _version(scale)) != self._seen:
+            self._read(scale)
+
     def _read(self, scale: Tensor) -> None:
         """Take the factor from ``scale``, unless somebody looks on who would take the number for a result.
 
         A GPU is waited for, and DistributedDataParallel writes at every step: there, the first change alone is read.
         """
-        watched = torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
+        watched = torch._C._is_tracing() or torch._C._functorch.is_functorch_wrapped_tensor(scale)
         if watched or _has_no_value(scale) or torch._C._len_torch_dispatch_stack():
             return
         same = id(scale) == self._seen[0]
@@ -124,11 +139,10 @@ class Gate(nn.Module, ABC):
         if problem is not None:
             raise RuntimeError(
                 f"the scale of a {type(self).__name__} gate {problem}: something wrote into it that is no factor, or "
-                "nothing did after to_empty(): load a state dict or call reset_parameters()"
+                "nothing did after to_empty(): load a state dict with gates, or call reset_parameters()"
             )
-        value = float(scale)
-        if not _is_rounded(value, self._factor):
-            self._factor = value
+        if not _is_rounded(scale, self._factor):
+            self._factor = float(scale)
         self._seen, self._read_again = (id(scale), _version(scale)), same
 
     def gate(self, s: Tensor) -> Tensor:
@@ -203,6 +217,11 @@ class Gate(nn.Module, ABC):
             >>> eca.factor, torch.equal(eca(x), x)
             (2.0, True)
         """
+        if any(is_parametrized(module) for module in self.modules()):
+            raise ValueError(
+                f"{type(self).__name__} cannot be made neutral: its weights are computed from others (parametrized); "
+                "torch.nn.utils.parametrize.remove_parametrizations makes them plain"
+            )
         self.factor = 1 / self.make_neutral_()
         self.starts_as_identity = True
         for layer in self.modules():  # whichever is reset last, the gate is 1 afterwards
@@ -222,6 +241,14 @@ class Gate(nn.Module, ABC):
             self.make_identity_()
         elif self._buffers["scale"] is not None:
             self.factor = self._factor
+
+    def has_no_values(self) -> bool:
+        """Whether nothing was written since ``to_empty()``: ``scale`` does not hold the factor, or a weight is NaN."""
+        scale, tensors = self._buffers["scale"], (*self.parameters(), *self.buffers())
+        if any(t.is_meta for t in tensors):
+            return False
+        is_lost = scale is not None and not _is_rounded(scale, self._factor)
+        return is_lost or not all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
 
     def constant(self) -> float | None:
         """The gate's value where its weights make it the same for every input, as neutral ones do; otherwise None.
@@ -264,10 +291,9 @@ class Gate(nn.Module, ABC):
         )
         if self._buffers["scale"] is None or given is None or problem is not None:
             return
-        if not has_weights:  # somebody gives missing tensors memory; their values come later
-            self.factor = self._factor
-        elif not _has_no_value(given) and not _is_rounded(float(given), self._factor):
-            self._factor = float(given)
+        # Without weights, somebody gives missing tensors memory; their values come later.
+        keeps = not has_weights or _has_no_value(given) or _is_rounded(given, self._factor)
+        self.factor = self._factor if keeps else float(given)
 
     def _problem_of_factor(self, given: object) -> str | None:
         """Why weights with this value for ``scale``, None for none, are not those of a gate such as this, or None."""
@@ -276,15 +302,15 @@ class Gate(nn.Module, ABC):
             if not has_factor or self._factor == 1:
                 return None
             return (
-                f"the weights of a gate of factor 1, as the authors' and timm's are, and this gate has the factor "
-                f"{self._factor:g}: load them into gates without one (insert_gates_ with preserve=False, the networks "
-                "with neutral=False)"
+                f"the weights of a gate of factor 1, as the authors' and timm's are (or a part of a file, whose scale "
+                f"is in another), and this gate has the factor {self._factor:g}: load them into gates without one "
+                "(insert_gates_ with preserve=False, the networks with neutral=False), and a file in parts all at once"
             )
         problem = _problem_of(given)
         if problem is not None:
             return f"scale {problem}, and is no factor of a gate, which is one number above 0"
         assert isinstance(given, Tensor)
-        if has_factor or _has_no_value(given) or _is_rounded(float(given), 1.0):
+        if has_factor or _has_no_value(given) or _is_rounded(given, 1.0):
             return None
         return (
             f"the weights of a gate of factor {float(given):g}, and this gate has the factor 1: load them into one of "
@@ -300,6 +326,17 @@ class Gate(nn.Module, ABC):
         return [f"{self.channels}"]
 
 
+def _tell_transformers() -> None:
+    """Let transformers know, where it is, that a gate's missing tensors are no layer's like others.
+
+    The import upwards: nothing is imported of a library that is not there already.
+    """
+    if "transformers.modeling_utils" in sys.modules:
+        from ecanet.integrations import transformers
+
+        transformers.keep_gates()
+
+
 class ResetWithGate:
     """``reset_parameters`` of a layer inside a gate that starts as 1."""
 
@@ -312,20 +349,21 @@ class ResetWithGate:
         self.gate.make_identity_()
 
 
-def _version(t: Tensor) -> int:
+def _version(t: Tensor) -> float:
     try:
         return t._version
-    except RuntimeError:  # an inference tensor does not count
-        return -1
+    except RuntimeError:  # an inference tensor does not count; its value tells as much
+        return float(t) if t.is_cpu else -1
 
 
 def _has_no_value(t: Tensor) -> bool:
     return t.is_meta or isinstance(t, FakeTensor)
 
 
-def _is_rounded(value: float, factor: float) -> bool:
+def _is_rounded(t: Tensor, factor: float) -> bool:
     """Whether a value is the factor, as a half type or a running average of networks rounds it."""
-    return abs(value - factor) <= _ROUNDING * factor
+    rounding = _HALF_ROUNDING if t.element_size() < 4 else _ROUNDING
+    return abs(float(t) - factor) <= rounding * factor
 
 
 def _problem_of(t: object) -> str | None:

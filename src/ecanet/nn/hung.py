@@ -70,4 +70,4 @@ def take_down_(host: nn.Module) -> None:
     """Remove the gate that hangs on a module, and its hook."""
     for key in [key for key, hook in host._forward_hooks.items() if hook is run_gate]:
         del host._forward_hooks[key]
-    delattr(host._modules.pop(GATE), HANGS)
+    vars(host._modules.pop(GATE)).pop(HANGS, None)

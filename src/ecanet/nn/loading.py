@@ -89,7 +89,12 @@ def _fill(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> Non
 
 def _as_identity(gate: Any, device: torch.device) -> Any:
     """The gate, made 1; where it has no values yet, a copy that has, on the device."""
-    (gate.make_identity_ if isinstance(gate, Gate) else gate.make_neutral_)()
+    if isinstance(gate, Gate):
+        if gate.has_no_values():
+            gate.reset_parameters()
+        gate.make_identity_()
+    else:
+        gate.make_neutral_()
     if not any(t.is_meta for t in (*gate.parameters(), *gate.buffers())):
         return gate
     twin = copy.deepcopy(gate).to_empty(device=device)

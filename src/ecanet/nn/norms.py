@@ -4,6 +4,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torchvision.ops import FrozenBatchNorm2d
 
+from ecanet.nn.hung import hung_gate
+
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, FrozenBatchNorm2d)
 _KNOWN_NORMS = (
     "torch.nn.modules.batchnorm.",
@@ -46,11 +48,13 @@ def activation_inside(norm: nn.Module) -> bool:
 def affine(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
     """Weight and bias of a norm whose output they scale and shift, and that can be written into; otherwise None.
 
-    Norms whose code is not known, or whose weights are computed (parametrized, pruned), are none of these.
+    Norms whose code is not known, on which somebody put a hook, or whose weights are computed (parametrized, pruned),
+    are none of these.
     """
     theirs = class_with_forward(norm)
     known = theirs.startswith(_KNOWN_NORMS) and is_norm(norm) and not activation_inside(norm)
-    if not known or norm._forward_pre_hooks or "forward" in vars(norm):
+    others = len(norm._forward_hooks) > (hung_gate(norm) is not None)
+    if not known or others or norm._forward_pre_hooks or "forward" in vars(norm):
         return None
     weight, bias = ((norm._parameters | norm._buffers).get(name) for name in ("weight", "bias"))
     if weight is None or bias is None or not all(t.is_contiguous() and not t.is_inference() for t in (weight, bias)):

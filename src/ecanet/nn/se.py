@@ -56,7 +56,8 @@ class SE(Gate):
     @torch.no_grad()
     def make_neutral_(self) -> float:
         """Set W2 = 0, keep W1, so that gradients reach W2 at once; every gate becomes sigmoid(0) = 1/2."""
-        self.fc2.weight.zero_()
+        for weight in self.fc2.parameters():  # what the weight is computed from, if it is pruned
+            weight.zero_()
         return 0.5
 
     def weights_on_means(self) -> tuple[Tensor, ...]:
@@ -65,7 +66,7 @@ class SE(Gate):
 
     def is_neutral(self) -> bool:
         """Whether W2 = 0."""
-        return not self.fc2.weight.any()
+        return not any(weight.any() for weight in self.fc2.parameters())
 
     def _arguments(self) -> list[str]:
         return [f"{self.channels}", f"reduction={self.reduction}"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ecanet.inspect.cost import check_input_shape
 from ecanet.nn import Gate
 from ecanet.nn.build import GateFactory, build_gate
-from ecanet.nn.folding import owners, tensors_to_scale
+from ecanet.nn.folding import fold_, owners, tensors_to_scale
 from ecanet.nn.hung import GATE, hang_, hung_gate
 from ecanet.nn.loading import keep_loading_
 from ecanet.nn.neutral import make_identity_
@@ -117,14 +117,13 @@ def insert_gates_(
     registered = names_of(model)
     count = owners(model)
     plans = [_plan(model, site, gate, kernel_size, preserve, count if fold else None, shapes) for site in todo]
+    if fold and len({id(plan.gate) for plan in plans}) < len(plans):
+        raise ValueError("fold=True needs a gate of its own for every place, and gate= gave one to several")
     rows: list[Row] = []
     for site, module, channels, spatial, norm, runs in plans:
         if norm:
             assert isinstance(module, Gate)
-            with torch.no_grad():
-                for tensor in norm:
-                    tensor.mul_(module.factor)
-            module.factor = 1.0
+            fold_(module, norm)
         hang_(site.host, module)
         add_parameters_(optimizer, module, f"{site.name}.{GATE}", site.host)
         row = gate_row(f"{site.name}.{GATE}", module, site.name, channels, spatial)
@@ -211,10 +210,10 @@ def _plan(
     if count is not None and isinstance(module, Gate) and module.factor != 1:
         if not runs:
             raise ValueError(
-                f"fold=True: {site.name} did not run on the input, so nothing tells whether its gate does"
-                ": leave fold out"
+                f"fold=True: {site.name} did not run on the input, so nothing tells whether its gate does: leave fold "
+                "out"
             )
-        norm = tensors_to_scale(f"the gate after {site.name}", site.host, count)
+        norm = tensors_to_scale(f"the factor of the gate after {site.name}", site.host, count)
     return _Plan(site, module, channels, spatial, norm, runs)
 
 

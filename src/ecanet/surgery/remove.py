@@ -76,7 +76,7 @@ def remove_gates_(
             constant = constants[name]
             value = _at_the_start(gate) if constant is None else constant
             if value != 1:
-                folds[name] = tensors_to_scale(f"the gate after {name}", host, count), value
+                folds[name] = tensors_to_scale(f"the value of the gate after {name}", host, count), value
     rows: list[Row] = []
     removed: dict[str, nn.Module] = {}
     for name, host, gate in wanted:

@@ -3,7 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
+
+from ecanet.models.arguments import OPTIONS, check_arguments
+from ecanet.untrusted import check_number, shown
+
+#: What an option of a network may be.
+Scalar: TypeAlias = bool | int | float | str | None
+_ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
 
 
 @dataclass
@@ -24,7 +31,14 @@ class ModelConfig:
     kernel_size: int | Literal["adaptive", "released"] | list[int] = "adaptive"
     neutral: bool = False
     weights: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Scalar | list[Scalar]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.name not in OPTIONS:
+            raise ValueError(f"model.name must be one of {', '.join(OPTIONS)}, got {shown(self.name)!r}")
+        own = {"gate": self.gate, "kernel_size": self.kernel_size, "neutral": self.neutral}
+        check_arguments(own, "model", tuple(own))
+        check_arguments(self.options, "model.options", OPTIONS[self.name])
 
 
 @dataclass
@@ -57,10 +71,7 @@ class DataConfig:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        _at_least(self.batch_size, 1, "data.batch_size")
-        _at_least(self.workers, 0, "data.workers")
-        if self.image_size is not None:
-            _at_least(self.image_size, 1, "data.image_size")
+        _check_ranges(self, "data", batch_size=(1, 2**20), workers=(0, 1024), image_size=(1, 4096), resize=(1, 2**13))
         if self.source == "image_folder" and self.root is None:
             raise ValueError("data.root must name the folder that holds train/ and val/, got null")
         if self.source == "embedded" and self.root is not None:
@@ -118,12 +129,22 @@ class OptimConfig:
     ema: float | None = None
 
     def __post_init__(self) -> None:
-        _at_least(self.epochs, 1, "optim.epochs")
-        _at_least(self.step_epochs, 1, "optim.step_epochs")
-        for name in ("lr", "momentum", "weight_decay", "warmup_epochs", "mixup", "cutmix"):
-            _at_least(getattr(self, name), 0, f"optim.{name}")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ValueError(f"optim.clip_norm must be above 0 or null, got {self.clip_norm}")
+        _check_ranges(
+            self,
+            "optim",
+            epochs=(1, 10**6),
+            lr=(0, 1e6),
+            momentum=(0, 1),
+            weight_decay=(0, 1e6),
+            step_epochs=(1, 10**6),
+            gamma=(0, 1e6),
+            warmup_epochs=(0, 1e6),
+            mixup=(0, 1e3),
+            cutmix=(0, 1e3),
+            clip_norm=(0, 1e12),
+        )
+        if self.clip_norm == 0:
+            raise ValueError("optim.clip_norm must be above 0 or null, got 0")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"optim.label_smoothing must be in [0, 1), got {self.label_smoothing}")
         if self.ema is not None and not 0 < self.ema < 1:
@@ -161,10 +182,15 @@ class TrainerConfig:
     log_steps: int = 50
 
     def __post_init__(self) -> None:
-        _at_least(self.seed, 0, "trainer.seed")
-        _at_least(self.log_steps, 1, "trainer.log_steps")
-        if self.checkpoint_steps is not None:
-            _at_least(self.checkpoint_steps, 1, "trainer.checkpoint_steps")
+        _check_ranges(
+            self, "trainer", seed=(0, 2**32 - 1), nodes=(1, 10**4), log_steps=(1, 10**9), checkpoint_steps=(1, 10**9)
+        )
+        if self.devices != "auto":
+            _check_ranges(self, "trainer", devices=(-1, 1024))
+        if self.accelerator not in _ACCELERATORS:
+            raise ValueError(
+                f"trainer.accelerator must be one of {', '.join(_ACCELERATORS)}, got {shown(self.accelerator)!r}"
+            )
 
 
 @dataclass
@@ -190,6 +216,9 @@ def to_plain(value: Any) -> Any:
     return value
 
 
-def _at_least(value: float, lowest: float, name: str) -> None:
-    if value < lowest:
-        raise ValueError(f"{name} must be {lowest} or more, got {value}")
+def _check_ranges(config: Any, block: str, **ranges: tuple[float, float]) -> None:
+    """Raise unless each of these fields is a finite number from here to there, or None."""
+    for name, (low, high) in ranges.items():
+        value = getattr(config, name)
+        if value is not None:
+            check_number(value, f"{block}.{name}", low, high)

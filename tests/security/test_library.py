@@ -30,9 +30,11 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="libraries and p
 # --- loading ------------------------------------------------------------------------------------------------------
 
 TRY = """
-import json, os, pathlib, sys
+import json, os, pathlib, sys, types
+ecanet = sys.modules["ecanet"] = types.ModuleType("ecanet")  # its operations alone: the rest takes as long as torch
+ecanet.__path__ = [sys.argv[1] + "/site/ecanet"]
 from ecanet.ops import cpu
-assert str(pathlib.Path(cpu.__file__)).startswith(sys.argv[1]) and cpu.why_not() is not None
+assert cpu.why_not() is not None
 if os.geteuid() == 0:
     os.seteuid(65534)  # permissions are nothing to root
 for path in sys.argv[2:]:

@@ -50,6 +50,7 @@ class BuildPy(build_py):
             build_library(kernels.LIBRARY)
             return
         output = Path(self.build_lib) / kernels.LIBRARY.relative_to(kernels.LIBRARY.parents[2])
+        kernels.remove_leftovers(output)  # a wheel would hold them
         if not build_library(output):
             output.unlink(missing_ok=True)
 

@@ -6,9 +6,12 @@ are imported where they are used and say which ``pip install`` brings what is mi
 
 from ecanet import models, nn
 from ecanet.inference import optimize_for_inference
+from ecanet.integrations import follow_ultralytics
 from ecanet.nn import ECA, ECANS, SE, SEGroup, SEVar1, SEVar2, SEVar3, adaptive_kernel_size, fold_factors_
 from ecanet.ops.backend import backend
 from ecanet.surgery import fuse_tails_, insert_gates_, remove_gates_, replace_gates_
+
+follow_ultralytics()
 
 __version__ = "0.1.0"
 

@@ -64,7 +64,7 @@ def doctor() -> Report:
     lines += _extras()
 
     choice_refused = backend.reason_against(backend.current())
-    broken = choice_refused is not None or (LIBRARY.is_file() and cpu.why_not() is not None)
+    broken = choice_refused is not None or (os.path.lexists(LIBRARY) and cpu.why_not() is not None)
     lines.append(_next(choice_refused, [setting for setting, _ in hurts]))
     return Report(tuple(lines), broken)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 from torch.serialization import add_safe_globals
 
@@ -25,8 +26,8 @@ _EXAMPLES = Path(__file__).with_name("yolo")
 class _Row(nn.Module):
     """What Ultralytics finds under a gate's name in a model file; calling it returns a plain gate.
 
-    Checkpoints hold the whole network, pickled. As the gates in it are those of :mod:`ecanet.nn`, loading one needs
-    ecanet installed and no :func:`register`.
+    Checkpoints hold the whole network, pickled. The gates in it are those of :mod:`ecanet.nn`, and nothing else of
+    ecanet: loading one needs ecanet installed and no :func:`register`.
     """
 
     name: ClassVar[str]
@@ -69,33 +70,32 @@ def _rows() -> dict[str, type[_Row]]:
     }
 
 
-def _with_gates(parse_model: Callable[..., Any], names: frozenset[str]) -> Callable[..., Any]:
+def _with_gates(tasks: Any, rows: dict[str, type[_Row]]) -> Callable[..., Any]:
     """Ultralytics' ``parse_model`` for model files with gates, to which it hands the channels so far.
 
     It looks up every argument that is a string among its own variables; ``ch`` is the list of channels of the layers
-    so far, ``f`` the number of the layer that the row takes.
+    so far, ``f`` the number of the layer that the row takes. A name that somebody has given another meaning is theirs.
     """
+    parse_model = tasks.parse_model
 
     @functools.wraps(parse_model)
     def parse(d: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         d = dict(d)
         row = 0
         for part in ("backbone", "head"):
-            rows = []
+            written = []
             for source, repeats, module, arguments in d[part]:
-                if module in names:
+                if module in rows and getattr(tasks, module, None) is rows[module]:
                     if not isinstance(source, int):
                         raise ValueError(
                             f"row {row} of the model file, {module}: 'from' must be the number of one layer, got "
                             f"{source}: put a Concat row before it"
                         )
                     arguments = _Arguments([row, "ch", "f", *arguments])
-                rows.append([source, repeats, module, arguments])
+                written.append([source, repeats, module, arguments])
                 row += 1
-            d[part] = rows
-        layers, save = parse_model(d, *args, **kwargs)
-        keep_gates(layers)
-        return layers, save
+            d[part] = written
+        return parse_model(d, *args, **kwargs)
 
     parse.reads_gates = True  # type: ignore[attr-defined]
     return parse
@@ -111,8 +111,8 @@ def register() -> tuple[str, ...]:
         - [-1, 1, SE, [8]]    # reduction 8
 
     Channels are never written down: those of the layer before are taken, whatever the scale. Calling it twice does no
-    more than calling it once. A process that builds a network from such a file must call it; one that starts from a
-    saved network need not, to train on included, because loading it does. It calls :func:`keep_gates`, too.
+    more than calling it once. A process that imports both libraries need not call it; calling it says why, where it
+    cannot be done. It also lets ``ULTRALYTICS_SAFE_LOAD=1`` load the gates' classes, and calls :func:`keep_gates`.
 
     Returns:
         The names: those of the classes and functions in :data:`ecanet.nn.GATES`.
@@ -125,6 +125,24 @@ def register() -> tuple[str, ...]:
         >>> register()
         ('ECA', 'ECANS', 'SE', 'SEVar1', 'SEVar2', 'SEVar3', 'SEGroup', 'se_gc2', 'se_gc3')
     """
+    names = _read_rows()
+    # Any file of this process may then call these: classes that build a module, and nothing that changes a library.
+    add_safe_globals([factory for factory in GATES.values() if isinstance(factory, type)])
+    keep_gates()
+    return names
+
+
+def teach() -> None:
+    """Make the gates known as :func:`register` does, in a process that may not need it: where it fails, it is silent.
+
+    ``import ecanet`` sees to it that this is called once Ultralytics is imported, too.
+    """
+    with contextlib.suppress(AttributeError, ImportError, ValueError):
+        keep_gates()
+        _read_rows()
+
+
+def _read_rows() -> tuple[str, ...]:
     try:
         import ultralytics
         from ultralytics.nn import tasks
@@ -138,7 +156,7 @@ def register() -> tuple[str, ...]:
                     f"ultralytics.nn.tasks has a module {name} already, {getattr(tasks, name)!r}: take it out of that "
                     "file, and the gate of ecanet can have its name"
                 )
-        parse = _with_gates(tasks.parse_model, frozenset(rows))
+        parse = _with_gates(tasks, rows)
         try:
             vars(tasks).update(rows)
             _try_out(parse)
@@ -150,31 +168,26 @@ def register() -> tuple[str, ...]:
                 f"({type(error).__name__}: {error}): pip install 'ultralytics==8.4.190' is one that it knows"
             ) from error
         tasks.parse_model = ultralytics.nn.parse_model = parse
-    # What ULTRALYTICS_SAFE_LOAD=1, which loads known classes alone, is to know.
-    add_safe_globals([_registered, *(factory for factory in GATES.values() if isinstance(factory, type))])
-    keep_gates()
     return tuple(rows)
 
 
 def _try_out(parse: Callable[..., Any]) -> None:
     """Raise unless a gate after a layer of 8 channels is built for 8 channels."""
     file = {"nc": 1, "backbone": [[-1, 1, "nn.Conv2d", [3, 3, 1]], [-1, 1, "Conv", [8]]], "head": [[-1, 1, "ECA", [5]]]}
-    layers, _ = parse(file, 3, verbose=False)
+    with torch.random.fork_rng(devices=[]):  # importing a library draws no random numbers
+        layers, _ = parse(file, 3, verbose=False)
     gate = layers[-1]
     if type(gate) is not GATES["eca"] or (gate.channels, gate.kernel_size) != (8, 5):
         raise TypeError(f"a row [-1, 1, ECA, [5]] after 8 channels became {gate!r}")
 
 
-def keep_gates(model: nn.Module | None = None) -> None:
+def keep_gates() -> None:
     """Let ``YOLO.train`` keep the gates that :func:`ecanet.insert_gates_` put into ``YOLO(...).model``.
 
     To train, Ultralytics builds the network anew from its model file and copies what weights fit; gates that are not in
     the file would be gone. From now on they are put into the new network, too. :func:`ecanet.insert_gates_` and
-    :func:`register` call this, and so does loading a network that was saved with gates. Calling it twice does no more
-    than calling it once.
-
-    Args:
-        model: A network with gates: a process that loads it from a file will know of this, too.
+    :func:`register` call this, and so does importing both libraries, as reading a saved network with gates does.
+    Calling it twice does no more than calling it once.
 
     Raises:
         ImportError: Ultralytics is not installed.
@@ -187,8 +200,6 @@ def keep_gates(model: nn.Module | None = None) -> None:
     if not getattr(BaseModel.load, "keeps_gates", False):
         BaseModel.load = _load_with_gates(BaseModel.load)
         Model.train = _train_with_gates(Model.train)
-    if model is not None:
-        vars(model)["registered"] = _Registered()
 
 
 def _missing(error: ImportError) -> ImportError:
@@ -214,7 +225,6 @@ def _load_with_gates(load: Callable[..., Any]) -> Callable[..., Any]:
         there = {name for name, _, _ in hung_gates(self)}
         if there:
             keep_loading_(self)
-            keep_gates(self)
         missing = [name for name, _, _ in hung_gates(source) if name not in there]
         if missing:
             warnings.warn(
@@ -258,20 +268,6 @@ def _train_with_gates(train: Callable[..., Any]) -> Callable[..., Any]:
         return train(self, trainer, **kwargs)
 
     return train_with_gates
-
-
-class _Registered:
-    """An attribute of networks with gates: where one is loaded, Ultralytics learns of gates before it trains it."""
-
-    def __reduce__(self) -> tuple[Callable[[], "_Registered"], tuple[()]]:
-        return _registered, ()
-
-
-def _registered() -> _Registered:
-    keep_gates()
-    with contextlib.suppress(ValueError, ImportError):  # to build from a model file; not needed to run the network
-        register()
-    return _Registered()
 
 
 def example(name: str = "yolo11-eca") -> str:

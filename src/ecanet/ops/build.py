@@ -4,6 +4,8 @@ Needs neither torch nor the rest of the package to be importable, only torch's h
 its path, in an environment that may have nothing but setuptools.
 """
 
+import contextlib
+import functools
 import hashlib
 import importlib.util
 import os
@@ -15,11 +17,11 @@ import site
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 SOURCES = Path(__file__).parents[1] / "csrc"
 LIBRARY = Path(__file__).parents[1] / "lib" / "ecanet_cpu.so"
@@ -39,6 +41,7 @@ _COMPILE = (
     _TARGET,
 )
 _LINK = {"linux": ("-shared", "-Wl,-z,now"), "darwin": ("-shared", "-undefined", "dynamic_lookup")}
+# At the end of the library's file: what it is built from, and a checksum of all that is before the mark.
 _MARK = b"ecanet built from "
 
 
@@ -63,7 +66,8 @@ def build(torch_dir: Path | None, output: Path = LIBRARY, say: Callable[[str], o
 
     Args:
         torch_dir: Folder of the torch package, 2.10 or newer; None if there is none.
-        output: The library's file. It is replaced in one step, when everything else is done.
+        output: The library's file. It is replaced in one step, when everything else is done; a build that is killed
+            leaves it as it was, and nothing beside it.
         say: Called with lines of progress.
 
     Returns:
@@ -71,10 +75,13 @@ def build(torch_dir: Path | None, output: Path = LIBRARY, say: Callable[[str], o
 
     Raises:
         NothingToBuildWithError: no compiler, no torch headers, or not Linux or macOS.
-        BuildError: the compiler failed, or ``output`` cannot be written.
+        BuildError: the compiler failed, ``output`` cannot be written, or another build into its folder is running.
     """
     if sys.platform not in _LINK:
         raise NothingToBuildWithError(f"the C++ kernels build on Linux and macOS, this is {sys.platform}")
+    if output.is_dir():
+        raise BuildError(f"cannot write {output}: it is a folder, remove it")
+    output = output.absolute()
     torch_dir = _checked(torch_dir)
     compiler = find_compiler()
     includes = [torch_dir / "include", torch_dir / "include" / "torch" / "csrc" / "api" / "include"]
@@ -86,25 +93,23 @@ def build(torch_dir: Path | None, output: Path = LIBRARY, say: Callable[[str], o
     say(f"compiling {len(units)} files with {compiler[0]}, {processes} at a time: a minute or two")
     began = time.monotonic()
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="ecanet-build-") as name, ThreadPoolExecutor(processes) as pool:
-            folder = Path(name)
-            mark = folder / "mark.cpp"
-            mark.write_text(_mark_source())
-            objects = [folder / f"{unit}.o" for unit in [*units, mark.name]]
-            _run([*compile_one, str(mark), "-o", str(objects[-1])], mark.name)
-            jobs = {
-                pool.submit(_run, [*compile_one, unit, "-o", str(made)], unit, SOURCES): unit
-                for unit, made in zip(units, objects, strict=False)
-            }
+        with ThreadPoolExecutor(processes) as pool, _workshop(output) as (folder, run):
+            jobs = {pool.submit(run, [*compile_one, unit, "-o", f"{folder}/{unit}.o"], unit): unit for unit in units}
             try:
                 for job in as_completed(jobs):
                     job.result()
                     say(f"  {jobs[job]} ({time.monotonic() - began:.0f} s)")
             except BaseException:
-                pool.shutdown(cancel_futures=True)
+                pool.shutdown(wait=False, cancel_futures=True)  # the workshop ends what runs
                 raise
-            _link(compiler, objects, torch_dir, output)
+            # torch is loaded before the library is, so that where it lies need not be written into the file.
+            libraries = [f"-L{torch_dir / 'lib'}", "-ltorch_cpu"] if sys.platform == "linux" else []
+            objects = [f"{folder}/{unit}.o" for unit in units]
+            linked = folder / output.name
+            run([*compiler, *_LINK[sys.platform], *objects, *libraries, "-o", str(linked)], "linking")
+            with linked.open("r+b") as file:
+                file.write(_stamp(file.read()))
+            os.replace(linked, output)
     except OSError as error:
         raise BuildError(f"cannot write {error.filename or output}: {error.strerror or error}") from error
     return output
@@ -120,14 +125,36 @@ def sources_hash() -> str:
 
 
 def hash_within(library: Path) -> str | None:
-    """The :func:`sources_hash` that a library was built from; None if it says nothing."""
-    _, mark, rest = library.read_bytes().partition(_MARK)
+    """The :func:`sources_hash` that a library says it was built from; None if it says nothing."""
+    with library.open("rb") as file:
+        file.seek(-min(library.stat().st_size, 256), os.SEEK_END)
+        _, mark, rest = file.read().rpartition(_MARK)
     return rest[:16].decode("ascii", "replace") if mark else None
 
 
+def fault(library: Path = LIBRARY) -> str | None:
+    """What keeps a library from being, byte for byte, what a build of the sources as they are now has made.
+
+    Returns:
+        None if nothing does, else the rest of a sentence about the kernels.
+
+    Raises:
+        OSError: it is not there or cannot be read.
+    """
+    if not library.is_file():
+        return f"cannot be loaded ({library}: it is not a file)"
+    built_from = hash_within(library)
+    if built_from is not None and built_from != sources_hash():
+        return "are built from other sources"
+    content, mark, rest = library.read_bytes().rpartition(_MARK) if built_from else (b"", b"", b"")
+    if mark + rest != _stamp(content):
+        return f"cannot be loaded ({library}: it is damaged, or none of ecanet's)"
+    return None
+
+
 def is_current(library: Path = LIBRARY) -> bool:
-    """Whether the library is there and built from the sources as they are now."""
-    return library.is_file() and hash_within(library) == sources_hash()
+    """Whether the library is there, whole, and built from the sources as they are now."""
+    return library.is_file() and fault(library) is None
 
 
 def find_compiler() -> list[str]:
@@ -177,28 +204,73 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _mark_source() -> str:
-    text = f"{_MARK.decode()}{sources_hash()}"
-    return (
-        'extern "C" __attribute__((visibility("default"))) const char ecanet_built_from[];\n'
-        f'extern "C" const char ecanet_built_from[] = "{text}";\n'
-    )
+def _stamp(content: bytes) -> bytes:
+    """What is written behind a library's content."""
+    return _MARK + f"{sources_hash()} sha256 {hashlib.sha256(content).hexdigest()}".encode()
 
 
-def _link(compiler: Sequence[str], objects: Sequence[Path], torch_dir: Path, output: Path) -> None:
-    # torch is loaded before the library is, so that where it lies on this machine need not be written into the file.
-    libraries = [f"-L{torch_dir / 'lib'}", "-ltorch_cpu"] if sys.platform == "linux" else []
-    unfinished = output.with_name(f".{output.name}.{os.getpid()}")
+_Run = Callable[[Sequence[str], str], None]
+
+# Reads until the build's process is gone, however that ended, then ends the compilers, which are of its own process
+# group, and removes their files.
+_JANITOR = 'trap "" TERM INT HUP; read _; kill -TERM 0; rm -rf "$1" || { sleep 1; rm -rf "$1"; }; kill -KILL 0'
+
+
+def remove_leftovers(output: Path) -> None:
+    """Remove what builds left beside their output when they were killed with their whole session, or the machine."""
+    for folder in output.parent.glob(f".{output.name}.*.build"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _workshop(output: Path) -> Iterator[tuple[Path, _Run]]:
+    """A folder beside the output, and what runs a compiler in it; neither outlives this process."""
+    folder = output.with_name(f".{output.name}.{os.getpid()}.build")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(output.parent):
+        remove_leftovers(output)
+        janitor = subprocess.Popen(["/bin/sh", "-c", _JANITOR, "sh", folder], stdin=subprocess.PIPE, **_in_group(0))
+        try:
+            folder.mkdir()
+            yield folder, functools.partial(_run, folder, janitor.pid)
+        finally:
+            janitor.communicate()
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    import fcntl  # Linux and macOS
+
+    held = os.open(folder, os.O_RDONLY)
     try:
-        command = [*compiler, *_LINK[sys.platform], *map(str, objects), *libraries, "-o", str(unfinished)]
-        _run(command, "linking")
-        os.replace(unfinished, output)
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BuildError(f"another build into {folder} is running: wait for it") from None
+        yield
     finally:
-        unfinished.unlink(missing_ok=True)
+        os.close(held)
 
 
-def _run(command: Sequence[str], what: str, folder: Path | None = None) -> None:
-    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+def _in_group(leader: int) -> dict[str, Any]:
+    """How a process is started in a process group, or in a new one of its own (0)."""
+    if sys.version_info >= (3, 11):
+        return {"process_group": leader}
+    return {"preexec_fn": functools.partial(os.setpgid, 0, leader)}
+
+
+def _run(folder: Path, group: int, command: Sequence[str], what: str) -> None:
+    done = subprocess.run(
+        command,
+        cwd=SOURCES,
+        env={**os.environ, "TMPDIR": str(folder)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+        **_in_group(group),
+    )
     if done.returncode == 0:
         return
     lines = [line.rstrip() for line in done.stdout.decode(errors="replace").splitlines() if line.strip()]

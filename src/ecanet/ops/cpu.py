@@ -1,8 +1,25 @@
 """Loads the library of C++ kernels, or knows why it is not there."""
 
+import os
+
 import torch
 
-from ecanet.ops.build import LIBRARY, is_current
+from ecanet.ops.build import LIBRARY, fault
+
+#: What the library implements; csrc/ops.cpp registers them.
+KERNELS = (
+    "squeeze",
+    "moments",
+    "batch_moments",
+    "apply",
+    "apply_",
+    "apply_backward",
+    "input_backward",
+    "eca_coefficients",
+    "eca_coefficients_backward",
+    "eca_tail",
+    "eca_tail_",
+)
 
 _reason: str | None = "the C++ kernels are not loaded: import ecanet.ops"
 
@@ -19,13 +36,19 @@ def why_not() -> str | None:
 
 
 def _try_to_load() -> str | None:
-    if not LIBRARY.is_file():
+    if not os.path.lexists(LIBRARY):
         return "the C++ kernels are not built; to build them: ecanet build"
     try:
-        if not is_current(LIBRARY):
-            return "the C++ kernels are built from other sources; to build them again: ecanet build"
-        torch.ops.load_library(LIBRARY)
-    except OSError as error:
-        said = str(error.__cause__ or error).splitlines()[0]
-        return f"the C++ kernels cannot be loaded ({said}); to build them again: ecanet build"
-    return None
+        found = fault(LIBRARY)  # looked for first: a file that is not whole would end this process by a signal
+        if found is None:
+            torch.ops.load_library(LIBRARY)
+            found = _missing()
+    except (OSError, RuntimeError) as error:
+        found = f"cannot be loaded ({str(error.__cause__ or error).splitlines()[0]})"
+    return f"the C++ kernels {found}; to build them again: ecanet build" if found else None
+
+
+def _missing() -> str | None:
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    missing = [name for name in KERNELS if not has_kernel(f"ecanet::{name}", "CPU")]
+    return f"cannot be used ({LIBRARY} lacks {', '.join(missing)})" if missing else None

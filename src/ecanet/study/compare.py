@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 import ecanet
+from ecanet.study.run_files import read_run, write_run
 from ecanet.train.config import Recipe, to_plain
 from ecanet.train.fit import fit
 
@@ -151,8 +152,8 @@ def compare(
         All runs.
 
     Raises:
-        ValueError: no entry, no or repeated seeds, names that give the same file, or results of another recipe in
-            ``out``.
+        ValueError: no entry, no or repeated seeds, names that give the same file, or damaged results or those of
+            another recipe in ``out``.
         Exception: what a failing run raised; the finished ones are kept.
     """
     _check(entries, seeds)
@@ -214,7 +215,7 @@ class _Job:
     def read(self) -> Run | None:
         if not self.file.exists():
             return None
-        stored = json.loads(self.file.read_text())
+        stored = read_run(self.file, self.recipe.optim.epochs)
         if stored["fingerprint"] != self.fingerprint:
             raise ValueError(
                 f"{self.file} was made by another recipe or version: "
@@ -224,7 +225,7 @@ class _Job:
 
     def run(self, on_epoch: Any) -> Run:
         result = fit(self.recipe, self.folder, resume=True, progress=False, on_epoch=on_epoch)
-        stored = {
+        finished = {
             "entry": self.entry,
             "seed": self.seed,
             "fingerprint": self.fingerprint,
@@ -233,9 +234,7 @@ class _Job:
             "recipe": to_plain(self.recipe),
             "versions": {"torch": torch.__version__, "ecanet": ecanet.__version__},
         }
-        partial = self.file.with_suffix(".partial")
-        partial.write_text(json.dumps(stored, indent=2) + "\n")
-        os.replace(partial, self.file)
+        write_run(self.file, finished)
         return Run(self.entry, self.seed, result.top1, result.history, self.folder)
 
 

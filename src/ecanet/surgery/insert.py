@@ -144,7 +144,7 @@ def _tell_the_library_of(model: nn.Module) -> None:
     if any(cls.__module__.startswith("ultralytics.") for cls in type(model).__mro__):
         from ecanet.integrations import ultralytics
 
-        ultralytics.keep_gates(model)
+        ultralytics.keep_gates()
     if "transformers.modeling_utils" in sys.modules:  # the model may be a part of one of its networks
         from ecanet.integrations import transformers
 

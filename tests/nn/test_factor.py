@@ -435,7 +435,7 @@ def test_factors_that_are_close_are_told_apart() -> None:
     gate = ECA(C, factor=2.0)
     gate.load_state_dict(ECA(C, factor=2.006).state_dict())
     assert gate.factor == pytest.approx(2.006)
-    with pytest.raises(RuntimeError, match="a gate of factor 1.003"):
+    with pytest.raises(RuntimeError, match=r"a gate of factor 1\.003"):
         ECA(C).load_state_dict(ECA(C, factor=1.003).state_dict(), strict=False)
 
 

@@ -69,11 +69,9 @@ class Gate(nn.Module, ABC):
         check_channels(channels)
         self.channels = channels
         self.starts_as_identity = False
-        self._seen: tuple[int, float] = (
-            0,
-            0,
-        )  # id and version of the tensor ``scale`` that the factor was read from or written to
-        self._read_again = False  # whether that one was read a second time
+        # Id and version of the tensor ``scale`` that the factor was read from or written to; whether it was read again.
+        self._seen: tuple[int, float] = 0, 0
+        self._read_again = False
         self.register_buffer("scale", None)
         self.factor = factor
 

@@ -71,8 +71,12 @@ def check_number(value: object, what: str, low: float, high: float) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{what} must be a number, got {shown(value)}")
-    if not (math.isfinite(value) and low <= value <= high):
-        raise ValueError(f"{what} must be {low:g} or more and at most {high:g}, got {shown(value)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{what} must be a finite number, got {value}")
+    if value < low:
+        raise ValueError(f"{what} must be {low:,} or more, got {shown(value)}")
+    if value > high:
+        raise ValueError(f"{what} must be at most {high:,}, got {shown(value)}")
 
 
 def listed(names: Iterable[str], most: int = 20) -> str:

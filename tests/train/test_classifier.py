@@ -54,9 +54,10 @@ def test_channels_last_reaches_the_network() -> None:
 
 
 def test_metrics_are_those_of_all_images(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
-    fit(tiny(epochs=2, mixing=0.0), tmp_path, progress=False)
+    recipe = tiny(epochs=2, mixing=0.0)
+    fit(recipe, tmp_path, progress=False)
     trained = load_trained(tmp_path)
-    images = ImageData(data_of(trained))
+    images = ImageData(data_of(trained, root=recipe.data.root))
     pairs = [images.splits.val[i] for i in range(len(images.splits.val))]  # type: ignore[arg-type]
     with torch.no_grad():
         logits = trained.network(trained.normalise(torch.stack([image for image, _ in pairs])))

@@ -13,8 +13,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
 from ecanet.models import build_model
-from ecanet.models.state_dicts import safe_load, safe_save
-from ecanet.train.config import ModelConfig
+from ecanet.models.state_dicts import describe, misfits, safe_load, safe_save, state_dict_in
+from ecanet.train.config import DataConfig, ModelConfig
+from ecanet.untrusted import check_number, listed, shown
 
 #: The key under which a checkpoint says what it is.
 ABOUT = "ecanet"
@@ -135,7 +136,7 @@ class TrainedNetwork:
         classes: Class names in label order.
         mean: Mean of each channel of pixels in 0..1.
         std: Standard deviation of each.
-        recipe: The recipe it was trained by, as plain values.
+        recipe: The recipe it was trained by, as plain values; of its data only what the network sees.
         history: One record an epoch.
     """
 
@@ -166,16 +167,76 @@ def load_trained(path: str | os.PathLike[str]) -> TrainedNetwork:
         >>> load_trained("runs/fashion").classes  # doctest: +SKIP
     """
     path = Path(path)
-    checkpoint = read_checkpoint(path / "best.ckpt" if path.is_dir() else path)
-    about = checkpoint[ABOUT]
-    network = build_network(as_it_started(ModelConfig(**about["recipe"]["model"])), len(about["classes"]))
-    prefix = "network."
-    network.load_state_dict(
-        {key[len(prefix) :]: value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)}
-    )
+    path = path / "best.ckpt" if path.is_dir() else path
+    checkpoint = read_checkpoint(path)
+    about = check_about(checkpoint[ABOUT], path)
+    config, classes = as_it_started(ModelConfig(**about["recipe"]["model"])), len(about["classes"])
+    held = checkpoint.get("state_dict")
+    mine = {k: v for k, v in held.items() if str(k).startswith("network.")} if isinstance(held, dict) else held
+    state = state_dict_in(mine, str(path))
+    with torch.device("meta"):  # no memory is taken for sizes that the file only claims
+        own = build_network(config, classes).state_dict()
+    missing = [key for key in own if key not in state]
+    if found := describe(missing=missing, **misfits(state, own)):
+        raise ValueError(f"the weights in {path} do not fit the network that it describes: {found}")
+    network = build_network(config, classes)
+    network.load_state_dict(state)
     return TrainedNetwork(
         network.eval(), about["classes"], about["mean"], about["std"], about["recipe"], about["history"]
     )
+
+
+#: Most classes, longest class name and most epochs that a checkpoint may tell of.
+_CLASSES, _NAME, _EPOCHS = 100_000, 200, 1_000_000
+
+
+def check_about(about: object, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a checkpoint says of its network, each part checked; what steers a machine is left out.
+
+    Args:
+        about: What stands under :data:`ABOUT`.
+        path: The file, for errors.
+
+    Returns:
+        ``classes``, ``mean``, ``std``, ``history`` and of the ``recipe`` what the network is (``model``) and what it
+        sees (``image_size``, ``resize`` and ``source`` of ``data``), without paths, downloads, processes and devices.
+
+    Raises:
+        ValueError: a part is missing or no such thing; names the file and the part.
+    """
+    try:
+        if not isinstance(about, dict):
+            raise TypeError(f"it must say what its network is, got {shown(about)}")
+        recipe = about.get("recipe")
+        if not isinstance(recipe, dict) or not all(isinstance(recipe.get(k), dict) for k in ("model", "data")):
+            raise TypeError("it must hold its recipe with the blocks model and data")
+        classes, history = about.get("classes"), about.get("history")
+        if not isinstance(classes, list) or not 1 <= len(classes) <= _CLASSES:
+            raise ValueError(f"classes must be a list of 1 to {_CLASSES:,} names")
+        if not all(isinstance(name, str) and len(name) <= _NAME for name in classes):
+            raise ValueError(f"classes must be names of at most {_NAME} characters")
+        for name, low in (("mean", -1e3), ("std", 1e-6)):
+            values = about.get(name)
+            if not isinstance(values, list) or len(values) != 3:
+                raise ValueError(f"{name} must be three numbers")
+            for value in values:
+                check_number(value, name, low, 1e3)
+        if not isinstance(history, list) or len(history) > _EPOCHS or not all(isinstance(r, dict) for r in history):
+            raise ValueError("history must be a list with a record for each epoch")
+        model = recipe["model"]
+        if unknown := [key for key in model if key not in ModelConfig.__dataclass_fields__]:
+            raise ValueError(f"recipe.model has no {listed(map(str, unknown), 5)}")
+        weights = model.get("weights")
+        if weights is not None and not isinstance(weights, str):
+            raise TypeError(f"recipe.model.weights must be a text or null, got {shown(weights)}")
+        ModelConfig(**model)
+        sees = {key: recipe["data"].get(key) for key in ("source", "image_size", "resize")}
+        DataConfig(**(sees | {"root": Path() if sees["source"] == "image_folder" else None}))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged, or no checkpoint that `ecanet fit` wrote: {shown(str(error), 300)}"
+        ) from error
+    return {**{key: about[key] for key in ("classes", "mean", "std", "history")}, "recipe": {**recipe, "data": sees}}
 
 
 def as_it_started(config: ModelConfig) -> ModelConfig:

@@ -133,7 +133,7 @@ class OptimConfig:
             self,
             "optim",
             epochs=(1, 10**6),
-            lr=(0, 1e6),
+            lr=(0, 1e38),
             momentum=(0, 1),
             weight_decay=(0, 1e6),
             step_epochs=(1, 10**6),

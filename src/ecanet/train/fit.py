@@ -38,6 +38,7 @@ from ecanet.train.classifier import Classifier
 from ecanet.train.config import DataConfig, Recipe, to_plain
 from ecanet.train.data.loading import ImageData, Plain, test_transform
 from ecanet.train.data.sources import image_files, read_image
+from ecanet.untrusted import check_file
 
 #: Blocks and keys that may change between a run and its resumption without changing what is computed.
 _FREE_TO_CHANGE = {"data.root", "data.download", "data.verify", "data.workers", "trainer.log_steps"}
@@ -313,7 +314,8 @@ def validate(run: str | Path, data: DataConfig | None = None, accelerator: str =
         ValueError: other classes than the network was trained on.
     """
     trained = load_trained(run)
-    images = ImageData(data or data_of(trained))
+    run = Path(run)
+    images = ImageData(data or data_of(trained, **_root_of(run if run.is_dir() else run.parent)))
     if list(images.classes) != trained.classes:
         raise ValueError(f"the data's classes {list(images.classes)} are not the network's {trained.classes}")
     classifier = Classifier(trained.network, len(trained.classes), trained.mean, trained.std)
@@ -372,15 +374,43 @@ def predict(
     ]
 
 
+#: Largest ``recipe.json``; those that are written here have 2 kB.
+_LARGEST_RECIPE = 2**16
+
+
+def _root_of(folder: Path) -> dict[str, Path]:
+    """Where the recipe in a run's folder says that the pictures are, if there is a folder."""
+    path = folder / "recipe.json"
+    if not path.is_file():
+        return {}
+    check_file(path, _LARGEST_RECIPE)
+    try:
+        root = json.loads(path.read_text(encoding="utf-8"))["data"]["root"]
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}): delete it, and give --root FOLDER") from error
+    return {"root": Path(root)} if isinstance(root, str) and Path(root).is_dir() else {}
+
+
 def data_of(trained: TrainedNetwork, **changes: Any) -> DataConfig:
-    """The ``data`` block that a network was trained on, with changes."""
+    """Pictures as a network saw them in training; where they are is for the caller to say, not for its checkpoint.
+
+    Raises:
+        ValueError: it was trained on a folder, and none is given.
+    """
     stored = dict(trained.recipe["data"])
     if changes.get("source") == "image_folder" and stored["source"] != "image_folder":
         # Files of the size the network saw: no margin to crop away.
         size = stored["image_size"] or 28
         changes |= {"image_size": size, "resize": size}
-    stored["root"] = Path(stored["root"]) if stored["root"] else None
-    return DataConfig(**(stored | changes))
+    wanted = stored | changes
+    if wanted["source"] == "image_folder" and "root" not in wanted:
+        raise ValueError(
+            "the network was trained on a folder of images, and its checkpoint does not say where they are: give the "
+            "folder, on the command line --root FOLDER"
+        )
+    if wanted["source"] != "image_folder":
+        wanted["resize"] = None
+    return DataConfig(**wanted)
 
 
 def _evaluation_trainer(accelerator: str) -> L.Trainer:

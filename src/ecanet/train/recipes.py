@@ -13,8 +13,8 @@ from ecanet.untrusted import check_file, check_plain, listed, shown
 
 #: Largest file, in bytes; the recipes of this repository have 1 kB.
 _LARGEST = 2**16
-#: Blocks, their keys, ``options``, a list: nothing in a recipe is nested deeper.
-_DEEPEST = 5
+#: Blocks, their keys, ``options``, a list: nothing in a recipe is nested as deep.
+_DEEPEST = 8
 #: Names of the fields of each block.
 _BLOCKS = {name: [f.name for f in fields(block)] for name, block in get_type_hints(Recipe).items()}
 
@@ -104,7 +104,7 @@ def _check_blocks(recipe: object, source: str) -> None:
 
 
 def _check_plain(value: object, where: str) -> None:
-    if isinstance(value, dict) and "class_path" in value:
+    if any(isinstance(v, dict) and "class_path" in v for v in (value if isinstance(value, list) else [value])):
         raise ValueError(_class_path(where))
     try:
         check_plain(value, where)

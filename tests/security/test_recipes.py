@@ -1,0 +1,157 @@
+"""Recipes from anywhere: nothing in one is executed, built, followed or believed."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ecanet.cli import main
+from ecanet.train.recipes import read_recipe
+
+CALL = "{class_path: subprocess.Popen, init_args: {args: [touch, executed]}}"
+
+
+def nested(depth: int) -> str:
+    return "model: " + "[" * depth + "]" * depth
+
+
+def bomb(levels: int) -> str:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, levels)]
+    return "\n".join(lines)
+
+
+HOSTILE = {
+    "a class among the options": (f"model: {{options: {{widths: {CALL}}}}}", "model.options.widths holds class_path"),
+    "options that are a class": (f"model: {{options: {CALL}}}", "model.options holds class_path"),
+    "a class as the name": (f"model: {{name: {CALL}}}", "model.name holds class_path"),
+    "a class as the gate": (f"model: {{gate: {CALL}}}", "model.gate holds class_path"),
+    "a class as a number": (f"optim: {{lr: {CALL}}}", "optim.lr holds class_path"),
+    "a class as a block": (f"model: {CALL}", "model holds class_path"),
+    "a class as the recipe": (CALL, "holds class_path"),
+    "a class in a list": (f"model: {{options: {{widths: [{CALL}]}}}}", "options.widths holds class_path"),
+    "a function of Python": ("model: !!python/object/apply:os.system ['touch executed']", "has a tag"),
+    "a name of Python": ("model: {gate: !!python/name:os.system }", "has a tag"),
+    "a module of Python": ("optim: {lr: !!python/module:os }", "has a tag"),
+    "a tag of one's own": ("model: !recipe {name: x}", "has a tag"),
+    "a binary": ("model: {name: !!binary aGVsbG8=}", "has a tag"),
+    "an alias of itself": ("model: &m {options: *m}", "anchor or alias"),
+    "a list that holds itself": ("data: &d [*d]", "anchor or alias"),
+    "an alias bomb": (bomb(9), "anchor or alias"),
+    "a merge": ("model: &m {name: x}\ndata: {<<: *m}", "anchor or alias"),
+    "lists in lists": (nested(1000), "nested deeper than 8 levels"),
+    "twenty thousand lists": (nested(20_000), "nested deeper"),
+    "mappings in mappings": ("model: " + "{a: " * 500 + "1" + "}" * 500, "nested deeper"),
+    "two documents": ("model: {}\n---\nmodel: {}", "more than one document"),
+    "nothing": ("", "must hold the blocks"),
+    "a list": ("[model, data]", "must hold the blocks"),
+    "a text": ("model", "must hold the blocks"),
+    "bytes": (b"\xff\xfe\x00model", "is no recipe"),
+    "control characters": ("model: {name: '\x1b[2J'}", "is no recipe"),
+    "an open bracket": ("model: {name: x", "is no recipe"),
+    "another block": ("out: /etc", "is no block of a recipe"),
+    "a block that is a list": ("model: [1]", "model must hold names and values"),
+    "a key that is not known": ("optim: {learning_rate: 1}", "optim has no learning_rate"),
+    "a key that is a number": ("optim: {1: 1}", "optim has no 1"),
+    "a key of a million characters": ("optim: {" + "k" * 60_000 + ": 1}", "is no recipe"),
+    "not a number": ("optim: {lr: .nan}", "optim.lr must be a finite number"),
+    "infinite": ("optim: {lr: .inf}", "optim.lr must be a finite number"),
+    "a million digits": ("optim: {epochs: " + "9" * 60_000 + "}", "is no recipe"),
+    "negative": ("optim: {lr: -1}", "optim.lr must be 0 or more"),
+    "no epochs": ("optim: {epochs: 0}", "optim.epochs must be 1 or more"),
+    "too many epochs": ("optim: {epochs: 10000000000}", "optim.epochs must be at most"),
+    "a batch of a billion": ("data: {batch_size: 1000000000}", "data.batch_size must be at most"),
+    "a million processes": ("data: {workers: 1000000}", "data.workers must be at most"),
+    "pictures of a million pixels a side": ("data: {image_size: 1000000}", "data.image_size must be at most"),
+    "a million devices": ("trainer: {devices: 1000000}", "trainer.devices must be at most"),
+    "an accelerator that is none": ("trainer: {accelerator: '../../evil'}", "trainer.accelerator must be one of"),
+    "a seed beyond what there is": ("trainer: {seed: 99999999999}", "trainer.seed must be at most"),
+    "a network that is none": ("model: {name: os.system}", "model.name must be one of"),
+    "a gate that is none": ("model: {gate: os.system}", "gate must be one of"),
+    "a kernel of a billion": ("model: {kernel_size: 1000000001}", "kernel_size must be at most"),
+    "a kernel beyond the channels": ("model: {kernel_size: 4097}", "kernel_size must be at most"),
+    "widths of a billion": ("model: {options: {widths: [1000000000]}}", "widths must be at most"),
+    "widths without end": ("model: {options: {widths: [" + "8, " * 999 + "8]}}", "widths must be a list of 1 to 16"),
+    "a million blocks": ("model: {options: {blocks: 1000000}}", "blocks must be at most"),
+    "an option of another network": ("model: {options: {width_mult: 1}}", "has width_mult, and the network takes"),
+    "an option that is a path": ("model: {options: {weights: /etc/passwd}}", "has weights, and the network takes"),
+    "an option that is a class": ("model: {options: {norm_layer: torch.nn.Module}}", "has norm_layer"),
+    "an option of another type": ("model: {options: {blocks: two}}", "blocks must be a number"),
+    "true for a number": ("model: {options: {blocks: true}}", "blocks must be a number"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "says"), HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_recipe_is_refused_by_name_before_anything_is_built(text, says, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_bytes(text if isinstance(text, bytes) else text.encode())
+    started = time.monotonic()
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config", str(recipe), "--out", str(tmp_path / "out")])
+    assert time.monotonic() - started < 10
+    message = str(stopped.value)
+    assert says in message
+    assert len(message) < 1000
+    assert "\x1b" not in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml"], "nothing ran, nothing was written"
+
+
+def test_what_a_recipe_may_be_of_is_a_file(tmp_path) -> None:
+    (tmp_path / "large.yaml").write_text("#" * 70_000)
+    with pytest.raises(ValueError, match="70,000 bytes, more than"):
+        read_recipe(tmp_path / "large.yaml")
+    with pytest.raises(ValueError, match="is a folder"):
+        read_recipe(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_recipe(tmp_path / "none.yaml")
+    with pytest.raises(ValueError, match="no regular file"):
+        read_recipe("/dev/zero")
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "--model.options={'class_path': 'os.system'}",
+        "--model.class_path=os.system",
+        "--optim.class_path=os.system",
+        '--model={"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "executed"]}}',
+    ],
+)
+def test_the_command_line_builds_no_class(argument, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="no class is built from the command line"):
+        main(["fit", argument])
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_recipe_of_the_repository_is_read() -> None:
+    recipes = sorted(Path("recipes").rglob("*.yaml"))
+    assert len(recipes) >= 8
+    for path in recipes:
+        assert set(read_recipe(path)) <= {"model", "data", "optim", "trainer"}
+
+
+def test_numbers_are_read_as_yaml_1_2_has_them(tmp_path) -> None:
+    (tmp_path / "r.yaml").write_text("optim: {lr: 1e-4, weight_decay: 5.0e-4, momentum: .9, epochs: 3}")
+    read = read_recipe(tmp_path / "r.yaml")
+    assert read == {"optim": {"lr": 1e-4, "weight_decay": 5e-4, "momentum": 0.9, "epochs": 3}}
+
+
+def test_memory_is_bounded(tmp_path) -> None:
+    """In a process of its own with 1 GB beside what importing takes."""
+    (tmp_path / "bomb.yaml").write_text(bomb(9))
+    (tmp_path / "deep.yaml").write_text(nested(20_000))
+    script = (
+        "import resource, sys; from ecanet.train.recipes import read_recipe\n"
+        "now = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (now + 2**30, now + 2**30))\n"
+        "for path in sys.argv[1:]:\n"
+        "    try: read_recipe(path)\n"
+        "    except ValueError: print('refused')\n"
+    )
+    files = [str(tmp_path / name) for name in ("bomb.yaml", "deep.yaml")]
+    done = subprocess.run([sys.executable, "-c", script, *files], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["refused", "refused"], done.stderr

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ecanet.models.arguments import check_arguments
 from ecanet.models.state_dicts import describe, misfits, read_state_dict, safe_load, safe_save, state_dict_in
 from ecanet.nn.build import GATES
 from ecanet.surgery.fuse import fuse_tails_
 from ecanet.surgery.insert import insert_gates_
 from ecanet.surgery.networks import create_network, default_input_shape
 from ecanet.surgery.report import Report
+from ecanet.untrusted import check_number, shown
 
 #: The key under which a file says how its network is built.
 INSERTION = "ecanet_insertion"
@@ -139,20 +141,66 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
             f"{path} is a checkpoint, but not one that `ecanet insert --save` wrote, so nothing says how to build its "
             "network: build it, then model.load_state_dict(ecanet.models.read_state_dict(path))"
         )
-    written = ", ".join(f"{package} {number}" for package, number in dict(loaded.get("versions") or {}).items())
+    versions = loaded.get("versions")
+    pairs = list(versions.items())[:10] if isinstance(versions, Mapping) else []
+    written = ", ".join(f"{shown(package)} {shown(number)}" for package, number in pairs)
+    state = state_dict_in(loaded.get("state_dict"), str(path))
     try:
-        insertion = Insertion(**loaded[INSERTION])
-        with torch.random.fork_rng(devices=[]):
-            model, _ = insertion.build()
+        insertion = Insertion(**_checked(loaded[INSERTION]))
+        misfit = _misfit(insertion, state)
+        if not misfit:
+            with torch.random.fork_rng(devices=[]):
+                model, _ = insertion.build()
     except (TypeError, ValueError) as error:
         raise ValueError(f"the network in {path} (written with {written}) cannot be built: {error}") from error
-    _load_strictly(
-        model,
-        state_dict_in(loaded.get("state_dict"), str(path)),
-        f"the weights in {path} do not fit the network it names, {insertion.model}",
-        f"it was written with {written}",
-    )
+    what = f"the weights in {path} do not fit the network it names, {insertion.model}"
+    hint = f"it was written with {written}"
+    if misfit:
+        raise ValueError(f"{what} ({hint}): {misfit}")
+    _load_strictly(model, state, what, hint)
     return model
+
+
+#: Longest name of a network or a place, and most places.
+_NAME, _PLACES = 300, 1000
+
+
+def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says of an insertion, each field checked: no file, class or function can be named.
+
+    Raises:
+        TypeError, ValueError: a field is not known, or a value not what it may be.
+    """
+    own = ("gate", "kernel_size")
+    check_arguments({name: values[name] for name in own if name in values}, "ecanet_insertion", own)
+    for name, value in values.items():
+        if name not in Insertion.__dataclass_fields__:
+            raise ValueError(f"an insertion has no {shown(name)}")
+        if name == "model" and not (isinstance(value, str) and len(value) <= _NAME):
+            raise TypeError(f"model must be a name, got {shown(value)}")
+        if name in ("preserve", "fold", "fuse") and not isinstance(value, bool):
+            raise TypeError(f"{name} must be true or false, got {shown(value)}")
+        if name in ("num_classes", "input_size") and value is not None:
+            check_number(value, name, 1, 1_000_000 if name == "num_classes" else 4096)
+        if name == "where":
+            places = [value] if isinstance(value, str) else value
+            if not isinstance(places, (list, tuple)) or not 1 <= len(places) <= _PLACES:
+                raise ValueError(f"where must be a name or a list of at most {_PLACES}, got {shown(value)}")
+            if not all(isinstance(place, str) and len(place) <= _NAME for place in places):
+                raise TypeError(f"where must be names of at most {_NAME} characters")
+    return {**values, "where": tuple(places) if isinstance(places := values.get("where", "block"), list) else places}
+
+
+def _misfit(insertion: Insertion, state: Mapping[str, Tensor]) -> str:
+    """How the weights do not fit the network without gates, told before it takes memory; empty if they do."""
+    try:
+        with torch.device("meta"):
+            own = create_network(insertion.model, insertion.num_classes).state_dict()
+    except NotImplementedError:  # torchvision's RegNets cannot be built without values; none is large
+        return ""
+    fits = {key: value for key, value in state.items() if key in own}
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    return describe(missing=missing, **misfits(fits, own))
 
 
 def check_path(path: str | os.PathLike[str]) -> None:

@@ -54,35 +54,36 @@ def image_files(folder: str | Path) -> Iterator[str]:
     Raises:
         OSError: a folder cannot be listed; names it.
     """
-    top = Path(folder).resolve()
-    seen = {_identity(path) for path in (top, *top.parents)}
+    seen = {_identity(path) for path in Path(folder).resolve().parents}
     todo = [os.fspath(folder)]
     while todo:
         below = []
-        for entry in _entries(todo.pop()):
+        for entry in _entries(todo.pop(), seen):
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            # A link in a circle is no folder for isdir, an error for is_dir.
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                 below.append(entry.path)
             elif entry.name.lower().endswith(IMG_EXTENSIONS):
                 yield entry.path
-        for path in sorted(below):
-            if (identity := _identity(path)) not in seen:
-                seen.add(identity)
-                todo.append(path)
+        todo += sorted(below, reverse=True)
+
+
+def _entries(folder: str, seen: set[tuple[int, int]]) -> list[os.DirEntry[str]]:
+    """What is in a folder, the first time."""
+    try:
+        if (identity := _identity(folder)) in seen:
+            return []
+        seen.add(identity)
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot list the folder '{printable(folder)}': {error.strerror}") from error
 
 
 def _identity(path: str | Path) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_dev, status.st_ino
-
-
-def _entries(folder: str) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot list the folder '{printable(folder)}': {error.strerror}") from error
 
 
 def read_image(path: str | Path) -> Tensor:

@@ -165,6 +165,15 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str | None]] = {
     ),
     "PNG with a wrong checksum": (lambda: png(8, 8)[:29] + b"\0\0\0\0" + png(8, 8)[33:], ""),
     "PNG of 100,000 chunks": (lambda: png(8, 8, chunk(b"prVt") * 100_000), ""),
+    "PNG of 2 million chunks": (lambda: png(8, 8, chunk(b"prVt") * 2**21), "more parts than its image needs"),
+    "PNG of 2 million chunks at its end": (
+        lambda: png(8, 8, data=bytes(8 * 25))[:-12] + chunk(b"prVt") * 2**21,
+        "more parts than its image needs",
+    ),
+    "JPEG of 16 million comments": (
+        lambda: jpeg()[:2] + b"\xff\xfe\0\2" * 2**24 + jpeg()[2:],
+        "more parts than its image needs",
+    ),
     "JPEG that says 65,000 x 65,000": (lambda: jpeg_that_says(65_000, 65_000), "more than 67,108,864"),
     "JPEG that says 60,000 x 64": (lambda: jpeg_that_says(60_000, 64), "one side more than 64 times"),
     "JPEG that says 0 x 64": (lambda: jpeg_that_says(0, 64), ""),
@@ -184,9 +193,17 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str | None]] = {
     ),
     "BMP of jumps": (lambda: bmp(8192, 8192, bits=8, compression=1, data=b"\0\2\0\xff" * 8192), "more than 8,388,608"),
     "BMP of empty rows, 8 megapixels": (lambda: bmp(2880, 2880, bits=8, compression=1, data=b"\1\0\0\0" * 2878), ""),
+    "BMP of jumps to where it is": (
+        lambda: bmp(2880, 2880, bits=8, compression=1, data=b"\0\2\0\0" * 2**22),
+        "more parts than its image needs",
+    ),
     "BMP of 2^32 colours": (lambda: bmp(8, 8, bits=8, colours=2**32 - 1), ""),
     "PPM of 10^9 x 10^9": (lambda: b"P6 1000000000 1000000000 255\n", "more than 67,108,864"),
     "PPM of 1 x 10^7": (lambda: b"P6 1 10000000 255\n", "one side more than 64 times"),
+    "PPM of a long comment": (
+        lambda: b"P6 #" + b"a" * 2**26 + b"\n8 8 255\n" + bytes(192),
+        "more parts than its image needs",
+    ),
     "PPM without pixels": (lambda: b"P6 8000 8000 255\n", "truncated"),
     "PPM of endless numbers": (lambda: b"P6 " + b"1" * 10_000, ""),
     "plain PPM without pixels": (lambda: b"P3 8000 8000 255\n1 1 1\n", "more than 8,388,608"),
@@ -196,7 +213,19 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str | None]] = {
     "TIFF of 1 x 60,000": (lambda: tiff(1, 60_000), "one side more than 64 times"),
     "TIFF without pixels": (lambda: tiff(8000, 8000), ""),
     "big-endian TIFF without pixels": (lambda: tiff(8000, 8000, order=">"), ""),
-    "TIFF of 2^32 strips": (lambda: tiff(8, 8, t273=(4, 2**32 - 1, 8)), ""),
+    "TIFF of 2^32 strips": (
+        lambda: tiff(8, 8, t273=(4, 2**32 - 1, 8)),
+        "its tag 273 says that it has 4,294,967,295 numbers",
+    ),
+    "TIFF of 4 million strips": (
+        lambda: tiff(8, 8, data=struct.pack("<I", 8) * 2**22, t273=(4, 2**22, 8), t278=(4, 1, 1)),
+        "its tag 273 says that it has 4,194,304 numbers",
+    ),
+    "TIFF of a directory of nothing": (lambda: b"II*\0\xff\xff\xff\xff", ""),
+    "BigTIFF of 2^63 entries": (
+        lambda: b"II+\0\x08\0\0\0" + struct.pack("<QQ", 16, 2**63),
+        "its directory says that it has 9,223,372,036,854,775,808 entries",
+    ),
     "TIFF of huge tiles": (
         lambda: tiff(8, 8, t259=(3, 1, 8), t322=(4, 1, 2**15), t323=(4, 1, 2**15), t324=(4, 1, 8), data=BOMB),
         "its tiles have 32,768 x 32,768 pixels",

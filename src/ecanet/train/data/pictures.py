@@ -1,8 +1,10 @@
 """Image files: found below a folder, and decoded within bounds of memory and time, whatever they say of themselves."""
 
+import io
 import os
 import re
 import stat
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -25,6 +27,10 @@ MAX_SLOW_PIXELS = 2**23
 MAX_RATIO = 64
 #: The most bytes of an image file are so many a pixel, and a mebibyte.
 BYTES_PER_PIXEL = 4
+#: The most reads that decode a file; a header may be made of millions of parts of a few bytes.
+MAX_READS = 2**19
+#: The most numbers in an entry of a TIFF's directory: as many tiles of 16 x 16 pixels are in the largest image.
+MAX_TIFF_NUMBERS = 2**18
 #: The most scans of a progressive JPEG, each a pass over all its pixels; encoders make some ten.
 MAX_SCANS = 100
 
@@ -137,13 +143,27 @@ def _decode(path: str | Path) -> np.ndarray:
     if not status.st_size:  # as have the files of /proc, some of which are pipes
         raise ValueError("it is empty")
     _check_bytes(status.st_size, MAX_PIXELS)
-    with open(path, "rb") as file, _opened(file) as image:
-        slow = any(tile[0] in Image.DECODERS for tile in image.tile)
-        _check_size(*image.size, MAX_SLOW_PIXELS if slow else MAX_PIXELS)
+    with _Counted(io.FileIO(path)) as file, _opened(file) as image:
+        if any(tile[0] in Image.DECODERS for tile in image.tile):
+            _check_size(*image.size, MAX_SLOW_PIXELS)
+            file.left = MAX_SLOW_PIXELS  # it reads byte by byte
+        _check_size(*image.size)
         _check_tile(image)
         if image.info.get("progressive"):
             _check_scans(file)
         return _rgb_pixels(image)
+
+
+class _Counted(io.BufferedReader):
+    """A file that may be read from so many times."""
+
+    left = MAX_READS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError("it has more parts than its image needs: save it again")
+        return super().read(size)
 
 
 def _opened(file: IO[bytes]) -> ImageFile.ImageFile:
@@ -154,6 +174,9 @@ def _opened(file: IO[bytes]) -> ImageFile.ImageFile:
     if head[:4] == b"RIFF":  # PIL reserves memory for the image when it opens it
         _check_size(*_webp_size(head), MAX_WEBP_PIXELS)
         _check_bytes(os.fstat(file.fileno()).st_size, MAX_WEBP_PIXELS)
+    elif head[:4] in _TIFFS:  # PIL makes Python's numbers of all that a directory holds
+        _check_directory(file, *_TIFFS[head[:4]])
+        file.seek(0)
     for name in FORMATS:
         make, accept = Image.OPEN[name]
         if len(head) > 2 and (accept is None or accept(head[:16]) is True):
@@ -187,6 +210,32 @@ def _check_size(width: int, height: int, most: int = MAX_PIXELS) -> None:
         raise ValueError(
             f"it has {width:,} x {height:,} pixels, one side more than {MAX_RATIO} times the other: cut it into pieces"
         )
+
+
+#: How a TIFF begins, and the formats of its directory's place and length, of an entry, and of the entry's first fields.
+_TIFFS = {
+    start: (order, *sizes)
+    for order, starts in (("<", (b"II*\0", b"II+\0")), (">", (b"MM\0*", b"MM\0+")))
+    for start, sizes in zip(starts, (("4xI", "H", "HHI4x"), ("8xQ", "Q", "HHQ8x")), strict=True)
+}
+_TIFF_BYTES = (1, 2, 6, 7)  # types of entries that stay bytes
+
+
+def _check_directory(file: IO[bytes], order: str, place: str, length: str, entry: str) -> None:
+    """Count the numbers in each entry of a TIFF's first directory."""
+
+    def unpack(layout: str) -> tuple[int, ...]:
+        return struct.unpack(order + layout, file.read(struct.calcsize(order + layout)))
+
+    file.seek(0)
+    file.seek(unpack(place)[0])
+    (entries,) = unpack(length)
+    if entries > MAX_TIFF_NUMBERS:
+        raise ValueError(f"its directory says that it has {entries:,} entries")
+    for _ in range(entries):
+        tag, kind, count = unpack(entry)
+        if kind not in _TIFF_BYTES and count > MAX_TIFF_NUMBERS:
+            raise ValueError(f"its tag {tag} says that it has {count:,} numbers: save it again")
 
 
 def _check_tile(image: Image.Image) -> None:

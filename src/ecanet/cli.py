@@ -56,6 +56,7 @@ def _add_validate(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
 
 def _add_predict(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
     from ecanet.train.fit import predict
+    from ecanet.untrusted import shown
 
     parser.add_argument("run", type=Path, help="A run's folder (its best.ckpt), or a checkpoint.")
     parser.add_argument("images", type=Path, nargs="+", help="Image files, or folders of them.")
@@ -68,10 +69,13 @@ def _add_predict(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
         if args.out is None:
             for p in predictions:
                 ranked = zip(p.classes, p.probabilities, strict=True)
-                print(f"{p.image}: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in ranked))
+                print(
+                    f"{shown(p.image, 300)}: "
+                    + ", ".join(f"{shown(name)} {100 * value:.1f} %" for name, value in ranked)
+                )
             return
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("w", newline="") as file:
+        with args.out.open("w", newline="", errors="surrogateescape") as file:
             writer = csv.writer(file)
             writer.writerow(["image", "rank", "class", "probability"])
             for p in predictions:

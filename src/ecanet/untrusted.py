@@ -12,21 +12,21 @@ _SHOWN = 80
 
 
 def shown(value: object, most: int = _SHOWN) -> str:
-    r"""Text from a file as a message may repeat it: cut, and without line breaks or escape codes.
+    r"""Text from a file as a message may repeat it: the middle cut, and without line breaks or escape codes.
 
     Args:
-        value: Anything; its ``repr`` if it is no text.
-        most: Longest result, in characters.
+        value: A text, a path or an error; of anything else its ``repr`` or type.
+        most: Longest result, in characters, if none of them is an escape code.
 
     Example:
-        >>> print(shown("layer1.0" + chr(27) + "[2J"), shown("a" * 10**6, most=6))
-        layer1.0\x1b[2J aaa...
+        >>> print(shown("layer1.0" + chr(27) + "[2J"), shown("a" * 10**6, most=9))
+        layer1.0\x1b[2J aa...aaaa
     """
-    # Of something long the first part is enough, and all of it could take longer than reading it.
-    text = value[: 2 * most] if isinstance(value, str) else _short_repr(value)
-    cut = len(value) > 2 * most if isinstance(value, str) else False
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return text if len(text) <= most and not cut else f"{text[: most - 3]}..."
+    text = str(value) if isinstance(value, (str, os.PathLike, Exception)) else _short_repr(value)
+    if len(text) > most:
+        start = most // 3
+        text = f"{text[:start]}...{text[start + 3 - most :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _short_repr(value: object) -> str:
@@ -52,13 +52,13 @@ def check_file(path: Path, most_bytes: int | None = None) -> None:
     try:
         about = os.stat(path)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise FileNotFoundError(f"no such file: {shown(str(path), 200)}") from error
+        raise FileNotFoundError(f"no such file: {shown(path, 200)}") from error
     if not stat.S_ISREG(about.st_mode):
         kind = "a folder" if stat.S_ISDIR(about.st_mode) else "no regular file"
-        raise ValueError(f"{shown(str(path), 200)} is {kind}")
+        raise ValueError(f"{shown(path, 200)} is {kind}")
     if most_bytes is not None and about.st_size > most_bytes:
         raise ValueError(
-            f"{shown(str(path), 200)} has {about.st_size:,} bytes, more than the {most_bytes:,} that one may have"
+            f"{shown(path, 200)} has {about.st_size:,} bytes, more than the {most_bytes:,} that one may have"
         )
 
 

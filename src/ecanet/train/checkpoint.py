@@ -2,6 +2,8 @@
 
 import math
 import os
+import re
+import stat
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,14 @@ from torch import Tensor, nn
 from ecanet.models import build_model
 from ecanet.models.state_dicts import describe, misfits, safe_load, safe_save, state_dict_in
 from ecanet.train.config import DataConfig, ModelConfig
+from ecanet.train.run_folder import RunFolder, remedy
 from ecanet.untrusted import check_number, listed, shown
 
 #: The key under which a checkpoint says what it is.
 ABOUT = "ecanet"
+
+#: What safe_save calls a run's checkpoint while it writes it, with the number of the process.
+_PARTIAL = re.compile(r"\.(?:best|last)\.ckpt\.([1-9][0-9]{0,8})\.partial")
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -33,11 +39,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         try:
             safe_save(checkpoint, path)
         except OSError as error:
-            raise OSError(
-                error.errno,
-                f"{error.strerror}. What was saved before is intact: free some space, then run the same command with "
-                "--resume",
-            ) from error
+            raise OSError(error.errno, f"{error.strerror}: {remedy(error, Path(path).parent)}") from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint with ``weights_only=True``.
@@ -71,11 +73,11 @@ class SaveCheckpoints(Checkpoint):
     Lightning's ModelCheckpoint writes its last only when it also writes a best.
 
     Args:
-        folder: Where to write.
+        folder: Where to write; checked before every write.
         every_steps: Write ``last.ckpt`` every so many steps within an epoch as well.
     """
 
-    def __init__(self, folder: Path, every_steps: int | None = None) -> None:
+    def __init__(self, folder: RunFolder, every_steps: int | None = None) -> None:
         self.folder, self.every_steps = folder, every_steps
         self.best = -1.0
 
@@ -85,7 +87,7 @@ class SaveCheckpoints(Checkpoint):
         """Within the epoch; its last step is left to the epoch's end, which comes with the validation."""
         if self.every_steps and trainer.global_step % self.every_steps == 0 and not trainer.is_last_batch:
             check_finite(float(outputs["loss"]), trainer)
-            trainer.save_checkpoint(self.folder / "last.ckpt")
+            self._save(trainer, "last.ckpt")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """After the validation."""
@@ -94,8 +96,12 @@ class SaveCheckpoints(Checkpoint):
         if top1 > self.best:
             self.best = top1
             # Before the last: a run killed between the two repeats the epoch and writes the same best again.
-            trainer.save_checkpoint(self.folder / "best.ckpt")
-        trainer.save_checkpoint(self.folder / "last.ckpt")
+            self._save(trainer, "best.ckpt")
+        self._save(trainer, "last.ckpt")
+
+    def _save(self, trainer: L.Trainer, name: str) -> None:
+        self.folder.check()
+        trainer.save_checkpoint(self.folder.path / name)
 
     def state_dict(self) -> dict[str, float]:
         """The best top-1 so far, in per cent."""
@@ -122,9 +128,26 @@ def check_finite(loss: float, trainer: L.Trainer) -> None:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Remove what a kill in the middle of a write left behind."""
-    for partial in folder.glob(".*.partial"):
-        partial.unlink(missing_ok=True)
+    """Remove what a kill in the middle of a write left behind: regular files, and none of another living process."""
+    for path in folder.iterdir():
+        match = _PARTIAL.fullmatch(path.name)
+        if match and stat.S_ISREG(path.lstat().st_mode) and not _is_another(int(match[1])):
+            path.unlink(missing_ok=True)
+
+
+def _is_another(process: int) -> bool:
+    """Whether a process lives that is not this one."""
+    if process == os.getpid():  # numbers return, and in containers soon
+        return False
+    if os.name != "posix":  # there, to ask would be to end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 @dataclass

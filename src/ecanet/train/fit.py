@@ -18,6 +18,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -37,8 +38,9 @@ from ecanet.train.checkpoint import (
 from ecanet.train.classifier import Classifier
 from ecanet.train.config import DataConfig, Recipe, to_plain
 from ecanet.train.data.loading import ImageData, Plain, test_transform
-from ecanet.train.data.sources import image_files, read_image
-from ecanet.untrusted import check_file
+from ecanet.train.data.pictures import image_files, read_image
+from ecanet.train.run_folder import RunFolder, how_to_go_on
+from ecanet.untrusted import check_file, listed, shown
 
 #: Blocks and keys that may change between a run and its resumption without changing what is computed.
 _FREE_TO_CHANGE = {"data.root", "data.download", "data.verify", "data.workers", "trainer.log_steps"}
@@ -88,20 +90,23 @@ def fit(
     Raises:
         FileExistsError: ``out`` holds a run already and ``resume`` is False.
         ValueError: wrong data or configuration, or a recipe other than the one to resume.
-        OSError: a checkpoint cannot be written; the last one is intact.
+        BlockingIOError: another run is writing into ``out``.
+        OSError: a checkpoint cannot be written, and the last one is intact; or ``out`` was removed during the run.
 
     Example:
         >>> fit(Recipe(optim=OptimConfig(epochs=1)), out="runs/try").top1  # doctest: +SKIP
     """
-    folder = Path(out) if out is not None else None
-    resume_from = _resume_from(recipe, folder / "last.ckpt" if folder else None, resume)
     with _quiet_lightning():
-        return _fit(recipe, folder, resume_from, progress, on_epoch)
+        if out is None:
+            return _fit(recipe, None, None, progress, on_epoch)
+        with RunFolder(Path(out), first=getattr(rank_zero_only, "rank", 0) == 0) as folder:
+            resume_from = _resume_from(recipe, folder.path / "last.ckpt", resume)
+            return _fit(recipe, folder, resume_from, progress, on_epoch)
 
 
 def _fit(
     recipe: Recipe,
-    folder: Path | None,
+    folder: RunFolder | None,
     resume_from: Path | None,
     progress: bool,
     on_epoch: Callable[[dict[str, float]], None] | None,
@@ -125,7 +130,7 @@ def _fit(
     if folder:
         callbacks.append(SaveCheckpoints(folder, recipe.trainer.checkpoint_steps))
     try:
-        trainer = _trainer(recipe, callbacks, _loggers(folder), progress)
+        trainer = _trainer(recipe, callbacks, _loggers(folder.path) if folder else [], progress)
     except MisconfigurationException as error:
         raise ValueError(f"the trainer block does not fit this machine: {error}") from error
     steps = data.steps_per_epoch(trainer.world_size)
@@ -140,22 +145,23 @@ def _fit(
         recipe.trainer.seed,
         recipe.trainer.channels_last,
     )
-    if folder and trainer.is_global_zero:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_partial_files(folder)
-        (folder / "recipe.json").write_text(json.dumps(to_plain(recipe), indent=2) + "\n")
     try:
-        trainer.fit(classifier, datamodule=data, ckpt_path=resume_from)
+        with folder.errors_named() if folder else contextlib.nullcontext():
+            if folder and trainer.is_global_zero:
+                remove_partial_files(folder.path)
+                (folder.path / "recipe.json").write_text(json.dumps(to_plain(recipe), indent=2) + "\n")
+            trainer.fit(classifier, datamodule=data, ckpt_path=resume_from)
     except SystemExit as interrupted:  # Lightning turns Ctrl-C and SIGTERM into it, the latter with exit status 0
         if folder and trainer.is_global_zero:
-            print(_after_interrupt(folder / "last.ckpt"), flush=True)
+            print(f"Interrupted: {how_to_go_on(folder.path)}.", flush=True)
         raise SystemExit(interrupted.code or 128 + signal.SIGTERM) from interrupted
     records = history.records
-    return FitResult(records[-1]["val/top1"], max(r["val/top1"] for r in records), records, folder)
+    best = max(record["val/top1"] for record in records)
+    return FitResult(records[-1]["val/top1"], best, records, folder.path if folder else None)
 
 
-def _resume_from(recipe: Recipe, last: Path | None, resume: bool) -> Path | None:
-    if last is None or not last.exists():
+def _resume_from(recipe: Recipe, last: Path, resume: bool) -> Path | None:
+    if not last.exists():
         return None
     if not resume:
         raise FileExistsError(
@@ -172,12 +178,6 @@ def _resume_from(recipe: Recipe, last: Path | None, resume: bool) -> Path | None
 
 def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
     return {f"{block}.{key}": value for block, values in recipe.items() for key, value in values.items()}
-
-
-def _after_interrupt(last: Path) -> str:
-    if last.exists():
-        return f"Interrupted. {last} holds the state up to its last save: go on with the same command and --resume."
-    return f"Interrupted before the first checkpoint: run the same command again (nothing is saved in {last.parent})."
 
 
 def _trainer(recipe: Recipe, callbacks: list[Callback], loggers: list[Logger], progress: bool) -> L.Trainer:
@@ -202,9 +202,7 @@ def _trainer(recipe: Recipe, callbacks: list[Callback], loggers: list[Logger], p
     )
 
 
-def _loggers(folder: Path | None) -> list[Logger]:
-    if folder is None:
-        return []
+def _loggers(folder: Path) -> list[Logger]:
     # A folder of its own for every start of the run: a resumed one appends nothing to, and deletes nothing of, another.
     sessions = (f"session_{i}" for i in itertools.count())
     name = next(session for session in sessions if not (folder / "logs" / session).exists())
@@ -212,7 +210,7 @@ def _loggers(folder: Path | None) -> list[Logger]:
 
 
 class _quiet_lightning:  # noqa: N801
-    """Keeps Lightning's advertisements and its advice that does not apply here out of sight."""
+    """Keeps out of sight Lightning's advertisements, advice that does not apply here, and loaders' tracebacks."""
 
     _irrelevant = (
         "does not have many workers",  # images in memory need none
@@ -234,10 +232,13 @@ class _quiet_lightning:  # noqa: N801
         for logger in self._loggers:
             logger.setLevel(logging.WARNING)
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for logger, level in zip(self._loggers, self._levels, strict=True):
             logger.setLevel(level)
         self._catch.__exit__(None, None, None)
+        if isinstance(error, (OSError, TypeError, ValueError)) and str(error).startswith("Caught "):
+            # From a loading process torch raises the same type, and puts the traceback into the message.
+            raise type(error)(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
 
 
 class _History(Callback):
@@ -317,7 +318,8 @@ def validate(run: str | Path, data: DataConfig | None = None, accelerator: str =
     run = Path(run)
     images = ImageData(data or data_of(trained, **_root_of(run if run.is_dir() else run.parent)))
     if list(images.classes) != trained.classes:
-        raise ValueError(f"the data's classes {list(images.classes)} are not the network's {trained.classes}")
+        theirs, own = listed(images.classes, 10), listed(trained.classes, 10)
+        raise ValueError(f"the data's classes ({theirs}) are not the network's ({own})")
     classifier = Classifier(trained.network, len(trained.classes), trained.mean, trained.std)
     with _quiet_lightning(), contextlib.redirect_stdout(sys.stderr):  # the bar: stdout is for results
         trainer = _evaluation_trainer(accelerator)
@@ -444,10 +446,11 @@ def _image_files(images: Sequence[str | Path]) -> list[Path]:
         if path.is_dir():
             found = sorted(map(Path, image_files(path)))
             if not found:
-                raise FileNotFoundError(f"no image in the folder {path}: expected {', '.join(IMG_EXTENSIONS)}")
+                suffixes = ", ".join(IMG_EXTENSIONS)
+                raise FileNotFoundError(f"no image in the folder {shown(path, 300)}: expected {suffixes}")
             files += found
-        elif path.is_file():
+        elif path.exists():
             files.append(path)
         else:
-            raise FileNotFoundError(f"no such image: {path}")
+            raise FileNotFoundError(f"no such image: {shown(path, 300)}")
     return files

@@ -1,5 +1,6 @@
 """Where pictures come from."""
 
+from ecanet.train.data.pictures import read_image
 from ecanet.train.data.sources import (
     FolderImages,
     Splits,
@@ -8,7 +9,6 @@ from ecanet.train.data.sources import (
     fashion_mnist,
     image_folder,
     read_idx,
-    read_image,
 )
 
 __all__ = [

@@ -6,21 +6,23 @@ Every source gives :class:`Splits`, and finds what is wrong with its files befor
 import gzip
 import lzma
 import math
-import os
 import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
+from io import BufferedIOBase
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from ecanet.train.data.pictures import image_files, read_image, what_is_wrong
+from ecanet.untrusted import shown
 
 #: Where Debian's package dataset-fashion-mnist puts the four files.
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -41,10 +43,15 @@ FASHION_CLASSES = (
 
 EMBEDDED_FILE = "fashion_mnist_10k.idx.xz"
 
+#: The most values of an idx array, one byte each; EMNIST's largest file has 547,178,688.
+MAX_IDX_VALUES = 640 * 2**20
+
 _FASHION_FILES = tuple(
     f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
 )
 _UINT8 = 0x08  # the third byte of an idx file
+_MAX_IDX_DIMENSIONS = 8
+_CHUNK = 2**20  # bytes
 _FETCH_AGAIN = "replace it with a complete copy"
 
 
@@ -120,56 +127,6 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
         return read_image(path), label
 
 
-def read_image(path: str | Path) -> Tensor:
-    """Decode one image file to RGB.
-
-    Of 16-bit pixels the upper 8 bits are kept. Transparency is dropped and EXIF orientation not applied, as in
-    torchvision.
-
-    Args:
-        path: Any format that PIL reads.
-
-    Returns:
-        uint8 ``(3, H, W)``.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not an image, damaged, or of pixels without a known range, such as floating point.
-
-    Example:
-        >>> read_image("shoe.png").shape  # doctest: +SKIP
-        torch.Size([3, 28, 28])
-    """
-    try:
-        with open(path, "rb") as file, Image.open(file) as image:
-            pixels = _rgb_pixels(image)
-    except (FileNotFoundError, MemoryError):
-        raise
-    except Exception as error:  # PIL's decoders let out many kinds: OSError, SyntaxError, struct.error, IndexError ...
-        raise ValueError(
-            f"cannot read the image {str(path)!r}: {error}. Remove or replace it; "
-            "image_folder(root, verify=True), on the command line --data.verify true, finds all of a folder"
-        ) from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def _rgb_pixels(image: Image.Image) -> np.ndarray:
-    """RGB uint8 ``(H, W, 3)``."""
-    if image.mode == "F":
-        raise ValueError("its pixels are floating point, of unknown range; save it with 8 bits a channel")
-    if image.mode.startswith("I"):
-        # PIL's own conversion would clip at 255 instead of scaling.
-        wide = np.asarray(image)  # (H, W)
-        if wide.min() < 0 or wide.max() > 0xFFFF:
-            raise ValueError("its pixels exceed 16 bits; save it with 8 bits a channel")
-        grey = (wide >> 8).astype(np.uint8)
-        return np.stack([grey] * 3, axis=-1)
-    if image.mode == "P":
-        # Straight to RGB, PIL warns about palettes with transparency.
-        image = image.convert("RGBA")
-    return np.array(image.convert("RGB"))
-
-
 def read_idx(path: str | Path) -> Tensor:
     """Read one idx file of unsigned bytes, gzip-compressed or plain: the format of MNIST and its kin.
 
@@ -181,7 +138,8 @@ def read_idx(path: str | Path) -> Tensor:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: damaged, not an idx file, or of another type than unsigned byte.
+        ValueError: damaged, not an idx file, of another type than unsigned byte, or of more than
+            :data:`MAX_IDX_VALUES`.
 
     Source:
         The format: http://yann.lecun.com/exdb/mnist. Bytes 0, 0, type, number of dimensions; each dimension as a
@@ -194,42 +152,60 @@ def read_idx(path: str | Path) -> Tensor:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no idx file {str(path)!r}: check the path")
-    data = path.read_bytes()
-    if data[:2] == b"\x1f\x8b":
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{str(path)!r} is not a sound gzip file ({error}): {_FETCH_AGAIN}") from error
-    values, end = _parse_idx(data, 0, path)
-    if end != len(data):
+    with path.open("rb") as file:
+        compressed = file.read(2) == b"\x1f\x8b"
+    try:
+        with gzip.open(path) if compressed else path.open("rb") as contents:
+            values = _read_array(contents, path)
+            rest = len(contents.read(_CHUNK))  # of a compressed file, this also checks the sum at its end
+    except (OSError, EOFError, zlib.error) as error:
+        what = "is not a sound gzip file" if compressed else "cannot be read"
+        raise ValueError(f"{str(path)!r} {what} ({error}): {_FETCH_AGAIN}") from error
+    if rest:
         raise ValueError(
-            f"{str(path)!r} has {len(data) - end} bytes more than the {tuple(values.shape)} values that its header "
-            f"says: {_FETCH_AGAIN}"
+            f"{str(path)!r} has {'at least ' * (rest == _CHUNK)}{rest} bytes more than the {tuple(values.shape)} "
+            f"values that its header says: {_FETCH_AGAIN}"
         )
     return values
 
 
-def _parse_idx(data: bytes, start: int, path: Path) -> tuple[Tensor, int]:
-    """The idx array that starts at byte ``start``, and where it ends."""
-    header = data[start : start + 4]  # 0, 0, type, number of dimensions
+def _read_array(file: BufferedIOBase, path: Path) -> Tensor:
+    """The idx array that comes next in a file, of which no more is read or decompressed."""
+    header = file.read(4)  # 0, 0, type, number of dimensions
     if len(header) == 4 and (header[:2] != b"\0\0" or header[3] == 0):
         raise ValueError(f"{str(path)!r} is not an idx file, it starts with {header!r}: {_FETCH_AGAIN}")
     if len(header) == 4 and header[2] != _UINT8:
         raise ValueError(
             f"{str(path)!r} has values of idx type 0x{header[2]:02x}: only 0x08, unsigned bytes, can be read"
         )
-    if len(header) < 4 or len(data) < (begin := start + 4 + 4 * header[3]):
-        raise ValueError(f"{str(path)!r} is truncated within its header: {_FETCH_AGAIN}")
-    shape = [int.from_bytes(data[i : i + 4], "big") for i in range(start + 4, begin, 4)]
-    end = begin + math.prod(shape)
-    if end > len(data):
+    if len(header) == 4 and header[3] > _MAX_IDX_DIMENSIONS:
         raise ValueError(
-            f"{str(path)!r} is truncated, its header says {tuple(shape)} values but {len(data) - begin} are there: "
-            f"{_FETCH_AGAIN}"
+            f"{str(path)!r} has {header[3]} dimensions: only arrays of up to {_MAX_IDX_DIMENSIONS} can be read"
         )
-    # The copy is writable, as a tensor's memory must be.
-    values = np.frombuffer(data[begin:end], np.uint8).copy()
-    return torch.from_numpy(values).reshape(shape), end
+    sizes = file.read(4 * header[3]) if len(header) == 4 else b""
+    if len(header) < 4 or len(sizes) < 4 * header[3]:
+        raise ValueError(f"{str(path)!r} is truncated within its header: {_FETCH_AGAIN}")
+    shape = tuple(int.from_bytes(sizes[i : i + 4], "big") for i in range(0, len(sizes), 4))
+    if math.prod(max(size, 1) for size in shape) > MAX_IDX_VALUES:
+        raise ValueError(
+            f"{str(path)!r} says in its header that it has {shape} values: only up to {MAX_IDX_VALUES:,} can be read"
+        )
+    values = np.empty(shape, np.uint8)
+    there = _fill(values.reshape(-1), file)
+    if there < values.size:
+        raise ValueError(
+            f"{str(path)!r} is truncated, its header says {shape} values but {there} are there: {_FETCH_AGAIN}"
+        )
+    return torch.from_numpy(values)
+
+
+def _fill(values: np.ndarray, file: BufferedIOBase) -> int:
+    """Read until all values are there or the file ends, a chunk at a time; how many there are."""
+    filled = 0
+    while filled < len(values) and (chunk := file.read(min(_CHUNK, len(values) - filled))):
+        values[filled : filled + len(chunk)] = np.frombuffer(chunk, np.uint8)
+        filled += len(chunk)
+    return filled
 
 
 def fashion_mnist(root: str | Path | None = None, download: bool = False) -> Splits:
@@ -324,11 +300,11 @@ def embedded() -> Splits:
         >>> len(splits.train), len(splits.val), splits.classes[splits.train[0][1]]
         (8000, 2000, 'Ankle boot')
     """
-    data = lzma.decompress(files("ecanet.train.data").joinpath(EMBEDDED_FILE).read_bytes())
-    arrays, end = [], 0
-    for _ in _FASHION_FILES:
-        values, end = _parse_idx(data, end, Path(EMBEDDED_FILE))
-        arrays.append(values)
+    with files("ecanet.train.data").joinpath(EMBEDDED_FILE).open("rb") as file, lzma.open(file) as contents:
+        try:
+            arrays = [_read_array(contents, Path(EMBEDDED_FILE)) for _ in _FASHION_FILES]
+        except (OSError, EOFError, lzma.LZMAError) as error:
+            raise ValueError(f"{EMBEDDED_FILE!r} of this package is damaged ({error}): install ecanet again") from error
     train, val = (TensorImages(arrays[i].unsqueeze(1), arrays[i + 1].long()) for i in (0, 2))
     return Splits(train, val, FASHION_CLASSES)
 
@@ -384,6 +360,10 @@ def _class_names(split: Path) -> list[str]:
     names = sorted(entry.name for entry in split.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise ValueError(f"{str(split)!r} has no class folders: put its images in {str(split / '<class>')!r}")
+    top = split.resolve()
+    for name in names:
+        if (split / name).resolve() in (top, *top.parents):
+            raise ValueError(f"the class folder {str(split / name)!r} is a link to a folder that holds it: remove it")
     return names
 
 
@@ -398,20 +378,6 @@ def _samples(split: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
             )
         samples += [(path, label) for path in paths]
     return samples
-
-
-def image_files(folder: Path) -> Iterable[str]:
-    """Image files below a folder, by suffix; names that start with a dot are left out."""
-
-    def fail(error: OSError) -> None:
-        # os.walk would pass over a folder that it may not read.
-        raise error
-
-    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith("."):
-                yield os.path.join(parent, name)
 
 
 def _verify(paths: Sequence[str]) -> None:
@@ -437,7 +403,7 @@ def _problem(path: str) -> str | None:
     try:
         read_image(path)
     except (OSError, ValueError) as error:
-        return f"{path!r}: {error.__cause__ or error}"
+        return f"'{shown(path, 300)}': {what_is_wrong(error.__cause__ or error)}"
     return None
 
 

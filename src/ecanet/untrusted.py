@@ -20,7 +20,7 @@ def shown(value: object, most: int = _SHOWN) -> str:
 
     Example:
         >>> print(shown("layer1.0" + chr(27) + "[2J"), shown("a" * 10**6, most=9))
-        layer1.0\x1b[2J aa...aaaa
+        layer1.0\x1b[2J aaa...aaa
     """
     text = str(value) if isinstance(value, (str, os.PathLike, Exception)) else _short_repr(value)
     if len(text) > most:

@@ -234,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"ecanet: unknown verb {args[0]!r}: one of {', '.join(_VERBS)}; see ecanet --help")
     try:
         _run(args[0], args[1:])
-    except (ImportError, OSError, TypeError, ValueError) as error:
+    except (ImportError, OSError, TypeError, ValueError, RuntimeError, LookupError, ArithmeticError) as error:
         if os.environ.get("ECANET_TRACEBACK"):
             raise
         sys.exit(f"ecanet {args[0]}: {type(error).__name__}: {error}\n(ECANET_TRACEBACK=1 shows where)")

@@ -155,12 +155,12 @@ def test_quick_run(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = quick.with_suffix(".png")
     document = _run(quick, "--only", "op,module,inference,training", "--plot", str(picture))
     assert picture.stat().st_size > 10_000
-    assert len(document["cases"]) == 9 * 2 * 2
+    assert len(document["cases"]) == 11 * 2 * 2
     assert document["command"].endswith("--threads 1 --quick --no-compile --only op,module,inference,training")
     assert {"machine", "versions", "commit", "environment", "load_average_at_start", "summary"} <= document.keys()
     assert str(Path.home()) not in quick.read_text()
-    for case in document["cases"].values():
-        assert {"ecanet", "copy"} < case["seconds"].keys()
+    for key, case in document["cases"].items():
+        assert {"ecanet", "neutral" if "factor" in key else "copy"} < case["seconds"].keys()
         assert all(math.isfinite(s) and s > 0 for samples in case["seconds"].values() for s in samples)
     output = capsys.readouterr().out
     assert output.strip() == report(document)
@@ -387,12 +387,13 @@ def test_the_gpu_benchmark_runs_in_the_interpreter(tmp_path: Path, capsys: pytes
     common = ["--quick", "--no-compile", "--out", str(path)]
     gpu_benchmark.main([*common, "--only", "inference,network", "--plot", str(picture)])
     document = results.read(path)
-    assert len(document["cases"]) == 4 + 2
+    assert len(document["cases"]) == 4 + 4 + 2
     assert document["command"].startswith("TRITON_INTERPRET=1 python -m benchmarks.gpu --dtype bfloat16 --quick")
     assert "images/s" in capsys.readouterr().out
     assert picture.stat().st_size > 10_000
     for key, case in document["cases"].items():
-        assert {"ecanet", "timm", "no gate"} <= case["seconds"].keys(), key
+        sides = {"ecanet", "neutral"} if "factor" in key else {"ecanet", "timm", "no gate"}
+        assert sides <= case["seconds"].keys(), key
 
 
 @pytest.mark.parametrize("interpreting", [True, False])

@@ -49,7 +49,7 @@ HOSTILE_STATES: dict[str, tuple[Callable[[State], Any], str]] = {
     "stride 0 in a kernel": (changed("layer1.0.eca.conv.weight", torch.zeros(1).expand(1, 1, 10**9 + 1)), "claims"),
     "ten million classes without features": (changed("fc.weight", torch.zeros(10_000_000, 0)), r"\(10000000, 0\)"),
     "no dimension": (changed("fc.weight", torch.tensor(1.0)), r"fc\.weight \(\) instead of"),
-    "sparse": (changed("fc.weight", lambda t: t.to_sparse()), "hostile.pth.*(sparse|no plain tensor)"),
+    "sparse": (changed("fc.weight", lambda t: t.to_sparse()), "hostile.pth was refused: it holds .*sparse"),
     "without values": (changed("fc.weight", lambda t: t.to("meta")), "fc.weight has no values"),
     "complex": (changed("fc.weight", lambda t: t.to(torch.complex64)), "fc.weight is complex"),
     "integer": (changed("fc.weight", lambda t: t.to(torch.int64)), "1 of another kind: fc.weight torch.int64"),
@@ -61,7 +61,11 @@ HOSTILE_STATES: dict[str, tuple[Callable[[State], Any], str]] = {
     "a key with escape codes": (lambda state: {**state, "\x1b[2J\n": torch.ones(1)}, r"1 unexpected: \\x1b\[2J\\n"),
     "module. 20,000 times": (lambda state: {"module." * 20_000 + k: v for k, v in state.items()}, "a key has 140"),
     "module. 100 times": (lambda state: {"module." * 100 + k: v for k, v in state.items()}, "found|missing|no ECA"),
-    "a hundred thousand keys": (lambda state: {f"k{i}": torch.ones(1) for i in range(100_001)}, "has 100,001 keys"),
+    "a hundred thousand keys": (lambda state: {f"k{i}": torch.ones(1) for i in range(100_001)}, "parts, more than"),
+    "too many keys": (lambda state: dict.fromkeys((f"k{i}" for i in range(30_000)), torch.ones(1)), "30,000 keys"),
+    "thousands of views of a large tensor": (
+        lambda state: dict.fromkeys((f"k{i}" for i in range(19_000)), torch.zeros(1_000_000)), "no ECA weights"
+    ),
     "nothing": (lambda state: {}, "found nothing"),
     "a list": (lambda state: [], "holds no state dict"),
     "a state dict in a state dict": (lambda state: {"state_dict": {"model": {"state_dict": 3}}}, "found (int|dict)"),
@@ -117,7 +121,36 @@ def legacy(numel: int) -> bytes:
     return buffer.getvalue().replace(b"K\x03Nt", b"\x8a\x08" + numel.to_bytes(8, "little") + b"Nt")
 
 
+class Makes:
+    """Something that torch makes when it reads a file, of a size that the file says."""
+
+    def __init__(self, what: Any, *arguments: Any) -> None:
+        self.what, self.arguments = what, arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.what, self.arguments
+
+
+def doubled(times: int) -> Any:
+    import _codecs
+
+    value: Any = "x" * 100
+    for _ in range(times):
+        value = Makes(_codecs.encode, value, "hex")
+    return value
+
+
+def legacy_without_keys() -> bytes:
+    """A storage of the old format that nothing in the file would fill."""
+    return legacy(3 * 10**8).replace(b"]q\x00X", b"]q\x00.X", 1)
+
+
 DAMAGED_FILES: dict[str, bytes] = {
+    "a tensor of a size of its own": saved({"w": Makes(torch.Tensor, 1_500_000_000)}),
+    "a storage of a size of its own": saved({"w": Makes(torch.UntypedStorage, 4_000_000_000)}),
+    "four billion bytes": saved({"w": Makes(bytearray, 4_000_000_000)}),
+    "texts that double": saved({"w": doubled(30)}),
+    "the old format without its storages": legacy_without_keys(),
     "empty": b"",
     "a letter": b"a",
     "a text": b"hello world\n" * 100,
@@ -262,6 +295,30 @@ def test_what_a_checkpoint_says_is_checked(change, says, run, tmp_path, image_fo
             main(command)
 
 
+STOPS: dict[str, tuple[Callable[[State], None], str]] = {
+    "nothing about it": (lambda c: c.update(ecanet=[]), "must say what its network is"),
+    "loops that are a text": (lambda c: c.update(loops={"fit_loop": "x"}), "its loops are none"),
+    "a best accuracy of text": (lambda c: c.update(callbacks={"SaveCheckpoints": {"best": "x"}}), "accuracy is x"),
+    "no steps": (lambda c: c.pop("global_step"), "does not say how far"),
+    "weights that are a list": (lambda c: c.update(state_dict=[1]), "holds no weights"),
+    "momenta of other weights": (
+        lambda c: c["optimizer_states"][0]["state"][0].update(momentum_buffer=torch.ones(77)), "optimizer's state"
+    ),
+    "a recipe without its data": (lambda c: c["ecanet"]["recipe"].pop("optim"), "lacks a block"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "says"), STOPS.values(), ids=STOPS)
+def test_a_run_does_not_go_on_from_a_hostile_checkpoint(change, says, run, tmp_path, image_folder) -> None:
+    checkpoint = copy.deepcopy(run)
+    change(checkpoint)
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    data = ["--data.source", "image_folder", "--data.root", str(image_folder)]
+    with pytest.raises(SystemExit, match=says) as refused:
+        main(["fit", "--out", str(tmp_path), "--resume", *data])
+    assert "last.ckpt" in str(refused.value)
+
+
 STEERING = {
     "download": {"source": "fashion_mnist", "download": True, "resize": None},
     "processes": {"workers": 1000},
@@ -360,6 +417,8 @@ INSERTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "places that are a number": ({"where": 3}, "where must be"),
     "a thousand places": ({"where": ["a"] * 2000}, "where must be"),
     "pictures of a million pixels": ({"input_size": 10**6}, "input_size must be at most"),
+    "a large network that is not there": ({"model": "torchvision/regnet_y_128gf"}, "parameters, and the file"),
+    "half a class": ({"num_classes": 2.5}, "num_classes must be a whole number"),
     "a text for true": ({"preserve": "yes"}, "preserve must be true or false"),
 }
 

@@ -76,9 +76,16 @@ HOSTILE = {
     "widths without end": ("model: {options: {widths: [" + "8, " * 999 + "8]}}", "widths must be a list of 1 to 16"),
     "a million blocks": ("model: {options: {blocks: 1000000}}", "blocks must be at most"),
     "an option of another network": ("model: {options: {width_mult: 1}}", "has width_mult, and the network takes"),
-    "an option that is a path": ("model: {options: {weights: /etc/passwd}}", "has weights, and the network takes"),
-    "an option that is a class": ("model: {options: {norm_layer: torch.nn.Module}}", "has norm_layer"),
-    "an option of another type": ("model: {options: {blocks: two}}", "blocks must be a number"),
+    "an option that is a path": ("model: {options: {weights: /etc/passwd}}", "options.weights must be a number"),
+    "an option that is a class": ("model: {options: {norm_layer: torch.nn.Module}}", "norm_layer must be a number"),
+    "YAML in a text": ("model: {options: '{a: &a [1], b: *a}'}", "model.options must hold names and values"),
+    "YAML in a kernel size": ("model: {kernel_size: '[&a [1], *a]'}", "model.kernel_size must be no such text"),
+    "YAML in a number": ("optim: {step_epochs: '[1, 2]'}", "optim.step_epochs must be no such text"),
+    "a class in a text": ("model: {options: '{widths: {class_path: os.system}}'}", "model.options must hold names"),
+    "a number of minutes": ("optim: {lr: " + "1:" * 300 + "1.5}", "optim.lr must be no such text"),
+    "a date for a name": ("model: {options: {2001-01-01: 1}}", "has 2001-01-01"),
+    "a number for a name": ("model: {options: {1: 1}}", "must have names for its values"),
+    "an option of another type": ("model: {options: {blocks: two}}", "blocks must be a number, true"),
     "true for a number": ("model: {options: {blocks: true}}", "blocks must be a number"),
 }  # fmt: skip
 
@@ -114,6 +121,8 @@ def test_what_a_recipe_may_be_of_is_a_file(tmp_path) -> None:
 @pytest.mark.parametrize(
     "argument",
     [
+        "--model=recipe.yaml",
+        "--optim",
         "--model.options={'class_path': 'os.system'}",
         "--model.class_path=os.system",
         "--optim.class_path=os.system",
@@ -122,7 +131,7 @@ def test_what_a_recipe_may_be_of_is_a_file(tmp_path) -> None:
 )
 def test_the_command_line_builds_no_class(argument, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="no class is built from the command line"):
+    with pytest.raises(SystemExit, match=r"no class is built from the command line|is no option: --config FILE"):
         main(["fit", argument])
     assert not list(tmp_path.iterdir())
 

@@ -5,7 +5,6 @@ import hashlib
 import io
 import os
 import re
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ecanet.models.pickles import check_pickles
 from ecanet.untrusted import check_file, listed, shown
 
 StateDict: TypeAlias = Mapping[str, Tensor]
@@ -23,7 +23,7 @@ _WRAPPERS = ("module.", "_orig_mod.", "network.")
 #: So many wrappers a network has at most.
 _WRAPPED = 8
 #: Longest key, and most keys, of a state dict.
-_KEY_LENGTH, _KEYS = 1000, 100_000
+_KEY_LENGTH, _KEYS = 1000, 20_000
 _KEYS_IN_A_MESSAGE = 20
 #: What stands after a file's own content: this and the SHA-256 of that content. What reads such files passes it over.
 _CHECKSUM = b"\necanet sha256 "
@@ -77,7 +77,8 @@ def safe_load(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
         read = partial(torch.load, map_location=map_location, weights_only=True)
     try:
         _verify_checksum(path)
-        _check_archive(path)
+        if path.suffix != ".safetensors":
+            check_pickles(path)
         return read(path)
     except PermissionError:
         raise
@@ -101,19 +102,6 @@ def _verify_checksum(path: Path) -> None:
             left -= len(chunk)
     if digest.hexdigest().encode() != end[len(_CHECKSUM) :]:
         raise ValueError("its content is not what its checksum says")
-
-
-def _check_archive(path: Path) -> None:
-    """Raise ValueError where a file of ``torch.save`` would come to more in memory than it has on the disk."""
-    with path.open("rb") as file:
-        if file.read(2) != b"PK":
-            return
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise ValueError("it is compressed, which torch.save does not do, and could come to any size")
-    if sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise ValueError("its parts come to more than the file has")
 
 
 def safe_save(value: Any, path: str | os.PathLike[str]) -> None:
@@ -161,6 +149,7 @@ def state_dict_in(loaded: object, source: str) -> dict[str, Tensor]:
         raise ValueError(f"{source} holds no state dict: expected names mapped to tensors, found {_kind(loaded)}")
     if len(loaded) > _KEYS:
         raise ValueError(f"{source} holds no network's state dict: it has {len(loaded):,} keys, more than {_KEYS:,}")
+    looked_at: set[tuple[Any, ...]] = set()
     for key, value in loaded.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             where = repr(shown(key)) if isinstance(key, str) else shown(key)
@@ -169,14 +158,19 @@ def state_dict_in(loaded: object, source: str) -> dict[str, Tensor]:
             )
         if len(key) > _KEY_LENGTH:
             raise ValueError(f"{source} holds no network's state dict: a key has {len(key):,} characters, {shown(key)}")
-        problem = _problem_of(value)
+        problem = _problem_of(value, looked_at)
         if problem is not None:
             raise ValueError(f"{source}: {shown(key)} {problem}")
     return _without_prefix(loaded)
 
 
-def _problem_of(t: Tensor) -> str | None:
-    """Why a tensor is no weight or buffer of a network, or None."""
+def _problem_of(t: Tensor, looked_at: set[tuple[Any, ...]]) -> str | None:
+    """Why a tensor is no weight or buffer of a network, or None.
+
+    Args:
+        t: The tensor.
+        looked_at: Storages whose values were looked at already: many tensors may share one.
+    """
     if t.is_meta:
         return "has no values (it is on the device 'meta')"
     if t.layout is not torch.strided or t.is_nested or t.is_quantized:
@@ -186,8 +180,20 @@ def _problem_of(t: Tensor) -> str | None:
     held = t.untyped_storage().nbytes() // t.element_size()
     if t.numel() > held:
         return f"claims {t.numel():,} values of shape {tuple(t.shape)}, and the file holds {held:,}"
-    if t.is_floating_point() and not bool(torch.isfinite(t if t.element_size() > 1 else t.float()).all()):
+    if not t.is_floating_point() or t.numel() == 0:
+        return None
+    view = (t.untyped_storage().data_ptr(), t.dtype, t.storage_offset(), t.shape, t.stride())
+    whole = (t.untyped_storage().data_ptr(), t.dtype)
+    if whole in looked_at or view in looked_at:
+        return None
+    values = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())  # once for all tensors that share it
+    values = values if t.element_size() > 1 else values.float()
+    if bool(torch.isfinite(values).all()):
+        looked_at.add(whole)
+        return None
+    if not bool(torch.isfinite(t if t.element_size() > 1 else t.float()).all()):
         return "has values that are NaN or infinite: the run that wrote it diverged"
+    looked_at.add(view)
     return None
 
 
@@ -203,6 +209,8 @@ def _what_is_wrong(error: Exception) -> str:
             "code. Save the state dict alone: torch.save(model.state_dict(), path)"
         )
     reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    if "weights_only" in reason:  # torch's advice is to read the file as code
+        reason = "it holds more than tensors and plain values"
     return f"is not a checkpoint that torch or safetensors can read, or it is damaged ({shown(reason, 300)})"
 
 

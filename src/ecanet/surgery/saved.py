@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from ecanet.models.arguments import check_arguments
@@ -143,7 +144,9 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         )
     versions = loaded.get("versions")
     pairs = list(versions.items())[:10] if isinstance(versions, Mapping) else []
-    written = ", ".join(f"{shown(package)} {shown(number)}" for package, number in pairs)
+    written = (
+        "unknown versions" if not pairs else ", ".join(f"{shown(package)} {shown(number)}" for package, number in pairs)
+    )
     state = state_dict_in(loaded.get("state_dict"), str(path))
     try:
         insertion = Insertion(**_checked(loaded[INSERTION]))
@@ -171,6 +174,8 @@ def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         TypeError, ValueError: a field is not known, or a value not what it may be.
     """
+    if "model" not in values:
+        raise ValueError("an insertion needs its model")
     own = ("gate", "kernel_size")
     check_arguments({name: values[name] for name in own if name in values}, "ecanet_insertion", own)
     for name, value in values.items():
@@ -182,6 +187,8 @@ def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
             raise TypeError(f"{name} must be true or false, got {shown(value)}")
         if name in ("num_classes", "input_size") and value is not None:
             check_number(value, name, 1, 1_000_000 if name == "num_classes" else 4096)
+            if not isinstance(value, int):
+                raise TypeError(f"{name} must be a whole number, got {shown(value)}")
         if name == "where":
             places = [value] if isinstance(value, str) else value
             if not isinstance(places, (list, tuple)) or not 1 <= len(places) <= _PLACES:
@@ -196,8 +203,10 @@ def _misfit(insertion: Insertion, state: Mapping[str, Tensor]) -> str:
     try:
         with torch.device("meta"):
             own = create_network(insertion.model, insertion.num_classes).state_dict()
-    except NotImplementedError:  # torchvision's RegNets cannot be built without values; none is large
-        return ""
+    except NotImplementedError:  # torchvision's RegNets cannot be built without values, and some are large
+        known = torchvision.models.get_model_weights(insertion.model.partition("/")[2])["DEFAULT"].meta["num_params"]
+        held = sum(t.numel() for t in state.values())
+        return f"it has {known:,} parameters, and the file {held:,} values" if held < known / 2 else ""
     fits = {key: value for key, value in state.items() if key in own}
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     return describe(missing=missing, **misfits(fits, own))

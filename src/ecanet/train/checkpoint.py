@@ -159,7 +159,7 @@ class TrainedNetwork:
         classes: Class names in label order.
         mean: Mean of each channel of pixels in 0..1.
         std: Standard deviation of each.
-        recipe: The recipe it was trained by, as plain values; of its data only what the network sees.
+        recipe: Of the recipe it was trained by what the network is and what it sees, as plain values.
         history: One record an epoch.
     """
 
@@ -197,6 +197,9 @@ def load_trained(path: str | os.PathLike[str]) -> TrainedNetwork:
     held = checkpoint.get("state_dict")
     mine = {k: v for k, v in held.items() if str(k).startswith("network.")} if isinstance(held, dict) else held
     state = state_dict_in(mine, str(path))
+    options: dict[str, Any] = config.options
+    if options.get("blocks", 1) * len(options.get("widths", ())) > len(state):
+        raise ValueError(f"the weights in {path} do not fit the network that it describes, which has more blocks")
     with torch.device("meta"):  # no memory is taken for sizes that the file only claims
         own = build_network(config, classes).state_dict()
     missing = [key for key in own if key not in state]
@@ -259,7 +262,48 @@ def check_about(about: object, path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(
             f"{path} is damaged, or no checkpoint that `ecanet fit` wrote: {shown(str(error), 300)}"
         ) from error
-    return {**{key: about[key] for key in ("classes", "mean", "std", "history")}, "recipe": {**recipe, "data": sees}}
+    kept = {key: about[key] for key in ("classes", "mean", "std", "history")}
+    return {**kept, "recipe": {"model": model, "data": sees}}
+
+
+def check_resumable(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The recipe of a checkpoint that a run may go on from, after a look at what Lightning will take from it.
+
+    Raises:
+        ValueError: a part is missing or of another kind; names the file.
+    """
+    check_about(checkpoint[ABOUT], path)
+    problem = _problem_for_resuming(checkpoint)
+    if problem is not None:
+        raise ValueError(f"{path} cannot be gone on from, {problem}: start anew in another --out")
+    return checkpoint[ABOUT]["recipe"]
+
+
+def _problem_for_resuming(checkpoint: dict[str, Any]) -> str | None:
+    recipe, weights = checkpoint[ABOUT]["recipe"], checkpoint.get("state_dict")
+    if not all(isinstance(recipe.get(block), dict) for block in ("model", "data", "optim", "trainer")):
+        return "its recipe lacks a block"
+    if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
+        return "it holds no weights"
+    if not all(type(checkpoint.get(key)) is int and checkpoint[key] >= 0 for key in ("epoch", "global_step")):
+        return "it does not say how far it got"
+    loops, callbacks = checkpoint.get("loops"), checkpoint.get("callbacks")
+    if not isinstance(loops, dict) or not all(isinstance(loop, dict) for loop in loops.values()):
+        return "its loops are none"
+    if not isinstance(callbacks, dict) or not all(isinstance(state, dict) for state in callbacks.values()):
+        return "its callbacks are none"
+    best = callbacks.get(SaveCheckpoints.__qualname__, {"best": 0.0}).get("best")
+    if isinstance(best, bool) or not isinstance(best, (int, float)) or not math.isfinite(best):
+        return f"its best accuracy is {shown(best)}"
+    shapes = {t.shape for t in weights.values()}
+    for optimizer in checkpoint.get("optimizer_states", ()):
+        held = optimizer.get("state") if isinstance(optimizer, dict) else None
+        if not isinstance(held, dict) or not all(isinstance(values, dict) for values in held.values()):
+            return "its optimizer has no state"
+        tensors = [t for values in held.values() for t in values.values() if isinstance(t, Tensor)]
+        if any(t.dim() and t.shape not in shapes for t in tensors):
+            return "its optimizer's state is of other weights"
+    return None
 
 
 def as_it_started(config: ModelConfig) -> ModelConfig:

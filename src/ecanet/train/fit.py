@@ -31,6 +31,7 @@ from ecanet.train.checkpoint import (
     TrainedNetwork,
     as_it_started,
     build_network,
+    check_resumable,
     load_trained,
     read_checkpoint,
     remove_partial_files,
@@ -167,7 +168,7 @@ def _resume_from(recipe: Recipe, last: Path, resume: bool) -> Path | None:
         raise FileExistsError(
             f"{last.parent} holds a training run already: add --resume to go on with it, or choose another --out"
         )
-    before = _flat(read_checkpoint(last)[ABOUT]["recipe"])
+    before = _flat(check_resumable(read_checkpoint(last), last))
     now = _flat(to_plain(recipe))
     changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in _FREE_TO_CHANGE)
     if changed:

@@ -4,7 +4,7 @@ import json
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 import yaml
 
@@ -20,12 +20,27 @@ _BLOCKS = {name: [f.name for f in fields(block)] for name, block in get_type_hin
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, to which 1e-4 is a number, as it is in YAML 1.2."""
+    """PyYAML's safe loader with the scalars of YAML 1.2: 1e-4 is a number, 1:30 and 2001-01-01 are texts."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+for _tag, _pattern, _first in (
+    ("null", r"^(~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"^(true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"^[-+]?\d+$", list("-+0123456789")),
+    ("float", r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$", list("-+0123456789.")),
+    ("float", r"^([-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$", list("-+.")),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+
+#: Fields that are texts: paths, and names of which the block says which there are.
+_TEXTS = {
+    *("model.name", "model.gate", "model.kernel_size", "model.weights", "data.source", "data.root", "data.augment"),
+    *("optim.schedule", "trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.precision"),
+}
+#: A text that is a name or a path, and no YAML of its own, which a parser could read once more.
+_NO_YAML = re.compile(r"[^\[\]{}&*!|>\n]*")
 
 
 def read_recipe(path: str | Path) -> dict[str, dict[str, Any]]:
@@ -54,7 +69,7 @@ def read_recipe(path: str | Path) -> dict[str, dict[str, Any]]:
         text = path.read_text(encoding="utf-8")
         _check_events(text)
         recipe = yaml.load(text, _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, ArithmeticError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{shown(str(path), 200)} is no recipe: {shown(reason, 300)}") from error
     _check_blocks(recipe, shown(str(path), 200))
@@ -94,13 +109,25 @@ def _check_blocks(recipe: object, source: str) -> None:
             raise ValueError(f"{source}: {block} has no {listed(map(str, unknown), 5)}; it has {', '.join(known)}")
         for name, value in values.items():
             where = f"{source}: {block}.{name}"
-            if name == "options" and isinstance(value, dict):
-                if "class_path" in value:
-                    raise ValueError(_class_path(where))
-                for option, setting in value.items():
-                    _check_plain(setting, f"{where}.{shown(option)}")
-            else:
-                _check_plain(value, where)
+            if name == "options":
+                _check_options(value, where)
+                continue
+            _check_plain(value, where)
+            if isinstance(value, str) and not (f"{block}.{name}" in _TEXTS and _NO_YAML.fullmatch(value)):
+                raise ValueError(f"{where} must be no such text, got {shown(value)!r}")
+
+
+def _check_options(options: object, where: str) -> None:
+    if not isinstance(options, dict):
+        raise ValueError(f"{where} must hold names and values, got {shown(options)}")
+    if "class_path" in options:
+        raise ValueError(_class_path(where))
+    for option, setting in options.items():
+        if not isinstance(option, str):
+            raise ValueError(f"{where} must have names for its values, got {shown(option)}")
+        _check_plain(setting, f"{where}.{shown(option)}")
+        if isinstance(setting, str):
+            raise ValueError(f"{where}.{shown(option)} must be a number, true or false, got {shown(setting)!r}")
 
 
 def _check_plain(value: object, where: str) -> None:
@@ -116,6 +143,10 @@ def _class_path(where: str) -> str:
     return f"{where} holds class_path: a recipe names no classes, and none is built from one"
 
 
+#: What the parser would read as a file of its own.
+_WHOLE_BLOCKS = tuple(f"--{block}" for block in _BLOCKS)
+
+
 def with_recipes_read(args: list[str]) -> list[str]:
     """A command line whose ``--config FILE`` became what the file says, checked; options are left to the parser.
 
@@ -126,6 +157,8 @@ def with_recipes_read(args: list[str]) -> list[str]:
     words = iter(args)
     for word in words:
         name, equals, value = word.partition("=")
+        if name in _WHOLE_BLOCKS:
+            raise ValueError(f"{name} is no option: --config FILE reads a recipe, and {name}.NAME VALUE sets one value")
         if "class_path" in word:
             raise ValueError(f"{shown(word)}: no class is built from the command line, so there is no class_path")
         if name != "--config" or (not equals and (value := next(words, "")) == ""):

@@ -5,6 +5,7 @@ import csv
 import os
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -237,9 +238,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ImportError, OSError, TypeError, ValueError, RuntimeError, LookupError, ArithmeticError) as error:
         if os.environ.get("ECANET_TRACEBACK"):
             raise
-        sys.exit(f"ecanet {args[0]}: {type(error).__name__}: {error}\n(ECANET_TRACEBACK=1 shows where)")
+        recipes = "".join(f"; the recipe: {path}" for path in _recipes(args) if path not in str(error))
+        sys.exit(f"ecanet {args[0]}: {type(error).__name__}: {error}{recipes}\n(ECANET_TRACEBACK=1 shows where)")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _recipes(args: Sequence[str]) -> list[str]:
+    """The files of a command line's ``--config``: what is wrong may stand in one of them, or in an option."""
+    from ecanet.untrusted import shown
+
+    following = [value for name, value in pairwise(args) if name == "--config"]
+    return [shown(path) for path in (*following, *(word[9:] for word in args if word.startswith("--config=")))]
 
 
 def _run(verb: str, args: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """Recipes from anywhere: nothing in one is executed, built, followed or believed."""
 
+import re
 import subprocess
 import sys
 import time
@@ -134,6 +135,17 @@ def test_the_command_line_builds_no_class(argument, tmp_path, monkeypatch) -> No
     with pytest.raises(SystemExit, match=r"no class is built from the command line|is no option: --config FILE"):
         main(["fit", argument])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "text", ["model: {name: resnet999}", "data: {source: image_folder}", "data: {source: fashion_mnist, root: nowhere}"]
+)
+@pytest.mark.parametrize("option", [["--config", "{}"], ["--config={}"]])
+def test_what_is_found_wrong_later_names_the_recipe_as_well(text, option, tmp_path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    with pytest.raises(SystemExit, match=f"the recipe: {re.escape(str(recipe))}\n"):
+        main(["fit", *(word.format(recipe) for word in option), "--out", str(tmp_path / "run")])
 
 
 def test_every_recipe_of_the_repository_is_read() -> None:

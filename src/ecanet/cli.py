@@ -249,7 +249,7 @@ def _recipes(args: Sequence[str]) -> list[str]:
     from ecanet.untrusted import shown
 
     following = [value for name, value in pairwise(args) if name == "--config"]
-    return [shown(path) for path in (*following, *(word[9:] for word in args if word.startswith("--config=")))]
+    return [shown(path, 4096) for path in (*following, *(word[9:] for word in args if word.startswith("--config=")))]
 
 
 def _run(verb: str, args: Sequence[str]) -> None:

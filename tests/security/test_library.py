@@ -309,7 +309,7 @@ def is_running(pid: str) -> bool:
 
 
 def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -322,7 +322,7 @@ def test_a_killed_build_leaves_nothing_and_no_compiler(moment: str, killer: sign
     process = place.build_up_to_the_stop()
     assert place.running()
     process.send_signal(killer)
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert process.returncode != 0
     until(lambda: not place.running() and not place.left())
     assert place.library.read_text() == "old"
@@ -335,7 +335,7 @@ def test_a_build_killed_at_any_moment(killer: signal.Signals, tmp_path: Path) ->
         process = place.build()
         time.sleep(0.04 * tenth)
         process.send_signal(killer)
-        process.communicate(timeout=20)
+        process.communicate(timeout=60)
         until(lambda place=place: not place.running() and not place.left())
         content = place.library.read_bytes()
         assert content == b"old" or content == b"half\n" + builder._stamp(b"half\n")
@@ -348,11 +348,11 @@ def test_the_next_build_removes_what_a_killed_session_left(tmp_path: Path) -> No
     for pid in [*janitors, *place.running()]:
         os.kill(int(pid), signal.SIGKILL)  # with the build's own, there is nobody left to clean up
     process.kill()
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     until(lambda: not place.running())
     assert place.left()
     (tmp_path / "compiler/stops_at").write_text("nothing")
-    _, said = place.build().communicate(timeout=20)
+    _, said = place.build().communicate(timeout=60)
     assert said == ""
     assert place.left() == []
     assert builder.is_current(place.library)
@@ -369,11 +369,11 @@ def test_a_second_build_into_the_folder_is_refused_while_one_runs(tmp_path: Path
     place = Workplace(tmp_path, "linking")
     first = place.build_up_to_the_stop()
     second = place.build()
-    _, said = second.communicate(timeout=20)
+    _, said = second.communicate(timeout=60)
     assert (second.returncode, said) == (1, f"another build into {place.library.parent} is running: wait for it\n")
     assert place.running()
     first.kill()
-    first.communicate(timeout=20)
+    first.communicate(timeout=60)
     until(lambda: not place.running() and not place.left())
 
 
@@ -382,7 +382,7 @@ def test_a_build_replaces_what_is_no_library(make: Callable[[Path], object], tmp
     place = Workplace(tmp_path, "nothing")
     place.library.unlink()
     make(place.library)
-    assert place.build().communicate(timeout=20)[1] == ""
+    assert place.build().communicate(timeout=60)[1] == ""
     assert builder.is_current(place.library)
     assert not place.library.is_symlink()
 
@@ -391,5 +391,5 @@ def test_a_folder_in_the_place_of_the_library_is_named_before_anything_is_compil
     place = Workplace(tmp_path, "nothing")
     place.library.unlink()
     place.library.mkdir()
-    assert place.build().communicate(timeout=20)[1] == f"cannot write {place.library}: it is a folder, remove it\n"
+    assert place.build().communicate(timeout=60)[1] == f"cannot write {place.library}: it is a folder, remove it\n"
     assert not (tmp_path / "compiler/processes").exists()

@@ -145,7 +145,34 @@ def legacy_without_keys() -> bytes:
     return legacy(3 * 10**8).replace(b"]q\x00X", b"]q\x00.X", 1)
 
 
+class Storage:
+    """A tensor of one value, in storage 0 of the old format, which has so many floats."""
+
+    def __init__(self, numel: int) -> None:
+        self.numel = numel
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        storage = ("storage", torch.FloatStorage, "0", "cpu", self.numel, None)
+        return torch._utils._rebuild_tensor_v2, (storage, 0, (1,), (1,), False, {})
+
+
+class StoragePickler(pickle.Pickler):
+    def persistent_id(self, value: Any) -> Any:
+        return value if isinstance(value, tuple) and value[:1] == ("storage",) else None
+
+
+def storage_named_twice() -> bytes:
+    """Large the first time, when torch makes it, and of one value the second time."""
+    file = io.BytesIO()
+    for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}):
+        pickle.dump(value, file, 2)
+    StoragePickler(file, 2).dump({"a": Storage(3 * 10**9), "b": Storage(1)})
+    pickle.dump(["0"], file, 2)
+    return file.getvalue() + (1).to_bytes(8, "little") + bytes(4)
+
+
 DAMAGED_FILES: dict[str, bytes] = {
+    "a storage of two sizes": storage_named_twice(),
     "a tensor of a size of its own": saved({"w": Makes(torch.Tensor, 1_500_000_000)}),
     "a storage of a size of its own": saved({"w": Makes(torch.UntypedStorage, 4_000_000_000)}),
     "four billion bytes": saved({"w": Makes(bytearray, 4_000_000_000)}),

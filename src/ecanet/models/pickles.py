@@ -83,7 +83,8 @@ class _Look(pickle.Unpickler):
         kind, storage, key, _, count = pid[:5]
         if kind != "storage" or type(count) is not int or count < 0:
             raise ValueError("it holds a storage of no size")
-        self.storages[str(key)] = count * _STORAGES.get(getattr(storage, "name", ""), 1)
+        size = count * _STORAGES.get(getattr(storage, "name", ""), 1)
+        self.storages[str(key)] = max(size, self.storages.get(str(key), 0))  # torch believes the first of several
         return _Nothing("")
 
 

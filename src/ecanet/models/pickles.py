@@ -121,7 +121,7 @@ def _in_archive(path: Path, size: int) -> Iterator[_Look]:
         if sum(entry.file_size for entry in entries) > size:
             raise ValueError("its parts come to more than the file has")
         for entry in entries:
-            if entry.filename.endswith(".pkl"):
+            if entry.filename.lower().endswith(".pkl"):  # torch finds its parts whatever the case
                 with archive.open(entry) as file:
                     yield _read(file)[0]
 

@@ -1,4 +1,4 @@
-"""What is measured on single feature maps: the operations, the module, the tail at inference and in training."""
+"""What is measured on feature maps on a CPU: the operations, the module, the tail at inference and in training."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -14,13 +14,11 @@ from torch import Tensor, nn
 import ecanet
 from benchmarks.measure import Competitor
 from ecanet.nn import ECA, fused, norm_gate_add_act
-from ecanet.ops import gpu, reference
+from ecanet.ops import reference
 
 #: ResNet-50's four stages, (C, H, W), and the numbers of samples.
 STAGES = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))
 BATCHES = (1, 8)
-#: On a GPU also the largest maps of MobileNetV2 and of a ResNet's stem, and whole batches.
-GPU_STAGES, GPU_BATCHES = ((64, 112, 112), *STAGES), (32, 512)
 QUICK_STAGES, QUICK_BATCHES = ((16, 6, 6), (32, 3, 3)), (2,)
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 _RELU = reference.ACTS.index("relu")
@@ -68,6 +66,8 @@ class Work:
         map_bytes: Bytes of one map.
         images: A call works on so many, where that is what counts.
         peak: Whether the allocator sees what a call takes: not where a CUDA graph is replayed.
+        sets: A call does the work so often, each time on tensors of its own.
+        poison_bytes: As :func:`benchmarks.measure.check_agreement` takes it.
     """
 
     competitors: dict[str, Competitor]
@@ -77,6 +77,8 @@ class Work:
     map_bytes: int | None = None
     images: int | None = None
     peak: bool = True
+    sets: int = 1
+    poison_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,14 +97,16 @@ class Case:
         name: Of the case in its group.
         shape: Of the input.
         memory_format: ``contiguous`` or ``channels_last``.
-        build: Makes tensors and modules, when it is the case's turn.
+        build: Makes tensors and modules, when it is the case's turn; for a GPU, of the competitors named alone.
+        device: What it is measured on, ``cpu`` or ``cuda``.
     """
 
     group: str
     name: str
     shape: tuple[int, ...]
     memory_format: str
-    build: Callable[[], Work | SavedBytes]
+    build: Callable[..., Work | SavedBytes]
+    device: str = "cpu"
 
     @property
     def key(self) -> str:
@@ -111,20 +115,16 @@ class Case:
 
 
 def map_cases(quick: bool, compiled: bool, on: On = On()) -> Iterator[Case]:
-    """Every case on feature maps, largest shapes first, and for a GPU the operations between the passes over them.
+    """Every case on feature maps, largest shapes first.
 
     Args:
         quick: Tiny shapes.
         compiled: Whether torch.compile competes.
         on: Device and type.
     """
-    stages, batches = (STAGES, BATCHES) if on.device == "cpu" else (GPU_STAGES, GPU_BATCHES)
-    if quick:
-        stages, batches = QUICK_STAGES, QUICK_BATCHES
+    stages, batches = (QUICK_STAGES, QUICK_BATCHES) if quick else (STAGES, BATCHES)
     shapes = [(n, *s) for s in stages for n in reversed(batches)]
-    on_gpu = on.kernels == "triton"
-    ops = [name for name in _OPS if on_gpu or name not in _GPU_OPS]
-    builders: list[tuple[str, str, Callable[..., Work]]] = [("op", name, partial(_op, name)) for name in ops]
+    builders: list[tuple[str, str, Callable[..., Work]]] = [("op", name, partial(_op, name)) for name in CPU_OPS]
     builders += [
         ("module", "forward", partial(_module, compiled)),
         ("inference", "tail", partial(_inference, compiled)),
@@ -137,9 +137,6 @@ def map_cases(quick: bool, compiled: bool, on: On = On()) -> Iterator[Case]:
         for shape in shapes:
             for memory_format in MEMORY_FORMATS:
                 yield Case(group, name, shape, memory_format, partial(build, on, shape, memory_format))
-    for name in _SMALL_OPS if on_gpu else ():
-        for small in dict.fromkeys(shape[:2] for shape in shapes):
-            yield Case("op", name, small, "contiguous", partial(_small_op, name, on, small))
 
 
 def gate_add_relu_(x: Tensor, gate: ECA, residual: Tensor) -> Tensor:
@@ -198,10 +195,11 @@ class _GateOp(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_kernel.reshape(kernel.shape), None
 
 
-class _OperationTail(FusedTail):
+class OperationTail(FusedTail):
     """All of it in one operation, with the derivative it is registered with."""
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """As :class:`Tail`."""
         norm, kernel = self.norm, self.gate.conv.weight
         out, _, mean, var, *_ = torch.ops.ecanet.train_tail(
             x, residual, norm.weight, norm.bias, norm.eps, kernel, False, _RELU
@@ -210,10 +208,11 @@ class _OperationTail(FusedTail):
         return out
 
 
-class _GateOpTail(FusedTail):
+class GateOpTail(FusedTail):
     """The passes that write maps are left to a compiler; it sees what the operations between them return."""
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """As :class:`Tail`."""
         norm = self.norm
         scale, shift, mean, var = _GateOp.apply(x, norm.weight, norm.bias, self.gate.conv.weight, norm.eps)
         fused.update_running_statistics(norm, mean, var, x.shape[0] * x.shape[2:].numel())
@@ -241,30 +240,29 @@ def _copy(x: Tensor) -> Competitor:
 
 
 #: Operations by the maps they must move.
-_OPS = {"squeeze": 1, "moments": 1, "batch_moments": 1, "apply_": 3, "apply_backward": 4, "input_backward": 3}
-#: Of these, measured on a GPU only.
-_GPU_OPS = ("batch_moments",)
-#: Between the passes, on (N, C) numbers; no copy to compare with. Measured on a GPU only, where they are launches.
-_SMALL_OPS = ("eca_coefficients", "eca_coefficients_backward")
+OPS = {"squeeze": 1, "moments": 1, "batch_moments": 1, "apply_": 3, "apply_backward": 4, "input_backward": 3}
+CPU_OPS = ("squeeze", "moments", "apply_", "apply_backward", "input_backward")
+
+
+def op_arguments(name: str, on: On, shape: tuple[int, ...], memory_format: str) -> tuple[Any, ...]:
+    """Random arguments of one of :data:`OPS`, the map first."""
+    n, c = shape[:2]
+    randn = partial(_randn, on, shape, memory_format)
+    scale, offset = torch.rand(n, c, device=on.device), torch.randn(n, c, device=on.device)
+    slope, center = torch.randn(c, device=on.device), torch.randn(c, device=on.device)
+    if name == "apply_":
+        return randn(), scale, None, randn(), _RELU
+    if name == "apply_backward":
+        return randn(), randn(), scale, None, center, torch.relu(randn()), _RELU, True
+    if name == "input_backward":  # as after apply_backward: grad is d, and the activation is done with
+        return randn(), randn(), scale, None, None, 0, offset, slope, center
+    return (randn(),)
 
 
 def _op(name: str, on: On, shape: tuple[int, ...], memory_format: str) -> Work:
     torch.manual_seed(0)
-    n, c = shape[:2]
-    randn = partial(_randn, on, shape, memory_format)
-    x, residual, grad, out = randn(), randn(), randn(), torch.relu(randn())
-    scale, offset = torch.rand(n, c, device=on.device), torch.randn(n, c, device=on.device)
-    slope, center = torch.randn(c, device=on.device), torch.randn(c, device=on.device)
-    arguments: tuple[Any, ...] = {
-        "squeeze": (x,),
-        "moments": (x,),
-        "batch_moments": (x,),
-        "apply_": (scale, None, residual, _RELU),
-        "apply_backward": (grad, x, scale, None, center, out, _RELU, True),
-        # As after apply_backward: grad is d, and the activation is done with.
-        "input_backward": (grad, x, scale, None, None, 0, offset, slope, center),
-    }[name]
-    op = getattr(gpu if on.kernels == "triton" else torch.ops.ecanet, name)
+    x, *arguments = op_arguments(name, on, shape, memory_format)
+    op = getattr(torch.ops.ecanet, name)
     if name == "apply_":
         mine, other = x.clone(), x.clone()
         runs: tuple[Callable[[], Any], ...] = (
@@ -272,29 +270,11 @@ def _op(name: str, on: On, shape: tuple[int, ...], memory_format: str) -> Work:
             lambda: other.copy_(reference.apply(other, *arguments)),
         )
     elif name == "squeeze":
-        runs = partial(op, x), partial(reference.squeeze, x, c)
+        runs = partial(op, x), partial(reference.squeeze, x, shape[1])
     else:
-        runs = partial(op, *arguments), partial(getattr(reference, name), *arguments)
+        runs = partial(op, x, *arguments), partial(getattr(reference, name), x, *arguments)
     competitors = {"ecanet": Competitor(runs[0], torch.no_grad), "plain": Competitor(runs[1], torch.no_grad)}
-    return Work(competitors | {"copy": _copy(x)}, (("plain", "ecanet"),), on.tolerance, _OPS[name], x.nbytes)
-
-
-def _small_op(name: str, on: On, shape: tuple[int, int]) -> Work:
-    torch.manual_seed(0)
-    channels = shape[1]
-    means, p, q = (torch.randn(shape, device=on.device) for _ in range(3))
-    weight, bias = torch.rand(channels, device=on.device) + 0.5, torch.randn(channels, device=on.device)
-    kernel = _gates(on, channels)[0].conv.weight.detach().reshape(-1)
-    norm_and_band = means.mean(0), torch.ones_like(weight), weight, bias, 1e-5, kernel, False
-    arguments: tuple[Any, ...] = (means, *norm_and_band)
-    if name == "eca_coefficients_backward":
-        gate, positions = reference.eca_coefficients(*arguments)[1], 49
-        arguments = (p, q, means, gate, None, *norm_and_band, positions)
-    competitors = {
-        where: Competitor(partial(getattr(module, name), *arguments), torch.no_grad)
-        for where, module in (("ecanet", gpu), ("plain", reference))
-    }
-    return Work(competitors, (("plain", "ecanet"),), On().tolerance)
+    return Work(competitors | {"copy": _copy(x)}, (("plain", "ecanet"),), on.tolerance, OPS[name], x.nbytes)
 
 
 def _module(compiled: bool, on: On, shape: tuple[int, ...], memory_format: str) -> Work:
@@ -356,17 +336,11 @@ def _training(compiled: bool, on: On, shape: tuple[int, ...], memory_format: str
     if compiled:
         torch.compiler.reset()
         forwards |= {f"{name} compiled": _compile(module) for name, module in modules.items()}
-        # What is not the default there: on a CPU the same formulas in plain PyTorch, for the compiler to fuse; on a GPU
-        # the kernels as one operation.
-        other, tail = (
-            ("formula", copy.deepcopy(modules["ecanet"]))
-            if on.device == "cpu" and on.kernels != "triton"
-            else ("operation", _OperationTail(copy.deepcopy(norm).to(on.device), copy.deepcopy(eca)))
-        )
-        modules[other] = tail
-        forwards[f"{other} compiled"] = _compile(tail)
+        # What is not the default on a CPU: the same formulas in plain PyTorch, for the compiler to fuse.
+        modules["formula"] = copy.deepcopy(modules["ecanet"])
+        forwards["formula compiled"] = _compile(modules["formula"])
         # Statistics and gate by the library's operations, and only what writes maps for the compiler to fuse.
-        modules["gate op"] = _GateOpTail(copy.deepcopy(norm).to(on.device), copy.deepcopy(eca))
+        modules["gate op"] = GateOpTail(copy.deepcopy(norm).to(on.device), copy.deepcopy(eca))
         forwards["gate op compiled"] = _compile(modules["gate op"])
 
     def step(name: str) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch._inductor.config
 
 from benchmarks import results, run
 from benchmarks.cases import Case, map_cases
@@ -46,13 +47,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     path = args.out or Path(f"benchmarks/results/{'quick' if args.quick else 'cpu'}-{args.threads}-threads.json")
     try:
-        done = results.resume(path, header) if args.resume else {}
+        done = results.resume(path, header)["cases"] if args.resume else {}
     except ValueError as error:
         parser.exit(2, f"python -m benchmarks.cpu: {error}\n")
     document = {**header, "cases": done}
     if header["load_average_at_start"][0] > _BUSY:
         run.say(f"load average {header['load_average_at_start'][0]}: something else runs here, and disturbs")
+    if args.compile:
+        torch._inductor.config.compile_threads = 1  # no processes beside the one that measures
     run.measure_all(_cases(args), document, path, _command)
+    run.finish(document, path)
     print(report(document))
     if args.plot:
         from benchmarks.picture import draw

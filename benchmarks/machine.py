@@ -7,7 +7,7 @@ import platform
 import re
 import statistics
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def describe(threads: int, environment: Mapping[str, str] = os.environ) -> dict[
             "compiler": _output(environment.get("CXX") or "g++", "--version").partition("\n")[0],
         },
         "kernels": cpu.why_not() or "loaded",
-        "commit": _output("git", "rev-parse", "HEAD") or "unknown",
+        "commit": _output("git", "rev-parse", "HEAD") or environment.get("BENCHMARK_COMMIT", "unknown"),
         "tree_is_dirty": bool(_output("git", "status", "--porcelain", "--", ".", ":!benchmarks/results")),
         "environment": {name: value for name, value in sorted(environment.items()) if _SETTINGS.fullmatch(name)},
         "preloaded": [Path(path).name for path in re.split("[: ]+", environment.get("LD_PRELOAD", "")) if path],
@@ -42,27 +42,42 @@ def describe(threads: int, environment: Mapping[str, str] = os.environ) -> dict[
     }
 
 
-def describe_gpu(copy_bytes: int) -> dict[str, Any]:
-    """The GPU, and the bandwidth that a copy of so many bytes reaches: read and written, in GB/s."""
+def describe_gpu(copy_bytes: int, matrix: int) -> dict[str, Any]:
+    """The GPU, and its two ceilings.
+
+    Args:
+        copy_bytes: Bytes that are copied: GB/s, read and written.
+        matrix: Rows and columns of the bfloat16 matrices that are multiplied: TFLOP/s.
+    """
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    source = torch.zeros(copy_bytes, dtype=torch.uint8, device="cuda")
-    destination = torch.zeros_like(source)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    seconds = []
-    for _ in range(20):
-        start.record()
-        destination.copy_(source)
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3)
+    source = torch.randint(256, (copy_bytes,), dtype=torch.uint8, device="cuda")
+    destination = torch.empty_like(source)
+    a, b = (torch.randn(matrix, matrix, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    copied = _gpu_seconds(lambda: destination.copy_(source))
+    multiplied = _gpu_seconds(lambda: a @ b)
     return {
         "name": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
         "processors": properties.multi_processor_count,
         "memory_gb": round(properties.total_memory / 1e9, 1),
+        "cache_mb": round(properties.L2_cache_size / 1e6, 1),
         "cuda": torch.version.cuda or torch.version.hip,
-        "copy_gb_per_second": float(f"{2 * copy_bytes / statistics.median(seconds) / 1e9:.4g}"),
+        "copy_gb_per_second": float(f"{2 * copy_bytes / copied / 1e9:.4g}"),
+        "matrix_tflop_per_second": float(f"{2 * matrix**3 / multiplied / 1e12:.4g}"),
     }
+
+
+def _gpu_seconds(run: Callable[[], Any], rounds: int = 20) -> float:
+    """Median of some calls, by the GPU's clock."""
+    seconds = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        seconds.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(seconds)
 
 
 def _processor() -> dict[str, Any]:

@@ -91,6 +91,7 @@ def take_turns(
     rounds: int,
     turn_seconds: float = 0.01,
     on_round: Callable[[int], object] = lambda _: None,
+    device: str = "cpu",
 ) -> dict[str, Timing]:
     """Time the competitors A B A B ..., so that what disturbs the machine disturbs all of them.
 
@@ -102,10 +103,11 @@ def take_turns(
         rounds: Turns of each.
         turn_seconds: How long a turn lasts at least, unless it is one call.
         on_round: Called with the number of rounds done.
+        device: Whose clock counts; ``cuda``: that of the GPU, by its own events.
     """
     calls, short = {}, {}
     for name, competitor in competitors.items():
-        calls[name], seconds = _calibrate(competitor, turn_seconds)
+        calls[name], seconds = _calibrate(competitor, turn_seconds, device)
         short[name] = seconds < _SHORT_CALL_SECONDS
     samples: dict[str, list[float]] = {name: [] for name in competitors}
     faults: dict[str, list[int]] = {name: [] for name in competitors}
@@ -115,7 +117,7 @@ def take_turns(
     try:
         for i in range(rounds):
             for name, competitor in competitors.items():
-                seconds, count = _turn(competitor, calls[name], short[name])
+                seconds, count = _turn(competitor, calls[name], short[name], device)
                 samples[name].append(seconds / calls[name])
                 faults[name].append(count)
             on_round(i + 1)
@@ -128,40 +130,54 @@ def take_turns(
     }
 
 
-def _calibrate(competitor: Competitor, turn_seconds: float) -> tuple[int, float]:
+def _calibrate(competitor: Competitor, turn_seconds: float, device: str) -> tuple[int, float]:
     """Calls in a turn, and seconds of a call."""
     calls = 1
-    seconds, _ = _turn(competitor, calls, settle=False)
+    seconds, _ = _turn(competitor, calls, False, device)
     if seconds >= _SHORT_CALL_SECONDS:
         return calls, seconds
-    while (seconds := _turn(competitor, calls, settle=True)[0]) < turn_seconds:
+    while (seconds := _turn(competitor, calls, True, device)[0]) < turn_seconds:
         calls = max(2 * calls, math.ceil(1.1 * calls * turn_seconds / seconds))
     return calls, seconds / calls
 
 
-def _turn(competitor: Competitor, calls: int, settle: bool) -> tuple[float, int]:
+def _turn(competitor: Competitor, calls: int, settle: bool, device: str) -> tuple[float, int]:
     """Seconds and page faults of so many calls."""
     run = competitor.run
+    clock = _gpu_clock if device == "cuda" else _cpu_clock
     with competitor.context():
         if settle:
             run()
-        synchronize()
+        stop = clock()
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        start = time.perf_counter()
         for _ in range(calls):
             run()
-        synchronize()
-        seconds = time.perf_counter() - start
-        return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+        return stop(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
 
 
-def synchronize() -> None:
-    """Wait for what a GPU was given to do."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _cpu_clock() -> Callable[[], float]:
+    """Started; what it returns stops it and gives the seconds."""
+    start = time.perf_counter()
+    return lambda: time.perf_counter() - start
 
 
-def check_agreement(competitors: Mapping[str, Competitor], names: Sequence[str], tolerance: float) -> None:
+def _gpu_clock() -> Callable[[], float]:
+    """The same by two events of the GPU: what the CPU does beside counts where the GPU has to wait for it."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+
+    def stop() -> float:
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return stop
+
+
+def check_agreement(
+    competitors: Mapping[str, Competitor], names: Sequence[str], tolerance: float, poison_bytes: int = 0
+) -> None:
     """Run each of ``names`` once; a benchmark of a wrong result would be worthless.
 
     Args:
@@ -169,12 +185,15 @@ def check_agreement(competitors: Mapping[str, Competitor], names: Sequence[str],
         names: Those that compute the same; the first is the yardstick.
         tolerance: Euclidean norm of the difference over that of the yardstick. Not the largest difference: a sum of
             nearly 0 before a ReLU may round to either side, and one gradient then passes or not.
+        poison_bytes: So much of the GPU's memory is NaN before each runs: what one forgets to write then shows.
 
     Raises:
         RuntimeError: one computes something else.
     """
     first: tuple[Tensor, ...] | None = None
     for name in names:
+        if poison_bytes:
+            _poison(poison_bytes)
         with competitors[name].context():
             outputs = competitors[name].run()
         assert outputs is not None
@@ -185,6 +204,12 @@ def check_agreement(competitors: Mapping[str, Competitor], names: Sequence[str],
             error, size = (a - b).norm().item(), b.norm().item()
             if not error <= tolerance * size:  # NaN is an error too
                 raise RuntimeError(f"{name} and {names[0]} disagree: output {i} is {size:.3g}, off by {error:.2g}")
+
+
+def _poison(size: int) -> None:
+    """Let what torch allocates next on the GPU hold NaN, in any floating-point type."""
+    torch.cuda.empty_cache()
+    torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")
 
 
 def ratio_of_medians(a: Sequence[float], b: Sequence[float]) -> Ratio:

@@ -15,10 +15,10 @@ from torchvision.models.resnet import Bottleneck, ResNet, resnet50, resnet101
 from torchvision.ops import SqueezeExcitation
 
 import ecanet
-from benchmarks.cases import MEMORY_FORMATS, Case, On, SavedBytes, Work
+from benchmarks.cases import MEMORY_FORMATS, Case, SavedBytes, Work
 from benchmarks.measure import Competitor
 
-_SHAPE, _QUICK_SHAPE, _GPU_QUICK_SHAPE = (8, 3, 224, 224), (2, 3, 64, 64), (2, 3, 8, 8)
+_SHAPE, _QUICK_SHAPE = (8, 3, 224, 224), (2, 3, 64, 64)
 
 
 class UsualBottleneck(Bottleneck):
@@ -96,26 +96,6 @@ NETWORKS: dict[str, dict[str, Callable[[], nn.Module]]] = {
         "SE": partial(timm.create_model, "resnet50d", block_args={"attn_layer": "se"}),
     },
 }
-#: For --quick: what an interpreter gets through.
-QUICK_NETWORK = "small_resnet"
-_small = partial(ecanet.models.small_eca_resnet, widths=[8, 16], num_classes=1000)
-_QUICK_BUILDERS = {
-    "timm": partial(_small, EcaModule),
-    "ecanet": _small,
-    "no gate": partial(_small, None),
-    "SE": partial(_small, lambda channels: SqueezeExcitation(channels, 4)),
-}
-GPU_BATCHES = (128, 256)
-#: How a network runs, and what torch.compile is given; None does not compile.
-MODES: dict[str, dict[str, Any] | None] = {"eager": None, "compiled": {}, "graphs": {"mode": "reduce-overhead"}}
-
-
-def _counts_memory(options: dict[str, Any] | None) -> bool:
-    """Whether the allocator sees what a call takes.
-
-    A replayed CUDA graph asks it for nothing, and its pool, which stays, is shared by the graphs of all networks.
-    """
-    return options != MODES["graphs"]
 
 
 def network_cases(quick: bool, compiled: bool) -> Iterator[Case]:
@@ -141,85 +121,6 @@ def network_cases(quick: bool, compiled: bool) -> Iterator[Case]:
             yield Case("surgery", f"ecaresnet50d-{name}", shape, memory_format, case)
 
 
-def gpu_network_cases(quick: bool, compiled: bool, on: On) -> Iterator[Case]:
-    """Networks on a GPU: channels last, in the type of ``on``, in every mode."""
-    networks = (QUICK_NETWORK,) if quick else tuple(NETWORKS)
-    shapes = [_GPU_QUICK_SHAPE] if quick else [(batch, 3, 224, 224) for batch in GPU_BATCHES]
-    modes = [mode for mode in MODES if compiled or MODES[mode] is None]
-    for network in networks:
-        for mode in modes:
-            for what, build in (("training", _gpu_training), ("inference", _gpu_inference)):
-                for shape in shapes:
-                    name = f"{network}-{what}-{mode}"
-                    yield Case("network", name, shape, "channels_last", partial(build, on, network, MODES[mode], shape))
-
-
-def _gpu_models(on: On, network: str, options: dict[str, Any] | None) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """Each network, and what is called: itself or what torch.compile makes of it."""
-    torch.manual_seed(0)
-    builders = _QUICK_BUILDERS if network == QUICK_NETWORK else NETWORKS[network]
-    models = {name: build() for name, build in builders.items()}
-    plain = models["no gate"].state_dict()
-    for name in ("timm", "ecanet"):
-        models[name].load_state_dict({**models["timm"].state_dict(), **plain})
-    for model in models.values():
-        model.to(on.device, memory_format=torch.channels_last)
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):  # so that all compute the same
-                module.p = 0.0
-    if options is None:
-        return {name: (model, model) for name, model in models.items()}
-    torch.compiler.reset()
-    return {name: (model, torch.compile(model, dynamic=False, **options)) for name, model in models.items()}
-
-
-def _gpu_example(on: On, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    x, target = _example(shape, "channels_last")
-    return x.to(on.device), target.to(on.device)
-
-
-def _gpu_training(on: On, network: str, options: dict[str, Any] | None, shape: tuple[int, ...]) -> Work:
-    x, target = _gpu_example(on, shape)
-
-    def step(run: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
-        optimizer.zero_grad()
-        logits = run(x)
-        F.cross_entropy(logits, target).backward()
-        optimizer.step()
-        return logits.detach()
-
-    competitors = {
-        name: Competitor(
-            partial(step, run, torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)),
-            partial(on.context, grad=True),
-        )
-        for name, (model, run) in _gpu_models(on, network, options).items()
-    }
-    peak = _counts_memory(options)
-    return Work(competitors, (("timm", "ecanet"),), 5 * on.tolerance, images=shape[0], peak=peak)
-
-
-def _gpu_inference(on: On, network: str, options: dict[str, Any] | None, shape: tuple[int, ...]) -> Work:
-    x, _ = _gpu_example(on, shape)
-    models = _gpu_models(on, network, options)
-    for name, (model, _run) in models.items():
-        if name != "ecanet":
-            _settle(model, x)
-    models["ecanet"][0].load_state_dict(models["timm"][0].state_dict())
-
-    def infer(run: nn.Module) -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
-        return run(x)
-
-    competitors = {}
-    for name, (model, run) in models.items():
-        model.eval()
-        competitors[name] = Competitor(partial(infer, run), on.context)
-    peak = _counts_memory(options)
-    return Work(competitors, (("timm", "ecanet"),), 10 * on.tolerance, images=shape[0], peak=peak)
-
-
 def _example(shape: tuple[int, ...], memory_format: str) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
     x = torch.randn(shape).contiguous(memory_format=MEMORY_FORMATS[memory_format])
@@ -237,7 +138,7 @@ def _models(memory_format: str) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def _settle(model: nn.Module, x: Tensor) -> None:
+def settle(model: nn.Module, x: Tensor) -> None:
     """Set the running statistics to those of x: activations of a trained network's size, no denormal numbers."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
@@ -251,7 +152,7 @@ def _inference(compiled: bool, shape: tuple[int, ...], memory_format: str) -> Wo
     x, _ = _example(shape, memory_format)
     models = _models(memory_format)
     for name in ("timm", "no gate"):
-        _settle(models[name], x)
+        settle(models[name], x)
     models["ecanet"].load_state_dict(models["timm"].state_dict())
     for name in ("ecanet", "no gate"):
         models[f"{name} optimised"] = ecanet.optimize_for_inference(models[name].eval())
@@ -301,7 +202,7 @@ def _surgery_inference(quick: bool, shape: tuple[int, ...], memory_format: str) 
     x, _ = _example(shape, memory_format)
     models = _surgery_models(quick, memory_format)
     for name in ("timm", "no gate"):
-        _settle(models[name], x)
+        settle(models[name], x)
     models["ecanet"].load_state_dict(models["timm"].state_dict())
     competitors = {name: Competitor(partial(model.eval(), x), torch.no_grad) for name, model in models.items()}
     return Work(competitors, (("timm", "ecanet"),), 1e-3)

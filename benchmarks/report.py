@@ -61,17 +61,18 @@ CPU_TARGETS = (
 )
 
 
-#: Every pass at 85 % of a copy's bandwidth; the tail as fast as compiled norm, addition and ReLU; networks at 0.98 of
-#: the images a second of the network without a gate and 1.15 times those of timm's, compiled alike.
+#: Every pass at 85 % of a copy's bandwidth; the tail as fast as compiled norm, addition and ReLU, and 1.25 times as
+#: fast as with timm's gate; networks at 0.98 of the images a second of the network without a gate and 1.12 times those
+#: with timm's, compiled alike.
 GPU_TARGETS = (
     *(Target(f"op/{op}", "ecanet", "roofline", 1 / 0.85, least_bytes=64 * 2**20, worst=True) for op in PASSES),
     Target("training/tail", "ecanet compiled", "no gate compiled", 1.0, each_format=True),
-    Target("training/tail", "ecanet compiled", "timm compiled", 1 / 1.5, each_format=True),
+    Target("training/tail", "ecanet compiled", "timm compiled", 1 / 1.25, each_format=True),
     *(
         Target(f"network/{network}-{what}-compiled", "ecanet", other, limit, of=of)
         for network in ("resnet50", "resnet101", "mobilenet_v2")
         for what in ("training", "inference")
-        for other, limit, of in (("no gate", 1 / 0.98, "time"), ("timm", 1 / 1.15, "time"), ("no gate", 1.02, "memory"))
+        for other, limit, of in (("no gate", 1 / 0.98, "time"), ("timm", 1 / 1.12, "time"), ("no gate", 1.02, "memory"))
         if of == "time" or what == "training"
     ),
 )
@@ -227,6 +228,13 @@ def report(document: results.Document) -> str:
     if document["settings"]["quick"]:
         lines.append("QUICK: the numbers mean nothing")
     lines += [f"FAILED, not measured: {key}: {why}" for key, why in document.get("failed", {}).items()]
+    lines += [
+        f"WRONG, {key}: {what}" for key, case in document["cases"].items() for what in case.get("disagreements", ())
+    ]
+    lines += [f"skipped, not measured: {key}" for key in document.get("skipped", ())]
+    lines += [f"stage {name}: {what}" for name, what in document.get("stages", {}).items()]
+    if "checks" in document:
+        lines += ["", *_checks(document["checks"]), "", *_compilation(document.get("compiled_ahead", {}))]
     for name in dict.fromkeys("/".join(key.split("/")[:2]) for key in cases):
         lines += ["", *_table(cases, name)]
     lines += ["", "Targets (ratios of median times; 95 % interval from resampled rounds)"]
@@ -235,6 +243,25 @@ def report(document: results.Document) -> str:
         for v in verdicts(cases, targets(document["settings"]))
     ]
     return "\n".join([*lines, *_aligned([["ratio", "target", "is", "interval", ""], *rows])])
+
+
+def _checks(checks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What was compared with float64, and what was wrong."""
+    rows = [
+        [name, str(check.get("checks", 0)), str(len(check["failures"])), str(check.get("not_reached", "all"))]
+        for name, check in checks.items()
+    ]
+    wrong = [f"WRONG: {failure}" for check in checks.values() for failure in check["failures"]]
+    return [*_aligned([["compared with float64", "checks", "failed", "not reached"], *rows]), *wrong]
+
+
+def _compilation(compiled: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Seconds of first calls of compiled networks, in processes beside others."""
+    seconds = {what: s for job in compiled.values() for what, s in job.get("seconds", {}).items() if "network/" in what}
+    if not seconds:
+        return []
+    rows = [[what.replace("network/", "").replace("/channels_last", ""), f"{s:.0f}"] for what, s in seconds.items()]
+    return _aligned([["first call, with compilation", "seconds"], *rows])
 
 
 def _table(cases: Cases, name: str) -> list[str]:

@@ -35,7 +35,7 @@ def read(path: Path) -> Document:
 
 
 def resume(path: Path, header: Document) -> Document:
-    """The cases of an earlier run, to go on with; none where there is no file.
+    """What an earlier run has found, to go on with; no cases where there is no file.
 
     Args:
         path: The result file.
@@ -45,7 +45,7 @@ def resume(path: Path, header: Document) -> Document:
         ValueError: the file was measured in another way, on another machine or from another commit.
     """
     if not path.exists():
-        return {}
+        return {"cases": {}}
     before = read(path)
     for name in _SAME:
         if _given(before.get(name)) != _given(header[name]):
@@ -53,14 +53,14 @@ def resume(path: Path, header: Document) -> Document:
                 f"{path} cannot be resumed, its {name} differ: {before.get(name)} there, {header[name]} now; "
                 "measure again without --resume, or write to another file"
             )
-    return before["cases"]
+    return before
 
 
 def _given(value: Any) -> Any:
-    """Without what is measured anew in every run: the bandwidth of the GPU."""
+    """Without what is measured anew in every run: the ceilings of the GPU."""
     if not isinstance(value, dict) or "gpu" not in value:
         return value
-    return {**value, "gpu": {k: v for k, v in (value["gpu"] or {}).items() if k != "copy_gb_per_second"}}
+    return {**value, "gpu": {k: v for k, v in (value["gpu"] or {}).items() if "_per_second" not in k}}
 
 
 def _dumps(document: Document) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import math
 import os
 import sys
 import time
@@ -20,51 +21,68 @@ _QUICK_TURN_SECONDS, _TURN_SECONDS = 1e-4, 0.01
 
 
 def measure_all(
-    cases: Sequence[Case], document: results.Document, path: Path, command: Callable[[results.Document], str]
+    cases: Sequence[Case],
+    document: results.Document,
+    path: Path,
+    command: Callable[[results.Document], str],
+    deadline: float = math.inf,
 ) -> None:
     """Measure what the document does not have yet, and write it after each case.
 
     Args:
         cases: What to measure.
-        document: Header and cases of the result file.
+        document: Header and cases of the result file; ``failed`` and ``skipped`` cases are told there.
         path: The file.
         command: From the document to what makes it again.
+        deadline: Of :func:`time.monotonic`: no case is begun afterwards.
     """
-    if document["settings"]["compiled"]:
-        import torch._inductor.config
-
-        torch._inductor.config.compile_threads = 1  # no processes beside the one that measures
     todo = [case for case in cases if case.key not in document["cases"]]
-    failed: dict[str, str] = {}
+    failed, skipped = document.setdefault("failed", {}), document.setdefault("skipped", [])
     gc.freeze()  # take_turns collects garbage; not among what was imported, again and again
     try:
         for i, case in enumerate(todo, start=1):
             prefix = f"[{i:>{len(str(len(todo)))}}/{len(todo)}] {case.key}"
-            say(prefix, end="")
             start = time.monotonic()
+            if start > deadline:
+                skipped.append(case.key)
+                continue
+            say(prefix, end="")
             try:
                 document["cases"][case.key] = _measure(case, document["settings"], prefix)
-            except RuntimeError as error:  # out of memory, or a disagreement: the cases after it are worth measuring
+            except Exception as error:  # out of memory, or a disagreement: the cases after it are worth measuring
                 failed[case.key] = f"{type(error).__name__}: {error}".splitlines()[0]
                 say(f"{_restart(prefix)}: FAILED, {failed[case.key]}")
-                _free_memory()
+                del error  # and the tensors that its frames hold
+                free_memory()
                 continue
             document["command"] = command(document)
             results.write(path, document)
             say(f"{_restart(prefix)}: {time.monotonic() - start:.1f} s")
+            free_memory()
     finally:
         gc.unfreeze()
-    if failed:
-        document["failed"] = failed
-        if not document["cases"]:
-            raise RuntimeError(f"all {len(failed)} cases failed: {next(iter(failed.items()))}")
     document["command"] = command(document)
-    cases_measured = document.pop("cases")
-    document |= {"summary": summary(cases_measured, document["settings"]), "cases": cases_measured}
+
+
+def finish(document: results.Document, path: Path) -> None:
+    """Sum up what was measured, and write it.
+
+    Raises:
+        RuntimeError: nothing was.
+    """
+    for name in ("failed", "skipped"):
+        if not document.get(name):
+            document.pop(name, None)
+    cases = document.pop("cases")
+    if not cases and document.get("failed"):
+        document["cases"] = cases
+        raise RuntimeError(f"all {len(document['failed'])} cases failed: {next(iter(document['failed'].items()))}")
+    document |= {"summary": summary(cases, document["settings"]), "cases": cases}
     results.write(path, document)
 
 
-def _free_memory() -> None:
+def free_memory() -> None:
+    """Give back what a GPU's last case has left."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -75,9 +93,15 @@ def _measure(case: Case, settings: dict[str, Any], prefix: str) -> dict[str, Any
     work = case.build()
     if isinstance(work, SavedBytes):
         return {"saved_bytes": {name: count() for name, count in work.count.items()}}
+    disagreements = []
     for names in work.agree:
-        check_agreement(work.competitors, names, work.tolerance)
-    checked = {name for names in work.agree for name in names}
+        try:
+            check_agreement(work.competitors, names, work.tolerance, work.poison_bytes)
+        except RuntimeError as error:
+            if case.device == "cpu":
+                raise
+            disagreements.append(str(error))  # told as wrong; its time says something all the same, and is lent
+    checked = {name for names in work.agree for name in names} if not disagreements else set()
     for name, competitor in work.competitors.items():
         if name not in checked:
             with competitor.context():
@@ -89,8 +113,8 @@ def _measure(case: Case, settings: dict[str, Any], prefix: str) -> dict[str, Any
         if sys.stderr.isatty():
             say(f"{_restart(prefix)}: round {done} of {rounds}", end="")
 
-    timings = take_turns(work.competitors, rounds, turn_seconds, on_round)
-    result: dict[str, Any] = {"load_average": load}
+    timings = take_turns(work.competitors, rounds, turn_seconds, on_round, case.device)
+    result: dict[str, Any] = {"load_average": load, **({"disagreements": disagreements} if disagreements else {})}
     if work.maps is not None:
         result |= {"maps": work.maps, "map_bytes": work.map_bytes}
     if work.images is not None:
@@ -99,7 +123,7 @@ def _measure(case: Case, settings: dict[str, Any], prefix: str) -> dict[str, Any
     return result | {
         "calls_a_turn": {name: timing.calls for name, timing in timings.items()},
         "page_faults_a_call": {name: float(f"{timing.page_faults:.4g}") for name, timing in timings.items()},
-        "seconds": {name: [float(f"{s:.4g}") for s in timing.seconds] for name, timing in timings.items()},
+        "seconds": {name: [float(f"{s / work.sets:.4g}") for s in timing.seconds] for name, timing in timings.items()},
     }
 
 

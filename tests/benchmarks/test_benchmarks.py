@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,12 @@ from torch import nn
 
 pytest.importorskip("timm")
 
-from benchmarks import cases, networks, results, run
+from benchmarks import cases, results, run
 from benchmarks import cpu as benchmark
-from benchmarks import gpu as gpu_benchmark
+from benchmarks.gpu import __main__ as gpu_benchmark
+from benchmarks.gpu import correctness, kernels, tails
+from benchmarks.gpu import networks as gpu_networks
+from benchmarks.gpu.workers import Job, Workers
 from benchmarks.measure import (
     Competitor,
     check_agreement,
@@ -268,7 +273,7 @@ def test_a_run_on_a_gpu_goes_on_though_its_bandwidth_is_measured_anew(tmp_path: 
 
     path = tmp_path / "out.json"
     results.write(path, {**header(2871.0), "cases": {"a": {}}})
-    assert results.resume(path, header(2873.0)) == {"a": {}}
+    assert results.resume(path, header(2873.0))["cases"] == {"a": {}}
     with pytest.raises(ValueError, match="its machine differ"):
         results.resume(path, header(2871.0, "another"))
 
@@ -311,20 +316,11 @@ def test_a_network_with_a_wrong_gate_is_noticed(monkeypatch: pytest.MonkeyPatch)
             return torch.full_like(s, -3.0)
 
     on = cases.On("cpu", torch.bfloat16, "auto")
-    for make, right in ((networks._small, True), (partial(networks._small, Wrong), False)):
-        monkeypatch.setitem(networks._QUICK_BUILDERS, "ecanet", make)
-        work = networks._gpu_training(on, networks.QUICK_NETWORK, None, (8, 3, 32, 32))
+    for make, right in ((gpu_networks._small, True), (partial(gpu_networks._small, Wrong), False)):
+        monkeypatch.setitem(gpu_networks._QUICK_BUILDERS, "ecanet", make)
+        work = gpu_networks._training(on, gpu_networks.QUICK_NETWORK, None, (8, 3, 32, 32))
         with nullcontext() if right else pytest.raises(RuntimeError, match="ecanet and timm disagree"):
             check_agreement(work.competitors, ("timm", "ecanet"), work.tolerance)
-
-
-def test_on_a_gpu_the_operation_competes_where_the_formula_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cases, "_compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
-    work = cases._training(
-        True, cases.On(kernels="triton" if gpu.interpreting() else "auto"), (2, 16, 3, 5), "contiguous"
-    )
-    assert ("operation compiled" in work.competitors) == gpu.interpreting()
-    check_agreement(work.competitors, work.agree[0], 1e-5)
 
 
 #: As the command in the interpreter measures.
@@ -333,67 +329,143 @@ QUICK = {"rounds": 1, "quick": True}
 in_the_interpreter = pytest.mark.skipif(not gpu.interpreting(), reason="the interpreter is off")
 
 
-def _gpu_case(key: str, compiled: bool = False) -> cases.Case:
-    found = [*cases.map_cases(True, compiled, INTERPRETED), *networks.gpu_network_cases(True, compiled, INTERPRETED)]
-    return next(case for case in found if case.key.startswith(key + "/"))
-
-
-def test_on_a_gpu_operations_are_measured_that_have_no_row_on_a_cpu() -> None:
-    def ops(on: cases.On) -> set[str]:
-        return {case.name for case in cases.map_cases(True, False, on) if case.group == "op"}
-
-    assert ops(INTERPRETED) - ops(cases.On()) == {"batch_moments", "eca_coefficients", "eca_coefficients_backward"}
-    assert ops(cases.On()) < ops(INTERPRETED)
+@in_the_interpreter
+@pytest.mark.parametrize("training", [True, False])
+def test_all_forms_of_the_tail_on_a_gpu_agree(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled as far as Inductor, whose code takes minutes to write."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    on = cases.On("cpu", torch.float32, "triton")
+    work = tails._tail(training, True, on, (2, 16, 3, 5), "channels_last")
+    assert {"formula compiled", "operation compiled", "SE compiled", "no gate", "copy"} <= work.competitors.keys()
+    assert ("gate op compiled" in work.competitors) == training
+    for names in work.agree:
+        assert len(names) >= 2
+        check_agreement(work.competitors, names, 1e-5)
 
 
 @in_the_interpreter
-@pytest.mark.parametrize(
-    ("name", "maps"), [("batch_moments", 1), ("eca_coefficients", None), ("eca_coefficients_backward", None)]
-)
-def test_operations_on_a_gpu_against_plain_pytorch(name: str, maps: int | None) -> None:
-    case = _gpu_case(f"op/{name}")
-    assert len(case.shape) == (2 if maps is None else 4)
+@pytest.mark.parametrize("name", ["batch_moments", "apply_", "eca_coefficients_backward"])
+def test_operations_on_a_gpu(name: str) -> None:
+    case = next(case for case in kernels.kernel_cases(True, INTERPRETED) if case.name == name)
     result = run._measure(case, QUICK, "")
-    assert result.get("maps") == maps  # without, there is no roofline
-    assert result["seconds"].keys() == {"ecanet", "plain"} | ({"copy"} if maps else set())
+    small = len(case.shape) == 2  # between the passes: no map, no roofline
+    assert result.get("maps") == (None if small else cases.OPS[name])
+    assert result["seconds"].keys() == {"ecanet", "plain" if small else "copy"}
 
 
-@in_the_interpreter
-@pytest.mark.parametrize("key", ["training/tail-forward", f"network/{networks.QUICK_NETWORK}-inference-graphs"])
-def test_what_is_compiled_runs_in_the_interpreter(key: str) -> None:
-    compiled = run._measure(_gpu_case(key, compiled=True), QUICK, "")["seconds"]
-    assert ("ecanet compiled" in compiled) == key.startswith("training")  # compiled networks have rows of their own
-    assert all(math.isfinite(s) and s > 0 for samples in compiled.values() for s in samples)
+def test_what_is_read_twice_has_left_the_cache() -> None:
+    """Of 25 MB maps there are several sets, of 205 MB one."""
+    assert [kernels.sets_of(size, 3) for size in (25 * 2**20, 205 * 2**20)] == [4, 1]
+    work = tails._tail(True, False, cases.On(), (2, 512, 32, 32), "contiguous")
+    assert work.sets == kernels.sets_of(4 * 2 * 512 * 32 * 32, 3) > 1
 
 
-@pytest.mark.parametrize("mode", networks.MODES)
-@pytest.mark.parametrize("build", [networks._gpu_training, networks._gpu_inference])
+@pytest.mark.parametrize("mode", gpu_networks.MODES)
+@pytest.mark.parametrize("build", [gpu_networks._training, gpu_networks._inference])
 def test_peak_memory_is_left_out_where_a_graph_is_replayed(
     build: Any, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "_peak", lambda _: 7)
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
     on, shape = cases.On("cpu", torch.bfloat16, "auto"), (2, 3, 8, 8)
+    options = gpu_networks.MODES[mode]
     case = cases.Case(
-        "network", mode, shape, "channels_last", partial(build, on, networks.QUICK_NETWORK, networks.MODES[mode], shape)
+        "network", mode, shape, "channels_last", partial(build, on, gpu_networks.QUICK_NETWORK, options, shape)
     )
     result = run._measure(case, QUICK, "")
     assert set(result["peak_bytes"].values()) == {None if mode == "graphs" else 7}
 
 
+def _on_gpu(path: Path, *args: str) -> results.Document:
+    gpu_benchmark.main(["--quick", "--no-compile", "--workers", "2", "--out", str(path), *args])
+    return results.read(path)
+
+
 @in_the_interpreter
 def test_the_gpu_benchmark_runs_in_the_interpreter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, picture = tmp_path / "out.json", tmp_path / "out.png"
-    common = ["--quick", "--no-compile", "--out", str(path)]
-    gpu_benchmark.main([*common, "--only", "inference,network", "--plot", str(picture)])
-    document = results.read(path)
-    assert len(document["cases"]) == 4 + 4 + 2
+    picture = tmp_path / "out.png"
+    document = _on_gpu(
+        tmp_path / "out.json",
+        "--stages",
+        "environment,tails,networks",
+        "--matching",
+        "inference",
+        "--plot",
+        str(picture),
+    )
+    assert set(document["stages"]) == {"environment", "tails", "networks"}
+    assert len(document["cases"]) == 2 + 1
     assert document["command"].startswith("TRITON_INTERPRET=1 python -m benchmarks.gpu --dtype bfloat16 --quick")
-    assert "images/s" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "images/s" in said.out
+    assert "== tails (" in said.err
     assert picture.stat().st_size > 10_000
     for key, case in document["cases"].items():
-        sides = {"ecanet", "neutral"} if "factor" in key else {"ecanet", "timm", "no gate"}
-        assert sides <= case["seconds"].keys(), key
+        assert {"ecanet", "timm", "no gate", "SE"} <= case["seconds"].keys(), key
+
+
+@in_the_interpreter
+def test_a_spent_budget_skips_and_a_resumed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that was measured is lost, and what was not is listed."""
+    path, few = tmp_path / "out.json", ("--stages", "environment,kernels,networks", "--matching", "op/squeeze/")
+    measure, clock = run._measure, time.monotonic
+
+    def spend_it_all(case: Any, *rest: Any) -> Any:
+        monkeypatch.setattr(time, "monotonic", lambda: clock() + 1000)
+        return measure(case, *rest)
+
+    monkeypatch.setattr(run, "_measure", spend_it_all)
+    document = _on_gpu(path, *few)
+    assert (len(document["cases"]), len(document["skipped"])) == (1, 3)
+    assert "1 measured, 3 skipped" in document["stages"]["kernels"]
+    monkeypatch.undo()
+    again = _on_gpu(path, *few, "--resume")
+    assert len(again["cases"]) == 4
+    assert "skipped" not in again
+    assert document["cases"].items() <= again["cases"].items()
+
+
+@in_the_interpreter
+def test_a_stage_that_fails_is_told_and_the_next_one_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "SMALL_OPS", ())
+
+    def broken(*_: Any) -> Any:
+        raise KeyError("a stage")
+
+    stages = [replace(stage, cases=broken) if stage.name == "networks" else stage for stage in gpu_benchmark.STAGES]
+    monkeypatch.setattr(gpu_benchmark, "STAGES", stages)
+    path = tmp_path / "out.json"
+    few = ["--stages", "networks,kernels", "--matching", "squeeze/2x32"]
+    assert gpu_benchmark.main(["--quick", "--no-compile", "--out", str(path), *few]) == 1
+    document = results.read(path)
+    assert "FAILED, KeyError: 'a stage'" in document["stages"]["networks"]
+    assert len(document["cases"]) == 2
+
+
+@in_the_interpreter
+def test_workers_check_kernels_and_compile_ahead(tmp_path: Path) -> None:
+    """A job that fails says why and loses itself alone."""
+    settings = {"quick": True, "compiled": True, "dtype": "bfloat16"}
+    key = next(case.key for case in kernels.kernel_cases(True, INTERPRETED) if case.name == "squeeze")
+    jobs = [Job("check", ("squeeze",)), Job("check", ("nonsense",)), Job("compile", (key,), ("ecanet",))]
+    workers = Workers(jobs, settings, at_a_time=2, heavy_at_a_time=1)
+    workers.wait(120)
+    found = {name: result["failures"] for name, result in workers.results.items()}
+    assert found.pop("check nonsense")[0].startswith("exit status 1: KeyError")
+    assert found == {str(jobs[0]): [], str(jobs[2]): []}
+    assert workers.results[str(jobs[0])]["checks"] == 6
+    assert workers.results[str(jobs[2])]["seconds"][f"{key} ecanet"] > 0
+
+
+@in_the_interpreter
+def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = gpu.squeeze
+    monkeypatch.setattr(gpu, "squeeze", lambda x: right(x) * 1.01)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    found = correctness.check(["squeeze"], quick=True)
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    assert len(found["failures"]) == found["checks"] == 6
+    assert "squeeze (2, 3, 5, 7) torch.float32 contiguous: AssertionError" in found["failures"][0]
 
 
 @pytest.mark.parametrize("interpreting", [True, False])

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import conv1d
@@ -21,10 +20,6 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 4e-6}
 
 DTYPES = list(MAP_TOLERANCE)
 HALF_TYPES = [torch.bfloat16, torch.float16]
-
-
-def of_type(*dtypes: torch.dtype) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("dtype", dtypes, ids=[str(dtype).removeprefix("torch.") for dtype in dtypes])
 
 
 # --- the formulas, in float64 and with the arguments of the operations --------------------------------------------
@@ -390,7 +385,6 @@ LAYOUTS = {
     "5-D channels last": (3, channels_last),
     "5-D sliced": (3, sliced),
 }
-every_layout = pytest.mark.parametrize(("rank", "make"), LAYOUTS.values(), ids=LAYOUTS)
 
 
 def cases(

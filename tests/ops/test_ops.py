@@ -12,6 +12,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from marks import every_layout, of_type
 from op_cases import (
     ACTS,
     DTYPES,
@@ -41,12 +42,10 @@ from op_cases import (
     cases,
     channels_last,
     dense,
-    every_layout,
     every_option,
     expanded,
     half_of_the_channels,
     naive_moments,
-    of_type,
     significant,
     sliced,
     transposed,

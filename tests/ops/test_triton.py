@@ -15,15 +15,25 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_checks import (
+    DEVICE,
+    assert_captured_in_a_cuda_graph,
+    assert_in_place,
+    assert_repeats,
+    assert_rounded_to_nearest_even,
+    assert_running_statistics,
+    assert_tail,
+    assert_values,
+    assert_values_of_means,
+    launch,
+)
+from marks import of_type
 from op_cases import (
     ACTS,
     EVERY,
     HALF_TYPES,
     IN_PLACE,
     LAYOUTS,
-    MAP_OUTPUTS,
-    MAP_TOLERANCE,
-    NAIVE,
     NONE,
     ON_MAPS,
     ON_MEANS,
@@ -33,12 +43,10 @@ from op_cases import (
     Options,
     arguments,
     as_tuple,
-    assert_close,
     call_reference,
     channels_last,
     dense,
     every_option,
-    of_type,
     significant,
     without_data,
 )
@@ -48,16 +56,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ecanet
 from ecanet.nn import ECA, SE, norm_gate_add_act
-from ecanet.ops import gpu, reference
+from ecanet.ops import gpu
 
 pytestmark = pytest.mark.skipif(gpu.why_not() is not None, reason=str(gpu.why_not()))
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = {0: [(3, 5)], 1: [(2, 3, 7)], 2: [(2, 3, 5, 7), (3, 1, 4, 4), (2, 17, 1, 3)], 3: [(2, 5, 3, 2, 5)]}
 both_layouts = pytest.mark.parametrize("make", [dense, channels_last])
-# The interpreter cuts a float32 off where a GPU rounds it to the nearest bfloat16.
-ROUNDING = {**MAP_TOLERANCE, torch.bfloat16: MAP_TOLERANCE[torch.bfloat16] * (2 if gpu.interpreting() else 1)}
-
 
 if gpu.why_not() is None:
     import triton
@@ -84,29 +88,6 @@ if gpu.why_not() is None:
             program, samples, channels, positions, rows, at_once, last, align, total, tl.int64
         )
         tl.store(elements_out + here, place)
-
-
-def launch(name: str, args: list[Any]) -> Any:
-    """Run the kernels, on the GPU if there is one; an in-place operation writes over its first argument."""
-    moved = [a.to(DEVICE) if isinstance(a, Tensor) else a for a in args]
-    outputs = getattr(gpu, name)(*moved)
-    if outputs is None:
-        return args[0].copy_(moved[0])
-    return tuple(t.cpu() for t in as_tuple(outputs))
-
-
-def assert_values(name: str, args: list[Any], case: str = "") -> None:
-    """The operation gives what the formula gives."""
-    x = args[0]
-    small = reference.accumulation_dtype(x.dtype)
-    positions = math.prod(x.shape[2:])
-    for i, (g, w) in enumerate(zip(launch(name, args), as_tuple(NAIVE[name](*args)), strict=True)):
-        is_map = (name, i) in MAP_OUTPUTS
-        assert (g.shape, g.dtype) == (w.shape, x.dtype if is_map else small), case
-        if is_map:
-            assert_close(g, w, ROUNDING[x.dtype], 30, case)
-        else:
-            assert_close(g, w, TOLERANCE[small], 30 * math.sqrt(positions), case)
 
 
 @pytest.fixture
@@ -146,10 +127,8 @@ def test_values_of_operations_on_means(name, rank, make, dtype) -> None:
         for o in every_option(name) if shape == (3, 5) else [Options(), Options(kernel=9, norm="none")]:
             args = arguments(name, shape, dtype, make, o)
             promised = getattr(torch.ops.ecanet, name)(*(without_data(a) for a in args))
-            for g, w, p in zip(launch(name, args), NAIVE[name](*args), promised, strict=True):
-                assert (g.shape, g.dtype) == (w.shape, dtype), (shape, o)
-                assert significant(g) == significant(p)
-                assert_close(g, w, TOLERANCE[dtype], 100, f"{shape} {o}")
+            assert_values_of_means(name, args, f"{shape} {o}")
+            assert [significant(t) for t in launch(name, args)] == [significant(t) for t in promised]
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -251,12 +230,7 @@ def test_shapes_and_strides_are_those_of_the_fake(name, make) -> None:
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_in_place_is_out_of_place_written_over_x(name, make) -> None:
     for act in ACTS:
-        args = arguments(name, (2, 9, 3, 5), torch.float32, make, Options(act))
-        want = launch(name[:-1], args)[0]
-        assert torch.equal(launch(name, args), want)
-        sliced = torch.randn(5, 19, 7, 11)[1::2, 1::2, 1::2, 1::2]
-        want = launch(name[:-1], [sliced, *args[1:]])[0]
-        assert torch.equal(launch(name, [sliced, *args[1:]]), want)
+        assert_in_place(name, arguments(name, (2, 9, 3, 5), torch.float32, make, Options(act)))
 
 
 @pytest.mark.parametrize("overlap", [-7, 0, 8])
@@ -297,9 +271,7 @@ def test_nan_and_inf_propagate_as_in_the_reference(name, make, value) -> None:
 @pytest.mark.skipif(gpu.interpreting(), reason="the interpreter cuts off instead of rounding")
 @of_type(*HALF_TYPES)
 def test_results_are_rounded_to_nearest_even_as_torch_does(dtype) -> None:
-    scale = torch.randn(1, 300) * torch.logspace(-9, 9, 300)
-    x = torch.ones(1, 300, 2, dtype=dtype)
-    assert torch.equal(launch("apply", [x, scale, None, None, NONE])[0][0, :, 0], scale[0].to(dtype))
+    assert_rounded_to_nearest_even(dtype)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -323,9 +295,7 @@ def test_a_mean_of_10000_deviations_costs_no_more_digits_than_in_torch(shape, ma
 @both_layouts
 @pytest.mark.parametrize("name", EVERY)
 def test_results_repeat_themselves_bit_by_bit(name, make) -> None:
-    args = arguments(name, (2, 3, 25, 20), torch.float32, make, Options(SILU))
-    first, second = (launch(name, [a.clone() if isinstance(a, Tensor) else a for a in args]) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(as_tuple(first), as_tuple(second), strict=True))
+    assert_repeats(name, arguments(name, (2, 3, 25, 20), torch.float32, make, Options(SILU)))
 
 
 X, ONES, C = torch.ones(2, 3, 4, 4), torch.ones(2, 3), torch.ones(3)
@@ -365,48 +335,17 @@ def test_wrong_arguments_are_refused_with_the_name_and_what_would_be_right(name,
 # --- the tail -----------------------------------------------------------------------------------------------------
 
 
-def tail_step(norm: nn.Module, gate: nn.Module | None, act: str | None, make: Callable[..., Tensor]) -> list[Tensor]:
-    """Output, gradients and statistics of a step with a residual."""
-    generator = torch.random.manual_seed(1)
-    x, residual, dout = (make((3, 16, 4, 5), torch.float32).to(DEVICE) for _ in range(3))
-    del generator
-    norm, gate = norm.to(DEVICE), None if gate is None else gate.to(DEVICE)
-    inputs = [x.requires_grad_(), residual.requires_grad_(), *norm.parameters()]
-    inputs += [] if gate is None else list(gate.parameters())
-    out = norm_gate_add_act(x, norm, gate, residual, act)
-    statistics = [t.detach().clone() for t in norm.buffers()]
-    return [out.detach(), *torch.autograd.grad(out, inputs, dout), *statistics]
-
-
 @both_layouts
 @pytest.mark.parametrize("act", [None, "relu", "silu"], ids=str)
 @pytest.mark.parametrize("gate", [None, "eca", "se"], ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_the_tail_is_its_modules_one_after_another(training, gate, act, make) -> None:
-    results = []
-    for backend in ("triton", "reference"):
-        torch.manual_seed(0)
-        norm = nn.BatchNorm2d(16).train(training)
-        nn.init.normal_(norm.weight)
-        nn.init.normal_(norm.bias)
-        module = {None: None, "eca": ECA(16, 5), "se": SE(16, 4)}[gate]
-        with ecanet.backend(backend):
-            results.append(tail_step(norm, module, act, make))
-    for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+    assert_tail(training, gate, act, make)
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.7, None], ids=str)
 def test_running_statistics_move_as_in_torch(momentum) -> None:
-    norms = []
-    for backend in ("triton", "reference"):
-        torch.manual_seed(0)
-        norm = nn.BatchNorm2d(16, momentum=momentum).to(DEVICE)
-        with ecanet.backend(backend):
-            for _ in range(3):
-                norm_gate_add_act(torch.randn(3, 16, 4, 4, device=DEVICE), norm, ECA(16).to(DEVICE))
-        norms.append(norm.state_dict())
-    torch.testing.assert_close(norms[0], norms[1], rtol=1e-6, atol=1e-6)
+    assert_running_statistics(momentum)
 
 
 def test_running_statistics_of_float64_move_in_float64() -> None:
@@ -448,27 +387,7 @@ def test_autocast_keeps_maps_in_half_types(dtype) -> None:
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("gate", [ECA, SE])
 def test_a_step_of_training_can_be_captured_in_a_cuda_graph(gate) -> None:
-    torch.manual_seed(0)
-    norm, module = nn.BatchNorm2d(16).to(DEVICE), gate(16).to(DEVICE)
-    x = torch.randn(3, 16, 4, 5, device=DEVICE).requires_grad_()
-
-    def step() -> tuple[Tensor, ...]:
-        out = norm_gate_add_act(x, norm, module, x, "relu")
-        return out, *torch.autograd.grad(out.square().sum(), [x, *norm.parameters(), *module.parameters()])
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compiles the kernels
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        x.copy_(torch.randn_like(x))
-    graph.replay()
-    for got, want in zip(captured, step(), strict=True):
-        torch.testing.assert_close(got, want)
+    assert_captured_in_a_cuda_graph(gate)
 
 
 # --- every kernel compiles for GPUs that are not here, and Inductor sees it ------------------------------------------

@@ -1,0 +1,249 @@
+"""Prove and measure on a GPU, within a budget of seconds: ``python -m benchmarks.gpu --help``."""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import results, run
+from benchmarks.cases import Case, On
+from benchmarks.gpu import correctness
+from benchmarks.gpu.stages import STAGES, Stage
+from benchmarks.gpu.workers import Job, Workers, heavy_jobs_at_a_time
+from benchmarks.machine import describe, describe_gpu
+from benchmarks.report import report
+from ecanet.ops import gpu
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_QUICK_ROUNDS = 3
+_COPY_BYTES, _MATRIX = 2**30, 8192
+#: Stages that compile ahead when it is their turn, not during the checks.
+_LAST = ("more", "tuning")
+#: Of what is left of the budget, checks and compiling ahead may take so much.
+_SHARE_OF_WORKERS = 0.45
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check, measure, print tables, write JSON and a picture; 1 where a check or a measurement failed."""
+    start = time.monotonic()
+    parser = _parser()
+    args = parser.parse_args(argv)
+    fault = gpu.why_not() or (
+        "the interpreter is no GPU: only --quick" if gpu.interpreting() and not args.quick else None
+    )
+    if fault is not None:
+        parser.exit(2, f"python -m benchmarks.gpu: {fault}\n")
+    path = args.out or Path(f"benchmarks/results/{'quick-gpu' if args.quick else 'gpu'}-{args.dtype}.json")
+    header = _header(args)
+    try:
+        before = results.resume(path, header) if args.resume else {"cases": {}}
+    except ValueError as error:
+        parser.exit(2, f"python -m benchmarks.gpu: {error}\n")
+    document = {**header, "checks": before.get("checks", {}), "cases": before["cases"]}
+    with tempfile.TemporaryDirectory(prefix="ecanet-benchmark-", ignore_cleanup_errors=True) as folder:
+        # Compiled anew, so that it can be said how long that takes; workers find the folder here.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
+        os.environ.setdefault("TRITON_CACHE_DIR", f"{folder}/triton")
+        configure()
+        _Run(args, document, path, start + args.budget).all_stages()
+    run.finish(document, path)
+    print(report(document))
+    if args.plot:
+        from benchmarks.picture import draw
+
+        draw(document).savefig(args.plot)
+    wrong = any(check["failures"] for check in document["checks"].values())
+    wrong |= any("disagreements" in case for case in document["cases"].values())
+    return 1 if wrong or document.get("failed") else 0
+
+
+def on_of(dtype: str) -> On:
+    """What is measured on: the GPU, or the CPU in the interpreter."""
+    return On("cpu" if gpu.interpreting() else "cuda", _DTYPES[dtype], "triton")
+
+
+def configure() -> None:
+    """Let every process compile alike: found in the cache is what another has compiled, not which form it found best.
+
+    Others were running beside it then.
+    """
+    import torch._inductor.config
+
+    torch._inductor.config.autotune_local_cache = False
+
+
+def _header(args: argparse.Namespace) -> results.Document:
+    machine = describe(torch.get_num_threads())
+    if not gpu.interpreting():
+        machine["machine"]["gpu"] = describe_gpu(_COPY_BYTES, _MATRIX)
+    return {
+        "command": "",
+        "settings": {
+            "device": "cuda",
+            "interpreted": gpu.interpreting(),
+            "rounds": _QUICK_ROUNDS if args.quick else args.rounds,
+            "quick": args.quick,
+            "compiled": args.compile,
+            "dtype": args.dtype,
+        },
+        **machine,
+        "kernels": "loaded",
+        "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+    }
+
+
+class _Run:
+    """The stages, one after another, within the budget."""
+
+    def __init__(self, args: argparse.Namespace, document: results.Document, path: Path, deadline: float) -> None:
+        self.args, self.document, self.path, self.deadline = args, document, path, deadline
+        self.on = on_of(args.dtype)
+        self.stages = document["stages"] = {}
+
+    def all_stages(self) -> None:
+        for stage in STAGES:
+            start = time.monotonic()
+            if stage.name not in self.args.stages:
+                continue
+            if start > self.deadline:
+                self._tell(stage, "skipped: the budget is spent")
+                continue
+            try:
+                what = self._one(stage)
+            except Exception as error:
+                what = f"FAILED, {type(error).__name__}: {error}".splitlines()[0]
+                self.document.setdefault("failed", {})[stage.name] = what
+            self._tell(stage, f"{what}, {time.monotonic() - start:.0f} s")
+
+    def _one(self, stage: Stage) -> str:
+        if stage.name == "environment":
+            machine, versions = self.document["machine"], self.document["versions"]
+            return f"{machine.get('gpu', 'the interpreter')}; torch {versions['torch']}, triton {versions['triton']}"
+        if stage.name == "correctness":
+            return self._checks()
+        cases = self._cases(stage)
+        if stage.name in _LAST:
+            self._compile_ahead(cases)
+        run.measure_all(cases, self.document, self.path, command, self.deadline)
+        keys = {case.key for case in cases}
+        counts = {
+            "measured": len(keys & self.document["cases"].keys()),
+            "failed": len(keys & self.document.get("failed", {}).keys()),
+            "skipped": len(keys & set(self.document.get("skipped", ()))),
+        }
+        return ", ".join(f"{count} {word}" for word, count in counts.items() if count or word == "measured")
+
+    def _cases(self, stage: Stage) -> list[Case]:
+        cases = stage.cases(self.args.quick, self.args.compile, self.on)
+        return [case for case in cases if self.args.matching in case.key]
+
+    def _checks(self) -> str:
+        """Every operation's checks and, beside them, what the stages before "more" compile."""
+        checks = self.document["checks"]
+        jobs = [Job("check", (name,)) for name in correctness.names() if name not in checks]
+        ahead = [stage for stage in STAGES if stage.name in self.args.stages and stage.name not in _LAST]
+        cases = [case for stage in ahead for case in self._cases(stage) if case.key not in self.document["cases"]]
+        found = self._work([*_jobs_to_compile(cases, self.document["settings"]), *jobs])
+        for job in jobs:
+            checks[job.names[0]] = found.get(str(job), {"failures": ["not reached"]})
+        results.write(self.path, self.document)
+        failures = [failure for name in checks for failure in checks[name]["failures"]]
+        for failure in failures:
+            run.say(f"  WRONG: {failure}")
+        done = sum(check.get("checks", 0) for check in checks.values())
+        return f"{done} checks, {len(failures)} failed"
+
+    def _compile_ahead(self, cases: Sequence[Case]) -> None:
+        todo = [case for case in cases if case.key not in self.document["cases"]]
+        self._work(_jobs_to_compile(todo, self.document["settings"]))
+
+    def _work(self, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
+        """Run jobs as long as they may take; what they compiled is kept."""
+        at_a_time = self.args.workers or os.cpu_count() or 1
+        heavy = 1 if self.on.device == "cpu" else heavy_jobs_at_a_time()
+        workers = Workers(jobs, self.document["settings"], at_a_time, min(heavy, at_a_time))
+        workers.wait(max(0.0, self.deadline - time.monotonic()) * _SHARE_OF_WORKERS)
+        compiled = {name: result for name, result in workers.results.items() if name.startswith("compile")}
+        self.document.setdefault("compiled_ahead", {}).update(compiled)
+        for name, result in compiled.items():
+            for failure in result["failures"]:
+                run.say(f"  {name}: {failure}")
+        return workers.results
+
+    def _tell(self, stage: Stage, what: str) -> None:
+        self.stages[stage.name] = what
+        results.write(self.path, self.document)
+        run.say(f"== {stage.name} ({stage.what}): {what}")
+
+
+def _jobs_to_compile(cases: Sequence[Case], settings: dict[str, Any]) -> list[Job]:
+    """Networks one competitor a process, tails one case, the passes over maps one operation."""
+    if not settings["compiled"]:
+        return []
+    jobs = []
+    operations: dict[str, list[str]] = {}
+    for case in cases:
+        if case.group == "op":
+            operations.setdefault(case.name, []).append(case.key)
+        elif case.group != "network":
+            jobs.append(Job("compile", (case.key,)))
+        elif not case.name.endswith("-eager"):
+            jobs += [Job("compile", (case.key,), (name,), heavy=True) for name in ("no gate", "ecanet", "timm", "SE")]
+    return [*jobs, *(Job("compile", tuple(keys)) for keys in operations.values())]
+
+
+def command(document: results.Document) -> str:
+    """What makes the file again, however many runs it took."""
+    settings = document["settings"]
+    words = [
+        *(["TRITON_INTERPRET=1"] if settings["interpreted"] else []),
+        f"python -m benchmarks.gpu --dtype {settings['dtype']}",
+        "--quick" if settings["quick"] else f"--rounds {settings['rounds']}",
+        *(["--no-compile"] if not settings["compiled"] else []),
+    ]
+    return " ".join(words)
+
+
+def _some_stages(value: str) -> tuple[str, ...]:
+    given, names = tuple(value.split(",")), [stage.name for stage in STAGES]
+    if unknown := [name for name in given if name not in names]:
+        raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)!r}: some of {','.join(names)}")
+    return given
+
+
+def _parser() -> argparse.ArgumentParser:
+    stages = "\n".join(f"  {stage.name:12} {stage.what}" for stage in STAGES)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Check every Triton kernel and time kernels, tail and whole networks on a GPU, against the same\n"
+        "without a gate, with timm's EcaModule and with squeeze-and-excitation. The most valuable first:\n\n"
+        f"{stages}\n\nThe file is written after every case. No case is begun once the budget is spent.",
+        epilog="Example: python -m benchmarks.gpu --budget 420 --plot cost_gpu.png\n"
+        "Without a GPU: TRITON_INTERPRET=1 python -m benchmarks.gpu --quick",
+    )
+    parser.add_argument("--budget", type=run.positive, default=420, metavar="SECONDS", help="default: 420")
+    parser.add_argument("--dtype", choices=tuple(_DTYPES), default="bfloat16", help="of the maps (default: bfloat16)")
+    parser.add_argument("--rounds", type=run.positive, default=20, help="turns of each (default: 20)")
+    names = tuple(stage.name for stage in STAGES if not stage.asked_for)
+    parser.add_argument(
+        "--stages", type=_some_stages, default=names, metavar="STAGES", help="some, by comma (default: all)"
+    )
+    parser.add_argument("--matching", default="", metavar="TEXT", help="time only cases whose key has it")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    parser.add_argument("--workers", type=run.positive, help="processes that check and compile (default: cores)")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run? The numbers mean nothing")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="default: benchmarks/results/gpu-DTYPE.json")
+    parser.add_argument("--resume", action="store_true", help="keep what the file has, do the rest")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the picture, too")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

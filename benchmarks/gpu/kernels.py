@@ -1,0 +1,132 @@
+"""Every pass over a map against a copy's bandwidth, and the small operations between the passes."""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import cycle
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from benchmarks.cases import MEMORY_FORMATS, OPS, STAGES, Case, On, Work, op_arguments
+from benchmarks.measure import Competitor
+from ecanet.ops import gpu, reference
+
+#: Maps of 51 to 205 MB in bfloat16: ResNet-50's stages, the last two also at a batch that fills no cache, and the
+#: largest map of a stem.
+SHAPES = (*((128, *stage) for stage in STAGES), *((512, *stage) for stage in STAGES[2:]), (128, 64, 112, 112))
+QUICK_SHAPES = ((2, 16, 6, 6), (2, 32, 3, 3))
+#: On (N, C) numbers; no copy to compare with.
+SMALL_OPS = ("eca_coefficients", "eca_coefficients_backward")
+#: Of ``gpu._TILE`` elements and so many warps; the library takes 4096 and triton's 4.
+_CONFIGURATIONS = ((2048, 4), (4096, 8), (8192, 4), (8192, 8), (2048, 2), (4096, 2))
+_TUNED_SHAPES = ((128, 256, 56, 56), (512, 2048, 7, 7))
+#: Twice the largest cache of today's GPUs: what is read between two uses of one tensor.
+_NOT_CACHED = 2**28
+
+
+def sets_of(map_bytes: int, maps: int) -> int:
+    """So many sets of so many maps fill no cache between two uses."""
+    return max(1, -(-_NOT_CACHED // (maps * map_bytes))) if map_bytes > 2**20 else 1
+
+
+def kernel_cases(quick: bool, on: On) -> Iterator[Case]:
+    """Passes by layout and size, then the small operations.
+
+    Args:
+        quick: Tiny shapes.
+        on: Device and type.
+    """
+    shapes = QUICK_SHAPES if quick else SHAPES
+    for name in OPS:
+        for memory_format in MEMORY_FORMATS:
+            for shape in shapes:
+                build = partial(_pass, name, on, shape, memory_format)
+                yield Case("op", name, shape, memory_format, build, on.device)
+    for name in SMALL_OPS:
+        for small in dict.fromkeys(shape[:2] for shape in shapes):
+            yield Case("op", name, small, "contiguous", partial(_small, name, on, small), on.device)
+
+
+def _pass(name: str, on: On, shape: tuple[int, ...], memory_format: str, only: Collection[str] | None = None) -> Work:
+    torch.manual_seed(0)
+    op = getattr(gpu, name)
+    first = op_arguments(name, on, shape, memory_format)
+    map_bytes, maps = first[0].nbytes, OPS[name]
+    count = sets_of(map_bytes, maps)
+    sets = [first, *(op_arguments(name, on, shape, memory_format) for _ in range(count - 1))]
+    competitors = {"ecanet": Competitor(_in_turn([partial(op, *arguments) for arguments in sets]), torch.no_grad)}
+    if only is None:  # each copies one map: as many pairs as keep it out of the cache
+        pairs = [(first[0].clone(), torch.empty_like(first[0])) for _ in range(sets_of(map_bytes, 2))]
+        copies = [partial(target.copy_, source) for source, target in pairs]
+        competitors["copy"] = Competitor(_in_turn(copies), torch.no_grad)
+    return Work(competitors, (), on.tolerance, maps, map_bytes)
+
+
+def tuning_cases(quick: bool, on: On) -> Iterator[Case]:
+    """Each pass in tiles of several sizes and with several numbers of warps; "ecanet" is what the library takes.
+
+    Args:
+        quick: Tiny shapes, two tiles.
+        on: Device and type.
+    """
+    shapes = QUICK_SHAPES[:1] if quick else _TUNED_SHAPES
+    configurations = _CONFIGURATIONS[:2] if quick else _CONFIGURATIONS
+    for name in OPS:
+        for memory_format in MEMORY_FORMATS:
+            for shape in shapes:
+                build = partial(_tuned, name, configurations, on, shape, memory_format)
+                yield Case("tuning", name, shape, memory_format, build, on.device)
+
+
+def _tuned(
+    name: str,
+    configurations: tuple[tuple[int, int], ...],
+    on: On,
+    shape: tuple[int, ...],
+    memory_format: str,
+    only: Collection[str] | None = None,
+) -> Work:
+    work = _pass(name, on, shape, memory_format)
+    ours = work.competitors["ecanet"].run
+    others = {
+        f"tile {tile} warps {warps}": Competitor(ours, partial(_configured, tile, warps))
+        for tile, warps in configurations
+    }
+    return replace(work, competitors={**work.competitors, **others})
+
+
+@contextmanager
+def _configured(tile: int, warps: int) -> Iterator[None]:
+    launch = partial(gpu._launch, num_warps=warps)
+    with torch.no_grad(), patch.object(gpu, "_TILE", tile), patch.object(gpu, "_launch", launch):
+        yield
+
+
+def _in_turn(runs: list[Callable[[], Any]]) -> Callable[[], Any]:
+    """A call takes the next of them."""
+    if len(runs) == 1:
+        return runs[0]
+    following = cycle(runs)
+    return lambda: next(following)()
+
+
+def _small(name: str, on: On, shape: tuple[int, int], only: Collection[str] | None = None) -> Work:
+    torch.manual_seed(0)
+    channels = shape[1]
+    means, p, q = (torch.randn(shape, device=on.device) for _ in range(3))
+    weight, bias = torch.rand(channels, device=on.device) + 0.5, torch.randn(channels, device=on.device)
+    kernel = torch.randn(5, device=on.device)
+    norm_and_band = means.mean(0), torch.ones_like(weight), weight, bias, 1e-5, kernel, False
+    arguments: tuple[Any, ...] = (means, *norm_and_band)
+    if name == "eca_coefficients_backward":
+        gate, positions = reference.eca_coefficients(*arguments)[1], 49
+        arguments = (p, q, means, gate, None, *norm_and_band, positions)
+    competitors = {
+        where: Competitor(partial(getattr(module, name), *arguments), torch.no_grad)
+        for where, module in (("ecanet", gpu), ("plain", reference))
+        if only is None or where in only
+    }
+    return Work(competitors, () if only else (("plain", "ecanet"),), On().tolerance)

@@ -1,0 +1,152 @@
+"""Whole networks on a GPU: a step of training and a call at inference, eager, compiled and in CUDA graphs."""
+
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import EcaModule
+from torch import Tensor, nn
+from torchvision.ops import SqueezeExcitation
+
+import ecanet
+from benchmarks.cases import Case, On, Work
+from benchmarks.measure import Competitor
+from benchmarks.networks import NETWORKS, settle
+
+NAMES = ("timm", "ecanet", "no gate", "SE")
+#: How a network runs, and what torch.compile is given; None does not compile.
+MODES: dict[str, dict[str, Any] | None] = {"eager": None, "compiled": {}, "graphs": {"mode": "reduce-overhead"}}
+#: For --quick: what an interpreter gets through.
+QUICK_NETWORK, _QUICK_SHAPE = "small_resnet", (2, 3, 8, 8)
+_small = partial(ecanet.models.small_eca_resnet, widths=[8, 16], num_classes=1000)
+_QUICK_BUILDERS = {
+    "timm": partial(_small, EcaModule),
+    "ecanet": _small,
+    "no gate": partial(_small, None),
+    "SE": partial(_small, lambda channels: SqueezeExcitation(channels, 4)),
+}
+#: Network, mode and batch by what is learnt: ResNet-50 first, then what is left of the time.
+_FIRST = (("resnet50", "compiled", 256), ("resnet50", "eager", 256))
+_THEN = (
+    ("mobilenet_v2", "compiled", 256),
+    ("ecaresnet50d", "eager", 256),
+    ("ecaresnet50d", "compiled", 256),
+    ("resnet50", "graphs", 128),
+    ("resnet101", "compiled", 128),
+    ("mobilenet_v2", "eager", 256),
+    ("resnet50", "compiled", 128),
+    ("resnet101", "eager", 128),
+)
+
+
+def network_cases(quick: bool, compiled: bool, on: On, first: bool) -> Iterator[Case]:
+    """Networks, channels last, in the type of ``on``.
+
+    Args:
+        quick: One small network.
+        compiled: Whether to compile.
+        on: Device and type.
+        first: ResNet-50 compiled and eager; else the others.
+    """
+    plan = _FIRST if first else _THEN
+    if quick:
+        plan = tuple((QUICK_NETWORK, mode, 2) for mode in (("compiled", "eager") if first else ("graphs",)))
+    for network, mode, batch in plan:
+        if MODES[mode] is not None and not compiled:
+            continue
+        shape = _QUICK_SHAPE if quick else (batch, 3, 224, 224)
+        for what, build in (("training", _training), ("inference", _inference)):
+            name = f"{network}-{what}-{mode}"
+            case = partial(build, on, network, MODES[mode], shape)
+            yield Case("network", name, shape, "channels_last", case, on.device)
+
+
+def _models(
+    on: On, network: str, options: dict[str, Any] | None, only: Collection[str] | None
+) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """Each network, and what is called: itself or what torch.compile makes of it."""
+    torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = only is None  # the same convolutions for all; not where nothing is timed
+    builders = _QUICK_BUILDERS if network == QUICK_NETWORK else NETWORKS[network]
+    models = {name: builders[name]() for name in NAMES if only is None or name in only}
+    if only is None:
+        plain = models["no gate"].state_dict()
+        for name in ("timm", "ecanet"):
+            models[name].load_state_dict({**models["timm"].state_dict(), **plain})
+    for model in models.values():
+        model.to(on.device, memory_format=torch.channels_last)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):  # so that all compute the same
+                module.p = 0.0
+    if options is None:
+        return {name: (model, model) for name, model in models.items()}
+    torch.compiler.reset()
+    return {name: (model, torch.compile(model, dynamic=False, **options)) for name, model in models.items()}
+
+
+def _example(on: On, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(shape, device=on.device).contiguous(memory_format=torch.channels_last)
+    return x, torch.randint(1000, shape[:1], device=on.device)
+
+
+def _work(on: On, calls: dict[str, Competitor], options: Any, images: int, tolerance: float) -> Work:
+    agree = (tuple(name for name in ("timm", "ecanet") if name in calls),)
+    # A replayed CUDA graph asks the allocator for nothing, and its pool, which stays, is shared by all networks.
+    return Work(calls, agree, tolerance, images=images, peak=options != MODES["graphs"])
+
+
+def _training(
+    on: On,
+    network: str,
+    options: dict[str, Any] | None,
+    shape: tuple[int, ...],
+    only: Collection[str] | None = None,
+) -> Work:
+    x, target = _example(on, shape)
+
+    def step(run: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        optimizer.zero_grad()
+        logits = run(x)
+        F.cross_entropy(logits, target).backward()
+        optimizer.step()
+        return logits.detach()
+
+    competitors = {
+        name: Competitor(
+            partial(step, run, torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)),
+            partial(on.context, grad=True),
+        )
+        for name, (model, run) in _models(on, network, options, only).items()
+    }
+    return _work(on, competitors, options, shape[0], 5 * on.tolerance)
+
+
+def _inference(
+    on: On,
+    network: str,
+    options: dict[str, Any] | None,
+    shape: tuple[int, ...],
+    only: Collection[str] | None = None,
+) -> Work:
+    x, _ = _example(on, shape)
+    models = _models(on, network, options, only)
+    if only is None:
+        for name, (model, _run) in models.items():
+            if name != "ecanet":
+                with on.context():
+                    settle(model, x)
+        models["ecanet"][0].load_state_dict(models["timm"][0].state_dict())
+
+    def infer(run: Callable[[Tensor], Tensor]) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return run(x)
+
+    competitors = {}
+    for name, (model, run) in models.items():
+        model.eval()
+        competitors[name] = Competitor(partial(infer, run), on.context)
+    return _work(on, competitors, options, shape[0], 10 * on.tolerance)

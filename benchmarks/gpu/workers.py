@@ -1,0 +1,158 @@
+"""Jobs in processes of their own, several at a time: checks, and compiling ahead into caches on the disk.
+
+A job that crashes, hangs or breaks the GPU's context loses itself alone. What is compiled here is found by the process
+that measures: Inductor's code and triton's kernels.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+#: GB of a GPU's memory that one job on a whole network may take.
+_HEAVY_GB = 34
+_ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process does.
+
+    Attributes:
+        kind: ``check`` or ``compile``.
+        names: What to check, or keys of the cases to compile.
+        competitors: Of these cases; None for all.
+        heavy: Whether it takes tens of GB.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    competitors: tuple[str, ...] | None = None
+    heavy: bool = False
+
+    def __str__(self) -> str:
+        what = self.names[0] if self.kind == "check" or len(self.names) == 1 else self.names[0].rpartition("/")[0]
+        return " ".join((self.kind, what.replace("/channels_last", ""), *(self.competitors or ())))
+
+
+def heavy_jobs_at_a_time() -> int:
+    """So many fit into the GPU's memory."""
+    import torch
+
+    return max(1, int(torch.cuda.mem_get_info()[0] / 1e9 // _HEAVY_GB))
+
+
+class Workers:
+    """Runs jobs, each as soon as there is room; ``results`` fills meanwhile."""
+
+    def __init__(self, jobs: Sequence[Job], settings: dict[str, Any], at_a_time: int, heavy_at_a_time: int) -> None:
+        """Start.
+
+        Args:
+            jobs: The first come first.
+            settings: ``quick``, ``compiled`` and ``dtype`` of the run.
+            at_a_time: Processes.
+            heavy_at_a_time: Of these, with heavy jobs.
+        """
+        self.results: dict[str, dict[str, Any]] = {}
+        self._settings = settings
+        self._processes: set[subprocess.Popen[str]] = set()
+        self._stopped = False
+        heavy, light = SimpleQueue[Job](), SimpleQueue[Job]()
+        for job in jobs:
+            (heavy if job.heavy else light).put(job)
+        # Some take heavy jobs first and light ones when these are done; the others light ones alone.
+        self._threads = [
+            threading.Thread(target=self._work, args=([heavy, light] if i < heavy_at_a_time else [light],), daemon=True)
+            for i in range(at_a_time)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def wait(self, seconds: float) -> None:
+        """Until all are done, or so long; what still runs then is stopped."""
+        deadline = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        self._stopped = True
+        for process in tuple(self._processes):
+            process.kill()
+        for thread in self._threads:
+            thread.join(5)
+
+    def _work(self, queues: Iterable["SimpleQueue[Job]"]) -> None:
+        for queue in queues:
+            while not self._stopped:
+                try:
+                    job = queue.get_nowait()
+                except Empty:
+                    break
+                self.results[str(job)] = self._run(job)
+
+    def _run(self, job: Job) -> dict[str, Any]:
+        start = time.monotonic()
+        command = [sys.executable, "-m", "benchmarks.gpu.workers", json.dumps({**asdict(job), **self._settings})]
+        threads = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4" if job.heavy else "2"}
+        process = subprocess.Popen(
+            command, cwd=_ROOT, env={**os.environ, **threads}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self._processes.add(process)
+        out, error = process.communicate()
+        self._processes.discard(process)
+        took = {"wall_seconds": round(time.monotonic() - start, 1)}
+        if process.returncode == 0 and out.strip():
+            return {**json.loads(out.splitlines()[-1]), **took}
+        last = [line for line in error.splitlines() if line.strip()][-1:] or ["no word"]
+        why = "stopped: out of time" if self._stopped else f"exit status {process.returncode}: {last[0]}"
+        return {"failures": [why], **took}
+
+
+def compile_ahead(keys: Sequence[str], competitors: Sequence[str] | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """Call each competitor once; seconds of these first calls."""
+    from benchmarks.gpu.__main__ import configure, on_of
+    from benchmarks.gpu.stages import STAGES
+    from benchmarks.run import free_memory
+
+    configure()
+    on = on_of(settings["dtype"])
+    known = {case.key: case for stage in STAGES for case in stage.cases(settings["quick"], settings["compiled"], on)}
+    seconds, failures = {}, []
+    for key in keys:
+        work = known[key].build(only=competitors)
+        for name, competitor in work.competitors.items():
+            start = time.monotonic()
+            try:
+                with competitor.context():
+                    competitor.run()
+            except Exception as error:
+                failures.append(f"{key} {name}: {type(error).__name__}: {error}".splitlines()[0])
+            seconds[f"{key} {name}"] = round(time.monotonic() - start, 2)
+        del work, competitor
+        free_memory()
+    return {"seconds": seconds, "failures": failures}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """One job, described in JSON; its result is the last line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.workers", description="For benchmarks.gpu alone.")
+    parser.add_argument("job", help="JSON")
+    job = json.loads(parser.parse_args(argv).job)
+    if job["kind"] == "check":
+        from benchmarks.gpu.correctness import check
+
+        result = check(job["names"], job["quick"])
+    else:
+        result = compile_ahead(job["names"], job["competitors"], job)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

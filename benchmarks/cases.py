@@ -50,7 +50,7 @@ class On:
         if not grad:
             stack.enter_context(torch.no_grad())
         if self.dtype is not torch.float32:
-            stack.enter_context(torch.autocast(self.device, self.dtype))
+            stack.enter_context(torch.autocast(self.device, self.dtype, cache_enabled=False))  # for CUDA graphs
         return stack
 
 
@@ -67,6 +67,8 @@ class Work:
         images: A call works on so many, where that is what counts.
         peak: Whether the allocator sees what a call takes: not where a CUDA graph is replayed.
         sets: A call does the work so often, each time on tensors of its own.
+        replayed: On a GPU, calls are captured in CUDA graphs and replayed: what the GPU takes, as in a network where
+            the CPU runs ahead, and not what the CPU takes to launch it.
         poison_bytes: As :func:`benchmarks.measure.check_agreement` takes it.
     """
 
@@ -78,6 +80,7 @@ class Work:
     images: int | None = None
     peak: bool = True
     sets: int = 1
+    replayed: bool = False
     poison_bytes: int = 0
 
 

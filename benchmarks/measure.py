@@ -175,6 +175,39 @@ def _gpu_clock() -> Callable[[], float]:
     return stop
 
 
+def replayed(competitor: Competitor) -> Competitor:
+    """Captured in a CUDA graph: calling it replays what the GPU was given to do."""
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with competitor.context():
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # allocates and compiles what only a first call does
+            for _ in range(2):
+                competitor.run()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            competitor.run()
+    return Competitor(graph.replay)
+
+
+def kernel_seconds(competitor: Competitor) -> dict[str, float]:
+    """Seconds of each kernel that a call launches, by the GPU's own profiler; the median of five calls."""
+    from torch.profiler import ProfilerActivity, profile
+
+    found: dict[str, list[float]] = {}
+    with competitor.context():
+        competitor.run()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            for _ in range(5):
+                competitor.run()
+            torch.cuda.synchronize()
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            found.setdefault(event.name[:60], []).append(event.device_time / 1e6)
+    return {name: float(f"{statistics.median(times):.4g}") for name, times in found.items()}
+
+
 def check_agreement(
     competitors: Mapping[str, Competitor], names: Sequence[str], tolerance: float, poison_bytes: int = 0
 ) -> None:

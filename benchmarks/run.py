@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import results
 from benchmarks.cases import Case, SavedBytes
-from benchmarks.measure import Competitor, check_agreement, take_turns
+from benchmarks.measure import Competitor, check_agreement, kernel_seconds, replayed, take_turns
 from benchmarks.report import summary
 
 _QUICK_TURN_SECONDS, _TURN_SECONDS = 1e-4, 0.01
@@ -113,13 +113,18 @@ def _measure(case: Case, settings: dict[str, Any], prefix: str) -> dict[str, Any
         if sys.stderr.isatty():
             say(f"{_restart(prefix)}: round {done} of {rounds}", end="")
 
-    timings = take_turns(work.competitors, rounds, turn_seconds, on_round, case.device)
+    competitors = work.competitors
+    if work.replayed and case.device == "cuda":
+        competitors = {name: replayed(competitor) for name, competitor in competitors.items()}
+    timings = take_turns(competitors, rounds, turn_seconds, on_round, case.device)
     result: dict[str, Any] = {"load_average": load, **({"disagreements": disagreements} if disagreements else {})}
     if work.maps is not None:
         result |= {"maps": work.maps, "map_bytes": work.map_bytes}
     if work.images is not None:
         peaks = {name: _peak(c) if work.peak else None for name, c in work.competitors.items()}
         result |= {"images": work.images, "peak_bytes": peaks}
+    if case.group in ("op", "training") and case.device == "cuda":
+        result["kernel_seconds"] = kernel_seconds(work.competitors["ecanet"])
     return result | {
         "calls_a_turn": {name: timing.calls for name, timing in timings.items()},
         "page_faults_a_call": {name: float(f"{timing.page_faults:.4g}") for name, timing in timings.items()},

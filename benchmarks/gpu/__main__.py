@@ -14,6 +14,7 @@ import torch
 from benchmarks import results, run
 from benchmarks.cases import Case, On
 from benchmarks.gpu import correctness
+from benchmarks.gpu.networks import NAMES, other_form
 from benchmarks.gpu.stages import STAGES, Stage
 from benchmarks.gpu.workers import Job, Workers, heavy_jobs_at_a_time
 from benchmarks.machine import describe, describe_gpu
@@ -194,7 +195,8 @@ def _jobs_to_compile(cases: Sequence[Case], settings: dict[str, Any]) -> list[Jo
         elif case.group != "network":
             jobs.append(Job("compile", (case.key,)))
         elif not case.name.endswith("-eager"):
-            jobs += [Job("compile", (case.key,), (name,), heavy=True) for name in ("no gate", "ecanet", "timm", "SE")]
+            names = (*NAMES, other_form("training" if "-training-" in case.name else "inference"))
+            jobs += [Job("compile", (case.key,), (name,), heavy=True) for name in names]
     return [*jobs, *(Job("compile", tuple(keys)) for keys in operations.values())]
 
 

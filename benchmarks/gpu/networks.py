@@ -1,8 +1,10 @@
 """Whole networks on a GPU: a step of training and a call at inference, eager, compiled and in CUDA graphs."""
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +16,11 @@ import ecanet
 from benchmarks.cases import Case, On, Work
 from benchmarks.measure import Competitor
 from benchmarks.networks import NETWORKS, settle
+from ecanet.nn import fused
 
 NAMES = ("timm", "ecanet", "no gate", "SE")
+#: Of the library's forms under torch.compile, the one that is not the default competes, too.
+OTHER_FORM = {"formula": "operation", "operation": "formula"}
 #: How a network runs, and what torch.compile is given; None does not compile.
 MODES: dict[str, dict[str, Any] | None] = {"eager": None, "compiled": {}, "graphs": {"mode": "reduce-overhead"}}
 #: For --quick: what an interpreter gets through.
@@ -63,18 +68,34 @@ def network_cases(quick: bool, compiled: bool, on: On, first: bool) -> Iterator[
             yield Case("network", name, shape, "channels_last", case, on.device)
 
 
+def other_form(what: str) -> str:
+    """The form of the tail that is not the default in ``training``, or at ``inference``."""
+    return OTHER_FORM[fused.FORMS_ON_GPU[what]]
+
+
+def _context(name: str, on: On, grad: bool) -> AbstractContextManager[object]:
+    stack = ExitStack()
+    stack.enter_context(on.context(grad=grad))
+    if name in OTHER_FORM:
+        stack.enter_context(patch.dict(fused.FORMS_ON_GPU, dict.fromkeys(fused.FORMS_ON_GPU, name)))
+    return stack
+
+
 def _models(
-    on: On, network: str, options: dict[str, Any] | None, only: Collection[str] | None
+    on: On, network: str, options: dict[str, Any] | None, what: str, only: Collection[str] | None
 ) -> dict[str, tuple[nn.Module, nn.Module]]:
     """Each network, and what is called: itself or what torch.compile makes of it."""
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = only is None  # the same convolutions for all; not where nothing is timed
     builders = _QUICK_BUILDERS if network == QUICK_NETWORK else NETWORKS[network]
-    models = {name: builders[name]() for name in NAMES if only is None or name in only}
+    names = NAMES if options is None else (*NAMES, other_form(what))
+    wanted = [name for name in names if only is None or name in only]
+    models = {name: builders["ecanet" if name in OTHER_FORM else name]() for name in wanted}
     if only is None:
         plain = models["no gate"].state_dict()
-        for name in ("timm", "ecanet"):
-            models[name].load_state_dict({**models["timm"].state_dict(), **plain})
+        for name in wanted:
+            if name not in ("no gate", "SE"):
+                models[name].load_state_dict({**models["timm"].state_dict(), **plain})
     for model in models.values():
         model.to(on.device, memory_format=torch.channels_last)
         for module in model.modules():
@@ -93,7 +114,7 @@ def _example(on: On, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 
 def _work(on: On, calls: dict[str, Competitor], options: Any, images: int, tolerance: float) -> Work:
-    agree = (tuple(name for name in ("timm", "ecanet") if name in calls),)
+    agree = (tuple(name for name in ("timm", "ecanet", *OTHER_FORM) if name in calls),)
     # A replayed CUDA graph asks the allocator for nothing, and its pool, which stays, is shared by all networks.
     return Work(calls, agree, tolerance, images=images, peak=options != MODES["graphs"])
 
@@ -118,9 +139,9 @@ def _training(
     competitors = {
         name: Competitor(
             partial(step, run, torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)),
-            partial(on.context, grad=True),
+            partial(_context, name, on, grad=True),
         )
-        for name, (model, run) in _models(on, network, options, only).items()
+        for name, (model, run) in _models(on, network, options, "training", only).items()
     }
     return _work(on, competitors, options, shape[0], 5 * on.tolerance)
 
@@ -133,13 +154,14 @@ def _inference(
     only: Collection[str] | None = None,
 ) -> Work:
     x, _ = _example(on, shape)
-    models = _models(on, network, options, only)
+    models = _models(on, network, options, "inference", only)
     if only is None:
         for name, (model, _run) in models.items():
-            if name != "ecanet":
+            if name in ("no gate", "timm", "SE"):
                 with on.context():
                     settle(model, x)
-        models["ecanet"][0].load_state_dict(models["timm"][0].state_dict())
+            else:
+                model.load_state_dict(models["timm"][0].state_dict())
 
     def infer(run: Callable[[Tensor], Tensor]) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
@@ -148,5 +170,5 @@ def _inference(
     competitors = {}
     for name, (model, run) in models.items():
         model.eval()
-        competitors[name] = Competitor(partial(infer, run), on.context)
+        competitors[name] = Competitor(partial(infer, run), partial(_context, name, on, grad=False))
     return _work(on, competitors, options, shape[0], 10 * on.tolerance)

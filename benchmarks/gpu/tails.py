@@ -18,6 +18,8 @@ from ecanet.nn import ECA, fused
 from ecanet.ops import reference
 
 _BATCH = 128
+#: So small that the CPU is waited for: what launching takes.
+_CALLED, _QUICK_CALLED = (8, 256, 14, 14), (2, 16, 3, 3)
 #: Maps that must be read or written in a step, and in a call at inference.
 _TRAINING_MAPS, _INFERENCE_MAPS = 4 + 4 + 3, 1 + 3
 
@@ -65,6 +67,10 @@ def tail_cases(quick: bool, compiled: bool, on: On, memory_format: str) -> Itera
         for shape in shapes:
             build = partial(_tail, group == "training", compiled, on, shape, memory_format)
             yield Case(group, "tail", shape, memory_format, build, on.device)
+    for group in _FORMS:
+        shape = _QUICK_CALLED if quick else _CALLED
+        build = partial(_tail, group == "training", compiled, on, shape, memory_format, replayed=False)
+        yield Case("calls", group, shape, memory_format, build, on.device)
 
 
 def _tail(
@@ -74,6 +80,7 @@ def _tail(
     shape: tuple[int, ...],
     memory_format: str,
     only: Collection[str] | None = None,
+    replayed: bool = True,
 ) -> Work:
     group = "training" if training else "inference"
     names = [*_EAGER, *(f"{name} compiled" for name in (*_EAGER, *_FORMS[group]) if compiled)]
@@ -123,6 +130,7 @@ def _tail(
         _TRAINING_MAPS if training else _INFERENCE_MAPS,
         map_bytes,
         sets=len(sets),
+        replayed=replayed,
         poison_bytes=16 * map_bytes if on.device == "cuda" else 0,
     )
 

@@ -394,7 +394,7 @@ def test_the_gpu_benchmark_runs_in_the_interpreter(tmp_path: Path, capsys: pytes
         str(picture),
     )
     assert set(document["stages"]) == {"environment", "tails", "networks"}
-    assert len(document["cases"]) == 2 + 1
+    assert len(document["cases"]) == 2 + 1 + 1
     assert document["command"].startswith("TRITON_INTERPRET=1 python -m benchmarks.gpu --dtype bfloat16 --quick")
     said = capsys.readouterr()
     assert "images/s" in said.out

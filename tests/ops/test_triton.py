@@ -93,7 +93,7 @@ if gpu.why_not() is None:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles and splits even of a small map."""
-    monkeypatch.setattr(gpu, "_TILE", 64)
+    monkeypatch.setattr(gpu, "_SIZES", {what: gpu._Size(32, 1) for what in gpu._SIZES})
 
 
 @pytest.mark.parametrize(("rank", "make"), LAYOUTS.values(), ids=LAYOUTS)
@@ -434,7 +434,9 @@ def test_inductor_launches_the_kernels_itself_and_copies_nothing() -> None:
     }
     want = {name: [f"{kernel}_{i}" for i, kernel in enumerate(kernels)] for name, kernels in launches.items()}
     want |= {name: [f"torch.ops.ecanet.{name}"] for name in IN_PLACE}
-    assert of_script("inductor_triton.py") == {f"{n} {m}": want[n] for n in want for m in ("dense", "channels_last")}
+    want = {f"{n} {m}": want[n] for n in want for m in ("dense", "channels_last")}
+    want["apply_backward channels_last"] = ["reduce_0", "add_splits_1"]  # a warp at a time, more programs
+    assert of_script("inductor_triton.py") == want
 
 
 class Apply(nn.Module):

@@ -84,6 +84,11 @@ class _Coefficients(NamedTuple):
     graph: tuple[Tensor, Tensor] | None = None  # s and the gate that autograd can go back through
 
 
+#: What torch.compile is given of the tail on a GPU: the ``operation``, whose kernels Inductor launches, or the
+#: ``formula`` in plain PyTorch, which it fuses. Measured: python -m benchmarks.gpu.
+FORMS_ON_GPU = {"training": "formula", "inference": "formula"}
+
+
 def kernels_run(x: Tensor, empty: bool = False) -> bool:
     """Whether the kernels can take x as it comes, now.
 
@@ -149,9 +154,17 @@ def formula_given_means(
     return reference.apply(x, g * a, g * b, residual, act)
 
 
-def is_operation_in_graph(x: Tensor) -> bool:
-    """Whether a compiler's graph gets the tail of x as one operation, where the gate is ECA."""
-    return x.is_cpu and backend.current() in ("auto", "cpu") and backend.choose(x) == "cpu"
+def is_operation_in_graph(x: Tensor, training: bool) -> bool:
+    """Whether a compiler's graph gets the tail of x as one operation, where the gate is ECA.
+
+    Args:
+        x: A map.
+        training: Whether the norm takes the statistics of the batch.
+    """
+    if x.is_cpu:
+        return backend.current() in ("auto", "cpu") and backend.choose(x) == "cpu"
+    form = FORMS_ON_GPU["training" if training else "inference"]
+    return x.is_cuda and form == "operation" and backend.choose(x) == "triton"
 
 
 def in_graph(x: Tensor, norm: Norm, gate: GateMaths, residual: Tensor | None, act: int) -> Tensor | None:
@@ -160,7 +173,9 @@ def in_graph(x: Tensor, norm: Norm, gate: GateMaths, residual: Tensor | None, ac
     On a CPU the C++ kernels take a quarter of the time of what Inductor makes of the same formulas
     (``python -m benchmarks.cpu --only training``). What is exported must run without this library.
     """
-    if not gate.band or torch.compiler.is_exporting() or x.numel() == 0 or not is_operation_in_graph(x):
+    if not gate.band or torch.compiler.is_exporting() or x.numel() == 0:
+        return None
+    if not is_operation_in_graph(x, training=norm.mean is None):
         return None
     kernel, circular = gate.parameters[0], gate.circular
     if norm.mean is None:
@@ -170,6 +185,8 @@ def in_graph(x: Tensor, norm: Norm, gate: GateMaths, residual: Tensor | None, ac
         return out
     if torch.is_grad_enabled():
         return None
+    if x.is_cuda:
+        return torch.ops.ecanet.eca_tail(x, residual, *_at_once(norm, gate), act, gate.factor)
     out = x.clone()  # which a compiler leaves out where nobody else reads x: the tail then writes over it
     torch.ops.ecanet.eca_tail_(out, residual, *_at_once(norm, gate), act, gate.factor)
     return out

@@ -10,7 +10,6 @@ import importlib.util
 import math
 import os
 import shutil
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +17,31 @@ from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ecanet.ops import reference
+from ecanet.ops.launch import launch
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-_TILE = 4096  # elements that a program holds at a time; of several maps, to sum over them, half as many
+_LANES = 32  # threads of a warp, of NVIDIA; they share what a program of one warp reads
 _AT_ONCE = 16  # bytes that a thread reads or writes at once
 _PROGRAMS = 2048  # so many keep the largest GPUs busy
+
+
+class _Size(NamedTuple):
+    """Elements of each map that a program holds at a time, and the warps that do so."""
+
+    elements: int
+    warps: int
+
+
+# By what is done and whether the map is channels last; measured by python -m benchmarks.gpu --stages tuning.
+_SIZES = {
+    ("elements", True): _Size(4096, 4),
+    ("elements", False): _Size(2048, 4),
+    ("moments", True): _Size(2048, 1),
+    ("moments", False): _Size(2048, 4),
+    ("reduce", True): _Size(1024, 1),
+    ("reduce", False): _Size(1024, 4),
+}
 _LONGEST_INT32 = 2**31 - 2**22  # offsets may go beyond the last element by a tile
 
 
@@ -52,12 +70,16 @@ def _triton() -> Any:
 
 
 def _launch(kernel: str, programs: int, on: Tensor, *args: Any, **constants: Any) -> None:
+    function = getattr(_triton(), kernel)
     if isinstance(on, FunctionalTensor):  # a compiler traces: the launch becomes a node of its graph
-        torch.library.wrap_triton(getattr(_triton(), kernel))[(programs,)](*args, **constants)
-        return
-    guard: AbstractContextManager[object] = torch.cuda.device(on.device) if on.is_cuda else nullcontext()
-    with guard:
-        getattr(_triton(), kernel)[(programs,)](*args, **constants)
+        torch.library.wrap_triton(function)[(programs,)](*args, **constants)
+    elif not on.is_cuda:
+        function[(programs,)](*args, **constants)
+    elif on.get_device() == torch.cuda.current_device():
+        launch(function, programs, args, constants)
+    else:
+        with torch.cuda.device(on.device):
+            launch(function, programs, args, constants)
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -92,6 +114,7 @@ class _Tile(NamedTuple):
     rows: int
     positions: int
     programs: int
+    warps: int
 
 
 class _Map(NamedTuple):
@@ -146,35 +169,39 @@ class _Map(NamedTuple):
 
     def for_elements(self) -> _Tile:
         """Tiles for work element by element."""
+        size, warps = _SIZES["elements", self.last]
         if self.last:
-            rows = min(_power_of_2(self.channels), 128, _TILE)
-            positions = min(_power_of_2(self.positions), _TILE // rows)
-            return _Tile(rows, positions, self._row_blocks(rows) * _cdiv(self.positions, positions))
+            rows = min(_power_of_2(self.channels), 128, size)
+            positions = min(_power_of_2(self.positions), size // rows)
+            return _Tile(rows, positions, self._row_blocks(rows) * _cdiv(self.positions, positions), warps)
         run = min(self.at_once, _power_of_2(self.positions + 1) // 2)  # not longer than a row
-        runs = min(_power_of_2(_cdiv(self.x.numel(), run)), _TILE // run)
-        return _Tile(runs, run, _cdiv(self.x.numel(), runs * run))
+        runs = min(_power_of_2(_cdiv(self.x.numel(), run)), size // run)
+        return _Tile(runs, run, _cdiv(self.x.numel(), runs * run), warps)
 
-    def for_sums(self) -> tuple[_Tile, int, int, int]:
+    def for_sums(self, what: str) -> tuple[_Tile, int, int, int]:
         """Tiles for sums over positions, and how rows are cut.
+
+        Args:
+            what: ``moments`` or ``reduce``.
 
         Returns:
             The tile; the number of splits; positions of a split; rows are read from multiples of so many elements.
         """
-        tile = _TILE // 2
-        if self.last:
-            rows = min(_power_of_2(self.channels), 128, tile)
-            positions = min(_power_of_2(self.positions), tile // rows)
+        size, warps = _SIZES[what, self.last]
+        if self.last:  # as many channels as the threads of a warp read at once: each thread sums up its own
+            rows = min(_power_of_2(self.channels), _LANES * self.at_once, size)
+            positions = min(_power_of_2(self.positions), size // rows)
         else:  # a quarter of a row at a time, but not less than what eight threads read at once
-            positions = max(8 * self.at_once, min(_power_of_2(self.positions // 4), 1024))
-            positions = min(positions, _power_of_2(self.positions), tile)
-            rows = min(_power_of_2(self.rows), tile // positions)
+            positions = max(8 * self.at_once, min(_power_of_2(self.positions // 4), size // 2))
+            positions = min(positions, _power_of_2(self.positions), size)
+            rows = min(_power_of_2(self.rows), size // positions)
         blocks = self._row_blocks(rows)
         splits = max(1, min(self.positions // (4 * positions), _cdiv(_PROGRAMS, blocks)))
         per_split = _cdiv(_cdiv(self.positions, splits), positions) * positions
         splits = _cdiv(self.positions, per_split)
         aligned = self.last or self.align >= self.at_once or self.positions < 2 * self.at_once
         start = 1 if aligned or splits > 1 else self.at_once
-        return _Tile(rows, positions, blocks * splits), splits, per_split, start
+        return _Tile(rows, positions, blocks * splits, warps), splits, per_split, start
 
     def _row_blocks(self, rows: int) -> int:
         return self.samples * _cdiv(self.channels, rows) if self.last else _cdiv(self.rows, rows)
@@ -191,6 +218,7 @@ class _Map(NamedTuple):
             "POSITIONS": tile.positions,
             "INDEX": _index(self.x.numel()),
             "ACC": _type(self.x.dtype),
+            "num_warps": tile.warps,
         }
 
 
@@ -209,7 +237,7 @@ def _check_act(act: int) -> None:
 
 
 def _partial_moments(m: _Map, second: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, int, int]:
-    tile, splits, per_split, start = m.for_sums()
+    tile, splits, per_split, start = m.for_sums("moments")
     mean = m.new(splits, *m.nc, dtype=dtype)
     m2 = m.new(splits if second else 0, *m.nc)
     _launch(
@@ -266,8 +294,8 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _launch(
         "statistics", _cdiv(m.channels, channels), x,
         mean, m2, means, batch_mean, batch_var, m.samples, m.channels, m.positions, splits, per_split,
-        SPLITS=at_once, SAMPLES=min(_power_of_2(m.samples), max(1, 2048 // (at_once * channels))), CHANNELS=channels,
-        INDEX=_index(mean.numel()),
+        SPLITS=at_once, SAMPLES=min(_power_of_2(m.samples), max(1, 4096 // (at_once * channels))), CHANNELS=channels,
+        INDEX=_index(mean.numel()), num_warps=8,
     )  # fmt: skip
     return means, batch_mean, batch_var
 
@@ -348,7 +376,7 @@ def apply_backward(
     m = _Map.of(x)
     grad, scale, shift, saved = _upstream(m, grad, scale, shift, saved, act)
     center = m.small(center, (m.channels,), "center")
-    tile, splits, per_split, start = m.for_sums()
+    tile, splits, per_split, start = m.for_sums("reduce")
     d = torch.empty_like(m.x) if needs_d else None
     p, q = m.new(splits, *m.nc), m.new(splits, *m.nc)
     _launch(

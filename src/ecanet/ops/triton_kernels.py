@@ -9,9 +9,10 @@ position. ``ALIGN`` divides the number of neighbours and ``TOTAL`` the number of
 as these allow.
 
 What sums over positions takes a tile of rows and goes on along their positions, so that most sums happen within a
-thread. It may split the positions over ``splits`` programs; what each found is merged in a fixed order, so results
-repeat themselves bit by bit. Contiguous rows that are not aligned (those of 7 x 7) are read from the last multiple of
-``START`` before them, and what belongs to the neighbours is left out of the sums.
+thread: channels last all of them, in a warp whose threads have channels of their own. It may split the positions over
+``splits`` programs; what each found is merged in a fixed order, so results repeat themselves bit by bit. Contiguous
+rows that are not aligned (those of 7 x 7) are read from the last multiple of ``START`` before them, and what belongs
+to the neighbours is left out of the sums.
 
 What works element by element cuts a contiguous map into runs of ``POSITIONS`` neighbours, each in one row or in two.
 """
@@ -194,6 +195,22 @@ def _upstream(grad, x, saved, scale, shift, place, mask, ACT: tl.constexpr, ACC:
 
 
 @jit
+def _gathered(tile, LAST: tl.constexpr):
+    """What is added up over the tiles of a program: channels last, where a thread has its own rows, their sums."""
+    if LAST:
+        tile = tl.sum(tile, 1)
+    return tile
+
+
+@jit
+def _row_sums(gathered, LAST: tl.constexpr):
+    """Sums of rows from what :func:`_gathered` gave."""
+    if not LAST:
+        gathered = tl.sum(gathered, 1)
+    return gathered
+
+
+@jit
 def moments(
     x, mean, m2, samples, channels, positions, splits, per_split,
     SECOND: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr, TOTAL: tl.constexpr, START: tl.constexpr,
@@ -217,20 +234,21 @@ def moments(
         first = tl.minimum(begin + POSITIONS - lead, tl.minimum(begin + per_split, positions)) - begin
         origin = tl.sum(tl.where(inside, value, 0.0), 1) / first.to(ACC)
         origin = tl.where(origin - origin == 0.0, origin, 0.0)  # finite, or none: Inf - Inf would be NaN
-    total = tl.where(inside, value - origin[:, None], 0.0)
-    squares = total * total
+    away = tl.where(inside, value - origin[:, None], 0.0)
+    total = _gathered(away, LAST)
+    squares = _gathered(away * away, LAST)
     for at in range(begin + POSITIONS, end, POSITIONS):
         place, readable, inside = _tile(start, lead, exists, step, at, end, positions, size, POSITIONS, START, INDEX)
         value = tl.load(x + place, readable, 0.0).to(ACC)
         away = tl.where(inside, value - origin[:, None], 0.0)
-        total += away
+        total += _gathered(away, LAST)
         if SECOND:
-            squares += away * away
+            squares += _gathered(away * away, LAST)
     here = split.to(INDEX) * samples * channels + row
-    away = tl.sum(total, 1) / count
-    tl.store(mean + here, origin.to(OUT) + away.to(OUT), exists)
+    shift = _row_sums(total, LAST) / count
+    tl.store(mean + here, origin.to(OUT) + shift.to(OUT), exists)
     if SECOND:
-        tl.store(m2 + here, tl.sum(squares, 1) - away * away * count, exists)
+        tl.store(m2 + here, _row_sums(squares, LAST) - shift * shift * count, exists)
 
 
 @jit
@@ -285,29 +303,30 @@ def statistics(
     mean, m2, means_out, mean_out, var_out, samples, channels, positions, splits, per_split,
     SPLITS: tl.constexpr, SAMPLES: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Means of rows, and mean and biased variance of every channel over the batch; merged in float64."""
+    """Means of rows, and mean and biased variance of every channel over the batch; merged in float64.
+
+    Sums are taken about the first mean of the channel. It is one of the values that are summed up, so at most as many
+    digits are lost as their number has.
+    """
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     known = channel < channels
     rows = tl.cast(samples, INDEX) * channels
+    pivot = tl.load(mean + channel, known, 0.0).to(tl.float64)
+    pivot = tl.where(pivot - pivot == 0.0, pivot, 0.0)  # finite, or none: Inf - Inf would be NaN
     total = tl.zeros((SAMPLES, CHANNELS), tl.float64)
-    for n in range(0, samples, SAMPLES):
-        sample = n + tl.arange(0, SAMPLES)
-        at = sample.to(INDEX)[:, None] * channels + channel[None, :]
-        exists = (sample < samples)[:, None] & known[None, :]
-        m, _ = _merge_splits(mean, m2, at, exists, rows, positions, splits, per_split, False, SPLITS, INDEX)
-        tl.store(means_out + at, m.to(means_out.dtype.element_ty), exists)
-        total += m
-    center = tl.sum(total, 0) / samples
-    spread = tl.zeros((SAMPLES, CHANNELS), tl.float64)
+    squares = tl.zeros((SAMPLES, CHANNELS), tl.float64)
     for n in range(0, samples, SAMPLES):
         sample = n + tl.arange(0, SAMPLES)
         at = sample.to(INDEX)[:, None] * channels + channel[None, :]
         exists = (sample < samples)[:, None] & known[None, :]
         m, q = _merge_splits(mean, m2, at, exists, rows, positions, splits, per_split, True, SPLITS, INDEX)
-        away = tl.where(exists, m - center[None, :], 0.0)
-        spread += q + away * away * positions
-    tl.store(mean_out + channel, center.to(mean_out.dtype.element_ty), known)
-    variance = tl.sum(spread, 0) / samples / positions
+        tl.store(means_out + at, m.to(means_out.dtype.element_ty), exists)
+        away = tl.where(exists, m - pivot[None, :], 0.0)
+        total += away
+        squares += q + away * away * positions
+    shift = tl.sum(total, 0) / samples
+    tl.store(mean_out + channel, (pivot + shift).to(mean_out.dtype.element_ty), known)
+    variance = tl.maximum(tl.sum(squares, 0) / samples / positions - shift * shift, 0.0, tl.PropagateNan.ALL)
     tl.store(var_out + channel, variance.to(var_out.dtype.element_ty), known)
 
 
@@ -372,8 +391,8 @@ def reduce(
     middle = tl.zeros((ROWS,), ACC)
     if center is not None:
         middle = tl.load(center + channel, exists, 0.0).to(ACC)
-    p_total = tl.zeros((ROWS, POSITIONS), ACC)
-    q_total = tl.zeros((ROWS, POSITIONS), ACC)
+    p_total = _gathered(tl.zeros((ROWS, POSITIONS), ACC), LAST)
+    q_total = _gathered(tl.zeros((ROWS, POSITIONS), ACC), LAST)
     for at in range(begin, end, POSITIONS):
         place, readable, inside = _tile(start, lead, exists, step, at, end, positions, size, POSITIONS, START, INDEX)
         value = tl.load(x + place, readable, 0.0).to(ACC)
@@ -383,11 +402,11 @@ def reduce(
             if ACT == 3 or ACT == 4:
                 readable = inside
             tl.store(d + place, here.to(d.dtype.element_ty), readable)
-        p_total += tl.where(inside, here, 0.0)
-        q_total += tl.where(inside, here * (value - middle[:, None]), 0.0)
+        p_total += _gathered(tl.where(inside, here, 0.0), LAST)
+        q_total += _gathered(tl.where(inside, here * (value - middle[:, None]), 0.0), LAST)
     at_split = split.to(INDEX) * samples * channels + row
-    tl.store(p + at_split, tl.sum(p_total, 1), exists)
-    tl.store(q + at_split, tl.sum(q_total, 1), exists)
+    tl.store(p + at_split, _row_sums(p_total, LAST), exists)
+    tl.store(q + at_split, _row_sums(q_total, LAST), exists)
 
 
 @jit

@@ -27,7 +27,7 @@ _COPY_BYTES, _MATRIX = 2**30, 8192
 #: Stages that compile ahead when it is their turn, not during the checks.
 _LAST = ("more", "tuning")
 #: Of what is left of the budget, checks and compiling ahead may take so much.
-_SHARE_OF_WORKERS = 0.45
+_SHARE_OF_WORKERS = 0.5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -195,8 +195,9 @@ def _jobs_to_compile(cases: Sequence[Case], settings: dict[str, Any]) -> list[Jo
         elif case.group != "network":
             jobs.append(Job("compile", (case.key,)))
         elif not case.name.endswith("-eager"):
-            names = (*NAMES, other_form("training" if "-training-" in case.name else "inference"))
-            jobs += [Job("compile", (case.key,), (name,), heavy=True) for name in names]
+            training = "-training-" in case.name
+            names = (*NAMES, other_form("training" if training else "inference"))
+            jobs += [Job("compile", (case.key,), (name,), heavy=training) for name in names]
     return [*jobs, *(Job("compile", tuple(keys)) for keys in operations.values())]
 
 

@@ -18,7 +18,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 #: GB of a GPU's memory that one job on a whole network may take.
-_HEAVY_GB = 34
+_HEAVY_GB = 27
 _ROOT = Path(__file__).parents[2]
 
 

@@ -35,10 +35,10 @@ from ecanet.ops import gpu, reference
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter cuts a float32 off where a GPU rounds it to the nearest bfloat16.
 ROUNDING = {**MAP_TOLERANCE, torch.bfloat16: MAP_TOLERANCE[torch.bfloat16] * (2 if gpu.interpreting() else 1)}
-#: Odd ones; rows of every alignment, and shorter than a vector; several tiles and splits; maps of a ResNet.
+#: Maps of a ResNet; odd ones; rows of every alignment, and shorter than a vector; several tiles and splits.
 _SHAPES = [
-    (2, 3, 5, 7), (3, 1, 4, 4), (2, 17, 1, 3), (2, 33, 1, 1), (1, 531, 2, 3), (3, 19, 7, 7), (2, 5, 13, 13),
-    (1, 3, 63, 67), (2, 2, 150, 151), (4, 256, 14, 14), (2, 72, 28, 28), (3, 64, 56, 56),
+    (3, 64, 56, 56), (4, 256, 14, 14), (2, 3, 5, 7), (3, 1, 4, 4), (2, 17, 1, 3), (2, 33, 1, 1), (1, 531, 2, 3),
+    (3, 19, 7, 7), (2, 5, 13, 13), (1, 3, 63, 67), (2, 2, 150, 151), (2, 72, 28, 28),
 ]  # fmt: skip
 _MAKES = {"contiguous": dense, "channels last": channels_last}
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -174,12 +174,13 @@ def _on_maps(name: str) -> Checks:
     def case(*args: Any) -> Callable[[], None]:
         return lambda: values(*args)
 
-    for layout, make in _MAKES.items():
-        for dtype in _TYPES:
-            for shape in _SHAPES:
+    for shape in _SHAPES:
+        for layout, make in _MAKES.items():
+            for dtype in _TYPES:
                 if dtype is torch.float16 and shape[0] == 2:
                     continue
                 yield f"{shape} {dtype} {layout}", case(shape, dtype, make, Options(RELU))
+    for layout, make in _MAKES.items():
         yield f"float64 {layout}", case((2, 19, 3, 5), torch.float64, make, Options(SILU))
         args = arguments(name, (4, 96, 28, 28), torch.bfloat16, make, Options(RELU))
         yield f"again and again {layout}", lambda args=args: assert_repeats(name, args, times=5)

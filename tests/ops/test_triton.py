@@ -93,7 +93,7 @@ if gpu.why_not() is None:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles and splits even of a small map."""
-    monkeypatch.setattr(gpu, "_SIZES", {what: gpu._Size(32, 1) for what in gpu._SIZES})
+    monkeypatch.setattr(gpu, "_SIZES", {what: gpu._Size(32, 1, 2048) for what in gpu._SIZES})
 
 
 @pytest.mark.parametrize(("rank", "make"), LAYOUTS.values(), ids=LAYOUTS)

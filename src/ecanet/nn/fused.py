@@ -86,7 +86,7 @@ class _Coefficients(NamedTuple):
 
 #: What torch.compile is given of the tail on a GPU: the ``operation``, whose kernels Inductor launches, or the
 #: ``formula`` in plain PyTorch, which it fuses. Measured: python -m benchmarks.gpu.
-FORMS_ON_GPU = {"training": "formula", "inference": "formula"}
+FORMS_ON_GPU = {"training": "operation", "inference": "formula"}
 
 
 def kernels_run(x: Tensor, empty: bool = False) -> bool:
@@ -113,6 +113,14 @@ def kernels_run(x: Tensor, empty: bool = False) -> bool:
         and not _are_transforms_active()
         and forward_ad._current_level < 0
     )
+
+
+def is_exporting() -> bool:
+    """Whether :func:`torch.export.export` looks on.
+
+    What :func:`torch.compiler.is_exporting` returns. That says True under torch.compile, too, in torch 2.11.
+    """
+    return torch.compiler._is_exporting_flag
 
 
 def called_differently(module: nn.Module, known_hooks: int = 0) -> bool:
@@ -173,7 +181,7 @@ def in_graph(x: Tensor, norm: Norm, gate: GateMaths, residual: Tensor | None, ac
     On a CPU the C++ kernels take a quarter of the time of what Inductor makes of the same formulas
     (``python -m benchmarks.cpu --only training``). What is exported must run without this library.
     """
-    if not gate.band or torch.compiler.is_exporting() or x.numel() == 0:
+    if not gate.band or is_exporting() or x.numel() == 0:
         return None
     if not is_operation_in_graph(x, training=norm.mean is None):
         return None

@@ -50,7 +50,7 @@ def means_after(conv: nn.Module, x: Tensor) -> Tensor | None:
     Source:
         This library's.
     """
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or fused.is_operation_in_graph(x, False):
+    if not torch.compiler.is_compiling() or fused.is_exporting() or fused.is_operation_in_graph(x, False):
         return None
     if not is_pointwise(conv):
         return None

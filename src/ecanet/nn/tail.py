@@ -276,7 +276,7 @@ def _without_kernels(
             y = None if norm_maths is None else fused.in_graph(x, norm_maths, gate_maths, inside, code or 0)
             if y is None and norm_maths is not None and norm_maths.mean is None:
                 y, code = fused.formula(x, norm_maths, gate_maths, inside), None
-            elif y is None and (means is not None or (x.is_cuda and not torch.compiler.is_exporting())):
+            elif y is None and (means is not None or (x.is_cuda and not fused.is_exporting())):
                 means = reference.squeeze(x, x.shape[1]) if means is None else means
                 y = fused.formula_given_means(x, norm_maths, gate_maths, inside, code or 0, means)
             if y is not None:

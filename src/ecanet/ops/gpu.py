@@ -23,26 +23,31 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _LANES = 32  # threads of a warp, of NVIDIA; they share what a program of one warp reads
 _AT_ONCE = 16  # bytes that a thread reads or writes at once
-_PROGRAMS = 2048  # so many keep the largest GPUs busy
+_MOST_SPLITS = 16  # that the kernel of the statistics takes one after another
+
+
+_LONGEST_INT32 = 2**31 - 2**22  # offsets may go beyond the last element by a tile
 
 
 class _Size(NamedTuple):
-    """Elements of each map that a program holds at a time, and the warps that do so."""
+    """Of programs: elements of each map that one holds at a time, its warps, and how many run at a time."""
 
     elements: int
     warps: int
+    programs: int = 2048
 
 
-# By what is done and whether the map is channels last; measured by python -m benchmarks.gpu --stages tuning.
+# By what is done and whether the map is channels last. Measured: python -m benchmarks.gpu --stages kernels,tuning.
 _SIZES = {
     ("elements", True): _Size(4096, 4),
     ("elements", False): _Size(2048, 4),
-    ("moments", True): _Size(2048, 1),
-    ("moments", False): _Size(2048, 4),
-    ("reduce", True): _Size(1024, 1),
+    ("squeeze", True): _Size(2048, 1, 1320),
+    ("squeeze", False): _Size(2048, 4),
+    ("moments", True): _Size(2048, 1, 1320),
+    ("moments", False): _Size(1024, 2),
+    ("reduce", True): _Size(1024, 1, 2640),
     ("reduce", False): _Size(1024, 4),
 }
-_LONGEST_INT32 = 2**31 - 2**22  # offsets may go beyond the last element by a tile
 
 
 @functools.cache
@@ -95,8 +100,9 @@ def _type(dtype: torch.dtype) -> Any:
     return _triton().tl.float64 if dtype is torch.float64 else _triton().tl.float32
 
 
-def _index(numel: int) -> Any:
-    return _triton().tl.int64 if numel > _LONGEST_INT32 else _triton().tl.int32
+def _index(numel: int, longest: int | None = None) -> Any:
+    longest = _LONGEST_INT32 if longest is None else longest
+    return _triton().tl.int64 if numel > longest else _triton().tl.int32
 
 
 def dense(x: Tensor) -> Tensor:
@@ -108,17 +114,68 @@ def dense(x: Tensor) -> Tensor:
     return x if last is not None and x.is_contiguous(memory_format=last) else x.contiguous()
 
 
-class _Tile(NamedTuple):
-    """What a program holds at a time, and how many programs a map takes."""
+class _Plan(NamedTuple):
+    """How a map is walked.
 
-    rows: int
-    positions: int
+    Attributes:
+        programs: So many.
+        constants: What the kernel is compiled with.
+        splits: Into so many the positions are cut, for sums.
+        per_split: Positions of one.
+    """
+
     programs: int
-    warps: int
+    constants: dict[str, Any]
+    splits: int = 1
+    per_split: int = 0
+
+
+@functools.lru_cache(maxsize=4096)  # of microseconds, which every launch would wait for
+def _plan(
+    what: str, samples: int, channels: int, positions: int, last: bool, dtype: torch.dtype, size: _Size, longest: int
+) -> _Plan:
+    """How a map is walked; the arguments are those of :class:`_Map`, and the two settings that it depends on."""
+    neighbours = channels if last else positions
+    at_once = _AT_ONCE // dtype.itemsize  # elements that a thread reads or writes at once
+    all_rows, numel = samples * channels, samples * channels * positions
+    align = math.gcd(neighbours, 16)
+
+    def row_blocks(rows: int) -> int:
+        return samples * _cdiv(channels, rows) if last else _cdiv(all_rows, rows)
+
+    def constants(rows: int, at_a_time: int, **more: int) -> dict[str, Any]:
+        return {
+            **more, "LAST": last, "ALIGN": align, "TOTAL": math.gcd(numel, 16), "ROWS": rows, "POSITIONS": at_a_time,
+            "INDEX": _index(numel, longest), "ACC": _type(dtype), "num_warps": size.warps,
+        }  # fmt: skip
+
+    if what == "elements":
+        if last:
+            rows = min(_power_of_2(channels), 128, size.elements)
+            at_a_time = min(_power_of_2(positions), size.elements // rows)
+            return _Plan(row_blocks(rows) * _cdiv(positions, at_a_time), constants(rows, at_a_time))
+        run = min(at_once, _power_of_2(positions + 1) // 2)  # not longer than a row
+        runs = min(_power_of_2(_cdiv(numel, run)), size.elements // run)
+        return _Plan(_cdiv(numel, runs * run), constants(runs, run))
+    if last:  # as many channels as the threads of a warp read at once: each thread sums up its own
+        rows = min(_power_of_2(channels), _LANES * at_once, size.elements)
+        at_a_time = min(_power_of_2(positions), size.elements // rows)
+    else:  # a quarter of a row at a time, but not less than what eight threads read at once
+        at_a_time = max(8 * at_once, min(_power_of_2(positions // 4), size.elements // 2))
+        at_a_time = min(at_a_time, _power_of_2(positions), size.elements)
+        rows = min(_power_of_2(all_rows), size.elements // at_a_time)
+    blocks = row_blocks(rows)
+    splits = max(1, min(positions // (4 * at_a_time), size.programs // blocks))
+    per_split = _cdiv(_cdiv(positions, splits), at_a_time) * at_a_time
+    splits = _cdiv(positions, per_split)
+    aligned = last or align >= at_once or positions < 2 * at_once
+    start = 1 if aligned or splits > 1 else at_once  # rows are read from multiples of so many elements
+    beside = min(_LANES * at_once // rows, at_a_time) if last else 0
+    return _Plan(blocks * splits, constants(rows, at_a_time, START=start, BESIDE=beside), splits, per_split)
 
 
 class _Map(NamedTuple):
-    """A feature map as the kernels see it, and how they walk it."""
+    """A feature map as the kernels see it."""
 
     x: Tensor  # dense
     samples: int
@@ -134,6 +191,10 @@ class _Map(NamedTuple):
             raise RuntimeError(f"ecanet: x must have shape (N, C, *spatial), got {tuple(x.shape)}")
         x = dense(x)
         return _Map(x, x.shape[0], x.shape[1], x.shape[2:].numel(), not x.is_contiguous())
+
+    def plan(self, what: str) -> _Plan:
+        """How it is walked: by ``elements``, or for the sums of ``squeeze``, ``moments`` or ``reduce``."""
+        return _plan(what, *self[1:], self.x.dtype, _SIZES[what, self.last], _LONGEST_INT32)
 
     def ordered(self, t: Tensor, name: str) -> Tensor:
         """Another map in the order of this one."""
@@ -157,69 +218,8 @@ class _Map(NamedTuple):
     def rows(self) -> int:
         return self.samples * self.channels
 
-    @property
-    def align(self) -> int:
-        """What divides the number of neighbours in memory, up to 16."""
-        return math.gcd(self.channels if self.last else self.positions, 16)
-
-    @property
-    def at_once(self) -> int:
-        """Elements that a thread reads or writes at once."""
-        return _AT_ONCE // self.x.element_size()
-
-    def for_elements(self) -> _Tile:
-        """Tiles for work element by element."""
-        size, warps = _SIZES["elements", self.last]
-        if self.last:
-            rows = min(_power_of_2(self.channels), 128, size)
-            positions = min(_power_of_2(self.positions), size // rows)
-            return _Tile(rows, positions, self._row_blocks(rows) * _cdiv(self.positions, positions), warps)
-        run = min(self.at_once, _power_of_2(self.positions + 1) // 2)  # not longer than a row
-        runs = min(_power_of_2(_cdiv(self.x.numel(), run)), size // run)
-        return _Tile(runs, run, _cdiv(self.x.numel(), runs * run), warps)
-
-    def for_sums(self, what: str) -> tuple[_Tile, int, int, int]:
-        """Tiles for sums over positions, and how rows are cut.
-
-        Args:
-            what: ``moments`` or ``reduce``.
-
-        Returns:
-            The tile; the number of splits; positions of a split; rows are read from multiples of so many elements.
-        """
-        size, warps = _SIZES[what, self.last]
-        if self.last:  # as many channels as the threads of a warp read at once: each thread sums up its own
-            rows = min(_power_of_2(self.channels), _LANES * self.at_once, size)
-            positions = min(_power_of_2(self.positions), size // rows)
-        else:  # a quarter of a row at a time, but not less than what eight threads read at once
-            positions = max(8 * self.at_once, min(_power_of_2(self.positions // 4), size // 2))
-            positions = min(positions, _power_of_2(self.positions), size)
-            rows = min(_power_of_2(self.rows), size // positions)
-        blocks = self._row_blocks(rows)
-        splits = max(1, min(self.positions // (4 * positions), _cdiv(_PROGRAMS, blocks)))
-        per_split = _cdiv(_cdiv(self.positions, splits), positions) * positions
-        splits = _cdiv(self.positions, per_split)
-        aligned = self.last or self.align >= self.at_once or self.positions < 2 * self.at_once
-        start = 1 if aligned or splits > 1 else self.at_once
-        return _Tile(rows, positions, blocks * splits, warps), splits, per_split, start
-
-    def _row_blocks(self, rows: int) -> int:
-        return self.samples * _cdiv(self.channels, rows) if self.last else _cdiv(self.rows, rows)
-
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.x.new_empty(shape, dtype=dtype or reference.accumulation_dtype(self.x.dtype))
-
-    def constants(self, tile: _Tile) -> dict[str, Any]:
-        return {
-            "LAST": self.last,
-            "ALIGN": self.align,
-            "TOTAL": math.gcd(self.x.numel(), 16),
-            "ROWS": tile.rows,
-            "POSITIONS": tile.positions,
-            "INDEX": _index(self.x.numel()),
-            "ACC": _type(self.x.dtype),
-            "num_warps": tile.warps,
-        }
 
 
 def _small(t: Tensor, like: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
@@ -237,15 +237,15 @@ def _check_act(act: int) -> None:
 
 
 def _partial_moments(m: _Map, second: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, int, int]:
-    tile, splits, per_split, start = m.for_sums("moments")
-    mean = m.new(splits, *m.nc, dtype=dtype)
-    m2 = m.new(splits if second else 0, *m.nc)
+    plan = m.plan("moments" if second else "squeeze")
+    mean = m.new(plan.splits, *m.nc, dtype=dtype)
+    m2 = m.new(plan.splits if second else 0, *m.nc)
     _launch(
-        "moments", tile.programs, m.x,
-        m.x, mean, m2, m.samples, m.channels, m.positions, splits, per_split,
-        SECOND=second, OUT=_type(dtype), START=start, **m.constants(tile),
+        "moments", plan.programs, m.x,
+        m.x, mean, m2, m.samples, m.channels, m.positions, plan.splits, plan.per_split,
+        SECOND=second, OUT=_type(dtype), **plan.constants,
     )  # fmt: skip
-    return mean, m2, splits, per_split
+    return mean, m2, plan.splits, plan.per_split
 
 
 def squeeze(x: Tensor) -> Tensor:
@@ -289,12 +289,16 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics of a batch; see :func:`ecanet.ops.reference.batch_moments`."""
     m = _Map.of(x)
     mean, m2, splits, per_split = _partial_moments(m, True, torch.float64)
+    if splits > _MOST_SPLITS:
+        whole = torch.empty_like(mean[0]), torch.empty_like(m2[0])
+        _merge(m, mean, m2, *whole, splits, per_split, second=True)
+        mean, m2, splits, per_split = *whole, 1, m.positions
     means, batch_mean, batch_var = m.new(*m.nc), m.new(m.channels), m.new(m.channels)
-    at_once, channels = _power_of_2(splits), min(_power_of_2(m.channels), 4)  # 32 bytes: what memory gives at a time
+    channels = min(_power_of_2(m.channels), 4)  # 32 bytes: what memory gives at a time
     _launch(
         "statistics", _cdiv(m.channels, channels), x,
         mean, m2, means, batch_mean, batch_var, m.samples, m.channels, m.positions, splits, per_split,
-        SPLITS=at_once, SAMPLES=min(_power_of_2(m.samples), max(1, 4096 // (at_once * channels))), CHANNELS=channels,
+        SPLITS=_power_of_2(splits), SAMPLES=min(_power_of_2(m.samples), 512), CHANNELS=channels,
         INDEX=_index(mean.numel()), num_warps=8,
     )  # fmt: skip
     return means, batch_mean, batch_var
@@ -323,10 +327,9 @@ def _apply(x: Tensor, scale: Tensor, shift: Tensor | None, residual: Tensor | No
     if over_x:
         read = [_apart(t, m.x) for t in read]
     out = m.x if over_x else torch.empty_like(m.x)
-    tile = m.for_elements()
+    plan = m.plan("elements")
     _launch(
-        "apply", tile.programs, x, m.x, *read, out, m.samples, m.channels, m.positions,
-        ACT=act, **m.constants(tile),
+        "apply", plan.programs, x, m.x, *read, out, m.samples, m.channels, m.positions, ACT=act, **plan.constants
     )  # fmt: skip
     return out
 
@@ -376,13 +379,14 @@ def apply_backward(
     m = _Map.of(x)
     grad, scale, shift, saved = _upstream(m, grad, scale, shift, saved, act)
     center = m.small(center, (m.channels,), "center")
-    tile, splits, per_split, start = m.for_sums("reduce")
+    plan = m.plan("reduce")
+    splits = plan.splits
     d = torch.empty_like(m.x) if needs_d else None
     p, q = m.new(splits, *m.nc), m.new(splits, *m.nc)
     _launch(
-        "reduce", tile.programs, x,
-        grad, m.x, scale, shift, center, saved, d, p, q, m.samples, m.channels, m.positions, splits, per_split,
-        ACT=act, START=start, **m.constants(tile),
+        "reduce", plan.programs, x,
+        grad, m.x, scale, shift, center, saved, d, p, q, m.samples, m.channels, m.positions, splits, plan.per_split,
+        ACT=act, **plan.constants,
     )  # fmt: skip
     d = x.new_empty(0) if d is None else d
     if splits == 1:
@@ -413,11 +417,11 @@ def input_backward(
     offset = _small(offset, x, m.nc, "offset")
     slope, center = m.small(slope, (m.channels,), "slope"), m.small(center, (m.channels,), "center")
     out = torch.empty_like(m.x)
-    tile = m.for_elements()
+    plan = m.plan("elements")
     _launch(
-        "input_grad", tile.programs, x,
+        "input_grad", plan.programs, x,
         grad, m.x, scale, shift, saved, offset, slope, center, out, m.samples, m.channels, m.positions,
-        ACT=act, **m.constants(tile),
+        ACT=act, **plan.constants,
     )  # fmt: skip
     return out
 
@@ -511,7 +515,7 @@ def eca_coefficients_backward(
 
     block, a_time = min(_power_of_2(channels), 32), min(_power_of_2(samples), 8)
     blocks = _cdiv(channels, block)
-    groups = max(1, min(_cdiv(samples, a_time), _PROGRAMS // 2 // blocks, 64))
+    groups = max(1, min(_cdiv(samples, a_time), 1024 // blocks, 64))
     per_program = _cdiv(_cdiv(samples, groups), a_time) * a_time
     groups = _cdiv(samples, per_program)
     taps = max(_power_of_2(k), 1)

@@ -195,26 +195,23 @@ def _upstream(grad, x, saved, scale, shift, place, mask, ACT: tl.constexpr, ACC:
 
 
 @jit
-def _gathered(tile, LAST: tl.constexpr):
-    """What is added up over the tiles of a program: channels last, where a thread has its own rows, their sums."""
-    if LAST:
-        tile = tl.sum(tile, 1)
+def _gathered(tile, BESIDE: tl.constexpr):
+    """What is added up over the tiles of a program, of a tile [ROWS, POSITIONS].
+
+    Channels last, ``BESIDE`` threads share a row, each with every ``BESIDE``-th position: the sums of each of them,
+    [ROWS, BESIDE]. Otherwise (0) the tile.
+    """
+    if BESIDE > 0:
+        tile = tl.sum(tl.reshape(tile, (tile.shape[0], tile.shape[1] // BESIDE, BESIDE)), 1)
     return tile
-
-
-@jit
-def _row_sums(gathered, LAST: tl.constexpr):
-    """Sums of rows from what :func:`_gathered` gave."""
-    if not LAST:
-        gathered = tl.sum(gathered, 1)
-    return gathered
 
 
 @jit
 def moments(
     x, mean, m2, samples, channels, positions, splits, per_split,
     SECOND: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr, TOTAL: tl.constexpr, START: tl.constexpr,
-    ROWS: tl.constexpr, POSITIONS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, OUT: tl.constexpr,
+    BESIDE: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
+    OUT: tl.constexpr,
 ):  # fmt: skip
     """Mean of every row over the positions of one split and, if ``SECOND``, the sum of squares about it.
 
@@ -235,20 +232,20 @@ def moments(
         origin = tl.sum(tl.where(inside, value, 0.0), 1) / first.to(ACC)
         origin = tl.where(origin - origin == 0.0, origin, 0.0)  # finite, or none: Inf - Inf would be NaN
     away = tl.where(inside, value - origin[:, None], 0.0)
-    total = _gathered(away, LAST)
-    squares = _gathered(away * away, LAST)
+    total = _gathered(away, BESIDE)
+    squares = _gathered(away * away, BESIDE)
     for at in range(begin + POSITIONS, end, POSITIONS):
         place, readable, inside = _tile(start, lead, exists, step, at, end, positions, size, POSITIONS, START, INDEX)
         value = tl.load(x + place, readable, 0.0).to(ACC)
         away = tl.where(inside, value - origin[:, None], 0.0)
-        total += _gathered(away, LAST)
+        total += _gathered(away, BESIDE)
         if SECOND:
-            squares += _gathered(away * away, LAST)
+            squares += _gathered(away * away, BESIDE)
     here = split.to(INDEX) * samples * channels + row
-    shift = _row_sums(total, LAST) / count
+    shift = tl.sum(total, 1) / count
     tl.store(mean + here, origin.to(OUT) + shift.to(OUT), exists)
     if SECOND:
-        tl.store(m2 + here, _row_sums(squares, LAST) - shift * shift * count, exists)
+        tl.store(m2 + here, tl.sum(squares, 1) - shift * shift * count, exists)
 
 
 @jit
@@ -319,11 +316,17 @@ def statistics(
         sample = n + tl.arange(0, SAMPLES)
         at = sample.to(INDEX)[:, None] * channels + channel[None, :]
         exists = (sample < samples)[:, None] & known[None, :]
-        m, q = _merge_splits(mean, m2, at, exists, rows, positions, splits, per_split, True, SPLITS, INDEX)
-        tl.store(means_out + at, m.to(means_out.dtype.element_ty), exists)
-        away = tl.where(exists, m - pivot[None, :], 0.0)
-        total += away
-        squares += q + away * away * positions
+        of_row = tl.zeros((SAMPLES, CHANNELS), tl.float64)
+        for split in tl.static_range(SPLITS):
+            there = exists & (split < splits)
+            count = tl.maximum(tl.minimum(positions - split * per_split, per_split), 0).to(tl.float64)
+            here = split * rows + at
+            away = tl.where(there, tl.load(mean + here, there, 0.0).to(tl.float64) - pivot[None, :], 0.0)
+            of_row += away * count
+            squares += tl.load(m2 + here, there, 0.0).to(tl.float64) + away * away * count
+        of_row /= positions
+        tl.store(means_out + at, (pivot[None, :] + of_row).to(means_out.dtype.element_ty), exists)
+        total += of_row
     shift = tl.sum(total, 0) / samples
     tl.store(mean_out + channel, (pivot + shift).to(mean_out.dtype.element_ty), known)
     variance = tl.maximum(tl.sum(squares, 0) / samples / positions - shift * shift, 0.0, tl.PropagateNan.ALL)
@@ -369,7 +372,7 @@ def apply(
 def reduce(
     grad, x, scale, shift, center, saved, d, p, q, samples, channels, positions, splits, per_split,
     ACT: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr, TOTAL: tl.constexpr, START: tl.constexpr,
-    ROWS: tl.constexpr, POSITIONS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
+    BESIDE: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """First pass of the backward: d, and for one split of every row the sums of d and of d (x - center).
 
@@ -391,8 +394,8 @@ def reduce(
     middle = tl.zeros((ROWS,), ACC)
     if center is not None:
         middle = tl.load(center + channel, exists, 0.0).to(ACC)
-    p_total = _gathered(tl.zeros((ROWS, POSITIONS), ACC), LAST)
-    q_total = _gathered(tl.zeros((ROWS, POSITIONS), ACC), LAST)
+    p_total = _gathered(tl.zeros((ROWS, POSITIONS), ACC), BESIDE)
+    q_total = _gathered(tl.zeros((ROWS, POSITIONS), ACC), BESIDE)
     for at in range(begin, end, POSITIONS):
         place, readable, inside = _tile(start, lead, exists, step, at, end, positions, size, POSITIONS, START, INDEX)
         value = tl.load(x + place, readable, 0.0).to(ACC)
@@ -402,11 +405,11 @@ def reduce(
             if ACT == 3 or ACT == 4:
                 readable = inside
             tl.store(d + place, here.to(d.dtype.element_ty), readable)
-        p_total += _gathered(tl.where(inside, here, 0.0), LAST)
-        q_total += _gathered(tl.where(inside, here * (value - middle[:, None]), 0.0), LAST)
+        p_total += _gathered(tl.where(inside, here, 0.0), BESIDE)
+        q_total += _gathered(tl.where(inside, here * (value - middle[:, None]), 0.0), BESIDE)
     at_split = split.to(INDEX) * samples * channels + row
-    tl.store(p + at_split, _row_sums(p_total, LAST), exists)
-    tl.store(q + at_split, _row_sums(q_total, LAST), exists)
+    tl.store(p + at_split, tl.sum(p_total, 1), exists)
+    tl.store(q + at_split, tl.sum(q_total, 1), exists)
 
 
 @jit

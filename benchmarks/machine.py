@@ -33,7 +33,7 @@ def describe(threads: int, environment: Mapping[str, str] = os.environ) -> dict[
             "compiler": _output(environment.get("CXX") or "g++", "--version").partition("\n")[0],
         },
         "kernels": cpu.why_not() or "loaded",
-        "commit": _output("git", "rev-parse", "HEAD") or environment.get("BENCHMARK_COMMIT", "unknown"),
+        "commit": environment.get("BENCHMARK_COMMIT") or _output("git", "rev-parse", "HEAD") or "unknown",
         "tree_is_dirty": bool(_output("git", "status", "--porcelain", "--", ".", ":!benchmarks/results")),
         "environment": {name: value for name, value in sorted(environment.items()) if _SETTINGS.fullmatch(name)},
         "preloaded": [Path(path).name for path in re.split("[: ]+", environment.get("LD_PRELOAD", "")) if path],

@@ -86,7 +86,7 @@ class _Coefficients(NamedTuple):
 
 #: What torch.compile is given of the tail on a GPU: the ``operation``, whose kernels Inductor launches, or the
 #: ``formula`` in plain PyTorch, which it fuses. Measured: python -m benchmarks.gpu.
-FORMS_ON_GPU = {"training": "operation", "inference": "formula"}
+FORMS_ON_GPU = {"training": "operation", "inference": "operation"}
 
 
 def kernels_run(x: Tensor, empty: bool = False) -> bool:
@@ -172,7 +172,8 @@ def is_operation_in_graph(x: Tensor, training: bool) -> bool:
     if x.is_cpu:
         return backend.current() in ("auto", "cpu") and backend.choose(x) == "cpu"
     form = FORMS_ON_GPU["training" if training else "inference"]
-    return x.is_cuda and form == "operation" and backend.choose(x) == "triton"
+    may_run = backend.current() in ("auto", "triton") and gpu.IS_COMPLETE and x.dtype in gpu.DTYPES
+    return x.is_cuda and form == "operation" and may_run
 
 
 def in_graph(x: Tensor, norm: Norm, gate: GateMaths, residual: Tensor | None, act: int) -> Tensor | None:

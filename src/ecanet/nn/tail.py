@@ -38,9 +38,9 @@ def norm_gate_add_act(
     subclass of :class:`ecanet.nn.Gate`. Other modules are called, and what is left is fused. A module that somebody
     put a hook on, or that :mod:`torch.fx` or a transform of :mod:`torch.func` looks at, is called too: hooks fire,
     graphs show the modules. A gate that hangs on the norm (:func:`ecanet.insert_gates_`) counts as ``gate``. Under
-    :func:`torch.compile` the kernels are an operation of the graph on a CPU; on a GPU, and where no kernels are, the
-    same formulas in plain PyTorch let Inductor fuse them. :func:`conv_norm_gate_add_act` takes the convolution before
-    the norm along.
+    :func:`torch.compile` the kernels of ECA are an operation of the graph; for other gates, and where no kernels are,
+    the same formulas in plain PyTorch let Inductor fuse them. :func:`conv_norm_gate_add_act` takes the convolution
+    before the norm along.
 
     Args:
         x: ``(N, C, *spatial)`` with 0 to 3 spatial dimensions.
@@ -80,9 +80,9 @@ def conv_norm_gate_add_act(
 ) -> Tensor:
     """``norm_gate_add_act(conv(x), norm, gate, residual, act)``, with a squeeze that need not read ``conv(x)``.
 
-    The same values, to rounding. Compiled by :func:`torch.compile` for inference on a GPU, the means that the gate
-    wants of a 1 x 1 convolution's output are found from its input (:mod:`ecanet.nn.pointwise`): norm, gate, addition
-    and activation then take the one pass over ``conv(x)`` that norm, addition and activation take.
+    The same values, to rounding. Where :func:`torch.compile` gets formulas for inference, the means that the gate wants
+    of a 1 x 1 convolution's output are found from its input (:mod:`ecanet.nn.pointwise`): norm, gate, addition and
+    activation then take the one pass over ``conv(x)`` that norm, addition and activation take.
 
     Args:
         x: ``(N, C_in, *spatial)``, what the convolution is called on.

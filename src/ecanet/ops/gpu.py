@@ -64,9 +64,18 @@ def why_not() -> str | None:
         return "triton is not installed; it comes with torch for NVIDIA and AMD GPUs"
     if not torch.cuda.is_available() and not interpreting():
         return "torch sees no GPU; on the CPU they run in Triton's interpreter alone, slowly: TRITON_INTERPRET=1"
-    if not interpreting() and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+    if not interpreting() and not _finds_compiler():
         return "triton finds no C compiler, with which it builds what launches kernels: install gcc, or set CC"
     return None
+
+
+def _finds_compiler() -> bool:
+    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
+
+
+#: What :func:`why_not` comes down to for a tensor on a GPU. A compiler that traces reads it: it cannot follow what
+#: looks into the environment, and would cut its graph there.
+IS_COMPLETE = importlib.util.find_spec("triton") is not None and (interpreting() or _finds_compiler())
 
 
 @functools.cache

@@ -352,14 +352,14 @@ def test_weights_that_are_computed_from_others(gate) -> None:
 
 
 class GateOfAnotherTensor(Gate):
-    """Reads a tensor that is no parameter of its own."""
+    """Reads a tensor that nothing of its own shows."""
 
     def __init__(self, channels: int, others: Tensor) -> None:
         super().__init__(channels)
-        self.others = others
+        self.others = [others]
 
     def logits(self, s: Tensor) -> Tensor:
-        return s * self.others.to(s.dtype).exp()
+        return s * self.others[0].to(s.dtype).exp()
 
 
 def test_a_gate_that_reads_what_is_not_its_own_is_refused_where_a_gradient_would_be_lost() -> None:

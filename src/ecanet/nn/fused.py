@@ -44,7 +44,8 @@ class _Kernels:
 _kernels = _Kernels()
 # By their own names: what is looked up on the way to a small map takes as long as the map.
 _is_tracing, _are_transforms_active = torch._C._is_tracing, torch._C._are_functorch_transforms_active
-_PLAIN_TENSORS = (Tensor, nn.Parameter)
+#: Tensors that are what they seem: no shard, no quantised weight, nothing with operations of its own.
+PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 class Norm(NamedTuple):
@@ -100,7 +101,7 @@ def kernels_run(x: Tensor, empty: bool = False) -> bool:
     return (
         not is_compiling()
         and not _is_tracing()
-        and type(x) in _PLAIN_TENSORS
+        and type(x) in PLAIN_TENSORS
         and x.layout is torch.strided
         and backend.choose(x) != "reference"
         and 2 <= x.dim() <= 5

@@ -188,7 +188,7 @@ def maths_of_gate(gate: nn.Module | None, x: Tensor) -> fused.GateMaths | None:
     """What the kernels need of the gate, or None for one to be called."""
     if not isinstance(gate, Gate) or type(gate).forward is not Gate.forward or fused.called_differently(gate):
         return None
-    return gate.maths() if gate.channels == x.shape[1] else None
+    return gate.maths() if gate.channels == x.shape[1] else None  # None, too, for one that autograd has to go through
 
 
 def _maths(

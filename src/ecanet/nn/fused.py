@@ -128,6 +128,11 @@ def called_differently(module: nn.Module, known_hooks: int = 0) -> bool:
     )
 
 
+def is_identity(module: nn.Module | None) -> bool:
+    """Whether a module may as well not be called: it returns its input, and nobody looks on."""
+    return module is None or (type(module) is nn.Identity and not called_differently(module))
+
+
 def formula(x: Tensor, norm: Norm, gate: GateMaths, residual: Tensor | None) -> Tensor:
     """``gate(norm(x)) + residual`` with the statistics of the batch, in plain PyTorch that a compiler can fuse."""
     means, m2 = reference.moments(x)

@@ -10,8 +10,9 @@ from torch import nn
 from ecanet.inspect.cost import check_input_shape
 from ecanet.nn import Gate
 from ecanet.nn.build import GateFactory
-from ecanet.nn.hung import GATE, hang_, hung_gate, take_down_
-from ecanet.nn.loading import keep_loading_
+from ecanet.nn.fused import called_differently
+from ecanet.nn.hung import GATE, hung_gate
+from ecanet.nn.loading import HANGS, keep_loading_
 from ecanet.nn.neutral import make_identity_
 from ecanet.nn.norms import class_with_forward
 from ecanet.surgery.checks import check_model
@@ -24,6 +25,19 @@ from ecanet.surgery.sites import FilterFn, Shapes, dry_run
 
 #: What YOLO's network reads off its layers: number, where the input comes from, type and number of parameters.
 _YOLO_ROW = ("i", "f", "type", "np")
+
+
+#: Where a module keeps the hooks on its calls.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
 
 
 class _Swap(NamedTuple):
@@ -47,7 +61,7 @@ def replace_gates_(
 
     Found are gates of this library wherever they are, and squeeze-and-excitation, ECA and their kin of torchvision and
     timm (:data:`ecanet.surgery.ATTENTION`). The new gate takes the old one's place and name. State dicts with the old
-    one's keys still load: what they hold for it is left out. A neutral gate is swapped for a neutral one of the same
+    one's keys still load: what they hold for it is left out. Hooks on the old one's calls go on to the new one. A neutral gate is swapped for a neutral one of the same
     value, so the function stays; one that was trained cannot be: its factor stays, and the network needs fine-tuning.
     What is such a gate already stays.
 
@@ -98,8 +112,10 @@ def replace_gates_(
         swaps = [s for name, old in wanted if (s := _swap(model, name, old, gate, kernel_size, shapes)) is not None]
     registered = names_of(model)
     rows: list[Row] = []
+    notes: list[str] = []
     for name, old, new, channels, spatial in swaps:
-        _install_(model, registered[old], new)
+        notes += _hand_on_hooks_(name, old, new)
+        _install_(model, registered[old], old, new)
         remove_parameters_(optimizer, old.parameters())
         parent = model.get_submodule(name.rpartition(".")[0])
         add_parameters_(optimizer, new, name, parent)
@@ -110,8 +126,9 @@ def replace_gates_(
     if swaps:
         keep_loading_(model)
     same = len(found) - len(swaps)
-    notes = (f"{same} of the {len(found)} attention modules stay as they are",) if swaps and same else ()
-    return Report("replaced", tuple(rows), notes, {swap.name: swap.old for swap in swaps})
+    if swaps and same:
+        notes.insert(0, f"{same} of the {len(found)} attention modules stay as they are")
+    return Report("replaced", tuple(rows), tuple(notes), {swap.name: swap.old for swap in swaps})
 
 
 def attention_in(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -206,13 +223,36 @@ def _put_back(found: dict[str, nn.Module], modules: Mapping[str, nn.Module]) -> 
             yield _Swap(name, old, module.train(old.training), None, None)
 
 
-def _install_(model: nn.Module, names: list[str], new: nn.Module) -> None:
+def _install_(model: nn.Module, names: list[str], old: nn.Module, new: nn.Module) -> None:
     for name in names:
         parent_name, _, child = name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        hangs = hung_gate(parent) is not None and child == GATE
-        if hangs:
-            take_down_(parent)
-            hang_(parent, new)
+        parent._modules[child] = new  # the hook that calls a gate that hangs stays where it is among others
+        if child == GATE and hung_gate(parent) is not None:
+            setattr(new, HANGS, True)
+            vars(old).pop(HANGS, None)
+
+
+def _hand_on_hooks_(name: str, old: nn.Module, new: nn.Module) -> Iterator[str]:
+    """Give the new gate the hooks that somebody put on the old one; what cannot move is told.
+
+    The handles of hooks hold the dictionaries, so the new gate gets these and not copies: a handle still removes its
+    hook. Pruning and its kin hook a module for the sake of its weights, which stay behind.
+    """
+    for attribute in _HOOKS:
+        theirs, own = vars(old)[attribute], vars(new)[attribute]
+        if theirs is own or not theirs:
+            continue
+        if any(_is_for_weights(hook) for hook in getattr(theirs, "values", list)()):
+            yield f"left behind: the hooks of {type(old).__name__} {name} for its weights, such as pruning"
+        elif own:
+            own.update(theirs)
         else:
-            parent._modules[child] = new
+            vars(new)[attribute] = theirs
+    inner = [part for part, layer in old.named_modules() if part and called_differently(layer)]
+    if inner:
+        yield f"left behind: hooks inside {type(old).__name__} {name}, on {', '.join(inner)}"
+
+
+def _is_for_weights(hook: object) -> bool:
+    return type(hook).__module__.startswith("torch.nn.utils.")

@@ -134,8 +134,6 @@ def group_norm(model: Any) -> nn.Module:
     return model
 
 
-
-
 def frozen_of_torchvision(model: Any) -> nn.Module:
     frozen = FrozenBatchNorm2d(C)
     frozen.load_state_dict(model.bn.state_dict(), strict=False)
@@ -254,12 +252,8 @@ def test_hooks_on_a_gate_go_on_to_the_one_that_takes_its_place(network, kind) ->
     handle = {
         "forward": lambda: old.register_forward_hook(lambda m, a, y: seen.append(type(m).__name__)),
         "forward_pre": lambda: old.register_forward_pre_hook(lambda m, a: seen.append(type(m).__name__)),
-        "kwargs": lambda: old.register_forward_hook(
-            lambda m, a, k, y: seen.append(type(m).__name__), with_kwargs=True
-        ),
-        "always": lambda: old.register_forward_hook(
-            lambda m, a, y: seen.append(type(m).__name__), always_call=True
-        ),
+        "kwargs": lambda: old.register_forward_hook(lambda m, a, k, y: seen.append(type(m).__name__), with_kwargs=True),
+        "always": lambda: old.register_forward_hook(lambda m, a, y: seen.append(type(m).__name__), always_call=True),
         "full_backward": lambda: old.register_full_backward_hook(lambda m, i, o: seen.append(type(m).__name__)),
         "full_backward_pre": lambda: old.register_full_backward_pre_hook(lambda m, o: seen.append(type(m).__name__)),
     }[kind]()

@@ -227,7 +227,7 @@ def _is_plain_of_timm(norm: nn.Module) -> bool:
     """Whether it is timm's BatchNorm with room for an activation, and has none."""
     if type(norm).__qualname__ != "BatchNormAct2d" or not type(norm).__module__.startswith("timm."):
         return False
-    return fused.is_identity(norm.act) and fused.is_identity(norm.drop)
+    return all(fused.is_identity(norm._modules.get(name)) for name in ("drop", "act"))
 
 
 def _types_go_together(norm: Any, x: Tensor) -> bool:

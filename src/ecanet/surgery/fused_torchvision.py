@@ -50,9 +50,10 @@ def _inverted(block: Any, x: Tensor) -> Tensor | None:
     return conv_norm_gate_add_act(x, *end, None, residual)
 
 
-def _drops_nothing(depth: nn.Module | None) -> bool:
-    inactive = type(depth) is StochasticDepth and not (depth.training and depth.p) and not called_differently(depth)
-    return inactive or is_identity(depth)
+def _drops_nothing(depth: Any) -> bool:
+    if type(depth) is not StochasticDepth:
+        return is_identity(depth)
+    return not (depth.training and depth.p) and not called_differently(depth)
 
 
 class FusedInvertedResidual(InvertedResidual):

@@ -1151,22 +1151,6 @@ def test_subclasses_of_tensor_see_torch_functions() -> None:
     torch.testing.assert_close(out.as_subclass(Tensor), tail(x))
 
 
-@pytest.mark.parametrize("gate", [None, "eca", "se"], ids=str)
-def test_second_derivatives_are_refused_except_on_the_reference(gate) -> None:
-    tail = Tail(nn.BatchNorm2d(C), build(gate), "silu").double()
-    x = feature_map(2, C, 3, 2, dtype=torch.float64).requires_grad_()
-    if cpu.why_not() is None:
-        out = tail(x, x)
-        with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*ecanet\.backend\('reference'\)"):
-            torch.autograd.grad(out.square().sum(), x, create_graph=True)
-    results = []
-    for module in (tail, plain(tail)):
-        with ecanet.backend("reference"):
-            (grad,) = torch.autograd.grad(module(x, x).square().sum(), x, create_graph=True)
-        results.append(torch.autograd.grad(grad.square().sum(), [x, *tail.norm.parameters()], allow_unused=True)[0])
-    torch.testing.assert_close(*results)
-
-
 @pytest.mark.parametrize("gate", [None, "eca", "se", "with dropout"], ids=str)
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 def test_activation_checkpointing(gate, reentrant) -> None:

@@ -237,7 +237,7 @@ class Gate(nn.Module, ABC):
         """
         if "logits" in self.__dict__ or "gate" in self.__dict__:
             return None
-        parameters = []
+        parameters: dict[int, Tensor] = {}  # one that two layers share counts once
         for module in self.modules():
             if module is not self and fused.called_differently(module):
                 return None
@@ -246,10 +246,10 @@ class Gate(nn.Module, ABC):
                     continue
                 if type(parameter) not in fused.PLAIN_TENSORS:
                     return None
-                parameters.append(parameter)
+                parameters[id(parameter)] = parameter
         if not parameters and any(_has_weights_aside(module) for module in self.modules()):
             return None
-        return fused.GateMaths(self.gate, tuple(parameters))
+        return fused.GateMaths(self.gate, tuple(parameters.values()))
 
     @torch.no_grad()
     def make_neutral_(self) -> float:

@@ -96,9 +96,9 @@ def refuses_gates(merge: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 #: Who has these functions of torch under their own names, if they were imported already.
 _BORROWERS = ("torch.nn.utils.fusion", "torch.nn.utils", "torch.fx.experimental.optimization")
 for _name in ("fuse_conv_bn_eval", "fuse_linear_bn_eval"):
-    _merge: Any = getattr(torch.nn.utils.fusion, _name)
+    _merge: Callable[..., nn.Module] = getattr(torch.nn.utils.fusion, _name)
     for _borrower in _BORROWERS:
-        if getattr(sys.modules.get(_borrower), _name, None) is _merge:
+        if getattr(sys.modules.get(_borrower), _name, None) == _merge:
             setattr(sys.modules[_borrower], _name, refuses_gates(_merge))
 
 

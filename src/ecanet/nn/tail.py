@@ -215,6 +215,11 @@ def maths_of_norm(norm: nn.Module | None, x: Tensor, known_hooks: int = 0) -> fu
     norm._check_input_dim(x)
     if norm.num_features != x.shape[1] or not _types_go_together(norm, x):
         return None
+    buffers = norm._buffers
+    if (buffers.get("running_mean") is None) != (buffers.get("running_var") is None) or (
+        buffers.get("num_batches_tracked") is None and norm.track_running_stats and type(norm) is nn.SyncBatchNorm
+    ):
+        return None  # torch says what it makes of some without the others
     if not norm.training and norm.running_mean is not None:
         return _given_statistics(norm)
     group = _process_group(norm)

@@ -113,7 +113,9 @@ def test_a_tool_that_merges_layers_keeps_the_gate_or_is_refused(merge, host) -> 
         got = merged(x)
     except (ValueError, RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
         # Not our own: quantised maps in a gate, and the observer that torch leaves out of a norm with a child.
-        assert any(word in str(error) for word in ("gate", "quint8", "activation_post_process")), error
+        told = any(word in str(error) for word in ("gate", "quint8", "activation_post_process"))
+        if not told:
+            raise
         return
     torch.testing.assert_close(got, want, rtol=0.1, atol=0.1)
 

@@ -194,7 +194,8 @@ def _plan(
         if shape is None or len(shape) < 2:
             got = "no tensor" if shape is None else f"a tensor of shape {tuple(shape)}"
             raise ValueError(f"a gate cannot follow {site.name}: it returns {got}, and not a map (N, C, *spatial)")
-        if len(shape) > 2 and channels is not None and shape[1] != channels and shape[-1] == channels:
+        known = channels is not None and (site.certain or next(site.host.children(), None) is None)
+        if known and len(shape) > 2 and shape[1] != channels and shape[-1] == channels:
             raise ValueError(
                 f"a gate cannot follow {site.name}: its output {tuple(shape)} has its {channels} channels last, and "
                 "not in dimension 1: name a module that returns (N, C, *spatial)"

@@ -63,10 +63,15 @@ def find_sites(model: nn.Module, where: Where, filter_fn: FilterFn | None) -> tu
         return _at_blocks(model, str(where), filter_fn)
     names = names_of(model)
     found: dict[str, int | None]
+    notes: list[str] = []
     if where == "conv":
-        found = {**find_groups(model, names)}
+        groups = find_groups(model, names)
+        found, notes = {**groups.ends}, [f"left out: {what}" for what in groups.left_out]
         if not found:
-            raise ValueError(f"where='conv' finds no convolution with an activation behind it; {_what_to_name(model)}")
+            more = f" ({'; '.join(groups.left_out[:3])})" if notes else ""
+            raise ValueError(
+                f"where='conv' finds no convolution with an activation behind it{more}; {_what_to_name(model)}"
+            )
     else:
         found = dict.fromkeys(_named(model, where))
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -80,7 +85,7 @@ def find_sites(model: nn.Module, where: Where, filter_fn: FilterFn | None) -> tu
         sites.setdefault(site.host, site)
     if not sites:
         raise ValueError(f"filter_fn refuses all of the {len(found)} modules that where={where!r} finds")
-    return list(sites.values()), []
+    return list(sites.values()), notes
 
 
 def _named(model: nn.Module, where: object) -> list[str]:
@@ -127,7 +132,7 @@ def _at_blocks(model: nn.Module, where: str, filter_fn: FilterFn | None) -> tupl
     if not branches:
         reasons = "; ".join(f"{name or 'the network itself'}: {why}" for name, why in list(untraced.items())[:3])
         could_not = f" (code that torch.fx cannot trace: {reasons})" if untraced else ""
-        groups = "try where='conv', or " if find_groups(model, names_of(model)) else ""
+        groups = "try where='conv', or " if find_groups(model, names_of(model)).ends else ""
         raise ValueError(
             f"where={where!r} finds no residual block in {type(model).__name__}{could_not}: {groups}name modules; "
             f"{_what_to_name(model)}"

@@ -1,8 +1,10 @@
 """Groups of convolution, norm and activation, as plain networks (VGG, U-Net) and YOLO are made of."""
 
 from collections.abc import Iterator
+from itertools import takewhile
 from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import fx, nn
 
 from ecanet.nn.norms import activation_inside, is_norm
@@ -117,7 +119,7 @@ def _in_graph(
     calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     prefix = f"{name}." if name else ""
     for node in graph.nodes:
-        if node in inside or node.op != "call_module":
+        if node in inside or node.op != "call_module" or _is_pooled(module, node):
             continue
         own = _steps(module, node, calls, names)
         for i, step in enumerate(own):
@@ -176,11 +178,23 @@ def _is_the_output(group: _Group, name: str, last: bool, groups: Groups) -> bool
 
 
 def _before_global_pooling(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return takewhile(lambda layer: not _pools_globally(layer[1]), in_order(module))
+
+
+def _pools_globally(layer: nn.Module | None) -> bool:
     pools = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
-    for name, layer in in_order(module):
-        if isinstance(layer, pools) and layer.output_size in (1, (1, 1)):
-            return
-        yield name, layer
+    return isinstance(layer, pools) and layer.output_size in (1, (1, 1))
+
+
+def _is_pooled(module: nn.Module, node: fx.Node) -> bool:
+    """Whether a node works on what a global pooling returned, and on nothing else."""
+    while len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+        if _pools_globally(called(module, node)) or (
+            node.target is F.adaptive_avg_pool2d and node.args[1] in (1, (1, 1))
+        ):
+            return True
+    return False
 
 
 def _has_weights(layer: nn.Module) -> bool:

@@ -44,16 +44,24 @@ def trace(module: nn.Module) -> fx.Graph | str:
     it usually runs.
     """
     try:
-        parameters = inspect.signature(module.forward).parameters.values()
+        parameters = inspect.signature(type(module).forward).parameters.values()
         usual = {p.name: p.default for p in parameters if p.default is None or isinstance(p.default, (bool, int, str))}
         if usual:
-            return ChildrenAsTheyAre().trace(module, concrete_args=usual)
+            return ChildrenAsTheyAre().trace(_stand_in(module), concrete_args=usual)
     except Exception:  # it needs one of them
         pass
     try:
-        return ChildrenAsTheyAre().trace(module)
+        return ChildrenAsTheyAre().trace(_stand_in(module))
     except Exception as error:  # whatever the module's code does with a proxy
         return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _stand_in(module: nn.Module) -> nn.Module:
+    """A module of the same class, children and attributes, in which code may leave what it was traced with."""
+    twin = object.__new__(type(module))
+    own = vars(module).items()
+    vars(twin).update({k: v.copy() if isinstance(v, (dict, list, set)) else v for k, v in own})
+    return twin
 
 
 def called(module: nn.Module, node: fx.Node | None) -> nn.Module | None:

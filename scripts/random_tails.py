@@ -1,8 +1,8 @@
 """Random tails over all gates, norms, factors, activations, types and layouts against float64: `--count 3000`.
 
 Each tail is computed three times: fused, by calling its modules one after another, and so in float64. What is fused may
-be as wrong as the modules are, times two, and a few roundings of the largest value, or of 1. Gradients are compared where the
-activation has no kink nearby, on whose two sides rounding may put a value.
+be as wrong as the modules are, times two, and a few roundings of the largest value, or of 1. Gradients are compared
+where the activation has no kink nearby, on whose two sides rounding may put a value.
 """
 
 import argparse

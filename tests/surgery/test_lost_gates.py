@@ -329,3 +329,25 @@ def test_a_network_that_was_pruned_by_hand_says_that_its_gate_has_another_size(t
 def test_fx_graphs_of_other_tools_keep_the_gate() -> None:
     model, x = Block().eval(), maps()
     torch.testing.assert_close(fx.symbolic_trace(model)(x), model(x))
+
+
+class Merges(nn.Module):
+    """As YOLO's Conv and RepVGG's blocks do, it can become one convolution."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(C, C, 3, padding=1, bias=False), nn.BatchNorm2d(C), nn.ReLU()
+        setattr(self, how, lambda: None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn(self.conv(x)))
+
+
+@pytest.mark.parametrize("how", ["forward_fuse", "reparameterize", "switch_to_deploy"])
+@pytest.mark.parametrize("place", ["1.bn", "1.conv", "1.act", "*.bn"])
+def test_no_gate_goes_inside_what_merges_its_layers_later(place, how) -> None:
+    model = nn.Sequential(nn.Conv2d(3, C, 1), Merges(how))
+    with pytest.raises(ValueError, match=r"would be lost when 1 merges its layers.*name 1"):
+        insert_gates_(model, where=place)
+    assert not any("gate" in name for name, _ in model.named_modules())
+    assert [row.where for row in insert_gates_(model, where="1").rows] == ["1"]

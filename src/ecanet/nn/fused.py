@@ -332,7 +332,7 @@ def update_running_statistics(norm: Any, mean: Tensor, var: Tensor, count: int |
                 momentum = 1.0 / norm.num_batches_tracked.to(mean.dtype)
         if momentum is None:  # torch takes this one, too
             momentum = 0.0
-        if norm.running_mean is None:  # somebody took them away: torch counts the batch, and trains
+        if norm._buffers.get("running_mean") is None:  # somebody took them away: torch counts the batch, and trains
             return None
         by_kernel = (mean.is_cuda or backend.current() == "triton") and not is_compiling()
         # Numbers reach a Triton kernel in float32, too few digits for statistics in float64.
@@ -486,6 +486,10 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     wanted = [t for t, needs in zip(inputs, needed, strict=True) if needs and t is not None]
     found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True) if wanted else ())
     grads = [next(found) if needs and t is not None else None for t, needs in zip(inputs, needed, strict=True)]
+    if any(needs and g is None for needs, g in zip(needed[4:], grads[4:], strict=True)):
+        raise _no_second_derivative(
+            "gate" if norm is None else "tail", "its gate computes with other weights than its own"
+        )
     if residual is None:
         grads[1] = grad if ctx.needs_input_grad[1] else None
     return *grads[:4], None, None, None, *grads[4:]

@@ -220,7 +220,7 @@ def maths_of_norm(norm: nn.Module | None, x: Tensor, known_hooks: int = 0) -> fu
         buffers.get("num_batches_tracked") is None and norm.track_running_stats and type(norm) is nn.SyncBatchNorm
     ):
         return None  # torch says what it makes of some without the others
-    if not norm.training and norm.running_mean is not None:
+    if not norm.training and buffers.get("running_mean") is not None:
         return _given_statistics(norm)
     group = _process_group(norm)
     if group is None and x.numel() == x.shape[1]:  # torch says what is wrong with one value a channel
@@ -238,7 +238,9 @@ def _is_plain_of_timm(norm: nn.Module) -> bool:
 def _types_go_together(norm: Any, x: Tensor) -> bool:
     """Whether torch, too, takes a norm of that type for x; the norm itself says what is wrong."""
     types = (x.dtype, reference.accumulation_dtype(x.dtype))
-    return all(t is None or t.dtype in types for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
+    buffers = norm._buffers  # a look-up in which takes a part of an attribute's time
+    tensors = (norm.weight, norm.bias, buffers.get("running_mean"), buffers.get("running_var"))
+    return all(t is None or t.dtype in types for t in tensors)
 
 
 def _given_statistics(norm: Any) -> fused.Norm:

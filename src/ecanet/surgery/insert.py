@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from ecanet.nn.loading import keep_loading_
 from ecanet.nn.neutral import make_identity_
 from ecanet.surgery.checks import check_model
 from ecanet.surgery.fitting import arguments_of, build_fitting_gate
-from ecanet.surgery.layers import certain_channels, names_of
+from ecanet.surgery.layers import certain_channels, merges_branches, names_of
 from ecanet.surgery.optimizers import add_parameters_, check_optimizer
 from ecanet.surgery.report import Report, Row, gate_row
 from ecanet.surgery.sites import DryRun, FilterFn, Site, Where, dry_run, find_sites
@@ -210,6 +210,12 @@ def _plan(
             f"a gate cannot hang on {site.name}: {type(site.host).__name__} has an attribute {GATE!r} of its own; name "
             "another module"
         )
+    merging = next((n for n, owner in _owners(model, site.name) if merges_branches(owner)), None)
+    if merging is not None:
+        raise ValueError(
+            f"a gate on {site.name} would be lost when {merging or 'the network'} merges its layers for deployment "
+            f"(fuse, reparameterize): {f'name {merging}' if merging else 'do that first'}"
+        )
     if preserve:
         try:
             make_identity_(module)
@@ -226,6 +232,13 @@ def _plan(
             )
         norm = tensors_to_scale(f"the factor of the gate after {site.name}", site.host, count)
     return _Plan(site, module, channels, spatial, norm, runs)
+
+
+def _owners(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """Name of each module that the named one is inside of, the innermost first, and the module."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name, model.get_submodule(name)
 
 
 def _example(model: nn.Module, name: str) -> Tensor | None:

@@ -212,7 +212,7 @@ GROUPS = {
 def test_groups_of_convolution_norm_and_activation(name) -> None:
     make, ends = GROUPS[name]
     model = make()
-    assert list(find_groups(model, names_of(model))) == ends
+    assert list(find_groups(model, names_of(model)).ends) == ends
 
 
 @pytest.mark.parametrize("name", [name for name in GROUPS if GROUPS[name][1]])

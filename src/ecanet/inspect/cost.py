@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ecanet.inspect.observe import evaluating, example_tensor, gates, observing
+from ecanet.inspect.observe import evaluating, example_tensor, gates, observing, without_hooks_on_all_modules
 from ecanet.nn import ECA, ECANS, SE, Gate, SEGroup, SEVar2
 
 
@@ -75,7 +75,9 @@ def multiply_adds(model: nn.Module, input_shape: Sequence[int]) -> int:
     example = example_tensor(model)
     cuda_devices = [example.device] if example.device.type == "cuda" else []
     counter = FlopCounterMode(display=False)
-    with torch.random.fork_rng(devices=cuda_devices), evaluating(model), observing(model, see), counter:
+    rng = torch.random.fork_rng(devices=cuda_devices)
+    # The counter hooks all modules, for which gates would call their layers.
+    with rng, evaluating(model), observing(model, see), counter, without_hooks_on_all_modules():
         model(example.new_zeros(input_shape))
     return counter.get_total_flops() // 2 + extra
 
@@ -95,6 +97,8 @@ def check_input_shape(input_shape: object) -> None:
 
 def elementwise_products(gate: Gate) -> int:
     """Multiply-adds a sample inside the gate that are no matrix product, so that the flop counter does not see them."""
+    if gate.maths() is None:  # its layers are called and counted
+        return 0
     if isinstance(gate, ECA | ECANS):
         return gate.kernel_size * gate.channels
     if isinstance(gate, SEVar2):

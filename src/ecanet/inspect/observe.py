@@ -1,5 +1,7 @@
 """Watch the gates of a model while it runs, and leave the model as it was."""
 
+import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -7,8 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules import module as calls
 
 from ecanet.nn import Gate
+from ecanet.nn.hung import run_gate
 
 
 def gates(model: nn.Module) -> dict[str, Gate]:
@@ -30,6 +35,37 @@ def example_tensor(model: nn.Module) -> Tensor:
     return next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
 
 
+def twin_of(model: nn.Module) -> nn.Module:
+    """A copy of a network's modules on the same tensors, without the hooks that somebody put on their calls.
+
+    What a run keeps or counts stays in the copy; hooks need not be such that they can be copied.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        own = vars(module)
+        for t in (*module._parameters.values(), *module._buffers.values(), *own.values()):
+            if isinstance(t, Tensor):
+                memo[id(t)] = t
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            hooks = own[name]
+            memo[id(hooks)] = OrderedDict((key, hook) for key, hook in hooks.items() if hook is run_gate)
+    return copy.deepcopy(model, memo)
+
+
+@contextmanager
+def without_hooks_on_all_modules() -> Iterator[None]:
+    """Hooks that somebody registered for the calls of all modules do not run meanwhile."""
+    registries = [calls._global_forward_pre_hooks, calls._global_forward_hooks]
+    kept = [dict(registry) for registry in registries]
+    for registry in registries:
+        registry.clear()
+    try:
+        yield
+    finally:
+        for registry, hooks in zip(registries, kept, strict=True):
+            registry.update(hooks)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run the model in eval mode without gradients, then give every module its own mode back."""
@@ -41,6 +77,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def running_without_data(twin: nn.Module) -> Iterator[None]:
+    """Calls in it compute shapes alone, in eval mode; they run no hook of others and draw no random number."""
+    with (
+        evaluating(twin),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        torch.random.fork_rng(devices=[]),
+        without_hooks_on_all_modules(),
+    ):
+        yield
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ecanet.nn import fused
-from ecanet.nn.gate import Gate, LinearGate, is_hooked
+from ecanet.nn.gate import Gate, LinearGate, call_on_means, is_plain, is_zero
 from ecanet.nn.kernel_size import adaptive_kernel_size, check_channels, check_kernel_size
 from ecanet.ops import reference
 
@@ -48,8 +48,8 @@ class ECA(_BandGate):
 
     The weight is ``conv.weight`` of shape ``(1, 1, k)``, the key and shape of the official ``eca_layer``, of timm's
     ``EcaModule`` and (with ``circular=True``) ``CecaModule``, and of the ``ECA(c1, c2, k_size)`` that YOLO users
-    paste (:meth:`from_yolo`): state dicts load both ways. ``conv`` holds the weight and is called only where a forward
-    hook is on it, as :mod:`torch.nn.utils.prune` puts one there.
+    paste (:meth:`from_yolo`): state dicts load both ways. The weight of ``conv`` is read as long as ``conv`` is exactly
+    the layer that is made here; one that is hooked, pruned, adapted, sharded, quantised or replaced is called.
 
     Args:
         channels: Number of channels C.
@@ -89,6 +89,7 @@ class ECA(_BandGate):
         k = self.kernel_size
         padding_mode: Literal["circular", "zeros"] = "circular" if circular else "zeros"
         self.conv = nn.Conv1d(1, 1, k, padding=(k - 1) // 2, padding_mode=padding_mode, bias=False)
+        self._as_built = (1, 1, k), (1,), ((k - 1) // 2,), (1,), padding_mode
 
     @classmethod
     def from_yolo(cls, c1: int, c2: int | None = None, k_size: int = 3) -> "ECA":
@@ -113,17 +114,41 @@ class ECA(_BandGate):
 
     def logits(self, s: Tensor) -> Tensor:
         """The 1-D convolution over the channels, ``(N, C)`` to ``(N, C)``."""
-        if is_hooked(self.conv):
-            return self.conv(s.to(self.conv.weight.dtype).unsqueeze(1)).squeeze(1).to(s.dtype)
-        return reference.band(s, self.conv.weight, self.circular)
+        conv = self.conv
+        if self._reads(conv):
+            return reference.band(s, conv.weight, self.circular)
+        return call_on_means(lambda means: conv(means.unsqueeze(1)).squeeze(1), s, conv)
 
-    def maths(self) -> fused.GateMaths:
-        """The kernels know ECA's gate and its derivative, unless a subclass changes it."""
-        conv = self.conv  # found once: a module's attributes take as long as a small map
-        changed = type(self).gate is not Gate.gate or type(self).logits is not ECA.logits
-        if changed or is_hooked(conv):
+    def _reads(self, conv: nn.Module) -> bool:
+        """Whether the weight of ``conv`` is all there is to it."""
+        shape, stride, padding, dilation, padding_mode = self._as_built
+        own = conv.__dict__
+        return (
+            is_plain(conv, nn.Conv1d, shape)
+            and own["stride"] == stride
+            and own["padding"] == padding
+            and own["dilation"] == dilation
+            and own["padding_mode"] == padding_mode
+        )
+
+    def maths(self) -> fused.GateMaths | None:
+        """The kernels know ECA's gate and its derivative, unless somebody changes it."""
+        own, cls = self.__dict__, type(self)
+        conv = own["_modules"].get("conv")  # a module's attributes take as long as a small map
+        changed = cls.gate is not Gate.gate or cls.logits is not ECA.logits
+        if changed or "logits" in own or "gate" in own:
             return super().maths()
-        return fused.GateMaths(self.gate, (conv.weight,), True, self.circular, self.factor)
+        if not self._reads(conv):
+            return None
+        return fused.GateMaths(self.gate, (conv._parameters["weight"],), True, self.circular, self.factor)
+
+    def weights_on_means(self) -> tuple[Tensor, ...]:
+        """The kernel."""
+        return (self.conv.weight,) if self._reads(self.conv) else ()
+
+    def is_neutral(self) -> bool:
+        """Whether the kernel is 0."""
+        return is_zero(self.conv, nn.Conv1d)
 
 
 class ECANS(_BandGate):

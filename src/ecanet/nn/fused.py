@@ -44,7 +44,8 @@ class _Kernels:
 _kernels = _Kernels()
 # By their own names: what is looked up on the way to a small map takes as long as the map.
 _is_tracing, _are_transforms_active = torch._C._is_tracing, torch._C._are_functorch_transforms_active
-_PLAIN_TENSORS = (Tensor, nn.Parameter)
+#: Tensors that are what they seem: no shard, no quantised weight, nothing with operations of its own.
+PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 class Norm(NamedTuple):
@@ -105,7 +106,7 @@ def kernels_run(x: Tensor, empty: bool = False) -> bool:
     return (
         not is_compiling()
         and not _is_tracing()
-        and type(x) in _PLAIN_TENSORS
+        and type(x) in PLAIN_TENSORS
         and x.layout is torch.strided
         and backend.choose(x) != "reference"
         and 2 <= x.dim() <= 5
@@ -138,6 +139,11 @@ def called_differently(module: nn.Module, known_hooks: int = 0) -> bool:
         or "forward" in module.__dict__
         or _has_any_global_hook()
     )
+
+
+def is_identity(module: nn.Module | None) -> bool:
+    """Whether a module may as well not be called: it returns its input, and nobody looks on."""
+    return module is None or (type(module) is nn.Identity and not called_differently(module))
 
 
 def formula(x: Tensor, norm: Norm, gate: GateMaths, residual: Tensor | None) -> Tensor:
@@ -352,6 +358,8 @@ def update_running_statistics(norm: Any, mean: Tensor, var: Tensor, count: int |
                 momentum = 1.0 / norm.num_batches_tracked.to(mean.dtype)
         if momentum is None:  # torch takes this one, too
             momentum = 0.0
+        if norm._buffers.get("running_mean") is None:  # somebody took them away: torch counts the batch, and trains
+            return None
         by_kernel = (mean.is_cuda or backend.current() == "triton") and not is_compiling()
         # Numbers reach a Triton kernel in float32, too few digits for statistics in float64.
         by_kernel = by_kernel and mean.dtype is torch.float32
@@ -404,7 +412,8 @@ class _Tail(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        _refuse_a_second_derivative()
+        if torch.is_grad_enabled():  # create_graph=True
+            return _differentiable_backward(ctx, grad)
         x, for_act, weight, bias, means, mean, var, a, g, scale, shift, *parameters = ctx.saved_tensors
         gate, act = ctx.gate, ctx.act
         needs_x, needs_residual = ctx.needs_input_grad[:2]
@@ -458,7 +467,8 @@ class _NormOfNothing(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_a_second_derivative()
+        if torch.is_grad_enabled():
+            raise _no_second_derivative("tail", _OTHER_PROCESSES)
         zeros, *parameters = ctx.saved_tensors
         needs_x, *needed = ctx.needs_input_grad[:3]
         if needs_x:
@@ -467,12 +477,85 @@ class _NormOfNothing(torch.autograd.Function):
         return grad if needs_x else None, *small, None
 
 
-def _refuse_a_second_derivative() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "the fused tail of norm, gate, residual and activation cannot be differentiated twice "
-            "(create_graph=True): run the forward pass under ecanet.backend('reference')"
+def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """The backward in operations that can be differentiated again: through the formulas in plain PyTorch.
+
+    Raises:
+        RuntimeError: the tail shares its statistics with other processes, or its gate cannot be called once more.
+    """
+    x, for_act, weight, bias, _, mean, var, _, g, _, _, *parameters = ctx.saved_tensors
+    norm, gate, act = ctx.norm, ctx.gate, ctx.act
+    if norm is not None and norm.group is not None:
+        raise _no_second_derivative("tail", _OTHER_PROCESSES)
+    residual, code = for_act, act
+    if reference.ACTS[act] in ("relu", "relu6"):  # whose slope is constant around out: nothing to differentiate
+        blocked = for_act <= 0 if reference.ACTS[act] == "relu" else (for_act <= 0) | (for_act >= 6)
+        grad, residual, code = grad.masked_fill(blocked, 0), None, 0
+    elif act == 0:
+        residual = None
+    # Aliases: one of these may be computed from another, and what is asked for is how out depends on each alone.
+    x = x.view_as(x)
+    residual, weight, bias = (None if t is None else t.view_as(t) for t in (residual, weight, bias))
+    parameters = [t.view_as(t) for t in parameters]
+    with torch.autocast(x.device.type, enabled=False):
+        means, m2 = reference.moments(x)
+        if ctx.count is not None:  # statistics of the batch
+            mean = means.mean(0)
+            var = (m2 / x.shape[2:].numel() + (means - mean).square()).mean(0)
+        s, a, b = reference.normalise(means, mean, var, weight, bias, 0.0 if norm is None else norm.eps)
+        if gate is not None:
+            gates = _gate_again(gate, s, parameters, g, "gate" if norm is None else "tail").to(s.dtype)
+            a, b = gates * a, gates * b
+        out = reference.apply(x, a.expand_as(s), None if norm is None else b.expand_as(s), residual, code)
+    inputs = [x, residual, weight, bias, *parameters]
+    needed = [*ctx.needs_input_grad[:4], *ctx.needs_input_grad[7:]]
+    wanted = [t for t, needs in zip(inputs, needed, strict=True) if needs and t is not None]
+    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True) if wanted else ())
+    grads = [next(found) if needs and t is not None else None for t, needs in zip(inputs, needed, strict=True)]
+    if any(needs and g is None for needs, g in zip(needed[4:], grads[4:], strict=True)):
+        raise _no_second_derivative(
+            "gate" if norm is None else "tail", "its gate computes with other weights than its own"
         )
+    if residual is None:
+        grads[1] = grad if ctx.needs_input_grad[1] else None
+    return *grads[:4], None, None, None, *grads[4:]
+
+
+def _gate_again(gate: GateMaths, s: Tensor, parameters: list[Tensor], before: Tensor, what: str) -> Tensor:
+    """The gate once more, in a graph that reaches s and the parameters of the forward pass.
+
+    Raises:
+        RuntimeError: that is another gate than in the forward pass, or calling it leaves a trace.
+    """
+    if gate.band:
+        return torch.sigmoid(reference.band(s, parameters[0], gate.circular)) * gate.factor
+    owner = getattr(gate.function, "__self__", None)
+    modules = list(owner.modules()) if isinstance(owner, nn.Module) else []
+    slots = [(m._parameters, key, p) for m in modules for key, p in m._parameters.items() if p is not None]
+    own = dict.fromkeys(id(p) for _, _, p in slots)
+    if owner is None or len(own) != len(parameters) or any(key != "scale" for key, _ in owner.named_buffers()):
+        raise _no_second_derivative(what, f"its {type(owner).__name__} gate keeps more than weights")
+    now = dict(zip(own, parameters, strict=True))
+    try:
+        for held, key, p in slots:
+            held[key] = now[id(p)]  # type: ignore[assignment]
+        again = gate.function(s)
+    finally:
+        for held, key, p in slots:
+            held[key] = p
+    if not torch.allclose(again.detach().to(before.dtype), before, rtol=1e-3, atol=1e-4, equal_nan=True):
+        raise _no_second_derivative(what, f"its {type(owner).__name__} gate returns something else when called again")
+    return again
+
+
+_OTHER_PROCESSES = "its norm shares statistics with other processes"
+
+
+def _no_second_derivative(what: str, why: str) -> RuntimeError:
+    return RuntimeError(
+        f"this fused {what} cannot be differentiated twice (create_graph=True), for {why}: run its forward pass under "
+        "ecanet.backend('reference')"
+    )
 
 
 def _gate_backward(

@@ -3,6 +3,7 @@
 import math
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -20,9 +21,56 @@ from ecanet.ops import reference
 _HALF_ROUNDING, _ROUNDING = 2.0**-8, 2.0**-11
 
 
-def is_hooked(layer: nn.Module) -> bool:
-    """Whether somebody put a forward hook on a layer that a gate holds for its weights, and does not call else."""
-    return bool(layer._forward_pre_hooks or layer._forward_hooks)
+def is_plain(layer: nn.Module, cls: type[nn.Module], shape: tuple[int, ...]) -> bool:
+    """Whether a layer inside a gate is exactly torch's, so that its weight tells all that calling it would do.
+
+    Adapters, sharding, quantisation, pruning and parametrisation wrap layers, hook them or put another kind of tensor
+    there: such a layer is called, and autograd goes through it as through any module.
+
+    Args:
+        layer: The layer.
+        cls: The class it has to be, no subclass.
+        shape: Of its weight; there is no bias.
+    """
+    if type(layer) is not cls:
+        return False
+    own = layer.__dict__  # every look-up takes a part of a small map's time
+    parameters = own["_parameters"]
+    weight = parameters.get("weight")
+    return (
+        type(weight) in fused.PLAIN_TENSORS
+        and weight.shape == shape
+        and parameters.get("bias") is None
+        and not fused.called_differently(layer)
+        and "bias" not in own
+        and "_conv_forward" not in own
+    )
+
+
+def call_on_means(layers: Callable[[Tensor], Tensor], s: Tensor, like: nn.Module) -> Tensor:
+    """Call layers that are not plain on channel means, in the type of their own weights.
+
+    Args:
+        layers: From what they take to what they return.
+        s: Channel means.
+        like: The first of them, whose floating-point parameters give the type; without any, that of ``s``.
+
+    Returns:
+        In the type of ``s``.
+    """
+    dtype = next((p.dtype for p in like.parameters() if p.is_floating_point()), s.dtype)
+    with reference.no_autocast(s.device.type):
+        return layers(s.to(dtype)).to(s.dtype)
+
+
+def is_zero(layer: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether a linear layer returns zeros whatever it gets, for all that is known of it."""
+    if not isinstance(layer, cls) or type(layer).forward is not cls.forward or "forward" in vars(layer):
+        return False
+    weights: Any = list(layer.parameters())
+    if is_parametrized(layer):
+        weights = [t for t in (layer.weight, layer.bias) if t is not None]
+    return bool(weights) and all(type(t) in fused.PLAIN_TENSORS and not t.any() for t in weights)
 
 
 def check_factor(factor: float) -> float:
@@ -177,13 +225,31 @@ class Gate(nn.Module, ABC):
             TypeError: ``x`` is not floating point.
             ValueError: wrong rank or number of channels, or a spatial size of 0.
         """
-        if fused.kernels_run(x) and x.shape[1] == self.channels:
-            return fused.tail(x, None, self.maths(), None, 0)
+        if fused.kernels_run(x) and x.shape[1] == self.channels and (maths := self.maths()) is not None:
+            return fused.tail(x, None, maths, None, 0)
         return reference.scale(x, self.gate(reference.squeeze(x, self.channels)))
 
-    def maths(self) -> fused.GateMaths:
-        """The gate as the fused kernels see it: a function of the channel means, and the parameters behind it."""
-        return fused.GateMaths(self.gate, tuple(self.parameters()))
+    def maths(self) -> fused.GateMaths | None:
+        """The gate as the fused kernels see it: a function of the channel means, and the parameters behind it.
+
+        None where autograd has to go through the gate itself: what is inside is hooked, sharded or wrapped, or
+        somebody gave this one gate other logits.
+        """
+        if "logits" in self.__dict__ or "gate" in self.__dict__:
+            return None
+        parameters: dict[int, Tensor] = {}  # one that two layers share counts once
+        for module in self.modules():
+            if module is not self and fused.called_differently(module):
+                return None
+            for parameter in module._parameters.values():
+                if parameter is None:
+                    continue
+                if type(parameter) not in fused.PLAIN_TENSORS:
+                    return None
+                parameters[id(parameter)] = parameter
+        if not parameters and any(_has_weights_aside(module) for module in self.modules()):
+            return None
+        return fused.GateMaths(self.gate, tuple(parameters.values()))
 
     @torch.no_grad()
     def make_neutral_(self) -> float:
@@ -255,7 +321,17 @@ class Gate(nn.Module, ABC):
         """
         if any(weight.is_meta for weight in self.parameters()) or not self.is_neutral():
             return None
-        return 0.5 * self.factor
+        cls, own = type(self), vars(self)
+        judge: Any = next(c for c in cls.__mro__ if "is_neutral" in vars(c))
+        of_judge = (judge.gate, cls.logits if judge.logits is Gate.logits else judge.logits)
+        if of_judge == (cls.gate, cls.logits) and "gate" not in own and "logits" not in own:
+            return 0.5 * self.factor
+        # Somebody computes something else from these weights: what, shows.
+        like = next(iter((*self.parameters(), *self.buffers())))
+        with torch.no_grad():
+            means = torch.linspace(-2, 2, 2 * self.channels, dtype=like.dtype, device=like.device)
+            g = self.gate(means.reshape(2, -1))
+        return float(g[0, 0]) if bool((g == g[0, 0]).all()) else None
 
     def is_neutral(self) -> bool:
         """Whether the weights are such as :meth:`make_neutral_` sets them."""
@@ -345,6 +421,11 @@ class ResetWithGate:
         """Draw the layer's weights as ever, and make the gate 1 again."""
         type(self.layer).reset_parameters(self.layer)  # type: ignore[attr-defined]
         self.gate.make_identity_()
+
+
+def _has_weights_aside(module: nn.Module) -> bool:
+    """Whether a module has a weight that is not registered: FullyShardedDataParallel puts views of its own there."""
+    return any(isinstance(t, Tensor) and t.requires_grad for t in vars(module).values())
 
 
 def _version(t: Tensor) -> float:

@@ -2,13 +2,21 @@
 
 The gate is the module's child ``gate``, and a forward hook calls it, so every key of the network stays and the gate's
 are ``NAME.gate.*``. The hook is a function of this file and finds the gate through its module: copies and pickles of
-the network work. Where somebody builds a BatchNorm anew and hands its children on, as
-:meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` does, the gate hangs itself on the new one.
+the network work.
+
+Tools that take networks apart do not know of it, so no gate is lost in silence: where another module is registered in
+the place of one that carries a gate, as timm's ``freeze_batch_norm_2d`` does, the gate hangs on that one from then on;
+where somebody builds a BatchNorm anew and hands its children on, as
+:meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` does, it hangs itself on the new one; and torch's functions that
+merge a norm into the layer before it refuse.
 """
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import Any
 
+import torch.nn.utils.fusion
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -24,7 +32,13 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 def run_gate(host: nn.Module, args: Any, output: Any) -> Any:
     """The forward hook: what the module returns, scaled."""
-    return host._modules[GATE](output)  # type: ignore[misc]
+    gate = host._modules.get(GATE)
+    if gate is None:
+        raise RuntimeError(
+            f"a {type(host).__name__} took over the hook of a module that a gate hung on, and not the gate: whatever "
+            "rebuilt the module would have dropped it; remove_gates_ before, and insert_gates_ afterwards"
+        )
+    return gate(output)
 
 
 def hang_(host: nn.Module, gate: nn.Module) -> None:
@@ -38,8 +52,54 @@ def hang_(host: nn.Module, gate: nn.Module) -> None:
     if hasattr(host, GATE):
         raise ValueError(f"a {type(host).__name__} with an attribute {GATE!r} of its own cannot take one: wrap it")
     host.register_module(GATE, gate)
-    host.register_forward_hook(run_gate)
+    if run_gate not in host._forward_hooks.values():  # a gate that hung elsewhere may have hung itself here
+        host.register_forward_hook(run_gate)
     setattr(gate, HANGS, True)
+
+
+def _hand_on_the_gate(parent: nn.Module, name: str, new: nn.Module | None) -> None:
+    """What takes the place of a host gets its gate, unless it brings one, or the host itself."""
+    if new is None:
+        return
+    if type(parent).__module__.startswith("torch.ao.nn.") and hung_gate(new) is not None:
+        raise _would_be_lost(type(new).__name__, f"torch.ao's {type(parent).__name__}")
+    old = parent.__dict__["_modules"].get(name)
+    if old is None or old is new or (gate := hung_gate(old)) is None:
+        return
+    if not any(module in (old, gate) or hung_gate(module) is not None for module in new.modules()):
+        hang_(new, gate)
+
+
+register_module_module_registration_hook(_hand_on_the_gate)
+
+
+def _would_be_lost(host: str, tool: str) -> ValueError:
+    return ValueError(
+        f"a gate hangs on the {host} that {tool} merges with the layer before it, and would be lost: "
+        "optimize_for_inference merges them and keeps the gate, remove_gates_ takes it out"
+    )
+
+
+def refuses_gates(merge: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """A function that makes one layer of a layer and a norm, so that it raises where a gate hangs on either."""
+
+    @wraps(merge)
+    def merge_without_gates(layer: nn.Module, norm: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        for module in (layer, norm):
+            if hung_gate(module) is not None:
+                raise _would_be_lost(type(module).__name__, merge.__name__)
+        return merge(layer, norm, *args, **kwargs)
+
+    return merge_without_gates
+
+
+#: Who has these functions of torch under their own names, if they were imported already.
+_BORROWERS = ("torch.nn.utils.fusion", "torch.nn.utils", "torch.fx.experimental.optimization")
+for _name in ("fuse_conv_bn_eval", "fuse_linear_bn_eval"):
+    _merge: Callable[..., nn.Module] = getattr(torch.nn.utils.fusion, _name)
+    for _borrower in _BORROWERS:
+        if getattr(sys.modules.get(_borrower), _name, None) == _merge:
+            setattr(sys.modules[_borrower], _name, refuses_gates(_merge))
 
 
 def _hang_on_the_new_host(host: nn.Module, name: str, gate: nn.Module | None) -> None:

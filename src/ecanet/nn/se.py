@@ -4,9 +4,9 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
-from ecanet.nn.gate import Gate, LinearGate, is_hooked
+from ecanet.nn import fused
+from ecanet.nn.gate import Gate, LinearGate, call_on_means, is_plain, is_zero
 from ecanet.nn.kernel_size import check_channels
 from ecanet.ops import reference
 
@@ -14,8 +14,8 @@ from ecanet.ops import reference
 class SE(Gate):
     """Squeeze-and-Excitation: ``sigmoid(W2 relu(W1 s))`` (Eq. 1, 2). 2 C^2 / r parameters, no biases.
 
-    ``fc1`` and ``fc2`` hold the weights and are called only where a forward hook is on them, as
-    :mod:`torch.nn.utils.prune` puts one there.
+    The weights of ``fc1`` and ``fc2`` are read as long as both are exactly the layers that are made here; layers that
+    are hooked, pruned, adapted, sharded, quantised or replaced are called.
 
     Args:
         channels: Number of channels C.
@@ -48,10 +48,27 @@ class SE(Gate):
 
     def logits(self, s: Tensor) -> Tensor:
         """Two fully connected layers with a ReLU between them, ``(N, C)`` to ``(N, C)``."""
-        if is_hooked(self.fc1) or is_hooked(self.fc2):
-            return self.fc2(torch.relu(self.fc1(s.to(self.fc1.weight.dtype)))).to(s.dtype)
-        hidden = torch.relu(reference.grouped_linear(s, self.fc1.weight.unsqueeze(0)))
-        return reference.grouped_linear(hidden, self.fc2.weight.unsqueeze(0))
+        fc1, fc2 = self.fc1, self.fc2
+        if not self._reads(fc1, fc2):
+            return call_on_means(lambda means: fc2(torch.relu(fc1(means))), s, fc1)
+        hidden = torch.relu(reference.grouped_linear(s, fc1.weight.unsqueeze(0)))
+        return reference.grouped_linear(hidden, fc2.weight.unsqueeze(0))
+
+    def _reads(self, fc1: nn.Module, fc2: nn.Module) -> bool:
+        """Whether the weights of the layers are all there is to them."""
+        hidden = max(1, self.channels // self.reduction)
+        return is_plain(fc1, nn.Linear, (hidden, self.channels)) and is_plain(fc2, nn.Linear, (self.channels, hidden))
+
+    def maths(self) -> fused.GateMaths | None:
+        """The two weights, unless somebody changes the gate."""
+        own, cls = self.__dict__, type(self)
+        changed = cls.gate is not Gate.gate or cls.logits is not SE.logits
+        if changed or "logits" in own or "gate" in own:
+            return super().maths()
+        fc1, fc2 = own["_modules"].get("fc1"), own["_modules"].get("fc2")
+        if not self._reads(fc1, fc2):
+            return None
+        return fused.GateMaths(self.gate, (fc1._parameters["weight"], fc2._parameters["weight"]))
 
     @torch.no_grad()
     def make_neutral_(self) -> float:
@@ -62,11 +79,11 @@ class SE(Gate):
 
     def weights_on_means(self) -> tuple[Tensor, ...]:
         """W1: a ReLU follows it, which multiplies as it does."""
-        return () if is_parametrized(self.fc1) else tuple(self.fc1.parameters())
+        return (self.fc1.weight,) if self._reads(self.fc1, self.fc2) else ()
 
     def is_neutral(self) -> bool:
         """Whether W2 = 0."""
-        return not any(weight.any() for weight in self.fc2.parameters())
+        return is_zero(self.fc2, nn.Linear)
 
     def _arguments(self) -> list[str]:
         return [f"{self.channels}", f"reduction={self.reduction}"]

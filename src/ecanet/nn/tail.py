@@ -188,7 +188,7 @@ def maths_of_gate(gate: nn.Module | None, x: Tensor) -> fused.GateMaths | None:
     """What the kernels need of the gate, or None for one to be called."""
     if not isinstance(gate, Gate) or type(gate).forward is not Gate.forward or fused.called_differently(gate):
         return None
-    return gate.maths() if gate.channels == x.shape[1] else None
+    return gate.maths() if gate.channels == x.shape[1] else None  # None, too, for one that autograd has to go through
 
 
 def _maths(
@@ -215,7 +215,12 @@ def maths_of_norm(norm: nn.Module | None, x: Tensor, known_hooks: int = 0) -> fu
     norm._check_input_dim(x)
     if norm.num_features != x.shape[1] or not _types_go_together(norm, x):
         return None
-    if not norm.training and norm.running_mean is not None:
+    buffers = norm._buffers
+    if (buffers.get("running_mean") is None) != (buffers.get("running_var") is None) or (
+        buffers.get("num_batches_tracked") is None and norm.track_running_stats and type(norm) is nn.SyncBatchNorm
+    ):
+        return None  # torch says what it makes of some without the others
+    if not norm.training and buffers.get("running_mean") is not None:
         return _given_statistics(norm)
     group = _process_group(norm)
     if group is None and x.numel() == x.shape[1]:  # torch says what is wrong with one value a channel
@@ -227,13 +232,15 @@ def _is_plain_of_timm(norm: nn.Module) -> bool:
     """Whether it is timm's BatchNorm with room for an activation, and has none."""
     if type(norm).__qualname__ != "BatchNormAct2d" or not type(norm).__module__.startswith("timm."):
         return False
-    return isinstance(norm.act, nn.Identity) and isinstance(norm.drop, nn.Identity)
+    return all(fused.is_identity(norm._modules.get(name)) for name in ("drop", "act"))
 
 
 def _types_go_together(norm: Any, x: Tensor) -> bool:
     """Whether torch, too, takes a norm of that type for x; the norm itself says what is wrong."""
     types = (x.dtype, reference.accumulation_dtype(x.dtype))
-    return all(t is None or t.dtype in types for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
+    buffers = norm._buffers  # a look-up in which takes a part of an attribute's time
+    tensors = (norm.weight, norm.bias, buffers.get("running_mean"), buffers.get("running_var"))
+    return all(t is None or t.dtype in types for t in tensors)
 
 
 def _given_statistics(norm: Any) -> fused.Norm:

@@ -1,9 +1,12 @@
 """timm's attention as gates of this library: the same parameters and keys, in the fused tail."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ecanet.nn import ECA, Gate
 from ecanet.nn.fused import called_differently
+from ecanet.nn.gate import is_plain
 from ecanet.nn.norms import qualified_name
 from ecanet.ops import reference
 
@@ -53,10 +56,16 @@ def as_gate(attention: nn.Module, channels: int | None) -> nn.Module:
 
 
 def _eca(attention: nn.Module, channels: int) -> ECA | None:
-    weight, bias = (attention.get_submodule("conv")._parameters.get(name) for name in ("weight", "bias"))
-    experiment = bias is not None or getattr(attention, "conv2", None) is not None
-    if weight is None or experiment or type(attention.get_submodule("gate")).__name__ != "Sigmoid":
+    conv: Any = attention.get_submodule("conv")
+    experiment = getattr(attention, "conv2", None) is not None
+    if experiment or not isinstance(conv, nn.Conv1d) or type(attention.get_submodule("gate")).__name__ != "Sigmoid":
         return None
-    eca = ECA(channels, weight.shape[-1], circular=type(attention).__name__ == "CecaModule")
-    eca.conv.weight = weight
+    k = conv.kernel_size[0]
+    if not is_plain(conv, nn.Conv1d, (1, 1, k)):
+        return None
+    circular = type(attention).__name__ == "CecaModule"  # which pads before the convolution
+    if (conv.stride, conv.padding, conv.dilation) != ((1,), (0 if circular else (k - 1) // 2,), (1,)):
+        return None
+    eca = ECA(channels, k, circular=circular)
+    eca.conv.weight = conv.weight
     return eca

@@ -24,6 +24,7 @@ from ecanet.surgery.layers import (
     out_channels,
     resolve,
 )
+from ecanet.surgery.traces import MULTIPLICATIONS, ancestors_in, factor_in, looks_like_attention, trace
 
 #: Where the branch of a block ends, by the class of the block: for what adds no residual, or not always.
 BLOCKS: dict[str, str] = {
@@ -51,7 +52,7 @@ WIDER = ("torchvision.models.shufflenetv2.InvertedResidual",)
 
 _ADDITIONS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
 #: What is scaled channel by channel, or dropped at random, is a branch still.
-_SCALINGS: tuple[Any, ...] = (operator.mul, operator.imul, torch.mul, "mul", "mul_", F.dropout, F.dropout2d)
+_SCALINGS: tuple[Any, ...] = (*MULTIPLICATIONS, F.dropout, F.dropout2d)
 
 
 class Branch(NamedTuple):
@@ -68,22 +69,6 @@ class Branch(NamedTuple):
     end: str
     channels: int | None
     why_not: str | None = None
-
-
-class ChildrenAsTheyAre(fx.Tracer):
-    """Traces the code of one module; its children are not looked into."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Always."""
-        return True
-
-
-def trace(module: nn.Module) -> fx.Graph | str:
-    """The graph of one module's own code, or why there is none."""
-    try:
-        return ChildrenAsTheyAre().trace(module)
-    except Exception as error:  # whatever the module's code does with a proxy
-        return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def find_blocks(model: nn.Module) -> tuple[list[Branch], dict[str, str]]:
@@ -105,6 +90,8 @@ def _search(module: nn.Module, name: str, found: list[Branch], untraced: dict[st
     if module in seen or is_attention(module) or not count_convolutions(module) or merges_branches(module):
         return
     seen.add(module)
+    if name and looks_like_attention(module):
+        return
     if (cls := class_with_forward(module)) in BLOCKS:
         found.append(_known_block(module, name, BLOCKS[cls]))
         return
@@ -131,8 +118,9 @@ def _branch(block: str, end: nn.Module, end_name: str, channels: int | None = No
     while isinstance(last, nn.Sequential) and not is_empty(last):
         key = next(key for key, child in reversed(last._modules.items()) if not is_empty(child))
         last, last_name = last.get_submodule(key), f"{last_name}.{key}"
-    if is_attention(last):
-        reason = f"the block has attention there, {last_name} ({type(last).__name__}): replace_gates_ swaps it"
+    if looks_like_attention(last):
+        remedy = "replace_gates_ swaps it" if is_attention(last) else "name the module before it"
+        reason = f"the block has attention there, {last_name} ({type(last).__name__}): {remedy}"
         return Branch(block, last_name, channels, reason)
     norm, norm_name = _last_norm(end, end_name)
     return Branch(block, norm_name, channels) if norm is not None else Branch(block, end_name, channels)
@@ -168,9 +156,7 @@ def _returned_child(module: nn.Module) -> str | None:
 
 
 def _residual_branches(module: nn.Module, name: str, graph: fx.Graph) -> Iterator[Branch]:
-    ancestors: dict[fx.Node, set[fx.Node]] = {}
-    for node in graph.nodes:
-        ancestors[node] = {node}.union(*(ancestors[source] for source in node.all_input_nodes))
+    ancestors = ancestors_in(graph)
     additions = {
         node: pair for node in graph.nodes if (pair := _branch_and_shortcut(module, node, ancestors)) is not None
     }
@@ -212,14 +198,18 @@ def _end_of(module: nn.Module, name: str, node: fx.Node) -> Branch:
     while True:
         if node.op == "call_module":
             child = module.get_submodule(str(node.target))
-            if sum(n.op == "call_module" and n.target == node.target for n in node.graph.nodes) > 1:
-                reason = f"its branch ends in {node.target}, which it calls several times: name another module"
-                return Branch(name, prefix + str(node.target), None, reason)
+            several = sum(n.op == "call_module" and n.target == node.target for n in node.graph.nodes) > 1
             if not is_transparent(child):
+                if several:
+                    reason = f"its branch ends in {node.target}, which it calls several times: name another module"
+                    return Branch(name, prefix + str(node.target), None, reason)
                 return _branch(name, child, prefix + str(node.target), _channels_before(module, node))
-            passed = str(node.target)
+            passed = passed if several else str(node.target)
         elif node.target not in _SCALINGS:
             break
+        if factor_in(module, node, ancestors_in(node.graph)) is not None:
+            reason = "its branch ends in attention that its own code applies: name the module before that"
+            return Branch(name, name, None, reason)
         tensors = [source for source in node.all_input_nodes if source.op != "get_attr" and not _is_weight(source)]
         if len(tensors) != 1:
             break

@@ -11,6 +11,7 @@ from ecanet.surgery.attention import as_gate
 from ecanet.surgery.checks import check_model
 from ecanet.surgery.layers import out_channels, resolve
 from ecanet.surgery.report import Report, Row
+from ecanet.surgery.undo import all_or_nothing
 
 
 class Tail(NamedTuple):
@@ -91,33 +92,39 @@ def fuse_tails_(model: nn.Module) -> Report:
     notes: list[str] = []
     replaced: dict[str, nn.Module] = {}
     already = 0
-    for name, block in list(model.named_modules()):
-        cls = qualified_name(type(block))
-        already += cls in fused_already
-        tail = FUSED.get(cls)
-        if tail is None:
-            continue
-        if "forward" in vars(block):
-            notes.append(f"left out: {name} has a forward of its own")
-            continue
-        norm_name, norm = resolve(block, tail.norm)
-        gate = hung_gate(norm)
-        if tail.attention is not None:
-            own = getattr(block, tail.attention, None)
-            gate = own if gate is None and own is not None else gate
-            if own is not None and (adopted := as_gate(own, out_channels(norm))) is not own:
-                replaced[f"{name}.{tail.attention}"] = own
-                block.register_module(tail.attention, adopted)
-                gate = adopted
-            elif not hasattr(block, tail.attention):
-                block.register_module(tail.attention, None)
-        module_name, _, class_name = tail.fused.rpartition(".")
-        block.__class__ = getattr(importlib.import_module(module_name), class_name)
-        where = f"{name}.{norm_name}" if name else norm_name
-        rows.append(Row(name, "" if gate is None else type(gate).__name__, where, out_channels(norm)))
+    with all_or_nothing(model):
+        for name, block in list(model.named_modules()):
+            cls = qualified_name(type(block))
+            already += cls in fused_already
+            tail = FUSED.get(cls)
+            if tail is None:
+                continue
+            if "forward" in vars(block):
+                notes.append(f"left out: {name} has a forward of its own")
+            else:
+                rows.append(_fuse_(name, block, tail, replaced))
     if not rows and not already:
         known = ", ".join(block.removeprefix("torchvision.models.").replace(".models", "") for block in FUSED)
         raise ValueError(f"{type(model).__name__} has no block that has a fused tail (known: {known})")
     if already:
         notes.append(f"{already} blocks run on the fused tail already")
     return Report("fused", tuple(rows), tuple(notes), replaced)
+
+
+def _fuse_(name: str, block: nn.Module, tail: Tail, replaced: dict[str, nn.Module]) -> Row:
+    """Give one block its fused class; its own attention that a gate takes the place of goes into ``replaced``."""
+    norm_name, norm = resolve(block, tail.norm)
+    gate = hung_gate(norm)
+    if tail.attention is not None:
+        own = getattr(block, tail.attention, None)
+        gate = own if gate is None and own is not None else gate
+        if own is not None and (adopted := as_gate(own, out_channels(norm))) is not own:
+            replaced[f"{name}.{tail.attention}"] = own
+            block.register_module(tail.attention, adopted)
+            gate = adopted
+        elif not hasattr(block, tail.attention):
+            block.register_module(tail.attention, None)
+    module_name, _, class_name = tail.fused.rpartition(".")
+    block.__class__ = getattr(importlib.import_module(module_name), class_name)
+    where = f"{name}.{norm_name}" if name else norm_name
+    return Row(name, "" if gate is None else type(gate).__name__, where, out_channels(norm))

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+from timm.layers import ConvNormAct, DropPath
 from timm.models import _efficientnet_blocks, regnet, resnet
 from torch import Tensor, nn
 
 from ecanet.nn import conv_norm_gate_add_act, norm_gate_add_act
+from ecanet.nn.fused import called_differently, is_identity
 
 
 def _end(
@@ -19,10 +21,15 @@ def _end(
 ) -> Tensor:
     """Convolution, norm, gate, addition and activation, with what is dropped at random between them."""
     drop = getattr(block, "drop_path", None)
-    if residual is None or drop is None or isinstance(drop, nn.Identity) or not block.training:
+    if residual is None or drop is None or _drops_nothing(drop):
         return conv_norm_gate_add_act(x, conv, norm, gate, residual, act)
     x = drop(norm_gate_add_act(conv(x), norm, gate)) + residual
     return x if act is None else act(x)
+
+
+def _drops_nothing(drop: nn.Module) -> bool:
+    inactive = type(drop) is DropPath and not (drop.training and drop.drop_prob) and not called_differently(drop)
+    return inactive or is_identity(drop)
 
 
 class FusedBasicBlock(resnet.BasicBlock):
@@ -43,7 +50,7 @@ class FusedBottleneck(resnet.Bottleneck):
         """``(N, C_in, H, W)`` to ``(N, C_out, H / stride, W / stride)``."""
         out = norm_gate_add_act(self.conv1(x), self.bn1, act=self.act1)
         out = self.conv2(out)
-        if isinstance(self.drop_block, nn.Identity):
+        if is_identity(self.drop_block):
             out = norm_gate_add_act(out, self.bn2, act=self.act2)
         else:
             out = self.act2(self.drop_block(self.bn2(out)))
@@ -57,9 +64,12 @@ class FusedRegNetBottleneck(regnet.Bottleneck):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C_in, H, W)`` to ``(N, C_out, H / stride, W / stride)``."""
+        last = self.conv3
+        if type(last) is not ConvNormAct or called_differently(last) or not is_identity(getattr(last, "aa", None)):
+            return super().forward(x)
         out = self.se(self.conv2(self.conv1(x)))
         residual = None if self.downsample is None else self.downsample(x)
-        return _end(self, out, self.conv3.conv, self.conv3.bn, None, residual, self.act3)
+        return _end(self, out, last.conv, last.bn, None, residual, self.act3)
 
 
 class FusedDepthwiseSeparableConv(_efficientnet_blocks.DepthwiseSeparableConv):

@@ -6,16 +6,19 @@ from torch import Tensor, nn
 from torchvision.models.efficientnet import FusedMBConv, MBConv
 from torchvision.models.mobilenetv3 import InvertedResidual
 from torchvision.models.regnet import ResBottleneckBlock
+from torchvision.ops import StochasticDepth
 
 from ecanet.nn import conv_norm_gate_add_act
-from ecanet.nn.fused import called_differently
+from ecanet.nn.fused import called_differently, is_identity
 from ecanet.nn.norms import is_norm
 
 
 def _linear_end(*sequences: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     """Convolution and norm at the end of nested sequences, the outermost first, or None where they are called else."""
-    last = list(sequences[-1].children())
-    if any(called_differently(sequence) for sequence in sequences) or len(last) != 2 or not is_norm(last[1]):
+    last = list(sequences[-1]._modules.values())
+    if any(called_differently(s) or not isinstance(s, nn.Sequential) for s in sequences):
+        return None
+    if len(last) != 2 or last[0] is None or last[1] is None or not is_norm(last[1]):
         return None
     return last[0], last[1]
 
@@ -25,7 +28,7 @@ class FusedResBottleneckBlock(ResBottleneckBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C_in, H, W)`` to ``(N, C_out, H / stride, W / stride)``."""
-        *layers, last = self.f.children()
+        *layers, last = self.f
         end = _linear_end(self.f, last)
         if end is None:
             return super().forward(x)
@@ -37,15 +40,20 @@ class FusedResBottleneckBlock(ResBottleneckBlock):
 
 def _inverted(block: Any, x: Tensor) -> Tensor | None:
     """The branch of an inverted residual and its addition, or None where the block has to do it itself."""
-    *layers, last = block.block.children()
+    *layers, last = block.block
     end = _linear_end(block.block, last)
-    depth = getattr(block, "stochastic_depth", None)
-    if end is None or (depth is not None and depth.p > 0 and block.training):
+    if end is None or not _drops_nothing(getattr(block, "stochastic_depth", None)):
         return None
     residual = x if block.use_res_connect else None
     for layer in layers:
         x = layer(x)
     return conv_norm_gate_add_act(x, *end, None, residual)
+
+
+def _drops_nothing(depth: Any) -> bool:
+    if type(depth) is not StochasticDepth:
+        return is_identity(depth)
+    return not (depth.training and depth.p) and not called_differently(depth)
 
 
 class FusedInvertedResidual(InvertedResidual):

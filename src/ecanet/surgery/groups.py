@@ -2,123 +2,238 @@
 
 from collections.abc import Iterator
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import fx, nn
 
 from ecanet.nn.norms import activation_inside, is_norm
-from ecanet.surgery.blocks import trace
-from ecanet.surgery.layers import (
-    ACTIVATION_FUNCTIONS,
-    CONVOLUTIONS,
-    is_activation,
-    is_attention,
-    is_transparent,
+from ecanet.surgery.layers import ACTIVATION_FUNCTIONS, CONVOLUTIONS, count_convolutions
+from ecanet.surgery.traces import (
+    acts,
+    called,
+    factors_of,
+    in_order,
+    is_sequence,
+    looks_like_attention,
+    passes_on,
+    squashes,
+    trace,
 )
 
 
-def find_groups(model: nn.Module, names: dict[nn.Module, list[str]]) -> dict[str, int]:
+class Groups(NamedTuple):
+    """Where groups are complete.
+
+    Attributes:
+        ends: Name of the module after which each is, and its channels.
+        left_out: What was passed over, and why.
+    """
+
+    ends: dict[str, int]
+    left_out: list[str]
+
+
+class _Step(NamedTuple):
+    """One of the calls that follow one another.
+
+    Attributes:
+        name: Of the module that is called; empty for a function.
+        what: The module or the function.
+        again: Whether it is called elsewhere, too.
+    """
+
+    name: str
+    what: Any
+    again: bool = False
+
+
+def find_groups(model: nn.Module, names: dict[nn.Module, list[str]]) -> Groups:
     """The module after which each group of convolution, optional norm and activation is complete: name and channels.
 
     It is the activation; the norm before it where the activation is a function or a module that several groups share
     (a gate is positive, so before a ReLU it scales the same); the module that holds the group and nothing else where
-    there is one, such as YOLO's ``Conv``. What a sequence computes of globally pooled features is no map and no group.
+    there is one, such as YOLO's ``Conv``. What a sequence computes of globally pooled features is no map and no group;
+    nor is anything inside attention, or what a sigmoid or a tanh makes the network's output.
 
     Args:
         model: The network.
         names: Its modules' names, as :func:`ecanet.surgery.layers.names_of` gives them.
     """
-    found: dict[str, int] = {}
-    _search(model, "", names, found)
-    return found
+    groups = Groups({}, [])
+    _search(model, "", True, names, groups)
+    return groups
 
 
-def _search(module: nn.Module, name: str, names: dict[nn.Module, list[str]], found: dict[str, int]) -> None:
-    if is_attention(module):
+def _search(module: nn.Module, name: str, is_output: bool, names: dict[nn.Module, list[str]], groups: Groups) -> None:
+    """Look for groups in a module; ``is_output``: no layer of the network with weights may follow it."""
+    if name and looks_like_attention(module):
+        if any(isinstance(part, CONVOLUTIONS) for part in module.modules()):
+            groups.left_out.append(f"{name} is attention ({type(module).__name__})")
         return
     prefix = f"{name}." if name else ""
-    if isinstance(module, nn.Sequential):
-        found.update((prefix + end, channels) for end, channels in _in_sequence(module, names))
-    elif any(_convolution(child) for child in module.children()):
-        graph = trace(module)
-        if not isinstance(graph, str):
-            ends = dict(_in_graph(module, graph, names))
-            found.update((name if end == "" else prefix + end, channels) for end, channels in ends.items())
-            if "" in ends:
-                return
-    for child_name, child in _before_global_pooling(module) if isinstance(module, nn.Sequential) else _children(module):
-        _search(child, prefix + child_name, names, found)
-
-
-def _before_global_pooling(module: nn.Sequential) -> Iterator[tuple[str, nn.Module]]:
-    pools = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
-    return takewhile(lambda c: not (isinstance(c[1], pools) and c[1].output_size in (1, (1, 1))), _children(module))
-
-
-def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return module.named_children()
-
-
-def _in_sequence(module: nn.Sequential, names: dict[nn.Module, list[str]]) -> Iterator[tuple[str, int]]:
-    layers = [(name, child) for name, child in _before_global_pooling(module) if not is_transparent(child)]
-    for i, (name, layer) in enumerate(layers):
-        convolution = _convolution(layer)
-        if convolution is None:
+    if is_sequence(module):
+        layers = list(_before_global_pooling(module))
+        steps = [_Step(layer_name, layer, len(names[layer]) > 1) for layer_name, layer in layers]
+        for i, step in enumerate(steps):
+            if isinstance(step.what, CONVOLUTIONS):
+                last = is_output and not any(_has_weights(later.what) for later in steps[i + 1 :])
+                _add(prefix, _group(steps[i:]), step.what.out_channels, last, groups)
+        for i, (layer_name, layer) in enumerate(layers):
+            last = is_output and not any(_has_weights(later) for _, later in layers[i + 1 :])
+            _search(layer, prefix + layer_name, last, names, groups)
+        return
+    graph = trace(module) if count_convolutions(module) else ""
+    if isinstance(graph, str):
+        if graph and any(isinstance(child, CONVOLUTIONS) for child in module.children()):
+            groups.left_out.append(f"{name or 'the network itself'}: torch.fx cannot trace its code ({graph})")
+        inside: set[fx.Node] = set()
+        last_nodes = None
+    else:
+        inside = factors_of(module, graph)
+        last_nodes = _without_layers_after(module, graph)
+        if _in_graph(module, name, graph, inside, last_nodes if is_output else set(), names, groups):
+            return
+    factors = {str(node.target) for node in inside if node.op == "call_module"}
+    for child_name, child in module.named_children():
+        if child_name in factors:
+            if any(isinstance(part, CONVOLUTIONS) for part in child.modules()):
+                groups.left_out.append(f"{prefix}{child_name} is part of attention in {name or 'the network'}'s code")
             continue
-        end = name
-        after = layers[i + 1 :]
-        if after and is_norm(after[0][1]):
-            end, norm = after.pop(0)
-            if activation_inside(norm):
-                yield end, convolution.out_channels
-                continue
-        if after and is_activation(after[0][1]):
-            yield after[0][0] if len(names[after[0][1]]) == 1 else end, convolution.out_channels
+        last = is_output and (
+            last_nodes is None or any(str(node.target).split(".")[0] == child_name for node in last_nodes)
+        )
+        _search(child, prefix + child_name, last, names, groups)
 
 
-def _in_graph(module: nn.Module, graph: fx.Graph, names: dict[nn.Module, list[str]]) -> Iterator[tuple[str, int]]:
+def _in_graph(
+    module: nn.Module,
+    name: str,
+    graph: fx.Graph,
+    inside: set[fx.Node],
+    last_nodes: set[fx.Node],
+    names: dict[nn.Module, list[str]],
+    groups: Groups,
+) -> bool:
+    """Add the groups that a module's code shows; whether the module itself is one."""
     calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    prefix = f"{name}." if name else ""
     for node in graph.nodes:
-        convolution = _convolution(_called(module, node))
-        if convolution is None:
+        if node in inside or node.op != "call_module" or _is_pooled(module, node):
             continue
-        end, complete = str(node.target), False
-        node = _next(module, node)
-        child = _called(module, node)
-        if child is not None and is_norm(child):
-            end, complete = str(node.target), activation_inside(child)
-            node = _next(module, node)
-            child = _called(module, node)
-        if not complete and child is not None and is_activation(child):
-            alone = len(names[child]) == 1 and calls.count(str(node.target)) == 1
-            end, complete = str(node.target) if alone else end, True
-            node = _next(module, node)
-        elif not complete and node is not None and node.target in ACTIVATION_FUNCTIONS:
-            complete = True
-            node = _next(module, node)
-        if complete:
-            only = sum(_convolution(child) is not None for child in module.children()) == 1
-            alone = only and node is not None and node.op == "output" and names[module] != [""]
-            yield "" if alone else end, convolution.out_channels
+        own = _steps(module, node, calls, names)
+        for i, step in enumerate(own):
+            if not isinstance(step.what, CONVOLUTIONS):
+                continue
+            following = [(n, s) for n in _after(module, node) for s in _steps(module, n, calls, names)]
+            group = _group([*own[i:], *(s for _, s in following)])
+            if group is None:
+                continue
+            nodes = [node] * len(own[i:]) + [n for n, _ in following]
+            end_node = nodes[group.length - 1]
+            only = count_convolutions(module) == 1 and name != ""
+            if only and group.length == len(nodes) and _is_returned(end_node):
+                if not _is_the_output(group, name, end_node in last_nodes, groups):
+                    groups.ends[name] = step.what.out_channels
+                return True
+            _add(prefix, group, step.what.out_channels, end_node in last_nodes, groups)
+    return False
 
 
-def _convolution(module: nn.Module | None) -> Any:
-    """The convolution that a module is or, as separable ones do, a sequence ends with; None without one."""
-    while isinstance(module, nn.Sequential) and len(module):
-        module = module[-1]
-    return module if isinstance(module, CONVOLUTIONS) else None
+class _Group(NamedTuple):
+    end: str  # name of the module after which it is complete
+    length: int  # number of its steps
+    act: Any
 
 
-def _next(module: nn.Module, node: fx.Node | None) -> Any:
-    """What alone reads a node, past what is transparent; None if several do."""
-    while node is not None:
-        users = list(node.users)
-        node = users[0] if len(users) == 1 else None
-        child = _called(module, node)
-        if child is None or not is_transparent(child):
-            return node
+def _group(steps: list[_Step]) -> _Group | None:
+    """The group that starts with the convolution that is the first step, or None without an activation."""
+    end, seen_norm = steps[0].name, False
+    for i, step in enumerate(steps[1:], 2):
+        layer = step.what if isinstance(step.what, nn.Module) else None
+        if layer is None:
+            return _Group(end, i, step.what) if step.what in ACTIVATION_FUNCTIONS else None
+        if passes_on(layer):
+            continue
+        if is_norm(layer) and not seen_norm:
+            end, seen_norm = step.name, True
+            if activation_inside(layer):
+                return _Group(end, i, layer)
+            continue
+        return _Group(end if step.again else step.name, i, layer) if acts(layer) else None
     return None
 
 
-def _called(module: nn.Module, node: fx.Node | None) -> nn.Module | None:
-    return module.get_submodule(str(node.target)) if node is not None and node.op == "call_module" else None
+def _add(prefix: str, group: _Group | None, channels: int, last: bool, groups: Groups) -> None:
+    if group is not None and not _is_the_output(group, prefix + group.end, last, groups):
+        groups.ends[prefix + group.end] = channels
+
+
+def _is_the_output(group: _Group, name: str, last: bool, groups: Groups) -> bool:
+    if not (last and squashes(group.act)):
+        return False
+    act = type(group.act).__name__ if isinstance(group.act, nn.Module) else getattr(group.act, "__name__", group.act)
+    groups.left_out.append(f"{name}: its {act} makes the network's output")
+    return True
+
+
+def _before_global_pooling(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return takewhile(lambda layer: not _pools_globally(layer[1]), in_order(module))
+
+
+def _pools_globally(layer: nn.Module | None) -> bool:
+    pools = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+    return isinstance(layer, pools) and layer.output_size in (1, (1, 1))
+
+
+def _is_pooled(module: nn.Module, node: fx.Node) -> bool:
+    """Whether a node works on what a global pooling returned, and on nothing else."""
+    while len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+        if _pools_globally(called(module, node)) or (
+            node.target is F.adaptive_avg_pool2d and node.args[1] in (1, (1, 1))
+        ):
+            return True
+    return False
+
+
+def _has_weights(layer: nn.Module) -> bool:
+    return next(layer.parameters(), None) is not None and not is_norm(layer) and not acts(layer)
+
+
+def _steps(module: nn.Module, node: fx.Node, calls: list[str], names: dict[nn.Module, list[str]]) -> list[_Step]:
+    """What a node calls, layer by layer if it is a sequence."""
+    child = called(module, node)
+    if child is None:
+        return [_Step("", node.target)]
+    several = calls.count(str(node.target)) > 1
+    if not is_sequence(child):
+        return [_Step(str(node.target), child, several or len(names[child]) > 1)]
+    layers = _before_global_pooling(child)
+    return [_Step(f"{node.target}.{name}", layer, several or len(names[layer]) > 1) for name, layer in layers]
+
+
+def _after(module: nn.Module, node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes that follow one another, each the only reader of the one before."""
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if node.op == "output":
+            return
+        yield node
+
+
+def _is_returned(node: fx.Node) -> bool:
+    return len(node.users) == 1 and next(iter(node.users)).op == "output"
+
+
+def _without_layers_after(module: nn.Module, graph: fx.Graph) -> set[fx.Node]:
+    """The nodes after which no layer with weights comes in a module's code."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if all(
+            user.op == "output"
+            or (user in found and ((child := called(module, user)) is None or not _has_weights(child)))
+            for user in node.users
+        ):
+            found.add(node)
+    return found

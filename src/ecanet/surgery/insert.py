@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -17,10 +17,11 @@ from ecanet.nn.loading import keep_loading_
 from ecanet.nn.neutral import make_identity_
 from ecanet.surgery.checks import check_model
 from ecanet.surgery.fitting import arguments_of, build_fitting_gate
-from ecanet.surgery.layers import names_of
+from ecanet.surgery.layers import certain_channels, merges_branches, names_of
 from ecanet.surgery.optimizers import add_parameters_, check_optimizer
 from ecanet.surgery.report import Report, Row, gate_row
-from ecanet.surgery.sites import FilterFn, Shapes, Site, Where, dry_run, find_sites
+from ecanet.surgery.sites import DryRun, FilterFn, Site, Where, dry_run, find_sites
+from ecanet.surgery.undo import all_or_nothing
 
 
 class _Plan(NamedTuple):
@@ -42,7 +43,7 @@ def insert_gates_(
     fold: bool = False,
     filter_fn: FilterFn | None = None,
     optimizer: torch.optim.Optimizer | None = None,
-    input_shape: Sequence[int] | None = (1, 3, 224, 224),
+    input_shape: Sequence[int] | Literal["auto"] | None = "auto",
 ) -> Report:
     """Put a gate after every residual branch (or elsewhere) of a network, in place, without changing its function.
 
@@ -68,8 +69,10 @@ def insert_gates_(
         filter_fn: Function of module and name that says which of what ``where`` finds are to get one: it is asked for
             the residual blocks with ``"block"`` and ``"stage"``, otherwise for the modules that gates follow.
         optimizer: Gets the gates' parameters, in the groups of the modules that they follow.
-        input_shape: Of an input that the network takes. It then runs once without data, so that channels are known
-            for certain and the report counts multiply-adds. None, or a network that does not take it: layers tell.
+        input_shape: Of an input that the network takes. It then runs once without data, and without hooks of others, so
+            that channels are known for certain and the report counts multiply-adds. ``"auto"`` fits the network's first
+            convolution: 1024 samples, 224 x 224 pixels or 16 frames of 112 x 112. None, or a network that does not take
+            it: layers tell where they can, and where they cannot it is an error.
 
     Returns:
         What was put where, and what it costs; prints as a table.
@@ -78,7 +81,8 @@ def insert_gates_(
         TypeError: ``model`` is no module, or is compiled, scripted or wrapped for parallel training; other arguments
             of a wrong type.
         ValueError: nothing is found for ``where`` (the message says what can be named), another gate is there, the
-            gate cannot have that many channels or cannot be neutral, with ``fold`` there is no norm that could take a
+            gate cannot have that many channels or cannot be neutral, nothing tells how many channels there are,
+            ``input_shape`` is one sample's, with ``fold`` there is no norm that could take a
             factor, the optimizer has none of the model's parameters. The network is then as it was.
 
     Source:
@@ -97,7 +101,7 @@ def insert_gates_(
     """
     check_model(model)
     check_optimizer(optimizer, model)
-    if input_shape is not None:
+    if input_shape is not None and input_shape != "auto":
         check_input_shape(input_shape)
     for argument, value in (("preserve", preserve), ("fold", fold)):
         if not isinstance(value, bool):
@@ -106,33 +110,36 @@ def insert_gates_(
     todo, already = _not_yet(sites, gate, kernel_size)
     if already:
         notes.append(f"{already} of these have such a gate already")
-    shapes = dry_run(model, [site.host for site in todo], input_shape) if todo else None
-    if shapes is not None:
-        silent = [site.name for site in todo if site.host not in shapes]
-        notes += [f"{name} did not run on the input of shape {tuple(input_shape or ())}" for name in silent]
-    elif todo and input_shape is not None:
-        notes.append(
-            f"the network does not run on an input of shape {tuple(input_shape)}: multiply-adds are not counted"
-        )
+    run = dry_run(model, [site.host for site in todo], input_shape) if todo else None
+    if run is not None:
+        silent = [site.name for site in todo if site.host not in run.shapes]
+        if run.failed is None:
+            notes += [f"{name} did not run on the input of shape {run.input_shape}" for name in silent]
+        elif silent:
+            notes.append(
+                f"the network does not run on an input of shape {run.input_shape}: multiply-adds are not counted"
+            )
     registered = names_of(model)
     count = owners(model)
-    plans = [_plan(model, site, gate, kernel_size, preserve, count if fold else None, shapes) for site in todo]
+    plans = [_plan(model, site, gate, kernel_size, preserve, count if fold else None, run) for site in todo]
     if fold and len({id(plan.gate) for plan in plans}) < len(plans):
         raise ValueError("fold=True needs a gate of its own for every place, and gate= gave one to several")
     rows: list[Row] = []
-    for site, module, channels, spatial, norm, runs in plans:
-        if norm:
-            assert isinstance(module, Gate)
-            fold_(module, norm)
-        hang_(site.host, module)
-        add_parameters_(optimizer, module, f"{site.name}.{GATE}", site.host)
+    for site, module, channels, spatial, _, runs in plans:
         row = gate_row(f"{site.name}.{GATE}", module, site.name, channels, spatial)
         rows.append(row if runs else row._replace(multiply_adds=0))
         if len(registered[site.host]) > 1:
             notes.append(f"{site.name} is shared, and its gate with it: {', '.join(registered[site.host])}")
-    if plans:
-        keep_loading_(model)
-        _tell_the_library_of(model)
+    with all_or_nothing(model, optimizer, [t for plan in plans for t in plan.norm]):
+        for site, module, _, _, norm, _ in plans:
+            if norm:
+                assert isinstance(module, Gate)
+                fold_(module, norm)
+            hang_(site.host, module)
+            add_parameters_(optimizer, module, f"{site.name}.{GATE}", site.host)
+        if plans:
+            keep_loading_(model)
+            _tell_the_library_of(model)
     return Report("inserted", tuple(rows), tuple(notes))
 
 
@@ -176,28 +183,38 @@ def _plan(
     kernel_size: int | Literal["adaptive"],
     preserve: bool,
     count: Counter[int] | None,
-    shapes: dict[nn.Module, Shapes] | None,
+    run: DryRun | None,
 ) -> _Plan:
     """Build the gate of one site and see that everything can be done, before anything is."""
     channels, spatial = site.channels, None
-    runs = shapes is None or site.host in shapes
-    if shapes is not None and site.host in shapes:
-        shape = shapes[site.host].output
+    seen = run is not None and site.host in run.shapes
+    runs = seen or run is None or run.failed is not None
+    if run is not None and seen:
+        shape = run.shapes[site.host].output
         if shape is None or len(shape) < 2:
             got = "no tensor" if shape is None else f"a tensor of shape {tuple(shape)}"
             raise ValueError(f"a gate cannot follow {site.name}: it returns {got}, and not a map (N, C, *spatial)")
-        if len(shape) > 2 and channels is not None and shape[1] != channels and shape[-1] == channels:
+        known = channels is not None and (site.certain or next(site.host.children(), None) is None)
+        if known and len(shape) > 2 and shape[1] != channels and shape[-1] == channels:
             raise ValueError(
                 f"a gate cannot follow {site.name}: its output {tuple(shape)} has its {channels} channels last, and "
                 "not in dimension 1: name a module that returns (N, C, *spatial)"
             )
         channels, spatial = shape[1], shape[2:]
+    elif not site.certain:
+        channels = certain_channels(site.host)
     module = build_fitting_gate(gate, kernel_size, site.name, site.host, channels, _example(model, site.name))
     assert channels is not None
     if hasattr(site.host, GATE):
         raise ValueError(
             f"a gate cannot hang on {site.name}: {type(site.host).__name__} has an attribute {GATE!r} of its own; name "
             "another module"
+        )
+    merging = next((n for n, owner in _owners(model, site.name) if merges_branches(owner)), None)
+    if merging is not None:
+        raise ValueError(
+            f"a gate on {site.name} would be lost when {merging or 'the network'} merges its layers for deployment "
+            f"(fuse, reparameterize): {f'name {merging}' if merging else 'do that first'}"
         )
     if preserve:
         try:
@@ -215,6 +232,13 @@ def _plan(
             )
         norm = tensors_to_scale(f"the factor of the gate after {site.name}", site.host, count)
     return _Plan(site, module, channels, spatial, norm, runs)
+
+
+def _owners(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """Name of each module that the named one is inside of, the innermost first, and the module."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name, model.get_submodule(name)
 
 
 def _example(model: nn.Module, name: str) -> Tensor | None:

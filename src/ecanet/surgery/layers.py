@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
 
 from ecanet.nn import Gate
-from ecanet.nn.norms import class_with_forward
+from ecanet.nn.norms import class_with_forward, is_norm
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, StochasticDepth)
@@ -35,6 +35,9 @@ ACTIVATION_FUNCTIONS: frozenset[Any] = frozenset(
         *("relu", "relu_", "sigmoid", "tanh"),
     }
 )
+
+#: Whose convolutions and norms return as many channels as they say.
+_KNOWN_LAYERS = ("torch.nn.modules.", "torchvision.ops.misc.", "timm.layers.")
 
 #: Attention that scales channels, by class: the layer that tells the number of channels, or None where none does.
 ATTENTION: dict[str, str | None] = {
@@ -93,6 +96,18 @@ def out_channels(module: nn.Module) -> int | None:
     if isinstance(module, FrozenBatchNorm2d):
         return module.weight.numel()
     return next((c for child in reversed(list(module.children())) if (c := out_channels(child)) is not None), None)
+
+
+def certain_channels(module: nn.Module) -> int | None:
+    """Channels of what a module returns, where its class leaves no doubt: a convolution, a norm, a sequence of them."""
+    if type(module).__module__.startswith(_KNOWN_LAYERS) and (isinstance(module, CONVOLUTIONS) or is_norm(module)):
+        return out_channels(module)
+    if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
+        return None
+    for child in reversed(list(module)):
+        if not (is_transparent(child) or is_activation(child) or type(child).__module__ == "torch.nn.modules.pooling"):
+            return certain_channels(child)
+    return None
 
 
 def resolve(module: nn.Module, path: str) -> tuple[str, nn.Module]:

@@ -11,6 +11,7 @@ from ecanet.surgery.checks import check_model
 from ecanet.surgery.optimizers import check_optimizer, remove_parameters_
 from ecanet.surgery.report import Report, Row, parameters_of
 from ecanet.surgery.sites import FilterFn
+from ecanet.surgery.undo import all_or_nothing
 
 
 def remove_gates_(
@@ -79,18 +80,20 @@ def remove_gates_(
                 folds[name] = tensors_to_scale(f"the value of the gate after {name}", host, count), value
     rows: list[Row] = []
     removed: dict[str, nn.Module] = {}
-    for name, host, gate in wanted:
-        tensors, value = folds.get(name, ((), 1))
-        with torch.no_grad():
-            for tensor in tensors:
-                tensor.mul_(value)
-        take_down_(host)
-        remove_parameters_(optimizer, gate.parameters())
+    for name, _, gate in wanted:
         gate_name = f"{name}.{GATE}" if name else GATE
         removed[gate_name] = gate
         channels = getattr(gate, "channels", None)
         rows.append(Row(gate_name, type(gate).__name__, name, channels, None, -parameters_of(gate)))
-    keep_loading_(model)
+    with all_or_nothing(model, optimizer, [t for tensors, _ in folds.values() for t in tensors]):
+        for name, host, gate in wanted:
+            tensors, value = folds.get(name, ((), 1))
+            with torch.no_grad():
+                for tensor in tensors:
+                    tensor.mul_(value)
+            take_down_(host)
+            remove_parameters_(optimizer, gate.parameters())
+        keep_loading_(model)
     return Report("removed", tuple(rows), (), removed)
 
 

@@ -10,20 +10,35 @@ from torch import nn
 from ecanet.inspect.cost import check_input_shape
 from ecanet.nn import Gate
 from ecanet.nn.build import GateFactory
-from ecanet.nn.hung import GATE, hang_, hung_gate, take_down_
-from ecanet.nn.loading import keep_loading_
+from ecanet.nn.fused import called_differently
+from ecanet.nn.hung import GATE, hung_gate
+from ecanet.nn.loading import HANGS, keep_loading_
 from ecanet.nn.neutral import make_identity_
 from ecanet.nn.norms import class_with_forward
 from ecanet.surgery.checks import check_model
 from ecanet.surgery.fitting import arguments_of, build_fitting_gate
-from ecanet.surgery.layers import ATTENTION, is_attention, names_of, out_channels
+from ecanet.surgery.layers import ATTENTION, certain_channels, is_attention, names_of
 from ecanet.surgery.loading import stand_for_
 from ecanet.surgery.optimizers import add_parameters_, check_optimizer, remove_parameters_
 from ecanet.surgery.report import Report, Row, gate_row, parameters_of
 from ecanet.surgery.sites import FilterFn, Shapes, dry_run
+from ecanet.surgery.undo import all_or_nothing
 
 #: What YOLO's network reads off its layers: number, where the input comes from, type and number of parameters.
 _YOLO_ROW = ("i", "f", "type", "np")
+
+
+#: Where a module keeps the hooks on its calls.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
 
 
 class _Swap(NamedTuple):
@@ -41,15 +56,15 @@ def replace_gates_(
     kernel_size: int | Literal["adaptive"] = "adaptive",
     filter_fn: FilterFn | None = None,
     optimizer: torch.optim.Optimizer | None = None,
-    input_shape: Sequence[int] | None = (1, 3, 224, 224),
+    input_shape: Sequence[int] | Literal["auto"] | None = "auto",
 ) -> Report:
     """Swap every attention module of a network for a gate: squeeze-and-excitation for ECA, and back.
 
     Found are gates of this library wherever they are, and squeeze-and-excitation, ECA and their kin of torchvision and
-    timm (:data:`ecanet.surgery.ATTENTION`). The new gate takes the old one's place and name. State dicts with the old
-    one's keys still load: what they hold for it is left out. A neutral gate is swapped for a neutral one of the same
-    value, so the function stays; one that was trained cannot be: its factor stays, and the network needs fine-tuning.
-    What is such a gate already stays.
+    timm (:data:`ecanet.surgery.ATTENTION`). The new gate takes the old one's place and name, and hooks on its calls.
+    State dicts with the old one's keys still load: what they hold for it is left out. A neutral gate is swapped for a
+    neutral one of the same value, so the function stays; one that was trained cannot be: its factor stays, and the
+    network needs fine-tuning. What is such a gate already stays.
 
     Args:
         model: The network.
@@ -80,7 +95,7 @@ def replace_gates_(
     """
     check_model(model)
     check_optimizer(optimizer, model)
-    if input_shape is not None:
+    if input_shape is not None and input_shape != "auto":
         check_input_shape(input_shape)
     found = list(attention_in(model))
     if isinstance(gate, Mapping):
@@ -94,24 +109,30 @@ def replace_gates_(
         wanted = [(name, old) for name, old in found if filter_fn is None or filter_fn(old, name)]
         if not wanted:
             raise ValueError(f"filter_fn refuses all of the {len(found)} attention modules")
-        shapes = dry_run(model, [old for _, old in wanted], input_shape)
+        run = dry_run(model, [old for _, old in wanted], input_shape)
+        shapes = {} if run is None else run.shapes
         swaps = [s for name, old in wanted if (s := _swap(model, name, old, gate, kernel_size, shapes)) is not None]
     registered = names_of(model)
     rows: list[Row] = []
+    notes: list[str] = []
     for name, old, new, channels, spatial in swaps:
-        _install_(model, registered[old], new)
-        remove_parameters_(optimizer, old.parameters())
-        parent = model.get_submodule(name.rpartition(".")[0])
-        add_parameters_(optimizer, new, name, parent)
         row = gate_row(name, new, name.removesuffix(f".{GATE}"), channels, spatial)
         before = gate_row(name, old, "", channels, spatial).multiply_adds
         madds = None if row.multiply_adds is None or before is None else row.multiply_adds - before
         rows.append(row._replace(parameters=row.parameters - parameters_of(old), multiply_adds=madds))
-    if swaps:
-        keep_loading_(model)
+    with all_or_nothing(model, optimizer):
+        for name, old, new, _, _ in swaps:
+            notes += _hand_on_hooks_(name, old, new)
+            _install_(model, registered[old], old, new)
+            remove_parameters_(optimizer, old.parameters())
+            parent = model.get_submodule(name.rpartition(".")[0])
+            add_parameters_(optimizer, new, name, parent)
+        if swaps:
+            keep_loading_(model)
     same = len(found) - len(swaps)
-    notes = (f"{same} of the {len(found)} attention modules stay as they are",) if swaps and same else ()
-    return Report("replaced", tuple(rows), notes, {swap.name: swap.old for swap in swaps})
+    if swaps and same:
+        notes.insert(0, f"{same} of the {len(found)} attention modules stay as they are")
+    return Report("replaced", tuple(rows), tuple(notes), {swap.name: swap.old for swap in swaps})
 
 
 def attention_in(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -136,7 +157,7 @@ def channels_of(model: nn.Module, name: str, attention: nn.Module) -> int | None
     for sibling_name, sibling in model.get_submodule(parent_name).named_children():
         if sibling_name == child_name:
             return known
-        known = out_channels(sibling) or known
+        known = certain_channels(sibling) or known
     return None
 
 
@@ -146,10 +167,10 @@ def _swap(
     old: nn.Module,
     gate: str | GateFactory,
     kernel_size: int | Literal["adaptive"],
-    shapes: dict[nn.Module, Shapes] | None,
+    shapes: dict[nn.Module, Shapes],
 ) -> _Swap | None:
     channels, spatial = channels_of(model, name, old), None
-    shape = shapes[old].input if shapes is not None and old in shapes else None
+    shape = shapes[old].input if old in shapes else None
     if shape is not None:
         channels, spatial = shape[1], shape[2:]
     like = next(old.parameters(), next(model.parameters(), None))
@@ -192,13 +213,14 @@ def _make_constant_(name: str, gate: nn.Module, constant: float) -> None:
 
 
 def _put_back(found: dict[str, nn.Module], modules: Mapping[str, nn.Module]) -> Iterator[_Swap]:
-    for name, module in modules.items():
+    for name, module in modules.items():  # all of it, before any of them is touched
         if name not in found:
             raise ValueError(
                 f"gate names {name!r}, where the network has no attention: it has {', '.join(found) or 'none'}"
             )
         if not isinstance(module, nn.Module):
             raise TypeError(f"gate[{name!r}] must be a module, got {type(module).__name__}")
+    for name, module in modules.items():
         old = found[name]
         if module is not old:
             like = next(old.parameters(), None)
@@ -206,13 +228,36 @@ def _put_back(found: dict[str, nn.Module], modules: Mapping[str, nn.Module]) -> 
             yield _Swap(name, old, module.train(old.training), None, None)
 
 
-def _install_(model: nn.Module, names: list[str], new: nn.Module) -> None:
+def _install_(model: nn.Module, names: list[str], old: nn.Module, new: nn.Module) -> None:
     for name in names:
         parent_name, _, child = name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        hangs = hung_gate(parent) is not None and child == GATE
-        if hangs:
-            take_down_(parent)
-            hang_(parent, new)
+        parent._modules[child] = new  # the hook that calls a gate that hangs stays where it is among others
+        if child == GATE and hung_gate(parent) is not None:
+            setattr(new, HANGS, True)
+            vars(old).pop(HANGS, None)
+
+
+def _hand_on_hooks_(name: str, old: nn.Module, new: nn.Module) -> Iterator[str]:
+    """Give the new gate the hooks that somebody put on the old one; what cannot move is told.
+
+    The handles of hooks hold the dictionaries, so the new gate gets these and not copies: a handle still removes its
+    hook. Pruning and its kin hook a module for the sake of its weights, which stay behind.
+    """
+    for attribute in _HOOKS:
+        theirs, own = vars(old)[attribute], vars(new)[attribute]
+        if theirs is own or not theirs:
+            continue
+        if any(_is_for_weights(hook) for hook in getattr(theirs, "values", list)()):
+            yield f"left behind: the hooks of {type(old).__name__} {name} for its weights, such as pruning"
+        elif own:
+            own.update(theirs)
         else:
-            parent._modules[child] = new
+            vars(new)[attribute] = theirs
+    inner = [part for part, layer in old.named_modules() if part and called_differently(layer)]
+    if inner:
+        yield f"left behind: hooks inside {type(old).__name__} {name}, on {', '.join(inner)}"
+
+
+def _is_for_weights(hook: object) -> bool:
+    return type(hook).__module__.startswith("torch.nn.utils.")

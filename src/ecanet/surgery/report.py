@@ -1,6 +1,6 @@
 """What surgery did, as a table."""
 
-import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ecanet.inspect.cost import elementwise_products
+from ecanet.inspect.observe import example_tensor, running_without_data, twin_of
 from ecanet.nn import Gate
 
 
@@ -129,14 +130,13 @@ def _multiply_adds(attention: nn.Module, channels: int | None, spatial: Sequence
     """As :func:`ecanet.inspect.multiply_adds` counts: C S for squeeze and scaling, and what is inside."""
     if channels is None or spatial is None:
         return None
-    like = next(attention.parameters(), torch.empty(()))
-    x = like.new_empty((1, channels, *spatial), device="meta")
+    like = example_tensor(attention)
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), counter:
-        without_data = copy.deepcopy(attention).to("meta").eval()
-        try:
-            without_data(x)
-        except Exception:  # somebody else's module, which may want data
-            return None
+    try:
+        twin = twin_of(attention)
+        with counter, running_without_data(twin):  # the counter hooks all modules, too, and needs none of that
+            twin(torch.zeros((1, channels, *spatial), dtype=like.dtype, device=like.device))
+    except Exception:  # somebody else's module, which may want data, or cannot be copied
+        return None
     inside = elementwise_products(attention) if isinstance(attention, Gate) else 0
-    return x.numel() + counter.get_total_flops() // 2 + inside
+    return channels * math.prod(spatial) + counter.get_total_flops() // 2 + inside

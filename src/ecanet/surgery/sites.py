@@ -1,17 +1,15 @@
 """Where gates go: from the ``where=`` argument to modules of the network, and what is known of their outputs."""
 
-import copy
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ecanet.inspect.observe import evaluating, example_tensor
-from ecanet.nn.hung import CONTAINERS, GATE, hung_gates, run_gate
+from ecanet.inspect.observe import example_tensor, running_without_data, twin_of
+from ecanet.nn.hung import CONTAINERS, GATE, hung_gates
 from ecanet.nn.norms import class_with_forward
 from ecanet.surgery.blocks import JOINED, WIDER, Branch, find_blocks
 from ecanet.surgery.groups import find_groups
@@ -29,12 +27,14 @@ class Site(NamedTuple):
     Attributes:
         name: Of the module.
         host: The module.
-        channels: Of its output, or None where its layers do not tell.
+        channels: Of its output, as far as its layers tell, or None.
+        certain: Whether the network's code shows that the layers are right.
     """
 
     name: str
     host: nn.Module
     channels: int | None
+    certain: bool = False
 
 
 class Shapes(NamedTuple):
@@ -63,10 +63,15 @@ def find_sites(model: nn.Module, where: Where, filter_fn: FilterFn | None) -> tu
         return _at_blocks(model, str(where), filter_fn)
     names = names_of(model)
     found: dict[str, int | None]
+    notes: list[str] = []
     if where == "conv":
-        found = {**find_groups(model, names)}
+        groups = find_groups(model, names)
+        found, notes = {**groups.ends}, [f"left out: {what}" for what in groups.left_out]
         if not found:
-            raise ValueError(f"where='conv' finds no convolution with an activation behind it; {_what_to_name(model)}")
+            more = f" ({'; '.join(groups.left_out[:3])})" if notes else ""
+            raise ValueError(
+                f"where='conv' finds no convolution with an activation behind it{more}; {_what_to_name(model)}"
+            )
     else:
         found = dict.fromkeys(_named(model, where))
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -76,11 +81,11 @@ def find_sites(model: nn.Module, where: Where, filter_fn: FilterFn | None) -> tu
     for name, channels in found.items():
         if filter_fn is not None and not filter_fn(modules[name], name):
             continue
-        site = _site(model, name, channels or out_channels(modules[name]))
+        site = _site(model, name, channels or out_channels(modules[name]))._replace(certain=channels is not None)
         sites.setdefault(site.host, site)
     if not sites:
         raise ValueError(f"filter_fn refuses all of the {len(found)} modules that where={where!r} finds")
-    return list(sites.values()), []
+    return list(sites.values()), notes
 
 
 def _named(model: nn.Module, where: object) -> list[str]:
@@ -127,7 +132,7 @@ def _at_blocks(model: nn.Module, where: str, filter_fn: FilterFn | None) -> tupl
     if not branches:
         reasons = "; ".join(f"{name or 'the network itself'}: {why}" for name, why in list(untraced.items())[:3])
         could_not = f" (code that torch.fx cannot trace: {reasons})" if untraced else ""
-        groups = "try where='conv', or " if find_groups(model, names_of(model)) else ""
+        groups = "try where='conv', or " if find_groups(model, names_of(model)).ends else ""
         raise ValueError(
             f"where={where!r} finds no residual block in {type(model).__name__}{could_not}: {groups}name modules; "
             f"{_what_to_name(model)}"
@@ -194,10 +199,29 @@ def _site(model: nn.Module, name: str, channels: int | None) -> Site:
     return Site(name, host, channels)
 
 
+class DryRun(NamedTuple):
+    """What is known of a network from calling it without data.
+
+    Attributes:
+        input_shape: Of the input.
+        shapes: At the first call of each module that ran.
+        failed: Why the call came to no end; None if it did.
+    """
+
+    input_shape: tuple[int, ...]
+    shapes: dict[nn.Module, Shapes]
+    failed: str | None
+
+
+#: Positions of a map in each dimension, by the number of dimensions: of sounds, pictures and films.
+_SIZES = {1: (1024,), 2: (224, 224), 3: (16, 112, 112)}
+_PICTURE = (1, 3, *_SIZES[2])
+
+
 def dry_run(
-    model: nn.Module, modules: Iterable[nn.Module], input_shape: Sequence[int] | None
-) -> dict[nn.Module, Shapes] | None:
-    """Shapes at the first call of each module when the model runs on an input without data; None if it does not run.
+    model: nn.Module, modules: Iterable[nn.Module], input_shape: Sequence[int] | Literal["auto"] | None
+) -> DryRun | None:
+    """Shapes at the first call of each module when the model runs on an input without data.
 
     A copy runs, without the hooks of others, on the network's own parameters, which nothing writes into: what a network
     keeps from a run stays out of it.
@@ -205,11 +229,47 @@ def dry_run(
     Args:
         model: The network.
         modules: Whose shapes are asked for.
-        input_shape: Of one tensor, or None for no run.
+        input_shape: Of one tensor; ``"auto"`` for one that fits the network's first convolution, or a picture; None for
+            no run.
+
+    Raises:
+        ValueError: a convolution takes an input of that shape for one sample without a batch.
     """
     if input_shape is None:
         return None
-    wanted = {id(module): module for module in modules}
+    wanted = list(modules)
+    if input_shape != "auto":
+        run = _run(model, wanted, tuple(input_shape))
+        if run.failed == _UNBATCHED:
+            raise ValueError(
+                f"input_shape={tuple(input_shape)} has the dimensions of one sample for a convolution of the network, "
+                "which would take its channels for a batch: give (N, C, *spatial)"
+            )
+        return run
+    first = next((m for m in model.modules() if isinstance(m, CONVOLUTIONS[:3])), None)
+    shapes = [_PICTURE] if first is None else [(1, first.in_channels, *_SIZES[first.weight.dim() - 2]), _PICTURE]
+    runs = []
+    for shape in dict.fromkeys(shapes):
+        runs.append(_run(model, wanted, shape))
+        if runs[-1].failed is None:
+            return runs[-1]
+    return max(runs, key=lambda run: len(run.shapes))
+
+
+_UNBATCHED = "a convolution takes it for one sample without a batch"
+
+
+class _UnbatchedError(Exception):
+    """Holds the shape that a convolution took for one sample."""
+
+
+def _refuse_unbatched(convolution: nn.Module, args: Any) -> None:
+    weight: Any = convolution.weight
+    if args and isinstance(args[0], Tensor) and args[0].dim() < weight.dim():
+        raise _UnbatchedError(tuple(args[0].shape))
+
+
+def _run(model: nn.Module, wanted: list[nn.Module], input_shape: tuple[int, ...]) -> DryRun:
     seen: dict[nn.Module, Shapes] = {}
 
     def shape_of(value: Any) -> torch.Size | None:
@@ -223,15 +283,17 @@ def dry_run(
 
     example = example_tensor(model)
     try:
-        memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-        twin = copy.deepcopy(model, memo)
-        for module in twin.modules():
-            for key in [key for key, hook in module._forward_hooks.items() if hook is not run_gate]:
-                del module._forward_hooks[key]
-        for key, module in wanted.items():
-            memo[key].register_forward_hook(see_as(module))
-        with evaluating(twin), FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
-            twin(torch.zeros(tuple(input_shape), dtype=example.dtype, device=example.device))
-    except Exception:  # it wants another input, or cannot be copied, or looks at values, as YOLO's head does at its end
-        return seen if len(seen) == len(wanted) else None
-    return seen
+        twin = twin_of(model)
+        originals = dict(zip(twin.modules(), model.modules(), strict=True))
+        for copied, original in originals.items():
+            if isinstance(copied, CONVOLUTIONS):
+                copied.register_forward_pre_hook(_refuse_unbatched)
+            if original in wanted:
+                copied.register_forward_hook(see_as(original))
+        with running_without_data(twin):
+            twin(torch.zeros(input_shape, dtype=example.dtype, device=example.device))
+    except _UnbatchedError as error:
+        return DryRun(input_shape, {}, _UNBATCHED if error.args == (input_shape,) else "it wants another input")
+    except Exception as error:  # it wants another input, or cannot be copied, or looks at values, as YOLO's head does
+        return DryRun(input_shape, seen, f"{type(error).__name__}: {error}".splitlines()[0])
+    return DryRun(input_shape, seen, None)

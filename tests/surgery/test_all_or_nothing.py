@@ -1,0 +1,261 @@
+"""Surgery happens as a whole or not at all, and its report runs nothing of the user's."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+import ecanet
+from ecanet import fuse_tails_, insert_gates_, remove_gates_, replace_gates_
+from ecanet.nn import ECA, SE, Gate
+from ecanet.surgery import fuse, insert, remove, replace
+
+C = 8
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(C, C, 3, padding=1, bias=False), nn.BatchNorm2d(C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bn(self.conv(x))
+
+
+def network() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, C, 3, padding=1), Block(), Block(), Block())
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+    model[2].conv.register_forward_hook(lambda module, args, out: None)
+    return model
+
+
+def trained(model: nn.Module) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW([{"params": list(model[:2].parameters())}, {"params": list(model[2:].parameters())}])
+    model(torch.randn(2, 3, 6, 6)).square().sum().backward()
+    optimizer.step()
+    return optimizer
+
+
+def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+    """Modules, classes, hooks, values, groups and state, by identity and by bits."""
+    return (
+        [(n, id(m), type(m), sorted(vars(m)), list(m._modules), [id(p) for p in m._parameters.values()])
+         for n, m in model.named_modules()],
+        [[list(d.items()) for d in vars(m).values() if isinstance(d, dict) and "Parameter" not in repr(d)[:60]]
+         for m in model.modules() if not list(m.children()) and not m._parameters],
+        [[list(getattr(m, name).values()) for name in vars(m) if name.endswith("_hooks")] for m in model.modules()],
+        {key: value.clone() for key, value in model.state_dict().items()},
+        [[id(p) for p in group["params"]] for group in optimizer.param_groups],
+        {
+            id(p): {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+            for p, state in optimizer.state.items()
+        },
+    )  # fmt: skip
+
+
+def assert_same(got: Any, want: Any) -> None:
+    if isinstance(want, Tensor):
+        assert torch.equal(got, want)
+    elif isinstance(want, dict):
+        assert list(got) == list(want)
+        for key in want:
+            assert_same(got[key], want[key])
+    elif isinstance(want, (list, tuple)):
+        assert len(got) == len(want)
+        for g, w in zip(got, want, strict=True):
+            assert_same(g, w)
+    else:
+        assert got == want
+
+
+class StopError(Exception):
+    pass
+
+
+def third_call(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Raises at the third call, after it was done."""
+    calls = 0
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        result = function(*args, **kwargs)
+        if calls == 3:
+            raise StopError
+        return result
+
+    return call
+
+
+def once(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        function(*args, **kwargs)
+        raise StopError
+
+    return call
+
+
+OPERATIONS: dict[str, Any] = {
+    "insert, while gates are hung": (insert, "hang_", third_call, insert_gates_, {}),
+    "insert, while the optimizer follows": (insert, "add_parameters_", third_call, insert_gates_, {}),
+    "insert, while factors are folded": (insert, "fold_", third_call, insert_gates_, {"fold": True}),
+    "insert, at the end": (insert, "keep_loading_", once, insert_gates_, {}),
+    "remove, while gates are taken down": (remove, "take_down_", third_call, remove_gates_, {"force": True}),
+    "remove, while norms take values": (remove, "remove_parameters_", third_call, remove_gates_,
+                                        {"force": True, "fold": True}),
+    "remove, at the end": (remove, "keep_loading_", once, remove_gates_, {}),
+    "replace, while gates are swapped": (replace, "_install_", third_call, replace_gates_, {"gate": "se"}),
+    "replace, while the optimizer forgets": (replace, "remove_parameters_", third_call, replace_gates_, {"gate": "se"}),
+    "replace, while the optimizer follows": (replace, "add_parameters_", third_call, replace_gates_, {"gate": "se"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_error_half_way_leaves_all_as_it_was(name, monkeypatch) -> None:
+    module, function, breaking, operation, arguments = OPERATIONS[name]
+    model = network()
+    optimizer = trained(model)
+    if operation is not insert_gates_:
+        insert_gates_(model, optimizer=optimizer)
+        model(torch.randn(2, 3, 6, 6)).square().sum().backward()
+        optimizer.step()
+        if "values" in name:
+            ecanet.fold_factors_(model)
+        if name == "remove, at the end":
+            for gate in (m for m in model.modules() if isinstance(m, Gate)):
+                gate.make_identity_()
+    before = everything(model, optimizer)
+    monkeypatch.setattr(module, function, breaking(getattr(module, function)))
+    with pytest.raises(StopError):
+        operation(model, optimizer=optimizer, **arguments)
+    assert_same(everything(model, optimizer), before)
+    monkeypatch.undo()
+    assert operation(model, optimizer=optimizer, **arguments).rows  # and it can be done after all
+
+
+def test_fusing_is_undone_too(monkeypatch) -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("ecaresnet26t", num_classes=2)
+    blocks = {name: type(m) for name, m in model.named_modules()}
+    monkeypatch.setattr(fuse, "as_gate", third_call(fuse.as_gate))
+    with pytest.raises(StopError):
+        fuse_tails_(model)
+    assert {name: type(m) for name, m in model.named_modules()} == blocks
+
+
+class CannotBeCopied(ECA):
+    def __deepcopy__(self, memo: Any) -> "CannotBeCopied":
+        raise TypeError("no copies")
+
+
+class HoldsAFile(ECA):
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.file = io.StringIO().__iter__()
+        self.generator = (i for i in range(3))
+
+
+class WantsData(ECA):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.detach().sum().item() < 1e9 else x
+
+
+@pytest.mark.parametrize("gate", [CannotBeCopied, HoldsAFile, WantsData])
+def test_a_gate_that_cannot_be_run_without_data_goes_in_without_its_multiply_adds(gate) -> None:
+    model, x = network().eval(), torch.randn(2, 3, 6, 6)
+    want = model(x)
+    report = insert_gates_(model, gate)
+    assert len(report.rows) == 3
+    assert report.multiply_adds is None
+    torch.testing.assert_close(model(x), want)
+
+
+# What the report runs
+
+
+@contextmanager
+def on_all_modules(seen: list[str]) -> Iterator[None]:
+    handles = [
+        register_module_forward_hook(lambda module, args, out: seen.append("global")),
+        register_module_forward_pre_hook(lambda module, args: seen.append("global")),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def hooked(gate: type[nn.Module], seen: list[str]) -> Callable[[int], nn.Module]:
+    def build(channels: int) -> nn.Module:
+        module = gate(channels)
+        for part in module.modules():
+            part.register_forward_hook(lambda m, a, y: seen.append("gate"))
+            part.register_forward_pre_hook(lambda m, a: seen.append("gate"))
+        return module
+
+    return build
+
+
+@pytest.mark.parametrize("gate", [ECA, SE])
+def test_the_report_runs_no_hook(gate) -> None:
+    model, seen = network(), []
+    for module in model.modules():
+        module.register_forward_hook(lambda m, a, y: seen.append("network"))
+        module.register_forward_pre_hook(lambda m, a: seen.append("network"))
+        module.register_full_backward_hook(lambda m, i, o: None)
+    with on_all_modules(seen):
+        report = insert_gates_(model, hooked(gate, seen))
+        assert report.multiply_adds is not None
+        again = replace_gates_(model, hooked(SE if gate is ECA else ECA, seen))
+        assert again.multiply_adds is not None
+        remove_gates_(model, force=True)
+    assert not seen
+    with on_all_modules(seen):
+        model(torch.randn(2, 3, 6, 6))
+    assert "network" in seen
+    assert "global" in seen
+
+
+class Unpicklable:
+    """A hook that no copy can be made of."""
+
+    def __call__(self, *args: Any) -> None:
+        return None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise pickle.PicklingError("no copies")
+
+
+def test_hooks_that_cannot_be_copied_are_no_obstacle() -> None:
+    model = network()
+    model[1].register_forward_hook(Unpicklable())
+    model[3].conv.register_forward_pre_hook(Unpicklable())
+    assert insert_gates_(model).multiply_adds is not None
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", "auto"])
+@pytest.mark.parametrize("gate", ["eca", "se", "se_var2"])
+@pytest.mark.skipif(ecanet.ops.cpu.why_not() is not None, reason=str(ecanet.ops.cpu.why_not()))
+def test_multiply_adds_are_counted_whatever_the_backend(gate, backend) -> None:
+    want = insert_gates_(network(), gate, preserve=False).multiply_adds
+    with ecanet.backend(backend):
+        report = insert_gates_(network(), gate, preserve=False)
+        assert report.multiply_adds == want is not None
+        assert replace_gates_(copy.deepcopy(network_with(gate)), "se_var1").multiply_adds is not None
+
+
+def network_with(gate: str) -> nn.Module:
+    model = network()
+    model[2].conv._forward_hooks.clear()
+    insert_gates_(model, gate, preserve=False)
+    return model

@@ -1,0 +1,610 @@
+"""Gates stand where maps are scaled: not inside attention, not behind outputs, and of the channels that there are."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.video import r3d_18
+
+import ecanet
+from ecanet import insert_gates_, replace_gates_
+
+
+def conv(c_in: int, c_out: int, k: int = 3) -> nn.Conv2d:
+    return nn.Conv2d(c_in, c_out, k, padding=k // 2)
+
+
+def group(c_in: int, c_out: int, act: nn.Module | None = None) -> nn.Sequential:
+    return nn.Sequential(conv(c_in, c_out), nn.BatchNorm2d(c_out), act or nn.ReLU())
+
+
+def placed(model: nn.Module, where: Any = "conv", x: Tensor | None = None, **arguments: Any) -> dict[str, int | None]:
+    """Where gates went, and that the network still computes what it computed."""
+    model.eval()
+    x = torch.randn(2, 3, 16, 16) if x is None else x
+    want = model(x)
+    report = insert_gates_(model, where=where, **arguments)
+    torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
+    return {row.where: row.channels for row in report.rows}
+
+
+# Attention of classes that nobody knows
+
+
+class Squeeze(nn.Module):
+    """As the usual tutorials write it, with view() and expand_as()."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Sequential(conv(c, 4, 1), nn.ReLU(), conv(4, c, 1), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, _, _ = x.size()
+        return x * self.fc(self.pool(x)).view(b, c, 1, 1).expand_as(x)
+
+
+class WithoutPoolLayer(Squeeze):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul(self.fc(x.mean((2, 3), keepdim=True)))
+
+
+class Functional(nn.Module):
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.down, self.up = conv(c, 4, 1), conv(4, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = F.adaptive_avg_pool2d(x, 1)
+        return x * torch.sigmoid(self.up(F.relu(self.down(s))))
+
+
+class WithResidual(Functional):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class AvgAndMax(nn.Module):
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.avg, self.max = nn.AdaptiveAvgPool2d(1), nn.AdaptiveMaxPool2d(1)
+        self.mlp = nn.Sequential(conv(c, 4, 1), nn.ReLU(), conv(4, c, 1))
+        self.sigmoid = nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.sigmoid(self.mlp(self.avg(x)) + self.mlp(self.max(x))) * x
+
+
+class Weights(nn.Module):
+    """Returns the weights alone; the module around it multiplies."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.pool, self.fc1, self.act, self.fc2 = nn.AdaptiveAvgPool2d(1), conv(c, 4, 1), nn.ReLU(), conv(4, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.fc2(self.act(self.fc1(self.pool(x)))))
+
+
+class Spatial(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.act = conv(2, 1, 7), nn.BatchNorm2d(1), nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = torch.cat([x.mean(1, keepdim=True), x.max(1, keepdim=True)[0]], 1)
+        return self.act(self.bn(self.conv(maps)))
+
+
+class Both(nn.Module):
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.ca, self.sa = Weights(c), Spatial()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.ca(x) * x
+        return self.sa(x) * x
+
+
+class Pixel(nn.Module):
+    """Attention of every position, as in PAN."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.conv, self.sigmoid = conv(c, c, 1), nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.mul(x, self.sigmoid(self.conv(x)))
+
+
+class OfTwoInputs(nn.Module):
+    """Attention U-Net's gate, with the decoder's map as a second input."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.g, self.x = (
+            nn.Sequential(conv(c, 4, 1), nn.BatchNorm2d(4)),
+            nn.Sequential(conv(c, 4, 1), nn.BatchNorm2d(4)),
+        )
+        self.psi = nn.Sequential(conv(4, 1, 1), nn.BatchNorm2d(1), nn.Sigmoid())
+
+    def forward(self, x: Tensor, g: Tensor | None = None) -> Tensor:
+        g = x if g is None else g
+        return x * self.psi(F.relu(self.g(g) + self.x(x)))
+
+
+class Coordinates(nn.Module):
+    """Coordinate attention without its permutations: pooled along each side."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.conv, self.bn, self.act = conv(c, 8, 1), nn.BatchNorm2d(8), nn.Hardswish()
+        self.rows, self.columns = conv(8, c, 1), conv(8, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.act(self.bn(self.conv(x.mean(3, keepdim=True))))
+        columns = self.act(self.bn(self.conv(x.mean(2, keepdim=True))))
+        return x * self.rows(rows).sigmoid() * self.columns(columns).sigmoid()
+
+
+ATTENTION: dict[str, Callable[[int], nn.Module]] = {
+    "view and expand_as": Squeeze,
+    "mean and mul": WithoutPoolLayer,
+    "functions": Functional,
+    "with a residual of its own": WithResidual,
+    "average and maximum": AvgAndMax,
+    "channels, then positions": Both,
+    "pixels": Pixel,
+    "two inputs": OfTwoInputs,
+    "coordinates": Coordinates,
+}
+every_attention = pytest.mark.parametrize("make", ATTENTION.values(), ids=ATTENTION)
+
+
+@every_attention
+def test_no_gate_goes_inside_attention_of_unknown_class(make) -> None:
+    model = nn.Sequential(group(3, 16), make(16), group(16, 8))
+    model.eval()
+    report = insert_gates_(model, where="conv")
+    assert {row.where for row in report.rows} == {"0.2", "2.2"}
+    assert any("1" in note and "attention" in note for note in report.notes), report.notes
+
+
+class InlineAttention(nn.Module):
+    """The block multiplies in its own code."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.act = conv(c, c), nn.BatchNorm2d(c), nn.ReLU()
+        self.conv2, self.bn2 = conv(c, c), nn.BatchNorm2d(c)
+        self.pool, self.fc1, self.fc2 = nn.AdaptiveAvgPool2d(1), conv(c, 4, 1), conv(4, c, 1)
+        self.sa = Spatial()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
+        y = y * torch.sigmoid(self.fc2(F.relu(self.fc1(self.pool(y)))))
+        y = y * self.sa(y)
+        return F.relu(x + y)
+
+
+def test_no_gate_goes_inside_attention_in_a_blocks_own_code() -> None:
+    assert placed(nn.Sequential(group(3, 16), InlineAttention(16))) == {"0.2": 16, "1.act": 16}
+
+
+class Block(nn.Module):
+    def __init__(self, c: int, attention: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.bn, self.att = conv(c, c), nn.BatchNorm2d(c), attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.att(self.bn(self.conv(x)))
+
+
+@every_attention
+def test_a_block_that_ends_in_attention_is_left_out_and_told(make) -> None:
+    model = nn.Sequential(group(3, 16), Block(16, make(16)), Block(16, nn.Identity()))
+    report = insert_gates_(model, where="block")
+    assert [row.where for row in report.rows] == ["2.bn"]
+    assert any("1" in note and "attention" in note for note in report.notes), report.notes
+
+
+def test_attention_in_a_blocks_own_code_is_told_too() -> None:
+    report = insert_gates_(nn.Sequential(group(3, 16), InlineAttention(16), Block(16, nn.Identity())))
+    assert [row.where for row in report.rows] == ["2.bn"]
+    assert any("1" in note and "attention" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("name", ["regnet_y", "efficientnet"])
+def test_networks_of_transformers_get_no_gate_inside_their_attention(name) -> None:
+    transformers = pytest.importorskip("transformers")
+    if name == "regnet_y":
+        config = transformers.RegNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], groups_width=8)
+        model = transformers.RegNetModel(config)
+    else:
+        config = transformers.EfficientNetConfig(
+            width_coefficient=0.25, depth_coefficient=0.1, image_size=32, num_block_repeats=[1] * 7
+        )
+        model = transformers.EfficientNetModel(config)
+    report = insert_gates_(model.eval(), where="conv")
+    inside = [
+        n for n, m in model.named_modules() if type(m).__name__ in ("RegNetSELayer", "EfficientNetSqueezeExciteLayer")
+    ]
+    assert len(inside) >= 2
+    assert report.rows
+    assert not [row.where for row in report.rows if row.where.startswith(tuple(f"{n}." for n in inside))]
+    assert sum("attention" in note for note in report.notes) >= 2
+
+
+# Products that are no attention
+
+
+class OwnSwish(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+
+class Learnt(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.beta = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.beta * x)
+
+
+class WithAFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp_min(0).square()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0].clamp_min(0) * grad
+
+
+class SquaredRelu(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return WithAFunction.apply(x)
+
+
+class OwnMish(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul(F.softplus(x).tanh())
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(0, 6) if x.dim() == 4 else x.relu()
+
+
+class HardSwish(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu6 = nn.ReLU6(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.relu6(x + 3) / 6
+
+
+class OwnDrop(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (torch.rand(len(x), 1, 1, 1) > 0.5) if self.training else x
+
+
+class Blur(nn.Module):
+    """Looks at neighbours: no activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 3, 1, 1)
+
+
+@pytest.mark.parametrize("act", [OwnSwish, Learnt, SquaredRelu, OwnMish, Branching, HardSwish, nn.Mish, nn.GELU])
+@pytest.mark.parametrize("kind", ["sequence", "graph"])
+def test_activations_of_any_class_end_a_group(kind, act) -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn, self.act, self.last = conv(3, 16), nn.BatchNorm2d(16), act(), conv(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.act(self.bn(self.conv(x))))
+
+    model = Layer() if kind == "graph" else nn.Sequential(group(3, 16, act()), conv(16, 4))
+    assert placed(model) == {"act" if kind == "graph" else "0.2": 16}
+
+
+def test_what_only_drops_at_random_is_passed_over() -> None:
+    assert placed(nn.Sequential(conv(3, 16), nn.BatchNorm2d(16), OwnDrop(), nn.ReLU(), conv(16, 4))) == {"3": 16}
+
+
+def test_what_looks_at_neighbours_is_no_activation() -> None:
+    assert placed(nn.Sequential(conv(3, 16), Blur(), group(16, 8))) == {"2.2": 8}
+
+
+# Shared activations
+
+
+def shared_in_nested_sequences() -> nn.Module:
+    act = nn.ReLU(inplace=True)
+    return nn.Sequential(
+        nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), act), nn.Sequential(conv(8, 16), nn.BatchNorm2d(16), act)
+    )
+
+
+def shared_with_dropout() -> nn.Module:
+    act = nn.SiLU()
+    return nn.Sequential(
+        conv(3, 8), nn.BatchNorm2d(8), nn.Dropout2d(0.1), act, conv(8, 16), nn.BatchNorm2d(16), nn.Dropout2d(0.1), act
+    )
+
+
+def shared_without_norm() -> nn.Module:
+    act = nn.LeakyReLU(0.1)
+    return nn.Sequential(conv(3, 8), act, conv(8, 16), act, conv(16, 4))
+
+
+class SharedOfTheNetwork(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU()
+        self.a, self.b = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8)), nn.Sequential(conv(8, 16), nn.BatchNorm2d(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.b(self.act(self.a(x))))
+
+
+class NormAndAct(nn.Sequential):
+    pass
+
+
+class WithFlags(nn.Module):
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.conv, self.adn = conv(c_in, c_out), NormAndAct(nn.BatchNorm2d(c_out), nn.ELU())
+
+    def forward(self, x: Tensor, plain: bool = False, mask: Tensor | None = None) -> Tensor:
+        x = self.conv(x)
+        if mask is not None:
+            x = x * mask
+        return x if plain else self.adn(x)
+
+
+SHARED = {
+    "nested sequences": (shared_in_nested_sequences, {"0.1": 8, "1.1": 16}),
+    "with dropout between": (shared_with_dropout, {"1": 8, "5": 16}),
+    "without norms": (shared_without_norm, {"0": 8, "2": 16}),
+    "of the network": (SharedOfTheNetwork, {"a.1": 8, "b.1": 16}),
+    "an own activation": (lambda: shared_own(OwnSwish()), {"1": 8, "4": 16}),
+    "a flag and a mask": (lambda: nn.Sequential(WithFlags(3, 8), WithFlags(8, 16)), {"0": 8, "1": 16}),
+}
+
+
+def shared_own(act: nn.Module) -> nn.Module:
+    return nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), act, conv(8, 16), nn.BatchNorm2d(16), act)
+
+
+def is_positively_homogeneous(name: str) -> bool:
+    return name not in ("with dropout between", "an own activation")
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_groups_whose_activation_is_shared_are_found(name) -> None:
+    make, expected = SHARED[name]
+    assert placed(make()) == expected
+
+
+# Outputs
+
+
+class SigmoidOfTheHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = group(3, 16), conv(16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.head(self.body(x)))
+
+
+class Resized(SigmoidOfTheHead):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Sequential(conv(16, 1), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(self.head(self.body(x)), scale_factor=2).squeeze(1)
+
+
+class TwoOutputs(SigmoidOfTheHead):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.edge = nn.Sequential(conv(16, 1), nn.Sigmoid()), nn.Sequential(conv(16, 2), nn.Hardsigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        return torch.cat([self.head(y), self.edge(y)], 1)
+
+
+OUTPUTS = {
+    "a sequence": lambda: nn.Sequential(*group(3, 16), conv(16, 3), nn.Tanh()),
+    "a nested head": lambda: nn.Sequential(group(3, 16), nn.Sequential(conv(16, 8), nn.BatchNorm2d(8), nn.Sigmoid())),
+    "a head and an up-sampler": lambda: nn.Sequential(
+        group(3, 16), nn.Sequential(conv(16, 1), nn.Sigmoid()), nn.Upsample(scale_factor=2)
+    ),
+    "a function": SigmoidOfTheHead,
+    "resized": Resized,
+    "two of them": TwoOutputs,
+}
+
+
+@pytest.mark.parametrize("make", OUTPUTS.values(), ids=OUTPUTS)
+def test_no_gate_goes_behind_the_networks_output(make) -> None:
+    model = make().eval()
+    report = insert_gates_(model, where="conv")
+    assert [row.channels for row in report.rows] == [16]
+    assert any("output" in note for note in report.notes)
+
+
+def test_a_bounded_activation_inside_a_network_is_one_like_others() -> None:
+    model = nn.Sequential(conv(3, 6, 5), nn.Sigmoid(), nn.AvgPool2d(2), conv(6, 16, 5), nn.Tanh(), nn.AvgPool2d(2),
+                          nn.Flatten(), nn.Linear(16 * 16, 4))  # fmt: skip
+    assert placed(model) == {"1": 6, "4": 16}
+
+
+def test_what_cannot_be_traced_is_told() -> None:
+    class Padded(nn.Module):
+        def __init__(self, c_in: int, c_out: int) -> None:
+            super().__init__()
+            self.conv, self.act = conv(c_in, c_out), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.conv(F.pad(x, (int(x.shape[-1] % 2), 0))))
+
+    with pytest.raises(ValueError, match=r"where='conv' finds no convolution.*torch.fx cannot trace"):
+        insert_gates_(nn.Sequential(Padded(3, 8), Padded(8, 8)), where="conv")
+    report = insert_gates_(nn.Sequential(Padded(3, 8), group(8, 8)), where="conv")
+    assert [row.where for row in report.rows] == ["1.2"]
+    assert any("0" in note and "torch.fx cannot trace" in note for note in report.notes)
+
+
+# Inputs of other ranks and channels
+
+
+class Residual(nn.Module):
+    def __init__(self, layer: Any, norm: Any, c: int) -> None:
+        super().__init__()
+        self.conv, self.bn = layer(c, c, 3, padding=1), norm(c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bn(self.conv(x))
+
+
+RANKS = {
+    "one channel, 1-D": (nn.Conv1d, nn.BatchNorm1d, 1),
+    "twelve channels, 1-D": (nn.Conv1d, nn.BatchNorm1d, 12),
+    "one channel, 2-D": (nn.Conv2d, nn.BatchNorm2d, 1),
+    "six channels, 2-D": (nn.Conv2d, nn.BatchNorm2d, 6),
+    "one channel, 3-D": (nn.Conv3d, nn.BatchNorm3d, 1),
+    "three channels, 3-D": (nn.Conv3d, nn.BatchNorm3d, 3),
+    "four channels, 3-D": (nn.Conv3d, nn.BatchNorm3d, 4),
+}
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_the_input_follows_from_the_first_convolution(name) -> None:
+    layer, norm, channels = RANKS[name]
+    model = nn.Sequential(layer(channels, 16, 3, stride=4, padding=1), Residual(layer, norm, 16))
+    report = insert_gates_(model)
+    assert [row.channels for row in report.rows] == [16]
+    assert report.multiply_adds is not None
+    assert report.multiply_adds > 16
+
+
+def test_a_network_of_films_has_its_multiply_adds() -> None:
+    with torch.device("meta"):
+        model = r3d_18()
+    report = insert_gates_(model)
+    assert len(report.rows) == 8
+    assert report.multiply_adds is not None
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (3, 32)], ids=str)
+@pytest.mark.parametrize("surgery", [insert_gates_, lambda model, **a: replace_gates_(model, "se", **a)])
+def test_the_shape_of_one_sample_is_refused(surgery, shape) -> None:
+    rank = len(shape) - 1
+    layer, norm = ((nn.Conv1d, nn.BatchNorm1d), (nn.Conv2d, nn.BatchNorm2d))[rank - 1]
+    model = nn.Sequential(layer(3, 16, 3), Residual(layer, norm, 16), ecanet.nn.ECA(16))
+    with pytest.raises(ValueError, match=r"input_shape=\(3.*one sample.*\(N, C, \*spatial\)"):
+        surgery(model, input_shape=shape)
+
+
+class Ghost(nn.Module):
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.primary, self.cheap = conv(c, c // 2), nn.Conv2d(c // 2, c // 2, 3, 1, 1, groups=c // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.primary(x)
+        return torch.cat([a, self.cheap(a)], 1)
+
+
+class Shuffle(nn.Module):
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.conv, self.shuffle = conv(c, 4 * c), nn.PixelShuffle(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shuffle(self.conv(x))
+
+
+class PastedECA(nn.Module):
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = x.mean((2, 3))[:, None]
+        return x * self.conv(s).sigmoid()[:, 0, :, None, None]
+
+
+class Sides(nn.Module):
+    """The registered order is not that of the calls."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.out, self.inner = conv(2 * c, c), conv(c, 2 * c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.inner(x))
+
+
+class Doubled(nn.Module):
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.conv = conv(c, c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return torch.cat([y, -y], 1)
+
+
+class Chunked(nn.Module):
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.conv = conv(c, 2 * c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.conv(x).chunk(2, 1)
+        return a * b.sigmoid()
+
+
+@pytest.mark.parametrize("make", [Ghost, Shuffle, PastedECA, Sides, Doubled, Chunked])
+def test_where_nothing_tells_the_channels_the_input_is_asked_for(make) -> None:
+    class TakesTwo(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.part = conv(3, 16), make(16)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.part(self.first(x + y))
+
+    model = TakesTwo().eval()
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match=r"how many channels there are at part.*input_shape="):
+        insert_gates_(model, where="part")
+    assert list(model.state_dict()) == before
+    with pytest.raises(ValueError, match=r"how many channels there are at part.*input_shape="):
+        insert_gates_(model, where="part", input_shape=None)
+    whole = nn.Sequential(conv(3, 16), make(16)).eval()
+    report = insert_gates_(whole, where="1", input_shape=(1, 3, 8, 8))
+    x = torch.randn(2, 3, 8, 8)
+    assert report.rows[0].channels == whole(x).shape[1]
+
+
+def test_norms_and_convolutions_tell_their_channels_without_a_run() -> None:
+    model = nn.Sequential(group(3, 16), nn.Sequential(nn.GroupNorm(4, 16), nn.ReLU(), nn.MaxPool2d(2)))
+    report = insert_gates_(model, where=["0", "0.0", "0.1", "1.0"], input_shape=None, filter_fn=lambda m, n: n != "0")
+    assert {row.where: row.channels for row in report.rows} == {"0.0": 16, "0.1": 16, "1.0": 16}

@@ -992,8 +992,9 @@ def test_compiled_a_residual_of_another_type_gives_the_type_of_the_sum(act, back
 
 @pytest.mark.usefixtures("_nothing_compiled_before")
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_on_a_gpu_a_compiler_gets_one_graph_of_plain_pytorch(training) -> None:
+def test_on_a_gpu_a_compiler_gets_one_graph_of_plain_pytorch_where_that_is_the_form(training, monkeypatch) -> None:
     """Fake tensors stand for those of a GPU, which need not be there."""
+    monkeypatch.setattr(fused, "FORMS_ON_GPU", dict.fromkeys(fused.FORMS_ON_GPU, "formula"))
     graphs = []
 
     def look(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:

@@ -72,7 +72,7 @@ def test_no_loop_reads_or_writes_outside_its_buffers(compile_with_sanitizers, tm
         for done in pool.map(compile_one, sources, objects):
             assert done.returncode == 0, done.stdout[-3000:]
     program = tmp_path / "fuzz"
-    linked = run([*compile_with_sanitizers, *objects, "-o", program])
+    linked = run([*compile_with_sanitizers, *objects, "-lm", "-o", program])
     assert linked.returncode == 0, linked.stdout[-3000:]
 
     # Leaks are looked for by tracing the process, which containers often forbid.

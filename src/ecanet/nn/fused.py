@@ -11,12 +11,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
+from ecanet.nn.sync import share_gradients, share_statistics
 from ecanet.ops import backend, gpu, reference
 
 
@@ -84,7 +84,7 @@ class _Coefficients(NamedTuple):
     graph: tuple[Tensor, Tensor] | None = None  # s and the gate that autograd can go back through
 
 
-def kernels_run(x: Tensor, empty: bool = False) -> bool:
+def kernels_run(x: Tensor) -> bool:
     """Whether the kernels can take x as it comes, now.
 
     Not where somebody wants to see plain PyTorch: torch.compile and export, torch.fx, torch.jit.trace, transforms of
@@ -92,7 +92,6 @@ def kernels_run(x: Tensor, empty: bool = False) -> bool:
 
     Args:
         x: A map.
-        empty: Whether it may be empty: whether they could take the maps of other processes that are like it.
 
     Raises:
         RuntimeError: the backend asked for by :func:`ecanet.backend` cannot run.
@@ -104,7 +103,18 @@ def kernels_run(x: Tensor, empty: bool = False) -> bool:
         and x.layout is torch.strided
         and backend.choose(x) != "reference"
         and 2 <= x.dim() <= 5
-        and (empty or x.numel() > 0)
+        and x.numel() > 0
+        and not _are_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether x is a map with values of its own, that nobody traces or transforms, and that no compiler looks at."""
+    return (
+        not _is_tracing()
+        and type(x) in _PLAIN_TENSORS
+        and x.layout is torch.strided
         and not _are_transforms_active()
         and forward_ad._current_level < 0
     )
@@ -199,16 +209,16 @@ def tail(x: Tensor, norm: Norm | None, gate: GateMaths | None, residual: Tensor 
     return _kernels.apply(x, c.scale, c.shift, residual, act)
 
 
-def norm_of_nothing(x: Tensor, norm: Norm) -> Tensor:
-    """The norm of an empty batch, among processes whose batches need not be empty.
+def shared_norm(x: Tensor, norm: Norm) -> Tensor:
+    """The norm in plain PyTorch, among processes that share its statistics; x may be empty here and not elsewhere.
 
     They wait for this one in the same collectives as :func:`tail` runs, forward and backward.
 
     Args:
-        x: ``(N, C, *spatial)``, empty, C not 0.
+        x: ``(N, C, *spatial)``, C not 0.
         norm: A norm with a group.
     """
-    return _NormOfNothing.apply(x, norm.weight, norm.bias, norm)
+    return _SharedNorm.apply(x, norm.weight, norm.bias, norm)
 
 
 def tail_(x: Tensor, gate: GateMaths | None, residual: Tensor | None, act: int) -> Tensor:
@@ -239,7 +249,7 @@ def _coefficients(x: Tensor, norm: Norm | None, gate: GateMaths | None, differen
         means, mean, var = _kernels.batch_moments(x)
         count = x.numel() // mean.numel()
         if norm.group is not None:
-            mean, var, count = _over_processes(mean, var, count, norm.group)
+            mean, var, count = share_statistics(mean, var, count, norm.eps, norm.group)
     elif gate is not None:
         means = _kernels.squeeze(x)
     else:  # nothing looks at them
@@ -337,20 +347,6 @@ def update_running_statistics(norm: Any, mean: Tensor, var: Tensor, count: int |
             running.copy_(keep * running.to(new.dtype) + new)  # rounded once
 
 
-def _over_processes(mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, variance and number of values of all processes, from those of this one: 2 C + 1 numbers travel."""
-    number = torch.full((1,), count, dtype=torch.double, device=mean.device)  # no copy that a GPU would wait for
-    mine = torch.cat([mean.double(), var.double(), number])
-    flat = mine.new_empty(dist.get_world_size(group) * mine.numel())
-    dist.all_gather_into_tensor(flat, mine, group=group)
-    gathered = flat.view(-1, mine.numel())
-    (means, variances), counts = gathered[:, :-1].chunk(2, dim=1), gathered[:, -1:]
-    total = counts.sum()
-    mean_of_all = (means * counts).sum(0) / total
-    var_of_all = ((variances + (means - mean_of_all).square()) * counts).sum(0) / total
-    return mean_of_all.to(mean.dtype), var_of_all.to(var.dtype), total
-
-
 class _Tail(torch.autograd.Function):
     """Saves x, and out (or the residual, for SiLU and Hardswish), as norm and activation alone do."""
 
@@ -403,9 +399,7 @@ class _Tail(torch.autograd.Function):
         slope = None
         if ctx.count is not None:
             if ctx.norm.group is not None and needs_x:  # else nobody looks at them, nor do processes without a batch
-                both = torch.stack([grad_mean, grad_var])
-                dist.all_reduce(both, group=ctx.norm.group)
-                grad_mean, grad_var = both
+                grad_mean, grad_var = share_gradients(grad_weight, grad_bias, var, weight, eps, ctx.norm.group)
             offset.add_(grad_mean / ctx.count)
             slope = grad_var.mul_(2 / ctx.count)
         grad_x = None
@@ -416,29 +410,47 @@ class _Tail(torch.autograd.Function):
         return grad_x, grad if needs_residual else None, small[0], small[1], None, None, None, *small[2:]
 
 
-class _NormOfNothing(torch.autograd.Function):
-    """Takes part in the collectives of :class:`_Tail` with a count and gradients of 0."""
+class _SharedNorm(torch.autograd.Function):
+    """The norm alone, with the collectives of :class:`_Tail`; an empty batch takes part with zeros."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm) -> Tensor:
-        zeros = x.new_zeros(x.shape[1], dtype=reference.accumulation_dtype(x.dtype))
-        mean, var, count = _over_processes(zeros, zeros, 0, norm.group)
-        # Where every batch is empty, torch's SyncBatchNorm counts a batch of zeros.
-        mean, var = (torch.where(count > 0, t, zeros) for t in (mean, var))
+        channels = x.shape[1]
+        if x.numel() == 0:
+            mean = var = x.new_zeros(channels, dtype=reference.accumulation_dtype(x.dtype))
+        else:
+            _, mean, var = reference.batch_moments(x)
+        mean, var, count = share_statistics(mean, var, x.numel() // channels, norm.eps, norm.group)
         update_running_statistics(norm.module, mean, var, count)
-        ctx.save_for_backward(zeros, weight, bias)
-        ctx.group = norm.group
-        return torch.empty_like(x)
+        ctx.save_for_backward(x, weight, bias, mean, var, count)
+        ctx.norm = norm
+        y, a = _normalised(x, mean, var, norm.eps), None if weight is None else weight.to(mean.dtype)
+        y = y if a is None else y * reference.over_positions(a, x)
+        return (y if bias is None else y + reference.over_positions(bias.to(mean.dtype), x)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_a_second_derivative()
-        zeros, *parameters = ctx.saved_tensors
-        needs_x, *needed = ctx.needs_input_grad[:3]
-        if needs_x:
-            dist.all_reduce(torch.stack([zeros, zeros]), group=ctx.group)
-        small = (torch.zeros_like(t) if needs else None for t, needs in zip(parameters, needed, strict=True))
-        return grad if needs_x else None, *small, None
+        x, weight, bias, mean, var, count = ctx.saved_tensors
+        norm, batch = ctx.norm, (0, *range(2, x.dim()))
+        grad = grad.to(mean.dtype)
+        grad_weight, grad_bias = (grad * _normalised(x, mean, var, norm.eps)).sum(batch), grad.sum(batch)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_mean, grad_var = share_gradients(grad_weight, grad_bias, var, weight, norm.eps, norm.group)
+            a = torch.rsqrt(var + norm.eps)
+            a = a if weight is None else a * weight.to(a.dtype)
+            parts = a, grad_mean / count, grad_var * (2 / count), mean
+            a, offset, slope, center = (reference.over_positions(t, x) for t in parts)
+            grad_x = (a * grad + offset + slope * (x.to(mean.dtype) - center)).to(x.dtype)
+        pairs = ((weight, grad_weight), (bias, grad_bias))
+        small = (None if t is None else gt.to(t.dtype) for t, gt in pairs)
+        return grad_x, *small, None
+
+
+def _normalised(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    centered = x.to(mean.dtype) - reference.over_positions(mean, x)
+    return centered * reference.over_positions(torch.rsqrt(var + eps), x)
 
 
 def _refuse_a_second_derivative() -> None:

@@ -61,6 +61,8 @@ class EndTogether(Callback):
     def __enter__(self) -> "EndTogether":
         if not self._several:
             return self
+        if (lost := self._who_is_lost()) is not None:
+            raise RuntimeError(f"{lost}: {self._how_to_go_on()}")
         os.environ[_PARENT] = str(os.getpid())
         if os.name == "posix" and threading.current_thread() is threading.main_thread():
             reading, writing = os.pipe()

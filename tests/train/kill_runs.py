@@ -7,6 +7,7 @@ that nobody killed; on another number of them it has to be refused, and the fold
 """
 
 import argparse
+import contextlib
 import os
 import random
 import re
@@ -66,7 +67,13 @@ def start(words: Sequence[str]) -> "subprocess.Popen[str]":
 def processes_of(session: int) -> list[int]:
     """The living processes of a session."""
     listed = subprocess.run(["pgrep", "-s", str(session)], capture_output=True, text=True, check=False).stdout
-    return [int(line) for line in listed.split() if Path(f"/proc/{line}/stat").read_text().split()[2] != "Z"]
+    return [int(line) for line in listed.split() if _is_alive(line)]
+
+
+def _is_alive(process: str) -> bool:
+    """Whether it is there, and not only its exit status."""
+    told = subprocess.run(["ps", "-o", "stat=", "-p", process], capture_output=True, text=True, check=False).stdout
+    return bool(told.strip()) and not told.strip().startswith("Z")
 
 
 def second_of(first: int) -> int | None:
@@ -94,14 +101,16 @@ def kill(run: "subprocess.Popen[str]", rank: int, signum: int) -> Killed:
     """Send a signal to one process of a run and wait for the end of all; kill them where they do not end."""
     victim = run.pid if rank == 0 else second_of(run.pid)
     if victim is not None and run.poll() is None:
-        os.kill(victim, signum)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim, signum)
     begun = time.monotonic()
     while (left := processes_of(run.pid)) and time.monotonic() < begun + 3 * BOUND:
         run.poll()
         time.sleep(0.05)
     seconds = time.monotonic() - begun
     for process in left:
-        os.kill(process, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
     return Killed(seconds, said(run), run.returncode)
 
 

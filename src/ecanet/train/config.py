@@ -166,7 +166,8 @@ class TrainerConfig:
         accelerator: auto, cpu, gpu, mps.
         devices: How many, or auto.
         nodes: Machines.
-        strategy: auto, ddp, ddp_find_unused_parameters_true or ddp_find_unused_parameters_false.
+        strategy: auto, ddp, ddp_find_unused_parameters_true or ddp_find_unused_parameters_false; with more than two
+            processes a run with the last one is not resumed to the same bits.
         precision: 32-true, bf16-mixed, 16-mixed, 64-true, ...
         channels_last: Memory format of images and convolutions.
         checkpoint_steps: Write last.ckpt every so many steps within an epoch as well; null is at every epoch's end.

@@ -168,13 +168,15 @@ def _fit(
     return FitResult(records[-1]["val/top1"], best, records, folder.path if folder else None, versions)
 
 
-def _trainer(recipe: Recipe, callbacks: list[Callback], loggers: list[Logger], progress: bool) -> L.Trainer:
+def _trainer(
+    recipe: Recipe, callbacks: list[Callback], loggers: list[Logger], progress: bool, strategy: str | None = None
+) -> L.Trainer:
     config = recipe.trainer
-    return L.Trainer(
+    trainer = L.Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
         num_nodes=config.nodes,
-        strategy=config.strategy,
+        strategy=strategy or config.strategy,
         precision=config.precision,  # type: ignore[arg-type]
         max_epochs=recipe.optim.epochs,
         gradient_clip_val=recipe.optim.clip_norm,
@@ -188,6 +190,11 @@ def _trainer(recipe: Recipe, callbacks: list[Callback], loggers: list[Logger], p
         num_sanity_val_steps=0,
         log_every_n_steps=config.log_steps,
     )
+    if trainer.world_size > 2 and strategy is None and config.strategy in ("auto", "ddp"):
+        # Else DDP sorts its buckets anew after the first step, and where a gradient lies in them decides in which order
+        # three or more are added up: a resumed run, whose first step is another one, would get other bits.
+        return _trainer(recipe, callbacks, loggers, progress, "ddp_find_unused_parameters_true")
+    return trainer
 
 
 def _check_launcher(trainer: L.Trainer) -> None:
@@ -214,6 +221,7 @@ class _quiet_lightning:  # noqa: N801
         "does not have many workers",  # images in memory need none
         "The number of training batches",  # small data
         "You defined a `validation_step` but have no `val_dataloader`",
+        "find_unused_parameters=True was specified in DDP constructor",  # for what else it does
         "Experiment logs directory",
         "Checkpoint directory",
         "You're resuming from a checkpoint that ended before the epoch ended",  # ImageData takes care of it

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import logging
+import multiprocessing
 import runpy
 import sys
 import threading
@@ -168,6 +169,24 @@ def test_many_threads_at_once_leave_what_was_there() -> None:
     finally:
         sys.setswitchinterval(interval)
     assert current() == "auto"
+
+
+def _current(queue: "multiprocessing.Queue[str]") -> None:
+    with backend("auto"):
+        pass
+    queue.put(current())
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
+def test_a_forked_process_keeps_the_choice() -> None:
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    with backend("reference"):
+        process = context.Process(target=_current, args=(queue,))
+        process.start()
+    assert queue.get(timeout=30) == "reference"
+    process.join(30)
+    assert process.exitcode == 0
 
 
 def test_one_object_nests_in_itself() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
 import ecanet
@@ -330,6 +331,17 @@ def test_loading_processes_give_the_same_batches_however_they_are_started(tiny) 
         for (pictures, labels), (same_pictures, same_labels) in zip(want, got, strict=True):
             assert torch.equal(pictures, same_pictures)
             assert torch.equal(labels, same_labels)
+
+
+@pytest.mark.parametrize(("mine", "of_the_first"), [(0, 12), (12, 0)])
+def test_a_process_that_sees_another_folder_than_the_first_ends(
+    tiny, tmp_path, monkeypatch, mine, of_the_first
+) -> None:
+    fit_until(monkeypatch, tiny(), tmp_path, 13)
+    monkeypatch.setattr(SingleDeviceStrategy, "broadcast", lambda self, step: of_the_first)
+    out = tmp_path if mine else None
+    with pytest.raises(ValueError, match=rf"begins at step {of_the_first}, .* at step {mine}: all need the same --out"):
+        fit(tiny(), out, resume=True, progress=False)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,8 @@ class _Token:
 _entered: list[_Token] = []
 _outside = _choice
 _lock = threading.Lock()
+if hasattr(os, "register_at_fork"):  # not while another thread, which the child lacks, holds it
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 class backend(ContextDecorator):  # noqa: N801
@@ -47,7 +49,7 @@ class backend(ContextDecorator):  # noqa: N801
     The choice holds for the whole process, other threads and asyncio tasks too, as torch's own flags do. Where several
     are in force at a time, the one that was entered last is; leaving one takes that one back and no other, in whatever
     order they are left, and after the last one the choice is what it was before the first. ``ECANET_BACKEND`` in the
-    environment is the choice to start from.
+    environment is the choice to start from, also in a process that is spawned; one that is forked keeps its parent's.
 
     Args:
         name: ``"auto"`` takes the C++ kernels on the CPU, the Triton kernels on a GPU and the reference where they

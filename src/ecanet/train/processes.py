@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import Callback
 #: Names the process that started this one, which may be gone before this one can ask for it.
 _PARENT = "ECANET_PARENT_PROCESS"
 #: Seconds between two looks; for the main thread to end by itself, after a signal or another process's end.
-_PAUSE, _PATIENCE = 0.1, 4.0
+_PAUSE, _PATIENCE = 0.1, 3.0
 #: Seconds for those that were told to end; after a success, for their own last steps; to leave Python after an error.
 _LEAVE, _LAST_STEPS, _EXIT = 2.0, 60.0, 3.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -52,7 +52,6 @@ class EndTogether(Callback):
         self._several = trainer.world_size > 1
         self._started: list[Popen[bytes]] = []
         self._stop = threading.Event()
-        self._told = False
         self._wakeup: tuple[int, int, int] | None = None
         environment = getattr(trainer.strategy, "cluster_environment", None)
         launched = isinstance(environment, LightningEnvironment) and environment.creates_processes_externally
@@ -159,7 +158,8 @@ class EndTogether(Callback):
             if not reason and (lost := self._who_is_lost()) is not None:
                 deadline, reason = time.monotonic() + _PATIENCE, lost
             if time.monotonic() > deadline:
-                self._tell(signal.SIGKILL)
+                for process in self._started:
+                    process.kill()
                 # The main thread waits in a collective for what will not come, and cannot be woken.
                 print(f"ecanet: {reason}: {self._how_to_go_on()}", file=sys.stderr, flush=True)
                 os._exit(1)

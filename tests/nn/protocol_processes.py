@@ -20,6 +20,7 @@ import torch.multiprocessing
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.modules import _functions
+from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 
 import ecanet
 from ecanet.nn import build_gate, norm_gate_add_act
@@ -181,13 +182,16 @@ WAYS: dict[str, Callable[[nn.Sequential, contextlib.ExitStack], None]] = {
 #: Slower, and tried with each other alone.
 SLOW_WAYS = {"compiled": compiled} | ({"triton, interpreted": interpreted} if gpu.interpreting() else {})
 
-#: Samples of each process, whether blocks are checkpointed (reentrant or not), whether layers before are frozen.
+DDP_CASE = "DDP, a collective for each parameter"
+#: Samples of each process; whether blocks are checkpointed, reentrant or not; whether DistributedDataParallel adds the
+#: gradients up, whose collectives come between those of the norms.
 CASES: dict[str, dict[str, Any]] = {
     "equal batches": {"samples": (2, 2, 1)},
     "uneven batches": {"samples": (1, 4, 2)},
     "an empty batch": {"samples": (3, 0, 2)},
     "checkpointed": {"samples": (2, 1, 2), "checkpoint": False},
     "checkpointed, reentrant": {"samples": (2, 1, 0), "checkpoint": True},
+    DDP_CASE: {"samples": (1, 2, 2), "ddp": True},
 }
 
 
@@ -201,7 +205,8 @@ def plan(world: int) -> list[tuple[str, tuple[str, ...]]]:
         together = [
             tuple(ways[(i + step * r) % len(ways)] for r in range(3)) for i in range(len(ways)) for step in (1, 4)
         ]
-    return [(next(cases), pair) for pair in together]
+    with_ddp = [(way, "as it is") for way in ways] + [("reference", way) for way in ways] if world == 2 else []
+    return [(next(cases), ways) for ways in together] + [(DDP_CASE, ways) for ways in with_ddp]
 
 
 def training_step(
@@ -222,12 +227,15 @@ def training_step(
             block.checkpoint = case.get("checkpoint")
         first = 0 if rank is None else sum(samples[:rank])
         count = sum(samples) if rank is None else samples[rank]
-        seen = {}
+        seen, model = {}, net
+        if case.get("ddp") and rank is not None:
+            stack.enter_context(mock.patch.object(DDP, "_passing_sync_batchnorm_handle"))
+            model = DDP(net, process_group=group, bucket_cap_mb=1e-6)
         for step in range(2):
             generator = torch.Generator().manual_seed(step)
             x, dout = (torch.randn(sum(samples), C, 4, 3, generator=generator, dtype=torch.float64) for _ in range(2))
             mine = x[first : first + count].to(DEVICE, copy=True).requires_grad_()
-            out = net(mine)
+            out = model(mine)
             out.backward(dout[first : first + count].to(DEVICE))
             seen |= {f"output {step}": out.detach(), f"gradient of x {step}": mine.grad}
     for i, (block, norm) in enumerate(zip(net, norms, strict=True)):
@@ -235,7 +243,10 @@ def training_step(
         for kind, module in (("conv", block.conv), ("norm", norm), ("gate", gate)):
             parameters = () if module is None else module.named_parameters(recurse=kind == "gate")
             # Torch's SyncBatchNorm gives an empty batch no gradients at all.
-            seen |= {f"sum {i} {kind}.{k}": torch.zeros_like(p) if p.grad is None else p.grad for k, p in parameters}
+            of_all = "mean" if case.get("ddp") else "sum"
+            seen |= {
+                f"{of_all} {i} {kind}.{k}": torch.zeros_like(p) if p.grad is None else p.grad for k, p in parameters
+            }
         seen |= {f"same {i} {key}": getattr(norm, key) for key in ("running_mean", "running_var")}
     return {key: t.cpu() for key, t in seen.items()}
 

@@ -99,8 +99,9 @@ class Killed:
 
 def kill(run: "subprocess.Popen[str]", rank: int, signum: int) -> Killed:
     """Send a signal to one process of a run and wait for the end of all; kill them where they do not end."""
-    victim = run.pid if rank == 0 else second_of(run.pid)
-    if victim is not None and run.poll() is None:
+    while run.poll() is None and (victim := run.pid if rank == 0 else second_of(run.pid)) is None:
+        time.sleep(0.05)  # it is about to be started
+    if run.poll() is None and victim is not None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(victim, signum)
     begun = time.monotonic()

@@ -8,6 +8,7 @@ x for its moments, one for out. The backward takes two passes too (:mod:`ecanet.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +58,7 @@ class Norm(NamedTuple):
     bias: Tensor | None
     eps: float
     group: Any = None  # of processes that share the statistics
+    later: "_Later | None" = None  # where the backward goes on with these
 
 
 class GateMaths(NamedTuple):
@@ -202,6 +204,9 @@ def tail(x: Tensor, norm: Norm | None, gate: GateMaths | None, residual: Tensor 
     ):
         if norm is None and gate is None:  # no use for x in the backward, so torch's own operations save less
             return reference.activate(x if residual is None else x + residual, act)
+        if norm is not None and norm.group is not None:
+            norm = norm._replace(later=_Later())
+            x = _WithTheOthers.apply(x, weight, bias, norm.later)
         return _Tail.apply(x, residual, weight, bias, norm, gate, act, *parameters)
     if (gate is None or gate.band) and (norm is None or norm.mean is not None):
         return _kernels.eca_tail(x, residual, *_at_once(norm, gate), act, 1.0 if gate is None else gate.factor)
@@ -347,8 +352,36 @@ def update_running_statistics(norm: Any, mean: Tensor, var: Tensor, count: int |
             running.copy_(keep * running.to(new.dtype) + new)  # rounded once
 
 
+class _Later:
+    """What is left of a backward until other processes have been heard: from :class:`_Tail` to _WithTheOthers."""
+
+    finish: Callable[[bool], tuple[Tensor | None, Tensor | None, Tensor | None]]
+
+
+class _WithTheOthers(torch.autograd.Function):
+    """The part of a tail's backward that waits for other processes, as a node of its own.
+
+    A norm that is called is one, too: gradients of gate and residual are there before its collective, those of x and
+    the norm after. DistributedDataParallel starts collectives of its own as gradients come.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, later: _Later) -> Tensor:
+        ctx.later = later
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grads = ctx.later.finish(ctx.needs_input_grad[0])
+        del ctx.later.finish  # which holds maps
+        return *grads, None
+
+
 class _Tail(torch.autograd.Function):
-    """Saves x, and out (or the residual, for SiLU and Hardswish), as norm and activation alone do."""
+    """Saves x, and out (or the residual, for SiLU and Hardswish), as norm and activation alone do.
+
+    With ``norm.later``, x comes from :class:`_WithTheOthers`, and the gradients of x, weight and bias do.
+    """
 
     @staticmethod
     def forward(
@@ -396,10 +429,27 @@ class _Tail(torch.autograd.Function):
         )
         if kernel is not None:
             grad_parameters = [grad_kernel.reshape(kernel.shape)]
+        keep = grad if needs_residual else None
+        if ctx.norm is not None and ctx.norm.later is not None:
+            sums = grad_weight, grad_bias
+            ctx.norm.later.finish = partial(
+                _finish,
+                ctx.norm,
+                sums,
+                ctx.count,
+                offset,
+                (grad, x, scale, shift, for_act, act),
+                mean,
+                var,
+                weight,
+                bias,
+            )
+            of_parameters = [
+                None if gt is None else gt.to(t.dtype) for t, gt in zip(parameters, grad_parameters, strict=True)
+            ]
+            return x.new_zeros(()).expand_as(x), keep, None, None, None, None, None, *of_parameters
         slope = None
         if ctx.count is not None:
-            if ctx.norm.group is not None and needs_x:  # else nobody looks at them, nor do processes without a batch
-                grad_mean, grad_var = share_gradients(grad_weight, grad_bias, var, weight, eps, ctx.norm.group)
             offset.add_(grad_mean / ctx.count)
             slope = grad_var.mul_(2 / ctx.count)
         grad_x = None
@@ -407,7 +457,29 @@ class _Tail(torch.autograd.Function):
             grad_x = _kernels.input_backward(grad, x, scale, shift, for_act, act, offset, slope, mean)
         inputs = [(weight, grad_weight), (bias, grad_bias), *zip(parameters, grad_parameters, strict=True)]
         small = [None if t is None or gt is None else gt.to(t.dtype) for t, gt in inputs]
-        return grad_x, grad if needs_residual else None, small[0], small[1], None, None, None, *small[2:]
+        return grad_x, keep, small[0], small[1], None, None, None, *small[2:]
+
+
+def _finish(
+    norm: Norm,
+    sums: tuple[Tensor, Tensor],
+    count: Tensor,
+    offset: Tensor,
+    upstream: tuple[Any, ...],
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    needs_x: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The end of :class:`_Tail`'s backward, with the sums of all processes: gradients of x, weight and bias."""
+    grad_x = None
+    if needs_x:  # else nobody looks at them, nor do processes without a batch
+        grad_mean, grad_var = share_gradients(*sums, var, weight, norm.eps, norm.group)
+        offset = offset + grad_mean / count
+        grad_x = _kernels.input_backward(*upstream, offset, grad_var * (2 / count), mean)
+    of_weight, of_bias = (None if t is None else gt.to(t.dtype) for t, gt in zip((weight, bias), sums, strict=True))
+    return grad_x, of_weight, of_bias
 
 
 class _SharedNorm(torch.autograd.Function):

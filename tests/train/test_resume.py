@@ -290,10 +290,10 @@ def rewrite(last: Path, change: Callable[[dict[str, Any]], None]) -> None:
 def test_what_cannot_go_on_exactly_is_refused_with_the_reason(tiny, tmp_path, monkeypatch, change, message) -> None:
     fit_until(monkeypatch, tiny(), tmp_path, 12)
     rewrite(tmp_path / "last.ckpt", change)
-    before = (tmp_path / "last.ckpt").read_bytes()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match=message):
         fit(tiny(), tmp_path, resume=True, progress=False)
-    assert (tmp_path / "last.ckpt").read_bytes() == before
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_devices_and_nodes_may_be_said_otherwise_where_there_are_as_many_processes(tiny, tmp_path, monkeypatch) -> None:
@@ -316,6 +316,13 @@ def test_a_run_that_goes_on_with_another_version_says_so_and_names_both(tiny, tm
     assert result.versions == stamped
     again = fit(tiny(), tmp_path, resume=True, progress=False)  # finished: nothing is said, nothing computed
     assert again.versions == stamped
+
+
+def test_what_a_checkpoint_says_of_versions_is_shown_without_escape_codes(tiny, tmp_path, monkeypatch) -> None:
+    fit_until(monkeypatch, tiny(), tmp_path, 12)
+    rewrite(tmp_path / "last.ckpt", lambda about: about["made_by"]["versions"][0].update(torch="\x1b[2J"))
+    with pytest.warns(UserWarning, match=r"torch \\x1b\[2J"):
+        fit(tiny(), tmp_path, resume=True, progress=False)
 
 
 def test_loading_processes_give_the_same_batches_however_they_are_started(tiny) -> None:

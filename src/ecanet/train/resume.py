@@ -75,7 +75,8 @@ def last_state(recipe: Recipe, last: Path, resume: bool) -> Resumed | None:
     done, epochs = len(about["history"]), before["optim.epochs"]
     _check_epochs(last.parent, done, epochs, recipe)
     extended = recipe.optim.epochs > epochs
-    return Resumed(last, about["recipe"], about["classes"], about["made_by"], done >= epochs, extended)
+    maker = {key: about["made_by"][key] for key in ("processes", "batch_size", "images", "versions")}
+    return Resumed(last, about["recipe"], about["classes"], maker, done >= epochs, extended)
 
 
 def _check_epochs(folder: Path, done: int, before: int, recipe: Recipe) -> None:
@@ -138,7 +139,8 @@ def made_by(trainer: L.Trainer, data: ImageData, resumed: Resumed | None) -> dic
     if versions == before["versions"][-1]:
         return before
     if getattr(rank_zero_only, "rank", 0) == 0:
-        was, is_now = (", ".join(f"{k} {v}" for k, v in each.items()) for each in (before["versions"][-1], versions))
+        each = before["versions"][-1], versions
+        was, is_now = (", ".join(f"{shown(k)} {shown(v)}" for k, v in of.items()) for of in each)
         warnings.warn(
             f"{folder} was trained with {was} and goes on with {is_now}: to the same end, but not to the same bits. "
             "Its checkpoints name both",

@@ -67,3 +67,13 @@ def test_a_killed_run_ends_and_goes_on_to_the_same_bits_or_not_at_all(
     assert "--trainer.devices" in str(refused.value)
     assert (out / "last.ckpt").read_bytes() == before
     assert kill_runs.problems_after(pictures, out, whole, others=()) == []
+
+
+def test_a_run_told_to_end_while_its_second_process_starts_ends(pictures, tmp_path) -> None:
+    run = kill_runs.start(kill_runs.command(pictures, tmp_path / "out", 2))
+    while kill_runs.second_of(run.pid) is None:
+        time.sleep(0.02)
+    killed = kill_runs.kill(run, 0, signal.SIGTERM)
+    assert killed.seconds < BOUND
+    assert killed.code == 128 + signal.SIGTERM
+    assert GOES_ON.search(killed.output), killed.output

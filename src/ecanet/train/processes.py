@@ -53,6 +53,7 @@ class EndTogether(Callback):
         self._started: list[Popen[bytes]] = []
         self._stop = threading.Event()
         self._wakeup: tuple[int, int, int] | None = None
+        self._handler: Any = None
         environment = getattr(trainer.strategy, "cluster_environment", None)
         launched = isinstance(environment, LightningEnvironment) and environment.creates_processes_externally
         self._parent = int(os.environ[_PARENT]) if launched and _PARENT in os.environ else None
@@ -64,6 +65,7 @@ class EndTogether(Callback):
             raise RuntimeError(f"{lost}: {self._how_to_go_on()}")
         os.environ[_PARENT] = str(os.getpid())
         if os.name == "posix" and threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGTERM, _leave)  # those that it is about to start would not hear
             reading, writing = os.pipe()
             for end in (reading, writing):
                 os.set_blocking(end, False)
@@ -73,8 +75,8 @@ class EndTogether(Callback):
         return self
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take SIGTERM over from Lightning, whose handler starts a collective in the middle of another."""
-        if self._several and threading.current_thread() is threading.main_thread():
+        """Take SIGTERM back from Lightning, whose handler starts a collective in the middle of another."""
+        if self._wakeup is not None:
             signal.signal(signal.SIGTERM, _leave)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -101,6 +103,7 @@ class EndTogether(Callback):
         self._thread.join()
         if self._wakeup is not None:
             reading, writing, before = self._wakeup
+            signal.signal(signal.SIGTERM, self._handler)
             signal.set_wakeup_fd(before)
             os.close(reading)
             os.close(writing)
@@ -149,12 +152,12 @@ class EndTogether(Callback):
                 process.wait()
 
     def _watch(self) -> None:
-        deadline, reason = float("inf"), ""
+        deadline, reason, code = float("inf"), "", 1
         while not self._stop.wait(_PAUSE):
             if not reason and (signum := self._signalled()) is not None:
                 self._take_over()
                 self._tell(signum)
-                deadline, reason = time.monotonic() + _PATIENCE, "this run was told to end"
+                deadline, reason, code = time.monotonic() + _PATIENCE, "this run was told to end", 128 + signum
             if not reason and (lost := self._who_is_lost()) is not None:
                 deadline, reason = time.monotonic() + _PATIENCE, lost
             if time.monotonic() > deadline:
@@ -162,7 +165,7 @@ class EndTogether(Callback):
                     process.kill()
                 # The main thread waits in a collective for what will not come, and cannot be woken.
                 print(f"ecanet: {reason}: {self._how_to_go_on()}", file=sys.stderr, flush=True)
-                os._exit(1)
+                os._exit(code)
 
     def _signalled(self) -> int | None:
         if self._wakeup is None:

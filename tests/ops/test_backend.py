@@ -177,6 +177,7 @@ def _current(queue: "multiprocessing.Queue[str]") -> None:
     queue.put(current())
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # Python 3.12 and later
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
 def test_a_forked_process_keeps_the_choice() -> None:
     context = multiprocessing.get_context("fork")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
+_FIT_OUT = "runs/fit"
 _CONFIG_HELP = "A recipe: YAML with the blocks model, data, optim, trainer. What follows on the command line wins."
 
 
@@ -22,8 +23,12 @@ def _add_fit(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
     from ecanet.train.fit import fit
 
     parser.add_argument("--config", action="config", help=_CONFIG_HELP)
-    parser.add_argument("--out", type=Path, default=Path("runs/fit"), help="Folder for checkpoints and logs.")
-    parser.add_argument("--resume", action="store_true", help="Go on from last.ckpt in --out, if there is one.")
+    parser.add_argument("--out", type=Path, default=Path(_FIT_OUT), help="Folder for checkpoints and logs.")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="Go on from last.ckpt in --out, if there is one; without --config by the recipe.json there.",
+    )
     parser.add_class_arguments(Recipe)
 
     def run(args: "Namespace") -> None:
@@ -239,9 +244,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         if os.environ.get("ECANET_TRACEBACK"):
             raise
         recipes = "".join(f"; the recipe: {path}" for path in _recipes(args) if path not in str(error))
-        sys.exit(f"ecanet {args[0]}: {type(error).__name__}: {error}{recipes}\n(ECANET_TRACEBACK=1 shows where)")
+        sys.exit(
+            f"ecanet {args[0]}: {type(error).__name__}: {_one_line(error)}{recipes}\n(ECANET_TRACEBACK=1 shows where)"
+        )
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _one_line(error: Exception) -> str:
+    """An error's message without line breaks, which those of torch have many of, and without a KeyError's quotes."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and len(error.args) == 1 else str(error)
+    return " ".join(text.split())
 
 
 def _recipes(args: Sequence[str]) -> list[str]:
@@ -263,11 +276,12 @@ def _run(verb: str, args: Sequence[str]) -> None:
         from jsonargparse import ArgumentParser
     except ImportError as error:
         raise ImportError("the command line needs jsonargparse: pip install 'ecanet[train]'") from error
-    from ecanet.train.recipes import with_recipes_read
+    from ecanet.train.recipes import with_own_recipe, with_recipes_read
 
+    words = with_own_recipe(list(args), _FIT_OUT) if verb == "fit" else list(args)
     parser: Any = ArgumentParser(prog=f"ecanet {verb}", description=f"{what} Example: {example}")
     run = add(parser)
-    run(parser.instantiate(parser.parse_args(with_recipes_read(list(args)))))
+    run(parser.instantiate(parser.parse_args(with_recipes_read(words))))
 
 
 def _overview() -> str:

@@ -2,9 +2,12 @@
 
 import csv
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from ecanet.cli import main
@@ -40,6 +43,53 @@ def test_fit_resumes(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(run.parent / "recipe.yaml")
     main(["fit", "--config", config, "--out", str(run), "--optim.epochs", "3", "--resume"])
     assert "after the last epoch" in capsys.readouterr().out
+
+
+def test_resume_alone_takes_the_recipe_of_the_folder_and_more_epochs_extend_it(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(run, out)
+    main(["fit", "--out", str(out), "--resume"])
+    assert len(load_trained(out / "last.ckpt").history) == 3
+    main(["fit", f"--out={out}", "--resume", "--optim.epochs", "5"])
+    assert len(load_trained(out / "last.ckpt").history) == 5
+    recipe = json.loads((out / "recipe.json").read_text())
+    assert (recipe["model"]["gate"], recipe["optim"]["epochs"]) == ("se", 5)
+
+
+def test_resume_with_a_recipe_takes_that_one(run: Path) -> None:
+    config = str(run.parent / "recipe.yaml")
+    with pytest.raises(SystemExit, match=r"optim\.lr: 0\.05 then, 0\.5 now"):
+        main(["fit", "--config", config, "--out", str(run), "--optim.epochs", "3", "--optim.lr", "0.5", "--resume"])
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            RuntimeError("CUDA error: out of\nmemory\n\nCompile with more"),
+            "CUDA error: out of memory Compile with more",
+        ),
+        (KeyError("a key"), "KeyError: a key"),
+        (KeyError("a", 1), "KeyError: ('a', 1)"),
+        (IndexError("list index out of range"), "IndexError: list index out of range"),
+        (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
+        (NotImplementedError("not\nhere"), "NotImplementedError: not here"),
+        (torch.cuda.OutOfMemoryError("tried to\nallocate"), "OutOfMemoryError: tried to allocate"),
+        (torch.distributed.DistBackendError("NCCL\nerror"), "DistBackendError: NCCL error"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_every_error_is_one_line(
+    error: Exception, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(sys.modules["ecanet.train.fit"], "fit", fail)
+    said, _, hint = complaint(["fit"], capsys).rstrip().partition("\n")
+    assert said.startswith("ecanet fit: ")
+    assert said.endswith(line)
+    assert hint == "(ECANET_TRACEBACK=1 shows where)"
 
 
 def test_validate_prints_the_best_accuracy(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
 import ecanet
-from ecanet.nn import ECA, SE, Gate, SEVar1, norm_gate_add_act
+from ecanet.nn import ECA, SE, Gate, SEVar1, fused, norm_gate_add_act
 from ecanet.ops import cpu
 
 needs_kernels = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))

@@ -1,7 +1,14 @@
 """Which implementation is chosen, and what is said about one that cannot run."""
 
+import asyncio
+import itertools
 import logging
+import multiprocessing
 import runpy
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -76,6 +83,145 @@ def test_choices_nest_and_end_with_their_block() -> None:
     assert current() == "auto"
 
 
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+def test_choices_left_in_any_order_leave_what_is_right(order: tuple[int, ...]) -> None:
+    names = ["reference", "cpu", "reference"]
+    contexts = [backend(name) for name in names]
+    for context in contexts:
+        context.__enter__()
+    left = [0, 1, 2]
+    for i in order:
+        contexts[i].__exit__(None, None, None)
+        left.remove(i)
+        assert current() == (names[left[-1]] if left else "auto")
+
+
+@pytest.mark.usefixtures("loaded")
+def test_a_generator_closed_inside_another_context_takes_back_its_own_choice() -> None:
+    def generator() -> Iterator[str]:
+        with backend("reference"):
+            yield current()
+
+    running = generator()
+    assert next(running) == "reference"
+    with backend("cpu"):
+        running.close()
+        assert current() == "cpu"
+    assert current() == "auto"
+
+
+@pytest.mark.usefixtures("loaded")
+def test_tasks_that_overlap_leave_what_was_there() -> None:
+    async def task(name: str, entered: asyncio.Event, may_leave: asyncio.Event) -> None:
+        with backend(name):
+            entered.set()
+            await may_leave.wait()
+
+    async def both() -> list[str]:
+        events = [asyncio.Event() for _ in range(4)]
+        first = asyncio.create_task(task("reference", events[0], events[1]))
+        await events[0].wait()
+        second = asyncio.create_task(task("cpu", events[2], events[3]))
+        await events[2].wait()
+        seen = [current()]
+        for event, one in ((events[1], first), (events[3], second)):
+            event.set()
+            await one
+            seen.append(current())
+        return seen
+
+    assert asyncio.run(both()) == ["cpu", "cpu", "auto"]
+
+
+@pytest.mark.usefixtures("loaded")
+def test_threads_that_overlap_leave_what_was_there() -> None:
+    entered, may_leave = threading.Event(), threading.Event()
+
+    @ecanet.backend("reference")
+    def chosen() -> None:
+        entered.set()
+        assert may_leave.wait(10)
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(chosen)
+        assert entered.wait(10)
+        with backend("cpu"):
+            assert current() == "cpu"
+            may_leave.set()
+            first.result(10)
+            assert current() == "cpu"
+    assert current() == "auto"
+
+
+@pytest.mark.usefixtures("loaded")
+def test_many_threads_at_once_leave_what_was_there() -> None:
+    def enter_and_leave(name: str) -> None:
+        for _ in range(300):
+            with backend(name):
+                current()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(enter_and_leave, ["reference", "cpu", "auto", "cpu"]))
+    finally:
+        sys.setswitchinterval(interval)
+    assert current() == "auto"
+
+
+def _current(queue: "multiprocessing.Queue[str]") -> None:
+    with backend("auto"):
+        pass
+    queue.put(current())
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # Python 3.12 and later
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
+def test_a_forked_process_keeps_the_choice() -> None:
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    with backend("reference"):
+        process = context.Process(target=_current, args=(queue,))
+        process.start()
+    assert queue.get(timeout=30) == "reference"
+    process.join(30)
+    assert process.exitcode == 0
+
+
+def test_one_object_nests_in_itself() -> None:
+    chosen = backend("reference")
+    with chosen, chosen:
+        assert current() == "reference"
+    assert current() == "auto"
+
+
+def test_an_error_on_entering_changes_nothing(missing: None) -> None:
+    with backend("reference"):
+        with pytest.raises(RuntimeError), backend("cpu"):
+            raise AssertionError("entered")
+        assert current() == "reference"
+    assert current() == "auto"
+
+
+async def coroutine() -> None: ...
+
+
+def generator() -> Iterator[None]:
+    yield
+
+
+async def async_generator() -> AsyncIterator[None]:
+    yield
+
+
+@pytest.mark.parametrize("function", [coroutine, generator, async_generator], ids=lambda f: f.__name__)
+def test_what_runs_after_its_call_is_not_decorated(function) -> None:
+    with pytest.raises(TypeError, match=r"write `with ecanet\.backend\('reference'\):` inside it"):
+        backend("reference")(function)
+
+
 def test_decorates_a_function() -> None:
     @ecanet.backend("reference")
     def chosen() -> str:
@@ -90,6 +236,25 @@ def test_unknown_name() -> None:
         backend("cuda"),
     ):
         pass
+    assert current() == "auto"
+
+
+@pytest.mark.usefixtures("loaded")
+def test_compiled_functions_choose_inside_them() -> None:
+    @torch.compile(fullgraph=True, backend="eager")
+    def numbers(x: torch.Tensor) -> list[torch.Tensor]:
+        inside, nested = [], []
+        with backend("reference"):
+            inside.append(x + (1 if choose(x) == "cpu" else 2))
+            with backend("cpu"):
+                nested.append(x + (1 if choose(x) == "cpu" else 2))
+        return [*inside, *nested, x + (1 if choose(x) == "cpu" else 2)]
+
+    x = torch.zeros(1, 1)
+    assert [number.item() for number in numbers(x)] == [2, 1, 1]
+    with backend("reference"):
+        assert [number.item() for number in numbers(x)] == [2, 1, 2]
+    assert [number.item() for number in numbers(x)] == [2, 1, 1]
     assert current() == "auto"
 
 

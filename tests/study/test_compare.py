@@ -8,13 +8,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import ecanet
 from ecanet.study import Comparison, Run, compare, paired_difference
 from ecanet.study.report import Cost, table, verdict
 from ecanet.train import Recipe, fit
@@ -22,6 +24,12 @@ from ecanet.train import Recipe, fit
 
 def entries(tiny: Callable[..., Recipe], **changes: object) -> dict[str, Recipe]:
     return {name: tiny(gate=gate, epochs=1, **changes) for name, gate in (("none", None), ("ECA", "eca"))}
+
+
+def stop_once_saved(record: dict[str, float]) -> None:
+    """The first epoch's record comes before its checkpoint: that of the second is the end."""
+    if record["epoch"] == 2:
+        raise InterruptedError
 
 
 def test_every_entry_runs_with_every_seed(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -57,6 +65,41 @@ def test_runs_of_another_recipe_are_refused(tiny: Callable[..., Recipe], tmp_pat
     compare(entries(tiny), [0], tmp_path, progress=False)
     with pytest.raises(ValueError, match=r"none-seed0\.json was made by another recipe or version"):
         compare(entries(tiny, lr=0.01), [0], tmp_path, progress=False)
+
+
+def test_a_half_finished_run_of_another_version_goes_on_after_saying_so_and_names_both(
+    tiny: Callable[..., Recipe], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = replace(entries(tiny)["ECA"], optim=tiny(epochs=2).optim)
+    folder = tmp_path / "runs" / "eca-seed0"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ecanet.__version__", "0.0.9")
+        patch.setattr("torch.__version__", "2.10.0")
+        with pytest.raises(InterruptedError):
+            fit(recipe, folder, progress=False, on_epoch=stop_once_saved)
+    compare({"ECA": recipe}, [0], tmp_path, progress=False)
+    assert "was trained with ecanet 0.0.9, torch 2.10.0" in capfd.readouterr().err
+    stamped = json.loads((tmp_path / "runs" / "eca-seed0.json").read_text())["versions"]
+    assert [(each["ecanet"], each["torch"]) for each in stamped] == [
+        ("0.0.9", "2.10.0"),
+        (ecanet.__version__, str(torch.__version__)),
+    ]
+
+
+def test_without_affinity_all_cpus_are_counted(
+    tiny: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def only_count(jobs: Sequence[Any], workers: int, progress: bool) -> Iterator[Run]:
+        counted.append(workers)
+        yield from (Run(job.entry, job.seed, 50.0, [], job.folder) for job in jobs)
+
+    counted: list[int] = []
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on macOS
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys.modules["ecanet.study.compare"], "_run_all", only_count)
+    compare(entries(tiny), range(4), tmp_path, progress=False)
+    assert counted == [3]
 
 
 def test_a_failing_run_leaves_the_finished_ones(tiny: Callable[..., Recipe], tmp_path: Path) -> None:

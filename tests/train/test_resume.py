@@ -1,6 +1,7 @@
 """A killed run goes on to the weights of an uninterrupted one, bit for bit."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,12 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch.utils.data import DataLoader
 
+import ecanet
 from ecanet.inspect import gates
-from ecanet.train import Recipe, fit
+from ecanet.train import Recipe, TrainerConfig, fit
 from ecanet.train.checkpoint import SafeCheckpointIO, build_network, load_trained, read_checkpoint
-from ecanet.train.classifier import Classifier
+from ecanet.train.classifier import Classifier, learning_rate_factor
 from ecanet.train.config import to_plain
+from ecanet.train.data.loading import Augmented, EpochSampler, read_splits, train_transform
 
 
 class KilledError(Exception):
@@ -206,3 +211,149 @@ def test_a_run_from_plain_weights_goes_on_and_loads_without_their_file(tiny, mon
         trained = load_trained(tmp_path / folder)
         assert {gate.factor for gate in gates(trained.network).values()} == {2.0}
         assert trained.recipe["model"]["weights"] == str(tmp_path / "plain.pth")
+
+
+# --- exactly or not at all ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{"schedule": "step", "step_epochs": 2}, {"schedule": "exponential", "ema": 0.9}])
+@pytest.mark.parametrize("first", ["finished", "killed"])
+def test_an_extended_run_ends_as_one_that_was_longer_from_the_start(
+    tiny, tmp_path, monkeypatch, first, changes
+) -> None:
+    fit(tiny(**changes), tmp_path / "whole", progress=False)
+    shorter = tiny(epochs=2, **changes)
+    if first == "finished":
+        fit(shorter, tmp_path / "extended", progress=False)
+    else:
+        fit_until(monkeypatch, shorter, tmp_path / "extended", 12)
+    fit(tiny(**changes), tmp_path / "extended", resume=True, progress=False)
+    assert_same_end(tmp_path / "whole", tmp_path / "extended")
+    assert read_checkpoint(tmp_path / "extended" / "last.ckpt")["ecanet"]["recipe"]["optim"]["epochs"] == 3
+
+
+def test_an_extended_cosine_goes_on_at_the_rate_of_the_longer_one(tiny, tmp_path, monkeypatch) -> None:
+    fit(tiny(epochs=2), tmp_path, progress=False)
+    rates, training_step = [], Classifier.training_step
+
+    def look(self: Classifier, batch: Any, batch_idx: int) -> torch.Tensor:
+        rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+        return training_step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Classifier, "training_step", look)
+    recipe = tiny(epochs=4)
+    result = fit(recipe, tmp_path, resume=True, progress=False)
+    assert len(result.history) == 4
+    wanted = [recipe.optim.lr * learning_rate_factor(recipe.optim, step / 8) for step in range(16, 32)]
+    assert rates == wanted
+    assert rates[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("epochs", "step", "changes", "message"),
+    [
+        (4, 12, {}, r"it has done 1 of 3 epochs of a cosine.*finish with optim\.epochs=3; then it can be extended"),
+        (2, 12, {}, r"it has done 1 of 3 epochs of a cosine"),
+        (1, 20, {"schedule": "constant"}, r"optim\.epochs=1: it has done 2 already"),
+    ],
+    ids=["a longer cosine", "a shorter cosine", "fewer than are done"],
+)
+def test_other_epochs_are_refused_where_the_run_would_be_another(
+    tiny, tmp_path, monkeypatch, epochs, step, changes, message
+) -> None:
+    fit_until(monkeypatch, tiny(**changes), tmp_path, step)
+    before = (tmp_path / "last.ckpt").read_bytes(), (tmp_path / "recipe.json").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        fit(tiny(epochs=epochs, **changes), tmp_path, resume=True, progress=False)
+    assert before == ((tmp_path / "last.ckpt").read_bytes(), (tmp_path / "recipe.json").read_bytes())
+
+
+def rewrite(last: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    checkpoint = read_checkpoint(last)
+    change(checkpoint["ecanet"])
+    SafeCheckpointIO().save_checkpoint(checkpoint, last)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda about: about["made_by"].update(processes=2), r"on 1 process: it was begun on 2 processes of 8 images"),
+        (lambda about: about["made_by"].update(images=61), "begun with 61 to train on, of 3 classes, and now .* 60"),
+        (lambda about: about.update(classes=["bag", "boot", "hat"]), "or classes of other names"),
+        (lambda about: about.pop("made_by"), "does not say on how many processes it was trained"),
+        (lambda about: about["made_by"].update(processes="2"), "processes must be a number"),
+        (lambda about: about["made_by"].update(versions=[]), "does not say with which versions"),
+        (lambda about: about["made_by"].update(versions=[{"torch": "x" * 99}]), "its versions are none"),
+    ],
+    ids=["processes", "images", "classes", "no maker", "a text", "no versions", "a long version"],
+)
+def test_what_cannot_go_on_exactly_is_refused_with_the_reason(tiny, tmp_path, monkeypatch, change, message) -> None:
+    fit_until(monkeypatch, tiny(), tmp_path, 12)
+    rewrite(tmp_path / "last.ckpt", change)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=message):
+        fit(tiny(), tmp_path, resume=True, progress=False)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_devices_and_nodes_may_be_said_otherwise_where_there_are_as_many_processes(tiny, tmp_path, monkeypatch) -> None:
+    recipe = tiny()
+    fit(recipe, tmp_path / "whole", progress=False)
+    fit_until(monkeypatch, recipe, tmp_path / "killed", 12)
+    other = replace(recipe, trainer=replace(recipe.trainer, devices=1))
+    fit(other, tmp_path / "killed", resume=True, progress=False)
+    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_run_that_goes_on_with_another_version_says_so_and_names_both(tiny, tmp_path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("ecanet.__version__", "0.0.9")
+        fit_until(monkeypatch, tiny(), tmp_path, 12)
+    with pytest.warns(UserWarning, match=r"was trained with ecanet 0\.0\.9, torch .* and goes on with ecanet 0\.1"):
+        result = fit(tiny(), tmp_path, resume=True, progress=False)
+    stamped = read_checkpoint(tmp_path / "last.ckpt")["ecanet"]["made_by"]["versions"]
+    assert [each["ecanet"] for each in stamped] == ["0.0.9", ecanet.__version__]
+    assert result.versions == stamped
+    again = fit(tiny(), tmp_path, resume=True, progress=False)  # finished: nothing is said, nothing computed
+    assert again.versions == stamped
+
+
+def test_what_a_checkpoint_says_of_versions_is_shown_without_escape_codes(tiny, tmp_path, monkeypatch) -> None:
+    fit_until(monkeypatch, tiny(), tmp_path, 12)
+    rewrite(tmp_path / "last.ckpt", lambda about: about["made_by"]["versions"][0].update(torch="\x1b[2J"))
+    with pytest.warns(UserWarning, match=r"torch \\x1b\[2J"):
+        fit(tiny(), tmp_path, resume=True, progress=False)
+
+
+def test_loading_processes_give_the_same_batches_however_they_are_started(tiny) -> None:
+    recipe = tiny()
+    images = read_splits(recipe.data).train
+    order = EpochSampler(len(images), 0, 8)
+    data = Augmented(images, train_transform(recipe.data), 0)
+    want = list(DataLoader(data, 8, sampler=order))
+    for method in multiprocessing.get_all_start_methods():
+        if method == "forkserver":  # pickles as spawn does
+            continue
+        got = list(DataLoader(data, 8, sampler=order, num_workers=1, multiprocessing_context=method))
+        for (pictures, labels), (same_pictures, same_labels) in zip(want, got, strict=True):
+            assert torch.equal(pictures, same_pictures)
+            assert torch.equal(labels, same_labels)
+
+
+@pytest.mark.parametrize(("mine", "of_the_first"), [(0, 12), (12, 0)])
+def test_a_process_that_sees_another_folder_than_the_first_ends(
+    tiny, tmp_path, monkeypatch, mine, of_the_first
+) -> None:
+    fit_until(monkeypatch, tiny(), tmp_path, 13)
+    monkeypatch.setattr(SingleDeviceStrategy, "broadcast", lambda self, step: of_the_first)
+    out = tmp_path if mine else None
+    with pytest.raises(ValueError, match=rf"begins at step {of_the_first}, .* at step {mine}: all need the same --out"):
+        fit(tiny(), out, resume=True, progress=False)
+
+
+@pytest.mark.parametrize(
+    "strategy", ["fsdp", "fsdp_cpu_offload", "deepspeed_stage_2", "ddp_spawn", "ddp_fork", "nonsense"]
+)
+def test_strategies_that_could_not_be_resumed_are_refused_with_the_remedy(strategy) -> None:
+    with pytest.raises(ValueError, match=rf"trainer\.strategy must be one of auto, ddp, .*'{strategy}'.*; ddp trains"):
+        TrainerConfig(strategy=strategy)

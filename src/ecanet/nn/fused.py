@@ -8,15 +8,16 @@ x for its moments, one for out. The backward takes two passes too (:mod:`ecanet.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
+from ecanet.nn.sync import share_gradients, share_statistics
 from ecanet.ops import backend, gpu, reference
 
 
@@ -58,6 +59,7 @@ class Norm(NamedTuple):
     bias: Tensor | None
     eps: float
     group: Any = None  # of processes that share the statistics
+    later: "_Later | None" = None  # where the backward goes on with these
 
 
 class GateMaths(NamedTuple):
@@ -90,7 +92,7 @@ class _Coefficients(NamedTuple):
 FORMS_ON_GPU = {"training": "operation", "inference": "operation"}
 
 
-def kernels_run(x: Tensor, empty: bool = False) -> bool:
+def kernels_run(x: Tensor) -> bool:
     """Whether the kernels can take x as it comes, now.
 
     Not where somebody wants to see plain PyTorch: torch.compile and export, torch.fx, torch.jit.trace, transforms of
@@ -98,7 +100,6 @@ def kernels_run(x: Tensor, empty: bool = False) -> bool:
 
     Args:
         x: A map.
-        empty: Whether it may be empty: whether they could take the maps of other processes that are like it.
 
     Raises:
         RuntimeError: the backend asked for by :func:`ecanet.backend` cannot run.
@@ -110,7 +111,18 @@ def kernels_run(x: Tensor, empty: bool = False) -> bool:
         and x.layout is torch.strided
         and backend.choose(x) != "reference"
         and 2 <= x.dim() <= 5
-        and (empty or x.numel() > 0)
+        and x.numel() > 0
+        and not _are_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether x is a map with values of its own, that nobody traces or transforms, and that no compiler looks at."""
+    return (
+        not _is_tracing()
+        and type(x) in PLAIN_TENSORS
+        and x.layout is torch.strided
         and not _are_transforms_active()
         and forward_ad._current_level < 0
     )
@@ -224,6 +236,9 @@ def tail(x: Tensor, norm: Norm | None, gate: GateMaths | None, residual: Tensor 
     ):
         if norm is None and gate is None:  # no use for x in the backward, so torch's own operations save less
             return reference.activate(x if residual is None else x + residual, act)
+        if norm is not None and norm.group is not None:
+            norm = norm._replace(later=_Later())
+            x = _WithTheOthers.apply(x, weight, bias, norm.later)
         return _Tail.apply(x, residual, weight, bias, norm, gate, act, *parameters)
     if (gate is None or gate.band) and (norm is None or norm.mean is not None):
         return _kernels.eca_tail(x, residual, *_at_once(norm, gate), act, 1.0 if gate is None else gate.factor)
@@ -231,16 +246,16 @@ def tail(x: Tensor, norm: Norm | None, gate: GateMaths | None, residual: Tensor 
     return _kernels.apply(x, c.scale, c.shift, residual, act)
 
 
-def norm_of_nothing(x: Tensor, norm: Norm) -> Tensor:
-    """The norm of an empty batch, among processes whose batches need not be empty.
+def shared_norm(x: Tensor, norm: Norm) -> Tensor:
+    """The norm in plain PyTorch, among processes that share its statistics; x may be empty here and not elsewhere.
 
     They wait for this one in the same collectives as :func:`tail` runs, forward and backward.
 
     Args:
-        x: ``(N, C, *spatial)``, empty, C not 0.
+        x: ``(N, C, *spatial)``, C not 0.
         norm: A norm with a group.
     """
-    return _NormOfNothing.apply(x, norm.weight, norm.bias, norm)
+    return _SharedNorm.apply(x, norm.weight, norm.bias, norm)
 
 
 def tail_(x: Tensor, gate: GateMaths | None, residual: Tensor | None, act: int) -> Tensor:
@@ -271,7 +286,7 @@ def _coefficients(x: Tensor, norm: Norm | None, gate: GateMaths | None, differen
         means, mean, var = _kernels.batch_moments(x)
         count = x.numel() // mean.numel()
         if norm.group is not None:
-            mean, var, count = _over_processes(mean, var, count, norm.group)
+            mean, var, count = share_statistics(mean, var, count, norm.eps, norm.group)
     elif gate is not None:
         means = _kernels.squeeze(x)
     else:  # nothing looks at them
@@ -371,22 +386,36 @@ def update_running_statistics(norm: Any, mean: Tensor, var: Tensor, count: int |
             running.copy_(keep * running.to(new.dtype) + new)  # rounded once
 
 
-def _over_processes(mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, variance and number of values of all processes, from those of this one: 2 C + 1 numbers travel."""
-    number = torch.full((1,), count, dtype=torch.double, device=mean.device)  # no copy that a GPU would wait for
-    mine = torch.cat([mean.double(), var.double(), number])
-    flat = mine.new_empty(dist.get_world_size(group) * mine.numel())
-    dist.all_gather_into_tensor(flat, mine, group=group)
-    gathered = flat.view(-1, mine.numel())
-    (means, variances), counts = gathered[:, :-1].chunk(2, dim=1), gathered[:, -1:]
-    total = counts.sum()
-    mean_of_all = (means * counts).sum(0) / total
-    var_of_all = ((variances + (means - mean_of_all).square()) * counts).sum(0) / total
-    return mean_of_all.to(mean.dtype), var_of_all.to(var.dtype), total
+class _Later:
+    """What is left of a backward until other processes have been heard: from :class:`_Tail` to _WithTheOthers."""
+
+    finish: Callable[[bool], tuple[Tensor | None, Tensor | None, Tensor | None]]
+
+
+class _WithTheOthers(torch.autograd.Function):
+    """The part of a tail's backward that waits for other processes, as a node of its own.
+
+    A norm that is called is one, too: gradients of gate and residual are there before its collective, those of x and
+    the norm after. DistributedDataParallel starts collectives of its own as gradients come.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, later: _Later) -> Tensor:
+        ctx.later = later
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grads = ctx.later.finish(ctx.needs_input_grad[0])
+        del ctx.later.finish  # which holds maps
+        return *grads, None
 
 
 class _Tail(torch.autograd.Function):
-    """Saves x, and out (or the residual, for SiLU and Hardswish), as norm and activation alone do."""
+    """Saves x, and out (or the residual, for SiLU and Hardswish), as norm and activation alone do.
+
+    With ``norm.later``, x comes from :class:`_WithTheOthers`, and the gradients of x, weight and bias do.
+    """
 
     @staticmethod
     def forward(
@@ -435,12 +464,27 @@ class _Tail(torch.autograd.Function):
         )
         if kernel is not None:
             grad_parameters = [grad_kernel.reshape(kernel.shape)]
+        keep = grad if needs_residual else None
+        if ctx.norm is not None and ctx.norm.later is not None:
+            sums = grad_weight, grad_bias
+            ctx.norm.later.finish = partial(
+                _finish,
+                ctx.norm,
+                sums,
+                ctx.count,
+                offset,
+                (grad, x, scale, shift, for_act, act),
+                mean,
+                var,
+                weight,
+                bias,
+            )
+            of_parameters = [
+                None if gt is None else gt.to(t.dtype) for t, gt in zip(parameters, grad_parameters, strict=True)
+            ]
+            return x.new_zeros(()).expand_as(x), keep, None, None, None, None, None, *of_parameters
         slope = None
         if ctx.count is not None:
-            if ctx.norm.group is not None and needs_x:  # else nobody looks at them, nor do processes without a batch
-                both = torch.stack([grad_mean, grad_var])
-                dist.all_reduce(both, group=ctx.norm.group)
-                grad_mean, grad_var = both
             offset.add_(grad_mean / ctx.count)
             slope = grad_var.mul_(2 / ctx.count)
         grad_x = None
@@ -448,33 +492,73 @@ class _Tail(torch.autograd.Function):
             grad_x = _kernels.input_backward(grad, x, scale, shift, for_act, act, offset, slope, mean)
         inputs = [(weight, grad_weight), (bias, grad_bias), *zip(parameters, grad_parameters, strict=True)]
         small = [None if t is None or gt is None else gt.to(t.dtype) for t, gt in inputs]
-        return grad_x, grad if needs_residual else None, small[0], small[1], None, None, None, *small[2:]
+        return grad_x, keep, small[0], small[1], None, None, None, *small[2:]
 
 
-class _NormOfNothing(torch.autograd.Function):
-    """Takes part in the collectives of :class:`_Tail` with a count and gradients of 0."""
+def _finish(
+    norm: Norm,
+    sums: tuple[Tensor, Tensor],
+    count: Tensor,
+    offset: Tensor,
+    upstream: tuple[Any, ...],
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    needs_x: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The end of :class:`_Tail`'s backward, with the sums of all processes: gradients of x, weight and bias."""
+    grad_x = None
+    if needs_x:  # else nobody looks at them, nor do processes without a batch
+        grad_mean, grad_var = share_gradients(*sums, var, weight, norm.eps, norm.group)
+        offset = offset + grad_mean / count
+        grad_x = _kernels.input_backward(*upstream, offset, grad_var * (2 / count), mean)
+    of_weight, of_bias = (None if t is None else gt.to(t.dtype) for t, gt in zip((weight, bias), sums, strict=True))
+    return grad_x, of_weight, of_bias
+
+
+class _SharedNorm(torch.autograd.Function):
+    """The norm alone, with the collectives of :class:`_Tail`; an empty batch takes part with zeros."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm) -> Tensor:
-        zeros = x.new_zeros(x.shape[1], dtype=reference.accumulation_dtype(x.dtype))
-        mean, var, count = _over_processes(zeros, zeros, 0, norm.group)
-        # Where every batch is empty, torch's SyncBatchNorm counts a batch of zeros.
-        mean, var = (torch.where(count > 0, t, zeros) for t in (mean, var))
+        channels = x.shape[1]
+        if x.numel() == 0:
+            mean = var = x.new_zeros(channels, dtype=reference.accumulation_dtype(x.dtype))
+        else:
+            _, mean, var = reference.batch_moments(x)
+        mean, var, count = share_statistics(mean, var, x.numel() // channels, norm.eps, norm.group)
         update_running_statistics(norm.module, mean, var, count)
-        ctx.save_for_backward(zeros, weight, bias)
-        ctx.group = norm.group
-        return torch.empty_like(x)
+        ctx.save_for_backward(x, weight, bias, mean, var, count)
+        ctx.norm = norm
+        y, a = _normalised(x, mean, var, norm.eps), None if weight is None else weight.to(mean.dtype)
+        y = y if a is None else y * reference.over_positions(a, x)
+        return (y if bias is None else y + reference.over_positions(bias.to(mean.dtype), x)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise _no_second_derivative("tail", _OTHER_PROCESSES)
-        zeros, *parameters = ctx.saved_tensors
-        needs_x, *needed = ctx.needs_input_grad[:3]
-        if needs_x:
-            dist.all_reduce(torch.stack([zeros, zeros]), group=ctx.group)
-        small = (torch.zeros_like(t) if needs else None for t, needs in zip(parameters, needed, strict=True))
-        return grad if needs_x else None, *small, None
+        x, weight, bias, mean, var, count = ctx.saved_tensors
+        norm, batch = ctx.norm, (0, *range(2, x.dim()))
+        grad = grad.to(mean.dtype)
+        grad_weight, grad_bias = (grad * _normalised(x, mean, var, norm.eps)).sum(batch), grad.sum(batch)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_mean, grad_var = share_gradients(grad_weight, grad_bias, var, weight, norm.eps, norm.group)
+            a = torch.rsqrt(var + norm.eps)
+            a = a if weight is None else a * weight.to(a.dtype)
+            parts = a, grad_mean / count, grad_var * (2 / count), mean
+            a, offset, slope, center = (reference.over_positions(t, x) for t in parts)
+            grad_x = (a * grad + offset + slope * (x.to(mean.dtype) - center)).to(x.dtype)
+        pairs = ((weight, grad_weight), (bias, grad_bias))
+        small = (None if t is None else gt.to(t.dtype) for t, gt in pairs)
+        return grad_x, *small, None
+
+
+def _normalised(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    centered = x.to(mean.dtype) - reference.over_positions(mean, x)
+    return centered * reference.over_positions(torch.rsqrt(var + eps), x)
 
 
 def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

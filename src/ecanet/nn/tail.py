@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import FrozenBatchNorm2d
@@ -12,6 +11,7 @@ from ecanet.nn import fused
 from ecanet.nn.gate import Gate
 from ecanet.nn.hung import hung_gate
 from ecanet.nn.pointwise import means_after
+from ecanet.nn.sync import process_group
 from ecanet.ops import reference
 
 #: In the order of reference.ACTS.
@@ -128,7 +128,7 @@ def _tail(
 ) -> Tensor:
     """:func:`norm_gate_add_act`; ``means`` are the channel means of x, where a compiler has found them already."""
     _check(x, norm, gate, act)
-    if not fused.kernels_run(x) and not _is_awaited(x, norm):
+    if not fused.kernels_run(x):
         return _without_kernels(x, norm, gate, residual, act, means)
     # What the kernels cannot take over is called, and the rest starts from there.
     if isinstance(act, nn.Module) and act_code(act) is None:
@@ -139,10 +139,7 @@ def _tail(
     if gate is not None and gate_maths is None:
         return norm_gate_add_act(gate(norm_gate_add_act(x, norm)), None, None, residual, act)
     if norm is not None and norm_maths is None:
-        return norm_gate_add_act(norm(x), None, gate, residual, act)
-    if norm_maths is not None and x.numel() == 0:
-        gate = hung_gate(norm) if gate is None and norm is not None else gate
-        return _without_kernels(fused.norm_of_nothing(x, norm_maths), None, gate, residual, act)
+        return norm_gate_add_act(_call_norm(norm, x), None, gate, residual, act)
     code = act_code(act)
     assert code is not None
     if norm is None and gate is None and residual is None and code == 0:
@@ -222,7 +219,7 @@ def maths_of_norm(norm: nn.Module | None, x: Tensor, known_hooks: int = 0) -> fu
         return None  # torch says what it makes of some without the others
     if not norm.training and buffers.get("running_mean") is not None:
         return _given_statistics(norm)
-    group = _process_group(norm)
+    group = process_group(norm)
     if group is None and x.numel() == x.shape[1]:  # torch says what is wrong with one value a channel
         return None
     return fused.Norm(norm, None, None, norm.weight, norm.bias, norm.eps, group)
@@ -247,23 +244,32 @@ def _given_statistics(norm: Any) -> fused.Norm:
     return fused.Norm(norm, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
 
 
-def _process_group(norm: nn.Module) -> object | None:
-    """The processes whose batches a norm in training counts as one, or None for this one alone."""
-    if not (isinstance(norm, nn.SyncBatchNorm) and norm.training and dist.is_available() and dist.is_initialized()):
-        return None
-    group = norm.process_group or dist.group.WORLD
-    return group if dist.get_world_size(group) > 1 else None
+def _call_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(x)``, hooks and all.
+
+    Torch's SyncBatchNorm takes no map on a CPU, and sends an empty batch of a half type in another type than its peers
+    send theirs: there its ``forward`` is ours, with the same collectives.
+    """
+    if type(norm) is nn.SyncBatchNorm and "forward" not in vars(norm) and isinstance(x, Tensor):  # torch.fx has others
+        ours = x.is_cpu or (not torch.compiler.is_compiling() and x.numel() == 0)
+        if ours and fused.is_plain(x) and (group := process_group(norm)) is not None:
+            return _call_shared(norm, x, group)
+    return norm(x)
 
 
-def _is_awaited(x: Tensor, norm: nn.Module | None) -> bool:
-    """Whether x is an empty batch, and the norm shares statistics with processes whose maps the kernels can take."""
-    return (
-        norm is not None
-        and fused.kernels_run(x, empty=True)
-        and x.numel() == 0
-        and x.shape[1] > 0
-        and _process_group(norm) is not None
-    )
+def _call_shared(norm: nn.SyncBatchNorm, x: Tensor, group: Any) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
+        norm._check_input_dim(x)
+        norm._check_non_zero_input_channels(x)
+        if norm.num_features != x.shape[1]:
+            raise ValueError(f"x must have the {norm.num_features} channels of its norm, got shape {tuple(x.shape)}")
+        return fused.shared_norm(x, fused.Norm(norm, None, None, norm.weight, norm.bias, norm.eps, group))
+
+    vars(norm)["forward"] = forward  # so that the call runs every hook, which see the module itself
+    try:
+        return norm(x)
+    finally:
+        del vars(norm)["forward"]
 
 
 def _without_kernels(
@@ -290,7 +296,7 @@ def _without_kernels(
                 y = y + residual if residual is not None and inside is None else y
                 return y if code is not None else _activate(y, act)
     if norm is not None:
-        x = norm(x)
+        x = _call_norm(norm, x)
     if gate is not None:
         x = gate(x)
     if residual is not None:

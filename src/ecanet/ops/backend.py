@@ -1,9 +1,11 @@
 """Which implementation of an operation runs: plain PyTorch (the reference), the C++ or the Triton kernels."""
 
+import inspect
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from contextlib import ContextDecorator
+from typing import Any
 
 import torch
 
@@ -26,12 +28,28 @@ _choice = _from_environment()
 _told = False
 
 
-@contextmanager
-def backend(name: str) -> Iterator[None]:
+class _Token:
+    """One entered and not left."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+#: In the order in which they were entered: the last one is in force. Outside of all: _outside.
+_entered: list[_Token] = []
+_outside = _choice
+_lock = threading.Lock()
+if hasattr(os, "register_at_fork"):  # not while another thread, which the child lacks, holds it
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
+
+class backend(ContextDecorator):  # noqa: N801
     """Choose the implementation for what runs inside ``with``, or inside the function this decorates.
 
-    The choice holds for the whole process, other threads too, as torch's own flags do. ``ECANET_BACKEND`` in the
-    environment is the choice to start from.
+    The choice holds for the whole process, other threads and asyncio tasks too, as torch's own flags do. Where several
+    are in force at a time, the one that was entered last is; leaving one takes that one back and no other, in whatever
+    order they are left, and after the last one the choice is what it was before the first. ``ECANET_BACKEND`` in the
+    environment is the choice to start from, also in a process that is spawned; one that is forked keeps its parent's.
 
     Args:
         name: ``"auto"`` takes the C++ kernels on the CPU, the Triton kernels on a GPU and the reference where they
@@ -41,6 +59,7 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: another name.
         RuntimeError: that implementation cannot run here; the reason and what to do.
+        TypeError: it decorates a coroutine or a generator, which runs after the call that makes it.
 
     Example:
         >>> import torch, ecanet
@@ -49,17 +68,60 @@ def backend(name: str) -> Iterator[None]:
         ...     gate(torch.ones(2, 64, 8, 8)).shape
         torch.Size([2, 64, 8, 8])
     """
+
+    def __init__(self, name: str) -> None:
+        if name not in NAMES:
+            raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}")
+        self.name = name
+        self._tokens: list[_Token] = []
+
+    def _recreate_cm(self) -> "backend":
+        return type(self)(self.name)  # one for every call of a decorated function
+
+    def __call__(self, function: Any) -> Any:
+        """Decorate a function."""
+        kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
+        if any(kind(function) for kind in kinds):
+            raise TypeError(
+                f"ecanet.backend decorates functions, and {function.__name__} is a coroutine or a generator, which "
+                f"runs later: write `with ecanet.backend({self.name!r}):` inside it"
+            )
+        return super().__call__(function)
+
+    def __enter__(self) -> None:
+        """Put the choice in force."""
+        if (reason := reason_against(self.name)) is not None:
+            raise RuntimeError(_refusal(self.name, reason))
+        token = _Token(self.name)
+        self._tokens.append(token)
+        if torch.compiler.is_compiling():  # which traces in one thread, and no locks
+            _enter(token)
+            return
+        with _lock:
+            _enter(token)
+
+    def __exit__(self, *exc: object) -> None:
+        """Take it back."""
+        token = self._tokens.pop()
+        if torch.compiler.is_compiling():
+            _leave(token)
+            return
+        with _lock:
+            _leave(token)
+
+
+def _enter(token: _Token) -> None:
+    global _choice, _outside
+    if not _entered:
+        _outside = _choice
+    _entered.append(token)
+    _choice = token.name
+
+
+def _leave(token: _Token) -> None:
     global _choice
-    if name not in NAMES:
-        raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}")
-    if (reason := reason_against(name)) is not None:
-        raise RuntimeError(_refusal(name, reason))
-    before = _choice
-    _choice = name
-    try:
-        yield
-    finally:
-        _choice = before
+    _entered.remove(token)
+    _choice = _entered[-1].name if _entered else _outside
 
 
 def current() -> str:

@@ -89,7 +89,7 @@ def build(torch_dir: Path | None, output: Path = LIBRARY, say: Callable[[str], o
     unnamed = f"-ffile-prefix-map={torch_dir}=torch"
     compile_one = [*compiler, *_COMPILE, unnamed, *(f"-isystem{path}" for path in includes), "-c"]
     units = sorted(path.name for path in SOURCES.glob("*.cpp"))
-    processes = min(len(units), _cores())
+    processes = min(len(units), available_cores())
     say(f"compiling {len(units)} files with {compiler[0]}, {processes} at a time: a minute or two")
     began = time.monotonic()
     try:
@@ -200,7 +200,8 @@ def _checked(torch_dir: Path | None) -> Path:
     return torch_dir.resolve()  # as the compiler writes it
 
 
-def _cores() -> int:
+def available_cores() -> int:
+    """How many CPUs this process may use; macOS and Windows know of all of them alone."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

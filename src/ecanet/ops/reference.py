@@ -469,7 +469,7 @@ def eca_coefficients_backward(
         grad_logits = (a * q + beta * p) * gate * (1 - gate / factor)
         windows = _pad(s, k, circular).unfold(1, k, 1)
         grad_kernel = (windows * grad_logits.unsqueeze(-1)).sum((0, 1))
-        ds = band(grad_logits, kernel.flip(0), circular)
+        ds = band(grad_logits, kernel.flip(-1), circular)
     g = torch.ones_like(s) if gate is None else gate
     away = means if mean is None else means - mean.to(means.dtype)
     grad_a, grad_bias = (g * q + ds * away).sum(0), (g * p + ds).sum(0)

@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 import ecanet
+from ecanet.ops.build import available_cores
 from ecanet.study.run_files import read_run, write_run
 from ecanet.train.config import Recipe, to_plain
 from ecanet.train.fit import fit
@@ -138,7 +139,8 @@ def compare(
 
     Every finished run is a file ``out/runs/ENTRY-seedK.json``, its checkpoints and logs the folder beside it. Called
     again, finished runs are read, not repeated, and an interrupted one goes on from its last checkpoint; a run made
-    by another recipe is refused.
+    by another recipe is refused. One that goes on with other versions of torch or ecanet says so, and its file names
+    all of them.
 
     Args:
         entries: Recipes by name, the baseline first; their own seeds are not used.
@@ -173,7 +175,7 @@ def compare(
     finished = {job.folder: run for job in jobs if (run := job.read()) is not None}
     todo = [job for job in jobs if job.folder not in finished]
     if todo:
-        count = workers or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)))
+        count = workers or (1 if torch.cuda.is_available() else available_cores())
         for run in _run_all(todo, min(count, len(todo)), progress):
             finished[run.folder] = run
     runs: dict[str, list[Run]] = {name: [] for name in entries}
@@ -232,7 +234,7 @@ class _Job:
             "top1": result.top1,
             "history": result.history,
             "recipe": to_plain(self.recipe),
-            "versions": {"torch": torch.__version__, "ecanet": ecanet.__version__},
+            "versions": result.versions,
         }
         write_run(self.file, finished)
         return Run(self.entry, self.seed, result.top1, result.history, self.folder)

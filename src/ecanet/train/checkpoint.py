@@ -24,7 +24,7 @@ from ecanet.untrusted import check_number, listed, shown
 ABOUT = "ecanet"
 
 #: What safe_save calls a run's checkpoint while it writes it, with the number of the process.
-_PARTIAL = re.compile(r"\.(?:best|last)\.ckpt\.([1-9][0-9]{0,8})\.partial")
+_PARTIAL = re.compile(r"\.(?:best\.ckpt|last\.ckpt|recipe\.json)\.([1-9][0-9]{0,8})\.partial")
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -264,46 +264,6 @@ def check_about(about: object, path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
     kept = {key: about[key] for key in ("classes", "mean", "std", "history")}
     return {**kept, "recipe": {"model": model, "data": sees}}
-
-
-def check_resumable(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The recipe of a checkpoint that a run may go on from, after a look at what Lightning will take from it.
-
-    Raises:
-        ValueError: a part is missing or of another kind; names the file.
-    """
-    check_about(checkpoint[ABOUT], path)
-    problem = _problem_for_resuming(checkpoint)
-    if problem is not None:
-        raise ValueError(f"{path} cannot be gone on from, {problem}: start anew in another --out")
-    return checkpoint[ABOUT]["recipe"]
-
-
-def _problem_for_resuming(checkpoint: dict[str, Any]) -> str | None:
-    recipe, weights = checkpoint[ABOUT]["recipe"], checkpoint.get("state_dict")
-    if not all(isinstance(recipe.get(block), dict) for block in ("model", "data", "optim", "trainer")):
-        return "its recipe lacks a block"
-    if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
-        return "it holds no weights"
-    if not all(type(checkpoint.get(key)) is int and checkpoint[key] >= 0 for key in ("epoch", "global_step")):
-        return "it does not say how far it got"
-    loops, callbacks = checkpoint.get("loops"), checkpoint.get("callbacks")
-    if not isinstance(loops, dict) or not all(isinstance(loop, dict) for loop in loops.values()):
-        return "its loops are none"
-    if not isinstance(callbacks, dict) or not all(isinstance(state, dict) for state in callbacks.values()):
-        return "its callbacks are none"
-    best = callbacks.get(SaveCheckpoints.__qualname__, {"best": 0.0}).get("best")
-    if isinstance(best, bool) or not isinstance(best, (int, float)) or not math.isfinite(best):
-        return f"its best accuracy is {shown(best)}"
-    shapes = {t.shape for t in weights.values()}
-    for optimizer in checkpoint.get("optimizer_states", ()):
-        held = optimizer.get("state") if isinstance(optimizer, dict) else None
-        if not isinstance(held, dict) or not all(isinstance(values, dict) for values in held.values()):
-            return "its optimizer has no state"
-        tensors = [t for values in held.values() for t in values.values() if isinstance(t, Tensor)]
-        if any(t.dim() and t.shape not in shapes for t in tensors):
-            return "its optimizer's state is of other weights"
-    return None
 
 
 def as_it_started(config: ModelConfig) -> ModelConfig:

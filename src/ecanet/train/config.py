@@ -10,6 +10,8 @@ from ecanet.untrusted import check_number, shown
 
 #: What an option of a network may be.
 Scalar: TypeAlias = bool | int | float | str | None
+#: Of Lightning's, those that resume to the same bits and whose processes end together.
+_STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
 
 
@@ -164,7 +166,8 @@ class TrainerConfig:
         accelerator: auto, cpu, gpu, mps.
         devices: How many, or auto.
         nodes: Machines.
-        strategy: Lightning's strategy: auto, ddp, fsdp, ...
+        strategy: auto, ddp, ddp_find_unused_parameters_true or ddp_find_unused_parameters_false; with more than two
+            processes a run with the last one is not resumed to the same bits.
         precision: 32-true, bf16-mixed, 16-mixed, 64-true, ...
         channels_last: Memory format of images and convolutions.
         checkpoint_steps: Write last.ckpt every so many steps within an epoch as well; null is at every epoch's end.
@@ -190,6 +193,16 @@ class TrainerConfig:
         if self.accelerator not in _ACCELERATORS:
             raise ValueError(
                 f"trainer.accelerator must be one of {', '.join(_ACCELERATORS)}, got {shown(self.accelerator)!r}"
+            )
+        if self.strategy not in _STRATEGIES:
+            why = (
+                "it shares out weights, which are too few here to be worth it, and its checkpoints would be parts"
+                if self.strategy.startswith(("fsdp", "deepspeed", "model_parallel"))
+                else "it is none that ends, saves and resumes with all processes"
+            )
+            raise ValueError(
+                f"trainer.strategy must be one of {', '.join(_STRATEGIES)}, got {shown(self.strategy)!r}: {why}; "
+                "ddp trains on several devices or machines"
             )
 
 

@@ -31,21 +31,17 @@ from ecanet.train.checkpoint import (
     TrainedNetwork,
     as_it_started,
     build_network,
-    check_resumable,
     load_trained,
-    read_checkpoint,
     remove_partial_files,
 )
 from ecanet.train.classifier import Classifier
 from ecanet.train.config import DataConfig, Recipe, to_plain
 from ecanet.train.data.loading import ImageData, Plain, test_transform
 from ecanet.train.data.pictures import image_files, read_image
+from ecanet.train.processes import EndTogether
+from ecanet.train.resume import Resumed, last_state, made_by
 from ecanet.train.run_folder import RunFolder, how_to_go_on
 from ecanet.untrusted import check_file, listed, shown
-
-#: Blocks and keys that may change between a run and its resumption without changing what is computed.
-_FREE_TO_CHANGE = {"data.root", "data.download", "data.verify", "data.workers", "trainer.log_steps"}
-_FREE_TO_CHANGE |= {"trainer.checkpoint_steps", "model.weights"}
 
 
 @dataclass
@@ -58,12 +54,14 @@ class FitResult:
         history: One record an epoch: ``epoch``, ``val/top1``, ``val/top5`` (with fewer than 5 classes ``val/topN``),
             ``val/loss``, ``train/loss``, ``seconds``. The last two are the first process's, since the last start.
         folder: Where best.ckpt, last.ckpt and the logs are; None if nothing was written.
+        versions: Of ecanet and torch, and the kind of device; more than one where the run went on with others.
     """
 
     top1: float
     best_top1: float
     history: list[dict[str, float]]
     folder: Path | None
+    versions: list[dict[str, str]]
 
 
 def fit(
@@ -81,7 +79,7 @@ def fit(
     Args:
         recipe: Network, data, optimisation and machine.
         out: Folder for best.ckpt, last.ckpt, recipe.json and logs (CSV and TensorBoard); None writes nothing.
-        resume: Go on from ``out/last.ckpt``; without one start from the beginning.
+        resume: Go on from ``out/last.ckpt``; without one start from the beginning. More ``optim.epochs`` extend a run.
         progress: Show progress bars.
         on_epoch: Called with every epoch's record.
 
@@ -90,9 +88,14 @@ def fit(
 
     Raises:
         FileExistsError: ``out`` holds a run already and ``resume`` is False.
-        ValueError: wrong data or configuration, or a recipe other than the one to resume.
+        ValueError: wrong data or configuration, or a run to resume that cannot go on exactly: another recipe, another
+            number of processes, other pictures.
         BlockingIOError: another run is writing into ``out``.
         OSError: a checkpoint cannot be written, and the last one is intact; or ``out`` was removed during the run.
+        RuntimeError: another process of the run ended; says how to go on.
+
+    Warns:
+        UserWarning: the run goes on with other versions than it began with.
 
     Example:
         >>> fit(Recipe(optim=OptimConfig(epochs=1)), out="runs/try").top1  # doctest: +SKIP
@@ -101,27 +104,26 @@ def fit(
         if out is None:
             return _fit(recipe, None, None, progress, on_epoch)
         with RunFolder(Path(out), first=getattr(rank_zero_only, "rank", 0) == 0) as folder:
-            resume_from = _resume_from(recipe, folder.path / "last.ckpt", resume)
-            return _fit(recipe, folder, resume_from, progress, on_epoch)
+            return _fit(recipe, folder, last_state(recipe, folder.path / "last.ckpt", resume), progress, on_epoch)
 
 
 def _fit(
     recipe: Recipe,
     folder: RunFolder | None,
-    resume_from: Path | None,
+    resumed: Resumed | None,
     progress: bool,
     on_epoch: Callable[[dict[str, float]], None] | None,
 ) -> FitResult:
     # The global generators, for the initial weights and Lightning's workers.
     L.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
     data = ImageData(recipe.data, recipe.trainer.seed)
-    if resume_from is None:
+    if resumed is None:
         network = build_network(recipe.model, len(data.classes))
     else:  # the file that the run started from may be gone; that there was one is kept on record
-        begun_with = read_checkpoint(resume_from)[ABOUT]["recipe"]["model"]["weights"]
+        begun_with = resumed.recipe["model"]["weights"]
         recipe = replace(recipe, model=replace(recipe.model, weights=begun_with))
         network = build_network(as_it_started(recipe.model), len(data.classes))
-    history = _History(recipe, data, on_epoch)
+    history = _History(recipe, data, resumed, on_epoch)
     callbacks: list[Callback] = [history]
     if recipe.optim.ema is not None:
         # Buffers too: BatchNorm's statistics are averages of the same kind.
@@ -134,6 +136,8 @@ def _fit(
         trainer = _trainer(recipe, callbacks, _loggers(folder.path) if folder else [], progress)
     except MisconfigurationException as error:
         raise ValueError(f"the trainer block does not fit this machine: {error}") from error
+    _check_launcher(trainer)
+    history.made_by = made_by(trainer, data, resumed)
     steps = data.steps_per_epoch(trainer.world_size)
     trainer.log_every_n_steps = min(trainer.log_every_n_steps, steps)  # type: ignore[attr-defined]
     classifier = Classifier(
@@ -146,48 +150,33 @@ def _fit(
         recipe.trainer.seed,
         recipe.trainer.channels_last,
     )
+    together = EndTogether(trainer, lambda: how_to_go_on(folder.path) if folder else "run the same command again")
+    trainer.callbacks.append(together)  # type: ignore[attr-defined]
     try:
-        with folder.errors_named() if folder else contextlib.nullcontext():
+        with folder.errors_named() if folder else contextlib.nullcontext(), together:
             if folder and trainer.is_global_zero:
                 remove_partial_files(folder.path)
-                (folder.path / "recipe.json").write_text(json.dumps(to_plain(recipe), indent=2) + "\n")
-            trainer.fit(classifier, datamodule=data, ckpt_path=resume_from)
+                folder.write_text("recipe.json", json.dumps(to_plain(recipe), indent=2) + "\n")
+            trainer.fit(classifier, datamodule=data, ckpt_path=None if resumed is None else resumed.path)
     except SystemExit as interrupted:  # Lightning turns Ctrl-C and SIGTERM into it, the latter with exit status 0
         if folder and trainer.is_global_zero:
             print(f"Interrupted: {how_to_go_on(folder.path)}.", flush=True)
         raise SystemExit(interrupted.code or 128 + signal.SIGTERM) from interrupted
     records = history.records
     best = max(record["val/top1"] for record in records)
-    return FitResult(records[-1]["val/top1"], best, records, folder.path if folder else None)
+    versions = history.made_by["versions"]
+    return FitResult(records[-1]["val/top1"], best, records, folder.path if folder else None, versions)
 
 
-def _resume_from(recipe: Recipe, last: Path, resume: bool) -> Path | None:
-    if not last.exists():
-        return None
-    if not resume:
-        raise FileExistsError(
-            f"{last.parent} holds a training run already: add --resume to go on with it, or choose another --out"
-        )
-    before = _flat(check_resumable(read_checkpoint(last), last))
-    now = _flat(to_plain(recipe))
-    changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in _FREE_TO_CHANGE)
-    if changed:
-        what = ", ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in changed)
-        raise ValueError(f"cannot resume {last.parent} with another recipe ({what}): start anew in another --out")
-    return last
-
-
-def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
-    return {f"{block}.{key}": value for block, values in recipe.items() for key, value in values.items()}
-
-
-def _trainer(recipe: Recipe, callbacks: list[Callback], loggers: list[Logger], progress: bool) -> L.Trainer:
+def _trainer(
+    recipe: Recipe, callbacks: list[Callback], loggers: list[Logger], progress: bool, strategy: str | None = None
+) -> L.Trainer:
     config = recipe.trainer
-    return L.Trainer(
+    trainer = L.Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
         num_nodes=config.nodes,
-        strategy=config.strategy,
+        strategy=strategy or config.strategy,
         precision=config.precision,  # type: ignore[arg-type]
         max_epochs=recipe.optim.epochs,
         gradient_clip_val=recipe.optim.clip_norm,
@@ -201,6 +190,21 @@ def _trainer(recipe: Recipe, callbacks: list[Callback], loggers: list[Logger], p
         num_sanity_val_steps=0,
         log_every_n_steps=config.log_steps,
     )
+    if trainer.world_size > 2 and strategy is None and config.strategy in ("auto", "ddp"):
+        # Else DDP sorts its buckets anew after the first step, and where a gradient lies in them decides in which order
+        # three or more are added up: a resumed run, whose first step is another one, would get other bits.
+        return _trainer(recipe, callbacks, loggers, progress, "ddp_find_unused_parameters_true")
+    return trainer
+
+
+def _check_launcher(trainer: L.Trainer) -> None:
+    """Raise where Lightning would train in processes that are copies of this one, as it does in notebooks."""
+    launcher = trainer.strategy.launcher
+    if launcher is not None and hasattr(launcher, "_start_method"):
+        raise ValueError(
+            f"trainer.devices={trainer.num_devices} needs a script or the command line, where each process begins by "
+            "itself: in a notebook use trainer.devices=1"
+        )
 
 
 def _loggers(folder: Path) -> list[Logger]:
@@ -217,6 +221,7 @@ class _quiet_lightning:  # noqa: N801
         "does not have many workers",  # images in memory need none
         "The number of training batches",  # small data
         "You defined a `validation_step` but have no `val_dataloader`",
+        "find_unused_parameters=True was specified in DDP constructor",  # for what else it does
         "Experiment logs directory",
         "Checkpoint directory",
         "You're resuming from a checkpoint that ended before the epoch ended",  # ImageData takes care of it
@@ -245,10 +250,33 @@ class _quiet_lightning:  # noqa: N801
 class _History(Callback):
     """Collects one record an epoch and puts it, with all that rebuilds the network, into every checkpoint."""
 
-    def __init__(self, recipe: Recipe, data: ImageData, on_epoch: Callable[[dict[str, float]], None] | None) -> None:
-        self.recipe, self.data, self.on_epoch = recipe, data, on_epoch
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: ImageData,
+        resumed: Resumed | None,
+        on_epoch: Callable[[dict[str, float]], None] | None,
+    ) -> None:
+        self.recipe, self.data, self.resumed, self.on_epoch = recipe, data, resumed, on_epoch
+        self.made_by: dict[str, Any] = {}
         self.records: list[dict[str, float]] = []
         self._start = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """See that every process begins at the same step, and give the first one its learning rate."""
+        step = trainer.strategy.broadcast(trainer.global_step)
+        if step != trainer.global_step:
+            raise ValueError(
+                f"the first process begins at step {step}, and process {trainer.global_rank} at step "
+                f"{trainer.global_step}: all need the same --out, on a file system that they share"
+            )
+        if self.resumed is not None and self.resumed.is_extended:  # the rate was computed for another end
+            for config in trainer.lr_scheduler_configs:
+                scheduler: Any = config.scheduler
+                for group, base, factor in zip(
+                    scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+                ):
+                    group["lr"] = base * factor(scheduler.last_epoch)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start = time.perf_counter()
@@ -273,6 +301,7 @@ class _History(Callback):
             "mean": list(self.data.mean),
             "std": list(self.data.std),
             "history": [dict(record) for record in self.records],
+            "made_by": self.made_by,
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

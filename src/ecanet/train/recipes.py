@@ -143,6 +143,24 @@ def _class_path(where: str) -> str:
     return f"{where} holds class_path: a recipe names no classes, and none is built from one"
 
 
+def with_own_recipe(args: list[str], out: str | Path) -> list[str]:
+    """A command line that says ``--resume`` and no recipe, with the recipe of the run that it goes on with.
+
+    Args:
+        args: The command line; what follows a recipe wins over it.
+        out: Folder of a run where it does not say ``--out``.
+    """
+    words = [word.partition("=")[0] for word in args]
+    if "--resume" not in words or "--config" in words:
+        return args
+    for word, following in zip(args, [*args[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name == "--out":
+            out = value if equals else following
+    own = Path(out) / "recipe.json"
+    return ["--config", str(own), *args] if own.is_file() else args
+
+
 #: What the parser would read as a file of its own.
 _WHOLE_BLOCKS = tuple(f"--{block}" for block in _BLOCKS)
 

@@ -100,6 +100,17 @@ class RunFolder:
                 "it: run the same command again, or move the folder back and add --resume"
             )
 
+    def write_text(self, name: str, text: str) -> None:
+        """Write a small file at once: another process reads the old one or the new one, whole.
+
+        Args:
+            name: Of the file.
+            text: What it will hold.
+        """
+        partial = self.path / f".{name}.{os.getpid()}.partial"
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, self.path / name)
+
     @contextlib.contextmanager
     def errors_named(self) -> Iterator[None]:
         """Let errors of writing say which folder they are about.

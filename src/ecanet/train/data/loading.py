@@ -150,8 +150,13 @@ class ImageData(L.LightningDataModule):
         self._resume_at = {"epoch": 0, "batches": 0}
         self.mean, self.std = (IMAGENET_MEAN, IMAGENET_STD) if folder else (FASHION_MEAN, FASHION_STD)
 
+    @property
+    def training_images(self) -> int:
+        """How many images there are to train on."""
+        return _length(self.splits.train)
+
     def _order(self, rank: int, world: int) -> EpochSampler:
-        return EpochSampler(_length(self.splits.train), self.seed, self.config.batch_size, rank, world)
+        return EpochSampler(self.training_images, self.seed, self.config.batch_size, rank, world)
 
     def steps_per_epoch(self, world: int) -> int:
         """Training steps an epoch, with so many processes."""

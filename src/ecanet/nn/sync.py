@@ -1,0 +1,90 @@
+"""Statistics of a batch that several processes share, by the protocol of :class:`torch.nn.SyncBatchNorm`.
+
+Which collective a process takes part in must depend on nothing that is its own: not on a hook, on the backend, on a
+library that is missing there. So kernels, plain PyTorch and torch's module on a GPU all send the same::
+
+    forward     all_gather  mean, 1 / sqrt(var + eps), count      2 C + 1 numbers
+    backward    all_reduce  sum dy, sum dy (x - mean)             2 C numbers, where the input wants a gradient
+
+with dy the gradient of the norm's output; float32, and float64 for maps in float64. An empty batch sends zeros.
+
+Source: ``torch/nn/modules/_functions.py``, class SyncBatchNorm.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def process_group(norm: nn.Module) -> Any:
+    """The processes whose batches a norm in training counts as one, or None for this one alone."""
+    if not (isinstance(norm, nn.SyncBatchNorm) and norm.training and dist.is_available() and dist.is_initialized()):
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def share_statistics(mean: Tensor, var: Tensor, count: int, eps: float, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and number of values a channel of all processes, from those of this one.
+
+    Args:
+        mean: ``(C,)``; anything where ``count`` is 0.
+        var: ``(C,)``, biased; likewise.
+        count: Values a channel in this process.
+        eps: Of the norm.
+        group: The processes.
+
+    Returns:
+        ``(C,)``, ``(C,)`` and ``(1,)``; where no process has a value, zeros.
+    """
+    channels = mean.numel()
+    if count == 0:
+        mine = mean.new_zeros(2 * channels + 1)
+    else:  # full: no copy that a GPU would wait for
+        mine = torch.cat([mean, torch.rsqrt(var + eps), mean.new_full((1,), count)])
+    world = dist.get_world_size(group)
+    if group._get_backend_name() == "gloo":  # as torch asks: the two calls are different collectives
+        parts = [torch.empty_like(mine) for _ in range(world)]
+        dist.all_gather(parts, mine, group=group)
+        gathered = torch.stack(parts)
+    else:
+        gathered = mine.new_empty(world, mine.numel())
+        dist.all_gather_into_tensor(gathered, mine, group=group)
+    gathered = gathered.double()
+    counts = gathered[:, 2 * channels :]
+    here = counts > 0
+    means = torch.where(here, gathered[:, :channels], 0)
+    variances = torch.where(here, gathered[:, channels : 2 * channels].square().reciprocal() - eps, 0).clamp_min(0)
+    total = counts.sum(0)
+    known = total.clamp_min(1)
+    mean_of_all = (means * counts).sum(0) / known
+    var_of_all = ((variances + torch.where(here, means - mean_of_all, 0).square()) * counts).sum(0) / known
+    return mean_of_all.to(mean.dtype), var_of_all.to(var.dtype), total
+
+
+def share_gradients(
+    grad_weight: Tensor, grad_bias: Tensor, var: Tensor, weight: Tensor | None, eps: float, group: Any
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the shared mean and variance, from this process's gradients of weight and bias.
+
+    These are ``sum dy (x - mean) / sqrt(var + eps)`` and ``sum dy``.
+
+    Args:
+        grad_weight: ``(C,)``, of this process; zeros where its batch is empty.
+        grad_bias: ``(C,)``, likewise.
+        var: ``(C,)`` of all processes.
+        weight: ``(C,)`` or None for ones.
+        eps: Of the norm.
+        group: The processes.
+
+    Returns:
+        ``(C,)`` both, summed over the processes.
+    """
+    inverse = torch.rsqrt(var + eps)
+    sums = torch.cat([grad_bias, grad_weight / inverse])
+    dist.all_reduce(sums, group=group)
+    sum_dy, sum_dy_centered = sums.chunk(2)
+    a = inverse if weight is None else inverse * weight.to(inverse.dtype)
+    return -a * sum_dy, -0.5 * a * inverse.square() * sum_dy_centered

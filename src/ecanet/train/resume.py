@@ -1,0 +1,218 @@
+"""Whether a run goes on from its last checkpoint: exactly, or not at all."""
+
+import math
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+import ecanet
+from ecanet.train.checkpoint import ABOUT, SaveCheckpoints, check_about, read_checkpoint
+from ecanet.train.config import Recipe, to_plain
+from ecanet.train.data.loading import ImageData
+from ecanet.untrusted import check_number, shown
+
+#: Keys that may change between a run and its resumption without changing what is computed; how many processes there
+#: are in all is looked at by itself.
+_FREE_TO_CHANGE = {"data.root", "data.download", "data.verify", "data.workers", "trainer.log_steps"}
+_FREE_TO_CHANGE |= {"trainer.checkpoint_steps", "model.weights", "trainer.devices", "trainer.nodes"}
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The last checkpoint of a run that goes on.
+
+    Attributes:
+        path: The file.
+        recipe: What the run was begun with, as plain values.
+        classes: Its classes.
+        made_by: ``processes``, ``batch_size``, ``images`` and ``versions``: what else its result depends on.
+        is_finished: Whether it has done the epochs of that recipe.
+        is_extended: Whether it is to do more.
+    """
+
+    path: Path
+    recipe: dict[str, Any]
+    classes: list[str]
+    made_by: dict[str, Any]
+    is_finished: bool
+    is_extended: bool
+
+
+def last_state(recipe: Recipe, last: Path, resume: bool) -> Resumed | None:
+    """What a run goes on from, or None for one that begins.
+
+    Args:
+        recipe: Of the run.
+        last: Path of its last checkpoint.
+        resume: Whether it may go on.
+
+    Raises:
+        FileExistsError: there is a checkpoint, and ``resume`` is False.
+        ValueError: the checkpoint is damaged, or of a run by another recipe.
+    """
+    if not last.exists():
+        return None
+    if not resume:
+        raise FileExistsError(
+            f"{last.parent} holds a training run already: add --resume to go on with it, or choose another --out"
+        )
+    checkpoint = read_checkpoint(last)
+    check_resumable(checkpoint, last)
+    about = checkpoint[ABOUT]
+    before, now = _flat(about["recipe"]), _flat(to_plain(recipe))
+    free = _FREE_TO_CHANGE | {"optim.epochs"}
+    changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in free)
+    if changed:
+        what = ", ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in changed)
+        raise ValueError(f"cannot resume {last.parent} with another recipe ({what}): start anew in another --out")
+    done, epochs = len(about["history"]), before["optim.epochs"]
+    _check_epochs(last.parent, done, epochs, recipe)
+    extended = recipe.optim.epochs > epochs
+    maker = {key: about["made_by"][key] for key in ("processes", "batch_size", "images", "versions")}
+    return Resumed(last, about["recipe"], about["classes"], maker, done >= epochs, extended)
+
+
+def _check_epochs(folder: Path, done: int, before: int, recipe: Recipe) -> None:
+    """Raise where a run cannot do as many epochs as its recipe now says."""
+    now = recipe.optim.epochs
+    if now == before:
+        return
+    if now < done:
+        raise ValueError(f"cannot resume {folder} with optim.epochs={now}: it has done {done} already")
+    if recipe.optim.schedule == "cosine" and done < before:
+        raise ValueError(
+            f"cannot resume {folder} with optim.epochs={now}: it has done {done} of {before} epochs of a cosine, whose "
+            f"learning rates would be others. Let it finish with optim.epochs={before}; then it can be extended"
+        )
+
+
+def made_by(trainer: L.Trainer, data: ImageData, resumed: Resumed | None) -> dict[str, Any]:
+    """What the result of a run depends on beside its recipe.
+
+    Args:
+        trainer: Of the run.
+        data: Its pictures.
+        resumed: What it goes on from.
+
+    Returns:
+        ``processes``; ``batch_size`` of each; ``images`` to train on; ``versions``, the ones now at the end.
+
+    Raises:
+        ValueError: the run would go on with another number of processes, or other pictures.
+
+    Warns:
+        UserWarning: it goes on with other versions.
+    """
+    images = data.training_images
+    now = {"processes": trainer.world_size, "batch_size": data.config.batch_size, "images": images}
+    versions = {
+        "ecanet": ecanet.__version__,
+        "torch": str(torch.__version__),
+        "device": trainer.strategy.root_device.type,
+    }
+    if resumed is None:
+        return {**now, "versions": [versions]}
+    folder, before = resumed.path.parent, resumed.made_by
+    if resumed.is_finished and not resumed.is_extended:  # nothing is left to compute
+        return before
+    processes, size = before["processes"], before["batch_size"]
+    if trainer.world_size != processes:
+        raise ValueError(
+            f"cannot resume {folder} on {_count(trainer.world_size, 'process')}: it was begun on "
+            f"{_count(processes, 'process')} of {_count(size, 'image')} a step each, and batches, their statistics and "
+            f"learning rates would be others. Go on with {processes} (--trainer.devices times --trainer.nodes), or "
+            "start anew in another --out"
+        )
+    if images != before["images"] or list(data.classes) != resumed.classes:
+        raise ValueError(
+            f"cannot resume {folder} with other pictures: it was begun with {before['images']:,} to train on, of "
+            f"{_count(len(resumed.classes), 'class')}, and now there are {images:,} of "
+            f"{_count(len(data.classes), 'class')}, or classes of other names. Start anew in another --out"
+        )
+    if versions == before["versions"][-1]:
+        return before
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        each = before["versions"][-1], versions
+        was, is_now = (", ".join(f"{shown(k)} {shown(v)}" for k, v in of.items()) for of in each)
+        warnings.warn(
+            f"{folder} was trained with {was} and goes on with {is_now}: to the same end, but not to the same bits. "
+            "Its checkpoints name both",
+            stacklevel=2,
+        )
+    return {**now, "versions": [*before["versions"], versions]}
+
+
+def _count(number: int, what: str) -> str:
+    plural = f"{what}es" if what.endswith("s") else f"{what}s"
+    return f"{number:,} {what if number == 1 else plural}"
+
+
+def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
+    return {f"{block}.{key}": value for block, values in recipe.items() for key, value in values.items()}
+
+
+def check_resumable(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Look at what a run would take from a checkpoint.
+
+    Raises:
+        ValueError: a part is missing or of another kind; names the file.
+    """
+    check_about(checkpoint[ABOUT], path)
+    problem = _problem_for_resuming(checkpoint)
+    if problem is not None:
+        raise ValueError(f"{path} cannot be gone on from, {problem}: start anew in another --out")
+
+
+def _problem_for_resuming(checkpoint: dict[str, Any]) -> str | None:
+    recipe, weights = checkpoint[ABOUT]["recipe"], checkpoint.get("state_dict")
+    if not all(isinstance(recipe.get(block), dict) for block in ("model", "data", "optim", "trainer")):
+        return "its recipe lacks a block"
+    problem = _problem_of_maker(checkpoint[ABOUT].get("made_by"))
+    if problem is not None:
+        return problem
+    if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
+        return "it holds no weights"
+    if not all(type(checkpoint.get(key)) is int and checkpoint[key] >= 0 for key in ("epoch", "global_step")):
+        return "it does not say how far it got"
+    loops, callbacks = checkpoint.get("loops"), checkpoint.get("callbacks")
+    if not isinstance(loops, dict) or not all(isinstance(loop, dict) for loop in loops.values()):
+        return "its loops are none"
+    if not isinstance(callbacks, dict) or not all(isinstance(state, dict) for state in callbacks.values()):
+        return "its callbacks are none"
+    best = callbacks.get(SaveCheckpoints.__qualname__, {"best": 0.0}).get("best")
+    if isinstance(best, bool) or not isinstance(best, (int, float)) or not math.isfinite(best):
+        return f"its best accuracy is {shown(best)}"
+    shapes = {t.shape for t in weights.values()}
+    for optimizer in checkpoint.get("optimizer_states", ()):
+        held = optimizer.get("state") if isinstance(optimizer, dict) else None
+        if not isinstance(held, dict) or not all(isinstance(values, dict) for values in held.values()):
+            return "its optimizer has no state"
+        tensors = [t for values in held.values() for t in values.values() if isinstance(t, Tensor)]
+        if any(t.dim() and t.shape not in shapes for t in tensors):
+            return "its optimizer's state is of other weights"
+    return None
+
+
+def _problem_of_maker(made_by: object) -> str | None:
+    if not isinstance(made_by, dict):
+        return "it does not say on how many processes it was trained"
+    try:
+        for key in ("processes", "batch_size", "images"):
+            check_number(made_by.get(key), key, 1, 1e12)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    versions = made_by.get("versions")
+    if not isinstance(versions, list) or not 1 <= len(versions) <= 1000:
+        return "it does not say with which versions it was trained"
+    for each in versions:
+        texts = [*each, *each.values()] if isinstance(each, dict) else [None]
+        if len(texts) > 20 or not all(isinstance(text, str) and len(text) <= 80 for text in texts):
+            return "its versions are none"
+    return None

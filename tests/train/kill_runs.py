@@ -1,0 +1,224 @@
+"""Kills training on two processes at random moments, and goes on with it on one, two and three.
+
+    python -m tests.train.kill_runs --kills 40
+
+Each time the other process has to end within seconds. On two processes the run has to go on to the very bits of one
+that nobody killed; on another number of them it has to be refused, and the folder left as it was.
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from ecanet.train.checkpoint import read_checkpoint
+
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+EPOCHS, IMAGES = 8, 37
+#: So many checkpoints a run writes, about: one every two of its 112 steps, and one more each epoch.
+SAVES = 60
+GOES_ON = re.compile(r"with the same command and --resume|run the same command again")
+_BAR = re.compile(r"(Epoch|Training|Validation)[^|]*\|[^|]*\|[^\]]*\]|\x1b\[A")
+#: Seconds in which all processes must have ended after one was killed.
+BOUND = 10.0
+
+
+def make_pictures(root: Path) -> None:
+    """A folder of small pictures of three classes."""
+    generator = torch.Generator().manual_seed(0)
+    for split in ("train", "val"):
+        for label, name in enumerate(("bag", "boot", "coat")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(IMAGES):
+                noise = torch.randint(0, 60, (3, 12, 12), generator=generator)
+                noise[label] += 120
+                picture = Image.fromarray(noise.to(torch.uint8).permute(1, 2, 0).numpy())
+                picture.save(root / split / name / f"{i:02}.png")
+
+
+def command(root: Path, out: Path, processes: int, *more: str) -> list[str]:
+    """``ecanet fit`` on so many processes of a CPU."""
+    words = [sys.executable, "-m", "ecanet.cli", "fit", "--out", str(out), "--data.source", "image_folder"]
+    words += ["--data.root", str(root), "--data.batch_size", "4", "--data.image_size", "12", "--data.resize", "12"]
+    words += ["--model.options", '{"widths": [8, 16]}', "--optim.epochs", str(EPOCHS), "--optim.mixup", "0.2"]
+    words += ["--trainer.accelerator", "cpu", "--trainer.devices", str(processes), "--trainer.checkpoint_steps", "2"]
+    return [*words, *more]
+
+
+def start(words: Sequence[str]) -> "subprocess.Popen[str]":
+    """Start a command in a session of its own, whose output can be read afterwards."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+
+
+def processes_of(session: int) -> list[int]:
+    """The living processes of a session."""
+    listed = subprocess.run(["pgrep", "-s", str(session)], capture_output=True, text=True, check=False).stdout
+    return [int(line) for line in listed.split() if _is_alive(line)]
+
+
+def _is_alive(process: str) -> bool:
+    """Whether it is there, and not only its exit status."""
+    told = subprocess.run(["ps", "-o", "stat=", "-p", process], capture_output=True, text=True, check=False).stdout
+    return bool(told.strip()) and not told.strip().startswith("Z")
+
+
+def second_of(first: int) -> int | None:
+    """The second process of a run, once its first has started it."""
+    listed = subprocess.run(["pgrep", "-P", str(first)], capture_output=True, text=True, check=False).stdout
+    return int(listed.split()[0]) if listed.split() else None
+
+
+@dataclass
+class Killed:
+    """What became of a run after a signal.
+
+    Attributes:
+        seconds: Until its last process ended.
+        output: All that its processes said.
+        code: Exit status of the first.
+    """
+
+    seconds: float
+    output: str
+    code: int
+
+
+def kill(run: "subprocess.Popen[str]", rank: int, signum: int) -> Killed:
+    """Send a signal to one process of a run and wait for the end of all; kill them where they do not end."""
+    while run.poll() is None and (victim := run.pid if rank == 0 else second_of(run.pid)) is None:
+        time.sleep(0.05)  # it is about to be started
+    if run.poll() is None and victim is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim, signum)
+    begun = time.monotonic()
+    while (left := processes_of(run.pid)) and time.monotonic() < begun + 3 * BOUND:
+        run.poll()
+        time.sleep(0.05)
+    seconds = time.monotonic() - begun
+    for process in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    return Killed(seconds, said(run), run.returncode)
+
+
+def said(run: "subprocess.Popen[str]") -> str:
+    """What a run said beside its progress."""
+    pieces = re.split(r"[\r\n]+", run.communicate(timeout=300)[0])
+    return "\n".join(shown for piece in pieces if (shown := _BAR.sub("", piece).strip()))
+
+
+def go_on(root: Path, out: Path, processes: int) -> tuple[int, str]:
+    """Exit status and output of the run that goes on."""
+    run = start(command(root, out, processes, "--resume"))
+    output = said(run)
+    return run.returncode, output
+
+
+def wait_for(file: Path, run: "subprocess.Popen[str]") -> None:
+    """Wait until a run has written a file, or ended."""
+    while not file.exists() and run.poll() is None:
+        time.sleep(0.01)
+
+
+def wait_for_saves(file: Path, run: "subprocess.Popen[str]", number: int) -> None:
+    """Wait until a run has written a checkpoint so many times, or ended."""
+    seen = set()
+    while len(seen) < number and run.poll() is None:
+        with contextlib.suppress(FileNotFoundError):
+            seen.add(file.stat().st_mtime_ns)
+        time.sleep(0.003)
+
+
+def progress(out: Path) -> tuple[int, bool]:
+    """Steps that the last checkpoint of a run has done, and whether that is all."""
+    if not (out / "last.ckpt").exists():
+        return 0, False
+    checkpoint = read_checkpoint(out / "last.ckpt")
+    return checkpoint["global_step"], len(checkpoint["ecanet"]["history"]) == EPOCHS
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    """Those at the end of a run."""
+    checkpoint = read_checkpoint(out / "last.ckpt")
+    assert len(checkpoint["ecanet"]["history"]) == EPOCHS
+    return checkpoint["state_dict"]
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two networks are the same."""
+    return a.keys() == b.keys() and all(torch.equal(t, b[key]) for key, t in a.items())
+
+
+def problems_after(root: Path, out: Path, whole: dict[str, torch.Tensor], others: Sequence[int] = (1, 3)) -> list[str]:
+    """What is wrong with a killed run when it goes on: on other numbers of processes first, on two last."""
+    problems = []
+    last = out / "last.ckpt"
+    if last.exists() and not progress(out)[1]:
+        before = last.read_bytes()
+        for processes in others:
+            code, output = go_on(root, out, processes)
+            if code == 0 or "it was begun on 2 processes" not in output or last.read_bytes() != before:
+                problems.append(f"on {processes} processes it was not refused: {output[-2000:]}")
+    code, output = go_on(root, out, 2)
+    if code != 0:
+        problems.append(f"on 2 processes it failed: {output[-2000:]}")
+    elif not same_bits(weights(out), whole):
+        problems.append("on 2 processes it went on to other bits")
+    return problems
+
+
+def main() -> None:
+    """Kill and report; exit status 1 where anything was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    chance, failed = random.Random(args.seed), 0
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "pictures"
+        make_pictures(root)
+        run, begun = start(command(root, Path(folder) / "whole", 2)), time.monotonic()
+        wait_for(Path(folder) / "whole" / "recipe.json", run)
+        starting = time.monotonic() - begun
+        print(said(run), flush=True)
+        whole = weights(Path(folder) / "whole")
+        for i in range(args.kills):
+            signum, rank, out = chance.choice(SIGNALS), chance.randrange(2), Path(folder) / f"run{i}"
+            run = start(command(root, out, 2))
+            if chance.random() < 0.2:
+                time.sleep(chance.uniform(0.2, 1.5) * starting)
+            else:  # not by the clock: on a machine with other work, most of the time goes into starting
+                wait_for_saves(out / "last.ckpt", run, chance.randrange(1, SAVES))
+                time.sleep(chance.uniform(0, 0.05))
+            killed = kill(run, rank, signum)
+            problems = [f"still there after {killed.seconds:.0f} s"] if killed.seconds > BOUND else []
+            steps, is_done = progress(out)
+            if (out / "recipe.json").exists() and not is_done and not GOES_ON.search(killed.output):
+                problems.append(f"nobody said how to go on: {killed.output[-2000:]}")
+            problems += problems_after(root, out, whole)
+            failed += bool(problems)
+            what = f"{signal.Signals(signum).name} to process {rank} at step {steps}"
+            print(f"{i + 1:3} {what}, ended in {killed.seconds:.1f} s:", "; ".join(problems) or "ok", flush=True)
+            shutil.rmtree(out, ignore_errors=True)
+    print(f"{args.kills - failed} of {args.kills} went well")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

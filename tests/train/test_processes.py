@@ -1,0 +1,79 @@
+"""Runs of two processes: they end together, say how to go on, and go on exactly or not at all.
+
+``python -m tests.train.kill_runs`` kills many at random moments.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ecanet.cli import main
+from tests.train import kill_runs
+from tests.train.kill_runs import BOUND, GOES_ON
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="looks for processes as Linux shows them, which meet over gloo",
+)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pictures") / "root"
+    kill_runs.make_pictures(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The weights of a run on two processes that nobody killed."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    run = kill_runs.start(kill_runs.command(pictures, out, 2))
+    said = kill_runs.said(run)
+    assert run.returncode == 0, said
+    return kill_runs.weights(out)
+
+
+@pytest.mark.parametrize(
+    ("rank", "signum", "second_answers"),
+    [(1, signal.SIGKILL, True), (0, signal.SIGTERM, False)],
+    ids=["KILL to the second", "TERM to the first, and the second answers nothing"],
+)
+def test_a_killed_run_ends_and_goes_on_to_the_same_bits_or_not_at_all(
+    rank, signum, second_answers, pictures, whole, tmp_path
+) -> None:
+    out = tmp_path / "out"
+    run = kill_runs.start(kill_runs.command(pictures, out, 2))
+    kill_runs.wait_for(out / "last.ckpt", run)
+    if not second_answers:
+        second = kill_runs.second_of(run.pid)
+        assert second is not None
+        os.kill(second, signal.SIGSTOP)
+        time.sleep(0.5)  # until the first waits for it in a collective
+    killed = kill_runs.kill(run, rank, signum)
+    assert killed.seconds < BOUND
+    assert killed.code != 0
+    assert GOES_ON.search(killed.output), killed.output
+    assert not kill_runs.progress(out)[1]
+    before = (out / "last.ckpt").read_bytes()
+    with pytest.raises(SystemExit) as refused:  # without a word on the recipe: it is in the folder
+        main(["fit", "--out", str(out), "--resume", "--trainer.devices", "1"])
+    assert "on 1 process: it was begun on 2 processes of 4 images a step each" in str(refused.value)
+    assert "--trainer.devices" in str(refused.value)
+    assert (out / "last.ckpt").read_bytes() == before
+    assert kill_runs.problems_after(pictures, out, whole, others=()) == []
+
+
+def test_a_run_told_to_end_while_its_second_process_starts_ends(pictures, tmp_path) -> None:
+    run = kill_runs.start(kill_runs.command(pictures, tmp_path / "out", 2))
+    while kill_runs.second_of(run.pid) is None:
+        time.sleep(0.02)
+    killed = kill_runs.kill(run, 0, signal.SIGTERM)
+    assert killed.seconds < BOUND
+    assert killed.code == 128 + signal.SIGTERM
+    assert GOES_ON.search(killed.output), killed.output

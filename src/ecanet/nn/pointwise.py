@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ecanet.nn import fused
+from ecanet.nn.eca import ECA
 from ecanet.ops import reference
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -31,7 +32,7 @@ def is_pointwise(layer: nn.Module) -> bool:
     return all_ones and conv.groups == 1 and (isinstance(conv.padding, str) or not any(conv.padding))
 
 
-def means_after(conv: nn.Module, x: Tensor) -> Tensor | None:
+def means_after(conv: nn.Module, x: Tensor, gate: nn.Module) -> Tensor | None:
     """Channel means of ``conv(x)``, or None where they are better found from the output.
 
     That is where the convolution looks at more than one position or has a large matrix, where a gradient is asked for,
@@ -40,6 +41,7 @@ def means_after(conv: nn.Module, x: Tensor) -> Tensor | None:
     Args:
         conv: What is called.
         x: What it is called on, ``(N, C_in, *spatial)``.
+        gate: What asks for them.
 
     Returns:
         ``(N, C_out)``, float32 for half types.
@@ -50,7 +52,9 @@ def means_after(conv: nn.Module, x: Tensor) -> Tensor | None:
     Source:
         This library's.
     """
-    if not torch.compiler.is_compiling() or fused.is_exporting() or fused.is_operation_in_graph(x, False):
+    if not torch.compiler.is_compiling() or fused.is_exporting():
+        return None
+    if (x.is_cpu or isinstance(gate, ECA)) and fused.is_operation_in_graph(x, training=False):
         return None
     if not is_pointwise(conv):
         return None

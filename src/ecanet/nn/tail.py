@@ -113,8 +113,8 @@ def conv_norm_gate_add_act(
     """
     if not isinstance(conv, nn.Module):
         raise TypeError(f"conv must be a module, got {type(conv).__name__}")
-    gated = gate is not None or (norm is not None and hung_gate(norm) is not None)
-    means = means_after(conv, x) if gated else None  # before the convolution: next to what writes x
+    asks = hung_gate(norm) if gate is None and norm is not None else gate
+    means = None if asks is None else means_after(conv, x, asks)  # before the convolution: next to what writes x
     return _tail(conv(x), norm, gate, residual, act, means)
 
 

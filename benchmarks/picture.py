@@ -24,9 +24,19 @@ _CPU_GROUPS: tuple[_Group, ...] = (
     ("network/training", "ResNet-50, training\n(1: no gate)", "no gate", ("ecanet", "timm")),
     ("network/memory", "training, memory\n(1: no gate)", "no gate", ("ecanet", "timm")),
 )
-_TAILS = tuple(group for group in _CPU_GROUPS if not group[0].startswith("network"))
+#: Against what is compiled, exactly what is named.
+_ON_A_GPU = ("ecanet", "operation compiled", "timm compiled", "SE compiled")
 _GPU_GROUPS: tuple[_Group, ...] = (
-    *_TAILS,
+    *(
+        (
+            f"{group}/tail/128x{channels}x{size}x{size}",
+            f"{label}\n{channels} x {size} x {size}\n(1: no gate,\ncompiled)",
+            "no gate compiled",
+            _ON_A_GPU,
+        )
+        for group, label in (("training", "tail,\ntraining"), ("inference", "tail,\ninference"))
+        for channels, size in ((256, 56), (512, 28), (1024, 14), (2048, 7))
+    ),
     *(
         (
             f"network/{network}-{what}-{mode}",
@@ -51,6 +61,7 @@ _LABELS = {
     "plain": "plain PyTorch",
     "no gate": "no gate",
     "SE": "squeeze-and-excitation",
+    "operation": "ecanet, one operation",
 }
 #: A bar's share, and what a group takes at least, for its label.
 _BAR, _GROUP = 0.16, 0.5
@@ -119,6 +130,8 @@ def _present(
     if not keys:
         return ()
     measured = set.intersection(*(set(cases[key].get("seconds") or cases[key]["saved_bytes"]) for key in keys))
+    if _is_compiled(one):
+        return tuple(name for name in names if name in measured)
     wanted = (*(kind for name in names for kind in (name, f"{name} compiled")), f"{one} compiled")
     return tuple(name for name in wanted if one in measured and name in measured)
 

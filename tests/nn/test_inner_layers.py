@@ -406,3 +406,21 @@ def test_half_precision_reference_of_a_called_layer() -> None:
     s = reference.squeeze(x, C)
     want = torch.sigmoid(F.conv1d(s.half()[:, None], gate.conv.weight, gate.conv.bias, padding=1)[:, 0].float())
     torch.testing.assert_close(gate.gate(s), want)
+
+
+class Shifted(ECA):
+    def scaled(self, g: torch.Tensor) -> torch.Tensor:
+        return 1 + g
+
+
+@pytest.mark.parametrize("how", ["in a subclass", "on the instance", "on the class"])
+def test_what_is_made_of_the_sigmoid_counts(how, monkeypatch) -> None:
+    gate = Shifted(8) if how == "in a subclass" else ECA(8)
+    if how == "on the instance":
+        gate.scaled = lambda g: 1 + g
+    elif how == "on the class":
+        monkeypatch.setattr(ECA, "logits", lambda self, s: s + 3)
+    x = torch.randn(2, 8, 4, 4)
+    want = x * gate.gate(x.mean((2, 3)))[:, :, None, None]
+    torch.testing.assert_close(gate(x), want)
+    torch.testing.assert_close(norm_gate_add_act(x, None, gate, x, "relu"), torch.relu(want + x))

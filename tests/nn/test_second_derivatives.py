@@ -193,3 +193,22 @@ def test_weights_that_changed_since_the_forward_pass_are_an_error() -> None:
         gate.fc1.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+class Random(Gate):
+    """1/2 whatever is dropped, as long as the weights are 0."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.weight = nn.Parameter(torch.zeros(channels))
+
+    def logits(self, s: torch.Tensor) -> torch.Tensor:
+        return self.weight * nn.functional.dropout(s, 0.5, self.training)
+
+
+def test_a_gate_that_draws_random_numbers_says_so() -> None:
+    gate = Random(8).double()
+    y = gate(torch.rand(2, 8, 3, 2, dtype=torch.float64) + 1)
+    if ecanet.ops.cpu.why_not() is None:
+        with pytest.raises(RuntimeError, match="its Random gate draws random numbers"):
+            torch.autograd.grad(y.sum(), gate.weight, create_graph=True)

@@ -16,7 +16,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import ecanet
 from ecanet import insert_gates_, optimize_for_inference, replace_gates_
 from ecanet.nn import ECA, SE, SEVar1
-from ecanet.nn.hung import hang_, hung_gate
+from ecanet.nn.hung import hang_, hung_gate, hung_gates
 
 C = 8
 
@@ -360,3 +360,31 @@ def test_no_gate_goes_inside_what_merges_its_layers_later(place, how) -> None:
         insert_gates_(model, where=place)
     assert not any("gate" in name for name, _ in model.named_modules())
     assert [row.where for row in insert_gates_(model, where="1").rows] == ["1"]
+
+
+def test_what_lives_elsewhere_too_gets_no_gate_and_that_is_told() -> None:
+    teacher, student = (nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)).eval() for _ in range(2))
+    hang_(student[1], ECA(8))
+    x = torch.randn(2, 8, 4, 4)
+    want = teacher(x)
+    with pytest.warns(UserWarning, match="takes the place '1' of a BatchNorm2d that a gate hangs on"):
+        student[1] = teacher[1]
+    assert torch.equal(teacher(x), want)
+
+
+def test_modules_that_change_places_take_their_gates_along() -> None:
+    norms = nn.ModuleList([nn.BatchNorm2d(8) for _ in range(3)])
+    hang_(norms[0], ECA(8))
+    norms[0], norms[2] = norms[2], norms[0]
+    assert [name for name, _, _ in hung_gates(norms)] == ["2"]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_networks_without_gates_are_built_and_merged_as_without_this_library() -> None:
+    """TorchScript keeps its children in something of its own; merging functions take their arguments by name."""
+    block = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)).eval()
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), torch.jit.script(nn.ReLU()))
+    model[1] = nn.ReLU()
+    merged = torch.nn.utils.fusion.fuse_conv_bn_eval(conv=block[0], bn=block[1])
+    x = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(merged(x), block(x), rtol=1e-4, atol=1e-5)

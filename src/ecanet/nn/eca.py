@@ -135,8 +135,8 @@ class ECA(_BandGate):
         """The kernels know ECA's gate and its derivative, unless somebody changes it."""
         own, cls = self.__dict__, type(self)
         conv = own["_modules"].get("conv")  # a module's attributes take as long as a small map
-        changed = cls.gate is not Gate.gate or cls.logits is not ECA.logits
-        if changed or "logits" in own or "gate" in own:
+        changed = (cls.gate, cls.scaled, cls.logits) != _AS_WRITTEN
+        if changed or "logits" in own or "gate" in own or "scaled" in own:
             return super().maths()
         if not self._reads(conv):
             return None
@@ -149,6 +149,10 @@ class ECA(_BandGate):
     def is_neutral(self) -> bool:
         """Whether the kernel is 0."""
         return is_zero(self.conv, nn.Conv1d)
+
+
+#: What the kernels compute.
+_AS_WRITTEN = Gate.gate, Gate.scaled, ECA.logits
 
 
 class ECANS(_BandGate):

@@ -5,13 +5,15 @@ are ``NAME.gate.*``. The hook is a function of this file and finds the gate thro
 the network work.
 
 Tools that take networks apart do not know of it, so no gate is lost in silence: where another module is registered in
-the place of one that carries a gate, as timm's ``freeze_batch_norm_2d`` does, the gate hangs on that one from then on;
-where somebody builds a BatchNorm anew and hands its children on, as
-:meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` does, it hangs itself on the new one; and torch's functions that
-merge a norm into the layer before it refuse.
+the place of one that carries a gate, as timm's ``freeze_batch_norm_2d`` does, the gate hangs on that one from then on,
+or there is a warning, if it is part of something else already; where somebody builds a BatchNorm anew and hands its
+children on, as :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` does, it hangs itself on the new one; and torch's
+functions that merge a norm into the layer before it refuse.
 """
 
+import gc
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any
@@ -58,16 +60,34 @@ def hang_(host: nn.Module, gate: nn.Module) -> None:
 
 
 def _hand_on_the_gate(parent: nn.Module, name: str, new: nn.Module | None) -> None:
-    """What takes the place of a host gets its gate, unless it brings one, or the host itself."""
-    if new is None:
+    """What takes the place of a host gets its gate; what lives elsewhere, too, would be scaled there: one is told."""
+    if new is None or not isinstance(children := parent.__dict__.get("_modules"), dict):  # TorchScript has another
         return
     if type(parent).__module__.startswith("torch.ao.nn.") and hung_gate(new) is not None:
         raise _would_be_lost(type(new).__name__, f"torch.ao's {type(parent).__name__}")
-    old = parent.__dict__["_modules"].get(name)
+    old = children.get(name)
     if old is None or old is new or (gate := hung_gate(old)) is None:
         return
-    if not any(module in (old, gate) or hung_gate(module) is not None for module in new.modules()):
+    if any(module in (old, gate) or hung_gate(module) is not None for module in new.modules()):
+        return  # it brings one, or the host itself
+    if any(module is new for module in children.values()):
+        return  # modules of one parent change places
+    if not _is_registered(new):
         hang_(new, gate)
+    else:
+        warnings.warn(
+            f"a {type(new).__name__} takes the place {name!r} of a {type(old).__name__} that a gate hangs on, and the "
+            "gate goes with the old one: insert_gates_ hangs another on the new one",
+            stacklevel=4,
+        )
+
+
+def _is_registered(module: nn.Module) -> bool:
+    """Whether a module is some module's child. Slow: looks at all that refers to it."""
+    return any(
+        isinstance(held, dict) and all(value is None or isinstance(value, nn.Module) for value in held.values())
+        for held in gc.get_referrers(module)
+    )
 
 
 register_module_module_registration_hook(_hand_on_the_gate)
@@ -84,11 +104,11 @@ def refuses_gates(merge: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """A function that makes one layer of a layer and a norm, so that it raises where a gate hangs on either."""
 
     @wraps(merge)
-    def merge_without_gates(layer: nn.Module, norm: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        for module in (layer, norm):
-            if hung_gate(module) is not None:
+    def merge_without_gates(*args: Any, **kwargs: Any) -> nn.Module:
+        for module in (*args, *kwargs.values()):
+            if isinstance(module, nn.Module) and hung_gate(module) is not None:
                 raise _would_be_lost(type(module).__name__, merge.__name__)
-        return merge(layer, norm, *args, **kwargs)
+        return merge(*args, **kwargs)
 
     return merge_without_gates
 
@@ -114,7 +134,8 @@ register_module_module_registration_hook(_hang_on_the_new_host)
 
 def hung_gate(host: nn.Module) -> nn.Module | None:
     """The gate that hangs on a module, or None."""
-    gate = host._modules.get(GATE)
+    children = host._modules
+    gate = children.get(GATE) if isinstance(children, dict) else None  # TorchScript has something else
     return gate if gate is not None and run_gate in host._forward_hooks.values() else None
 
 

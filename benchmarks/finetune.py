@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     path = args.out or _RESULTS / f"{'quick-' if args.quick else ''}finetune-{args.network}.json"
     try:
-        done = results.resume(path, header) if args.resume else {}
+        done = results.resume(path, header)["cases"] if args.resume else {}
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     document = {**header, "cases": done}

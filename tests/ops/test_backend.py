@@ -1,10 +1,13 @@
 """Which implementation is chosen, and what is said about one that cannot run."""
 
 import asyncio
+import contextlib
+import functools
 import itertools
 import logging
 import multiprocessing
 import runpy
+import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -394,3 +397,42 @@ def test_library_that_does_not_load(library: Path) -> None:
     assert reason.startswith(f"the C++ kernels cannot be loaded ({library}: ")
     assert reason.endswith("); to build them again: ecanet build")
     assert "\n" not in reason
+
+
+def test_a_signal_may_enter_while_the_main_thread_does() -> None:
+    """In a process of its own, which a lock held twice would hold for ever."""
+    script = """
+import signal, time, ecanet
+def tick(*_):
+    with ecanet.backend("reference"):
+        pass
+    signal.setitimer(signal.ITIMER_REAL, 1e-4)
+signal.signal(signal.SIGALRM, tick)
+signal.setitimer(signal.ITIMER_REAL, 1e-4)
+end = time.monotonic() + 1
+while time.monotonic() < end:
+    with ecanet.backend("auto"):
+        pass
+signal.setitimer(signal.ITIMER_REAL, 0)
+print(ecanet.ops.backend.current())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "auto"), done.stderr[-2000:]
+
+
+async def later() -> None: ...
+
+
+class Later:
+    async def __call__(self) -> None: ...
+
+
+@contextlib.contextmanager
+def manager() -> Iterator[None]:
+    yield
+
+
+@pytest.mark.parametrize("what", [functools.partial(later), Later(), manager], ids=["partial", "object", "manager"])
+def test_what_runs_after_the_call_cannot_be_decorated_whatever_wraps_it(what) -> None:
+    with pytest.raises(TypeError, match="is a coroutine or a generator, which runs later"):
+        backend("reference")(what)

@@ -5,6 +5,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -77,3 +78,25 @@ def test_a_run_told_to_end_while_its_second_process_starts_ends(pictures, tmp_pa
     assert killed.seconds < BOUND
     assert killed.code == 128 + signal.SIGTERM
     assert GOES_ON.search(killed.output), killed.output
+
+
+def test_one_script_may_run_twice(image_folder: Path, tmp_path: Path) -> None:
+    """Lightning starts the other process once; both processes meet in both runs, and end as the script ends."""
+    script = f"""
+import sys
+from ecanet.train import DataConfig, ModelConfig, OptimConfig, Recipe, TrainerConfig, fit
+recipe = Recipe(
+    ModelConfig("small_eca_resnet", options={{"widths": [4, 8], "blocks": 1}}),
+    DataConfig("image_folder", root={str(image_folder)!r}, image_size=12, resize=12, batch_size=30),
+    OptimConfig(epochs=1),
+    TrainerConfig(accelerator="cpu", devices=2),
+)
+for name in "ab":
+    fit(recipe, {str(tmp_path)!r} + "/" + name, progress=False)
+print("done")
+"""
+    path = tmp_path / "twice.py"
+    path.write_text(script)
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout.count("done")) == (0, 2), done.stderr[-2000:]
+    assert all((tmp_path / name / "last.ckpt").exists() for name in "ab")

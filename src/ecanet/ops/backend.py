@@ -38,7 +38,7 @@ class _Token:
 #: In the order in which they were entered: the last one is in force. Outside of all: _outside.
 _entered: list[_Token] = []
 _outside = _choice
-_lock = threading.Lock()
+_lock = threading.RLock()  # which a signal's handler may take, too, while the main thread holds it
 if hasattr(os, "register_at_fork"):  # not while another thread, which the child lacks, holds it
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
@@ -81,9 +81,11 @@ class backend(ContextDecorator):  # noqa: N801
     def __call__(self, function: Any) -> Any:
         """Decorate a function."""
         kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
-        if any(kind(function) for kind in kinds):
+        what_runs = function, inspect.unwrap(function), type(function).__call__
+        if any(kind(one) for kind in kinds for one in what_runs):
+            name = getattr(function, "__name__", type(function).__name__)
             raise TypeError(
-                f"ecanet.backend decorates functions, and {function.__name__} is a coroutine or a generator, which "
+                f"ecanet.backend decorates functions, and {name} is a coroutine or a generator, which "
                 f"runs later: write `with ecanet.backend({self.name!r}):` inside it"
             )
         return super().__call__(function)
@@ -93,21 +95,28 @@ class backend(ContextDecorator):  # noqa: N801
         if (reason := reason_against(self.name)) is not None:
             raise RuntimeError(_refusal(self.name, reason))
         token = _Token(self.name)
-        self._tokens.append(token)
         if torch.compiler.is_compiling():  # which traces in one thread, and no locks
+            self._tokens.append(token)
             _enter(token)
             return
-        with _lock:
-            _enter(token)
+        try:
+            with _lock:
+                self._tokens.append(token)
+                _enter(token)
+        except BaseException:  # from a signal's handler: nobody will leave what was not entered
+            with _lock:
+                _leave(token)
+                self._tokens.remove(token)
+            raise
 
     def __exit__(self, *exc: object) -> None:
         """Take it back."""
-        token = self._tokens.pop()
         if torch.compiler.is_compiling():
-            _leave(token)
+            _leave(self._tokens.pop())
             return
         with _lock:
-            _leave(token)
+            _leave(self._tokens[-1])
+            self._tokens.pop()
 
 
 def _enter(token: _Token) -> None:
@@ -120,7 +129,8 @@ def _enter(token: _Token) -> None:
 
 def _leave(token: _Token) -> None:
     global _choice
-    _entered.remove(token)
+    if token in _entered:
+        _entered.remove(token)
     _choice = _entered[-1].name if _entered else _outside
 
 

@@ -25,11 +25,15 @@ from lightning.pytorch.callbacks import Callback
 _PARENT = "ECANET_PARENT_PROCESS"
 #: Seconds between two looks; for the main thread to end by itself, after a signal or another process's end.
 _PAUSE, _PATIENCE = 0.1, 3.0
-#: Seconds for those that were told to end; after a success, for their own last steps; to leave Python after an error.
-_LEAVE, _LAST_STEPS, _EXIT = 2.0, 60.0, 3.0
+#: Seconds for those that were told to end; to leave Python after another process was lost, or this one told to end.
+_LEAVE, _EXIT = 2.0, 3.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 #: What gloo and NCCL say where the other end is gone.
 _GONE = ("closed by peer", "reset by peer", "Broken pipe", "NCCL communicator was aborted", "remote process exited")
+
+#: What this process started, and what started this one: for its next run, for which Lightning starts nothing anew.
+_children: list[Popen[bytes]] = []
+_parent: int | None = None
 
 if hasattr(os, "register_at_fork"):  # a loading process that is told to end must not tell this one
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
@@ -50,13 +54,16 @@ class EndTogether(Callback):
     def __init__(self, trainer: L.Trainer, how_to_go_on: Callable[[], str]) -> None:
         self._trainer, self._how_to_go_on = trainer, how_to_go_on
         self._several = trainer.world_size > 1
-        self._started: list[Popen[bytes]] = []
+        self._started = [process for process in _children if process.poll() is None]
         self._stop = threading.Event()
         self._wakeup: tuple[int, int, int] | None = None
         self._handler: Any = None
         environment = getattr(trainer.strategy, "cluster_environment", None)
         launched = isinstance(environment, LightningEnvironment) and environment.creates_processes_externally
-        self._parent = int(os.environ[_PARENT]) if launched and _PARENT in os.environ else None
+        global _parent
+        if launched and _PARENT in os.environ:
+            _parent = int(os.environ[_PARENT])
+        self._parent = _parent if launched else None
 
     def __enter__(self) -> "EndTogether":
         if not self._several:
@@ -84,17 +91,21 @@ class EndTogether(Callback):
             return
         self._take_over()
         lost = None
-        if error is None:
+        try:
+            if error is None:
+                if torch.distributed.is_initialized():  # until all are here, the end of one is the end of all
+                    torch.distributed.barrier()
+            else:
+                lost = self._behind(error)
+                self._tell(signal.SIGTERM)
+                self._wait(_LEAVE)
+                told = isinstance(error, (SystemExit, KeyboardInterrupt))
+                if (told or lost is not None) and hasattr(signal, "setitimer"):
+                    atexit.register(_leave_in_time)
+        finally:
             self._end_watch()
-            self._wait(_LAST_STEPS)
-        else:
-            lost = self._behind(error)
-            self._tell(signal.SIGTERM)
-            self._wait(_LEAVE)
-            self._end_watch()
-            if hasattr(signal, "setitimer"):
-                atexit.register(_leave_in_time)
-        os.environ.pop(_PARENT, None)
+            _children[:] = self._started
+            os.environ.pop(_PARENT, None)
         if lost is not None:
             raise RuntimeError(f"{lost}: {self._how_to_go_on()}") from error
 
@@ -103,7 +114,8 @@ class EndTogether(Callback):
         self._thread.join()
         if self._wakeup is not None:
             reading, writing, before = self._wakeup
-            signal.signal(signal.SIGTERM, self._handler)
+            if self._handler is not None:  # which Python did not set
+                signal.signal(signal.SIGTERM, self._handler)
             signal.set_wakeup_fd(before)
             os.close(reading)
             os.close(writing)
@@ -111,7 +123,7 @@ class EndTogether(Callback):
     def _behind(self, error: BaseException) -> str | None:
         """What became of another process of the run, where an error of this one is the echo of that."""
         says_so = isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in _GONE)
-        if not says_so:
+        if not says_so or isinstance(error, OSError):  # of a file or a connection of the user's
             return None
         deadline = time.monotonic() + 1  # the end of a connection is heard of before the end of a process
         while (lost := self._who_is_lost()) is None and time.monotonic() < deadline:

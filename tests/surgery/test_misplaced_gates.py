@@ -608,3 +608,75 @@ def test_norms_and_convolutions_tell_their_channels_without_a_run() -> None:
     model = nn.Sequential(group(3, 16), nn.Sequential(nn.GroupNorm(4, 16), nn.ReLU(), nn.MaxPool2d(2)))
     report = insert_gates_(model, where=["0", "0.0", "0.1", "1.0"], input_shape=None, filter_fn=lambda m, n: n != "0")
     assert {row.where: row.channels for row in report.rows} == {"0.0": 16, "0.1": 16, "1.0": 16}
+
+
+# Channels last
+
+
+class Tokens(nn.Module):
+    """A mixer of tokens (N, L, C) with a convolution inside, as in PVT and XCiT."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.dw, self.fc = nn.Conv1d(c, c, 3, padding=1), nn.Linear(c, c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.dw(x.transpose(1, 2)).transpose(1, 2))
+
+
+class TokensWithDropout(Tokens):
+    def __init__(self, c: int) -> None:
+        super().__init__(c)
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(super().forward(x))
+
+
+class TokensOfPictures(nn.Module):
+    """Works on (N, H, W, C), as Swin does."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.dw, self.fc = nn.Conv2d(c, c, 3, padding=1), nn.Sequential(nn.Linear(c, c), nn.GELU(), nn.Linear(c, c))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class NormedTokens(nn.Module):
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.mix, self.extra = Tokens(c), nn.ModuleList([nn.LayerNorm(c)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.extra[0](self.mix(x))
+
+
+@pytest.mark.parametrize("make", [Tokens, TokensWithDropout, TokensOfPictures, NormedTokens])
+@pytest.mark.parametrize("where", ["block", "stage", "1.mix"])
+def test_no_gate_scales_tokens(where, make) -> None:
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix, self.proj = make(24), nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.mix(x)
+
+    class ToTokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 24, 4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x).permute(0, 2, 3, 1)
+            return x if make is TokensOfPictures else x.flatten(1, 2)
+
+    with pytest.raises(ValueError, match=r"has its 24 channels last"):
+        insert_gates_(nn.Sequential(ToTokens(), Mixer()), where=where, input_shape=(1, 3, 16, 32))
+
+
+def test_a_map_that_is_as_wide_as_a_layer_inside_has_channels() -> None:
+    report = insert_gates_(nn.Sequential(conv(3, 16), Doubled(16)), where="1", input_shape=(1, 3, 16, 16))
+    assert [row.channels for row in report.rows] == [32]

@@ -194,8 +194,7 @@ def _plan(
         if shape is None or len(shape) < 2:
             got = "no tensor" if shape is None else f"a tensor of shape {tuple(shape)}"
             raise ValueError(f"a gate cannot follow {site.name}: it returns {got}, and not a map (N, C, *spatial)")
-        known = channels is not None and (site.certain or next(site.host.children(), None) is None)
-        if known and len(shape) > 2 and shape[1] != channels and shape[-1] == channels:
+        if channels is not None and _has_channels_last(site, shape):
             raise ValueError(
                 f"a gate cannot follow {site.name}: its output {tuple(shape)} has its {channels} channels last, and "
                 "not in dimension 1: name a module that returns (N, C, *spatial)"
@@ -232,6 +231,17 @@ def _plan(
             )
         norm = tensors_to_scale(f"the factor of the gate after {site.name}", site.host, count)
     return _Plan(site, module, channels, spatial, norm, runs)
+
+
+def _has_channels_last(site: Site, shape: torch.Size) -> bool:
+    """Whether a module with as many channels as a site's returns them in the last dimension.
+
+    Where layers only hint at the channels, a square map that happens to be as wide keeps its gate.
+    """
+    if len(shape) < 3 or shape[1] == site.channels or shape[-1] != site.channels:
+        return False
+    known = site.certain or next(site.host.children(), None) is None
+    return known or len(shape) == 3 or len(set(shape[2:])) > 1
 
 
 def _owners(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:

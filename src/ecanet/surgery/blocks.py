@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from ecanet.nn.norms import activation_inside, class_with_forward, is_norm
 from ecanet.surgery.layers import (
+    MERGES,
     count_convolutions,
     folds_later,
     is_attention,
@@ -24,7 +25,7 @@ from ecanet.surgery.layers import (
     out_channels,
     resolve,
 )
-from ecanet.surgery.traces import MULTIPLICATIONS, ancestors_in, factor_in, looks_like_attention, trace
+from ecanet.surgery.traces import MULTIPLICATIONS, ancestors_in, cannot_trace, factor_in, looks_like_attention, trace
 
 #: Where the branch of a block ends, by the class of the block: for what adds no residual, or not always.
 BLOCKS: dict[str, str] = {
@@ -78,18 +79,22 @@ def find_blocks(model: nn.Module) -> tuple[list[Branch], dict[str, str]]:
         model: The network.
 
     Returns:
-        The blocks, and why code of other modules could not be looked at, by name.
+        The blocks, and why other modules were not looked into, by name.
     """
     found: list[Branch] = []
-    untraced: dict[str, str] = {}
-    _search(model, "", found, untraced, set())
-    return found, untraced
+    unread: dict[str, str] = {}
+    _search(model, "", found, unread, set())
+    return found, unread
 
 
-def _search(module: nn.Module, name: str, found: list[Branch], untraced: dict[str, str], seen: set[nn.Module]) -> None:
-    if module in seen or is_attention(module) or not count_convolutions(module) or merges_branches(module):
+def _search(module: nn.Module, name: str, found: list[Branch], unread: dict[str, str], seen: set[nn.Module]) -> None:
+    if module in seen or is_attention(module) or not count_convolutions(module):
         return
     seen.add(module)
+    if merges_branches(module):
+        if count_convolutions(module) > 1:  # a lone convolution, such as YOLO's, is no block
+            unread[name] = MERGES
+        return
     if name and looks_like_attention(module):
         return
     if (cls := class_with_forward(module)) in BLOCKS:
@@ -97,12 +102,12 @@ def _search(module: nn.Module, name: str, found: list[Branch], untraced: dict[st
         return
     before = len(found)
     for child_name, child in module.named_children():
-        _search(child, f"{name}.{child_name}" if name else child_name, found, untraced, seen)
+        _search(child, f"{name}.{child_name}" if name else child_name, found, unread, seen)
     if len(found) > before or type(module) in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
         return  # the innermost are the blocks: a skip around many of them is none
     graph = trace(module)
     if isinstance(graph, str):
-        untraced[name] = graph
+        unread[name] = cannot_trace(graph)
     else:
         found.extend(_residual_branches(module, name, graph))
 

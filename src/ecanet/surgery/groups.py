@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ecanet.nn.norms import activation_inside, is_norm
-from ecanet.surgery.layers import ACTIVATION_FUNCTIONS, CONVOLUTIONS, count_convolutions
+from ecanet.surgery.layers import ACTIVATION_FUNCTIONS, CONVOLUTIONS, MERGES, count_convolutions, merges_branches
 from ecanet.surgery.traces import (
     acts,
     called,
+    cannot_trace,
     factors_of,
     in_order,
     is_sequence,
@@ -71,6 +72,9 @@ def _search(module: nn.Module, name: str, is_output: bool, names: dict[nn.Module
         if any(isinstance(part, CONVOLUTIONS) for part in module.modules()):
             groups.left_out.append(f"{name} is attention ({type(module).__name__})")
         return
+    if name and merges_branches(module):
+        _add_if_a_group(module, name, is_output, names, groups)
+        return
     prefix = f"{name}." if name else ""
     if is_sequence(module):
         layers = list(_before_global_pooling(module))
@@ -86,7 +90,7 @@ def _search(module: nn.Module, name: str, is_output: bool, names: dict[nn.Module
     graph = trace(module) if count_convolutions(module) else ""
     if isinstance(graph, str):
         if graph and any(isinstance(child, CONVOLUTIONS) for child in module.children()):
-            groups.left_out.append(f"{name or 'the network itself'}: torch.fx cannot trace its code ({graph})")
+            groups.left_out.append(f"{name or 'the network itself'}: {cannot_trace(graph)}")
         inside: set[fx.Node] = set()
         last_nodes = None
     else:
@@ -104,6 +108,22 @@ def _search(module: nn.Module, name: str, is_output: bool, names: dict[nn.Module
             last_nodes is None or any(str(node.target).split(".")[0] == child_name for node in last_nodes)
         )
         _search(child, prefix + child_name, last, names, groups)
+
+
+def _add_if_a_group(
+    module: nn.Module, name: str, is_output: bool, names: dict[nn.Module, list[str]], groups: Groups
+) -> None:
+    """Add what merges its layers later if it is one group, such as YOLO's ``Conv``: a gate stays behind it only."""
+    graph = trace(module)
+    alone = Groups({}, [])
+    if not isinstance(graph, str):
+        last_nodes = _without_layers_after(module, graph) if is_output else set()
+        if _in_graph(module, name, graph, factors_of(module, graph), last_nodes, names, alone):
+            groups.ends.update(alone.ends)
+            groups.left_out.extend(alone.left_out)
+            return
+    if count_convolutions(module):
+        groups.left_out.append(f"{name}: {MERGES}")
 
 
 def _in_graph(

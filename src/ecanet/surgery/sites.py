@@ -13,7 +13,7 @@ from ecanet.nn.hung import CONTAINERS, GATE, hung_gates
 from ecanet.nn.norms import class_with_forward
 from ecanet.surgery.blocks import JOINED, WIDER, Branch, find_blocks
 from ecanet.surgery.groups import find_groups
-from ecanet.surgery.layers import CONVOLUTIONS, is_empty, names_of, out_channels
+from ecanet.surgery.layers import CONVOLUTIONS, MERGES, is_empty, names_of, out_channels
 
 FilterFn: TypeAlias = Callable[[nn.Module, str], bool]
 Where: TypeAlias = str | Sequence[str] | FilterFn
@@ -128,10 +128,10 @@ def _what_to_name(model: nn.Module) -> str:
 
 
 def _at_blocks(model: nn.Module, where: str, filter_fn: FilterFn | None) -> tuple[list[Site], list[str]]:
-    branches, untraced = find_blocks(model)
+    branches, not_read = find_blocks(model)
     if not branches:
-        reasons = "; ".join(f"{name or 'the network itself'}: {why}" for name, why in list(untraced.items())[:3])
-        could_not = f" (code that torch.fx cannot trace: {reasons})" if untraced else ""
+        reasons = "; ".join(f"{name or 'the network itself'}: {why}" for name, why in list(not_read.items())[:3])
+        could_not = f" (not looked into: {reasons})" if not_read else ""
         groups = "try where='conv', or " if find_groups(model, names_of(model)).ends else ""
         raise ValueError(
             f"where={where!r} finds no residual block in {type(model).__name__}{could_not}: {groups}name modules; "
@@ -141,9 +141,9 @@ def _at_blocks(model: nn.Module, where: str, filter_fn: FilterFn | None) -> tupl
     if not wanted:
         raise ValueError(f"filter_fn refuses all of the {len(branches)} blocks that where={where!r} finds")
     unread = [
-        f"not looked into: {name}: torch.fx cannot trace its code ({why})"
-        for name, why in untraced.items()
-        if any(isinstance(child, CONVOLUTIONS) for child in model.get_submodule(name).children())
+        f"not looked into: {name}: {why}"
+        for name, why in not_read.items()
+        if why == MERGES or any(isinstance(child, CONVOLUTIONS) for child in model.get_submodule(name).children())
     ]
     if where == "stage":
         return _at_stages(model, wanted), unread

@@ -56,6 +56,11 @@ def trace(module: nn.Module) -> fx.Graph | str:
         return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
+def cannot_trace(why: str) -> str:
+    """What :func:`trace` returned in place of a graph, for a report."""
+    return f"torch.fx cannot trace its code ({why})"
+
+
 def _stand_in(module: nn.Module) -> nn.Module:
     """A module of the same class, children and attributes, in which code may leave what it was traced with."""
     twin = object.__new__(type(module))

@@ -16,11 +16,12 @@ from ecanet.nn.hung import GATE, hang_, hung_gate
 from ecanet.nn.loading import keep_loading_
 from ecanet.nn.neutral import make_identity_
 from ecanet.surgery.checks import check_model
+from ecanet.surgery.dry_run import DryRun, dry_run
 from ecanet.surgery.fitting import arguments_of, build_fitting_gate
 from ecanet.surgery.layers import certain_channels, merges_branches, names_of
 from ecanet.surgery.optimizers import add_parameters_, check_optimizer
 from ecanet.surgery.report import Report, Row, gate_row
-from ecanet.surgery.sites import DryRun, FilterFn, Site, Where, dry_run, find_sites
+from ecanet.surgery.sites import FilterFn, Site, Where, find_sites
 from ecanet.surgery.undo import all_or_nothing
 
 

@@ -107,11 +107,11 @@ def insert_gates_(
     for argument, value in (("preserve", preserve), ("fold", fold)):
         if not isinstance(value, bool):
             raise TypeError(f"{argument} must be True or False, got {value!r}")
-    sites, notes = find_sites(model, where, filter_fn)
+    run = dry_run(model, model.modules(), input_shape)
+    sites, notes = find_sites(model, where, filter_fn, run)
     todo, already = _not_yet(sites, gate, kernel_size)
     if already:
         notes.append(f"{already} of these have such a gate already")
-    run = dry_run(model, [site.host for site in todo], input_shape) if todo else None
     if run is not None:
         silent = [site.name for site in todo if site.host not in run.shapes]
         if run.failed is None:

@@ -2,6 +2,7 @@
 
 import difflib
 import fnmatch
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -10,8 +11,10 @@ from torch import nn
 from ecanet.nn.hung import CONTAINERS, GATE, hung_gates
 from ecanet.nn.norms import class_with_forward
 from ecanet.surgery.blocks import JOINED, WIDER, Branch, find_blocks
+from ecanet.surgery.dry_run import DryRun, dry_run
 from ecanet.surgery.groups import find_groups
 from ecanet.surgery.layers import CONVOLUTIONS, MERGES, is_empty, names_of, out_channels
+from ecanet.surgery.traces import is_pooled
 
 FilterFn: TypeAlias = Callable[[nn.Module, str], bool]
 Where: TypeAlias = str | Sequence[str] | FilterFn
@@ -35,13 +38,16 @@ class Site(NamedTuple):
     certain: bool = False
 
 
-def find_sites(model: nn.Module, where: Where, filter_fn: FilterFn | None) -> tuple[list[Site], list[str]]:
+def find_sites(
+    model: nn.Module, where: Where, filter_fn: FilterFn | None, run: DryRun | None
+) -> tuple[list[Site], list[str]]:
     """The modules that gates are to hang on, in the order of registration.
 
     Args:
         model: The network.
         where: As in :func:`ecanet.insert_gates_`.
         filter_fn: As in :func:`ecanet.insert_gates_`.
+        run: A dry run of all modules, or None.
 
     Returns:
         The sites, and notes on what was left out.
@@ -51,12 +57,16 @@ def find_sites(model: nn.Module, where: Where, filter_fn: FilterFn | None) -> tu
         ValueError: nothing is found; the message says what can be named instead.
     """
     if where in ("block", "stage"):
-        return _at_blocks(model, str(where), filter_fn)
+        return _at_blocks(model, str(where), filter_fn, run)
     names = names_of(model)
     found: dict[str, int | None]
     notes: list[str] = []
     if where == "conv":
-        groups = find_groups(model, names)
+        groups = find_groups(model, names, {} if run is None else run.shapes)
+        if run is not None:
+            for name in _pooled(model, groups.ends, run):
+                del groups.ends[name]
+                groups.left_out.append(f"{name}: it works on features that are pooled to one position")
         found, notes = {**groups.ends}, [f"left out: {what}" for what in groups.left_out]
         if not found:
             more = f" ({'; '.join(groups.left_out[:3])})" if notes else ""
@@ -77,6 +87,22 @@ def find_sites(model: nn.Module, where: Where, filter_fn: FilterFn | None) -> tu
     if not sites:
         raise ValueError(f"filter_fn refuses all of the {len(found)} modules that where={where!r} finds")
     return list(sites.values()), notes
+
+
+def _pooled(model: nn.Module, names: Iterable[str], run: DryRun) -> list[str]:
+    """The modules that return one position whatever the size of the input, and not because strides came to that."""
+
+    def among(names: Iterable[str], run: DryRun) -> list[str]:
+        shapes = [(name, run.shapes.get(_site(model, name, None).host)) for name in names]
+        return [name for name, shape in shapes if shape is not None and is_pooled(shape.output)]
+
+    pooled = among(names, run)
+    if not pooled or math.prod(run.input_shape[2:]) == 1:
+        return []
+    larger = dry_run(model, model.modules(), (*run.input_shape[:2], *(4 * size for size in run.input_shape[2:])))
+    if larger is None or larger.failed is not None:
+        return pooled
+    return among(pooled, larger)
 
 
 def _named(model: nn.Module, where: object) -> list[str]:
@@ -118,12 +144,15 @@ def _what_to_name(model: nn.Module) -> str:
     return f"modules that can be named: {shown}" if useful else "it has no convolution or norm"
 
 
-def _at_blocks(model: nn.Module, where: str, filter_fn: FilterFn | None) -> tuple[list[Site], list[str]]:
-    branches, not_read = find_blocks(model)
+def _at_blocks(
+    model: nn.Module, where: str, filter_fn: FilterFn | None, run: DryRun | None
+) -> tuple[list[Site], list[str]]:
+    shapes = {} if run is None else run.shapes
+    branches, not_read = find_blocks(model, shapes)
     if not branches:
         reasons = "; ".join(f"{name or 'the network itself'}: {why}" for name, why in list(not_read.items())[:3])
         could_not = f" (not looked into: {reasons})" if not_read else ""
-        groups = "try where='conv', or " if find_groups(model, names_of(model)).ends else ""
+        groups = "try where='conv', or " if find_groups(model, names_of(model), shapes).ends else ""
         raise ValueError(
             f"where={where!r} finds no residual block in {type(model).__name__}{could_not}: {groups}name modules; "
             f"{_what_to_name(model)}"

@@ -388,3 +388,53 @@ def test_networks_without_gates_are_built_and_merged_as_without_this_library() -
     merged = torch.nn.utils.fusion.fuse_conv_bn_eval(conv=block[0], bn=block[1])
     x = torch.randn(2, 3, 4, 4)
     torch.testing.assert_close(merged(x), block(x), rtol=1e-4, atol=1e-5)
+
+
+def merging(how: str) -> nn.Module:
+    """Two branches beside each other that become one convolution."""
+
+    class Merging(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+            self.thin = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.wide(x) + self.thin(x)
+
+    setattr(Merging, how, lambda self: None)
+    return Merging()
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bn(self.conv(x))
+
+
+@pytest.mark.parametrize("how", ["forward_fuse", "reparameterize", "switch_to_deploy"])
+@pytest.mark.parametrize("where", ["conv", "block", "stage"])
+def test_what_merges_its_layers_later_is_left_out_and_the_rest_is_not(where, how) -> None:
+    model = nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU()), nn.Sequential(nn.Identity(), merging(how)), Plain()
+    )
+    report = insert_gates_(model, where=where)
+    assert [row.where for row in report.rows] == {"conv": ["0.1"], "block": ["2.bn"], "stage": ["2"]}[where]
+    assert any("1.1: it can merge its layers" in note for note in report.notes), report.notes
+
+
+@pytest.mark.parametrize("how", ["forward_fuse", "reparameterize", "switch_to_deploy"])
+def test_a_group_that_merges_its_norm_later_gets_its_gate_behind_it(how) -> None:
+    class ConvNormAct(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn, self.act = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.SiLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.bn(self.conv(x)))
+
+    setattr(ConvNormAct, how, lambda self: None)
+    assert [row.where for row in insert_gates_(nn.Sequential(ConvNormAct()), where="conv").rows] == ["0"]

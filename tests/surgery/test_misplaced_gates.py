@@ -608,3 +608,323 @@ def test_norms_and_convolutions_tell_their_channels_without_a_run() -> None:
     model = nn.Sequential(group(3, 16), nn.Sequential(nn.GroupNorm(4, 16), nn.ReLU(), nn.MaxPool2d(2)))
     report = insert_gates_(model, where=["0", "0.0", "0.1", "1.0"], input_shape=None, filter_fn=lambda m, n: n != "0")
     assert {row.where: row.channels for row in report.rows} == {"0.0": 16, "0.1": 16, "1.0": 16}
+
+
+# Channels last
+
+
+class Tokens(nn.Module):
+    """A mixer of tokens (N, L, C) with a convolution inside, as in PVT and XCiT."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.dw, self.fc = nn.Conv1d(c, c, 3, padding=1), nn.Linear(c, c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.dw(x.transpose(1, 2)).transpose(1, 2))
+
+
+class TokensWithDropout(Tokens):
+    def __init__(self, c: int) -> None:
+        super().__init__(c)
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(super().forward(x))
+
+
+class TokensOfPictures(nn.Module):
+    """Works on (N, H, W, C), as Swin does."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.dw, self.fc = nn.Conv2d(c, c, 3, padding=1), nn.Sequential(nn.Linear(c, c), nn.GELU(), nn.Linear(c, c))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class NormedTokens(nn.Module):
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.mix, self.extra = Tokens(c), nn.ModuleList([nn.LayerNorm(c)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.extra[0](self.mix(x))
+
+
+@pytest.mark.parametrize("make", [Tokens, TokensWithDropout, TokensOfPictures, NormedTokens])
+@pytest.mark.parametrize("where", ["block", "stage", "1.mix"])
+def test_no_gate_scales_tokens(where, make) -> None:
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix, self.proj = make(24), nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.mix(x)
+
+    class ToTokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 24, 4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x).permute(0, 2, 3, 1)
+            return x if make is TokensOfPictures else x.flatten(1, 2)
+
+    with pytest.raises(ValueError, match=r"has its 24 channels last"):
+        insert_gates_(nn.Sequential(ToTokens(), Mixer()), where=where, input_shape=(1, 3, 16, 32))
+
+
+def test_a_map_that_is_as_wide_as_a_layer_inside_has_channels() -> None:
+    report = insert_gates_(nn.Sequential(conv(3, 16), Doubled(16)), where="1", input_shape=(1, 3, 16, 16))
+    assert [row.channels for row in report.rows] == [32]
+
+
+# Attention in other words: each member is the forward of a module with ``fc``, a sequence that ends in a sigmoid
+
+
+def asserted(m: Any, x: Tensor) -> Tensor:
+    assert x.shape[2] > 0
+    return x * m.fc(x.mean((2, 3), keepdim=True))
+
+
+def branched(m: Any, x: Tensor) -> Tensor:
+    w = m.fc(x.mean((2, 3), keepdim=True))
+    return x * w if x.shape[0] == 1 else w * x
+
+
+def whole_numbers(m: Any, x: Tensor) -> Tensor:
+    n = int(x.shape[2] * x.shape[3])
+    return x * m.fc(x.sum((2, 3), keepdim=True) / n)
+
+
+def einsum(m: Any, x: Tensor) -> Tensor:
+    return torch.einsum("nchw,nc->nchw", x, m.fc(x.mean((2, 3), keepdim=True)).flatten(1))
+
+
+def half(m: Any, x: Tensor) -> Tensor:
+    a, b = x.chunk(2, 1)
+    w = m.fc(x.mean((2, 3), keepdim=True)).chunk(2, 1)[0]
+    return torch.cat([a * w, b], 1)
+
+
+IN_OTHER_WORDS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "assert": asserted,
+    "if": branched,
+    "int": whole_numbers,
+    "torch.multiply": lambda m, x: torch.multiply(x, m.fc(x.mean((2, 3), keepdim=True))),
+    "multiply": lambda m, x: x.multiply(m.fc(x.mean((2, 3), keepdim=True))),
+    "einsum": einsum,
+    "addcmul": lambda m, x: torch.addcmul(x, x, m.fc(x.mean((2, 3), keepdim=True))),
+    "lerp": lambda m, x: torch.lerp(torch.zeros_like(x), x, m.fc(x.mean((2, 3), keepdim=True))),
+    "division": lambda m, x: x / (1 + torch.exp(-m.fc(x.mean((2, 3), keepdim=True)))),
+    "avg_pool2d": lambda m, x: x * m.fc(F.avg_pool2d(x, x.shape[2:])),
+    "sum": lambda m, x: x * m.fc(x.sum((2, 3), keepdim=True) / 99),
+    "norm": lambda m, x: x * m.fc(torch.norm(x, dim=(2, 3), keepdim=True)),
+    "own pool": lambda m, x: x * m.own_sigmoid(m.fc[:3](m.own_pool(x)[..., None, None])),
+    "clamp": lambda m, x: x * m.fc[2](m.fc[1](m.fc[0](x))).clamp(0, 1),
+    "half of the channels": half,
+    "interpolated": lambda m, x: x * F.interpolate(m.fc(F.avg_pool2d(x, 2)), size=x.shape[-2:]),
+}
+
+
+class OwnPool(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(2).mean(2)
+
+
+class OwnSigmoid(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 1 / (1 + torch.exp(-x))
+
+
+def in_other_words(name: str, c: int) -> nn.Module:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Sequential(conv(c, 4, 1), nn.ReLU(), conv(4, c, 1), nn.Sigmoid())
+            self.own_pool, self.own_sigmoid = OwnPool(), OwnSigmoid()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return IN_OTHER_WORDS[name](self, x)
+
+    return Attention()
+
+
+@pytest.mark.parametrize("name", IN_OTHER_WORDS)
+@pytest.mark.parametrize("input_shape", ["auto", None], ids=["run", "no run"])
+def test_attention_is_seen_however_its_code_is_written(name, input_shape) -> None:
+    model = nn.Sequential(group(3, 16), in_other_words(name, 16), group(16, 8))
+    report = insert_gates_(model.eval(), where="conv", input_shape=input_shape)
+    assert {row.where for row in report.rows} == {"0.2", "2.2"}
+    assert any("1 is attention" in note for note in report.notes), report.notes
+
+
+@pytest.mark.parametrize("name", IN_OTHER_WORDS)
+def test_a_block_that_ends_in_it_is_told(name) -> None:
+    model = nn.Sequential(group(3, 16), Block(16, in_other_words(name, 16)), Block(16, nn.Identity()))
+    report = insert_gates_(model.eval(), where="block")
+    assert [row.where for row in report.rows] == ["2.bn"]
+    assert any("1" in note and "attention" in note for note in report.notes), report.notes
+
+
+class WithFactorOfTheSameInput(nn.Module):
+    """GhostNetV2: what is scaled and what scales are both computed from x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main = group(16, 16)
+        self.short, self.gate = (
+            nn.Sequential(conv(16, 16, 1), nn.BatchNorm2d(16), nn.ReLU(), conv(16, 16)),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.short(F.avg_pool2d(x, 2, 2))
+        return self.main(x)[:, :16] * F.interpolate(self.gate(w), size=x.shape[-2:])
+
+
+class Star(nn.Module):
+    """StarNet: a product of two layers, none of which is a factor between 0 and 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main = group(16, 16)
+        self.short = nn.Sequential(conv(16, 16, 1), nn.BatchNorm2d(16), nn.ReLU6())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.short(x) * self.main(x)
+
+
+def test_a_factor_of_the_same_input_is_one_too() -> None:
+    assert placed(nn.Sequential(group(3, 16), WithFactorOfTheSameInput())) == {"0.2": 16, "1.main.2": 16}
+    assert placed(nn.Sequential(group(3, 16), Star(), conv(16, 4))) == {"0.2": 16, "1.main.2": 16, "1.short.2": 16}
+
+
+class UntraceableResidual(nn.Module):
+    """Convolutions of maps beside attention, in code that cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.fc = group(16, 16), nn.Sequential(conv(16, 4, 1), nn.ReLU(), conv(4, 16, 1), nn.Sigmoid())
+        self.sa = nn.Sequential(conv(16, 4), nn.ReLU(), conv(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[0] > 0
+        y = self.main(x)
+        return x + y * self.fc(y.mean((2, 3), keepdim=True)) * self.sa(y).sigmoid()
+
+
+def test_code_that_cannot_be_traced_keeps_the_gates_of_its_maps() -> None:
+    model = nn.Sequential(group(3, 16), UntraceableResidual())
+    report = insert_gates_(model.eval(), where="conv")
+    assert [row.where for row in report.rows] == ["0.2", "1.main.2"]
+    assert sum("may be part of attention" in note for note in report.notes) == 2
+
+
+# Outputs of activations that are the user's own
+
+
+class ScaledTanh(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x) * 3
+
+
+class SigmoidMethod(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sigmoid()
+
+
+class Clamp(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(0, 1)
+
+
+class Arctan(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.atan() / 2 if x.dim() == 4 else x
+
+
+class HeldSigmoid(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x) * 2 - 1
+
+
+@pytest.mark.parametrize("act", [OwnSigmoid, ScaledTanh, SigmoidMethod, Clamp, Arctan, HeldSigmoid])
+def test_no_gate_goes_behind_an_output_that_an_own_activation_bounds(act) -> None:
+    model = nn.Sequential(group(3, 16), nn.Sequential(conv(16, 3), act())).eval()
+    report = insert_gates_(model, where="conv")
+    assert [row.where for row in report.rows] == ["0.2"]
+    assert any("output" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("function", [F.hardtanh, F.relu6, F.hardsigmoid, F.softsign, torch.sigmoid, torch.tanh])
+def test_no_gate_goes_behind_an_output_that_a_function_bounds(function) -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = group(3, 16), conv(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return function(self.head(self.body(x)))
+
+    assert [row.where for row in insert_gates_(Head().eval(), where="conv").rows] == ["body.2"]
+
+
+@pytest.mark.parametrize("act", [OwnSwish, OwnMish, SquaredRelu, nn.GELU, nn.PReLU, nn.ReLU])
+def test_an_unbounded_activation_at_the_end_is_no_output(act) -> None:
+    assert placed(nn.Sequential(group(3, 16), conv(16, 3), act())) == {"0.2": 16, "2": 3}
+
+
+# What is pooled to one position is no map
+
+
+class PooledInCode(nn.Module):
+    def __init__(self, pool: Callable[[Tensor], Tensor], act: nn.Module) -> None:
+        super().__init__()
+        self.features, self.head, self.act, self.fc = group(3, 16), conv(16, 32, 1), act, nn.Linear(32, 3)
+        self.pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.act(self.head(self.pool(self.features(x)))).flatten(1))
+
+
+class KeepingPool(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3), keepdim=True)
+
+
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda x: x.mean((2, 3), keepdim=True),
+    "mean, one side after the other": lambda x: x.mean(3, keepdim=True).mean(2, keepdim=True),
+    "largest": lambda x: x.amax((-2, -1), keepdim=True),
+    "sizes read": lambda x: F.avg_pool2d(x, x.shape[2:]),
+    "flat, and back": lambda x: x.flatten(2).mean(2)[:, :, None, None],
+    "two pools": lambda x: F.adaptive_avg_pool2d(x, 1) + F.adaptive_max_pool2d(x, 1),
+}
+
+
+@pytest.mark.parametrize("name", POOLS)
+@pytest.mark.parametrize("act", [nn.Hardswish, nn.ReLU])
+def test_no_gate_goes_behind_features_that_code_pools(act, name) -> None:
+    report = insert_gates_(PooledInCode(POOLS[name], act()).eval(), where="conv", input_shape=(1, 3, 32, 32))
+    assert [row.where for row in report.rows] == ["features.2"]
+
+
+@pytest.mark.parametrize("pool", [KeepingPool, lambda: nn.AdaptiveAvgPool2d(1), lambda: nn.AvgPool2d(32)])
+def test_no_gate_goes_behind_a_layer_that_pools(pool) -> None:
+    model = nn.Sequential(group(3, 16), pool(), conv(16, 32, 1), nn.Hardswish(), nn.Flatten(), nn.Linear(32, 3))
+    report = insert_gates_(model.eval(), where="conv", input_shape=(1, 3, 32, 32))
+    assert [row.where for row in report.rows] == ["0.2"]
+
+
+def test_what_is_small_since_the_picture_is_keeps_its_gate() -> None:
+    model = nn.Sequential(group(3, 16), nn.MaxPool2d(8), group(16, 16), nn.MaxPool2d(2), group(16, 16))
+    report = insert_gates_(model.eval(), where="conv", input_shape=(1, 3, 16, 16))
+    assert [row.where for row in report.rows] == ["0.2", "2.2", "4.2"]

@@ -6,7 +6,7 @@ computed by fewer is a residual block.
 """
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ecanet.nn.norms import activation_inside, class_with_forward, is_norm
+from ecanet.surgery.dry_run import Shapes
 from ecanet.surgery.layers import (
+    MERGES,
     count_convolutions,
     folds_later,
     is_attention,
@@ -24,7 +26,7 @@ from ecanet.surgery.layers import (
     out_channels,
     resolve,
 )
-from ecanet.surgery.traces import MULTIPLICATIONS, ancestors_in, factor_in, looks_like_attention, trace
+from ecanet.surgery.traces import MULTIPLICATIONS, ancestors_in, cannot_trace, factor_in, looks_like_attention, trace
 
 #: Where the branch of a block ends, by the class of the block: for what adds no residual, or not always.
 BLOCKS: dict[str, str] = {
@@ -71,54 +73,70 @@ class Branch(NamedTuple):
     why_not: str | None = None
 
 
-def find_blocks(model: nn.Module) -> tuple[list[Branch], dict[str, str]]:
+def find_blocks(
+    model: nn.Module, shapes: Mapping[nn.Module, Shapes] | None = None
+) -> tuple[list[Branch], dict[str, str]]:
     """Every residual block of a network, in the order of registration.
 
     Args:
         model: The network.
+        shapes: Of a dry run, if there was one.
 
     Returns:
-        The blocks, and why code of other modules could not be looked at, by name.
+        The blocks, and why other modules were not looked into, by name.
     """
     found: list[Branch] = []
-    untraced: dict[str, str] = {}
-    _search(model, "", found, untraced, set())
-    return found, untraced
+    unread: dict[str, str] = {}
+    _search(model, "", found, unread, set(), shapes or {})
+    return found, unread
 
 
-def _search(module: nn.Module, name: str, found: list[Branch], untraced: dict[str, str], seen: set[nn.Module]) -> None:
-    if module in seen or is_attention(module) or not count_convolutions(module) or merges_branches(module):
+def _search(
+    module: nn.Module,
+    name: str,
+    found: list[Branch],
+    unread: dict[str, str],
+    seen: set[nn.Module],
+    shapes: Mapping[nn.Module, Shapes],
+) -> None:
+    if module in seen or is_attention(module) or not count_convolutions(module):
         return
     seen.add(module)
-    if name and looks_like_attention(module):
+    if merges_branches(module):
+        if count_convolutions(module) > 1:  # a lone convolution, such as YOLO's, is no block
+            unread[name] = MERGES
+        return
+    if name and looks_like_attention(module, shapes):
         return
     if (cls := class_with_forward(module)) in BLOCKS:
-        found.append(_known_block(module, name, BLOCKS[cls]))
+        found.append(_known_block(module, name, BLOCKS[cls], shapes))
         return
     before = len(found)
     for child_name, child in module.named_children():
-        _search(child, f"{name}.{child_name}" if name else child_name, found, untraced, seen)
+        _search(child, f"{name}.{child_name}" if name else child_name, found, unread, seen, shapes)
     if len(found) > before or type(module) in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
         return  # the innermost are the blocks: a skip around many of them is none
     graph = trace(module)
     if isinstance(graph, str):
-        untraced[name] = graph
+        unread[name] = cannot_trace(graph)
     else:
-        found.extend(_residual_branches(module, name, graph))
+        found.extend(_residual_branches(module, name, graph, shapes))
 
 
-def _known_block(block: nn.Module, name: str, path: str) -> Branch:
+def _known_block(block: nn.Module, name: str, path: str, shapes: Mapping[nn.Module, Shapes]) -> Branch:
     end_name, end = resolve(block, path)
-    return _branch(name, end, f"{name}.{end_name}" if name else end_name)
+    return _branch(name, end, f"{name}.{end_name}" if name else end_name, shapes)
 
 
-def _branch(block: str, end: nn.Module, end_name: str, channels: int | None = None) -> Branch:
+def _branch(
+    block: str, end: nn.Module, end_name: str, shapes: Mapping[nn.Module, Shapes], channels: int | None = None
+) -> Branch:
     channels = out_channels(end) or channels
     last, last_name = end, end_name
     while isinstance(last, nn.Sequential) and not is_empty(last):
         key = next(key for key, child in reversed(last._modules.items()) if not is_empty(child))
         last, last_name = last.get_submodule(key), f"{last_name}.{key}"
-    if looks_like_attention(last):
+    if looks_like_attention(last, shapes):
         remedy = "replace_gates_ swaps it" if is_attention(last) else "name the module before it"
         reason = f"the block has attention there, {last_name} ({type(last).__name__}): {remedy}"
         return Branch(block, last_name, channels, reason)
@@ -155,7 +173,9 @@ def _returned_child(module: nn.Module) -> str | None:
     return None
 
 
-def _residual_branches(module: nn.Module, name: str, graph: fx.Graph) -> Iterator[Branch]:
+def _residual_branches(
+    module: nn.Module, name: str, graph: fx.Graph, shapes: Mapping[nn.Module, Shapes]
+) -> Iterator[Branch]:
     ancestors = ancestors_in(graph)
     additions = {
         node: pair for node in graph.nodes if (pair := _branch_and_shortcut(module, node, ancestors)) is not None
@@ -164,7 +184,7 @@ def _residual_branches(module: nn.Module, name: str, graph: fx.Graph) -> Iterato
     inside = {n for branch, shortcut in additions.values() for n in ancestors[branch] - ancestors[shortcut]}
     for node, (branch, _) in additions.items():
         if node not in inside:
-            yield _end_of(module, name, branch)
+            yield _end_of(module, name, branch, shapes)
 
 
 def _branch_and_shortcut(
@@ -191,7 +211,7 @@ def _is_taken_apart(placeholder: fx.Node) -> bool:
     return any(user.target is operator.getitem for user in placeholder.users)
 
 
-def _end_of(module: nn.Module, name: str, node: fx.Node) -> Branch:
+def _end_of(module: nn.Module, name: str, node: fx.Node, shapes: Mapping[nn.Module, Shapes]) -> Branch:
     """The module that a branch ends with, from the node that is added."""
     passed: str | None = None
     prefix = f"{name}." if name else ""
@@ -203,7 +223,7 @@ def _end_of(module: nn.Module, name: str, node: fx.Node) -> Branch:
                 if several:
                     reason = f"its branch ends in {node.target}, which it calls several times: name another module"
                     return Branch(name, prefix + str(node.target), None, reason)
-                return _branch(name, child, prefix + str(node.target), _channels_before(module, node))
+                return _branch(name, child, prefix + str(node.target), shapes, _channels_before(module, node))
             passed = passed if several else str(node.target)
         elif node.target not in _SCALINGS:
             break

@@ -1,22 +1,24 @@
 """Groups of convolution, norm and activation, as plain networks (VGG, U-Net) and YOLO are made of."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-import torch.nn.functional as F
 from torch import fx, nn
 
 from ecanet.nn.norms import activation_inside, is_norm
-from ecanet.surgery.layers import ACTIVATION_FUNCTIONS, CONVOLUTIONS, count_convolutions
+from ecanet.surgery.dry_run import Shapes
+from ecanet.surgery.layers import ACTIVATION_FUNCTIONS, CONVOLUTIONS, MERGES, count_convolutions, merges_branches
 from ecanet.surgery.traces import (
     acts,
     called,
+    cannot_trace,
     factors_of,
     in_order,
     is_sequence,
     looks_like_attention,
     passes_on,
+    pools_globally,
     squashes,
     trace,
 )
@@ -48,7 +50,9 @@ class _Step(NamedTuple):
     again: bool = False
 
 
-def find_groups(model: nn.Module, names: dict[nn.Module, list[str]]) -> Groups:
+def find_groups(
+    model: nn.Module, names: dict[nn.Module, list[str]], shapes: Mapping[nn.Module, Shapes] | None = None
+) -> Groups:
     """The module after which each group of convolution, optional norm and activation is complete: name and channels.
 
     It is the activation; the norm before it where the activation is a function or a module that several groups share
@@ -59,17 +63,28 @@ def find_groups(model: nn.Module, names: dict[nn.Module, list[str]]) -> Groups:
     Args:
         model: The network.
         names: Its modules' names, as :func:`ecanet.surgery.layers.names_of` gives them.
+        shapes: Of a dry run, if there was one.
     """
     groups = Groups({}, [])
-    _search(model, "", True, names, groups)
+    _search(model, "", True, names, shapes or {}, groups)
     return groups
 
 
-def _search(module: nn.Module, name: str, is_output: bool, names: dict[nn.Module, list[str]], groups: Groups) -> None:
+def _search(
+    module: nn.Module,
+    name: str,
+    is_output: bool,
+    names: dict[nn.Module, list[str]],
+    shapes: Mapping[nn.Module, Shapes],
+    groups: Groups,
+) -> None:
     """Look for groups in a module; ``is_output``: no layer of the network with weights may follow it."""
-    if name and looks_like_attention(module):
+    if name and looks_like_attention(module, shapes):
         if any(isinstance(part, CONVOLUTIONS) for part in module.modules()):
-            groups.left_out.append(f"{name} is attention ({type(module).__name__})")
+            groups.left_out.append(f"{name} is attention ({type(module).__name__}), as far as can be told")
+        return
+    if name and merges_branches(module):
+        _add_if_a_group(module, name, is_output, names, groups)
         return
     prefix = f"{name}." if name else ""
     if is_sequence(module):
@@ -81,12 +96,12 @@ def _search(module: nn.Module, name: str, is_output: bool, names: dict[nn.Module
                 _add(prefix, _group(steps[i:]), step.what.out_channels, last, groups)
         for i, (layer_name, layer) in enumerate(layers):
             last = is_output and not any(_has_weights(later) for _, later in layers[i + 1 :])
-            _search(layer, prefix + layer_name, last, names, groups)
+            _search(layer, prefix + layer_name, last, names, shapes, groups)
         return
     graph = trace(module) if count_convolutions(module) else ""
     if isinstance(graph, str):
         if graph and any(isinstance(child, CONVOLUTIONS) for child in module.children()):
-            groups.left_out.append(f"{name or 'the network itself'}: torch.fx cannot trace its code ({graph})")
+            groups.left_out.append(f"{name or 'the network itself'}: {cannot_trace(graph)}")
         inside: set[fx.Node] = set()
         last_nodes = None
     else:
@@ -100,10 +115,38 @@ def _search(module: nn.Module, name: str, is_output: bool, names: dict[nn.Module
             if any(isinstance(part, CONVOLUTIONS) for part in child.modules()):
                 groups.left_out.append(f"{prefix}{child_name} is part of attention in {name or 'the network'}'s code")
             continue
+        if isinstance(graph, str) and graph and _may_be_a_factor(child, shapes):
+            groups.left_out.append(f"{prefix}{child_name} may be part of attention: {cannot_trace(graph)}")
+            continue
         last = is_output and (
             last_nodes is None or any(str(node.target).split(".")[0] == child_name for node in last_nodes)
         )
-        _search(child, prefix + child_name, last, names, groups)
+        _search(child, prefix + child_name, last, names, shapes, groups)
+
+
+def _may_be_a_factor(child: nn.Module, shapes: Mapping[nn.Module, Shapes]) -> bool:
+    """Whether code that cannot be traced may scale a map by what a child computes: one channel, or squashed."""
+    if not is_sequence(child) or not any(isinstance(part, CONVOLUTIONS) for part in child.modules()):
+        return False
+    seen = shapes.get(child)
+    one_channel = seen is not None and (seen.output or ())[1:2] == (1,) != (seen.input or ())[1:2]
+    return one_channel or squashes([layer for _, layer in in_order(child)][-1])
+
+
+def _add_if_a_group(
+    module: nn.Module, name: str, is_output: bool, names: dict[nn.Module, list[str]], groups: Groups
+) -> None:
+    """Add what merges its layers later if it is one group, such as YOLO's ``Conv``: a gate stays behind it only."""
+    graph = trace(module)
+    alone = Groups({}, [])
+    if not isinstance(graph, str):
+        last_nodes = _without_layers_after(module, graph) if is_output else set()
+        if _in_graph(module, name, graph, factors_of(module, graph), last_nodes, names, alone):
+            groups.ends.update(alone.ends)
+            groups.left_out.extend(alone.left_out)
+            return
+    if count_convolutions(module):
+        groups.left_out.append(f"{name}: {MERGES}")
 
 
 def _in_graph(
@@ -178,21 +221,15 @@ def _is_the_output(group: _Group, name: str, last: bool, groups: Groups) -> bool
 
 
 def _before_global_pooling(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return takewhile(lambda layer: not _pools_globally(layer[1]), in_order(module))
-
-
-def _pools_globally(layer: nn.Module | None) -> bool:
-    pools = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
-    return isinstance(layer, pools) and layer.output_size in (1, (1, 1))
+    return takewhile(lambda layer: not pools_globally(layer[1]), in_order(module))
 
 
 def _is_pooled(module: nn.Module, node: fx.Node) -> bool:
     """Whether a node works on what a global pooling returned, and on nothing else."""
     while len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
-        if _pools_globally(called(module, node)) or (
-            node.target is F.adaptive_avg_pool2d and node.args[1] in (1, (1, 1))
-        ):
+        child = called(module, node)
+        if pools_globally(node.target, node.args, node.kwargs) if child is None else pools_globally(child):
             return True
     return False
 

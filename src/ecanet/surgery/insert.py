@@ -16,11 +16,12 @@ from ecanet.nn.hung import GATE, hang_, hung_gate
 from ecanet.nn.loading import keep_loading_
 from ecanet.nn.neutral import make_identity_
 from ecanet.surgery.checks import check_model
+from ecanet.surgery.dry_run import DryRun, dry_run
 from ecanet.surgery.fitting import arguments_of, build_fitting_gate
 from ecanet.surgery.layers import certain_channels, merges_branches, names_of
 from ecanet.surgery.optimizers import add_parameters_, check_optimizer
 from ecanet.surgery.report import Report, Row, gate_row
-from ecanet.surgery.sites import DryRun, FilterFn, Site, Where, dry_run, find_sites
+from ecanet.surgery.sites import FilterFn, Site, Where, find_sites
 from ecanet.surgery.undo import all_or_nothing
 
 
@@ -106,11 +107,11 @@ def insert_gates_(
     for argument, value in (("preserve", preserve), ("fold", fold)):
         if not isinstance(value, bool):
             raise TypeError(f"{argument} must be True or False, got {value!r}")
-    sites, notes = find_sites(model, where, filter_fn)
+    run = dry_run(model, model.modules(), input_shape)
+    sites, notes = find_sites(model, where, filter_fn, run)
     todo, already = _not_yet(sites, gate, kernel_size)
     if already:
         notes.append(f"{already} of these have such a gate already")
-    run = dry_run(model, [site.host for site in todo], input_shape) if todo else None
     if run is not None:
         silent = [site.name for site in todo if site.host not in run.shapes]
         if run.failed is None:
@@ -194,8 +195,7 @@ def _plan(
         if shape is None or len(shape) < 2:
             got = "no tensor" if shape is None else f"a tensor of shape {tuple(shape)}"
             raise ValueError(f"a gate cannot follow {site.name}: it returns {got}, and not a map (N, C, *spatial)")
-        known = channels is not None and (site.certain or next(site.host.children(), None) is None)
-        if known and len(shape) > 2 and shape[1] != channels and shape[-1] == channels:
+        if channels is not None and _has_channels_last(site, shape):
             raise ValueError(
                 f"a gate cannot follow {site.name}: its output {tuple(shape)} has its {channels} channels last, and "
                 "not in dimension 1: name a module that returns (N, C, *spatial)"
@@ -232,6 +232,17 @@ def _plan(
             )
         norm = tensors_to_scale(f"the factor of the gate after {site.name}", site.host, count)
     return _Plan(site, module, channels, spatial, norm, runs)
+
+
+def _has_channels_last(site: Site, shape: torch.Size) -> bool:
+    """Whether a module with as many channels as a site's returns them in the last dimension.
+
+    Where layers only hint at the channels, a square map that happens to be as wide keeps its gate.
+    """
+    if len(shape) < 3 or shape[1] == site.channels or shape[-1] != site.channels:
+        return False
+    known = site.certain or next(site.host.children(), None) is None
+    return known or len(shape) == 3 or len(set(shape[2:])) > 1
 
 
 def _owners(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:

@@ -129,6 +129,10 @@ def folds_later(module: nn.Module) -> bool:
     return hasattr(module, "fuse") or merges_branches(module)
 
 
+#: Why a part that can is passed over.
+MERGES = "it can merge its layers for deployment (fuse, reparameterize), and a gate inside would be lost"
+
+
 def merges_branches(module: nn.Module) -> bool:
     """Whether the module can become one convolution for deployment, as RepVGG's: no gate can be inside."""
     return any(hasattr(module, name) for name in ("forward_fuse", "reparameterize", "switch_to_deploy"))

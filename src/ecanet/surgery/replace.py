@@ -16,12 +16,13 @@ from ecanet.nn.loading import HANGS, keep_loading_
 from ecanet.nn.neutral import make_identity_
 from ecanet.nn.norms import class_with_forward
 from ecanet.surgery.checks import check_model
+from ecanet.surgery.dry_run import Shapes, dry_run
 from ecanet.surgery.fitting import arguments_of, build_fitting_gate
 from ecanet.surgery.layers import ATTENTION, certain_channels, is_attention, names_of
 from ecanet.surgery.loading import stand_for_
 from ecanet.surgery.optimizers import add_parameters_, check_optimizer, remove_parameters_
 from ecanet.surgery.report import Report, Row, gate_row, parameters_of
-from ecanet.surgery.sites import FilterFn, Shapes, dry_run
+from ecanet.surgery.sites import FilterFn
 from ecanet.surgery.undo import all_or_nothing
 
 #: What YOLO's network reads off its layers: number, where the input comes from, type and number of parameters.

@@ -2,18 +2,19 @@
 
 import difflib
 import fnmatch
+import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ecanet.inspect.observe import example_tensor, running_without_data, twin_of
 from ecanet.nn.hung import CONTAINERS, GATE, hung_gates
 from ecanet.nn.norms import class_with_forward
 from ecanet.surgery.blocks import JOINED, WIDER, Branch, find_blocks
+from ecanet.surgery.dry_run import DryRun, dry_run
 from ecanet.surgery.groups import find_groups
-from ecanet.surgery.layers import CONVOLUTIONS, is_empty, names_of, out_channels
+from ecanet.surgery.layers import CONVOLUTIONS, MERGES, is_empty, names_of, out_channels
+from ecanet.surgery.traces import is_pooled
 
 FilterFn: TypeAlias = Callable[[nn.Module, str], bool]
 Where: TypeAlias = str | Sequence[str] | FilterFn
@@ -37,20 +38,16 @@ class Site(NamedTuple):
     certain: bool = False
 
 
-class Shapes(NamedTuple):
-    """What went into a module and what came out in a dry run; None for what is no tensor."""
-
-    input: torch.Size | None
-    output: torch.Size | None
-
-
-def find_sites(model: nn.Module, where: Where, filter_fn: FilterFn | None) -> tuple[list[Site], list[str]]:
+def find_sites(
+    model: nn.Module, where: Where, filter_fn: FilterFn | None, run: DryRun | None
+) -> tuple[list[Site], list[str]]:
     """The modules that gates are to hang on, in the order of registration.
 
     Args:
         model: The network.
         where: As in :func:`ecanet.insert_gates_`.
         filter_fn: As in :func:`ecanet.insert_gates_`.
+        run: A dry run of all modules, or None.
 
     Returns:
         The sites, and notes on what was left out.
@@ -60,12 +57,16 @@ def find_sites(model: nn.Module, where: Where, filter_fn: FilterFn | None) -> tu
         ValueError: nothing is found; the message says what can be named instead.
     """
     if where in ("block", "stage"):
-        return _at_blocks(model, str(where), filter_fn)
+        return _at_blocks(model, str(where), filter_fn, run)
     names = names_of(model)
     found: dict[str, int | None]
     notes: list[str] = []
     if where == "conv":
-        groups = find_groups(model, names)
+        groups = find_groups(model, names, {} if run is None else run.shapes)
+        if run is not None:
+            for name in _pooled(model, groups.ends, run):
+                del groups.ends[name]
+                groups.left_out.append(f"{name}: it works on features that are pooled to one position")
         found, notes = {**groups.ends}, [f"left out: {what}" for what in groups.left_out]
         if not found:
             more = f" ({'; '.join(groups.left_out[:3])})" if notes else ""
@@ -86,6 +87,22 @@ def find_sites(model: nn.Module, where: Where, filter_fn: FilterFn | None) -> tu
     if not sites:
         raise ValueError(f"filter_fn refuses all of the {len(found)} modules that where={where!r} finds")
     return list(sites.values()), notes
+
+
+def _pooled(model: nn.Module, names: Iterable[str], run: DryRun) -> list[str]:
+    """The modules that return one position whatever the size of the input, and not because strides came to that."""
+
+    def among(names: Iterable[str], run: DryRun) -> list[str]:
+        shapes = [(name, run.shapes.get(_site(model, name, None).host)) for name in names]
+        return [name for name, shape in shapes if shape is not None and is_pooled(shape.output)]
+
+    pooled = among(names, run)
+    if not pooled or math.prod(run.input_shape[2:]) == 1:
+        return []
+    larger = dry_run(model, model.modules(), (*run.input_shape[:2], *(4 * size for size in run.input_shape[2:])))
+    if larger is None or larger.failed is not None:
+        return pooled
+    return among(pooled, larger)
 
 
 def _named(model: nn.Module, where: object) -> list[str]:
@@ -127,12 +144,15 @@ def _what_to_name(model: nn.Module) -> str:
     return f"modules that can be named: {shown}" if useful else "it has no convolution or norm"
 
 
-def _at_blocks(model: nn.Module, where: str, filter_fn: FilterFn | None) -> tuple[list[Site], list[str]]:
-    branches, untraced = find_blocks(model)
+def _at_blocks(
+    model: nn.Module, where: str, filter_fn: FilterFn | None, run: DryRun | None
+) -> tuple[list[Site], list[str]]:
+    shapes = {} if run is None else run.shapes
+    branches, not_read = find_blocks(model, shapes)
     if not branches:
-        reasons = "; ".join(f"{name or 'the network itself'}: {why}" for name, why in list(untraced.items())[:3])
-        could_not = f" (code that torch.fx cannot trace: {reasons})" if untraced else ""
-        groups = "try where='conv', or " if find_groups(model, names_of(model)).ends else ""
+        reasons = "; ".join(f"{name or 'the network itself'}: {why}" for name, why in list(not_read.items())[:3])
+        could_not = f" (not looked into: {reasons})" if not_read else ""
+        groups = "try where='conv', or " if find_groups(model, names_of(model), shapes).ends else ""
         raise ValueError(
             f"where={where!r} finds no residual block in {type(model).__name__}{could_not}: {groups}name modules; "
             f"{_what_to_name(model)}"
@@ -141,9 +161,9 @@ def _at_blocks(model: nn.Module, where: str, filter_fn: FilterFn | None) -> tupl
     if not wanted:
         raise ValueError(f"filter_fn refuses all of the {len(branches)} blocks that where={where!r} finds")
     unread = [
-        f"not looked into: {name}: torch.fx cannot trace its code ({why})"
-        for name, why in untraced.items()
-        if any(isinstance(child, CONVOLUTIONS) for child in model.get_submodule(name).children())
+        f"not looked into: {name}: {why}"
+        for name, why in not_read.items()
+        if why == MERGES or any(isinstance(child, CONVOLUTIONS) for child in model.get_submodule(name).children())
     ]
     if where == "stage":
         return _at_stages(model, wanted), unread
@@ -197,103 +217,3 @@ def _site(model: nn.Module, name: str, channels: int | None) -> Site:
     if isinstance(host, CONTAINERS):
         raise ValueError(f"where: {name} is a {type(host).__name__}, which returns nothing: name a module in it")
     return Site(name, host, channels)
-
-
-class DryRun(NamedTuple):
-    """What is known of a network from calling it without data.
-
-    Attributes:
-        input_shape: Of the input.
-        shapes: At the first call of each module that ran.
-        failed: Why the call came to no end; None if it did.
-    """
-
-    input_shape: tuple[int, ...]
-    shapes: dict[nn.Module, Shapes]
-    failed: str | None
-
-
-#: Positions of a map in each dimension, by the number of dimensions: of sounds, pictures and films.
-_SIZES = {1: (1024,), 2: (224, 224), 3: (16, 112, 112)}
-_PICTURE = (1, 3, *_SIZES[2])
-
-
-def dry_run(
-    model: nn.Module, modules: Iterable[nn.Module], input_shape: Sequence[int] | Literal["auto"] | None
-) -> DryRun | None:
-    """Shapes at the first call of each module when the model runs on an input without data.
-
-    A copy runs, without the hooks of others, on the network's own parameters, which nothing writes into: what a network
-    keeps from a run stays out of it.
-
-    Args:
-        model: The network.
-        modules: Whose shapes are asked for.
-        input_shape: Of one tensor; ``"auto"`` for one that fits the network's first convolution, or a picture; None for
-            no run.
-
-    Raises:
-        ValueError: a convolution takes an input of that shape for one sample without a batch.
-    """
-    if input_shape is None:
-        return None
-    wanted = list(modules)
-    if input_shape != "auto":
-        run = _run(model, wanted, tuple(input_shape))
-        if run.failed == _UNBATCHED:
-            raise ValueError(
-                f"input_shape={tuple(input_shape)} has the dimensions of one sample for a convolution of the network, "
-                "which would take its channels for a batch: give (N, C, *spatial)"
-            )
-        return run
-    first = next((m for m in model.modules() if isinstance(m, CONVOLUTIONS[:3])), None)
-    shapes = [_PICTURE] if first is None else [(1, first.in_channels, *_SIZES[first.weight.dim() - 2]), _PICTURE]
-    runs = []
-    for shape in dict.fromkeys(shapes):
-        runs.append(_run(model, wanted, shape))
-        if runs[-1].failed is None:
-            return runs[-1]
-    return max(runs, key=lambda run: len(run.shapes))
-
-
-_UNBATCHED = "a convolution takes it for one sample without a batch"
-
-
-class _UnbatchedError(Exception):
-    """Holds the shape that a convolution took for one sample."""
-
-
-def _refuse_unbatched(convolution: nn.Module, args: Any) -> None:
-    weight: Any = convolution.weight
-    if args and isinstance(args[0], Tensor) and args[0].dim() < weight.dim():
-        raise _UnbatchedError(tuple(args[0].shape))
-
-
-def _run(model: nn.Module, wanted: list[nn.Module], input_shape: tuple[int, ...]) -> DryRun:
-    seen: dict[nn.Module, Shapes] = {}
-
-    def shape_of(value: Any) -> torch.Size | None:
-        return value.shape if isinstance(value, Tensor) else None
-
-    def see_as(module: nn.Module) -> Callable[..., None]:
-        def see(_: nn.Module, args: Any, output: Any) -> None:
-            seen.setdefault(module, Shapes(shape_of(args[0]) if args else None, shape_of(output)))
-
-        return see
-
-    example = example_tensor(model)
-    try:
-        twin = twin_of(model)
-        originals = dict(zip(twin.modules(), model.modules(), strict=True))
-        for copied, original in originals.items():
-            if isinstance(copied, CONVOLUTIONS):
-                copied.register_forward_pre_hook(_refuse_unbatched)
-            if original in wanted:
-                copied.register_forward_hook(see_as(original))
-        with running_without_data(twin):
-            twin(torch.zeros(input_shape, dtype=example.dtype, device=example.device))
-    except _UnbatchedError as error:
-        return DryRun(input_shape, {}, _UNBATCHED if error.args == (input_shape,) else "it wants another input")
-    except Exception as error:  # it wants another input, or cannot be copied, or looks at values, as YOLO's head does
-        return DryRun(input_shape, seen, f"{type(error).__name__}: {error}".splitlines()[0])
-    return DryRun(input_shape, seen, None)

@@ -2,31 +2,47 @@
 
 import inspect
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ecanet.inspect.observe import example_tensor, twin_of, without_hooks_on_all_modules
-from ecanet.surgery.layers import CONVOLUTIONS, is_activation, is_attention, is_transparent
+from ecanet.surgery.dry_run import Shapes
+from ecanet.surgery.layers import ACTIVATION_FUNCTIONS, CONVOLUTIONS, is_activation, is_attention, is_transparent
 
-MULTIPLICATIONS: tuple[Any, ...] = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
-_SQUASHING = (nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Hardtanh, nn.Softsign, nn.LogSigmoid, nn.Softmax, nn.Softmax2d)
-_SQUASHING_FUNCTIONS: frozenset[Any] = frozenset(
-    {
-        *(torch.sigmoid, torch.tanh, torch.softmax, F.sigmoid, F.tanh, F.hardsigmoid, F.softmax),
-        *("sigmoid", "sigmoid_", "tanh", "tanh_", "softmax"),
-    }
+MULTIPLICATIONS: tuple[Any, ...] = (
+    *(operator.mul, operator.imul, torch.mul, torch.multiply),
+    *("mul", "mul_", "multiply", "multiply_"),
 )
+_DIVISIONS: tuple[Any, ...] = (operator.truediv, operator.itruediv, torch.div, torch.divide, torch.true_divide, "div")
+#: What multiplies the last two of its tensors.
+_OTHER_PRODUCTS: tuple[Any, ...] = (torch.einsum, torch.addcmul, torch.lerp, "addcmul", "addcmul_", "lerp", "lerp_")
+_PARTS: tuple[Any, ...] = (operator.getitem, torch.chunk, torch.split, torch.tensor_split, "chunk", "split")
+_CLAMPS: tuple[Any, ...] = (torch.clamp, torch.clip, "clamp", "clamp_", "clip", "clip_")
+_SQUASHING = (nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Hardtanh, nn.Softsign, nn.LogSigmoid, nn.Softmax, nn.Softmax2d)
+_SOFTMAX: frozenset[Any] = frozenset({torch.softmax, F.softmax, "softmax"})
+_SQUASHING_FUNCTIONS: frozenset[Any] = _SOFTMAX | {
+    *(torch.sigmoid, torch.tanh, F.sigmoid, F.tanh, F.hardsigmoid),
+    *("sigmoid", "sigmoid_", "tanh", "tanh_"),
+}
 _POOLS = (
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
     *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
 )
-_POOLING_FUNCTIONS: frozenset[Any] = frozenset(
-    {torch.mean, torch.amax, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.adaptive_avg_pool1d, "mean", "amax"}
+_ADAPTIVE: frozenset[Any] = frozenset(
+    {F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.adaptive_max_pool2d}
 )
+_REDUCTIONS: frozenset[Any] = frozenset(
+    {
+        *(torch.mean, torch.amax, torch.amin, torch.sum, torch.std, torch.var, torch.norm, torch.logsumexp),
+        *(torch.linalg.norm, torch.linalg.vector_norm),
+        *("mean", "amax", "amin", "sum", "std", "var", "norm", "logsumexp"),
+    }
+)
+_POOLING_FUNCTIONS = _ADAPTIVE | _REDUCTIONS | {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.lp_pool2d}
 
 
 class ChildrenAsTheyAre(fx.Tracer):
@@ -56,6 +72,11 @@ def trace(module: nn.Module) -> fx.Graph | str:
         return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
+def cannot_trace(why: str) -> str:
+    """What :func:`trace` returned in place of a graph, for a report."""
+    return f"torch.fx cannot trace its code ({why})"
+
+
 def _stand_in(module: nn.Module) -> nn.Module:
     """A module of the same class, children and attributes, in which code may leave what it was traced with."""
     twin = object.__new__(type(module))
@@ -80,25 +101,39 @@ def ancestors_in(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
 def factor_in(module: nn.Module, node: fx.Node, ancestors: dict[fx.Node, set[fx.Node]]) -> set[fx.Node] | None:
     """Of a product of x and something computed from x that squashes or pools it, the nodes of that; None for others.
 
-    That is what attention is, whatever its class: ``x * sigmoid(fc(x.mean((2, 3))))``.
+    That is what attention is, whatever its class: ``x * sigmoid(fc(x.mean((2, 3))))``. Both may be computed from the
+    same map, as in GhostNetV2; then layers with weights and a sigmoid at their end tell the factor.
     """
-    if node.target not in MULTIPLICATIONS or len(node.all_input_nodes) != 2:
-        return None
-    first, second = node.all_input_nodes
-    if _unscaled(first) & ancestors[second]:
-        x, factor = first, second
-    elif _unscaled(second) & ancestors[first]:
-        x, factor = second, first
-    else:
-        return None
-    inside = ancestors[factor] - ancestors[x]
-    return inside if _has_layers(module, inside) and any(_squashes_or_pools(module, n) for n in inside) else None
+    pairs = list(_products(node))
+    for x, factor in pairs:
+        inside = ancestors[factor] - ancestors[x]
+        enough = _has_weights if node.target in _DIVISIONS else _has_layers  # x / x.norm() is none
+        direct = bool(_unscaled(x) & ancestors[factor]) and enough(module, inside)
+        if direct and any(_squashes_or_pools(module, n) for n in inside):
+            return inside
+    for x, factor in reversed(pairs):
+        inside = ancestors[factor] - ancestors[x]
+        if ancestors[x] & ancestors[factor] and _has_weights(module, inside) and _ends_as_factors_do(module, factor):
+            return inside
+    return None
+
+
+def _products(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """What a node multiplies, as a map and its factor, in both orders; for a division the divisor is the factor."""
+    tensors = node.all_input_nodes
+    if (node.target in (*MULTIPLICATIONS, *_DIVISIONS) and len(tensors) == 2) or (
+        node.target in _OTHER_PRODUCTS and len(tensors) >= 2
+    ):
+        first, second = tensors[-2:]
+        yield first, second
+        if node.target not in _DIVISIONS:
+            yield second, first
 
 
 def _unscaled(node: fx.Node) -> set[fx.Node]:
-    """A node, and if it is a product, what it is a product of: a map may be scaled several times."""
+    """A node, what it is a product of, as a map may be scaled several times, and what it is a part of."""
     found = {node}
-    if node.target in MULTIPLICATIONS:
+    if node.target in MULTIPLICATIONS or node.target in _PARTS:
         found.update(*map(_unscaled, node.all_input_nodes))
     return found
 
@@ -106,28 +141,61 @@ def _unscaled(node: fx.Node) -> set[fx.Node]:
 def _has_layers(module: nn.Module, nodes: set[fx.Node]) -> bool:
     """Whether there is more than an activation, such as ``x * sigmoid(x)`` is."""
     children = [child for node in nodes if (child := called(module, node)) is not None]
-    weights = any(next(child.parameters(), None) is not None or _pools(child) for child in children)
-    return weights or any(node.op == "get_attr" or node.target in _POOLING_FUNCTIONS for node in nodes)
+    return _has_weights(module, nodes) or (
+        any(_pools(child) for child in children) or any(node.target in _POOLING_FUNCTIONS for node in nodes)
+    )
+
+
+def _has_weights(module: nn.Module, nodes: set[fx.Node]) -> bool:
+    children = [child for node in nodes if (child := called(module, node)) is not None]
+    weights = any(next(child.parameters(), None) is not None for child in children)
+    return weights or any(node.op == "get_attr" for node in nodes)
 
 
 def _pools(child: nn.Module) -> bool:
-    return any(isinstance(part, _POOLS) for part in child.modules())
+    return any(isinstance(part, _POOLS) or _kind(part) == "pooling" for part in child.modules())
 
 
 def _squashes_or_pools(module: nn.Module, node: fx.Node) -> bool:
     child = called(module, node)
-    if child is not None:
-        return any(isinstance(part, (*_SQUASHING, *_POOLS)) for part in child.modules()) or _code_squashes(child)
-    return node.target in _SQUASHING_FUNCTIONS or node.target in _POOLING_FUNCTIONS
+    if child is None:
+        return node.target in _POOLING_FUNCTIONS or _node_squashes(node)
+    return _pools(child) or any(squashes(part) or _code_squashes(part) for part in child.modules())
 
 
-def _code_squashes(child: nn.Module) -> bool:
-    if next(child.children(), None) is None:
+def _node_squashes(node: fx.Node) -> bool:
+    """Whether a function does, ``clamp`` with two bounds and ``1 / (1 + exp(-x))`` included."""
+    if node.target in _CLAMPS:
+        bounds = [*node.args[1:], *node.kwargs.values()]
+        return len(bounds) == 2 and None not in bounds
+    if node.target in (torch.exp, "exp"):  # where it is divided by
+        above = [user for user in node.users if user.target in (operator.add, torch.add, "add")]
+        return any(user.target in (*_DIVISIONS, torch.reciprocal, "reciprocal") for n in above for user in n.users)
+    return squashes(node.target)
+
+
+def _code_squashes(part: nn.Module) -> bool:
+    if type(part).__module__.startswith("torch.nn.") or next(part.children(), None) is None:
         return False
-    graph = trace(child)
+    graph = trace(part)
     return not isinstance(graph, str) and any(
-        node.target in _SQUASHING_FUNCTIONS or node.target in _POOLING_FUNCTIONS for node in graph.nodes
+        node.op != "call_module" and (node.target in _POOLING_FUNCTIONS or _node_squashes(node)) for node in graph.nodes
     )
+
+
+def _ends_as_factors_do(module: nn.Module, node: fx.Node) -> bool:
+    """Whether the last that happens to values, but for their place, leaves them between 0 and 1."""
+    while True:
+        child = called(module, node)
+        if child is not None and is_sequence(child):
+            child = next(iter(reversed([layer for _, layer in in_order(child)])), None)
+        step = node.target if child is None else child
+        bounds = _bounds(step)
+        if bounds is not None and bounds[0] >= 0 and bounds[1] <= 1:
+            return True
+        if not node.all_input_nodes or (child is not None and next(child.parameters(), None) is not None):
+            return False
+        node = node.all_input_nodes[0]
 
 
 def factors_of(module: nn.Module, graph: fx.Graph) -> set[fx.Node]:
@@ -136,15 +204,20 @@ def factors_of(module: nn.Module, graph: fx.Graph) -> set[fx.Node]:
     return set().union(*(factor_in(module, node, ancestors) or () for node in graph.nodes))
 
 
-def looks_like_attention(module: nn.Module) -> bool:
-    """Whether a module scales what it gets by something that it computes of it: attention, known here or not."""
+def looks_like_attention(module: nn.Module, shapes: Mapping[nn.Module, Shapes] | None = None) -> bool:
+    """Whether a module scales what it gets by something that it computes of it: attention, known here or not.
+
+    Args:
+        module: The module.
+        shapes: Of a dry run, if there was one: they tell where the code cannot be traced.
+    """
     if is_attention(module):
         return True
     if type(module).__module__.startswith("torch.nn.") or next(module.children(), None) is None:
         return False
     graph = trace(module)
     if isinstance(graph, str):
-        return False
+        return _may_be_attention(module, shapes or {})
     inside = factors_of(module, graph)
     if not inside:
         return False
@@ -152,9 +225,86 @@ def looks_like_attention(module: nn.Module) -> bool:
     return not any(child is not None and next(child.parameters(), None) is not None for child in outside)
 
 
+def _may_be_attention(module: nn.Module, shapes: Mapping[nn.Module, Shapes]) -> bool:
+    """Of code that cannot be traced: whether it returns what has its input's shape, and its layers only a factor.
+
+    A layer computes a factor if what it returns has one position or one channel; all may be factors where a sigmoid
+    is inside and they look at no neighbours.
+    """
+    own = shapes.get(module)
+    if own is not None and (own.input is None or own.input != own.output or is_pooled(own.output)):
+        return False
+    layers = [m for m in module.modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear))]
+    if not layers:
+        return False
+    pointwise = all(isinstance(m, nn.Linear) or set(m.kernel_size) == {1} for m in layers)
+    if pointwise and (own is None or any(squashes(m) for m in module.modules())):
+        return True
+    if own is None or own.input is None:
+        return False
+    outputs = [shapes[m].output for m in layers if m in shapes]
+    small = [o for o in outputs if o is None or is_pooled(o) or o[1] == 1]
+    return bool(small) and all(o in small or o[1] < own.input[1] for o in outputs if o is not None)
+
+
+def is_pooled(shape: torch.Size | None) -> bool:
+    """Whether there is one position left of a map (N, C, *spatial)."""
+    return shape is not None and shape[2:].numel() == 1
+
+
 def squashes(step: Any) -> bool:
     """Whether an activation, a module or a function, has bounds on both sides, as outputs and factors have."""
-    return isinstance(step, _SQUASHING) if isinstance(step, nn.Module) else step in _SQUASHING_FUNCTIONS
+    return isinstance(step, _SQUASHING) or _bounds(step) is not None
+
+
+def _bounds(step: Any) -> tuple[float, float] | None:
+    """The least and the greatest value of an activation, from what it does to numbers; None if it has none."""
+    if isinstance(step, (nn.Softmax, nn.Softmax2d)) or step in _SOFTMAX:
+        return 0.0, 1.0
+    if isinstance(step, nn.Module):
+        if not acts(step):
+            return None
+        call: Any = step
+    elif step in ACTIVATION_FUNCTIONS or step in _SQUASHING_FUNCTIONS:
+        call = getattr(Tensor, step) if isinstance(step, str) else step
+    else:
+        return None
+    near, far = (_values(call, torch.linspace(-end, end, 96)) for end in (100.0, 1000.0))
+    if near is None or far is None:
+        return None
+    low, high = float(near.min()), float(near.max())
+    room = 0.05 * (high - low)
+    return (low, high) if low < high and far.min() >= low - room and far.max() <= high + room else None
+
+
+def _values(call: Any, x: Tensor) -> Tensor | None:
+    """What an activation, or what could be one, makes of numbers, without a trace; None if it wants something else."""
+    try:
+        like = x
+        if isinstance(call, nn.Module):
+            like, call = example_tensor(call), twin_of(call).eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), without_hooks_on_all_modules():
+            y = call(x.to(device=like.device, dtype=like.dtype).reshape(2, 3, 4, 4))
+        return y if isinstance(y, Tensor) else None
+    except Exception:
+        return None
+
+
+def pools_globally(step: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> bool:
+    """Whether a layer, or a function with these arguments, leaves one position of a map."""
+    kwargs = kwargs or {}
+    if isinstance(step, _POOLS):
+        return _is_one(step.output_size)
+    if isinstance(step, nn.Module):
+        return _kind(step) == "pooling"
+    if step in _ADAPTIVE:
+        return _is_one(args[1] if len(args) > 1 else kwargs.get("output_size"))
+    dims = next((v for v in (*args[1:], kwargs.get("dim"), kwargs.get("axis")) if isinstance(v, (tuple, list))), ())
+    return step in _REDUCTIONS and len(dims) > 1 and all(isinstance(d, int) and d not in (0, 1) for d in dims)
+
+
+def _is_one(size: Any) -> bool:
+    return size == 1 or (isinstance(size, (tuple, list)) and set(size) == {1})
 
 
 def acts(module: nn.Module) -> bool:
@@ -174,19 +324,17 @@ def _kind(module: nn.Module) -> str | None:
         return None
     if isinstance(module, CONVOLUTIONS) or example_tensor(module).is_meta:
         return None
-    like = example_tensor(module)
-    x = torch.linspace(-4, 4, 96, dtype=like.dtype, device=like.device).reshape(2, 3, 4, 4)
-    order = torch.arange(96, device=like.device) * 35 % 96
-    try:
-        twin = twin_of(module).eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), without_hooks_on_all_modules():
-            y = twin(x.clone())
-            again = twin(x.flatten()[order].reshape(x.shape))
-        if y.shape != x.shape or not torch.equal(y.flatten()[order], again.flatten()):
-            return None
-    except Exception:  # it wants something else
+    x = torch.linspace(-4, 4, 96)
+    order = torch.arange(96) * 35 % 96
+    y, again = _values(module, x), _values(module, x[order])
+    if y is None or again is None:
         return None
-    return "identity" if torch.equal(y, x) else "activation"
+    if y.shape[:2] == (2, 3) and y.numel() == 6:
+        return "pooling"
+    order = order.to(y.device)
+    if y.shape != (2, 3, 4, 4) or not torch.equal(y.flatten()[order], again.flatten()):
+        return None
+    return "identity" if torch.equal(y, x.to(y).reshape(y.shape)) else "activation"
 
 
 def in_order(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -1,0 +1,117 @@
+"""What a network's modules take and return, from one call without data."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ecanet.inspect.observe import example_tensor, running_without_data, twin_of
+from ecanet.surgery.layers import CONVOLUTIONS
+
+
+class Shapes(NamedTuple):
+    """What went into a module and what came out in a dry run; None for what is no tensor."""
+
+    input: torch.Size | None
+    output: torch.Size | None
+
+
+class DryRun(NamedTuple):
+    """What is known of a network from calling it without data.
+
+    Attributes:
+        input_shape: Of the input.
+        shapes: At the first call of each module that ran.
+        failed: Why the call came to no end; None if it did.
+    """
+
+    input_shape: tuple[int, ...]
+    shapes: dict[nn.Module, Shapes]
+    failed: str | None
+
+
+#: Positions of a map in each dimension, by the number of dimensions: of sounds, pictures and films.
+_SIZES = {1: (1024,), 2: (224, 224), 3: (16, 112, 112)}
+_PICTURE = (1, 3, *_SIZES[2])
+
+
+def dry_run(
+    model: nn.Module, modules: Iterable[nn.Module], input_shape: Sequence[int] | Literal["auto"] | None
+) -> DryRun | None:
+    """Shapes at the first call of each module when the model runs on an input without data.
+
+    A copy runs, without the hooks of others, on the network's own parameters, which nothing writes into: what a network
+    keeps from a run stays out of it.
+
+    Args:
+        model: The network.
+        modules: Whose shapes are asked for.
+        input_shape: Of one tensor; ``"auto"`` for one that fits the network's first convolution, or a picture; None for
+            no run.
+
+    Raises:
+        ValueError: a convolution takes an input of that shape for one sample without a batch.
+    """
+    if input_shape is None:
+        return None
+    wanted = set(modules)
+    if input_shape != "auto":
+        run = _run(model, wanted, tuple(input_shape))
+        if run.failed == _UNBATCHED:
+            raise ValueError(
+                f"input_shape={tuple(input_shape)} has the dimensions of one sample for a convolution of the network, "
+                "which would take its channels for a batch: give (N, C, *spatial)"
+            )
+        return run
+    first = next((m for m in model.modules() if isinstance(m, CONVOLUTIONS[:3])), None)
+    shapes = [_PICTURE] if first is None else [(1, first.in_channels, *_SIZES[first.weight.dim() - 2]), _PICTURE]
+    runs = []
+    for shape in dict.fromkeys(shapes):
+        runs.append(_run(model, wanted, shape))
+        if runs[-1].failed is None:
+            return runs[-1]
+    return max(runs, key=lambda run: len(run.shapes))
+
+
+_UNBATCHED = "a convolution takes it for one sample without a batch"
+
+
+class _UnbatchedError(Exception):
+    """Holds the shape that a convolution took for one sample."""
+
+
+def _refuse_unbatched(convolution: nn.Module, args: Any) -> None:
+    weight: Any = convolution.weight
+    if args and isinstance(args[0], Tensor) and args[0].dim() < weight.dim():
+        raise _UnbatchedError(tuple(args[0].shape))
+
+
+def _run(model: nn.Module, wanted: set[nn.Module], input_shape: tuple[int, ...]) -> DryRun:
+    seen: dict[nn.Module, Shapes] = {}
+
+    def shape_of(value: Any) -> torch.Size | None:
+        return value.shape if isinstance(value, Tensor) else None
+
+    def see_as(module: nn.Module) -> Callable[..., None]:
+        def see(_: nn.Module, args: Any, output: Any) -> None:
+            seen.setdefault(module, Shapes(shape_of(args[0]) if args else None, shape_of(output)))
+
+        return see
+
+    example = example_tensor(model)
+    try:
+        twin = twin_of(model)
+        originals = dict(zip(twin.modules(), model.modules(), strict=True))
+        for copied, original in originals.items():
+            if isinstance(copied, CONVOLUTIONS):
+                copied.register_forward_pre_hook(_refuse_unbatched)
+            if original in wanted:
+                copied.register_forward_hook(see_as(original))
+        with running_without_data(twin):
+            twin(torch.zeros(input_shape, dtype=example.dtype, device=example.device))
+    except _UnbatchedError as error:
+        return DryRun(input_shape, {}, _UNBATCHED if error.args == (input_shape,) else "it wants another input")
+    except Exception as error:  # it wants another input, or cannot be copied, or looks at values, as YOLO's head does
+        return DryRun(input_shape, seen, f"{type(error).__name__}: {error}".splitlines()[0])
+    return DryRun(input_shape, seen, None)

@@ -16,7 +16,7 @@ from ecanet.nn.loading import HANGS, keep_loading_
 from ecanet.nn.neutral import make_identity_
 from ecanet.nn.norms import class_with_forward
 from ecanet.surgery.checks import check_model
-from ecanet.surgery.dry_run import Shapes, dry_run
+from ecanet.surgery.dry_run import DryRun, dry_run
 from ecanet.surgery.fitting import arguments_of, build_fitting_gate
 from ecanet.surgery.layers import ATTENTION, certain_channels, is_attention, names_of
 from ecanet.surgery.loading import stand_for_
@@ -111,8 +111,7 @@ def replace_gates_(
         if not wanted:
             raise ValueError(f"filter_fn refuses all of the {len(found)} attention modules")
         run = dry_run(model, [old for _, old in wanted], input_shape)
-        shapes = {} if run is None else run.shapes
-        swaps = [s for name, old in wanted if (s := _swap(model, name, old, gate, kernel_size, shapes)) is not None]
+        swaps = [s for name, old in wanted if (s := _swap(model, name, old, gate, kernel_size, run)) is not None]
     registered = names_of(model)
     rows: list[Row] = []
     notes: list[str] = []
@@ -168,11 +167,11 @@ def _swap(
     old: nn.Module,
     gate: str | GateFactory,
     kernel_size: int | Literal["adaptive"],
-    shapes: dict[nn.Module, Shapes],
+    run: DryRun | None,
 ) -> _Swap | None:
     channels, spatial = channels_of(model, name, old), None
-    shape = shapes[old].input if old in shapes else None
-    if shape is not None:
+    shape = run.shapes[old].input if run is not None and old in run.shapes else None
+    if run is not None and shape is not None and (run.failed is None or shape[1] == channels):
         channels, spatial = shape[1], shape[2:]
     like = next(old.parameters(), next(model.parameters(), None))
     new = build_fitting_gate(gate, kernel_size, name, old, channels, like)

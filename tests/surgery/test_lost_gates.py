@@ -438,3 +438,59 @@ def test_a_group_that_merges_its_norm_later_gets_its_gate_behind_it(how) -> None
 
     setattr(ConvNormAct, how, lambda self: None)
     assert [row.where for row in insert_gates_(nn.Sequential(ConvNormAct()), where="conv").rows] == ["0"]
+
+
+def with_state_dict_hook(gate: nn.Module) -> None:
+    gate.register_state_dict_post_hook(lambda module, state, prefix, meta: None)
+
+
+def with_state_dict_pre_hook(gate: nn.Module) -> None:
+    gate.register_state_dict_pre_hook(lambda module, prefix, keep: None)
+
+
+def with_load_pre_hook(gate: nn.Module) -> None:
+    gate.register_load_state_dict_pre_hook(lambda *args: None)
+
+
+def with_load_post_hook(gate: nn.Module) -> None:
+    gate.register_load_state_dict_post_hook(lambda module, keys: None)
+
+
+def with_forward(gate: nn.Module) -> None:
+    gate.forward = lambda x: x
+
+
+def with_logits(gate: nn.Module) -> None:
+    gate.logits = lambda s: s
+
+
+def frozen(gate: nn.Module) -> None:
+    gate.requires_grad_(False)
+
+
+LEFT = {
+    "a hook on state dicts": (with_state_dict_hook, "hooks on state dicts"),
+    "a hook before state dicts": (with_state_dict_pre_hook, "hooks on state dicts"),
+    "a hook before loading": (with_load_pre_hook, "hooks on state dicts"),
+    "a hook after loading": (with_load_post_hook, "hooks on state dicts"),
+    "a forward of its own": (with_forward, "in place of its class's forward"),
+    "logits of its own": (with_logits, "in place of its class's logits"),
+    "frozen": (frozen, "was frozen"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+@pytest.mark.parametrize("make", [lambda: SE(C, 2), lambda: ecanet.nn.SEVar2(C)], ids=["SE", "SE-Var2"])
+def test_what_the_new_gate_does_not_have_of_the_old_one_is_told(make, name) -> None:
+    change, says = LEFT[name]
+    model = nn.Sequential(nn.Conv2d(3, C, 1), make())
+    change(model[1])
+    notes = replace_gates_(model, "eca").notes
+    assert [says in note and " 1" in note for note in notes] == [True], notes
+
+
+@pytest.mark.parametrize("gate", ["eca", "se", "se_var2"])
+def test_of_a_gate_that_nobody_changed_nothing_is_told(gate) -> None:
+    model = Block()
+    assert replace_gates_(model, gate).notes == ()
+    assert replace_gates_(model, "se_var3").notes == ()

@@ -1,5 +1,8 @@
 """Gates stand where maps are scaled: not inside attention, not behind outputs, and of the channels that there are."""
 
+import os
+import socket
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -928,3 +931,69 @@ def test_what_is_small_since_the_picture_is_keeps_its_gate() -> None:
     model = nn.Sequential(group(3, 16), nn.MaxPool2d(8), group(16, 16), nn.MaxPool2d(2), group(16, 16))
     report = insert_gates_(model.eval(), where="conv", input_shape=(1, 3, 16, 16))
     assert [row.where for row in report.rows] == ["0.2", "2.2", "4.2"]
+
+
+# Dry runs that come to no end
+
+
+BEFORE_A_FAILURE: dict[str, Callable[[], nn.Module]] = {
+    "PixelUnshuffle": lambda: nn.Sequential(nn.PixelUnshuffle(2), group(4, 8)),
+    "joined": lambda: nn.Sequential(Joined(), group(12, 8)),
+    "a pool": lambda: nn.Sequential(nn.Sequential(nn.PixelUnshuffle(2), nn.MaxPool2d(2)), group(4, 8)),
+    "an own activation": lambda: nn.Sequential(nn.PixelUnshuffle(2), OwnSwish(), group(8, 8)),
+    "padding": lambda: nn.Sequential(nn.PixelUnshuffle(2), nn.ZeroPad2d(1), group(16, 8)),
+    "a shuffle": lambda: nn.Sequential(nn.PixelUnshuffle(2), nn.ChannelShuffle(2), group(4, 8)),
+}
+
+
+class Joined(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, -x], 1)
+
+
+@pytest.mark.parametrize("name", BEFORE_A_FAILURE)
+@pytest.mark.parametrize("input_shape", ["auto", (1, 5, 16, 16)], ids=str)
+def test_a_run_that_fails_tells_no_channels(name, input_shape) -> None:
+    model = BEFORE_A_FAILURE[name]()
+    place = str(len(model) - 2)
+    with pytest.raises(ValueError, match=r"how many channels there are at .*does not run on an input.*input_shape="):
+        insert_gates_(model, where=place, input_shape=input_shape)
+    channels = model[-1][0].in_channels
+    count = channels // 2 if name == "joined" else channels // 4
+    report = insert_gates_(model, where=place, input_shape=(1, count, 32, 32))
+    assert [row.channels for row in report.rows] == [channels]
+
+
+class Holding(nn.Module):
+    def __init__(self, what: Any) -> None:
+        super().__init__()
+        self.body, self.shuffle, self.what = group(3, 16), nn.PixelShuffle(2), what
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shuffle(self.body(x))
+
+
+HELD: dict[str, Callable[[], Any]] = {
+    "lock": threading.Lock,
+    "condition": threading.Condition,
+    "generator": lambda: (i for i in range(3)),
+    "file": lambda: open(os.devnull),  # noqa: SIM115
+    "socket": socket.socket,
+    "module": lambda: torch,
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_a_network_that_cannot_be_copied_says_so(name) -> None:
+    held = HELD[name]()
+    try:
+        model = Holding(held)
+        report = insert_gates_(model, where="body.1")
+        assert [row.channels for row in report.rows] == [16]
+        assert any("cannot be copied" in note and "TypeError" in note for note in report.notes), report.notes
+        assert not any("does not run" in note for note in report.notes)
+        with pytest.raises(ValueError, match=r"how many channels there are at shuffle.*cannot be copied"):
+            insert_gates_(model, where="shuffle", input_shape=(1, 3, 16, 16))
+    finally:
+        if hasattr(held, "close"):
+            held.close()

@@ -107,6 +107,9 @@ def _search(
             unread[name] = MERGES
         return
     if name and looks_like_attention(module, shapes):
+        graph = trace(module)
+        if isinstance(graph, str):
+            unread[name] = cannot_trace(graph)
         return
     if (cls := class_with_forward(module)) in BLOCKS:
         found.append(_known_block(module, name, BLOCKS[cls], shapes))

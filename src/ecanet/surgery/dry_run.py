@@ -23,7 +23,8 @@ class DryRun(NamedTuple):
     Attributes:
         input_shape: Of the input.
         shapes: At the first call of each module that ran.
-        failed: Why the call came to no end; None if it did.
+        failed: Why the call came to no end, as what the network "does not" or "cannot"; None if it did. The shapes
+            then are those of an input that the network need not take.
     """
 
     input_shape: tuple[int, ...]
@@ -102,6 +103,9 @@ def _run(model: nn.Module, wanted: set[nn.Module], input_shape: tuple[int, ...])
     example = example_tensor(model)
     try:
         twin = twin_of(model)
+    except Exception as error:  # it holds a lock, say, or a file
+        return DryRun(input_shape, {}, f"cannot be copied for a run without data ({_first_line(error)})")
+    try:
         originals = dict(zip(twin.modules(), model.modules(), strict=True))
         for copied, original in originals.items():
             if isinstance(copied, CONVOLUTIONS):
@@ -111,7 +115,12 @@ def _run(model: nn.Module, wanted: set[nn.Module], input_shape: tuple[int, ...])
         with running_without_data(twin):
             twin(torch.zeros(input_shape, dtype=example.dtype, device=example.device))
     except _UnbatchedError as error:
-        return DryRun(input_shape, {}, _UNBATCHED if error.args == (input_shape,) else "it wants another input")
-    except Exception as error:  # it wants another input, or cannot be copied, or looks at values, as YOLO's head does
-        return DryRun(input_shape, seen, f"{type(error).__name__}: {error}".splitlines()[0])
+        does_not_run = f"does not run on an input of shape {input_shape}"
+        return DryRun(input_shape, {}, _UNBATCHED if error.args == (input_shape,) else does_not_run)
+    except Exception as error:  # it wants another input, or looks at values, as YOLO's head does
+        return DryRun(input_shape, seen, f"does not run on an input of shape {input_shape} ({_first_line(error)})")
     return DryRun(input_shape, seen, None)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

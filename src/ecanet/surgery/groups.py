@@ -8,7 +8,14 @@ from torch import fx, nn
 
 from ecanet.nn.norms import activation_inside, is_norm
 from ecanet.surgery.dry_run import Shapes
-from ecanet.surgery.layers import ACTIVATION_FUNCTIONS, CONVOLUTIONS, MERGES, count_convolutions, merges_branches
+from ecanet.surgery.layers import (
+    ACTIVATION_FUNCTIONS,
+    CONVOLUTIONS,
+    MERGES,
+    count_convolutions,
+    is_attention,
+    merges_branches,
+)
 from ecanet.surgery.traces import (
     acts,
     called,
@@ -81,7 +88,9 @@ def _search(
     """Look for groups in a module; ``is_output``: no layer of the network with weights may follow it."""
     if name and looks_like_attention(module, shapes):
         if any(isinstance(part, CONVOLUTIONS) for part in module.modules()):
-            groups.left_out.append(f"{name} is attention ({type(module).__name__}), as far as can be told")
+            graph = "" if is_attention(module) else trace(module)
+            doubt = f", for all that is known: {cannot_trace(graph)}" if graph and isinstance(graph, str) else ""
+            groups.left_out.append(f"{name} is attention ({type(module).__name__}){doubt}")
         return
     if name and merges_branches(module):
         _add_if_a_group(module, name, is_output, names, groups)

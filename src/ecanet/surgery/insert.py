@@ -117,9 +117,7 @@ def insert_gates_(
         if run.failed is None:
             notes += [f"{name} did not run on the input of shape {run.input_shape}" for name in silent]
         elif silent:
-            notes.append(
-                f"the network does not run on an input of shape {run.input_shape}: multiply-adds are not counted"
-            )
+            notes.append(f"the network {run.failed}: multiply-adds are not counted")
     registered = names_of(model)
     count = owners(model)
     plans = [_plan(model, site, gate, kernel_size, preserve, count if fold else None, run) for site in todo]
@@ -200,9 +198,20 @@ def _plan(
                 f"a gate cannot follow {site.name}: its output {tuple(shape)} has its {channels} channels last, and "
                 "not in dimension 1: name a module that returns (N, C, *spatial)"
             )
-        channels, spatial = shape[1], shape[2:]
+        if run.failed is None:
+            channels, spatial = shape[1], shape[2:]
+        elif shape[1] == channels:  # an input that may be wrong, and layers, say the same
+            spatial = shape[2:]
+        else:
+            channels = channels if site.certain else certain_channels(site.host)
     elif not site.certain:
         channels = certain_channels(site.host)
+    if channels is None and run is not None and run.failed is not None:
+        raise ValueError(
+            f"how many channels there are at {site.name} ({type(site.host).__name__}) cannot be told from its layers, "
+            f"and the network {run.failed}: pass input_shape=, the shape of an input that the network takes, or name "
+            "a convolution or a norm"
+        )
     module = build_fitting_gate(gate, kernel_size, site.name, site.host, channels, _example(model, site.name))
     assert channels is not None
     if hasattr(site.host, GATE):

@@ -1,8 +1,9 @@
 """Swap the attention that a network has: its own, or gates that were put in."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from ecanet.nn.loading import HANGS, keep_loading_
 from ecanet.nn.neutral import make_identity_
 from ecanet.nn.norms import class_with_forward
 from ecanet.surgery.checks import check_model
-from ecanet.surgery.dry_run import Shapes, dry_run
+from ecanet.surgery.dry_run import DryRun, dry_run
 from ecanet.surgery.fitting import arguments_of, build_fitting_gate
 from ecanet.surgery.layers import ATTENTION, certain_channels, is_attention, names_of
 from ecanet.surgery.loading import stand_for_
@@ -39,6 +40,15 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
     "_is_full_backward_hook",
+)
+
+
+#: Where a module keeps the hooks on its state dicts.
+_STATE_DICT_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
 )
 
 
@@ -111,8 +121,7 @@ def replace_gates_(
         if not wanted:
             raise ValueError(f"filter_fn refuses all of the {len(found)} attention modules")
         run = dry_run(model, [old for _, old in wanted], input_shape)
-        shapes = {} if run is None else run.shapes
-        swaps = [s for name, old in wanted if (s := _swap(model, name, old, gate, kernel_size, shapes)) is not None]
+        swaps = [s for name, old in wanted if (s := _swap(model, name, old, gate, kernel_size, run)) is not None]
     registered = names_of(model)
     rows: list[Row] = []
     notes: list[str] = []
@@ -124,6 +133,7 @@ def replace_gates_(
     with all_or_nothing(model, optimizer):
         for name, old, new, _, _ in swaps:
             notes += _hand_on_hooks_(name, old, new)
+            notes += _left_behind(name, old, new)
             _install_(model, registered[old], old, new)
             remove_parameters_(optimizer, old.parameters())
             parent = model.get_submodule(name.rpartition(".")[0])
@@ -168,11 +178,11 @@ def _swap(
     old: nn.Module,
     gate: str | GateFactory,
     kernel_size: int | Literal["adaptive"],
-    shapes: dict[nn.Module, Shapes],
+    run: DryRun | None,
 ) -> _Swap | None:
     channels, spatial = channels_of(model, name, old), None
-    shape = shapes[old].input if old in shapes else None
-    if shape is not None:
+    shape = run.shapes[old].input if run is not None and old in run.shapes else None
+    if run is not None and shape is not None and (run.failed is None or shape[1] == channels):
         channels, spatial = shape[1], shape[2:]
     like = next(old.parameters(), next(model.parameters(), None))
     new = build_fitting_gate(gate, kernel_size, name, old, channels, like)
@@ -258,6 +268,34 @@ def _hand_on_hooks_(name: str, old: nn.Module, new: nn.Module) -> Iterator[str]:
     inner = [part for part, layer in old.named_modules() if part and called_differently(layer)]
     if inner:
         yield f"left behind: hooks inside {type(old).__name__} {name}, on {', '.join(inner)}"
+
+
+def _left_behind(name: str, old: nn.Module, new: nn.Module) -> Iterator[str]:
+    """What somebody made of the old gate, other than hooks on its calls, that the new one does not have."""
+    what = f"{type(old).__name__} {name}"
+    for part, layer in old.named_modules():
+        if any(_is_of_others(hook) for hooks in _STATE_DICT_HOOKS for hook in _values(vars(layer).get(hooks))):
+            yield f"left behind: the hooks on state dicts of {what}{f', on {part}' if part else ''}"
+    own = [key for key, value in vars(old).items() if callable(value) and callable(getattr(type(old), key, None))]
+    if own:
+        yield f"left behind: what {what} has in place of its class's {', '.join(own)}"
+    frozen = [p for p in old.parameters() if not p.requires_grad]
+    if frozen and any(p.requires_grad for p in new.parameters()):
+        some = "" if len(frozen) == len(list(old.parameters())) else " in part"
+        yield f"{what} was frozen{some}, and the {type(new).__name__} in its place is not"
+
+
+def _values(hooks: Any) -> Iterable[Any]:
+    return hooks.values() if isinstance(hooks, dict) else hooks or ()
+
+
+def _is_of_others(hook: Any) -> bool:
+    """Whether a hook on state dicts is neither this library's nor torch's."""
+    hook = getattr(hook, "hook", hook)
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    module = getattr(hook, "__module__", None) or type(hook).__module__
+    return not module.startswith(("ecanet.", "torch."))
 
 
 def _is_for_weights(hook: object) -> bool:

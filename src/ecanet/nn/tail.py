@@ -250,7 +250,12 @@ def _call_norm(norm: nn.Module, x: Tensor) -> Tensor:
     Torch's SyncBatchNorm takes no map on a CPU, and sends an empty batch of a half type in another type than its peers
     send theirs: there its ``forward`` is ours, with the same collectives.
     """
-    if type(norm) is nn.SyncBatchNorm and "forward" not in vars(norm) and isinstance(x, Tensor):  # torch.fx has others
+    if (
+        isinstance(norm, nn.SyncBatchNorm)
+        and type(norm).forward is nn.SyncBatchNorm.forward  # a subclass may be a parametrised one
+        and "forward" not in vars(norm)
+        and isinstance(x, Tensor)  # torch.fx has others
+    ):
         ours = x.is_cpu or (not torch.compiler.is_compiling() and x.numel() == 0)
         if ours and fused.is_plain(x) and (group := process_group(norm)) is not None:
             return _call_shared(norm, x, group)

@@ -149,6 +149,9 @@ def with_own_recipe(args: list[str], out: str | Path) -> list[str]:
     Args:
         args: The command line; what follows a recipe wins over it.
         out: Folder of a run where it does not say ``--out``.
+
+    Raises:
+        FileNotFoundError: there is a run, and its recipe is gone.
     """
     words = [word.partition("=")[0] for word in args]
     if "--resume" not in words or "--config" in words:
@@ -158,6 +161,10 @@ def with_own_recipe(args: list[str], out: str | Path) -> list[str]:
         if name == "--out":
             out = value if equals else following
     own = Path(out) / "recipe.json"
+    if not own.is_file() and (own.parent / "last.ckpt").exists():
+        raise FileNotFoundError(
+            f"{own} is no file, and it says by what recipe the run there was made: give that recipe by --config"
+        )
     return ["--config", str(own), *args] if own.is_file() else args
 
 

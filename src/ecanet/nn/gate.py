@@ -235,7 +235,8 @@ class Gate(nn.Module, ABC):
         None where autograd has to go through the gate itself: what is inside is hooked, sharded or wrapped, or
         somebody gave this one gate other logits.
         """
-        if not self.__dict__.keys().isdisjoint(("logits", "gate", "scaled")):
+        own = self.__dict__
+        if "logits" in own or "gate" in own or "scaled" in own:
             return None
         parameters: dict[int, Tensor] = {}  # one that two layers share counts once
         for module in self.modules():

@@ -118,7 +118,7 @@ def kernels_run(x: Tensor) -> bool:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether x is a map with values of its own, that nobody traces or transforms, and that no compiler looks at."""
+    """Whether x is a tensor with values of its own that no tracer and no transform looks at; a compiler may."""
     return (
         not _is_tracing()
         and type(x) in PLAIN_TENSORS

@@ -33,6 +33,8 @@ def _add_fit(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
 
     def run(args: "Namespace") -> None:
         recipe = Recipe(args.model, args.data, args.optim, args.trainer)
+        if args.resume and not (last := Path(args.out) / "last.ckpt").exists():
+            print(f"there is no {last}: this run starts from the beginning", file=sys.stderr)
         result = fit(recipe, args.out, resume=args.resume)
         if getattr(rank_zero_only, "rank", 0) != 0:  # the other processes of a distributed run
             return

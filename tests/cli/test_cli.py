@@ -11,8 +11,7 @@ import torch
 import yaml
 
 from ecanet.cli import main
-from ecanet.train import Recipe, load_trained
-from ecanet.train.resume import last_state
+from ecanet.train import load_trained
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
 
@@ -203,8 +202,3 @@ def test_a_run_without_its_recipe_is_not_taken_for_one_by_the_default(tmp_path: 
     with pytest.raises(SystemExit, match=r"recipe\.json is no file.*give that recipe by --config"):
         main(["fit", "--resume", "--out", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
-
-
-def test_resuming_what_is_not_there_says_that_it_starts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert last_state(Recipe(), tmp_path / "last.ckpt", resume=True) is None
-    assert f"there is no {tmp_path / 'last.ckpt'}: this run starts from the beginning" in caplog.text

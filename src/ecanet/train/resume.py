@@ -1,6 +1,5 @@
 """Whether a run goes on from its last checkpoint: exactly, or not at all."""
 
-import logging
 import math
 import os
 import warnings
@@ -59,8 +58,6 @@ def last_state(recipe: Recipe, last: Path, resume: bool) -> Resumed | None:
         ValueError: the checkpoint is damaged, or of a run by another recipe.
     """
     if not last.exists():
-        if resume:
-            logging.getLogger("ecanet").warning("there is no %s: this run starts from the beginning", last)
         return None
     if not resume:
         raise FileExistsError(

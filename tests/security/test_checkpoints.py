@@ -347,6 +347,7 @@ def test_a_run_does_not_go_on_from_a_hostile_checkpoint(change, says, run, tmp_p
     checkpoint = copy.deepcopy(run)
     change(checkpoint)
     torch.save(checkpoint, tmp_path / "last.ckpt")
+    (tmp_path / "recipe.json").write_text(json.dumps(run["ecanet"]["recipe"]))
     data = ["--data.source", "image_folder", "--data.root", str(image_folder)]
     with pytest.raises(SystemExit, match=says) as refused:
         main(["fit", "--out", str(tmp_path), "--resume", *data])

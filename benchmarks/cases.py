@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 import ecanet
 from benchmarks.measure import Competitor
-from ecanet.nn import ECA, fused, norm_gate_add_act
+from ecanet.nn import ECA, norm_gate_add_act
+from ecanet.nn.tail import eager
+from ecanet.nn.tail.statistics import update_running_statistics
 from ecanet.ops import reference
+from ecanet.ops.backend import choose
 
 #: ResNet-50's four stages, (C, H, W), and the numbers of samples.
 STAGES = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))
@@ -144,7 +147,7 @@ def map_cases(quick: bool, compiled: bool, on: On = On()) -> Iterator[Case]:
 
 def gate_add_relu_(x: Tensor, gate: ECA, residual: Tensor) -> Tensor:
     """The library's tail at inference, in place; the one line to change when it has a public name."""
-    return fused.tail_(x, gate.maths(), residual, _RELU)
+    return eager.gate_add_act_(choose(x), x, gate.maths(), residual, _RELU)
 
 
 class Tail(nn.Module):
@@ -207,7 +210,7 @@ class OperationTail(FusedTail):
         out, _, mean, var, *_ = torch.ops.ecanet.train_tail(
             x, residual, norm.weight, norm.bias, norm.eps, kernel, False, _RELU
         )
-        fused.update_running_statistics(norm, mean.detach(), var.detach(), x.shape[0] * x.shape[2:].numel())
+        update_running_statistics(norm, mean.detach(), var.detach(), x.shape[0] * x.shape[2:].numel())
         return out
 
 
@@ -218,7 +221,7 @@ class GateOpTail(FusedTail):
         """As :class:`Tail`."""
         norm = self.norm
         scale, shift, mean, var = _GateOp.apply(x, norm.weight, norm.bias, self.gate.conv.weight, norm.eps)
-        fused.update_running_statistics(norm, mean, var, x.shape[0] * x.shape[2:].numel())
+        update_running_statistics(norm, mean, var, x.shape[0] * x.shape[2:].numel())
         return reference.apply(x, scale, shift, residual, _RELU)
 
 

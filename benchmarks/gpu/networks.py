@@ -16,7 +16,7 @@ import ecanet
 from benchmarks.cases import Case, On, Work
 from benchmarks.measure import Competitor
 from benchmarks.networks import NETWORKS, settle
-from ecanet.nn import fused
+from ecanet.ops import backend
 
 NAMES = ("timm", "ecanet", "no gate", "SE")
 #: Of the library's forms under torch.compile, the one that is not the default competes, too.
@@ -70,14 +70,14 @@ def network_cases(quick: bool, compiled: bool, on: On, first: bool) -> Iterator[
 
 def other_form(what: str) -> str:
     """The form of the tail that is not the default in ``training``, or at ``inference``."""
-    return OTHER_FORM[fused.FORMS_ON_GPU[what]]
+    return OTHER_FORM[backend.FORMS_ON_GPU[what]]
 
 
 def _context(name: str, on: On, grad: bool) -> AbstractContextManager[object]:
     stack = ExitStack()
     stack.enter_context(on.context(grad=grad))
     if name in OTHER_FORM:
-        stack.enter_context(patch.dict(fused.FORMS_ON_GPU, dict.fromkeys(fused.FORMS_ON_GPU, name)))
+        stack.enter_context(patch.dict(backend.FORMS_ON_GPU, dict.fromkeys(backend.FORMS_ON_GPU, name)))
     return stack
 
 

@@ -14,7 +14,9 @@ from torchvision.ops import SqueezeExcitation
 from benchmarks.cases import MEMORY_FORMATS, STAGES, Case, FusedTail, GateOpTail, On, OperationTail, Tail, Work
 from benchmarks.gpu.kernels import QUICK_SHAPES, sets_of
 from benchmarks.measure import Competitor
-from ecanet.nn import ECA, fused
+from ecanet.nn import ECA
+from ecanet.nn.tail.compiled import formula
+from ecanet.nn.tail.maths import NormMaths
 from ecanet.ops import reference
 
 _BATCH = 128
@@ -31,11 +33,10 @@ class FormulaTail(FusedTail):
         """As :class:`Tail`."""
         norm, gate = self.norm, self.gate.maths()
         if norm.training:
-            found = fused.Norm(norm, None, None, norm.weight, norm.bias, norm.eps)
-            return torch.relu(fused.formula(x, found, gate, residual))
-        found = fused.Norm(norm, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
-        act = reference.ACTS.index("relu")
-        return fused.formula_given_means(x, found, gate, residual, act, reference.squeeze(x, x.shape[1]))
+            read = NormMaths(norm, None, None, norm.weight, norm.bias, norm.eps)
+            return torch.relu(formula(x, read, gate, residual, 0, None))
+        read = NormMaths(norm, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+        return formula(x, read, gate, residual, reference.ACTS.index("relu"), None)
 
 
 class InferenceOperationTail(FusedTail):

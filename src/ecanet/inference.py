@@ -12,10 +12,13 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.ops import FrozenBatchNorm2d
 
-from ecanet.nn import Gate, fused, norm_gate_add_act
-from ecanet.nn.fused import called_differently
+from ecanet.nn import Gate
+from ecanet.nn.hooks import called_differently
 from ecanet.nn.hung import GATE, hung_gate
-from ecanet.nn.tail import act_code, maths_of_gate, same_kind
+from ecanet.nn.tail import eager
+from ecanet.nn.tail.functional import follow
+from ecanet.nn.tail.plan import plan
+from ecanet.nn.tail.reading import read_act
 from ecanet.ops import reference
 from ecanet.surgery.checks import check_model
 
@@ -52,15 +55,15 @@ class InferenceTail(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``act(gate(x) + residual)``, the shape of ``x``."""
-        if self.in_place and fused.kernels_run(x) and (residual is None or same_kind(residual, x)):
-            maths = maths_of_gate(self.gate, x)
-            read = (x, residual, *(() if maths is None else maths.parameters))
-            tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in read)
-            if (self.gate is None) == (maths is None) and not tracked:
-                return fused.tail_(x, maths, residual, self.act)
         if isinstance(x, Tensor) and not x.is_floating_point() and self.gate is None:
             return reference.activate(x if residual is None else x + residual, self.act)
-        return norm_gate_add_act(x, None, self.gate, residual, reference.ACTS[self.act])
+        act = reference.ACTS[self.act]
+        made = plan(x, None, self.gate, residual, act)
+        if self.in_place and made.who == "kernels" and made.adds and not made.calls_gate:
+            read = (x, residual, *(() if made.gate is None else made.gate.parameters))
+            if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in read)):
+                return eager.gate_add_act_(made.backend, x, made.gate, residual, self.act)
+        return follow(made, x, None, self.gate, residual, act)
 
     def extra_repr(self) -> str:
         """Activation and whether the input is overwritten."""
@@ -190,7 +193,7 @@ def _act_of(traced: fx.GraphModule, node: fx.Node) -> int | None:
     """Index in ``reference.ACTS`` of the activation that a node applies, or None."""
     module = _module(traced, node)
     if module is not None:
-        return act_code(module) or None  # an identity is no activation
+        return read_act(module) or None  # an identity is no activation
     name = _ACT_FUNCTIONS.get(node.target) if node.op == "call_function" else None
     return None if name is None else reference.ACTS.index(name)
 

@@ -8,8 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ecanet
-from ecanet.nn import fused
-from ecanet.ops import gpu
+from ecanet.ops import backend, gpu
 
 
 def not_to_be_asked() -> None:
@@ -30,7 +29,7 @@ def test_a_network_is_one_graph_with_the_form_that_was_chosen(form, training, mo
 
     monkeypatch.setattr(gpu, "IS_COMPLETE", True)
     monkeypatch.setattr(gpu, "why_not", not_to_be_asked)
-    monkeypatch.setattr(fused, "FORMS_ON_GPU", {"training": form, "inference": form})
+    monkeypatch.setattr(backend, "FORMS_ON_GPU", {"training": form, "inference": form})
     torch._dynamo.reset()
     with FakeTensorMode(), torch.device("cuda"), torch.no_grad():  # for gradients torch asks the driver
         network = ecanet.models.eca_resnet18().train(training)

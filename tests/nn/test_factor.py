@@ -119,7 +119,7 @@ def test_gradcheck(kind) -> None:
 
 def test_eca_stays_in_closed_form() -> None:
     maths = ECA(C, factor=FACTOR).maths()
-    assert (maths.band, maths.factor) == (True, FACTOR)
+    assert (maths.is_band, maths.factor) == (True, FACTOR)
 
 
 def test_one_function_compiled_for_gates_of_several_factors() -> None:

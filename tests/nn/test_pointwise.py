@@ -16,7 +16,7 @@ import ecanet.nn.hung
 from ecanet.models.mobilenetv2 import GatedInvertedResidual
 from ecanet.models.resnet import GatedBottleneck
 from ecanet.nn import ECA, SE, conv_norm_gate_add_act
-from ecanet.nn.pointwise import is_pointwise
+from ecanet.nn.tail.pointwise import is_pointwise
 
 CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 

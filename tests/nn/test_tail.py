@@ -27,7 +27,8 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
 import ecanet
-from ecanet.nn import ECA, SE, Gate, SEVar1, fused, norm_gate_add_act
+from ecanet.nn import ECA, SE, Gate, SEVar1, norm_gate_add_act
+from ecanet.ops import backend as choice
 from ecanet.ops import cpu
 
 needs_kernels = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
@@ -994,7 +995,7 @@ def test_compiled_a_residual_of_another_type_gives_the_type_of_the_sum(act, back
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_on_a_gpu_a_compiler_gets_one_graph_of_plain_pytorch_where_that_is_the_form(training, monkeypatch) -> None:
     """Fake tensors stand for those of a GPU, which need not be there."""
-    monkeypatch.setattr(fused, "FORMS_ON_GPU", dict.fromkeys(fused.FORMS_ON_GPU, "formula"))
+    monkeypatch.setattr(choice, "FORMS_ON_GPU", dict.fromkeys(choice.FORMS_ON_GPU, "formula"))
     graphs = []
 
     def look(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:

@@ -3,17 +3,17 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules import module as calls
 
 from ecanet.nn import Gate
 from ecanet.nn.hung import run_gate
+from ecanet.private_torch import FakeTensorMode
 
 
 def gates(model: nn.Module) -> dict[str, Gate]:
@@ -84,7 +84,7 @@ def running_without_data(twin: nn.Module) -> Iterator[None]:
     """Calls in it compute shapes alone, in eval mode; they run no hook of others and draw no random number."""
     with (
         evaluating(twin),
-        FakeTensorMode(allow_non_fake_inputs=True),
+        nullcontext() if FakeTensorMode is None else FakeTensorMode(allow_non_fake_inputs=True),
         torch.random.fork_rng(devices=[]),
         without_hooks_on_all_modules(),
     ):

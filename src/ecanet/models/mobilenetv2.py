@@ -11,9 +11,9 @@ from ecanet.models.hub import HubModel
 from ecanet.models.kernel_sizes import KernelSizes, kernel_sizes_per_stage
 from ecanet.models.plain import PlainWeights, load_plain_weights
 from ecanet.nn.build import GateSpec, build_gate, gate_name
-from ecanet.nn.fused import called_differently
+from ecanet.nn.hooks import called_differently
 from ecanet.nn.se import SE
-from ecanet.nn.tail import conv_norm_gate_add_act
+from ecanet.nn.tail.functional import conv_norm_gate_add_act
 
 #: Inverted residuals in each of the seven stages of torchvision's default setting.
 BLOCKS_PER_STAGE = (1, 2, 3, 4, 3, 3, 1)

@@ -6,7 +6,8 @@ from ecanet.nn.folding import fold_factors_
 from ecanet.nn.gate import Gate, LinearGate
 from ecanet.nn.kernel_size import adaptive_kernel_size
 from ecanet.nn.se import SE, SEGroup, SEVar1, SEVar2, SEVar3, se_gc2, se_gc3
-from ecanet.nn.tail import conv_norm_gate_add_act, norm_gate_add_act
+from ecanet.nn.tail.functional import conv_norm_gate_add_act, norm_gate_add_act
+from ecanet.nn.tail.plan import explain
 
 __all__ = [
     "ECA",
@@ -24,6 +25,7 @@ __all__ = [
     "adaptive_kernel_size",
     "build_gate",
     "conv_norm_gate_add_act",
+    "explain",
     "fold_factors_",
     "norm_gate_add_act",
     "se_gc2",

@@ -6,9 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ecanet.nn import fused
 from ecanet.nn.gate import Gate, LinearGate, call_on_means, is_plain, is_zero
 from ecanet.nn.kernel_size import adaptive_kernel_size, check_channels, check_kernel_size
+from ecanet.nn.tail.maths import GateMaths
 from ecanet.ops import reference
 
 #: Kernels up to this size are built whatever the number of channels: they cost nothing.
@@ -131,7 +131,7 @@ class ECA(_BandGate):
             and own["padding_mode"] == padding_mode
         )
 
-    def maths(self) -> fused.GateMaths | None:
+    def maths(self) -> GateMaths | None:
         """The kernels know ECA's gate and its derivative, unless somebody changes it."""
         own, cls = self.__dict__, type(self)
         conv = own["_modules"].get("conv")  # a module's attributes take as long as a small map
@@ -140,7 +140,7 @@ class ECA(_BandGate):
             return super().maths()
         if not self._reads(conv):
             return None
-        return fused.GateMaths(self.gate, (conv._parameters["weight"],), True, self.circular, self.factor)
+        return GateMaths(self.gate, (conv._parameters["weight"],), True, self.circular, self.factor)
 
     def weights_on_means(self) -> tuple[Tensor, ...]:
         """The kernel."""

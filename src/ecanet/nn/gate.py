@@ -9,13 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.compiler import is_compiling
 from torch.nn.utils.parametrize import is_parametrized
 
-from ecanet.nn import fused
+from ecanet.nn.hooks import called_differently
 from ecanet.nn.kernel_size import check_channels
+from ecanet.nn.tail import eager
+from ecanet.nn.tail.maths import GateMaths
 from ecanet.ops import reference
+from ecanet.ops.backend import PLAIN_TENSORS, decide
+from ecanet.ops.kernels import KERNELS
+from ecanet.private_torch import FakeTensor, count_dispatch_modes, is_tracing, is_transformed
 
 #: Half types round a factor by as much, and running averages of networks drift by less: still the same factor.
 _HALF_ROUNDING, _ROUNDING = 2.0**-8, 2.0**-11
@@ -38,10 +42,10 @@ def is_plain(layer: nn.Module, cls: type[nn.Module], shape: tuple[int, ...]) -> 
     parameters = own["_parameters"]
     weight = parameters.get("weight")
     return (
-        type(weight) in fused.PLAIN_TENSORS
+        type(weight) in PLAIN_TENSORS
         and weight.shape == shape
         and parameters.get("bias") is None
-        and not fused.called_differently(layer)
+        and not called_differently(layer)
         and "bias" not in own
         and "_conv_forward" not in own
     )
@@ -70,7 +74,7 @@ def is_zero(layer: nn.Module, cls: type[nn.Module]) -> bool:
     weights: Any = list(layer.parameters())
     if is_parametrized(layer):
         weights = [t for t in (layer.weight, layer.bias) if t is not None]
-    return bool(weights) and all(type(t) in fused.PLAIN_TENSORS and not t.any() for t in weights)
+    return bool(weights) and all(type(t) in PLAIN_TENSORS and not t.any() for t in weights)
 
 
 def check_factor(factor: float) -> float:
@@ -175,8 +179,7 @@ class Gate(nn.Module, ABC):
 
         A GPU is waited for, and DistributedDataParallel writes at every step: there, the first change alone is read.
         """
-        watched = torch._C._is_tracing() or torch._C._functorch.is_functorch_wrapped_tensor(scale)
-        if watched or _has_no_value(scale) or torch._C._len_torch_dispatch_stack():
+        if is_tracing() or is_transformed(scale) or _has_no_value(scale) or count_dispatch_modes():
             return
         same = id(scale) == self._seen[0]
         if same and self._read_again and not scale.is_cpu:
@@ -225,11 +228,12 @@ class Gate(nn.Module, ABC):
             TypeError: ``x`` is not floating point.
             ValueError: wrong rank or number of channels, or a spatial size of 0.
         """
-        if fused.kernels_run(x) and x.shape[1] == self.channels and (maths := self.maths()) is not None:
-            return fused.tail(x, None, maths, None, 0)
+        name = decide(x).name
+        if name in KERNELS and x.shape[1] == self.channels and (maths := self.maths()) is not None:
+            return eager.norm_gate_add_act(name, x, None, maths, None, 0)
         return reference.scale(x, self.gate(reference.squeeze(x, self.channels)))
 
-    def maths(self) -> fused.GateMaths | None:
+    def maths(self) -> GateMaths | None:
         """The gate as the fused kernels see it: a function of the channel means, and the parameters behind it.
 
         None where autograd has to go through the gate itself: what is inside is hooked, sharded or wrapped, or
@@ -240,17 +244,17 @@ class Gate(nn.Module, ABC):
             return None
         parameters: dict[int, Tensor] = {}  # one that two layers share counts once
         for module in self.modules():
-            if module is not self and fused.called_differently(module):
+            if module is not self and called_differently(module):
                 return None
             for parameter in module._parameters.values():
                 if parameter is None:
                     continue
-                if type(parameter) not in fused.PLAIN_TENSORS:
+                if type(parameter) not in PLAIN_TENSORS:
                     return None
                 parameters[id(parameter)] = parameter
         if not parameters and any(_has_weights_aside(module) for module in self.modules()):
             return None
-        return fused.GateMaths(self.gate, tuple(parameters.values()))
+        return GateMaths(self.gate, tuple(parameters.values()))
 
     @torch.no_grad()
     def make_neutral_(self) -> float:

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch.nn.utils.fusion
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ecanet.nn.loading import HANGS, fill_with_gates_
+from ecanet.private_torch import NormBase
 
 #: Name of the gate in the module it hangs on.
 GATE = "gate"
@@ -123,7 +123,7 @@ for _name in ("fuse_conv_bn_eval", "fuse_linear_bn_eval"):
 
 
 def _hang_on_the_new_host(host: nn.Module, name: str, gate: nn.Module | None) -> None:
-    hangs = name == GATE and getattr(gate, HANGS, False) and isinstance(host, _NormBase)
+    hangs = name == GATE and getattr(gate, HANGS, False) and isinstance(host, NormBase)
     if hangs and run_gate not in host._forward_hooks.values():
         host.register_forward_hook(run_gate)
         fill_with_gates_(host)

@@ -1,12 +1,14 @@
 """What a norm of somebody else's network is, and whether its weight and bias could take a factor."""
 
+from typing import Any
+
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torchvision.ops import FrozenBatchNorm2d
 
 from ecanet.nn.hung import hung_gate
+from ecanet.private_torch import NormBase
 
-_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, FrozenBatchNorm2d)
+_NORMS: Any = (NormBase, nn.GroupNorm, nn.LayerNorm, FrozenBatchNorm2d)
 _KNOWN_NORMS = (
     "torch.nn.modules.batchnorm.",
     "torch.nn.modules.instancenorm.",

@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ecanet.nn import fused
 from ecanet.nn.gate import Gate, LinearGate, call_on_means, is_plain, is_zero
 from ecanet.nn.kernel_size import check_channels
+from ecanet.nn.tail.maths import GateMaths
 from ecanet.ops import reference
 
 
@@ -59,7 +59,7 @@ class SE(Gate):
         hidden = max(1, self.channels // self.reduction)
         return is_plain(fc1, nn.Linear, (hidden, self.channels)) and is_plain(fc2, nn.Linear, (self.channels, hidden))
 
-    def maths(self) -> fused.GateMaths | None:
+    def maths(self) -> GateMaths | None:
         """The two weights, unless somebody changes the gate."""
         own, cls = self.__dict__, type(self)
         changed = cls.gate is not Gate.gate or cls.logits is not SE.logits
@@ -68,7 +68,7 @@ class SE(Gate):
         fc1, fc2 = own["_modules"].get("fc1"), own["_modules"].get("fc2")
         if not self._reads(fc1, fc2):
             return None
-        return fused.GateMaths(self.gate, (fc1._parameters["weight"], fc2._parameters["weight"]))
+        return GateMaths(self.gate, (fc1._parameters["weight"], fc2._parameters["weight"]))
 
     @torch.no_grad()
     def make_neutral_(self) -> float:

@@ -1,18 +1,29 @@
-"""Which implementation of an operation runs: plain PyTorch (the reference), the C++ or the Triton kernels."""
+"""Which implementation of an operation runs: plain PyTorch (the reference), the C++ or the Triton kernels.
+
+:func:`decide` is the one chain: everybody who has to know asks it, or a part of it.
+"""
 
 import inspect
 import logging
 import os
 import threading
 from contextlib import ContextDecorator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ecanet.ops import cpu, gpu
+from ecanet.private_torch import are_transforms_active, is_forward_ad_on, is_tracing
 
 NAMES = ("auto", "reference", "cpu", "triton")
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+#: Tensors that are what they seem: no shard, no quantised weight, nothing with operations of its own.
+PLAIN_TENSORS = (Tensor, nn.Parameter)
+#: What torch.compile is given of the tail on a GPU: the ``operation``, whose kernels Inductor launches, or the
+#: ``formula`` in plain PyTorch, which it fuses. Measured: python -m benchmarks.gpu.
+FORMS_ON_GPU = {"training": "operation", "inference": "operation"}
 
 
 def _from_environment() -> str:
@@ -139,8 +150,82 @@ def current() -> str:
     return _choice
 
 
-def choose(x: torch.Tensor) -> str:
-    """The implementation for one feature map: ``"reference"``, ``"cpu"`` or ``"triton"``.
+class Decision(NamedTuple):
+    """Who computes on a feature map now.
+
+    Attributes:
+        name: ``"cpu"`` or ``"triton"``, the kernels; ``"reference"``, plain PyTorch; ``"compiler"``, what it makes.
+        why: In a few words.
+    """
+
+    name: str
+    why: str
+
+
+_CPP = Decision("cpu", "x is on the CPU")
+_TRITON = Decision("triton", "x is on a GPU, or Triton's interpreter was asked for")
+#: Whoever traces gets a formula or an operation: :func:`is_operation_in_graph`.
+COMPILER = Decision("compiler", "torch.compile or torch.export traces")
+_NOT_A_MAP = Decision("reference", "x is empty or has no shape (N, C, *spatial) with 0 to 3 spatial dimensions")
+
+
+def decide(x: Tensor) -> Decision:
+    """Who computes on a feature map now.
+
+    Args:
+        x: A map; anything else is left to the reference.
+
+    Raises:
+        RuntimeError: the backend asked for by :func:`ecanet.backend` cannot run.
+    """
+    if is_compiling():
+        return COMPILER
+    if (watcher := watched_by(x)) is not None:
+        return Decision("reference", watcher)
+    name = choose(x)
+    if name == "reference":
+        return Decision(name, _why_reference(x))
+    if not 2 <= x.dim() <= 5 or x.numel() == 0:
+        return _NOT_A_MAP
+    return _CPP if name == "cpu" else _TRITON
+
+
+def watched_by(x: Tensor) -> str | None:
+    """Who wants to see plain PyTorch done to x; None for nobody. Compilers are not asked for.
+
+    That is torch.jit.trace, torch.fx, a transform of torch.func, forward-mode derivatives and tensors with operations
+    of their own.
+    """
+    if is_tracing():
+        return "torch.jit.trace looks on"
+    if type(x) not in PLAIN_TENSORS:
+        return f"x is a {type(x).__name__}, which sees every operation"
+    if x.layout is not torch.strided:
+        return f"x is not dense but {x.layout}"
+    if are_transforms_active():
+        return "a transform of torch.func looks on"
+    return "forward-mode derivatives are taken" if is_forward_ad_on() else None
+
+
+def is_operation_in_graph(x: Tensor, training: bool) -> bool:
+    """Whether a compiler's graph gets the tail of x as one operation, and not as a formula that it fuses.
+
+    On a CPU the C++ kernels take a quarter of the time of what Inductor makes of the same formulas
+    (``python -m benchmarks.cpu --only training``).
+
+    Args:
+        x: A map.
+        training: Whether the norm takes the statistics of the batch.
+    """
+    if x.is_cpu:
+        return _choice in ("auto", "cpu") and choose(x) == "cpu"
+    form = FORMS_ON_GPU["training" if training else "inference"]
+    may_run = _choice in ("auto", "triton") and gpu.IS_COMPLETE and x.dtype in gpu.DTYPES
+    return x.is_cuda and form == "operation" and may_run
+
+
+def choose(x: Tensor) -> str:
+    """The implementation for maps of this device and type: ``"reference"``, ``"cpu"`` or ``"triton"``.
 
     Raises:
         RuntimeError: the implementation that :func:`backend` or ``ECANET_BACKEND`` asks for cannot run on ``x``.
@@ -162,6 +247,15 @@ def choose(x: torch.Tensor) -> str:
     if not _told and device_type in ("cpu", "cuda") and not torch.compiler.is_compiling():
         _tell(device_type)
     return "reference"
+
+
+def _why_reference(x: Tensor) -> str:
+    """Why :func:`choose` takes the reference for x."""
+    if _choice == "reference":
+        return "backend('reference') or ECANET_BACKEND asks for it"
+    device_type = x.device.type
+    reason = triton_reason(device_type, x.dtype) if device_type == "cuda" else cpu_reason(device_type, x.dtype)
+    return str(reason)
 
 
 def reason_against(name: str) -> str | None:

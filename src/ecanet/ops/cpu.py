@@ -5,6 +5,7 @@ import os
 import torch
 
 from ecanet.ops.build import LIBRARY, fault
+from ecanet.private_torch import has_kernel, why_no_kernels
 
 #: What the library implements; csrc/ops.cpp registers them.
 KERNELS = (
@@ -27,7 +28,8 @@ _reason: str | None = "the C++ kernels are not loaded: import ecanet.ops"
 def load() -> None:
     """Load the library. Where that cannot be done, :func:`why_not` says why; nothing is raised or printed."""
     global _reason
-    _reason = _try_to_load()
+    lack = why_no_kernels()
+    _reason = _try_to_load() if lack is None else f"the C++ kernels are not loaded: {lack}"
 
 
 def why_not() -> str | None:
@@ -49,6 +51,5 @@ def _try_to_load() -> str | None:
 
 
 def _missing() -> str | None:
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     missing = [name for name in KERNELS if not has_kernel(f"ecanet::{name}", "CPU")]
     return f"cannot be used ({LIBRARY} lacks {', '.join(missing)})" if missing else None

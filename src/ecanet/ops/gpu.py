@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ecanet.ops import reference
 from ecanet.ops.launch import launch
+from ecanet.private_torch import FunctionalTensor, why_no_kernels
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -60,6 +60,8 @@ def interpreting() -> bool:
 @functools.cache
 def why_not() -> str | None:
     """None if the Triton kernels can run on this machine, otherwise one line that says why not and what to do."""
+    if (lack := why_no_kernels()) is not None:
+        return f"the Triton kernels are not called: {lack}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; it comes with torch for NVIDIA and AMD GPUs"
     if not torch.cuda.is_available() and not interpreting():
@@ -75,7 +77,11 @@ def _finds_compiler() -> bool:
 
 #: What :func:`why_not` comes down to for a tensor on a GPU. A compiler that traces reads it: it cannot follow what
 #: looks into the environment, and would cut its graph there.
-IS_COMPLETE = importlib.util.find_spec("triton") is not None and (interpreting() or _finds_compiler())
+IS_COMPLETE = (
+    importlib.util.find_spec("triton") is not None
+    and (interpreting() or _finds_compiler())
+    and why_no_kernels() is None
+)
 
 
 @functools.cache
@@ -314,9 +320,18 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def update_running(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, count: int
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float | Tensor,
+    count: int | Tensor,
 ) -> None:
-    """Move running statistics towards those of a batch of ``count`` values a channel, as BatchNorm does."""
+    """Move running statistics; see :func:`ecanet.ops.reference.update_running`."""
+    # Numbers reach a kernel in float32, too few digits for statistics in float64; tensors would have to be waited for.
+    if mean.dtype is not torch.float32 or isinstance(momentum, Tensor) or isinstance(count, Tensor):
+        reference.update_running(running_mean, running_var, mean, var, momentum, count)
+        return
     channels = mean.numel()
     block = min(_power_of_2(channels), 512)
     _launch(

@@ -9,9 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
 from ecanet.ops import cpu, gpu, reference
+from ecanet.ops.backward import Saved, between_passes, first_pass, for_slope, second_pass
+from ecanet.private_torch import (
+    BelowAutograd,
+    FunctionalTensor,
+    FunctionalTensorMode,
+    exports_operations_whole,
+    why_no_kernels,
+)
 
 _NORM = "Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, float eps"
 _BAND = "Tensor? kernel, bool circular"
@@ -207,9 +214,7 @@ def _can_be_shown(args: tuple[Any, ...]) -> bool:
         or gpu.interpreting()
     ):
         return False
-    from torch.export._trace import custom_triton_ops_decomposition_disabled  # not imported with torch: 0.3 s
-
-    return not custom_triton_ops_decomposition_disabled()
+    return not exports_operations_whole()
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -252,44 +257,36 @@ def _backward_of(function: Callable[..., Any]) -> Callable[..., Any]:
 def _keep_for_train_tail(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, residual, weight, bias, ctx.eps, kernel, ctx.circular, ctx.act, ctx.factor = inputs
     out, *small = output
-    saved = out if reference.ACTS[ctx.act] in ("relu", "relu6") else residual if ctx.act != 0 else None
-    ctx.save_for_backward(x, saved, weight, bias, kernel, *small)
+    ctx.save_for_backward(x, for_slope(ctx.act, out, residual), weight, bias, kernel, *small)
     ctx.mark_non_differentiable(*small)
 
 
 def _train_tail_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     """The two passes of the backward, as operations that a compiler's graph shows."""
     ops = torch.ops.ecanet
-    x, saved, weight, bias, kernel, means, mean, var, gate, scale, shift = ctx.saved_tensors
-    needs_residual = ctx.needs_input_grad[1]
-    keep_d = needs_residual and ctx.act != 0
-    d, p, q = ops.apply_backward(grad, x, scale, shift, mean, saved, ctx.act, keep_d)
-    gate, band = (None, None) if kernel is None else (gate, kernel.reshape(-1))
-    norm = mean, var, weight, bias, ctx.eps
-    positions = x.shape[2:].numel()
-    offset, grad_weight, grad_bias, grad_kernel, grad_mean, grad_var = ops.eca_coefficients_backward(
-        p, q, means, gate, None, *norm, band, ctx.circular, positions, ctx.factor
-    )
-    count = x.shape[0] * positions
-    offset, slope = offset + grad_mean / count, grad_var * (2 / count)
-    upstream = (d, x, scale, shift, None, 0) if keep_d else (grad, x, scale, shift, saved, ctx.act)
-    grad_x = ops.input_backward(*upstream, offset, slope, mean) if ctx.needs_input_grad[0] else None
+    x, for_act, weight, bias, kernel, means, mean, var, gate, scale, shift = ctx.saved_tensors
+    gate, flat = (None, None) if kernel is None else (gate, kernel.reshape(-1))
+    saved = Saved(x, for_act, weight, bias, means, mean, var, None, gate, scale, shift)
+    needs_x, needs_residual = ctx.needs_input_grad[:2]
+    up = first_pass(ops, saved, grad, ctx.act, needs_residual)
+    small = between_passes(ops, saved, up, ctx.eps, (flat, ctx.circular, ctx.factor), None)
+    batch = small.norm_mean, small.norm_var, x.shape[0] * x.shape[2:].numel()
     return (
-        grad_x,
-        None if not needs_residual else d if keep_d else grad,
-        None if weight is None else grad_weight.to(weight.dtype),
-        None if bias is None else grad_bias.to(bias.dtype),
+        second_pass(ops, saved, up, small.offset, batch) if needs_x else None,
+        up.grad if needs_residual else None,
+        None if weight is None else small.weight.to(weight.dtype),
+        None if bias is None else small.bias.to(bias.dtype),
         None,
-        None if kernel is None else grad_kernel.reshape(kernel.shape).to(kernel.dtype),
+        None if kernel is None else small.kernel.reshape(kernel.shape).to(kernel.dtype),
         None,
         None,
         None,
     )
 
 
-def _without_derivative(name: str) -> Callable[..., None]:
+def _without_derivative(name: str, plain: Callable[..., None]) -> Callable[..., None]:
     """An in-place operation below autograd; where a gradient would be lost, an error says so."""
-    operation = getattr(torch.ops.ecanet, name).default
+    operation = plain if why_no_kernels() else getattr(torch.ops.ecanet, name).default
 
     def run(x: Tensor, *args: Any) -> None:
         tensors = [x, *(arg for arg in args if isinstance(arg, Tensor))]
@@ -298,7 +295,7 @@ def _without_derivative(name: str) -> Callable[..., None]:
                 f"ecanet::{name} works in place and has no derivative: call it under torch.no_grad(), "
                 f"or ecanet::{name[:-1]}"
             )
-        with torch._C._AutoDispatchBelowAutograd():
+        with BelowAutograd():
             operation(x, *args)
         torch.autograd.graph.increment_version(x)
 
@@ -316,11 +313,12 @@ for _name, _schema in _SCHEMAS.items():
         _library.impl(_name, _on_gpu(_name, _plain), "CUDA")
     torch.library.register_fake(f"ecanet::{_name}", _on_one_device(_name, _FAKES[_name]), lib=_library)
     if _name.endswith("_"):
-        _library.impl(_name, _without_derivative(_name), "Autograd")
+        _library.impl(_name, _without_derivative(_name, _plain), "Autograd")
         continue
     # Not those in place: as one node Inductor lets them write where they should, decomposed they would copy the map.
-    _rule = _shown_to_compilers(_name)
-    torch.library.register_torch_dispatch(f"ecanet::{_name}", FunctionalTensorMode, _rule, lib=_library)
+    if FunctionalTensorMode is not None:
+        _rule = _shown_to_compilers(_name)
+        torch.library.register_torch_dispatch(f"ecanet::{_name}", FunctionalTensorMode, _rule, lib=_library)
     _derivative: tuple[Callable[..., Any], Callable[..., None]] = _backward_of(_REFERENCES[_name]), _setup_context
     if _name == "train_tail":
         _derivative = _train_tail_backward, _keep_for_train_tail

@@ -354,6 +354,45 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return means, mean, x.var(batch, correction=0) if x.shape[0] > 0 else mean.clone()
 
 
+def merge_moments(means: Tensor, m2: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel over the batch, from the moments of its maps (Chan et al., 1979).
+
+    Args:
+        means: ``(N, C)`` of :func:`moments`.
+        m2: ``(N, C)``, likewise.
+        positions: S, so many positions has a map.
+
+    Returns:
+        ``mean`` and ``var``, both ``(C,)``.
+    """
+    mean = means.mean(0)
+    return mean, (m2 / positions + (means - mean).square()).mean(0)
+
+
+def update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float | Tensor,
+    count: int | Tensor,
+) -> None:
+    """Move running statistics towards those of a batch, as BatchNorm does, in place.
+
+    Args:
+        running_mean: ``(C,)``.
+        running_var: ``(C,)``, unbiased.
+        mean: ``(C,)`` of the batch.
+        var: ``(C,)`` of the batch, biased.
+        momentum: The batch's share.
+        count: Values a channel in the batch.
+    """
+    keep = 1.0 - momentum
+    unbiased = momentum * (count / (count - 1))
+    for running, new in ((running_mean, momentum * mean), (running_var, unbiased * var)):
+        running.copy_(keep * running.to(new.dtype) + new)  # rounded once
+
+
 def normalise(
     means: Tensor,
     mean: Tensor | None,

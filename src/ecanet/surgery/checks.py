@@ -5,6 +5,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ecanet.private_torch import is_compiled
+
 
 def check_model(model: object) -> None:
     """Raise unless a network can be changed or copied as it is.
@@ -24,7 +26,7 @@ def check_model(model: object) -> None:
                 f"{where} is wrapped for parallel training ({type(module).__name__}): pass the plain model, such as "
                 "model.module, and wrap the result, so that all processes know of its parameters"
             )
-        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+        if is_compiled(module):
             raise TypeError(f"{where} is compiled: pass the model from before torch.compile, and compile the result")
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(f"{where} is scripted or traced: pass the model from before that")

@@ -7,7 +7,7 @@ from timm.models import _efficientnet_blocks, regnet, resnet
 from torch import Tensor, nn
 
 from ecanet.nn import conv_norm_gate_add_act, norm_gate_add_act
-from ecanet.nn.fused import called_differently, is_identity
+from ecanet.nn.hooks import called_differently, is_identity
 
 
 def _end(

@@ -9,7 +9,7 @@ from torchvision.models.regnet import ResBottleneckBlock
 from torchvision.ops import StochasticDepth
 
 from ecanet.nn import conv_norm_gate_add_act
-from ecanet.nn.fused import called_differently, is_identity
+from ecanet.nn.hooks import called_differently, is_identity
 from ecanet.nn.norms import is_norm
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from ecanet.inspect.cost import check_input_shape
 from ecanet.nn import Gate
 from ecanet.nn.build import GateFactory
-from ecanet.nn.fused import called_differently
+from ecanet.nn.hooks import called_differently
 from ecanet.nn.hung import GATE, hung_gate
 from ecanet.nn.loading import HANGS, keep_loading_
 from ecanet.nn.neutral import make_identity_

@@ -1,7 +1,8 @@
-"""Statistics of a batch that several processes share, by the protocol of :class:`torch.nn.SyncBatchNorm`.
+"""Running statistics, and the statistics of a batch that several processes share.
 
-Which collective a process takes part in must depend on nothing that is its own: not on a hook, on the backend, on a
-library that is missing there. So kernels, plain PyTorch and torch's module on a GPU all send the same::
+These share them by the protocol of :class:`torch.nn.SyncBatchNorm`. Which collective a process takes part in must
+depend on nothing that is its own: not on a hook, on the backend, on a library that is missing there. So kernels, plain
+PyTorch and torch's module on a GPU all send the same::
 
     forward     all_gather  mean, 1 / sqrt(var + eps), count      2 C + 1 numbers
     backward    all_reduce  sum dy, sum dy (x - mean)             2 C numbers, where the input wants a gradient
@@ -16,6 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from ecanet.ops import reference
+from ecanet.private_torch import name_of_backend
 
 
 def process_group(norm: nn.Module) -> Any:
@@ -45,7 +49,7 @@ def share_statistics(mean: Tensor, var: Tensor, count: int, eps: float, group: A
     else:  # full: no copy that a GPU would wait for
         mine = torch.cat([mean, torch.rsqrt(var + eps), mean.new_full((1,), count)])
     world = dist.get_world_size(group)
-    if group._get_backend_name() == "gloo":  # as torch asks: the two calls are different collectives
+    if name_of_backend(group) == "gloo":  # as torch asks: the two calls are different collectives
         parts = [torch.empty_like(mine) for _ in range(world)]
         dist.all_gather(parts, mine, group=group)
         gathered = torch.stack(parts)
@@ -88,3 +92,27 @@ def share_gradients(
     sum_dy, sum_dy_centered = sums.chunk(2)
     a = inverse if weight is None else inverse * weight.to(inverse.dtype)
     return -a * sum_dy, -0.5 * a * inverse.square() * sum_dy_centered
+
+
+def update_running_statistics(norm: Any, mean: Tensor, var: Tensor, count: int | Tensor, ops: Any = reference) -> None:
+    """What torch's BatchNorm does with the statistics of a batch.
+
+    Args:
+        norm: A BatchNorm; nothing happens to one that keeps no statistics or is in evaluation.
+        mean: ``(C,)`` of the batch.
+        var: ``(C,)`` of the batch, biased.
+        count: Values a channel.
+        ops: Who computes; a compiler fuses the reference.
+    """
+    if not (norm.training and norm.track_running_stats):
+        return
+    with torch.no_grad():
+        momentum: Any = norm.momentum
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+            if momentum is None:  # cumulative average
+                momentum = 1.0 / norm.num_batches_tracked.to(mean.dtype)
+        if norm._buffers.get("running_mean") is None:  # somebody took them away: torch counts the batch, and trains
+            return
+        momentum = 0.0 if momentum is None else momentum  # torch takes this one, too
+        ops.update_running(norm.running_mean, norm.running_var, mean, var, momentum, count)

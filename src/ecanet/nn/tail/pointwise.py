@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ecanet.nn import fused
 from ecanet.nn.eca import ECA
+from ecanet.nn.hooks import called_differently
 from ecanet.ops import reference
+from ecanet.ops.backend import is_operation_in_graph
+from ecanet.private_torch import is_exporting
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: Larger matrices stand behind small maps, which are as soon read. No size of the map is asked for: with dynamic shapes
@@ -26,7 +28,7 @@ def is_pointwise(layer: nn.Module) -> bool:
     if type(layer) not in _CONVOLUTIONS:
         return False
     conv: Any = layer
-    if fused.called_differently(conv) or "_conv_forward" in conv.__dict__:
+    if called_differently(conv) or "_conv_forward" in conv.__dict__:
         return False
     all_ones = all(size == 1 for size in (*conv.kernel_size, *conv.stride))
     return all_ones and conv.groups == 1 and (isinstance(conv.padding, str) or not any(conv.padding))
@@ -52,9 +54,9 @@ def means_after(conv: nn.Module, x: Tensor, gate: nn.Module) -> Tensor | None:
     Source:
         This library's.
     """
-    if not torch.compiler.is_compiling() or fused.is_exporting():
+    if not torch.compiler.is_compiling() or is_exporting():
         return None
-    if (x.is_cpu or isinstance(gate, ECA)) and fused.is_operation_in_graph(x, training=False):
+    if (x.is_cpu or isinstance(gate, ECA)) and is_operation_in_graph(x, training=False):
         return None
     if not is_pointwise(conv):
         return None

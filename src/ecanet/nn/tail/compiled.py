@@ -1,0 +1,60 @@
+"""The tail in a compiler's graph: one operation, or formulas in plain PyTorch that Inductor fuses."""
+
+import torch
+from torch import Tensor
+
+from ecanet.nn.tail.eager import norm_and_band
+from ecanet.nn.tail.maths import GateMaths, NormMaths
+from ecanet.nn.tail.statistics import update_running_statistics
+from ecanet.ops import reference
+
+
+def operation(x: Tensor, norm: NormMaths, gate: GateMaths, residual: Tensor | None, act: int) -> Tensor:
+    """The tail as one operation; the gate is ECA's band.
+
+    Args:
+        x: ``(N, C, *spatial)``, not empty.
+        norm: A BatchNorm, of given statistics only where no gradient is wanted.
+        gate: Of one kernel.
+        residual: Shape and type of ``x``, or None.
+        act: Index in :data:`ecanet.ops.reference.ACTS`.
+    """
+    if norm.takes_batch_statistics:
+        weights, kernel = (norm.weight, norm.bias, norm.eps), gate.parameters[0]
+        out, _, mean, var, *_ = torch.ops.ecanet.train_tail(
+            x, residual, *weights, kernel, gate.circular, act, gate.factor
+        )
+        update_running_statistics(norm.module, mean.detach(), var.detach(), x.shape[0] * x.shape[2:].numel())
+        return out
+    if x.is_cuda:
+        return torch.ops.ecanet.eca_tail(x, residual, *norm_and_band(norm, gate), act, gate.factor)
+    out = x.clone()  # which a compiler leaves out where nobody else reads x: the operation then writes over it
+    torch.ops.ecanet.eca_tail_(out, residual, *norm_and_band(norm, gate), act, gate.factor)
+    return out
+
+
+def formula(
+    x: Tensor, norm: NormMaths | None, gate: GateMaths, residual: Tensor | None, act: int, map_means: Tensor | None
+) -> Tensor:
+    """The tail in plain PyTorch: with its means at hand one pass, when a compiler has fused it.
+
+    Args:
+        x: ``(N, C, *spatial)``.
+        norm: A BatchNorm or None.
+        gate: A gate.
+        residual: Shape and type of ``x``, or None.
+        act: Index in :data:`ecanet.ops.reference.ACTS`.
+        map_means: ``(N, C)`` of x where they were found already.
+    """
+    if norm is not None and norm.takes_batch_statistics:
+        map_means, m2 = reference.moments(x)
+        mean, var = reference.merge_moments(map_means, m2, x.shape[2:].numel())
+        update_running_statistics(norm.module, mean.detach(), var.detach(), x.shape[0] * x.shape[2:].numel())
+        norm = norm._replace(mean=mean, var=var)
+    elif map_means is None:
+        map_means = reference.squeeze(x, x.shape[1])
+    if norm is None:
+        return reference.apply(x, gate.function(map_means), None, residual, act)
+    s, a, b = reference.normalise(map_means, norm.mean, norm.var, norm.weight, norm.bias, norm.eps)
+    g = gate.function(s)
+    return reference.apply(x, g * a, g * b, residual, act)

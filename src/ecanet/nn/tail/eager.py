@@ -1,0 +1,266 @@
+"""The tail by the kernels, now: forward, backward, and in place for inference.
+
+``y = a x + b`` is the norm and ``s = a m + b`` the means of its output, m being those of x; so ``out = act(g y +
+residual) = act(scale x + shift + residual)`` with ``(N, C)``-sized ``scale = g a`` and ``shift = g b``: one pass over
+x for its moments, one for out. The backward takes two passes, too (:mod:`ecanet.ops.backward`).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ecanet.nn.tail.gradients_of_gates import gate_backward, run_gate
+from ecanet.nn.tail.maths import NO_BAND, GateMaths, NormMaths
+from ecanet.nn.tail.second_derivatives import differentiable_backward
+from ecanet.nn.tail.statistics import share_gradients, share_statistics, update_running_statistics
+from ecanet.ops import reference
+from ecanet.ops.backward import (
+    Saved,
+    SmallGradients,
+    Upstream,
+    between_passes,
+    first_pass,
+    for_slope,
+    gradient_of_gate,
+    second_pass,
+)
+from ecanet.ops.kernels import KERNELS, Kernels
+
+
+def norm_gate_add_act(
+    backend: str, x: Tensor, norm: NormMaths | None, gate: GateMaths | None, residual: Tensor | None, act: int
+) -> Tensor:
+    """``act(gate(norm(x)) + residual)`` by the kernels.
+
+    Args:
+        backend: Whose kernels: a key of :data:`ecanet.ops.kernels.KERNELS`.
+        x: ``(N, C, *spatial)``, not empty.
+        norm: A BatchNorm, or None.
+        gate: A gate, or None.
+        residual: Shape and type of ``x``, or None.
+        act: Index in :data:`ecanet.ops.reference.ACTS`.
+    """
+    weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
+    parameters = () if gate is None else gate.parameters
+    ops = KERNELS[backend]
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, residual, weight, bias, *parameters)
+    ):
+        if norm is None and gate is None:  # no use for x in the backward, so torch's own operations save less
+            return reference.activate(x if residual is None else x + residual, act)
+        rest = None
+        if norm is not None and norm.group is not None:
+            rest = _RestOfTheBackward()
+            x = _WaitForTheOthers.apply(x, weight, bias, rest)
+        return _NormGateAddAct.apply(x, residual, weight, bias, ops, norm, gate, act, rest, *parameters)
+    if (gate is None or gate.is_band) and (norm is None or not norm.takes_batch_statistics):
+        if norm is None and gate is None and residual is None and act == 0:
+            return x
+        return ops.eca_tail(x, residual, *norm_and_band(norm, gate), act, 1.0 if gate is None else gate.factor)
+    c = _coefficients(ops, x, norm, gate, differentiate=False)
+    return ops.apply(x, c.scale, c.shift, residual, act)
+
+
+def gate_add_act_(backend: str, x: Tensor, gate: GateMaths | None, residual: Tensor | None, act: int) -> Tensor:
+    """Write ``act(gate(x) + residual)`` into x; for inference.
+
+    Args:
+        backend: As :func:`norm_gate_add_act` takes it.
+        x: As above.
+        gate: As above.
+        residual: As above.
+        act: As above.
+    """
+    ops = KERNELS[backend]
+    if gate is None or gate.is_band:
+        ops.eca_tail_(x, residual, *norm_and_band(None, gate), act, 1.0 if gate is None else gate.factor)
+    else:
+        c = _coefficients(ops, x, None, gate, differentiate=False)
+        ops.apply_(x, c.scale, c.shift, residual, act)
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)
+    return x
+
+
+def norm_and_band(norm: NormMaths | None, gate: GateMaths | None) -> tuple[Any, ...]:
+    """A norm of given statistics and a band, or none, as the operations take them: mean to eps, kernel, circular."""
+    kernel, circular, _ = NO_BAND if gate is None else gate.band
+    if norm is None:
+        return None, None, None, None, 0.0, kernel, circular
+    return norm.mean, norm.var, norm.weight, norm.bias, norm.eps, kernel, circular
+
+
+class _Coefficients(NamedTuple):
+    """What follows from the means of the maps.
+
+    Attributes:
+        map_means: ``(N, C)`` of x.
+        norm_mean: ``(C,)``.
+        norm_var: ``(C,)``.
+        values: So many a channel behind these two, where they are the batch's.
+        norm_scale: ``(N, C)`` of the norm alone, for a gate that is no band.
+        gate: ``(N, C)``.
+        scale: ``(N, C)``.
+        shift: ``(N, C)``.
+        graph: The argument of a gate that is no band, and the gate, which autograd can go back through.
+    """
+
+    map_means: Tensor
+    norm_mean: Tensor | None
+    norm_var: Tensor | None
+    values: int | Tensor | None
+    norm_scale: Tensor | None
+    gate: Tensor | None
+    scale: Tensor
+    shift: Tensor
+    graph: tuple[Tensor, Tensor] | None
+
+
+def _coefficients(
+    ops: Kernels, x: Tensor, norm: NormMaths | None, gate: GateMaths | None, differentiate: bool
+) -> _Coefficients:
+    """The first pass over x, and the ``(N, C)``-sized maths of norm and gate; running statistics move."""
+    mean = var = weight = bias = count = None
+    eps = 0.0
+    if norm is not None:
+        _, mean, var, weight, bias, eps, _ = norm
+    if norm is not None and norm.takes_batch_statistics:
+        map_means, mean, var = ops.batch_moments(x)
+        count = x.numel() // mean.numel()
+        if norm.group is not None:
+            mean, var, count = share_statistics(mean, var, count, norm.eps, norm.group)
+    elif gate is not None:
+        map_means = ops.squeeze(x)
+    else:  # nothing looks at them
+        map_means = x.new_zeros(x.shape[:2], dtype=reference.accumulation_dtype(x.dtype))
+    kernel, circular, factor = NO_BAND if gate is None else gate.band
+    s, g, scale, shift = ops.eca_coefficients(map_means, mean, var, weight, bias, eps, kernel, circular, factor)
+    graph = norm_scale = None
+    if gate is not None and not gate.is_band:
+        graph = run_gate(gate, s, differentiate)
+        norm_scale, g = scale, graph[1].detach().to(s.dtype)
+        scale, shift = g * scale, g * shift
+    if norm is not None and count is not None:  # after the gate, which may raise
+        assert mean is not None
+        assert var is not None
+        update_running_statistics(norm.module, mean, var, count, ops)
+    return _Coefficients(map_means, mean, var, count, norm_scale, None if gate is None else g, scale, shift, graph)
+
+
+class _NormGateAddAct(torch.autograd.Function):
+    """Saves x, and out (or the residual, for SiLU and Hardswish), as norm and activation alone do.
+
+    With ``rest``, x comes from :class:`_WaitForTheOthers`, and so do the gradients of x, weight and bias.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        ops: Kernels,
+        norm: NormMaths | None,
+        gate: GateMaths | None,
+        act: int,
+        rest: "_RestOfTheBackward | None",
+        *parameters: Tensor,
+    ) -> Tensor:
+        c = _coefficients(ops, x, norm, gate, differentiate=True)
+        out = ops.apply(x, c.scale, c.shift, residual, act)
+        ctx.save_for_backward(
+            x, for_slope(act, out, residual), weight, bias, c.map_means, c.norm_mean, c.norm_var, c.norm_scale, c.gate,
+            c.scale, c.shift, *parameters,
+        )  # fmt: skip
+        ctx.ops, ctx.norm, ctx.gate, ctx.act, ctx.rest = ops, norm, gate, act, rest
+        ctx.values, ctx.graph = c.values, c.graph
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        saved, parameters = Saved(*tensors[:11]), [*tensors[11:]]
+        norm, gate = ctx.norm, ctx.gate
+        needs_x, needs_residual, *_ = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # create_graph=True
+            needed = (*ctx.needs_input_grad[:4], *ctx.needs_input_grad[9:])
+            grads = differentiable_backward(saved, parameters, norm, gate, ctx.act, grad, needed)
+            return *grads[:4], None, None, None, None, None, *grads[4:]
+        up = first_pass(ctx.ops, saved, grad, ctx.act, needs_residual)
+        eps = 0.0 if norm is None else norm.eps
+        of_gate: list[Tensor | None]
+        if gate is None or gate.is_band:
+            band = NO_BAND if gate is None else (parameters[0], gate.circular, gate.factor)
+            small = between_passes(ctx.ops, saved, up, eps, band, None)
+            of_gate = [small.kernel.reshape(kernel.shape) for kernel in parameters]  # one, or none
+        else:
+            s, g = ctx.graph
+            grad_s, of_gate = gate_backward(s, g, gate.parameters, gradient_of_gate(saved, up))
+            small = between_passes(ctx.ops, saved, up, eps, NO_BAND, grad_s)
+        of_residual = up.grad if needs_residual else None
+        of_gate = [_in_type_of(t, g) for t, g in zip(parameters, of_gate, strict=True)]
+        if ctx.rest is not None:
+            if needs_x:
+                ctx.rest.finish = partial(_finish, ctx.ops, norm, saved, up, small, ctx.values)
+            placeholder = saved.x.new_zeros(()).expand_as(saved.x)
+            return placeholder, of_residual, None, None, None, None, None, None, None, *of_gate
+        grad_x = None
+        if needs_x:
+            batch = None if ctx.values is None else (small.norm_mean, small.norm_var, ctx.values)
+            grad_x = second_pass(ctx.ops, saved, up, small.offset, batch)
+        of_weight, of_bias = _in_type_of(saved.weight, small.weight), _in_type_of(saved.bias, small.bias)
+        return grad_x, of_residual, of_weight, of_bias, None, None, None, None, None, *of_gate
+
+
+def _in_type_of(t: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    return None if t is None or grad is None else grad.to(t.dtype)
+
+
+_Finish = Callable[[bool], tuple[Tensor | None, Tensor | None, Tensor | None]]
+
+
+class _RestOfTheBackward:
+    """What is left of a backward until other processes have been heard, for :class:`_WaitForTheOthers`."""
+
+    finish: _Finish
+
+
+class _WaitForTheOthers(torch.autograd.Function):
+    """The part of a tail's backward that waits for other processes, as a node of its own.
+
+    A norm that is called is one, too: gradients of gate and residual are there before its collective, those of x and
+    the norm after. DistributedDataParallel starts collectives of its own as gradients come.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: _RestOfTheBackward) -> Tensor:
+        ctx.rest = rest
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grads = ctx.rest.finish(ctx.needs_input_grad[0])
+        del ctx.rest.finish  # which holds maps
+        return *grads, None
+
+
+def _finish(
+    ops: Kernels,
+    norm: NormMaths,
+    saved: Saved,
+    up: Upstream,
+    small: SmallGradients,
+    count: Tensor,
+    needs_x: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, weight and bias, with the sums of all processes."""
+    grad_x = None
+    if needs_x:  # else nobody looks at them, nor do processes without a batch
+        assert saved.norm_var is not None
+        batch = *share_gradients(small.weight, small.bias, saved.norm_var, saved.weight, norm.eps, norm.group), count
+        grad_x = second_pass(ops, saved, up, small.offset, batch)
+    return grad_x, _in_type_of(saved.weight, small.weight), _in_type_of(saved.bias, small.bias)

@@ -1,0 +1,125 @@
+"""The backward of the tail in operations that can be differentiated again: through the formulas in plain PyTorch."""
+
+import torch
+from torch import Tensor, nn
+
+from ecanet.nn.tail.maths import GateMaths, NormMaths
+from ecanet.ops import reference
+from ecanet.ops.backward import Saved
+
+OTHER_PROCESSES = "its norm shares statistics with other processes"
+
+
+def no_second_derivative(what: str, why: str) -> RuntimeError:
+    """The error of a ``gate`` or a ``tail`` that cannot be differentiated twice, and the remedy."""
+    return RuntimeError(
+        f"this fused {what} cannot be differentiated twice (create_graph=True), for {why}: run its forward pass under "
+        "ecanet.backend('reference')"
+    )
+
+
+def differentiable_backward(
+    saved: Saved,
+    parameters: list[Tensor],
+    norm: NormMaths | None,
+    gate: GateMaths | None,
+    act: int,
+    grad: Tensor,
+    needed: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """Gradients of x, residual, weight, bias and the gate's parameters, with a graph.
+
+    Args:
+        saved: By the forward pass.
+        parameters: Of the gate, as they were.
+        norm: Of the forward pass.
+        gate: Of the forward pass.
+        act: Index in :data:`ecanet.ops.reference.ACTS`.
+        grad: Of out.
+        needed: Which of them.
+
+    Raises:
+        RuntimeError: the tail shares its statistics with other processes, or its gate cannot be called once more.
+    """
+    what = "gate" if norm is None else "tail"
+    if norm is not None and norm.group is not None:
+        raise no_second_derivative("tail", OTHER_PROCESSES)
+    grad, residual, code = _through_act(saved.for_act, act, grad)
+    # Aliases: one of these may be computed from another, and what is asked for is how out depends on each alone.
+    x = saved.x.view_as(saved.x)
+    residual, weight, bias = (None if t is None else t.view_as(t) for t in (residual, saved.weight, saved.bias))
+    parameters = [t.view_as(t) for t in parameters]
+    with torch.autocast(x.device.type, enabled=False):
+        map_means, m2 = reference.moments(x)
+        mean, var = saved.norm_mean, saved.norm_var
+        if norm is not None and norm.takes_batch_statistics:
+            mean, var = reference.merge_moments(map_means, m2, x.shape[2:].numel())
+        s, a, b = reference.normalise(map_means, mean, var, weight, bias, 0.0 if norm is None else norm.eps)
+        if gate is not None:
+            assert saved.gate is not None
+            g = gate_again(gate, s, parameters, saved.gate, what).to(s.dtype)
+            a, b = g * a, g * b
+        out = reference.apply(x, a.expand_as(s), None if norm is None else b.expand_as(s), residual, code)
+    inputs = [x, residual, weight, bias, *parameters]
+    wanted = [t for t, needs in zip(inputs, needed, strict=True) if needs and t is not None]
+    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True) if wanted else ())
+    grads = [next(found) if needs and t is not None else None for t, needs in zip(inputs, needed, strict=True)]
+    if any(needs and g is None for needs, g in zip(needed[4:], grads[4:], strict=True)):
+        raise no_second_derivative(what, "its gate computes with other weights than its own")
+    if residual is None:
+        grads[1] = grad if needed[1] else None
+    return grads
+
+
+def _through_act(for_act: Tensor | None, act: int, grad: Tensor) -> tuple[Tensor, Tensor | None, int]:
+    """Gradient, residual and activation that are left: around out ReLU's slope is constant."""
+    if act == 0:
+        return grad, None, 0
+    name = reference.ACTS[act]
+    if name not in ("relu", "relu6"):
+        return grad, for_act, act
+    assert for_act is not None
+    blocked = for_act <= 0 if name == "relu" else (for_act <= 0) | (for_act >= 6)
+    return grad.masked_fill(blocked, 0), None, 0
+
+
+def gate_again(gate: GateMaths, s: Tensor, parameters: list[Tensor], before: Tensor, what: str) -> Tensor:
+    """The gate once more, in a graph that reaches s and the parameters of the forward pass.
+
+    Args:
+        gate: Any.
+        s: ``(N, C)``, channel means.
+        parameters: Those of the forward pass.
+        before: ``(N, C)``, what it was.
+        what: ``"gate"`` or ``"tail"``, for the error.
+
+    Raises:
+        RuntimeError: that is another gate than in the forward pass, or calling it leaves a trace.
+    """
+    if gate.is_band:
+        return torch.sigmoid(reference.band(s, parameters[0], gate.circular)) * gate.factor
+    owner = getattr(gate.function, "__self__", None)
+    modules = list(owner.modules()) if isinstance(owner, nn.Module) else []
+    slots = [(m._parameters, key, p) for m in modules for key, p in m._parameters.items() if p is not None]
+    own = dict.fromkeys(id(p) for _, _, p in slots)
+    if owner is None or len(own) != len(parameters) or any(key != "scale" for key, _ in owner.named_buffers()):
+        raise no_second_derivative(what, f"its {type(owner).__name__} gate keeps more than weights")
+    now = dict(zip(own, parameters, strict=True))
+    chance = _state_of_chance(s)
+    try:
+        for held, key, p in slots:
+            held[key] = now[id(p)]  # type: ignore[assignment]
+        again = gate.function(s)
+    finally:
+        for held, key, p in slots:
+            held[key] = p
+    if not torch.equal(chance, _state_of_chance(s)):  # at a neutral start its value does not show that
+        raise no_second_derivative(what, f"its {type(owner).__name__} gate draws random numbers")
+    close = 1e-9 if before.dtype is torch.float64 else 1e-4
+    if not torch.allclose(again.detach().to(before.dtype), before, rtol=close, atol=close, equal_nan=True):
+        raise no_second_derivative(what, f"its {type(owner).__name__} gate returns something else when called again")
+    return again
+
+
+def _state_of_chance(s: Tensor) -> Tensor:
+    return torch.cuda.get_rng_state(s.device) if s.is_cuda else torch.get_rng_state()

@@ -1,0 +1,107 @@
+"""Calling a norm, hooks and all; a SyncBatchNorm that is called speaks the protocol of the others, on a CPU too."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ecanet.nn.hooks import called_differently
+from ecanet.nn.tail.second_derivatives import OTHER_PROCESSES, no_second_derivative
+from ecanet.nn.tail.statistics import process_group, share_gradients, share_statistics, update_running_statistics
+from ecanet.ops import reference
+from ecanet.ops.backend import watched_by
+
+
+def call_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(x)``, hooks and all.
+
+    Torch's SyncBatchNorm takes no map on a CPU, and sends an empty batch of a half type in another type than its peers
+    send theirs: there its ``forward`` is ours, with the same collectives.
+
+    Args:
+        norm: Any module.
+        x: What it is called on.
+    """
+    if not (isinstance(norm, nn.SyncBatchNorm) and _is_ours(norm, x)):
+        return norm(x)
+    own = vars(norm)
+    if not called_differently(norm):
+        return _SharedForward(norm)(x)
+    if not isinstance(own.get("forward"), _SharedForward):
+        own["forward"] = _SharedForward(norm)  # so that the call runs every hook, which see the module itself
+    try:
+        return norm(x)
+    finally:
+        own.pop("forward", None)
+
+
+def _is_ours(norm: nn.SyncBatchNorm, x: Tensor) -> bool:
+    """Whether torch's own forward would fail, or leave the protocol."""
+    return (
+        type(norm).forward is nn.SyncBatchNorm.forward  # a subclass may be a parametrised one
+        and isinstance(vars(norm).get("forward"), _SharedForward | None)
+        and isinstance(x, Tensor)  # torch.fx has others
+        and (x.is_cpu or (not torch.compiler.is_compiling() and x.numel() == 0))
+        and watched_by(x) is None
+        and process_group(norm) is not None
+    )
+
+
+class _SharedForward:
+    """``forward`` of a SyncBatchNorm while hooks run around it; it can be copied and pickled with the norm."""
+
+    def __init__(self, norm: nn.SyncBatchNorm) -> None:
+        self.norm = norm
+
+    def __call__(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        norm._check_input_dim(x)
+        norm._check_non_zero_input_channels(x)
+        if norm.num_features != x.shape[1]:
+            raise ValueError(f"x must have the {norm.num_features} channels of its norm, got shape {tuple(x.shape)}")
+        return _SharedNorm.apply(x, norm.weight, norm.bias, norm)
+
+
+class _SharedNorm(torch.autograd.Function):
+    """The norm in plain PyTorch, with the collectives of the kernels' tail; an empty batch takes part with zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: nn.SyncBatchNorm) -> Tensor:
+        channels = x.shape[1]
+        if x.numel() == 0:
+            mean = var = x.new_zeros(channels, dtype=reference.accumulation_dtype(x.dtype))
+        else:
+            _, mean, var = reference.batch_moments(x)
+        ctx.group = process_group(norm)
+        mean, var, count = share_statistics(mean, var, x.numel() // channels, norm.eps, ctx.group)
+        update_running_statistics(norm, mean, var, count)
+        ctx.save_for_backward(x, weight, bias, mean, var, count)
+        ctx.eps = norm.eps
+        y = _normalised(x, mean, var, norm.eps)
+        y = y if weight is None else y * reference.over_positions(weight.to(mean.dtype), x)
+        return (y if bias is None else y + reference.over_positions(bias.to(mean.dtype), x)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise no_second_derivative("tail", OTHER_PROCESSES)
+        x, weight, bias, mean, var, count = ctx.saved_tensors
+        batch = (0, *range(2, x.dim()))
+        grad = grad.to(mean.dtype)
+        grad_weight, grad_bias = (grad * _normalised(x, mean, var, ctx.eps)).sum(batch), grad.sum(batch)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_mean, grad_var = share_gradients(grad_weight, grad_bias, var, weight, ctx.eps, ctx.group)
+            a = torch.rsqrt(var + ctx.eps)
+            a = a if weight is None else a * weight.to(a.dtype)
+            parts = a, grad_mean / count, grad_var * (2 / count), mean
+            a, offset, slope, center = (reference.over_positions(t, x) for t in parts)
+            grad_x = (a * grad + offset + slope * (x.to(mean.dtype) - center)).to(x.dtype)
+        pairs = ((weight, grad_weight), (bias, grad_bias))
+        small = (None if t is None else gt.to(t.dtype) for t, gt in pairs)
+        return grad_x, *small, None
+
+
+def _normalised(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    centered = x.to(mean.dtype) - reference.over_positions(mean, x)
+    return centered * reference.over_positions(torch.rsqrt(var + eps), x)

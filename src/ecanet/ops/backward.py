@@ -1,0 +1,153 @@
+"""The backward of norm, gate, residual and activation: two passes over the maps, ``(N, C)``-sized maths between them.
+
+It is written once, for whoever computes: ``ops`` is :data:`ecanet.ops.kernels.KERNELS` of a make in eager code, and
+``torch.ops.ecanet`` where a compiler's graph shows the operations. ``docs/how-it-works.md`` derives it.
+"""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ecanet.ops import reference
+
+
+class Saved(NamedTuple):
+    """What the forward pass leaves: x, one more map where the activation wants it, and small tensors.
+
+    Attributes:
+        x: ``(N, C, *spatial)``, the norm's input.
+        for_act: What the activation's slope is read from (:func:`for_slope`).
+        weight: ``(C,)`` of the norm, or None.
+        bias: ``(C,)`` of the norm, or None.
+        map_means: ``(N, C)``, means of the maps of x.
+        norm_mean: ``(C,)`` that the norm takes away, or None without a norm.
+        norm_var: ``(C,)``, likewise.
+        norm_scale: ``(N, C)`` of the norm alone, where the gate is no band of ECA.
+        gate: ``(N, C)``, or None.
+        scale: ``(N, C)``: ``out = act(scale * x + shift + residual)``.
+        shift: ``(N, C)``.
+    """
+
+    x: Tensor
+    for_act: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    map_means: Tensor
+    norm_mean: Tensor | None
+    norm_var: Tensor | None
+    norm_scale: Tensor | None
+    gate: Tensor | None
+    scale: Tensor
+    shift: Tensor
+
+
+class Upstream(NamedTuple):
+    """The gradient of what went into the activation, and its sums.
+
+    Attributes:
+        grad: That gradient, with ``act`` 0; or the gradient of out, and the second pass goes through ``act`` again.
+        act: Index in :data:`ecanet.ops.reference.ACTS`.
+        p: ``(N, C)``, sums over the positions.
+        q: ``(N, C)``, sums of it times ``x - norm_mean``.
+    """
+
+    grad: Tensor
+    act: int
+    p: Tensor
+    q: Tensor
+
+
+class SmallGradients(NamedTuple):
+    """What follows from the sums.
+
+    Attributes:
+        offset: ``(N, C)``, the squeeze's part of the gradient of x.
+        weight: ``(C,)``.
+        bias: ``(C,)``.
+        kernel: ``(k,)`` of ECA's band; of size 0 without one.
+        norm_mean: ``(C,)``.
+        norm_var: ``(C,)``.
+    """
+
+    offset: Tensor
+    weight: Tensor
+    bias: Tensor
+    kernel: Tensor
+    norm_mean: Tensor
+    norm_var: Tensor
+
+
+def for_slope(act: int, out: Tensor, residual: Tensor | None) -> Tensor | None:
+    """The map that an activation's slope is read from: its output, or for SiLU and Hardswish what was added before."""
+    name = reference.ACTS[act]
+    return out if name in ("relu", "relu6") else residual if name is not None else None
+
+
+def first_pass(ops: Any, saved: Saved, grad: Tensor, act: int, needs_residual: bool) -> Upstream:
+    """Read the gradient of out, and x; write the residual's gradient where somebody needs it.
+
+    Args:
+        ops: Who computes.
+        saved: By the forward pass.
+        grad: Gradient of out.
+        act: Index in :data:`ecanet.ops.reference.ACTS`.
+        needs_residual: Whether the residual wants its gradient: then it is kept, and the second pass reads it.
+    """
+    keep = needs_residual and act != 0
+    d, p, q = ops.apply_backward(
+        grad, saved.x, saved.scale, saved.shift, saved.norm_mean, saved.for_act, act, keep
+    )  # fmt: skip
+    return Upstream(d, 0, p, q) if keep else Upstream(grad, act, p, q)
+
+
+def between_passes(
+    ops: Any, saved: Saved, up: Upstream, eps: float, band: tuple[Tensor | None, bool, float], grad_s: Tensor | None
+) -> SmallGradients:
+    """From the sums to the gradients of all that is small.
+
+    Args:
+        ops: Who computes.
+        saved: By the forward pass.
+        up: Of :func:`first_pass`.
+        eps: Of the norm.
+        band: Kernel ``(k,)``, circular and factor of ECA's gate; without a kernel the gate is another, or none.
+        grad_s: ``(N, C)``, the gradient of another gate's argument: :func:`gradient_of_gate` through that gate.
+    """
+    kernel, circular, factor = band
+    positions = saved.x.shape[2:].numel()
+    return SmallGradients(
+        *ops.eca_coefficients_backward(
+            up.p, up.q, saved.map_means, saved.gate, grad_s, saved.norm_mean, saved.norm_var, saved.weight, saved.bias,
+            eps, kernel, circular, positions, factor,
+        )
+    )  # fmt: skip
+
+
+def gradient_of_gate(saved: Saved, up: Upstream) -> Tensor:
+    """``(N, C)``: the gradient of a gate that is no band, ``a q + bias p``."""
+    assert saved.norm_scale is not None
+    grad = saved.norm_scale * up.q
+    return grad if saved.bias is None else grad + saved.bias * up.p
+
+
+def second_pass(
+    ops: Any, saved: Saved, up: Upstream, offset: Tensor, batch: tuple[Tensor, Tensor, int | Tensor] | None
+) -> Tensor:
+    """Read the gradient and x once more, and write the gradient of x.
+
+    Args:
+        ops: Who computes.
+        saved: By the forward pass.
+        up: Of :func:`first_pass`.
+        offset: Of :func:`between_passes`.
+        batch: Gradients of mean and variance, ``(C,)`` both, and the number of values behind them; None where the
+            norm's statistics are given.
+    """
+    slope = None
+    if batch is not None:
+        grad_mean, grad_var, count = batch
+        offset, slope = offset + grad_mean / count, grad_var * (2 / count)
+    for_act = saved.for_act if up.act else None
+    return ops.input_backward(
+        up.grad, saved.x, saved.scale, saved.shift, for_act, up.act, offset, slope, saved.norm_mean
+    )

@@ -207,7 +207,7 @@ class OperationTail(FusedTail):
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """As :class:`Tail`."""
         norm, kernel = self.norm, self.gate.conv.weight
-        out, _, mean, var, *_ = torch.ops.ecanet.train_tail(
+        out, _, mean, var, *_ = torch.ops.ecanet.batch_norm_eca_add_act(
             x, residual, norm.weight, norm.bias, norm.eps, kernel, False, _RELU
         )
         update_running_statistics(norm, mean.detach(), var.detach(), x.shape[0] * x.shape[2:].numel())

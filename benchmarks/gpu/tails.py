@@ -46,7 +46,7 @@ class InferenceOperationTail(FusedTail):
         """As :class:`Tail`."""
         norm, kernel = self.norm, self.gate.conv.weight
         given = norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps, kernel, False
-        return torch.ops.ecanet.eca_tail(x, residual, *given, reference.ACTS.index("relu"))
+        return torch.ops.ecanet.norm_eca_add_act(x, residual, *given, reference.ACTS.index("relu"))
 
 
 #: What is timed, compiled too unless it is eager alone; "ecanet" is what users get.

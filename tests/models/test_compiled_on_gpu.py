@@ -35,5 +35,5 @@ def test_a_network_is_one_graph_with_the_form_that_was_chosen(form, training, mo
         network = ecanet.models.eca_resnet18().train(training)
         torch.compile(network, fullgraph=True, dynamic=False, backend=look)(torch.empty(2, 3, 32, 32))
     torch._dynamo.reset()
-    found = Counter({"train_tail" if training else "eca_tail": 8} if form == "operation" else {})
+    found = Counter({"batch_norm_eca_add_act" if training else "norm_eca_add_act": 8} if form == "operation" else {})
     assert operations == [found]

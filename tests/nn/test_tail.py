@@ -973,7 +973,7 @@ def test_a_compilers_graph_has_the_kernels_as_one_operation_where_they_run(train
     with ecanet.backend(backend), torch.set_grad_enabled(training):
         got = torch.compile(tail, fullgraph=True, backend=look)(x, x)
     torch.testing.assert_close(got, other(x, x))
-    name = "ecanet.train_tail" if training else "ecanet.eca_tail_"
+    name = "ecanet.batch_norm_eca_add_act" if training else "ecanet.norm_eca_add_act_"
     assert seen == ([name] if backend == "auto" and cpu.why_not() is None else [])
 
 
@@ -1061,9 +1061,9 @@ def test_between_convolutions_inductor_converts_and_copies_no_maps() -> None:
     with torch.no_grad(), without_caches[0], without_caches[1]:
         got, (code,) = run_and_get_code(torch.compile(network, fullgraph=True), x)
         torch.testing.assert_close(got, network(x))
-    (written,) = re.findall(r"torch\.ops\.ecanet\.eca_tail_\.default\((\w+),", code)
+    (written,) = re.findall(r"torch\.ops\.ecanet\.norm_eca_add_act_\.default\((\w+),", code)
     assert f"{written} = extern_kernels.convolution(" in code
-    assert "fused_eca_tail" not in code  # a kernel that makes the operation's argument
+    assert "fused_norm_eca_add_act" not in code  # a kernel that makes the operation's argument
     assert "fused_clone" not in code
 
 

@@ -59,11 +59,11 @@ def main() -> None:
     pretended_gpu.start()
     gpu.why_not = lambda: None  # type: ignore[assignment]
     called = {}
-    for name in (*EVERY, "train_tail"):
+    for name in (*EVERY, "batch_norm_eca_add_act"):
         for make in (dense, channels_last):
-            like = "eca_tail" if name == "train_tail" else name
+            like = "norm_eca_add_act" if name == "batch_norm_eca_add_act" else name
             args = arguments(like, (2, 70, 8, 8), torch.bfloat16, make, Options(RELU, kernel=5))
-            if name == "train_tail":  # finds mean and variance itself
+            if name == "batch_norm_eca_add_act":  # finds mean and variance itself
                 del args[2:4]
             with FakeTensorMode(), torch.no_grad():
                 code = inductor_code(getattr(torch.ops.ecanet, name), [on_gpu(arg) for arg in args])

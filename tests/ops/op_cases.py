@@ -181,7 +181,7 @@ def naive_coefficients_backward(
     return found["means"] / positions, *(found[name] for name in ("weight", "bias", "kernel", "mean", "var"))
 
 
-def naive_eca_tail(x: Tensor, residual: Any, *norm_and_band: Any) -> Tensor:
+def naive_norm_eca_add_act(x: Tensor, residual: Any, *norm_and_band: Any) -> Tensor:
     *norm_and_band, act, factor = norm_and_band
     _, _, scale, shift = naive_coefficients(naive_squeeze(x), *norm_and_band, factor)
     return naive_apply(x, scale, shift, residual, act)
@@ -196,15 +196,15 @@ NAIVE: dict[str, Callable[..., Any]] = {
     "batch_moments": naive_batch_moments,
     "eca_coefficients": naive_coefficients,
     "eca_coefficients_backward": naive_coefficients_backward,
-    "eca_tail": naive_eca_tail,
+    "norm_eca_add_act": naive_norm_eca_add_act,
 }
-ON_MAPS = ["squeeze", "moments", "batch_moments", "apply", "apply_backward", "input_backward", "eca_tail"]
+ON_MAPS = ["squeeze", "moments", "batch_moments", "apply", "apply_backward", "input_backward", "norm_eca_add_act"]
 ON_MEANS = ["eca_coefficients", "eca_coefficients_backward"]
 OUT_OF_PLACE = [*ON_MAPS, *ON_MEANS]
-IN_PLACE = ["apply_", "eca_tail_"]
+IN_PLACE = ["apply_", "norm_eca_add_act_"]
 EVERY = [*OUT_OF_PLACE, *IN_PLACE]
 # Outputs with the shape and the type of the map; all others are sums in the type to compute in.
-MAP_OUTPUTS = {("apply", 0), ("apply_backward", 0), ("input_backward", 0), ("eca_tail", 0)}
+MAP_OUTPUTS = {("apply", 0), ("apply_backward", 0), ("input_backward", 0), ("norm_eca_add_act", 0)}
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------
@@ -326,7 +326,7 @@ def arguments(
             gate = gate if o.gate else None
             grad_s = factor() if o.gate and not with_band else None
             return [factor(), factor(), means, gate, grad_s, *norm_band, 49, o.factor]
-        case "eca_tail":
+        case "norm_eca_add_act":
             return [map_(), map_() if o.residual else None, *norm_and_band(c, dtype, o), o.act, o.factor]
     raise AssertionError(name)
 

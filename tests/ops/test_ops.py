@@ -80,7 +80,7 @@ def test_values_of_operations_on_maps(name, rank, make, dtype) -> None:
 
 @pytest.mark.parametrize("shape", [(2, 48, 152, 152), (1, 67, 181, 181)], ids=["whole vectors", "odd sizes"])
 @pytest.mark.parametrize("make", [dense, channels_last])
-@pytest.mark.parametrize("name", ["apply", "apply_backward", "input_backward", "eca_tail"])
+@pytest.mark.parametrize("name", ["apply", "apply_backward", "input_backward", "norm_eca_add_act"])
 def test_values_of_maps_larger_than_the_caches(name, make, shape) -> None:
     """Nobody finds so large a result in the caches, so the kernels may write past them."""
     args = arguments(name, shape, torch.float32, make, Options(RELU))
@@ -163,8 +163,8 @@ def test_norm_and_band_may_lie_under_the_map_that_is_written(at) -> None:
     args = [x, None, *(torch.rand(channels) + 0.5 for _ in range(4)), 1e-3, torch.randn(3), False, RELU]
     place = 2 + at + (at == 4)
     args[place] = x[1] if at < 4 else x[0, :3]
-    want = call("eca_tail", [a.clone() if isinstance(a, Tensor) else a for a in args])
-    call("eca_tail_", args)
+    want = call("norm_eca_add_act", [a.clone() if isinstance(a, Tensor) else a for a in args])
+    call("norm_eca_add_act_", args)
     assert_close(x, want, 1e-6)
 
 
@@ -319,7 +319,7 @@ GRADIENT_OPTIONS = {
         Options(norm="statistics", kernel=None),
     ],
     "eca_coefficients_backward": [Options(factor=2.5), Options(kernel=None), Options(norm="none", circular=True)],
-    "eca_tail": [*EVERY_ACT, Options(residual=False, norm="none", factor=2.5), Options(kernel=None)],
+    "norm_eca_add_act": [*EVERY_ACT, Options(residual=False, norm="none", factor=2.5), Options(kernel=None)],
 }
 
 
@@ -336,7 +336,7 @@ def test_first_derivatives(name) -> None:
         assert gradcheck(function, inputs)
 
 
-@pytest.mark.parametrize("name", ["squeeze", "moments", "apply", "eca_coefficients", "eca_tail"])
+@pytest.mark.parametrize("name", ["squeeze", "moments", "apply", "eca_coefficients", "norm_eca_add_act"])
 def test_second_derivatives(name) -> None:
     for function, inputs in gradient_cases(name, [Options(SILU)]):
         assert gradgradcheck(function, inputs)
@@ -344,7 +344,7 @@ def test_second_derivatives(name) -> None:
 
 @of_type(*HALF_TYPES, torch.float32)
 def test_gradients_have_the_types_of_their_inputs(dtype) -> None:
-    for name in ("squeeze", "moments", "apply", "eca_tail"):
+    for name in ("squeeze", "moments", "apply", "norm_eca_add_act"):
         args = arguments(name, (2, 3, 4, 5), dtype, channels_last, Options(RELU))
         function, inputs = differentiable(name, [a.requires_grad_() if isinstance(a, Tensor) else a for a in args])
         grads = torch.autograd.grad([t.sum() for t in function(*inputs)], inputs)
@@ -707,9 +707,17 @@ NO_NORM = (None, None, None, None, 0.0)
             [X, X, ONES, None, None, NONE, ONES, ONES, None],
             r"slope must have shape \(3\).* got \(2, 3\)",
         ),
-        ("eca_coefficients", [X, *NO_NORM, C, False], r"means must have shape \(N, C\); got \(2, 3, 4, 4\)"),
-        ("eca_coefficients", [ONES, C, None, None, None, 0.0, C, False], "mean and var come together; got mean alone"),
-        ("eca_coefficients", [ONES, None, C, None, None, 0.0, C, False], "mean and var come together; got var alone"),
+        ("eca_coefficients", [X, *NO_NORM, C, False], r"map_means must have shape \(N, C\); got \(2, 3, 4, 4\)"),
+        (
+            "eca_coefficients",
+            [ONES, C, None, None, None, 0.0, C, False],
+            r"norm_mean and norm_var .* got norm_mean alone",
+        ),
+        (
+            "eca_coefficients",
+            [ONES, None, C, None, None, 0.0, C, False],
+            r"norm_mean and norm_var .* got norm_var alone",
+        ),
         ("eca_coefficients", [ONES, ONES, C, None, None, 0.0, C, False], r"mean must have shape \(3\).* got \(2, 3\)"),
         ("eca_coefficients", [ONES, *NO_NORM, C[:2], False], "kernel must have an odd size.* got 2"),
         (
@@ -727,9 +735,13 @@ NO_NORM = (None, None, None, None, 0.0)
             [ONES, ONES, ONES, None, None, *NO_NORM, C, False, 16],
             "its gate; got gate=None",
         ),
-        ("eca_tail", [X, X[0], *NO_NORM, C, False, NONE], r"residual must have the shape.* got \(3, 4, 4\)"),
-        ("eca_tail", [X, None, C, C, ONES, None, 0.0, C, False, NONE], r"weight must have shape \(3\).* got \(2, 3\)"),
-        ("eca_tail_", [X, None, *NO_NORM, C, False, 7], "act must be 0 to 4, got 7"),
+        ("norm_eca_add_act", [X, X[0], *NO_NORM, C, False, NONE], r"residual must have the shape.* got \(3, 4, 4\)"),
+        (
+            "norm_eca_add_act",
+            [X, None, C, C, ONES, None, 0.0, C, False, NONE],
+            r"weight must have shape \(3\).* got \(2, 3\)",
+        ),
+        ("norm_eca_add_act_", [X, None, *NO_NORM, C, False, 7], "act must be 0 to 4, got 7"),
     ],
 )
 def test_wrong_arguments_are_refused_with_the_name_what_would_be_right_and_what_was_given(name, args, message) -> None:
@@ -742,7 +754,7 @@ def test_wrong_arguments_are_refused_with_the_name_what_would_be_right_and_what_
 # --- the tail in training -----------------------------------------------------------------------------------------
 
 
-def plain_train_tail(
+def plain_batch_norm_eca_add_act(
     x: Tensor, residual: Any, weight: Any, bias: Any, eps: float, kernel: Any, circular: bool, act: int, factor: float
 ) -> Tensor:
     """Norm, ECA, residual and activation by torch's own operations."""
@@ -752,7 +764,7 @@ def plain_train_tail(
     return reference.activate(y if residual is None else y + residual, act)
 
 
-def train_tail_arguments(make: Callable[..., Tensor], with_all: bool, act: int) -> list[Any]:
+def batch_norm_eca_add_act_arguments(make: Callable[..., Tensor], with_all: bool, act: int) -> list[Any]:
     x, residual = make((3, 5, 4, 3), torch.float64), make((3, 5, 4, 3), torch.float64)
     weight, bias, kernel = (torch.randn(size, dtype=torch.float64) for size in (5, 5, 3))
     if not with_all:
@@ -764,9 +776,9 @@ def train_tail_arguments(make: Callable[..., Tensor], with_all: bool, act: int) 
 @pytest.mark.parametrize("with_all", [True, False], ids=["everything", "x alone"])
 @pytest.mark.parametrize("make", [dense, channels_last])
 def test_the_tail_in_training_is_norm_gate_addition_and_activation(make, with_all, act) -> None:
-    args = train_tail_arguments(make, with_all, act)
+    args = batch_norm_eca_add_act_arguments(make, with_all, act)
     results = []
-    for function in (lambda *a: torch.ops.ecanet.train_tail(*a)[0], plain_train_tail):
+    for function in (lambda *a: torch.ops.ecanet.batch_norm_eca_add_act(*a)[0], plain_batch_norm_eca_add_act):
         inputs = [a.detach().clone().requires_grad_() if isinstance(a, Tensor) else a for a in args]
         out = function(*inputs)
         wanted = [a for a in inputs if isinstance(a, Tensor)]
@@ -780,19 +792,19 @@ def test_the_tail_in_training_is_norm_gate_addition_and_activation(make, with_al
 @pytest.mark.parametrize("with_all", [True, False], ids=["everything", "x alone"])
 def test_opcheck_of_the_tail_in_training(with_all, act) -> None:
     for make in (dense, channels_last):
-        args = train_tail_arguments(make, with_all, act)
+        args = batch_norm_eca_add_act_arguments(make, with_all, act)
         for needed in (False, True):
             inputs = [a.requires_grad_(needed) if isinstance(a, Tensor) else a for a in args]
-            torch.library.opcheck(torch.ops.ecanet.train_tail.default, inputs)
+            torch.library.opcheck(torch.ops.ecanet.batch_norm_eca_add_act.default, inputs)
 
 
 @pytest.mark.parametrize("act", [NONE, SILU])
 def test_gradcheck_of_the_tail_in_training(act) -> None:
-    args = train_tail_arguments(dense, True, act)
+    args = batch_norm_eca_add_act_arguments(dense, True, act)
     wanted = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
 
     def function(*tensors: Tensor) -> Tensor:
         given = dict(zip(wanted, tensors, strict=True))
-        return torch.ops.ecanet.train_tail(*(given.get(i, a) for i, a in enumerate(args)))[0]
+        return torch.ops.ecanet.batch_norm_eca_add_act(*(given.get(i, a) for i, a in enumerate(args)))[0]
 
     assert gradcheck(function, [args[i].requires_grad_() for i in wanted])

@@ -311,8 +311,12 @@ MISTAKES = [
     ("apply_backward", [X, X, ONES, None, None, None, RELU, True], "ReLU and ReLU6 need saved=out; got None"),
     ("apply_backward", [X, X, ONES, None, ONES, None, NONE, True], r"center must have shape \(3\)"),
     ("input_backward", [X, X, ONES, None, None, NONE, ONES, ONES, None], r"slope must have shape \(3\)"),
-    ("eca_coefficients", [X, *NO_NORM, C, False], r"means must have shape \(N, C\)"),
-    ("eca_coefficients", [ONES, C, None, None, None, 0.0, C, False], "mean and var come together; got mean alone"),
+    ("eca_coefficients", [X, *NO_NORM, C, False], r"map_means must have shape \(N, C\)"),
+    (
+        "eca_coefficients",
+        [ONES, C, None, None, None, 0.0, C, False],
+        r"norm_mean and norm_var .* got norm_mean alone",
+    ),
     ("eca_coefficients", [ONES, *NO_NORM, C[:2], False], "kernel must have an odd size"),
     ("eca_coefficients", [ONES, *NO_NORM, torch.ones(5), True], "kernel must have .* at most C if circular"),
     (
@@ -320,7 +324,7 @@ MISTAKES = [
         [ONES, ONES, ONES, None, None, *NO_NORM, C, False, 16],
         "needs its gate; got gate=None",
     ),
-    ("eca_tail_", [X, None, *NO_NORM, C, False, 7], "act must be 0 to 4, got 7"),
+    ("norm_eca_add_act_", [X, None, *NO_NORM, C, False, 7], "act must be 0 to 4, got 7"),
 ]
 
 
@@ -429,8 +433,8 @@ def test_inductor_launches_the_kernels_itself_and_copies_nothing() -> None:
         "input_backward": ["input_grad"],
         "eca_coefficients": ["coefficients"],
         "eca_coefficients_backward": ["coefficients_backward", "finish"],
-        "eca_tail": ["moments", "coefficients", "apply"],
-        "train_tail": ["moments", "statistics", "coefficients", "apply"],
+        "norm_eca_add_act": ["moments", "coefficients", "apply"],
+        "batch_norm_eca_add_act": ["moments", "statistics", "coefficients", "apply"],
     }
     want = {name: [f"{kernel}_{i}" for i, kernel in enumerate(kernels)] for name, kernels in launches.items()}
     want |= {name: [f"torch.ops.ecanet.{name}"] for name in IN_PLACE}

@@ -144,7 +144,7 @@ template <class A>
 struct CoefficientArgs {
   int64_t channels;
   NormArgs<A> norm;
-  const A* means;  // (N, C); not read without s
+  const A* map_means;  // (N, C); not read without s
   const A* band;   // (k) or null
   int64_t k;
   bool circular;
@@ -162,7 +162,7 @@ template <class A>
 struct CoefficientGradArgs {
   int64_t samples, channels, positions;
   NormArgs<A> norm;
-  const A *p, *q, *means;        // (N, C)
+  const A *p, *q, *map_means;        // (N, C)
   const A *gate, *grad_s;        // (N, C) or null
   const A* band;                 // (k) or null
   int64_t k;

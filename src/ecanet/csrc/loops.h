@@ -620,9 +620,9 @@ void norm_slope(const NormArgs<A>& norm, int64_t channels, A* slope) {
 
 // s = a (m - mean) + bias
 template <class A>
-ECANET_INLINE void norm_means(const NormArgs<A>& norm, int64_t channels, const A* a, const A* means, A* s) {
-  for (int64_t c = 0; !norm.mean && c < channels; ++c) s[c] = means[c];
-  for (int64_t c = 0; norm.mean && c < channels; ++c) s[c] = means[c] - norm.mean[c];
+ECANET_INLINE void norm_means(const NormArgs<A>& norm, int64_t channels, const A* a, const A* map_means, A* s) {
+  for (int64_t c = 0; !norm.mean && c < channels; ++c) s[c] = map_means[c];
+  for (int64_t c = 0; norm.mean && c < channels; ++c) s[c] = map_means[c] - norm.mean[c];
   for (int64_t c = 0; c < channels; ++c) s[c] *= a[c];
   for (int64_t c = 0; norm.bias && c < channels; ++c) s[c] += norm.bias[c];
 }
@@ -652,7 +652,7 @@ void coefficients(const CoefficientArgs<A>& a, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
     const int64_t at = n * channels;
     A *scale = a.scale + at, *shift = a.shift + at;
-    if (a.s) norm_means(a.norm, channels, a.a, a.means + at, a.s + at);
+    if (a.s) norm_means(a.norm, channels, a.a, a.map_means + at, a.s + at);
     if (!a.band) {
       memcpy(scale, a.a, channels * sizeof(A));
       memcpy(shift, a.b, channels * sizeof(A));
@@ -692,9 +692,9 @@ void coefficients_backward(const CoefficientGradArgs<A>& g) {
   for (int64_t j = 0; j < g.k; ++j) g.band_grad[j] = 0;
   for (int64_t n = 0; n < g.samples; ++n) {
     const int64_t at = n * channels;
-    const A *p = g.p + at, *q = g.q + at, *means = g.means + at, *gate = g.gate ? g.gate + at : nullptr;
+    const A *p = g.p + at, *q = g.q + at, *map_means = g.map_means + at, *gate = g.gate ? g.gate + at : nullptr;
     if (g.band) {
-      norm_means(g.norm, channels, a, means, s);
+      norm_means(g.norm, channels, a, map_means, s);
       for (int64_t c = 0; c < channels; ++c) logits[c] = a[c] * q[c];
       for (int64_t c = 0; bias && c < channels; ++c) logits[c] += bias[c] * p[c];
       for (int64_t c = 0; c < channels; ++c) logits[c] *= gate[c] * (A(1) - gate[c] * inverse_factor);
@@ -715,7 +715,7 @@ void coefficients_backward(const CoefficientGradArgs<A>& g) {
       for (int64_t c = 0; c < channels; ++c) ds[c] = g.grad_s ? g.grad_s[at + c] : A(0);
     }
     for (int64_t c = 0; c < channels; ++c) {
-      const A gc = gate ? gate[c] : A(1), away = means[c] - (mean ? mean[c] : A(0));
+      const A gc = gate ? gate[c] : A(1), away = map_means[c] - (mean ? mean[c] : A(0));
       g.sum_a[c] += double(gc * q[c] + ds[c] * away);
       g.sum_b[c] += double(gc * p[c] + ds[c]);
     }

@@ -274,18 +274,18 @@ std::tuple<Tensor, Tensor> moments(const Tensor& input) {
 std::tuple<Tensor, Tensor, Tensor> batch_moments(const Tensor& input) {
   const Map map = map_of(input);
   const Tensor x = ordered(input, map);
-  const Tensor means = new_small(x, map.samples, map.channels);
+  const Tensor map_means = new_small(x, map.samples, map.channels);
   const Tensor mean = new_small(x, map.channels), var = new_small(x, map.channels);
   const std::vector<double> found = moments_of(x, map);
-  dispatch(means, [&](auto t) {
+  dispatch(map_means, [&](auto t) {
     using A = Acc<decltype(t)>;
     const int64_t nc = map.samples * map.channels;
-    std::copy(found.begin(), found.begin() + nc, out<A>(means));
+    std::copy(found.begin(), found.begin() + nc, out<A>(map_means));
     std::vector<double> room(2 * map.channels);
     kernels<A>().statistics({map.samples, map.channels, map.positions, found.data(), found.data() + nc, room.data(),
                              room.data() + map.channels, out<A>(mean), out<A>(var)});
   });
-  return {means, mean, var};
+  return {map_means, mean, var};
 }
 
 // ---- apply ---------------------------------------------------------------------------------------------------------
@@ -428,10 +428,10 @@ struct Norm {
   Norm(const Tensor& like, int64_t channels, const Optional& m, const Optional& v, const Optional& w, const Optional& b,
        double eps)
       : eps(eps) {
-    STD_TORCH_CHECK(m.has_value() == v.has_value(), "ecanet: mean and var come together; got ", m ? "mean" : "var",
+    STD_TORCH_CHECK(m.has_value() == v.has_value(), "ecanet: norm_mean and norm_var come together; got ", m ? "norm_mean" : "norm_var",
                     " alone");
-    if (m) mean = small(*m, like, channels, "mean");
-    if (v) var = small(*v, like, channels, "var");
+    if (m) mean = small(*m, like, channels, "norm_mean");
+    if (v) var = small(*v, like, channels, "norm_var");
     if (w) weight = small(*w, like, channels, "weight");
     if (b) bias = small(*b, like, channels, "bias");
   }
@@ -450,13 +450,13 @@ Optional kernel_of(const Optional& kernel, const Tensor& like, int64_t channels,
   return typed(*kernel, like);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> eca_coefficients(const Tensor& means, const Optional& mean,
+std::tuple<Tensor, Tensor, Tensor, Tensor> eca_coefficients(const Tensor& map_means, const Optional& mean,
                                                             const Optional& var, const Optional& weight,
                                                             const Optional& bias, double eps, const Optional& kernel,
                                                             bool circular, double factor) {
-  STD_TORCH_CHECK(means.dim() == 2, "ecanet: means must have shape (N, C); got ", shape_of(means));
-  const int64_t samples = means.size(0), channels = means.size(1);
-  const Tensor m = small(means, means, samples, channels, "means");
+  STD_TORCH_CHECK(map_means.dim() == 2, "ecanet: map_means must have shape (N, C); got ", shape_of(map_means));
+  const int64_t samples = map_means.size(0), channels = map_means.size(1);
+  const Tensor m = small(map_means, map_means, samples, channels, "map_means");
   const Norm norm(m, channels, mean, var, weight, bias, eps);
   const Optional w = kernel_of(kernel, m, channels, circular);
   const Tensor s = new_small(m, samples, channels), gate = new_small(m, w ? samples : 0, channels);
@@ -475,12 +475,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> eca_coefficients(const Tensor& means,
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> eca_coefficients_backward(
-    const Tensor& p, const Tensor& q, const Tensor& means, const Optional& gate, const Optional& grad_s,
+    const Tensor& p, const Tensor& q, const Tensor& map_means, const Optional& gate, const Optional& grad_s,
     const Optional& mean, const Optional& var, const Optional& weight, const Optional& bias, double eps,
     const Optional& kernel, bool circular, int64_t positions, double factor) {
-  STD_TORCH_CHECK(means.dim() == 2, "ecanet: means must have shape (N, C); got ", shape_of(means));
-  const int64_t samples = means.size(0), channels = means.size(1);
-  const Tensor m = small(means, means, samples, channels, "means");
+  STD_TORCH_CHECK(map_means.dim() == 2, "ecanet: map_means must have shape (N, C); got ", shape_of(map_means));
+  const int64_t samples = map_means.size(0), channels = map_means.size(1);
+  const Tensor m = small(map_means, map_means, samples, channels, "map_means");
   const Tensor pp = small(p, m, samples, channels, "p"), qq = small(q, m, samples, channels, "q");
   const Norm norm(m, channels, mean, var, weight, bias, eps);
   const Optional w = kernel_of(kernel, m, channels, circular);
@@ -509,7 +509,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> eca_coefficients_back
 
 // ---- squeeze, gate and apply in one --------------------------------------------------------------------------------
 
-void eca_tail_into(const Tensor& x, const Map& map, const Optional& residual, const Optional& mean, const Optional& var,
+void norm_eca_add_act_into(const Tensor& x, const Map& map, const Optional& residual, const Optional& mean, const Optional& var,
                    const Optional& weight, const Optional& bias, double eps, const Optional& kernel, bool circular,
                    int64_t act, double factor, const Tensor& result) {
   Norm norm(x, map.channels, mean, var, weight, bias, eps);
@@ -559,20 +559,20 @@ void eca_tail_into(const Tensor& x, const Map& map, const Optional& residual, co
   });
 }
 
-Tensor eca_tail(const Tensor& input, const Optional& residual, const Optional& mean, const Optional& var,
+Tensor norm_eca_add_act(const Tensor& input, const Optional& residual, const Optional& mean, const Optional& var,
                 const Optional& weight, const Optional& bias, double eps, const Optional& kernel, bool circular,
                 int64_t act, double factor) {
   const Map map = map_of(input);
   const Tensor x = ordered(input, map), result = empty_as(x);
-  eca_tail_into(x, map, residual, mean, var, weight, bias, eps, kernel, circular, act, factor, result);
+  norm_eca_add_act_into(x, map, residual, mean, var, weight, bias, eps, kernel, circular, act, factor, result);
   return result;
 }
 
-void eca_tail_(Tensor x, const Optional& residual, const Optional& mean, const Optional& var, const Optional& weight,
+void norm_eca_add_act_(Tensor x, const Optional& residual, const Optional& mean, const Optional& var, const Optional& weight,
                const Optional& bias, double eps, const Optional& kernel, bool circular, int64_t act, double factor) {
   const Map map = map_of(x);
   const Tensor work = ordered(x, map);
-  eca_tail_into(work, map, residual, mean, var, weight, bias, eps, kernel, circular, act, factor, work);
+  norm_eca_add_act_into(work, map, residual, mean, var, weight, bias, eps, kernel, circular, act, factor, work);
   if (work.data_ptr() != x.data_ptr()) torch::stable::copy_(x, work);
 }
 
@@ -588,8 +588,8 @@ STABLE_TORCH_LIBRARY_IMPL(ecanet, CPU, m) {
   m.impl("batch_moments", TORCH_BOX(&batch_moments));
   m.impl("eca_coefficients", TORCH_BOX(&eca_coefficients));
   m.impl("eca_coefficients_backward", TORCH_BOX(&eca_coefficients_backward));
-  m.impl("eca_tail", TORCH_BOX(&eca_tail));
-  m.impl("eca_tail_", TORCH_BOX(&eca_tail_));
+  m.impl("norm_eca_add_act", TORCH_BOX(&norm_eca_add_act));
+  m.impl("norm_eca_add_act_", TORCH_BOX(&norm_eca_add_act_));
 }
 
 }  // namespace ecanet

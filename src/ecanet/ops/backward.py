@@ -146,7 +146,8 @@ def second_pass(
     slope = None
     if batch is not None:
         grad_mean, grad_var, count = batch
-        offset, slope = offset + grad_mean / count, grad_var * (2 / count)
+        offset.add_(grad_mean / count)  # both are new: nobody else reads them
+        slope = grad_var.mul_(2 / count)
     for_act = saved.for_act if up.act else None
     return ops.input_backward(
         up.grad, saved.x, saved.scale, saved.shift, for_act, up.act, offset, slope, saved.norm_mean

@@ -18,8 +18,8 @@ KERNELS = (
     "input_backward",
     "eca_coefficients",
     "eca_coefficients_backward",
-    "eca_tail",
-    "eca_tail_",
+    "norm_eca_add_act",
+    "norm_eca_add_act_",
 )
 
 _reason: str | None = "the C++ kernels are not loaded: import ecanet.ops"

@@ -125,11 +125,11 @@ def dense(x: Tensor) -> Tensor:
     if x.is_contiguous():
         return x
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    last = formats.get(x.dim())
-    return x if last is not None and x.is_contiguous(memory_format=last) else x.contiguous()
+    channels_last = formats.get(x.dim())
+    return x if channels_last is not None and x.is_contiguous(memory_format=channels_last) else x.contiguous()
 
 
-class _Plan(NamedTuple):
+class _Walk(NamedTuple):
     """How a map is walked.
 
     Attributes:
@@ -146,33 +146,40 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)  # of microseconds, which every launch would wait for
-def _plan(
-    what: str, samples: int, channels: int, positions: int, last: bool, dtype: torch.dtype, size: _Size, longest: int
-) -> _Plan:
+def _walk(
+    what: str,
+    samples: int,
+    channels: int,
+    positions: int,
+    channels_last: bool,
+    dtype: torch.dtype,
+    size: _Size,
+    longest: int,
+) -> _Walk:
     """How a map is walked; the arguments are those of :class:`_Map`, and the two settings that it depends on."""
-    neighbours = channels if last else positions
+    neighbours = channels if channels_last else positions
     at_once = _AT_ONCE // dtype.itemsize  # elements that a thread reads or writes at once
     all_rows, numel = samples * channels, samples * channels * positions
     align = math.gcd(neighbours, 16)
 
     def row_blocks(rows: int) -> int:
-        return samples * _cdiv(channels, rows) if last else _cdiv(all_rows, rows)
+        return samples * _cdiv(channels, rows) if channels_last else _cdiv(all_rows, rows)
 
     def constants(rows: int, at_a_time: int, **more: int) -> dict[str, Any]:
         return {
-            **more, "LAST": last, "ALIGN": align, "TOTAL": math.gcd(numel, 16), "ROWS": rows, "POSITIONS": at_a_time,
-            "INDEX": _index(numel, longest), "ACC": _type(dtype), "num_warps": size.warps,
+            **more, "LAST": channels_last, "ALIGN": align, "TOTAL": math.gcd(numel, 16), "ROWS": rows,
+            "POSITIONS": at_a_time, "INDEX": _index(numel, longest), "ACC": _type(dtype), "num_warps": size.warps,
         }  # fmt: skip
 
     if what == "elements":
-        if last:
+        if channels_last:
             rows = min(_power_of_2(channels), 128, size.elements)
             at_a_time = min(_power_of_2(positions), size.elements // rows)
-            return _Plan(row_blocks(rows) * _cdiv(positions, at_a_time), constants(rows, at_a_time))
+            return _Walk(row_blocks(rows) * _cdiv(positions, at_a_time), constants(rows, at_a_time))
         run = min(at_once, _power_of_2(positions + 1) // 2)  # not longer than a row
         runs = min(_power_of_2(_cdiv(numel, run)), size.elements // run)
-        return _Plan(_cdiv(numel, runs * run), constants(runs, run))
-    if last:  # as many channels as the threads of a warp read at once: each thread sums up its own
+        return _Walk(_cdiv(numel, runs * run), constants(runs, run))
+    if channels_last:  # as many channels as the threads of a warp read at once: each thread sums up its own
         rows = min(_power_of_2(channels), _LANES * at_once, size.elements)
         at_a_time = min(_power_of_2(positions), size.elements // rows)
     else:  # a quarter of a row at a time, but not less than what eight threads read at once
@@ -183,10 +190,10 @@ def _plan(
     splits = max(1, min(positions // (4 * at_a_time), size.programs // blocks))
     per_split = _cdiv(_cdiv(positions, splits), at_a_time) * at_a_time
     splits = _cdiv(positions, per_split)
-    aligned = last or align >= at_once or positions < 2 * at_once
+    aligned = channels_last or align >= at_once or positions < 2 * at_once
     start = 1 if aligned or splits > 1 else at_once  # rows are read from multiples of so many elements
-    beside = min(_LANES * at_once // rows, at_a_time) if last else 0
-    return _Plan(blocks * splits, constants(rows, at_a_time, START=start, BESIDE=beside), splits, per_split)
+    beside = min(_LANES * at_once // rows, at_a_time) if channels_last else 0
+    return _Walk(blocks * splits, constants(rows, at_a_time, START=start, BESIDE=beside), splits, per_split)
 
 
 class _Map(NamedTuple):
@@ -196,7 +203,7 @@ class _Map(NamedTuple):
     samples: int
     channels: int
     positions: int
-    last: bool
+    channels_last: bool
 
     @staticmethod
     def of(x: Tensor) -> "_Map":
@@ -207,9 +214,9 @@ class _Map(NamedTuple):
         x = dense(x)
         return _Map(x, x.shape[0], x.shape[1], x.shape[2:].numel(), not x.is_contiguous())
 
-    def plan(self, what: str) -> _Plan:
+    def walk(self, what: str) -> _Walk:
         """How it is walked: by ``elements``, or for the sums of ``squeeze``, ``moments`` or ``reduce``."""
-        return _plan(what, *self[1:], self.x.dtype, _SIZES[what, self.last], _LONGEST_INT32)
+        return _walk(what, *self[1:], self.x.dtype, _SIZES[what, self.channels_last], _LONGEST_INT32)
 
     def ordered(self, t: Tensor, name: str) -> Tensor:
         """Another map in the order of this one."""
@@ -218,7 +225,7 @@ class _Map(NamedTuple):
                 f"ecanet: {name} must have the shape, the type and the device of x: {tuple(self.x.shape)}, "
                 f"{self.x.dtype}, {self.x.device}; got {tuple(t.shape)}, {t.dtype}, {t.device}"
             )
-        if not self.last:
+        if not self.channels_last:
             return t.contiguous()
         return t.contiguous(memory_format=torch.channels_last if t.dim() == 4 else torch.channels_last_3d)
 
@@ -252,15 +259,15 @@ def _check_act(act: int) -> None:
 
 
 def _partial_moments(m: _Map, second: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, int, int]:
-    plan = m.plan("moments" if second else "squeeze")
-    mean = m.new(plan.splits, *m.nc, dtype=dtype)
-    m2 = m.new(plan.splits if second else 0, *m.nc)
+    walk = m.walk("moments" if second else "squeeze")
+    mean = m.new(walk.splits, *m.nc, dtype=dtype)
+    m2 = m.new(walk.splits if second else 0, *m.nc)
     _launch(
-        "moments", plan.programs, m.x,
-        m.x, mean, m2, m.samples, m.channels, m.positions, plan.splits, plan.per_split,
-        SECOND=second, OUT=_type(dtype), **plan.constants,
+        "moments", walk.programs, m.x,
+        m.x, mean, m2, m.samples, m.channels, m.positions, walk.splits, walk.per_split,
+        SECOND=second, OUT=_type(dtype), **walk.constants,
     )  # fmt: skip
-    return mean, m2, plan.splits, plan.per_split
+    return mean, m2, walk.splits, walk.per_split
 
 
 def squeeze(x: Tensor) -> Tensor:
@@ -269,18 +276,18 @@ def squeeze(x: Tensor) -> Tensor:
     mean, m2, splits, per_split = _partial_moments(m, False, reference.accumulation_dtype(x.dtype))
     if splits == 1:
         return mean[0]
-    means = m.new(*m.nc)
-    _merge(m, mean, m2, means, m2, splits, per_split, second=False)
-    return means
+    map_means = m.new(*m.nc)
+    _merge(m, mean, m2, map_means, m2, splits, per_split, second=False)
+    return map_means
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Moments of maps; see :func:`ecanet.ops.reference.moments`."""
     m = _Map.of(x)
     mean, m2, splits, per_split = _partial_moments(m, True, torch.float64)
-    means, squares = m.new(*m.nc), m.new(*m.nc)
-    _merge(m, mean, m2, means, squares, splits, per_split, second=True)
-    return means, squares
+    map_means, squares = m.new(*m.nc), m.new(*m.nc)
+    _merge(m, mean, m2, map_means, squares, splits, per_split, second=True)
+    return map_means, squares
 
 
 def _merge(
@@ -308,15 +315,15 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         whole = torch.empty_like(mean[0]), torch.empty_like(m2[0])
         _merge(m, mean, m2, *whole, splits, per_split, second=True)
         mean, m2, splits, per_split = *whole, 1, m.positions
-    means, batch_mean, batch_var = m.new(*m.nc), m.new(m.channels), m.new(m.channels)
+    map_means, batch_mean, batch_var = m.new(*m.nc), m.new(m.channels), m.new(m.channels)
     channels = min(_power_of_2(m.channels), 4)  # 32 bytes: what memory gives at a time
     _launch(
         "statistics", _cdiv(m.channels, channels), x,
-        mean, m2, means, batch_mean, batch_var, m.samples, m.channels, m.positions, splits, per_split,
+        mean, m2, map_means, batch_mean, batch_var, m.samples, m.channels, m.positions, splits, per_split,
         SPLITS=_power_of_2(splits), SAMPLES=min(_power_of_2(m.samples), 512), CHANNELS=channels,
         INDEX=_index(mean.numel()), num_warps=8,
     )  # fmt: skip
-    return means, batch_mean, batch_var
+    return map_means, batch_mean, batch_var
 
 
 def update_running(
@@ -351,9 +358,9 @@ def _apply(x: Tensor, scale: Tensor, shift: Tensor | None, residual: Tensor | No
     if over_x:
         read = [_apart(t, m.x) for t in read]
     out = m.x if over_x else torch.empty_like(m.x)
-    plan = m.plan("elements")
+    walk = m.walk("elements")
     _launch(
-        "apply", plan.programs, x, m.x, *read, out, m.samples, m.channels, m.positions, ACT=act, **plan.constants
+        "apply", walk.programs, x, m.x, *read, out, m.samples, m.channels, m.positions, ACT=act, **walk.constants
     )  # fmt: skip
     return out
 
@@ -403,14 +410,14 @@ def apply_backward(
     m = _Map.of(x)
     grad, scale, shift, saved = _upstream(m, grad, scale, shift, saved, act)
     center = m.small(center, (m.channels,), "center")
-    plan = m.plan("reduce")
-    splits = plan.splits
+    walk = m.walk("reduce")
+    splits = walk.splits
     d = torch.empty_like(m.x) if needs_d else None
     p, q = m.new(splits, *m.nc), m.new(splits, *m.nc)
     _launch(
-        "reduce", plan.programs, x,
-        grad, m.x, scale, shift, center, saved, d, p, q, m.samples, m.channels, m.positions, splits, plan.per_split,
-        ACT=act, **plan.constants,
+        "reduce", walk.programs, x,
+        grad, m.x, scale, shift, center, saved, d, p, q, m.samples, m.channels, m.positions, splits, walk.per_split,
+        ACT=act, **walk.constants,
     )  # fmt: skip
     d = x.new_empty(0) if d is None else d
     if splits == 1:
@@ -441,34 +448,34 @@ def input_backward(
     offset = _small(offset, x, m.nc, "offset")
     slope, center = m.small(slope, (m.channels,), "slope"), m.small(center, (m.channels,), "center")
     out = torch.empty_like(m.x)
-    plan = m.plan("elements")
+    walk = m.walk("elements")
     _launch(
-        "input_grad", plan.programs, x,
+        "input_grad", walk.programs, x,
         grad, m.x, scale, shift, saved, offset, slope, center, out, m.samples, m.channels, m.positions,
-        ACT=act, **plan.constants,
+        ACT=act, **walk.constants,
     )  # fmt: skip
     return out
 
 
 class _Norm(NamedTuple):
-    mean: Tensor | None
-    var: Tensor | None
+    norm_mean: Tensor | None
+    norm_var: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
 
     @staticmethod
     def of(like: Tensor, channels: int, *tensors: Tensor | None) -> "_Norm":
         if (tensors[0] is None) != (tensors[1] is None):
-            alone = "mean" if tensors[1] is None else "var"
-            raise RuntimeError(f"ecanet: mean and var come together; got {alone} alone")
+            alone = "norm_mean" if tensors[1] is None else "norm_var"
+            raise RuntimeError(f"ecanet: norm_mean and norm_var come together; got {alone} alone")
         named = zip(_Norm._fields, tensors, strict=True)
         return _Norm(*(None if t is None else _small(t, like, (channels,), name) for name, t in named))
 
 
-def _check_means(means: Tensor) -> tuple[int, int]:
-    if means.dim() != 2:
-        raise RuntimeError(f"ecanet: means must have shape (N, C), got {tuple(means.shape)}")
-    return means.shape[0], means.shape[1]
+def _check_means(map_means: Tensor) -> tuple[int, int]:
+    if map_means.dim() != 2:
+        raise RuntimeError(f"ecanet: map_means must have shape (N, C), got {tuple(map_means.shape)}")
+    return map_means.shape[0], map_means.shape[1]
 
 
 def _taps(kernel: Tensor | None, channels: int, circular: bool) -> tuple[Tensor | None, int]:
@@ -481,9 +488,9 @@ def _taps(kernel: Tensor | None, channels: int, circular: bool) -> tuple[Tensor 
 
 
 def eca_coefficients(
-    means: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
+    map_means: Tensor,
+    norm_mean: Tensor | None,
+    norm_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
@@ -492,17 +499,17 @@ def eca_coefficients(
     factor: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """From means to scale and shift; see :func:`ecanet.ops.reference.eca_coefficients`."""
-    samples, channels = _check_means(means)
-    norm = _Norm.of(means, channels, mean, var, weight, bias)
+    samples, channels = _check_means(map_means)
+    norm = _Norm.of(map_means, channels, norm_mean, norm_var, weight, bias)
     kernel, k = _taps(kernel, channels, circular)
-    dtype = reference.accumulation_dtype(means.dtype)
-    s, scale, shift = (means.new_empty(samples, channels, dtype=dtype) for _ in range(3))
-    gate = means.new_empty(samples if k else 0, channels, dtype=dtype)
+    dtype = reference.accumulation_dtype(map_means.dtype)
+    s, scale, shift = (map_means.new_empty(samples, channels, dtype=dtype) for _ in range(3))
+    gate = map_means.new_empty(samples if k else 0, channels, dtype=dtype)
     block = min(_power_of_2(samples * channels), 256)
     _launch(
-        "coefficients", _cdiv(samples * channels, block), means,
-        means.contiguous(), *norm, kernel, s, gate, scale, shift, samples, channels,
-        eps=eps, factor=factor, K=k, CIRCULAR=circular, BLOCK=block, INDEX=_index(means.numel()), ACC=_type(dtype),
+        "coefficients", _cdiv(samples * channels, block), map_means,
+        map_means.contiguous(), *norm, kernel, s, gate, scale, shift, samples, channels,
+        eps=eps, factor=factor, K=k, CIRCULAR=circular, BLOCK=block, INDEX=_index(map_means.numel()), ACC=_type(dtype),
     )  # fmt: skip
     return s, gate, scale, shift
 
@@ -510,11 +517,11 @@ def eca_coefficients(
 def eca_coefficients_backward(
     p: Tensor,
     q: Tensor,
-    means: Tensor,
+    map_means: Tensor,
     gate: Tensor | None,
     grad_s: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
+    norm_mean: Tensor | None,
+    norm_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
@@ -524,18 +531,18 @@ def eca_coefficients_backward(
     factor: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Between the two passes of the backward; see :func:`ecanet.ops.reference.eca_coefficients_backward`."""
-    samples, channels = nc = _check_means(means)
-    norm = _Norm.of(means, channels, mean, var, weight, bias)
+    samples, channels = nc = _check_means(map_means)
+    norm = _Norm.of(map_means, channels, norm_mean, norm_var, weight, bias)
     kernel, k = _taps(kernel, channels, circular)
     if kernel is not None and gate is None:
         raise RuntimeError("ecanet: a kernel needs its gate; got gate=None")
-    p, q = _small(p, means, nc, "p"), _small(q, means, nc, "q")
-    gate = None if gate is None else _small(gate, means, nc, "gate")
-    grad_s = None if grad_s is None else _small(grad_s, means, nc, "grad_s")
-    dtype = reference.accumulation_dtype(means.dtype)
+    p, q = _small(p, map_means, nc, "p"), _small(q, map_means, nc, "q")
+    gate = None if gate is None else _small(gate, map_means, nc, "gate")
+    grad_s = None if grad_s is None else _small(grad_s, map_means, nc, "grad_s")
+    dtype = reference.accumulation_dtype(map_means.dtype)
 
     def new(*shape: int) -> Tensor:
-        return means.new_empty(shape, dtype=dtype)
+        return map_means.new_empty(shape, dtype=dtype)
 
     block, a_time = min(_power_of_2(channels), 32), min(_power_of_2(samples), 8)
     blocks = _cdiv(channels, block)
@@ -550,17 +557,17 @@ def eca_coefficients_backward(
         new(groups * blocks, taps),
     )
     _launch(
-        "coefficients_backward", groups * blocks, means,
-        p, q, means.contiguous(), gate, grad_s, *norm, kernel, offset, sum_a, sum_b, kernel_sums,
+        "coefficients_backward", groups * blocks, map_means,
+        p, q, map_means.contiguous(), gate, grad_s, *norm, kernel, offset, sum_a, sum_b, kernel_sums,
         samples, channels, positions, per_program,
         eps=eps, factor=factor, K=k, CIRCULAR=circular, SAMPLES=a_time, CHANNELS=block, TAPS=taps,
-        INDEX=_index(means.numel()), ACC=_type(dtype),
+        INDEX=_index(map_means.numel()), ACC=_type(dtype),
     )  # fmt: skip
     grad_weight, grad_bias, grad_mean, grad_var = (new(channels) for _ in range(4))
     grad_kernel = new(k)
     _launch(
-        "finish", _cdiv(channels, block), means,
-        sum_a, sum_b, kernel_sums, norm.var, norm.weight, grad_weight, grad_bias, grad_kernel, grad_mean, grad_var,
+        "finish", _cdiv(channels, block), map_means,
+        sum_a, sum_b, kernel_sums, norm.norm_var, norm.weight, grad_weight, grad_bias, grad_kernel, grad_mean, grad_var,
         channels, groups, groups * blocks,
         eps=eps, K=k, GROUPS=_power_of_2(groups), CHANNELS=block, PROGRAMS=min(_power_of_2(groups * blocks), 256),
         TAPS=taps, ACC=_type(dtype),
@@ -568,11 +575,11 @@ def eca_coefficients_backward(
     return offset, grad_weight, grad_bias, grad_kernel, grad_mean, grad_var
 
 
-def eca_tail(
+def norm_eca_add_act(
     x: Tensor,
     residual: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
+    norm_mean: Tensor | None,
+    norm_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
@@ -581,16 +588,16 @@ def eca_tail(
     act: int,
     factor: float = 1.0,
 ) -> Tensor:
-    """Norm with given statistics, ECA, residual and activation; see :func:`ecanet.ops.reference.eca_tail`."""
-    scale, shift = _scale_and_shift(x, mean, var, weight, bias, eps, kernel, circular, factor)
+    """Norm with given statistics, ECA, residual and activation; see :func:`ecanet.ops.reference.norm_eca_add_act`."""
+    scale, shift = _scale_and_shift(x, norm_mean, norm_var, weight, bias, eps, kernel, circular, factor)
     return apply(x, scale, shift, residual, act)
 
 
-def eca_tail_(
+def norm_eca_add_act_(
     x: Tensor,
     residual: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
+    norm_mean: Tensor | None,
+    norm_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
@@ -599,15 +606,15 @@ def eca_tail_(
     act: int,
     factor: float = 1.0,
 ) -> None:
-    """:func:`eca_tail`, written over ``x``."""
-    scale, shift = _scale_and_shift(x, mean, var, weight, bias, eps, kernel, circular, factor)
+    """:func:`norm_eca_add_act`, written over ``x``."""
+    scale, shift = _scale_and_shift(x, norm_mean, norm_var, weight, bias, eps, kernel, circular, factor)
     apply_(x, scale, shift, residual, act)
 
 
 def _scale_and_shift(
     x: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
+    norm_mean: Tensor | None,
+    norm_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
@@ -616,5 +623,5 @@ def _scale_and_shift(
     factor: float,
 ) -> tuple[Tensor, Tensor]:
     no_means = kernel is None  # nothing looks at them
-    means = x.new_zeros(x.shape[:2], dtype=reference.accumulation_dtype(x.dtype)) if no_means else squeeze(x)
-    return eca_coefficients(means, mean, var, weight, bias, eps, kernel, circular, factor)[2:]
+    map_means = x.new_zeros(x.shape[:2], dtype=reference.accumulation_dtype(x.dtype)) if no_means else squeeze(x)
+    return eca_coefficients(map_means, norm_mean, norm_var, weight, bias, eps, kernel, circular, factor)[2:]

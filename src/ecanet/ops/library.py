@@ -20,7 +20,7 @@ from ecanet.private_torch import (
     why_no_kernels,
 )
 
-_NORM = "Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, float eps"
+_NORM = "Tensor? norm_mean, Tensor? norm_var, Tensor? weight, Tensor? bias, float eps"
 _BAND = "Tensor? kernel, bool circular"
 _FACTOR = "float factor=1.0"
 
@@ -34,19 +34,19 @@ _SCHEMAS = {
     "bool needs_d) -> (Tensor, Tensor, Tensor)",
     "input_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor? shift, Tensor? saved, int act, Tensor offset, "
     "Tensor? slope, Tensor? center) -> Tensor",
-    "eca_coefficients": f"(Tensor means, {_NORM}, {_BAND}, {_FACTOR}) -> (Tensor, Tensor, Tensor, Tensor)",
-    "eca_coefficients_backward": "(Tensor p, Tensor q, Tensor means, Tensor? gate, Tensor? grad_s, "
+    "eca_coefficients": f"(Tensor map_means, {_NORM}, {_BAND}, {_FACTOR}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "eca_coefficients_backward": "(Tensor p, Tensor q, Tensor map_means, Tensor? gate, Tensor? grad_s, "
     f"{_NORM}, {_BAND}, SymInt positions, {_FACTOR}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "train_tail": f"(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, {_BAND}, int act, "
-    f"{_FACTOR}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "eca_tail": f"(Tensor x, Tensor? residual, {_NORM}, {_BAND}, int act, {_FACTOR}) -> Tensor",
-    "eca_tail_": f"(Tensor(a!) x, Tensor? residual, {_NORM}, {_BAND}, int act, {_FACTOR}) -> ()",
+    "batch_norm_eca_add_act": "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, "
+    f"{_BAND}, int act, {_FACTOR}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "norm_eca_add_act": f"(Tensor x, Tensor? residual, {_NORM}, {_BAND}, int act, {_FACTOR}) -> Tensor",
+    "norm_eca_add_act_": f"(Tensor(a!) x, Tensor? residual, {_NORM}, {_BAND}, int act, {_FACTOR}) -> ()",
 }
 
 
 def _squeeze(x: Tensor) -> Tensor:
-    means = reference.squeeze(x, x.shape[1])
-    return means.clone() if x.dim() == 2 else means
+    map_means = reference.squeeze(x, x.shape[1])
+    return map_means.clone() if x.dim() == 2 else map_means
 
 
 def _in_place(function: Callable[..., Tensor]) -> Callable[..., None]:
@@ -56,7 +56,7 @@ def _in_place(function: Callable[..., Tensor]) -> Callable[..., None]:
     return run
 
 
-def _train_tail(
+def _batch_norm_eca_add_act(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
@@ -68,17 +68,17 @@ def _train_tail(
     factor: float = 1.0,
 ) -> tuple[Tensor, ...]:
     ops = torch.ops.ecanet
-    means, mean, var = ops.batch_moments(x)
+    map_means, mean, var = ops.batch_moments(x)
     band = None if kernel is None else kernel.reshape(-1)
-    _, gate, scale, shift = ops.eca_coefficients(means, mean, var, weight, bias, eps, band, circular, factor)
-    return ops.apply(x, scale, shift, residual, act), means, mean, var, gate, scale, shift
+    _, gate, scale, shift = ops.eca_coefficients(map_means, mean, var, weight, bias, eps, band, circular, factor)
+    return ops.apply(x, scale, shift, residual, act), map_means, mean, var, gate, scale, shift
 
 
 _REFERENCES: dict[str, Callable[..., Any]] = {
     "squeeze": _squeeze,
     "apply_": _in_place(reference.apply),
-    "eca_tail_": _in_place(reference.eca_tail),
-    "train_tail": _train_tail,
+    "norm_eca_add_act_": _in_place(reference.norm_eca_add_act),
+    "batch_norm_eca_add_act": _batch_norm_eca_add_act,
     **{name: getattr(reference, name) for name in _SCHEMAS if hasattr(reference, name) and name != "squeeze"},
 }
 
@@ -95,24 +95,26 @@ def _fake_apply_backward(grad: Any, x: Tensor, *rest: Any) -> Any:
     return (_like(x) if rest[-1] else x.new_empty(0)), _small(x, *x.shape[:2]), _small(x, *x.shape[:2])
 
 
-def _fake_coefficients(means: Tensor, *rest: Any) -> Any:
-    n, c = means.shape
+def _fake_coefficients(map_means: Tensor, *rest: Any) -> Any:
+    n, c = map_means.shape
     return (
-        _small(means, n, c),
-        _small(means, 0 if rest[5] is None else n, c),
-        _small(means, n, c),
-        _small(means, n, c),
+        _small(map_means, n, c),
+        _small(map_means, 0 if rest[5] is None else n, c),
+        _small(map_means, n, c),
+        _small(map_means, n, c),
     )
 
 
-def _fake_coefficients_backward(p: Any, q: Any, means: Tensor, *rest: Any) -> Any:
-    n, c = means.shape
+def _fake_coefficients_backward(p: Any, q: Any, map_means: Tensor, *rest: Any) -> Any:
+    n, c = map_means.shape
     kernel = rest[7]
     k = 0 if kernel is None else kernel.numel()
-    return _small(means, n, c), *(_small(means, size) for size in (c, c, k, c, c))
+    return _small(map_means, n, c), *(_small(map_means, size) for size in (c, c, k, c, c))
 
 
-def _fake_train_tail(x: Tensor, residual: Any, weight: Any, bias: Any, eps: float, kernel: Any, *_: Any) -> Any:
+def _fake_batch_norm_eca_add_act(
+    x: Tensor, residual: Any, weight: Any, bias: Any, eps: float, kernel: Any, *_: Any
+) -> Any:
     n, c = x.shape[:2]
     gates = _small(x, 0 if kernel is None else n, c)
     return _like(x), _small(x, n, c), _small(x, c), _small(x, c), gates, _small(x, n, c), _small(x, n, c)
@@ -128,9 +130,9 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "input_backward": lambda grad, x, *_: _like(x),
     "eca_coefficients": _fake_coefficients,
     "eca_coefficients_backward": _fake_coefficients_backward,
-    "train_tail": _fake_train_tail,
-    "eca_tail": lambda x, *_: _like(x),
-    "eca_tail_": lambda *_: None,
+    "batch_norm_eca_add_act": _fake_batch_norm_eca_add_act,
+    "norm_eca_add_act": lambda x, *_: _like(x),
+    "norm_eca_add_act_": lambda *_: None,
 }
 
 
@@ -188,7 +190,7 @@ def _on_gpu(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
 
 def _shown_to_compilers(name: str) -> Callable[..., Any]:
     """What a compiler's functionalization makes of an operation: on a GPU its launches, as with ``triton_op``."""
-    launches = _train_tail if name == "train_tail" else getattr(gpu, name)
+    launches = _batch_norm_eca_add_act if name == "batch_norm_eca_add_act" else getattr(gpu, name)
 
     def run(mode: Any, operation: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not _can_be_shown(args):
@@ -254,19 +256,19 @@ def _backward_of(function: Callable[..., Any]) -> Callable[..., Any]:
     return backward
 
 
-def _keep_for_train_tail(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _keep_for_batch_norm_eca_add_act(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, residual, weight, bias, ctx.eps, kernel, ctx.circular, ctx.act, ctx.factor = inputs
     out, *small = output
     ctx.save_for_backward(x, for_slope(ctx.act, out, residual), weight, bias, kernel, *small)
     ctx.mark_non_differentiable(*small)
 
 
-def _train_tail_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _batch_norm_eca_add_act_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     """The two passes of the backward, as operations that a compiler's graph shows."""
     ops = torch.ops.ecanet
-    x, for_act, weight, bias, kernel, means, mean, var, gate, scale, shift = ctx.saved_tensors
+    x, for_act, weight, bias, kernel, map_means, mean, var, gate, scale, shift = ctx.saved_tensors
     gate, flat = (None, None) if kernel is None else (gate, kernel.reshape(-1))
-    saved = Saved(x, for_act, weight, bias, means, mean, var, None, gate, scale, shift)
+    saved = Saved(x, for_act, weight, bias, map_means, mean, var, None, gate, scale, shift)
     needs_x, needs_residual = ctx.needs_input_grad[:2]
     up = first_pass(ops, saved, grad, ctx.act, needs_residual)
     small = between_passes(ops, saved, up, ctx.eps, (flat, ctx.circular, ctx.factor), None)
@@ -320,7 +322,7 @@ for _name, _schema in _SCHEMAS.items():
         _rule = _shown_to_compilers(_name)
         torch.library.register_torch_dispatch(f"ecanet::{_name}", FunctionalTensorMode, _rule, lib=_library)
     _derivative: tuple[Callable[..., Any], Callable[..., None]] = _backward_of(_REFERENCES[_name]), _setup_context
-    if _name == "train_tail":
-        _derivative = _train_tail_backward, _keep_for_train_tail
+    if _name == "batch_norm_eca_add_act":
+        _derivative = _batch_norm_eca_add_act_backward, _keep_for_batch_norm_eca_add_act
     torch.library.register_autograd(f"ecanet::{_name}", _derivative[0], setup_context=_derivative[1], lib=_library)
 cpu.load()

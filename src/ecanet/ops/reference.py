@@ -348,25 +348,25 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ``means`` ``(N, C)``, ``mean`` and ``var`` ``(C,)``; float32 for half types.
     """
     x = x.to(accumulation_dtype(x.dtype))
-    means = x.mean(_spatial(x)) if x.dim() > 2 else x.clone()
+    map_means = x.mean(_spatial(x)) if x.dim() > 2 else x.clone()
     batch = (0, *_spatial(x))
     mean = x.mean(batch)
-    return means, mean, x.var(batch, correction=0) if x.shape[0] > 0 else mean.clone()
+    return map_means, mean, x.var(batch, correction=0) if x.shape[0] > 0 else mean.clone()
 
 
-def merge_moments(means: Tensor, m2: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+def merge_moments(map_means: Tensor, m2: Tensor, positions: int) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel over the batch, from the moments of its maps (Chan et al., 1979).
 
     Args:
-        means: ``(N, C)`` of :func:`moments`.
+        map_means: ``(N, C)`` of :func:`moments`.
         m2: ``(N, C)``, likewise.
         positions: S, so many positions has a map.
 
     Returns:
         ``mean`` and ``var``, both ``(C,)``.
     """
-    mean = means.mean(0)
-    return mean, (m2 / positions + (means - mean).square()).mean(0)
+    mean = map_means.mean(0)
+    return mean, (m2 / positions + (map_means - mean).square()).mean(0)
 
 
 def update_running(
@@ -394,9 +394,9 @@ def update_running(
 
 
 def normalise(
-    means: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
+    map_means: Tensor,
+    norm_mean: Tensor | None,
+    norm_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
@@ -404,9 +404,9 @@ def normalise(
     """A BatchNorm as ``y = a x + b`` and the means of its output.
 
     Args:
-        means: ``(N, C)``, means of the norm's input.
-        mean: ``(C,)``; with ``var`` None, there is no norm.
-        var: ``(C,)``, biased.
+        map_means: ``(N, C)``, means of the norm's input.
+        norm_mean: ``(C,)``; with ``norm_var`` None, there is no norm.
+        norm_var: ``(C,)``, biased.
         weight: ``(C,)`` or None for ones.
         bias: ``(C,)`` or None for zeros.
         eps: Added to the variance.
@@ -414,18 +414,18 @@ def normalise(
     Returns:
         ``s`` ``(N, C)``, ``a`` ``(C,)``, ``b`` ``(C,)``.
     """
-    ones, zeros = means.new_ones(means.shape[1]), means.new_zeros(means.shape[1])
-    a = ones if var is None else torch.rsqrt(var.to(means.dtype) + eps)
-    a = a if weight is None else a * weight.to(means.dtype)
-    beta = zeros if bias is None else bias.to(means.dtype)
-    mean = zeros if mean is None else mean.to(means.dtype)
-    return a * (means - mean) + beta, a, beta - a * mean
+    ones, zeros = map_means.new_ones(map_means.shape[1]), map_means.new_zeros(map_means.shape[1])
+    a = ones if norm_var is None else torch.rsqrt(norm_var.to(map_means.dtype) + eps)
+    a = a if weight is None else a * weight.to(map_means.dtype)
+    beta = zeros if bias is None else bias.to(map_means.dtype)
+    norm_mean = zeros if norm_mean is None else norm_mean.to(map_means.dtype)
+    return a * (map_means - norm_mean) + beta, a, beta - a * norm_mean
 
 
 def eca_coefficients(
-    means: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
+    map_means: Tensor,
+    norm_mean: Tensor | None,
+    norm_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
@@ -436,9 +436,9 @@ def eca_coefficients(
     """From the means of a norm's input to the scale and the shift of norm and ECA together.
 
     Args:
-        means: As in :func:`normalise`.
-        mean: As in :func:`normalise`.
-        var: As in :func:`normalise`.
+        map_means: As in :func:`normalise`.
+        norm_mean: As in :func:`normalise`.
+        norm_var: As in :func:`normalise`.
         weight: As in :func:`normalise`.
         bias: As in :func:`normalise`.
         eps: As in :func:`normalise`.
@@ -449,7 +449,7 @@ def eca_coefficients(
     Returns:
         ``s``, ``gate`` (of size 0 x C without a band), ``scale`` and ``shift``, all ``(N, C)``.
     """
-    s, a, b = normalise(means, mean, var, weight, bias, eps)
+    s, a, b = normalise(map_means, norm_mean, norm_var, weight, bias, eps)
     if kernel is None:
         return s, s.new_empty(0, s.shape[1]), a.expand_as(s).clone(), b.expand_as(s).clone()
     gate = torch.sigmoid(band(s, kernel, circular)) * factor
@@ -459,11 +459,11 @@ def eca_coefficients(
 def eca_coefficients_backward(
     p: Tensor,
     q: Tensor,
-    means: Tensor,
+    map_means: Tensor,
     gate: Tensor | None,
     grad_s: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
+    norm_mean: Tensor | None,
+    norm_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
@@ -481,11 +481,11 @@ def eca_coefficients_backward(
     Args:
         p: ``(N, C)`` of :func:`apply_backward`.
         q: ``(N, C)`` of :func:`apply_backward`, with ``center=mean``.
-        means: As in :func:`normalise`.
+        map_means: As in :func:`normalise`.
         gate: ``(N, C)`` or None for no gate.
         grad_s: ``(N, C)``, ds of a gate that is no band.
-        mean: As in :func:`normalise`.
-        var: As in :func:`normalise`.
+        norm_mean: As in :func:`normalise`.
+        norm_var: As in :func:`normalise`.
         weight: As in :func:`normalise`.
         bias: As in :func:`normalise`.
         eps: As in :func:`normalise`.
@@ -496,9 +496,9 @@ def eca_coefficients_backward(
 
     Returns:
         ``offset`` ``(N, C)``: ds a / S, the squeeze's part of the input's gradient; ``(C,)``-sized gradients of
-        weight and bias; ``(k,)`` of the band (of size 0 without one); ``(C,)`` of mean and var.
+        weight and bias; ``(k,)`` of the band (of size 0 without one); ``(C,)`` of norm_mean and norm_var.
     """
-    s, a, _ = normalise(means, mean, var, weight, bias, eps)
+    s, a, _ = normalise(map_means, norm_mean, norm_var, weight, bias, eps)
     beta = torch.zeros_like(a) if bias is None else bias.to(a.dtype)
     grad_kernel = s.new_empty(0)
     ds = torch.zeros_like(s) if grad_s is None else grad_s
@@ -510,19 +510,19 @@ def eca_coefficients_backward(
         grad_kernel = (windows * grad_logits.unsqueeze(-1)).sum((0, 1))
         ds = band(grad_logits, kernel.flip(-1), circular)
     g = torch.ones_like(s) if gate is None else gate
-    away = means if mean is None else means - mean.to(means.dtype)
+    away = map_means if norm_mean is None else map_means - norm_mean.to(map_means.dtype)
     grad_a, grad_bias = (g * q + ds * away).sum(0), (g * p + ds).sum(0)
-    inverse = torch.ones_like(a) if var is None else torch.rsqrt(var.to(a.dtype) + eps)
+    inverse = torch.ones_like(a) if norm_var is None else torch.rsqrt(norm_var.to(a.dtype) + eps)
     gamma = torch.ones_like(a) if weight is None else weight.to(a.dtype)
     grad_var = -0.5 * gamma * grad_a * inverse**3
     return ds * a / positions, grad_a * inverse, grad_bias, grad_kernel, -a * grad_bias, grad_var
 
 
-def eca_tail(
+def norm_eca_add_act(
     x: Tensor,
     residual: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
+    norm_mean: Tensor | None,
+    norm_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
@@ -536,8 +536,8 @@ def eca_tail(
     Args:
         x: ``(N, C, *spatial)``.
         residual: Shape and type of ``x``.
-        mean: As in :func:`normalise`.
-        var: As in :func:`normalise`.
+        norm_mean: As in :func:`normalise`.
+        norm_var: As in :func:`normalise`.
         weight: As in :func:`normalise`.
         bias: As in :func:`normalise`.
         eps: As in :func:`normalise`.
@@ -546,7 +546,7 @@ def eca_tail(
         act: Index in :data:`ACTS`.
         factor: As in :func:`eca_coefficients`.
     """
-    means = squeeze(x, x.shape[1])
-    kernel = None if kernel is None else kernel.to(means.dtype)
-    _, _, scale, shift = eca_coefficients(means, mean, var, weight, bias, eps, kernel, circular, factor)
+    map_means = squeeze(x, x.shape[1])
+    kernel = None if kernel is None else kernel.to(map_means.dtype)
+    _, _, scale, shift = eca_coefficients(map_means, norm_mean, norm_var, weight, bias, eps, kernel, circular, factor)
     return apply(x, scale, shift, residual, act)

@@ -468,15 +468,15 @@ def _neighbour(channel, by: tl.constexpr, channels, CIRCULAR: tl.constexpr):
 
 
 @jit
-def _norm_mean(means, mean, var, weight, bias, row, channel, known, eps: tl.constexpr, ACC: tl.constexpr):
+def _norm_mean(map_means, mean, var, weight, bias, row, channel, known, eps: tl.constexpr, ACC: tl.constexpr):
     """Mean of a row of the norm's output: a (m - mean) + bias."""
-    m = tl.load(means + row + channel, known, 0.0).to(ACC) - _or_zero(mean, channel, known, ACC)
+    m = tl.load(map_means + row + channel, known, 0.0).to(ACC) - _or_zero(mean, channel, known, ACC)
     return _norm_slope(var, weight, channel, known, eps, ACC) * m + _or_zero(bias, channel, known, ACC)
 
 
 @jit
 def coefficients(
-    means, mean, var, weight, bias, kernel, s_out, gate_out, scale_out, shift_out, samples, channels,
+    map_means, mean, var, weight, bias, kernel, s_out, gate_out, scale_out, shift_out, samples, channels,
     eps: tl.constexpr, factor: tl.constexpr, K: tl.constexpr, CIRCULAR: tl.constexpr, BLOCK: tl.constexpr,
     INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -487,14 +487,14 @@ def coefficients(
     row = at - channel
     a = _norm_slope(var, weight, channel, exists, eps, ACC)
     b = _or_zero(bias, channel, exists, ACC) - a * _or_zero(mean, channel, exists, ACC)
-    s = _norm_mean(means, mean, var, weight, bias, row, channel, exists, eps, ACC)
+    s = _norm_mean(map_means, mean, var, weight, bias, row, channel, exists, eps, ACC)
     tl.store(s_out + at, s, exists)
     if kernel is not None:
         logit = tl.zeros((BLOCK,), ACC)
         for j in tl.static_range(K):
             other, known = _neighbour(channel, j - K // 2, channels, CIRCULAR)
             known = known & exists
-            near = _norm_mean(means, mean, var, weight, bias, row, other, known, eps, ACC)
+            near = _norm_mean(map_means, mean, var, weight, bias, row, other, known, eps, ACC)
             logit += tl.load(kernel + j).to(ACC) * tl.where(known, near, 0.0)
         gate = _sigmoid(logit) * factor
         tl.store(gate_out + at, gate, exists)
@@ -519,7 +519,7 @@ def _logit_grad(
 
 @jit
 def coefficients_backward(
-    p, q, means, gate, grad_s, mean, var, weight, bias, kernel, offset_out, sum_a, sum_b, kernel_sums,
+    p, q, map_means, gate, grad_s, mean, var, weight, bias, kernel, offset_out, sum_a, sum_b, kernel_sums,
     samples, channels, positions, per_program,
     eps: tl.constexpr, factor: tl.constexpr, K: tl.constexpr, CIRCULAR: tl.constexpr, SAMPLES: tl.constexpr,
     CHANNELS: tl.constexpr, TAPS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
@@ -550,14 +550,14 @@ def coefficients_backward(
                 ds += tl.load(kernel + j).to(ACC) * near
                 other, known = _neighbour(channel, j - K // 2, channels, CIRCULAR)
                 known = known & inside
-                s = _norm_mean(means, mean, var, weight, bias, row, other, known, eps, ACC)
+                s = _norm_mean(map_means, mean, var, weight, bias, row, other, known, eps, ACC)
                 taps += tl.where(tl.arange(0, TAPS) == j, tl.sum(tl.where(known, logit * s, 0.0)), 0.0)
         elif grad_s is not None:
             ds = tl.load(grad_s + row + channel, inside, 0.0).to(ACC)
         g = tl.full((SAMPLES, CHANNELS), 1.0, ACC)
         if gate is not None:
             g = tl.load(gate + row + channel, inside, 0.0).to(ACC)
-        away = tl.load(means + row + channel, inside, 0.0).to(ACC) - middle
+        away = tl.load(map_means + row + channel, inside, 0.0).to(ACC) - middle
         a_total += tl.where(inside, g * tl.load(q + row + channel, inside, 0.0).to(ACC) + ds * away, 0.0)
         b_total += tl.where(inside, g * tl.load(p + row + channel, inside, 0.0).to(ACC) + ds, 0.0)
         tl.store(offset_out + row + channel, ds * a / positions, inside)

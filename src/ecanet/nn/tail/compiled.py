@@ -21,15 +21,15 @@ def operation(x: Tensor, norm: NormMaths, gate: GateMaths, residual: Tensor | No
     """
     if norm.takes_batch_statistics:
         weights, kernel = (norm.weight, norm.bias, norm.eps), gate.parameters[0]
-        out, _, mean, var, *_ = torch.ops.ecanet.train_tail(
+        out, _, mean, var, *_ = torch.ops.ecanet.batch_norm_eca_add_act(
             x, residual, *weights, kernel, gate.circular, act, gate.factor
         )
         update_running_statistics(norm.module, mean.detach(), var.detach(), x.shape[0] * x.shape[2:].numel())
         return out
     if x.is_cuda:
-        return torch.ops.ecanet.eca_tail(x, residual, *norm_and_band(norm, gate), act, gate.factor)
+        return torch.ops.ecanet.norm_eca_add_act(x, residual, *norm_and_band(norm, gate), act, gate.factor)
     out = x.clone()  # which a compiler leaves out where nobody else reads x: the operation then writes over it
-    torch.ops.ecanet.eca_tail_(out, residual, *norm_and_band(norm, gate), act, gate.factor)
+    torch.ops.ecanet.norm_eca_add_act_(out, residual, *norm_and_band(norm, gate), act, gate.factor)
     return out
 
 

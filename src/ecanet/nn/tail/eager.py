@@ -59,7 +59,7 @@ def norm_gate_add_act(
     if (gate is None or gate.is_band) and (norm is None or not norm.takes_batch_statistics):
         if norm is None and gate is None and residual is None and act == 0:
             return x
-        return ops.eca_tail(x, residual, *norm_and_band(norm, gate), act, 1.0 if gate is None else gate.factor)
+        return ops.norm_eca_add_act(x, residual, *norm_and_band(norm, gate), act, 1.0 if gate is None else gate.factor)
     c = _coefficients(ops, x, norm, gate, differentiate=False)
     return ops.apply(x, c.scale, c.shift, residual, act)
 
@@ -76,7 +76,7 @@ def gate_add_act_(backend: str, x: Tensor, gate: GateMaths | None, residual: Ten
     """
     ops = KERNELS[backend]
     if gate is None or gate.is_band:
-        ops.eca_tail_(x, residual, *norm_and_band(None, gate), act, 1.0 if gate is None else gate.factor)
+        ops.norm_eca_add_act_(x, residual, *norm_and_band(None, gate), act, 1.0 if gate is None else gate.factor)
     else:
         c = _coefficients(ops, x, None, gate, differentiate=False)
         ops.apply_(x, c.scale, c.shift, residual, act)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from ecanet import __version__
+from ecanet import __version__, private_torch
+from ecanet.nn import ECA, explain
 from ecanet.ops import backend, cpu, gpu
 from ecanet.ops.build import LIBRARY, BuildError, find_compiler
 
@@ -61,6 +62,8 @@ def doctor() -> Report:
         f"threads    {threads.torch} of torch; {limits}; {settings}",
         *(f"           {setting}: {why}" for setting, why in hurts),
     ]
+    lines += [f"torch      has no {path}: {without}" for path, without in private_torch.missing.items()]
+    lines.append(f"tail       {_tail()}")
     lines += _extras()
 
     choice_refused = backend.reason_against(backend.current())
@@ -167,6 +170,15 @@ def _backend() -> str:
     if backend.current() in names:
         return f"{backend.current()}: {names[backend.current()]}"
     return f"{backend.current()}: " + ", ".join([*chosen, "plain PyTorch" + " elsewhere" * bool(chosen)])
+
+
+def _tail() -> str:
+    """Who computes the end of a residual branch on the CPU, and why."""
+    x = torch.zeros(2, 4, 2, 2)
+    try:
+        return explain(x, torch.nn.BatchNorm2d(4), ECA(4), x, "relu")
+    except RuntimeError as error:
+        return str(error)
 
 
 def _extras() -> list[str]:

@@ -2,7 +2,8 @@
 
 A release of torch may take any of them away. ``import ecanet`` works without, values stay right, and ``ecanet doctor``
 says what is missing and what that costs. Attributes of :class:`torch.nn.Module` with an underscore (``_modules``,
-``_forward_hooks``, ...) are not listed: they are what a pickled module consists of.
+``_forward_hooks``, ...) are not listed: a pickled module consists of them; nor is ``Tensor._version``, which torch's
+documentation names.
 """
 
 import pkgutil
@@ -82,9 +83,13 @@ def is_exporting() -> bool:
 
 
 #: Hooks on all modules; what is true where there is one. Nothing public tells.
-has_any_global_hook: Callable[[], Any] = _find(
-    "torch.nn.modules.module._has_any_global_hook", "modules are called, and nothing is fused", _always
-)
+has_any_global_hook: Callable[[], Any] = _find("torch.nn.modules.module._has_any_global_hook", _NO_KERNELS, _always)
+
+#: Those hooks by number, of calls forward. Public: the handles, which whoever put a hook there has.
+GLOBAL_HOOKS: list[dict[int, Any]] = [
+    _find(f"torch.nn.modules.module.{name}", "hooks on all modules run in a dry run", {})
+    for name in ("_global_forward_pre_hooks", "_global_forward_hooks")
+]
 
 # --- kinds of tensors and modules -----------------------------------------------------------------------------------
 
@@ -112,6 +117,18 @@ BatchNormBase: Any = _find("torch.nn.modules.batchnorm._BatchNorm", "the public 
 NormBase: Any = _find(
     "torch.nn.modules.batchnorm._NormBase", "the public classes stand for it", (*_PUBLIC_NORMS, *_PUBLIC_INSTANCE_NORMS)
 )
+
+
+def check_rank(norm: Any, x: torch.Tensor) -> bool:
+    """Have a norm refuse a map of another rank than it takes; False where it cannot be asked. Public: calling it.
+
+    Raises:
+        ValueError: as the norm.
+    """
+    check = getattr(norm, "_check_input_dim", None)
+    if check is not None:
+        check(x)
+    return check is not None
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as calls
 
 from ecanet.nn import Gate
 from ecanet.nn.hung import run_gate
-from ecanet.private_torch import FakeTensorMode
+from ecanet.private_torch import GLOBAL_HOOKS, FakeTensorMode
 
 
 def gates(model: nn.Module) -> dict[str, Gate]:
@@ -55,14 +54,13 @@ def twin_of(model: nn.Module) -> nn.Module:
 @contextmanager
 def without_hooks_on_all_modules() -> Iterator[None]:
     """Hooks that somebody registered for the calls of all modules do not run meanwhile."""
-    registries = [calls._global_forward_pre_hooks, calls._global_forward_hooks]
-    kept = [dict(registry) for registry in registries]
-    for registry in registries:
+    kept = [dict(registry) for registry in GLOBAL_HOOKS]
+    for registry in GLOBAL_HOOKS:
         registry.clear()
     try:
         yield
     finally:
-        for registry, hooks in zip(registries, kept, strict=True):
+        for registry, hooks in zip(GLOBAL_HOOKS, kept, strict=True):
             registry.update(hooks)
 
 

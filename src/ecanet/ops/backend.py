@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ecanet.ops import cpu, gpu
-from ecanet.private_torch import are_transforms_active, is_forward_ad_on, is_tracing
+from ecanet.private_torch import are_transforms_active, is_forward_ad_on, is_tracing, why_no_kernels
 
 NAMES = ("auto", "reference", "cpu", "triton")
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -181,7 +181,7 @@ def decide(x: Tensor) -> Decision:
     if is_compiling():
         return COMPILER
     if (watcher := watched_by(x)) is not None:
-        return Decision("reference", watcher)
+        return Decision("reference", why_no_kernels() or watcher)
     name = choose(x)
     if name == "reference":
         return Decision(name, _why_reference(x))

@@ -174,25 +174,28 @@ def explain(
         the modules (norm, gate, residual, relu): the norm is called: it is no BatchNorm of torch
     """
     check_arguments(x, norm, gate, act)
-    decision = COMPILER if compiled else decide(x)
-    made = _plan(decision, x, norm, gate, residual, act, knows_means=False)
-    calls_act = made.act is None
-    name = type(act).__name__ if isinstance(act, nn.Module) else act
-    is_modules = made.who == "modules"
-    parts = (  # name, whether there is one, whether it is called before what is inside, whether it comes afterwards
-        ("norm", norm is not None, made.calls_norm, False),
-        ("gate", gate is not None or made.gate is not None, made.calls_gate, False),
-        ("residual", residual is not None, False, not made.adds),
-        (name, act is not None, False, calls_act),
+    made = _plan(COMPILER if compiled else decide(x), x, norm, gate, residual, act, knows_means=False)
+    hangs = gate is None and norm is not None and hung_gate(norm) is not None
+    places = {  # of what there is
+        "norm": "called" if made.calls_norm else "inside" if norm is not None else "",
+        "gate": "called" if made.calls_gate or (hangs and made.calls_norm) else "inside" if gate or hangs else "",
+        "residual": "" if residual is None else "inside" if made.adds else "afterwards",
+        type(act).__name__ if isinstance(act, nn.Module) else str(act): ""
+        if act is None
+        else "afterwards"
+        if made.act is None
+        else "inside",
+    }
+    if made.who == "modules":
+        places = {part: place and "inside" for part, place in places.items()}
+    inside, *others = (
+        ", ".join(part for part, place in places.items() if place == where)
+        for where in ("inside", "called", "afterwards")
     )
-    there = [(str(part), before, after) for part, is_there, before, after in parts if is_there]
-    inside = [part for part, before, after in there if is_modules or not (before or after)]
-    called = [] if is_modules else [part for part, before, _ in there if before]
-    afterwards = [] if is_modules else [part for part, _, after in there if after]
-    line = f"{_NAMES[made.who, made.backend]} ({', '.join(inside)})"
-    line += f"; called before: {', '.join(called)}" if called else ""
-    line += f"; afterwards: {', '.join(afterwards)}" if afterwards else ""
-    return f"{line}: {made.why}"
+    rest = "".join(
+        f"; {where}: {parts}" for where, parts in zip(("called", "afterwards"), others, strict=True) if parts
+    )
+    return f"{_NAMES[made.who, made.backend]} ({inside}){rest}: {made.why}"
 
 
 _NAMES = {

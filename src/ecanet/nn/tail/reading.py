@@ -10,7 +10,7 @@ from ecanet.nn.hooks import called_differently, is_identity
 from ecanet.nn.tail.maths import GateMaths, NormMaths
 from ecanet.nn.tail.statistics import process_group
 from ecanet.ops import reference
-from ecanet.private_torch import BatchNormBase
+from ecanet.private_torch import BatchNormBase, check_rank
 
 #: In the order of reference.ACTS.
 _ACT_MODULES: tuple[type[nn.Module], ...] = (nn.Identity, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish)
@@ -78,7 +78,8 @@ def read_norm(norm: nn.Module, x: Tensor, known_hooks: int = 0) -> NormMaths | s
         return _read_frozen(norm, x)
     if not isinstance(norm, BatchNormBase) or not (type(norm) in _BATCH_NORMS or _is_plain_of_timm(norm)):
         return "is no BatchNorm of torch"
-    norm._check_input_dim(x)
+    if not check_rank(norm, x):
+        return "cannot be asked which ranks it takes"
     if norm.num_features != x.shape[1]:
         return f"has {norm.num_features} channels and x {x.shape[1]}"
     buffers = norm._buffers  # a look-up in which takes a part of an attribute's time

@@ -10,6 +10,7 @@ from ecanet.nn.tail.second_derivatives import OTHER_PROCESSES, no_second_derivat
 from ecanet.nn.tail.statistics import process_group, share_gradients, share_statistics, update_running_statistics
 from ecanet.ops import reference
 from ecanet.ops.backend import watched_by
+from ecanet.private_torch import check_rank
 
 
 def call_norm(norm: nn.Module, x: Tensor) -> Tensor:
@@ -55,9 +56,8 @@ class _SharedForward:
 
     def __call__(self, x: Tensor) -> Tensor:
         norm = self.norm
-        norm._check_input_dim(x)
-        norm._check_non_zero_input_channels(x)
-        if norm.num_features != x.shape[1]:
+        check_rank(norm, x)
+        if x.shape[1] == 0 or norm.num_features != x.shape[1]:
             raise ValueError(f"x must have the {norm.num_features} channels of its norm, got shape {tuple(x.shape)}")
         return _SharedNorm.apply(x, norm.weight, norm.bias, norm)
 

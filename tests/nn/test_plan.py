@@ -1,0 +1,248 @@
+"""Who computes a tail, in every situation of the table in docs/how-it-works.md; decided once, and said in one line."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+
+import ecanet
+from ecanet.nn import ECA, SE, explain, norm_gate_add_act
+from ecanet.nn.tail import plan as plans
+from ecanet.ops import backend, cpu, gpu
+
+C = 8
+DOCS = Path(__file__).parents[2] / "docs/how-it-works.md"
+needs_kernels = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+
+
+def arguments(**changed: Any) -> dict[str, Any]:
+    """A tail that the kernels know, with something else in it."""
+    x = torch.randn(2, C, 3, 4)
+    return {
+        "x": x,
+        "norm": nn.BatchNorm2d(C),
+        "gate": ECA(C),
+        "residual": torch.randn_like(x),
+        "act": "relu",
+        **changed,
+    }
+
+
+def hooked(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(lambda *_: None)
+    return module
+
+
+def with_hung_gate() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C))
+    ecanet.insert_gates_(model, where=["1"], input_shape=(1, C, 3, 4))
+    return model[1]
+
+
+#: Name in the docs: what is passed, and what the line says before the reason, and a part of the reason.
+EAGER: dict[str, tuple[Callable[[], dict[str, Any]], str, str]] = {
+    "BatchNorm and a gate of this library": (arguments, "the C++ kernels (norm, gate, residual, relu)", "on the CPU"),
+    "no gate": (lambda: arguments(gate=None), "the C++ kernels (norm, residual, relu)", "on the CPU"),
+    "a gate that hangs on the norm": (
+        lambda: arguments(norm=with_hung_gate(), gate=None),
+        "the C++ kernels (norm, gate, residual, relu)",
+        "on the CPU",
+    ),
+    "another norm": (
+        lambda: arguments(norm=nn.GroupNorm(2, C)),
+        "the C++ kernels (gate, residual, relu); called: norm",
+        "it is no BatchNorm of torch",
+    ),
+    "a hook on the norm": (
+        lambda: arguments(norm=hooked(nn.BatchNorm2d(C))),
+        "the C++ kernels (gate, residual, relu); called: norm",
+        "the norm is called: it has a hook",
+    ),
+    "a hook on a norm that a gate hangs on": (
+        lambda: arguments(norm=hooked(with_hung_gate()), gate=None),
+        "the C++ kernels (residual, relu); called: norm, gate",
+        "the norm is called: it has a hook",
+    ),
+    "a gate of somebody else": (
+        lambda: arguments(gate=nn.Identity()),
+        "the C++ kernels (norm, residual, relu); called: gate",
+        "the gate is called: it is no Gate",
+    ),
+    "a hook on the gate": (
+        lambda: arguments(gate=hooked(SE(C))),
+        "the C++ kernels (norm, residual, relu); called: gate",
+        "the gate is called: it has a hook",
+    ),
+    "a residual that is broadcast, or of another type": (
+        lambda: arguments(residual=torch.randn(C, 1, 1)),
+        "the C++ kernels (norm, gate); afterwards: residual, relu",
+        "on the CPU",
+    ),
+    "another activation": (
+        lambda: arguments(act=nn.GELU()),
+        "the C++ kernels (norm, gate, residual); afterwards: GELU",
+        "on the CPU",
+    ),
+    "an empty batch": (
+        lambda: arguments(x=torch.randn(0, C, 3, 4), residual=None),
+        "the modules (norm, gate, relu)",
+        "x is empty",
+    ),
+    "a tensor with operations of its own": (
+        lambda: arguments(x=torch.randn(2, C, 3, 4).as_subclass(OwnTensor)),
+        "the modules (norm, gate, residual, relu)",
+        "x is a OwnTensor",
+    ),
+}
+
+
+class OwnTensor(torch.Tensor):
+    """Sees every operation."""
+
+
+COMPILED: dict[str, tuple[Callable[[], dict[str, Any]], str, str]] = {
+    "compiled: ECA, statistics of the batch": (
+        arguments,
+        "one operation in a compiler's graph (norm, gate, residual, relu)",
+        "the kernels are faster",
+    ),
+    "compiled: ECA, given statistics, no gradient": (
+        lambda: arguments(norm=nn.BatchNorm2d(C).eval()),
+        "one operation in a compiler's graph (norm, gate, residual, relu)",
+        "the kernels are faster",
+    ),
+    "compiled: another gate, statistics of the batch": (
+        lambda: arguments(gate=SE(C)),
+        "a formula in a compiler's graph (norm, gate, residual); afterwards: relu",
+        "Inductor fuses it",
+    ),
+    "compiled: no gate": (
+        lambda: arguments(gate=None),
+        "the modules (norm, residual, relu)",
+        "a compiler fuses the rest as well",
+    ),
+    "compiled: a module has to be called": (
+        lambda: arguments(norm=hooked(nn.BatchNorm2d(C))),
+        "the modules (norm, gate, residual, relu)",
+        "the norm is called: it has a hook",
+    ),
+    "compiled: SyncBatchNorm": (
+        lambda: arguments(norm=nn.SyncBatchNorm(C)),
+        "the modules (norm, gate, residual, relu)",
+        "torch.compile",
+    ),
+}
+#: Name in the docs: type of x, norm and gate, who computes on the CPU, and on a GPU.
+ON_CPU_AND_GPU: dict[str, tuple[torch.dtype, nn.Module, nn.Module, str, str]] = {
+    "compiled: another gate, given statistics": (
+        torch.float32,
+        nn.BatchNorm2d(C).eval(),
+        SE(C),
+        "the modules (norm, gate, relu)",
+        "a formula in a compiler's graph (norm, gate, relu)",
+    ),
+    "compiled: half precision on a GPU": (
+        torch.float16,
+        nn.BatchNorm2d(C),
+        ECA(C),
+        "one operation in a compiler's graph (norm, gate, relu)",
+        "one operation in a compiler's graph (norm, gate, relu)",
+    ),
+}
+LOOKING_ON = (
+    "torch.fx, torch.jit.trace or torch.func looks on",
+    "forward-mode derivatives are taken",
+    "the reference is asked for",
+)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", EAGER)
+def test_who_computes_and_why(name) -> None:
+    build, line, why = EAGER[name]
+    said = explain(**build())
+    assert said.startswith(f"{line}: ")
+    assert why in said
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", COMPILED)
+def test_who_computes_under_a_compiler_and_why(name) -> None:
+    build, line, why = COMPILED[name]
+    with torch.no_grad():
+        said = explain(**build(), compiled=True)
+    assert said.startswith(f"{line}: ")
+    assert why in said
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ON_CPU_AND_GPU)
+def test_who_computes_under_a_compiler_on_either_device(name, monkeypatch) -> None:
+    monkeypatch.setattr(gpu, "IS_COMPLETE", True)
+    dtype, norm, gate, *lines = ON_CPU_AND_GPU[name]
+    for device, line in zip(("cpu", "cuda"), lines, strict=True):
+        with FakeTensorMode(), torch.no_grad():
+            x = torch.empty(2, C, 3, 4, dtype=dtype, device=device)
+            assert explain(x, norm, gate, act="relu", compiled=True).startswith(f"{line}: ")
+
+
+@needs_kernels
+def test_who_looks_on_sees_the_modules(monkeypatch) -> None:
+    given = arguments()
+    with ecanet.backend("reference"):
+        assert explain(**given).endswith("backend('reference') or ECANET_BACKEND asks for it")
+    with forward_ad.dual_level():
+        assert explain(**given).endswith("forward-mode derivatives are taken")
+    said = []
+    torch.func.vmap(lambda x: said.append(explain(x, given["norm"], given["gate"])) or x)(given["x"][None])
+    assert said[0].endswith("a transform of torch.func looks on")
+
+
+@needs_kernels
+@pytest.mark.parametrize("gate", [ECA(C), SE(C), nn.Identity(), hooked(ECA(C))], ids=["ECA", "SE", "other", "hooked"])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(C), nn.GroupNorm(2, C)], ids=["BatchNorm", "GroupNorm"])
+def test_a_tail_is_decided_once(norm, gate, monkeypatch) -> None:
+    decided = []
+    decide = backend.decide
+    monkeypatch.setattr(plans, "decide", lambda x: decided.append(x) or decide(x))
+    norm_gate_add_act(**arguments(norm=norm, gate=gate, act=nn.GELU()))
+    assert len(decided) == 1
+
+
+@needs_kernels
+def test_a_norm_that_returns_another_type_is_followed_by_the_modules() -> None:
+    class Doubling(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.double()
+
+    given = arguments(norm=Doubling())
+    out = norm_gate_add_act(**given)
+    assert out.dtype is torch.float64
+    want = torch.relu(given["gate"](given["x"].double()) + given["residual"])
+    torch.testing.assert_close(out, want, rtol=1e-6, atol=1e-6)
+
+
+def test_a_plan_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError):
+        plans.plan(**arguments()).who = "modules"
+
+
+@pytest.mark.parametrize(
+    ("changed", "error"),
+    [({"act": "gelu"}, "act must be one of"), ({"x": torch.ones(2, C, 3, 4, dtype=torch.int)}, "x must be floating")],
+    ids=["act", "x"],
+)
+def test_explain_refuses_what_the_tail_refuses(changed, error) -> None:
+    with pytest.raises((TypeError, ValueError), match=error):
+        explain(**arguments(**changed))
+
+
+def test_the_table_in_the_docs_has_every_situation() -> None:
+    rows = re.findall(r"^\| ([^|]+) \|", DOCS.read_text(), re.MULTILINE)
+    assert set(rows) >= {*EAGER, *COMPILED, *ON_CPU_AND_GPU, *LOOKING_ON}

@@ -14,7 +14,7 @@ from ecanet.surgery.report import Report, Row
 from ecanet.surgery.undo import all_or_nothing
 
 
-class Tail(NamedTuple):
+class FusedBlock(NamedTuple):
     """How a block of somebody else runs on the fused tail.
 
     Attributes:
@@ -29,14 +29,14 @@ class Tail(NamedTuple):
 
 
 #: By the class of the block.
-FUSED: dict[str, Tail] = {
-    "torchvision.models.resnet.BasicBlock": Tail("ecanet.models.resnet.GatedBasicBlock", "bn2", "eca"),
-    "torchvision.models.resnet.Bottleneck": Tail("ecanet.models.resnet.GatedBottleneck", "bn3", "eca"),
-    "torchvision.models.mobilenetv2.InvertedResidual": Tail(
+FUSED: dict[str, FusedBlock] = {
+    "torchvision.models.resnet.BasicBlock": FusedBlock("ecanet.models.resnet.GatedBasicBlock", "bn2", "eca"),
+    "torchvision.models.resnet.Bottleneck": FusedBlock("ecanet.models.resnet.GatedBottleneck", "bn3", "eca"),
+    "torchvision.models.mobilenetv2.InvertedResidual": FusedBlock(
         "ecanet.models.mobilenetv2.GatedInvertedResidual", "conv.-1"
     ),
     **{
-        f"torchvision.models.{block}": Tail(f"ecanet.surgery.fused_torchvision.{fused}", norm)
+        f"torchvision.models.{block}": FusedBlock(f"ecanet.surgery.fused_torchvision.{fused}", norm)
         for block, fused, norm in (
             ("regnet.ResBottleneckBlock", "FusedResBottleneckBlock", "f.-1.-1"),
             ("mobilenetv3.InvertedResidual", "FusedInvertedResidual", "block.-1.-1"),
@@ -45,7 +45,7 @@ FUSED: dict[str, Tail] = {
         )
     },
     **{
-        f"timm.models.{block}": Tail(f"ecanet.surgery.fused_timm.{fused}", norm, attention)
+        f"timm.models.{block}": FusedBlock(f"ecanet.surgery.fused_timm.{fused}", norm, attention)
         for block, fused, norm, attention in (
             ("resnet.BasicBlock", "FusedBasicBlock", "bn2", "se"),
             ("resnet.Bottleneck", "FusedBottleneck", "bn3", "se"),
@@ -87,7 +87,7 @@ def fuse_tails_(model: nn.Module) -> Report:
         (8, True)
     """
     check_model(model)
-    fused_already = tuple({tail.fused for tail in FUSED.values()})
+    fused_already = tuple({known.fused for known in FUSED.values()})
     rows: list[Row] = []
     notes: list[str] = []
     replaced: dict[str, nn.Module] = {}
@@ -96,35 +96,35 @@ def fuse_tails_(model: nn.Module) -> Report:
         for name, block in list(model.named_modules()):
             cls = qualified_name(type(block))
             already += cls in fused_already
-            tail = FUSED.get(cls)
-            if tail is None:
+            known = FUSED.get(cls)
+            if known is None:
                 continue
             if "forward" in vars(block):
                 notes.append(f"left out: {name} has a forward of its own")
             else:
-                rows.append(_fuse_(name, block, tail, replaced))
+                rows.append(_fuse_(name, block, known, replaced))
     if not rows and not already:
-        known = ", ".join(block.removeprefix("torchvision.models.").replace(".models", "") for block in FUSED)
-        raise ValueError(f"{type(model).__name__} has no block that has a fused tail (known: {known})")
+        names = ", ".join(block.removeprefix("torchvision.models.").replace(".models", "") for block in FUSED)
+        raise ValueError(f"{type(model).__name__} has no block that has a fused tail (known: {names})")
     if already:
         notes.append(f"{already} blocks run on the fused tail already")
     return Report("fused", tuple(rows), tuple(notes), replaced)
 
 
-def _fuse_(name: str, block: nn.Module, tail: Tail, replaced: dict[str, nn.Module]) -> Row:
+def _fuse_(name: str, block: nn.Module, known: FusedBlock, replaced: dict[str, nn.Module]) -> Row:
     """Give one block its fused class; its own attention that a gate takes the place of goes into ``replaced``."""
-    norm_name, norm = resolve(block, tail.norm)
+    norm_name, norm = resolve(block, known.norm)
     gate = hung_gate(norm)
-    if tail.attention is not None:
-        own = getattr(block, tail.attention, None)
+    if known.attention is not None:
+        own = getattr(block, known.attention, None)
         gate = own if gate is None and own is not None else gate
         if own is not None and (adopted := as_gate(own, out_channels(norm))) is not own:
-            replaced[f"{name}.{tail.attention}"] = own
-            block.register_module(tail.attention, adopted)
+            replaced[f"{name}.{known.attention}"] = own
+            block.register_module(known.attention, adopted)
             gate = adopted
-        elif not hasattr(block, tail.attention):
-            block.register_module(tail.attention, None)
-    module_name, _, class_name = tail.fused.rpartition(".")
+        elif not hasattr(block, known.attention):
+            block.register_module(known.attention, None)
+    module_name, _, class_name = known.fused.rpartition(".")
     block.__class__ = getattr(importlib.import_module(module_name), class_name)
     where = f"{name}.{norm_name}" if name else norm_name
     return Row(name, "" if gate is None else type(gate).__name__, where, out_channels(norm))

@@ -1,6 +1,7 @@
 """No gate is lost in silence where tools merge, rebuild, quantise or swap the modules that gates hang on."""
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -126,6 +127,136 @@ def test_without_gates_torch_merges_as_ever() -> None:
     want = model(x)
     torch.testing.assert_close(fx_fuse(copy.deepcopy(model))(x), want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(by_hand(copy.deepcopy(model))(x), want, rtol=1e-4, atol=1e-5)
+
+
+# The module that torch.fx is given: its graph has no hooks
+
+
+class OneOperation(nn.Module):
+    """Nothing in it but its own code."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x) + 1
+
+
+def interpreted(model: nn.Module) -> Callable[[Tensor], Any]:
+    graph = fx.symbolic_trace(model)
+    return lambda x: fx.Interpreter(graph).run(x)
+
+
+def split(model: nn.Module) -> nn.Module:
+    from torch.fx.passes.split_module import split_module
+
+    graph = fx.symbolic_trace(model)
+    return split_module(graph, model, lambda node: int(node.op == "call_module"))
+
+
+def prepared(model: nn.Module) -> nn.Module:
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import prepare_fx
+
+    return prepare_fx(model, get_default_qconfig_mapping("fbgemm"), (maps(),))
+
+
+def quantised(model: nn.Module) -> nn.Module:
+    from torch.ao.quantization.quantize_fx import convert_fx
+
+    observed = prepared(model)
+    observed(torch.linspace(-5, 5, 2 * C * 30).reshape(2, C, 6, 5))
+    return convert_fx(observed)
+
+
+def fused_fx(model: nn.Module) -> nn.Module:
+    from torch.ao.quantization.quantize_fx import fuse_fx
+
+    return fuse_fx(model)
+
+
+def feature_extractor(model: nn.Module) -> Callable[[Tensor], Any]:
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    extractor = create_feature_extractor(model, ["gate"])
+    return lambda x: extractor(x)["gate"]
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(fx.symbolic_trace(model)))
+
+
+TOOLS: dict[str, Callable[[Any], Callable[[Tensor], Any]]] = {
+    "symbolic_trace": fx.symbolic_trace,
+    "a trace of the trace": lambda model: fx.symbolic_trace(fx.symbolic_trace(model)),
+    "a copy of the trace": lambda model: copy.deepcopy(fx.symbolic_trace(model)),
+    "a pickle of the trace": pickled,
+    "Interpreter": interpreted,
+    "Transformer": lambda model: fx.Transformer(fx.symbolic_trace(model)).transform(),
+    "split_module": split,
+    "fuse": fx_fuse,
+    "fuse_fx": fused_fx,
+    "prepare_fx": prepared,
+    "prepare_fx and convert_fx": quantised,
+    "create_feature_extractor": feature_extractor,
+    "optimize_for_inference": optimize_for_inference,
+    "deepcopy": copy.deepcopy,
+    "torch.export": lambda model: torch.export.export(model, (maps(),)).module(),
+    "torch.export, strict": lambda model: torch.export.export(model, (maps(),), strict=True).module(),
+    "torch.jit.trace": lambda model: torch.jit.trace(model, maps()),
+    "functional_call": lambda model: lambda x: torch.func.functional_call(model, dict(model.named_parameters()), x),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of what torch deprecates
+@pytest.mark.parametrize("root", [Block, OneOperation], ids=["a block", "code without children"])
+@pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
+def test_a_gate_on_the_very_module_that_a_tool_is_given_stays(tool, root) -> None:
+    model, x = root().eval(), maps()
+    ecanet.remove_gates_(model, force=True)
+    hang_(model, SEVar1(C))
+    with torch.no_grad():
+        want = model(x)
+        kept = tool(model)
+        tolerance = 0.1 if tool is quantised else 1e-5
+        torch.testing.assert_close(kept(x), want, rtol=tolerance, atol=tolerance)
+        assert torch.equal(model(x), want)
+
+
+def test_a_trace_of_a_host_has_the_gates_keys_and_parameters() -> None:
+    model = OneOperation()
+    hang_(model, SE(C))
+    traced = fx.symbolic_trace(model)
+    assert list(traced.state_dict()) == list(model.state_dict())
+    assert list(traced.parameters()) == list(model.parameters())
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["gate"]
+
+
+def test_a_graph_of_another_method_is_not_scaled() -> None:
+    class Features(nn.BatchNorm2d):
+        def features(self, x: Tensor) -> Tensor:
+            return x * 2
+
+    class FeatureTracer(fx.Tracer):
+        traced_func_name = "features"
+
+    model = Features(C)
+    hang_(model, ECA(C))
+    graph = FeatureTracer().trace(model)
+    assert not [node for node in graph.nodes if node.op == "call_module"]
+
+
+def test_no_gate_hangs_on_a_graph_that_copies_would_lose() -> None:
+    with pytest.raises(ValueError, match=r"cannot hang on a GraphModule \(OneOperation\).*name the last module in it"):
+        hang_(fx.symbolic_trace(OneOperation()), ECA(C))
+
+
+@pytest.mark.parametrize("tool", [fx.symbolic_trace, fx_fuse, optimize_for_inference])
+def test_what_a_tool_made_of_a_host_takes_its_place_with_one_gate(tool) -> None:
+    model, x = nn.Sequential(Block(), nn.ReLU()).eval(), maps()
+    ecanet.remove_gates_(model, force=True)
+    hang_(model[0], SEVar1(C))
+    with torch.no_grad():
+        want = model(x)
+        model[0] = tool(model[0])
+        torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
 
 
 # Another module in the place of the one that carries a gate

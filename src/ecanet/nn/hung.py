@@ -7,8 +7,9 @@ the network work.
 Tools that take networks apart do not know of it, so no gate is lost in silence: where another module is registered in
 the place of one that carries a gate, as timm's ``freeze_batch_norm_2d`` does, the gate hangs on that one from then on,
 or there is a warning, if it is part of something else already; where somebody builds a BatchNorm anew and hands its
-children on, as :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` does, it hangs itself on the new one; and torch's
-functions that merge a norm into the layer before it refuse.
+children on, as :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` does, it hangs itself on the new one; torch's
+functions that merge a norm into the layer before it refuse; and :mod:`torch.fx`, which traces the ``forward`` of the
+module that it is given and so passes its hooks by, calls the gate at the end of the graph.
 """
 
 import gc
@@ -19,7 +20,7 @@ from functools import wraps
 from typing import Any
 
 import torch.nn.utils.fusion
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_module_registration_hook
 
@@ -47,10 +48,15 @@ def hang_(host: nn.Module, gate: nn.Module) -> None:
     """Hang a gate on a module that has none.
 
     Raises:
-        ValueError: the module has something called ``gate`` already, or calls all of its children.
+        ValueError: the module has something called ``gate`` already, calls all of its children, or is one of torch.fx.
     """
     if isinstance(host, CONTAINERS):
         raise ValueError(f"a gate cannot hang on a {type(host).__name__}, which runs its children: name its last one")
+    if isinstance(host, fx.GraphModule):
+        raise ValueError(
+            f"a gate cannot hang on a GraphModule ({type(host).__name__}), of which torch.fx copies and runs the graph "
+            "and no hooks: name the last module in it, or hang the gate before the trace, which takes it along"
+        )
     if hasattr(host, GATE):
         raise ValueError(f"a {type(host).__name__} with an attribute {GATE!r} of its own cannot take one: wrap it")
     host.register_module(GATE, gate)
@@ -68,7 +74,7 @@ def _hand_on_the_gate(parent: nn.Module, name: str, new: nn.Module | None) -> No
     old = children.get(name)
     if old is None or old is new or (gate := hung_gate(old)) is None:
         return
-    if any(module in (old, gate) or hung_gate(module) is not None for module in new.modules()):
+    if any(module in (old, gate) or getattr(module, HANGS, False) for module in new.modules()):
         return  # it brings one, or the host itself
     if any(module is new for module in children.values()):
         return  # modules of one parent change places
@@ -120,6 +126,35 @@ for _name in ("fuse_conv_bn_eval", "fuse_linear_bn_eval"):
     for _borrower in _BORROWERS:
         if getattr(sys.modules.get(_borrower), _name, None) == _merge:
             setattr(sys.modules[_borrower], _name, refuses_gates(_merge))
+
+
+def calls_the_gate(trace: Callable[..., fx.Graph]) -> Callable[..., fx.Graph]:
+    """:meth:`torch.fx.Tracer.trace`, so that the graph of a module that a gate hangs on ends with the gate.
+
+    A graph is what all that follows copies, splits, interprets and rewrites; the hook is on the module it was made of.
+    """
+
+    @wraps(trace)
+    def trace_with_gate(tracer: fx.Tracer, root: Any, *args: Any, **kwargs: Any) -> fx.Graph:
+        graph = trace(tracer, root, *args, **kwargs)
+        gate = hung_gate(root) if isinstance(root, nn.Module) and tracer.traced_func_name == "forward" else None
+        if gate is None:
+            return graph
+
+        def as_it_is(*args: Any, **kwargs: Any) -> fx.Proxy:  # not looked into, as the trace is over
+            return tracer.create_proxy("call_module", GATE, args, kwargs)
+
+        end = graph.output_node()
+        with graph.inserting_before(end):
+            end.args = fx.map_arg(
+                end.args, lambda node: tracer.call_module(gate, as_it_is, (tracer.proxy(node),), {}).node
+            )
+        return graph
+
+    return trace_with_gate
+
+
+setattr(fx.Tracer, "trace", calls_the_gate(fx.Tracer.trace))  # noqa: B010
 
 
 def _hang_on_the_new_host(host: nn.Module, name: str, gate: nn.Module | None) -> None:

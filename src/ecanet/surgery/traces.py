@@ -78,10 +78,14 @@ def cannot_trace(why: str) -> str:
 
 
 def _stand_in(module: nn.Module) -> nn.Module:
-    """A module of the same class, children and attributes, in which code may leave what it was traced with."""
+    """A module of the same class, children and attributes, in which code may leave what it was traced with.
+
+    It has no hooks on its calls: the graph is that of its own code, without a gate that hangs on it.
+    """
     twin = object.__new__(type(module))
     own = vars(module).items()
     vars(twin).update({k: v.copy() if isinstance(v, (dict, list, set)) else v for k, v in own})
+    twin._forward_hooks.clear()
     return twin
 
 

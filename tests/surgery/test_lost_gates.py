@@ -341,6 +341,189 @@ def test_what_cannot_carry_a_gate_is_told() -> None:
     assert hung_gate(model.bn) is not None
 
 
+def test_state_dicts_without_gates_load_into_what_took_the_place_of_a_host() -> None:
+    model = nn.Sequential(nn.Conv2d(3, C, 1), nn.BatchNorm2d(C))
+    plain = model.state_dict()
+    insert_gates_(model, where="1")
+    model[1] = nn.BatchNorm2d(C)
+    model.load_state_dict(plain)
+
+
+# A wrapper around the one that carries a gate
+
+
+class ConvActHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act, self.head = nn.Conv2d(C, C, 3, padding=1), nn.ReLU(), nn.Linear(C, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.act(self.conv(x)).mean((2, 3)))
+
+
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "LoRA": ("LoraConfig", {"init_lora_weights": False}),
+    "rsLoRA": ("LoraConfig", {"init_lora_weights": False, "use_rslora": True}),
+    "DoRA": ("LoraConfig", {"init_lora_weights": False, "use_dora": True}),
+    "LoHa": ("LoHaConfig", {"init_weights": False}),
+    "LoKr": ("LoKrConfig", {"init_weights": False}),
+    "BOFT": ("BOFTConfig", {"init_weights": False, "boft_block_size": 4}),
+    "HRA": ("HRAConfig", {"init_weights": False}),
+    "IA3": ("IA3Config", {"init_ia3_weights": False, "feedforward_modules": []}),
+}
+
+
+def adapted(model: nn.Module, name: str) -> Any:
+    peft = pytest.importorskip("peft")
+    config, arguments = ADAPTERS[name]
+    rank = {} if name in ("IA3", "BOFT") else {"r": 2}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.get_peft_model(model, getattr(peft, config)(target_modules=["conv"], **rank, **arguments)).eval()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_on_a_host_is_gated_with_it_so_that_merging_changes_nothing(name) -> None:
+    model, x = ConvActHead().eval(), maps()
+    hang_(model.conv, SEVar1(C))
+    gate, without = model.conv.gate, model(x)
+    plain = ConvActHead().eval()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    adapter = adapted(model, name)
+    assert [(host, g) for host, _, g in hung_gates(adapter)] == [("base_model.model.conv", gate)]
+    unmerged = adapter(x)
+    assert (unmerged - without).abs().max() > 1e-4
+    adapter.merge_adapter()
+    torch.testing.assert_close(adapter(x), unmerged, rtol=1e-4, atol=1e-5)
+    adapter.unmerge_adapter()
+    torch.testing.assert_close(adapter(x), unmerged, rtol=1e-4, atol=1e-5)
+    merged = adapter.merge_and_unload()
+    assert [(host, g) for host, _, g in hung_gates(merged)] == [("conv", gate)]
+    assert list(merged.state_dict()) == [
+        *(f"conv.{key}" for key in merged.conv.state_dict()),
+        "head.weight",
+        "head.bias",
+    ]
+    torch.testing.assert_close(merged(x), unmerged, rtol=1e-4, atol=1e-5)
+    plain.load_state_dict(merged.state_dict(), strict=False)
+    want = plain.head(plain.act(gate(plain.conv(x))).mean((2, 3)))
+    torch.testing.assert_close(merged(x), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["LoRA", "LoHa", "DoRA"])
+def test_an_adapter_that_is_taken_off_unmerged_leaves_the_gate(name) -> None:
+    model, x = ConvActHead().eval(), maps()
+    hang_(model.conv, SE(C, 2))
+    want = model(x)
+    adapter = adapted(model, name)
+    assert any(key.startswith("base_model.model.conv.gate.") for key in adapter.state_dict())
+    back = adapter.unload()
+    torch.testing.assert_close(back(x), want)
+    assert [host for host, _, _ in hung_gates(back)] == ["conv"]
+
+
+def test_gates_can_be_put_in_after_adapters_too() -> None:
+    model, x = ConvActHead().eval(), maps()
+    adapter = adapted(model, "LoRA")
+    insert_gates_(adapter, "se", where="*.model.conv", preserve=False, input_shape=(1, C, 6, 5))
+    unmerged = adapter(x)
+    merged = adapter.merge_and_unload()
+    assert [host for host, _, _ in hung_gates(merged)] == ["conv"]
+    torch.testing.assert_close(merged(x), unmerged, rtol=1e-4, atol=1e-5)
+
+
+class Adapter(nn.Module):
+    """Adds to what a layer returns."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.delta = layer, nn.Conv2d(C, C, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.delta(x)
+
+
+class MergingAdapter(Adapter):
+    def merge(self) -> nn.Module:
+        self.layer.weight.data[:, :, 1, 1] += self.delta.weight.data[:, :, 0, 0]
+        self.layer.bias.data += self.delta.bias.data
+        return self.layer
+
+
+def test_your_own_adapter_that_can_merge_itself_gets_the_gate() -> None:
+    model, x = ConvActHead().eval(), maps()
+    hang_(model.conv, SEVar1(C))
+    modules = dict(model.named_modules())  # somebody's list of them is no other place
+    adapter = MergingAdapter(modules["conv"])
+    model.conv = adapter
+    assert [host for host, _, _ in hung_gates(model)] == ["conv"]
+    want = model(x)
+    model.conv = adapter.merge()
+    torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
+    assert hung_gate(adapter) is None
+
+
+def test_a_wrapper_that_may_add_something_is_told_what_the_gate_scales() -> None:
+    model, x = ConvActHead().eval(), maps()
+    hang_(model.conv, SEVar1(C))
+    host = model.conv
+    with pytest.warns(UserWarning, match=r"a Adapter takes the place 'conv'.*scales what the old one returns") as told:
+        model.conv = Adapter(host)
+    assert told[0].filename == __file__
+    torch.testing.assert_close(model.conv(x), host(x) + model.conv.delta(x))
+
+
+def test_an_adapter_on_a_layer_of_two_places_is_told_that_it_is_not_scaled() -> None:
+    model, x = ConvActHead().eval(), maps()
+    hang_(model.conv, SEVar1(C))
+    model.again = host = model.conv
+    want = host(x)
+    with pytest.warns(UserWarning, match="part of something else, too.*Adapt it without a gate"):
+        model.conv = MergingAdapter(host)
+    assert torch.equal(model.again(x), want)
+
+
+class PassesOn(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def checkpointed(layer: nn.Module) -> nn.Module:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    return checkpoint_wrapper(layer)
+
+
+def offloaded(layer: nn.Module) -> nn.Module:
+    return pytest.importorskip("accelerate").hooks.add_hook_to_module(
+        layer, pytest.importorskip("accelerate").hooks.ModelHook()
+    )
+
+
+def kept_to_train(layer: nn.Module) -> nn.Module:
+    return pytest.importorskip("peft").utils.ModulesToSaveWrapper(layer, "default")
+
+
+WRAPPERS = [PassesOn, nn.Sequential, checkpointed, torch.compile, nn.DataParallel, offloaded, kept_to_train]
+WRAPPERS += [torch.ao.quantization.QuantWrapper]
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization:DeprecationWarning")
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_a_wrapper_that_only_passes_on_scales_once(wrap) -> None:
+    model, x = ConvActHead().eval(), maps()
+    hang_(model.conv, SEVar1(C))
+    want = model(x)
+    model.conv = wrap(model.conv)
+    if wrap is not torch.compile:  # not compiled here: it would call the same
+        torch.testing.assert_close(model(x), want)
+
+
 # Our own copy for inference
 
 

@@ -6,7 +6,8 @@ the network work.
 
 Tools that take networks apart do not know of it, so no gate is lost in silence: where another module is registered in
 the place of one that carries a gate, as timm's ``freeze_batch_norm_2d`` does, the gate hangs on that one from then on,
-or there is a warning, if it is part of something else already; where somebody builds a BatchNorm anew and hands its
+or there is a warning, if it is part of something else already; an adapter that is wrapped around a host gets its gate,
+and gives it back when it is taken off; where somebody builds a BatchNorm anew and hands its
 children on, as :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` does, it hangs itself on the new one; torch's
 functions that merge a norm into the layer before it refuse; and :mod:`torch.fx`, which traces the ``forward`` of the
 module that it is given and so passes its hooks by, calls the gate at the end of the graph.
@@ -15,7 +16,7 @@ module that it is given and so passes its hooks by, calls the gate at the end of
 import gc
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from typing import Any
 
@@ -66,7 +67,7 @@ def hang_(host: nn.Module, gate: nn.Module) -> None:
 
 
 def _hand_on_the_gate(parent: nn.Module, name: str, new: nn.Module | None) -> None:
-    """What takes the place of a host gets its gate; what lives elsewhere, too, would be scaled there: one is told."""
+    """What takes the place of a host gets its gate; where that could be wrong, one is told."""
     if new is None or not isinstance(children := parent.__dict__.get("_modules"), dict):  # TorchScript has another
         return
     if type(parent).__module__.startswith("torch.ao.nn.") and hung_gate(new) is not None:
@@ -74,25 +75,67 @@ def _hand_on_the_gate(parent: nn.Module, name: str, new: nn.Module | None) -> No
     old = children.get(name)
     if old is None or old is new or (gate := hung_gate(old)) is None:
         return
-    if any(module in (old, gate) or getattr(module, HANGS, False) for module in new.modules()):
-        return  # it brings one, or the host itself
-    if any(module is new for module in children.values()):
-        return  # modules of one parent change places
-    if not _is_registered(new):
-        hang_(new, gate)
-    else:
-        warnings.warn(
-            f"a {type(new).__name__} takes the place {name!r} of a {type(old).__name__} that a gate hangs on, and the "
-            "gate goes with the old one: insert_gates_ hangs another on the new one",
-            stacklevel=4,
+    problem = _wrap(parent, old, new, gate) if old in new.modules() else _replace(parent, old, new, gate)
+    if problem is not None:
+        place = f"a {type(new).__name__} takes the place {name!r} of a {type(old).__name__} that a gate hangs on"
+        warnings.warn(f"{place}, and {problem}", stacklevel=3)
+
+
+def _replace(parent: nn.Module, old: nn.Module, new: nn.Module, gate: nn.Module) -> str | None:
+    """Hang the gate on what takes its host's place; what lives elsewhere, too, would be scaled there: says so."""
+    if any(module is gate or getattr(module, HANGS, False) for module in new.modules()):
+        return None  # it brings one
+    if any(module is new for module in parent.children()):
+        return None  # modules of one parent change places
+    if _is_registered(new, but_in=old.modules()):
+        return "the gate goes with the old one: insert_gates_ hangs another on the new one"
+    if new in old.modules():  # an adapter is taken off
+        take_down_(old)
+    hang_(new, gate)
+    fill_with_gates_(new)
+    return None
+
+
+def _wrap(parent: nn.Module, old: nn.Module, new: nn.Module, gate: nn.Module) -> str | None:
+    """What takes a host's place and holds it: the gate stays inside, but for adapters, such as peft's.
+
+    These add to what the host returns, or compute it anew, and can merge that into the host's weights: they return what
+    the host will, so they get the gate. For what only passes on, it does not matter. Others nobody knows: says so.
+    """
+    if not any(child is old for child in new.children()) or not callable(getattr(new, "merge", None)):
+        own = {*new.parameters()} - {*old.parameters()}
+        others = any(hung_gate(module) is not None for module in new.modules() if module is not old)
+        if not own or others or type(new).__module__.startswith("torch."):
+            return None
+        return (
+            "holds it: the gate scales what the old one returns, and not what the new one adds. If it is to scale all "
+            "of it: remove_gates_ before, and insert_gates_ afterwards, with where= that place"
         )
+    if [*parent._modules.values()].count(old) > 1 or _is_registered(old, but_in=(parent, *new.modules())):
+        return (
+            "adapts it, which is part of something else, too: the gate does not scale what the new one adds. Adapt it "
+            "without a gate, and insert_gates_ afterwards"
+        )
+    take_down_(old)
+    hang_(new, gate)
+    fill_with_gates_(new)
+    return None
 
 
-def _is_registered(module: nn.Module) -> bool:
-    """Whether a module is some module's child. Slow: looks at all that refers to it."""
+def _is_registered(module: nn.Module, but_in: Iterable[nn.Module] = ()) -> bool:
+    """Whether a module is some module's child, other than those named. Slow: looks at all that refers to it."""
+    named = [id(vars(owner)["_modules"]) for owner in but_in]
     return any(
-        isinstance(held, dict) and all(value is None or isinstance(value, nn.Module) for value in held.values())
-        for held in gc.get_referrers(module)
+        isinstance(held, dict) and id(held) not in named and _are_children(held) for held in gc.get_referrers(module)
+    )
+
+
+def _are_children(held: dict[Any, Any]) -> bool:
+    """Whether a dictionary is what a module keeps its children in."""
+    return any(
+        (isinstance(owner, dict) and owner.get("_modules") is held)
+        or (isinstance(owner, nn.Module) and vars(owner).get("_modules") is held)
+        for owner in gc.get_referrers(held)
     )
 
 

@@ -1,8 +1,12 @@
 """Surgery happens as a whole or not at all, and its report runs nothing of the user's."""
 
 import copy
+import functools
 import io
 import pickle
+import threading
+import types
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -259,3 +263,163 @@ def network_with(gate: str) -> nn.Module:
     model[2].conv._forward_hooks.clear()
     insert_gates_(model, gate, preserve=False)
     return model
+
+
+# What the report's run without data runs instead of the network
+
+
+class Counting(nn.Module):
+    """Convolution and norm that count their calls, and keep what they saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(C, C, 3, padding=1), nn.BatchNorm2d(C), nn.ReLU()
+        self.calls, self.seen = 0, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen.append(x)
+        return self.act(self.bn(self.conv(x)))
+
+
+def closed_over(block: Any) -> None:
+    forward = block.forward
+    block.forward = lambda x: forward(x) * 1
+
+
+def closed_over_twice(block: Any) -> None:
+    closed_over(block)
+    closed_over(block)
+
+
+def closed_over_its_layers(block: Any) -> None:
+    conv, rest = block.conv, [block.bn, block.act]
+
+    def forward(x: Tensor, last: nn.Module = rest[1]) -> Tensor:
+        block.calls += 1
+        return last(rest[0](conv(x)))
+
+    block.forward = forward
+
+
+def bound(block: Any) -> None:
+    forward = block.forward
+    block.forward = types.MethodType(lambda self, x: forward(x), block)
+
+
+def partial(block: Any) -> None:
+    forward = block.forward
+    block.forward = functools.partial(lambda run, x: run(x), forward)
+
+
+def in_a_dictionary(block: Any) -> None:
+    block.ways = {"usual": [type(block).forward, lambda x: Counting.forward(block, x)]}
+    block.forward = types.MethodType(lambda self, x: self.ways["usual"][1](x), block)
+
+
+def weakly(block: Any) -> None:
+    block.me = weakref.ref(block)
+    block.forward = types.MethodType(lambda self, x: Counting.forward(self.me(), x), block)
+
+
+def of_a_leaf(block: Any) -> None:
+    forward, calls = block.bn.forward, [0]
+
+    def counted(x: Tensor) -> Tensor:
+        calls[0] += 1
+        return forward(x)
+
+    block.bn.forward = counted
+    block.bn.counter = calls
+
+
+def offloaded(block: Any) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.hooks.add_hook_to_module(block, accelerate.hooks.ModelHook())
+
+
+def beside_a_lock(block: Any) -> None:
+    forward, lock = block.forward, threading.Lock()
+
+    def locked(x: Tensor) -> Tensor:
+        with lock:
+            return forward(x)
+
+    block.forward = locked
+
+
+WAYS = [closed_over, closed_over_twice, closed_over_its_layers, bound, partial, in_a_dictionary, weakly, of_a_leaf]
+WAYS += [offloaded, beside_a_lock]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_forward_that_was_put_on_a_module_runs_on_the_copy_alone(way) -> None:
+    model = nn.Sequential(nn.Conv2d(3, C, 1), Counting()).train()
+    want = insert_gates_(copy.deepcopy(model), where="1.bn").multiply_adds
+    way(model[1])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    seen: list[str] = []
+    for part in model.modules():
+        part.register_forward_hook(lambda m, a, y: seen.append("run"))
+    report = insert_gates_(model, where="1.bn")
+    assert report.multiply_adds == want is not None
+    assert not report.notes
+    assert not seen
+    assert (model[1].calls, model[1].seen, getattr(model[1].bn, "counter", [0])) == (0, [], [0])
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    model(torch.randn(2, 3, 4, 4))
+    assert model[1].calls == 1
+
+
+def test_code_that_calls_the_network_from_its_copy_is_stopped_and_the_report_knows_no_costs() -> None:
+    """A class that was made around one network reaches it from every copy."""
+    inner = Counting()
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.inner = nn.Conv2d(3, C, 1), inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                return inner(self.stem(x))
+            except Exception:
+                return x
+
+    model, seen = Around(), []
+    inner.register_forward_hook(lambda m, a, y: seen.append("run"))
+    report = insert_gates_(model, where="inner.bn")
+    assert (inner.calls, inner.seen, seen) == (0, [], [])
+    assert [row.multiply_adds for row in report.rows] == [None]
+    assert report.multiply_adds is None
+    assert any("cannot be run on a copy, which calls the network's inner itself" in note for note in report.notes)
+    assert "multiply-adds a sample" not in str(report)
+
+
+def test_where_no_layer_is_called_the_multiply_adds_are_not_known() -> None:
+    class Functional(Counting):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.relu(nn.functional.conv2d(x, self.conv.weight))
+
+    report = insert_gates_(Functional(), where="bn", input_shape=(1, C, 6, 6))
+    assert report.multiply_adds is None
+    assert any("no layer was seen to run" in note for note in report.notes), report.notes
+
+
+def test_a_gate_on_a_layer_that_is_not_used_costs_nothing() -> None:
+    class Unused(Counting):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.conv(x))
+
+    report = insert_gates_(Unused(), where="bn", input_shape=(1, C, 6, 6))
+    assert report.multiply_adds == 0
+    assert any("bn did not run on the input" in note for note in report.notes), report.notes
+
+
+def test_swapping_runs_the_copy_alone_too() -> None:
+    model = nn.Sequential(nn.Conv2d(3, C, 1), Counting())
+    insert_gates_(model, where="1.bn")
+    closed_over_its_layers(model[1])
+    report = replace_gates_(model, "se")
+    assert report.multiply_adds is not None
+    assert (model[1].calls, model[1].seen) == (0, [])

@@ -344,8 +344,8 @@ def test_what_cannot_carry_a_gate_is_told() -> None:
 def test_state_dicts_without_gates_load_into_what_took_the_place_of_a_host() -> None:
     model = nn.Sequential(nn.Conv2d(3, C, 1), nn.BatchNorm2d(C))
     plain = model.state_dict()
-    insert_gates_(model, where="1")
-    model[1] = nn.BatchNorm2d(C)
+    insert_gates_(model, where="0")
+    model[0] = nn.Conv2d(3, C, 1)
     model.load_state_dict(plain)
 
 

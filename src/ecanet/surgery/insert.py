@@ -107,17 +107,22 @@ def insert_gates_(
     for argument, value in (("preserve", preserve), ("fold", fold)):
         if not isinstance(value, bool):
             raise TypeError(f"{argument} must be True or False, got {value!r}")
-    run = dry_run(model, model.modules(), input_shape)
+    run = dry_run(model, input_shape)
     sites, notes = find_sites(model, where, filter_fn, run)
     todo, already = _not_yet(sites, gate, kernel_size)
     if already:
         notes.append(f"{already} of these have such a gate already")
     if run is not None:
         silent = [site.name for site in todo if site.host not in run.shapes]
-        if run.failed is None:
-            notes += [f"{name} did not run on the input of shape {run.input_shape}" for name in silent]
-        elif silent:
+        if run.failed is not None and silent:
             notes.append(f"the network {run.failed}: multiply-adds are not counted")
+        elif silent and not run.saw_layers():
+            notes.append(
+                f"no layer was seen to run on the input of shape {run.input_shape}, as where code reads their weights "
+                "instead of calling them: multiply-adds are not counted, and no gate may run"
+            )
+        else:
+            notes += [f"{name} did not run on the input of shape {run.input_shape}" for name in silent]
     registered = names_of(model)
     count = owners(model)
     plans = [_plan(model, site, gate, kernel_size, preserve, count if fold else None, run) for site in todo]
@@ -126,7 +131,7 @@ def insert_gates_(
     rows: list[Row] = []
     for site, module, channels, spatial, _, runs in plans:
         row = gate_row(f"{site.name}.{GATE}", module, site.name, channels, spatial)
-        rows.append(row if runs else row._replace(multiply_adds=0))
+        rows.append(row if runs or (run is not None and not run.saw_layers()) else row._replace(multiply_adds=0))
         if len(registered[site.host]) > 1:
             notes.append(f"{site.name} is shared, and its gate with it: {', '.join(registered[site.host])}")
     with all_or_nothing(model, optimizer, [t for plan in plans for t in plan.norm]):

@@ -120,7 +120,7 @@ def replace_gates_(
         wanted = [(name, old) for name, old in found if filter_fn is None or filter_fn(old, name)]
         if not wanted:
             raise ValueError(f"filter_fn refuses all of the {len(found)} attention modules")
-        run = dry_run(model, [old for _, old in wanted], input_shape)
+        run = dry_run(model, input_shape)
         swaps = [s for name, old in wanted if (s := _swap(model, name, old, gate, kernel_size, run)) is not None]
     registered = names_of(model)
     rows: list[Row] = []

@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 import ecanet
 from ecanet import fuse_tails_, insert_gates_, remove_gates_, replace_gates_
-from ecanet.nn import ECA, SE, Gate
+from ecanet.nn import ECA, SE, Gate, SEVar1, SEVar2, folding
 from ecanet.surgery import fuse, insert, remove, replace
 
 C = 8
@@ -154,6 +154,178 @@ def test_fusing_is_undone_too(monkeypatch) -> None:
     with pytest.raises(StopError):
         fuse_tails_(model)
     assert {name: type(m) for name, m in model.named_modules()} == blocks
+
+
+# Gates that somebody hands in
+
+
+def own_gate(channels: int = C, gate: type[Gate] = ECA) -> Gate:
+    """A trained gate of somebody's, of another type and mode than the network, with gradients and a hook."""
+    module = gate(channels).double().eval()
+    module.factor = 1.5
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+        parameter.grad = torch.randn_like(parameter)
+    module.register_forward_hook(lambda m, a, y: None)
+    return module
+
+
+def state_of(gate: nn.Module) -> Any:
+    """All of a module by identity and by bits."""
+    parts = list(gate.modules())
+    tensors = [t for part in parts for t in (*part._parameters.values(), *part._buffers.values()) if t is not None]
+    plain = [
+        {key: value for key, value in vars(part).items() if isinstance(value, (bool, int, float, str))}
+        for part in parts
+    ]
+    dicts = [{key: list(v.items()) for key, v in vars(part).items() if key.endswith("_hooks")} for part in parts]
+    return (
+        [sorted(vars(part)) for part in parts],
+        plain,
+        dicts,
+        [(id(t), t.data_ptr(), t.dtype, str(t.device), t.requires_grad) for t in tensors],
+        [t.detach().clone() for t in tensors],
+        [None if t.grad is None else (t.grad.dtype, t.grad.clone()) for t in tensors],
+    )
+
+
+class CannotMove(ECA):
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        raise StopError
+
+
+def given(gates: list[nn.Module]) -> Callable[[int], nn.Module]:
+    """A factory that hands out what somebody has, one after another."""
+    waiting = iter(gates)
+
+    def factory(channels: int) -> nn.Module:
+        return next(waiting)
+
+    return factory
+
+
+def insert_the_third_cannot_be_neutral(model: nn.Module, gates: list[nn.Module], optimizer: Any) -> None:
+    insert_gates_(model, given([*gates, SEVar1(C)]), optimizer=optimizer)
+
+
+def insert_the_third_has_other_channels(model: nn.Module, gates: list[nn.Module], optimizer: Any) -> None:
+    insert_gates_(model, given([*gates, ECA(2 * C)]), optimizer=optimizer)
+
+
+def insert_there_is_no_third(model: nn.Module, gates: list[nn.Module], optimizer: Any) -> None:
+    insert_gates_(model, given(gates), optimizer=optimizer)
+
+
+def insert_one_gate_for_all_to_be_folded(model: nn.Module, gates: list[nn.Module], optimizer: Any) -> None:
+    insert_gates_(model, lambda channels: gates[0], fold=True, optimizer=optimizer)
+
+
+def insert_where_a_norm_cannot_take_the_factor(model: nn.Module, gates: list[nn.Module], optimizer: Any) -> None:
+    model[3].bn.register_forward_hook(lambda m, a, y: None)
+    insert_gates_(model, given([*gates, own_gate()]), fold=True, optimizer=optimizer)
+
+
+def insert_where_the_place_is_taken(model: nn.Module, gates: list[nn.Module], optimizer: Any) -> None:
+    model[3].bn.gate = None
+    insert_gates_(model, given([*gates, own_gate()]), optimizer=optimizer)
+
+
+def replace_the_third_cannot_move(model: nn.Module, gates: list[nn.Module], optimizer: Any) -> None:
+    names = ["1.bn.gate", "2.bn.gate", "3.bn.gate"]
+    replace_gates_(model, dict(zip(names, [*gates, CannotMove(C)], strict=True)), optimizer=optimizer)
+
+
+def replace_the_third_cannot_be_neutral(model: nn.Module, gates: list[nn.Module], optimizer: Any) -> None:
+    replace_gates_(model, given([*gates, SEVar1(C)]), optimizer=optimizer)
+
+
+def replace_there_is_no_third(model: nn.Module, gates: list[nn.Module], optimizer: Any) -> None:
+    replace_gates_(model, given(gates), optimizer=optimizer)
+
+
+FAILURES = [
+    insert_the_third_cannot_be_neutral,
+    insert_the_third_has_other_channels,
+    insert_there_is_no_third,
+    insert_one_gate_for_all_to_be_folded,
+    insert_where_a_norm_cannot_take_the_factor,
+    insert_where_the_place_is_taken,
+    replace_the_third_cannot_move,
+    replace_the_third_cannot_be_neutral,
+    replace_there_is_no_third,
+]
+
+
+@pytest.mark.parametrize("fail", FAILURES)
+def test_gates_that_were_handed_in_are_what_they_were_after_an_error(fail) -> None:
+    model = network()
+    optimizer = trained(model)
+    if fail.__name__.startswith("replace"):
+        insert_gates_(model, optimizer=optimizer)
+    gates = [own_gate(), own_gate(gate=SE)]
+    before = [state_of(gate) for gate in gates]
+    with pytest.raises((StopError, StopIteration, ValueError)):
+        fail(model, gates, optimizer)
+    assert_same([state_of(gate) for gate in gates], before)
+
+
+@pytest.mark.parametrize("operation", ["insert", "replace by a factory", "replace by name"])
+def test_gates_that_were_handed_in_are_what_they_were_after_an_interrupt(operation, monkeypatch) -> None:
+    model = network()
+    optimizer = trained(model)
+    gates: list[nn.Module] = [own_gate(gate=gate) for gate in (SE, SEVar2, SE)]
+    if operation != "insert":
+        insert_gates_(model, optimizer=optimizer)
+    before = [state_of(gate) for gate in gates], everything(model, optimizer)
+    place = insert if operation == "insert" else replace
+    monkeypatch.setattr(place, "add_parameters_", third_call(place.add_parameters_))
+    by_name = dict(zip(["1.bn.gate", "2.bn.gate", "3.bn.gate"], gates, strict=True))
+    operate = insert_gates_ if operation == "insert" else replace_gates_
+    with pytest.raises(StopError):
+        operate(model, by_name if operation == "replace by name" else given(gates), optimizer=optimizer)
+    assert_same(([state_of(gate) for gate in gates], everything(model, optimizer)), before)
+
+
+# Folding
+
+
+@pytest.mark.parametrize("trained_gates", [False, True], ids=["neutral gates", "trained gates"])
+@pytest.mark.parametrize("back", [False, True], ids=["folded", "taken back"])
+def test_folding_happens_as_a_whole_or_not_at_all(back, trained_gates, monkeypatch) -> None:
+    model = network()
+    insert_gates_(model)
+    if trained_gates:
+        for gate in (m for m in model.modules() if isinstance(m, Gate)):
+            for parameter in gate.parameters():
+                nn.init.normal_(parameter)
+    if back:
+        ecanet.fold_factors_(model)
+    factor = 2.0 if back else 1.0
+    optimizer = trained(model)
+    before = everything(model, optimizer), [state_of(m) for m in model.modules() if isinstance(m, Gate)]
+    monkeypatch.setattr(folding, "fold_", third_call(folding.fold_))
+    with pytest.raises(StopError):
+        ecanet.fold_factors_(model, factor=factor)
+    after = everything(model, optimizer), [state_of(m) for m in model.modules() if isinstance(m, Gate)]
+    assert_same(after, before)
+    monkeypatch.undo()
+    assert len(ecanet.fold_factors_(model, factor=factor)) == 3
+
+
+def test_folding_into_weights_that_cannot_be_written_changes_nothing() -> None:
+    model, x = network().eval(), torch.randn(2, 3, 6, 6)
+    insert_gates_(model)
+    with torch.inference_mode():
+        last = nn.Parameter(torch.randn(1, 1, 3), requires_grad=False)
+    model[3].bn.gate.conv.weight = last
+    with torch.inference_mode():
+        want = model(x)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="inference tensor"):
+        ecanet.fold_factors_(model)
+    assert_same(dict(model.state_dict()), before)
+    with torch.inference_mode():
+        assert torch.equal(model(x), want)
 
 
 class CannotBeCopied(ECA):

@@ -489,6 +489,13 @@ def in_a_dictionary(block: Any) -> None:
     block.forward = types.MethodType(lambda self, x: self.ways["usual"][1](x), block)
 
 
+def in_a_list_that_holds_itself(block: Any) -> None:
+    forward = block.forward
+    block.ways = [lambda x: forward(x)]
+    block.ways.append(block.ways)
+    block.forward = types.MethodType(lambda self, x: self.ways[1][0](x), block)
+
+
 def weakly(block: Any) -> None:
     block.me = weakref.ref(block)
     block.forward = types.MethodType(lambda self, x: Counting.forward(self.me(), x), block)
@@ -521,6 +528,7 @@ def beside_a_lock(block: Any) -> None:
 
 
 WAYS = [closed_over, closed_over_twice, closed_over_its_layers, bound, partial, in_a_dictionary, weakly, of_a_leaf]
+WAYS += [in_a_list_that_holds_itself]
 WAYS += [offloaded, beside_a_lock]
 
 
@@ -566,6 +574,18 @@ def test_code_that_calls_the_network_from_its_copy_is_stopped_and_the_report_kno
     assert report.multiply_adds is None
     assert any("cannot be run on a copy, which calls the network's inner itself" in note for note in report.notes)
     assert "multiply-adds a sample" not in str(report)
+
+
+def test_a_module_that_is_its_own_copy_does_not_run() -> None:
+    class Single(Counting):
+        def __deepcopy__(self, memo: Any) -> "Single":
+            return self
+
+    model = nn.Sequential(nn.Conv2d(3, C, 1), Single())
+    report = insert_gates_(model, where="1.bn")
+    assert report.multiply_adds is None
+    assert any("a Single is its own copy" in note for note in report.notes), report.notes
+    assert (model[1].calls, len(model[1].conv._forward_hooks), len(model[1].bn._forward_hooks)) == (0, 0, 1)
 
 
 def test_where_no_layer_is_called_the_multiply_adds_are_not_known() -> None:

@@ -44,6 +44,9 @@ def twin_of(model: nn.Module) -> nn.Module:
 
     What a run keeps or counts stays in the copy; hooks need not be such that they can be copied. A function that was
     put on a module, such as a ``forward`` of its own, works on the copy.
+
+    Raises:
+        TypeError: a module of the network says that it is its own copy.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -55,6 +58,9 @@ def twin_of(model: nn.Module) -> nn.Module:
             hooks = own[name]
             memo[id(hooks)] = OrderedDict((key, hook) for key, hook in hooks.items() if hook is run_gate)
     twin = copy.deepcopy(model, memo)
+    originals = {*model.modules()}
+    if (shared := next((module for module in twin.modules() if module in originals), None)) is not None:
+        raise TypeError(f"a {type(shared).__name__} is its own copy")
     for module in twin.modules():
         for name, value in vars(module).items():
             vars(module)[name] = _on_the_copy(value, memo)
@@ -80,6 +86,10 @@ def _on_the_copy(value: Any, memo: dict[int, Any]) -> Any:
     if type(value) is weakref.ref:
         referent = memo.get(id(value()))
         return value if referent is None else weakref.ref(referent)
+    if type(value) in (list, dict):
+        if id(value) in memo:
+            return value  # it holds itself
+        memo[id(value)] = value
     if type(value) is list:
         value[:] = [_on_the_copy(v, memo) for v in value]
     elif type(value) is dict:

@@ -14,7 +14,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from ecanet.nn import Gate
 from ecanet.nn.hooks import called_differently
-from ecanet.nn.hung import GATE, hung_gate
+from ecanet.nn.hung import hung_gate
 from ecanet.nn.tail import eager
 from ecanet.nn.tail.functional import follow
 from ecanet.nn.tail.plan import plan
@@ -123,12 +123,7 @@ def _trace(model: nn.Module) -> fx.GraphModule:
                 "lose: remove it, and put it on the copy"
             )
     try:
-        graph = tracer.trace(model)
-        if hung_gate(model) is not None:  # by a hook on the model itself, which no trace goes through
-            end = next(iter(reversed(graph.nodes)))
-            with graph.inserting_before(end):
-                end.args = (graph.call_module(GATE, (end.args[0],)),)
-        return fx.GraphModule(model, graph, type(model).__name__)
+        return fx.GraphModule(model, tracer.trace(model), type(model).__name__)
     except Exception as error:
         raise ValueError(
             f"model {type(model).__name__} cannot be traced ({type(error).__name__}: {error}): optimise the part of it "

@@ -1,6 +1,7 @@
 """No gate is lost in silence where tools merge, rebuild, quantise or swap the modules that gates hang on."""
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -128,6 +129,136 @@ def test_without_gates_torch_merges_as_ever() -> None:
     torch.testing.assert_close(by_hand(copy.deepcopy(model))(x), want, rtol=1e-4, atol=1e-5)
 
 
+# The module that torch.fx is given: its graph has no hooks
+
+
+class OneOperation(nn.Module):
+    """Nothing in it but its own code."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x) + 1
+
+
+def interpreted(model: nn.Module) -> Callable[[Tensor], Any]:
+    graph = fx.symbolic_trace(model)
+    return lambda x: fx.Interpreter(graph).run(x)
+
+
+def split(model: nn.Module) -> nn.Module:
+    from torch.fx.passes.split_module import split_module
+
+    graph = fx.symbolic_trace(model)
+    return split_module(graph, model, lambda node: int(node.op == "call_module"))
+
+
+def prepared(model: nn.Module) -> nn.Module:
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import prepare_fx
+
+    return prepare_fx(model, get_default_qconfig_mapping("fbgemm"), (maps(),))
+
+
+def quantised(model: nn.Module) -> nn.Module:
+    from torch.ao.quantization.quantize_fx import convert_fx
+
+    observed = prepared(model)
+    observed(torch.linspace(-5, 5, 2 * C * 30).reshape(2, C, 6, 5))
+    return convert_fx(observed)
+
+
+def fused_fx(model: nn.Module) -> nn.Module:
+    from torch.ao.quantization.quantize_fx import fuse_fx
+
+    return fuse_fx(model)
+
+
+def feature_extractor(model: nn.Module) -> Callable[[Tensor], Any]:
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    extractor = create_feature_extractor(model, ["gate"])
+    return lambda x: extractor(x)["gate"]
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(fx.symbolic_trace(model)))
+
+
+TOOLS: dict[str, Callable[[Any], Callable[[Tensor], Any]]] = {
+    "symbolic_trace": fx.symbolic_trace,
+    "a trace of the trace": lambda model: fx.symbolic_trace(fx.symbolic_trace(model)),
+    "a copy of the trace": lambda model: copy.deepcopy(fx.symbolic_trace(model)),
+    "a pickle of the trace": pickled,
+    "Interpreter": interpreted,
+    "Transformer": lambda model: fx.Transformer(fx.symbolic_trace(model)).transform(),
+    "split_module": split,
+    "fuse": fx_fuse,
+    "fuse_fx": fused_fx,
+    "prepare_fx": prepared,
+    "prepare_fx and convert_fx": quantised,
+    "create_feature_extractor": feature_extractor,
+    "optimize_for_inference": optimize_for_inference,
+    "deepcopy": copy.deepcopy,
+    "torch.export": lambda model: torch.export.export(model, (maps(),)).module(),
+    "torch.export, strict": lambda model: torch.export.export(model, (maps(),), strict=True).module(),
+    "torch.jit.trace": lambda model: torch.jit.trace(model, maps()),
+    "functional_call": lambda model: lambda x: torch.func.functional_call(model, dict(model.named_parameters()), x),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of what torch deprecates
+@pytest.mark.parametrize("root", [Block, OneOperation], ids=["a block", "code without children"])
+@pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
+def test_a_gate_on_the_very_module_that_a_tool_is_given_stays(tool, root) -> None:
+    model, x = root().eval(), maps()
+    ecanet.remove_gates_(model, force=True)
+    hang_(model, SEVar1(C))
+    with torch.no_grad():
+        want = model(x)
+        kept = tool(model)
+        tolerance = 0.1 if tool is quantised else 1e-5
+        torch.testing.assert_close(kept(x), want, rtol=tolerance, atol=tolerance)
+        assert torch.equal(model(x), want)
+
+
+def test_a_trace_of_a_host_has_the_gates_keys_and_parameters() -> None:
+    model = OneOperation()
+    hang_(model, SE(C))
+    traced = fx.symbolic_trace(model)
+    assert list(traced.state_dict()) == list(model.state_dict())
+    assert list(traced.parameters()) == list(model.parameters())
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["gate"]
+
+
+def test_a_graph_of_another_method_is_not_scaled() -> None:
+    class Features(nn.BatchNorm2d):
+        def features(self, x: Tensor) -> Tensor:
+            return x * 2
+
+    class FeatureTracer(fx.Tracer):
+        traced_func_name = "features"
+
+    model = Features(C)
+    hang_(model, ECA(C))
+    graph = FeatureTracer().trace(model)
+    assert not [node for node in graph.nodes if node.op == "call_module"]
+
+
+def test_no_gate_hangs_on_a_graph_that_copies_would_lose() -> None:
+    with pytest.raises(ValueError, match=r"cannot hang on a GraphModule \(OneOperation\).*name the last module in it"):
+        hang_(fx.symbolic_trace(OneOperation()), ECA(C))
+
+
+@pytest.mark.parametrize("tool", [fx.symbolic_trace, fx_fuse, optimize_for_inference])
+def test_what_a_tool_made_of_a_host_takes_its_place_with_one_gate(tool) -> None:
+    model, x = nn.Sequential(Block(), nn.ReLU()).eval(), maps()
+    ecanet.remove_gates_(model, force=True)
+    hang_(model[0], SEVar1(C))
+    with torch.no_grad():
+        want = model(x)
+        model[0] = tool(model[0])
+        torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
+
+
 # Another module in the place of the one that carries a gate
 
 
@@ -208,6 +339,189 @@ def test_what_cannot_carry_a_gate_is_told() -> None:
     with pytest.raises(ValueError, match="a gate cannot hang on a Sequential"):
         model.bn = nn.Sequential(nn.Identity())
     assert hung_gate(model.bn) is not None
+
+
+def test_state_dicts_without_gates_load_into_what_took_the_place_of_a_host() -> None:
+    model = nn.Sequential(nn.Conv2d(3, C, 1), nn.BatchNorm2d(C))
+    plain = model.state_dict()
+    insert_gates_(model, where="0")
+    model[0] = nn.Conv2d(3, C, 1)
+    model.load_state_dict(plain)
+
+
+# A wrapper around the one that carries a gate
+
+
+class ConvActHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act, self.head = nn.Conv2d(C, C, 3, padding=1), nn.ReLU(), nn.Linear(C, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.act(self.conv(x)).mean((2, 3)))
+
+
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "LoRA": ("LoraConfig", {"init_lora_weights": False}),
+    "rsLoRA": ("LoraConfig", {"init_lora_weights": False, "use_rslora": True}),
+    "DoRA": ("LoraConfig", {"init_lora_weights": False, "use_dora": True}),
+    "LoHa": ("LoHaConfig", {"init_weights": False}),
+    "LoKr": ("LoKrConfig", {"init_weights": False}),
+    "BOFT": ("BOFTConfig", {"init_weights": False, "boft_block_size": 4}),
+    "HRA": ("HRAConfig", {"init_weights": False}),
+    "IA3": ("IA3Config", {"init_ia3_weights": False, "feedforward_modules": []}),
+}
+
+
+def adapted(model: nn.Module, name: str) -> Any:
+    peft = pytest.importorskip("peft")
+    config, arguments = ADAPTERS[name]
+    rank = {} if name in ("IA3", "BOFT") else {"r": 2}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.get_peft_model(model, getattr(peft, config)(target_modules=["conv"], **rank, **arguments)).eval()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_on_a_host_is_gated_with_it_so_that_merging_changes_nothing(name) -> None:
+    model, x = ConvActHead().eval(), maps()
+    hang_(model.conv, SEVar1(C))
+    gate, without = model.conv.gate, model(x)
+    plain = ConvActHead().eval()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    adapter = adapted(model, name)
+    assert [(host, g) for host, _, g in hung_gates(adapter)] == [("base_model.model.conv", gate)]
+    unmerged = adapter(x)
+    assert (unmerged - without).abs().max() > 1e-4
+    adapter.merge_adapter()
+    torch.testing.assert_close(adapter(x), unmerged, rtol=1e-4, atol=1e-5)
+    adapter.unmerge_adapter()
+    torch.testing.assert_close(adapter(x), unmerged, rtol=1e-4, atol=1e-5)
+    merged = adapter.merge_and_unload()
+    assert [(host, g) for host, _, g in hung_gates(merged)] == [("conv", gate)]
+    assert list(merged.state_dict()) == [
+        *(f"conv.{key}" for key in merged.conv.state_dict()),
+        "head.weight",
+        "head.bias",
+    ]
+    torch.testing.assert_close(merged(x), unmerged, rtol=1e-4, atol=1e-5)
+    plain.load_state_dict(merged.state_dict(), strict=False)
+    want = plain.head(plain.act(gate(plain.conv(x))).mean((2, 3)))
+    torch.testing.assert_close(merged(x), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["LoRA", "LoHa", "DoRA"])
+def test_an_adapter_that_is_taken_off_unmerged_leaves_the_gate(name) -> None:
+    model, x = ConvActHead().eval(), maps()
+    hang_(model.conv, SE(C, 2))
+    want = model(x)
+    adapter = adapted(model, name)
+    assert any(key.startswith("base_model.model.conv.gate.") for key in adapter.state_dict())
+    back = adapter.unload()
+    torch.testing.assert_close(back(x), want)
+    assert [host for host, _, _ in hung_gates(back)] == ["conv"]
+
+
+def test_gates_can_be_put_in_after_adapters_too() -> None:
+    model, x = ConvActHead().eval(), maps()
+    adapter = adapted(model, "LoRA")
+    insert_gates_(adapter, "se", where="*.model.conv", preserve=False, input_shape=(1, C, 6, 5))
+    unmerged = adapter(x)
+    merged = adapter.merge_and_unload()
+    assert [host for host, _, _ in hung_gates(merged)] == ["conv"]
+    torch.testing.assert_close(merged(x), unmerged, rtol=1e-4, atol=1e-5)
+
+
+class Adapter(nn.Module):
+    """Adds to what a layer returns."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.delta = layer, nn.Conv2d(C, C, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.delta(x)
+
+
+class MergingAdapter(Adapter):
+    def merge(self) -> nn.Module:
+        self.layer.weight.data[:, :, 1, 1] += self.delta.weight.data[:, :, 0, 0]
+        self.layer.bias.data += self.delta.bias.data
+        return self.layer
+
+
+def test_your_own_adapter_that_can_merge_itself_gets_the_gate() -> None:
+    model, x = ConvActHead().eval(), maps()
+    hang_(model.conv, SEVar1(C))
+    modules = dict(model.named_modules())  # somebody's list of them is no other place
+    adapter = MergingAdapter(modules["conv"])
+    model.conv = adapter
+    assert [host for host, _, _ in hung_gates(model)] == ["conv"]
+    want = model(x)
+    model.conv = adapter.merge()
+    torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
+    assert hung_gate(adapter) is None
+
+
+def test_a_wrapper_that_may_add_something_is_told_what_the_gate_scales() -> None:
+    model, x = ConvActHead().eval(), maps()
+    hang_(model.conv, SEVar1(C))
+    host = model.conv
+    with pytest.warns(UserWarning, match=r"a Adapter takes the place 'conv'.*scales what the old one returns") as told:
+        model.conv = Adapter(host)
+    assert told[0].filename == __file__
+    torch.testing.assert_close(model.conv(x), host(x) + model.conv.delta(x))
+
+
+def test_an_adapter_on_a_layer_of_two_places_is_told_that_it_is_not_scaled() -> None:
+    model, x = ConvActHead().eval(), maps()
+    hang_(model.conv, SEVar1(C))
+    model.again = host = model.conv
+    want = host(x)
+    with pytest.warns(UserWarning, match="part of something else, too.*Adapt it without a gate"):
+        model.conv = MergingAdapter(host)
+    assert torch.equal(model.again(x), want)
+
+
+class PassesOn(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def checkpointed(layer: nn.Module) -> nn.Module:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    return checkpoint_wrapper(layer)
+
+
+def offloaded(layer: nn.Module) -> nn.Module:
+    return pytest.importorskip("accelerate").hooks.add_hook_to_module(
+        layer, pytest.importorskip("accelerate").hooks.ModelHook()
+    )
+
+
+def kept_to_train(layer: nn.Module) -> nn.Module:
+    return pytest.importorskip("peft").utils.ModulesToSaveWrapper(layer, "default")
+
+
+WRAPPERS = [PassesOn, nn.Sequential, checkpointed, torch.compile, nn.DataParallel, offloaded, kept_to_train]
+WRAPPERS += [torch.ao.quantization.QuantWrapper]
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization:DeprecationWarning")
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_a_wrapper_that_only_passes_on_scales_once(wrap) -> None:
+    model, x = ConvActHead().eval(), maps()
+    hang_(model.conv, SEVar1(C))
+    want = model(x)
+    model.conv = wrap(model.conv)
+    if wrap is not torch.compile:  # not compiled here: it would call the same
+        torch.testing.assert_close(model(x), want)
 
 
 # Our own copy for inference

@@ -1,6 +1,10 @@
 """Watch the gates of a model while it runs, and leave the model as it was."""
 
+import contextlib
 import copy
+import functools
+import types
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -37,7 +41,11 @@ def example_tensor(model: nn.Module) -> Tensor:
 def twin_of(model: nn.Module) -> nn.Module:
     """A copy of a network's modules on the same tensors, without the hooks that somebody put on their calls.
 
-    What a run keeps or counts stays in the copy; hooks need not be such that they can be copied.
+    What a run keeps or counts stays in the copy; hooks need not be such that they can be copied. A function that was
+    put on a module, such as a ``forward`` of its own, works on the copy.
+
+    Raises:
+        TypeError: a module of the network says that it is its own copy.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -48,7 +56,68 @@ def twin_of(model: nn.Module) -> nn.Module:
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             hooks = own[name]
             memo[id(hooks)] = OrderedDict((key, hook) for key, hook in hooks.items() if hook is run_gate)
-    return copy.deepcopy(model, memo)
+    twin = copy.deepcopy(model, memo)
+    originals = {*model.modules()}
+    if (shared := next((module for module in twin.modules() if module in originals), None)) is not None:
+        raise TypeError(f"a {type(shared).__name__} is its own copy")
+    for module in twin.modules():
+        for name, value in vars(module).items():
+            vars(module)[name] = _on_the_copy(value, memo)
+    return twin
+
+
+def _on_the_copy(value: Any, memo: dict[int, Any]) -> Any:
+    """What :func:`copy.deepcopy` takes as it is although it leads to the original: functions and weak references.
+
+    Args:
+        value: Of an attribute of a copy.
+        memo: Of that copy.
+    """
+    if isinstance(value, types.FunctionType):
+        return _function_on_the_copy(value, memo)
+    if isinstance(value, types.MethodType):
+        function: Any = _on_the_copy(value.__func__, memo)
+        return value if function is value.__func__ else types.MethodType(function, value.__self__)
+    if isinstance(value, functools.partial):
+        arguments = [_on_the_copy(v, memo) for v in value.args]
+        named = {key: _on_the_copy(v, memo) for key, v in value.keywords.items()}
+        return functools.partial(_on_the_copy(value.func, memo), *arguments, **named)
+    if type(value) is weakref.ref:
+        referent = memo.get(id(value()))
+        return value if referent is None else weakref.ref(referent)
+    if type(value) in (list, dict):
+        if id(value) in memo:
+            return value  # it holds itself
+        memo[id(value)] = value
+    if type(value) is list:
+        value[:] = [_on_the_copy(v, memo) for v in value]
+    elif type(value) is dict:
+        value.update({key: _on_the_copy(v, memo) for key, v in value.items()})
+    elif type(value) is tuple:
+        return tuple(_on_the_copy(v, memo) for v in value)
+    return value
+
+
+def _function_on_the_copy(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
+    """A function with the same code, whose variables and defaults are copies."""
+    if id(function) in memo:
+        return memo[id(function)]
+    cells = tuple(types.CellType() for _ in function.__closure__ or ())
+    new = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
+    memo[id(function)] = functools.update_wrapper(new, function)
+    vars(new).pop("__wrapped__")
+
+    def copied(value: Any) -> Any:
+        try:
+            return _on_the_copy(copy.deepcopy(value, memo), memo)
+        except Exception:  # a lock, say, or a file
+            return value
+
+    new.__defaults__, new.__kwdefaults__ = copied(function.__defaults__), copied(function.__kwdefaults__)
+    for cell, own in zip(cells, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # a variable that has no value yet
+            cell.cell_contents = copied(own.cell_contents)
+    return new
 
 
 @contextmanager

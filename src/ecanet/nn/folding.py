@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ecanet.nn.gate import Gate, check_factor
 from ecanet.nn.hung import hung_gates
 from ecanet.nn.norms import affine
+from ecanet.nn.undo import all_or_nothing
 
 
 @torch.no_grad()
@@ -48,8 +49,11 @@ def fold_factors_(model: nn.Module, *, factor: float = 1.0) -> list[str]:
         (tensors_to_scale(f"the factor of {name}", norm, count), _weights_to_scale(name, gate, count))
         for name, norm, gate in changes
     ]
-    for (_, _, gate), (of_norm, of_gate) in zip(changes, tensors, strict=True):
-        fold_(gate, of_norm, of_gate, factor)
+    with all_or_nothing(model) as undo:
+        for (_, _, gate), (of_norm, of_gate) in zip(changes, tensors, strict=True):
+            undo.cover(gate)
+            undo.keep(of_norm)
+            fold_(gate, of_norm, of_gate, factor)
     return [name for name, _, _ in changes]
 
 

@@ -6,20 +6,22 @@ the network work.
 
 Tools that take networks apart do not know of it, so no gate is lost in silence: where another module is registered in
 the place of one that carries a gate, as timm's ``freeze_batch_norm_2d`` does, the gate hangs on that one from then on,
-or there is a warning, if it is part of something else already; where somebody builds a BatchNorm anew and hands its
-children on, as :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` does, it hangs itself on the new one; and torch's
-functions that merge a norm into the layer before it refuse.
+or there is a warning, if it is part of something else already; an adapter that is wrapped around a host gets its gate,
+and gives it back when it is taken off; where somebody builds a BatchNorm anew and hands its
+children on, as :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` does, it hangs itself on the new one; torch's
+functions that merge a norm into the layer before it refuse; and :mod:`torch.fx`, which traces the ``forward`` of the
+module that it is given and so passes its hooks by, calls the gate at the end of the graph.
 """
 
 import gc
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from typing import Any
 
 import torch.nn.utils.fusion
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ecanet.nn.loading import HANGS, fill_with_gates_
@@ -47,10 +49,15 @@ def hang_(host: nn.Module, gate: nn.Module) -> None:
     """Hang a gate on a module that has none.
 
     Raises:
-        ValueError: the module has something called ``gate`` already, or calls all of its children.
+        ValueError: the module has something called ``gate`` already, calls all of its children, or is one of torch.fx.
     """
     if isinstance(host, CONTAINERS):
         raise ValueError(f"a gate cannot hang on a {type(host).__name__}, which runs its children: name its last one")
+    if isinstance(host, fx.GraphModule):
+        raise ValueError(
+            f"a gate cannot hang on a GraphModule ({type(host).__name__}), of which torch.fx copies and runs the graph "
+            "and no hooks: name the last module in it, or hang the gate before the trace, which takes it along"
+        )
     if hasattr(host, GATE):
         raise ValueError(f"a {type(host).__name__} with an attribute {GATE!r} of its own cannot take one: wrap it")
     host.register_module(GATE, gate)
@@ -60,7 +67,7 @@ def hang_(host: nn.Module, gate: nn.Module) -> None:
 
 
 def _hand_on_the_gate(parent: nn.Module, name: str, new: nn.Module | None) -> None:
-    """What takes the place of a host gets its gate; what lives elsewhere, too, would be scaled there: one is told."""
+    """What takes the place of a host gets its gate; where that could be wrong, one is told."""
     if new is None or not isinstance(children := parent.__dict__.get("_modules"), dict):  # TorchScript has another
         return
     if type(parent).__module__.startswith("torch.ao.nn.") and hung_gate(new) is not None:
@@ -68,25 +75,67 @@ def _hand_on_the_gate(parent: nn.Module, name: str, new: nn.Module | None) -> No
     old = children.get(name)
     if old is None or old is new or (gate := hung_gate(old)) is None:
         return
-    if any(module in (old, gate) or hung_gate(module) is not None for module in new.modules()):
-        return  # it brings one, or the host itself
-    if any(module is new for module in children.values()):
-        return  # modules of one parent change places
-    if not _is_registered(new):
-        hang_(new, gate)
-    else:
-        warnings.warn(
-            f"a {type(new).__name__} takes the place {name!r} of a {type(old).__name__} that a gate hangs on, and the "
-            "gate goes with the old one: insert_gates_ hangs another on the new one",
-            stacklevel=4,
+    problem = _wrap(parent, old, new, gate) if old in new.modules() else _replace(parent, old, new, gate)
+    if problem is not None:
+        place = f"a {type(new).__name__} takes the place {name!r} of a {type(old).__name__} that a gate hangs on"
+        warnings.warn(f"{place}, and {problem}", stacklevel=3)
+
+
+def _replace(parent: nn.Module, old: nn.Module, new: nn.Module, gate: nn.Module) -> str | None:
+    """Hang the gate on what takes its host's place; what lives elsewhere, too, would be scaled there: says so."""
+    if any(module is gate or getattr(module, HANGS, False) for module in new.modules()):
+        return None  # it brings one
+    if any(module is new for module in parent.children()):
+        return None  # modules of one parent change places
+    if _is_registered(new, but_in=old.modules()):
+        return "the gate goes with the old one: insert_gates_ hangs another on the new one"
+    if new in old.modules():  # an adapter is taken off
+        take_down_(old)
+    hang_(new, gate)
+    fill_with_gates_(new)
+    return None
+
+
+def _wrap(parent: nn.Module, old: nn.Module, new: nn.Module, gate: nn.Module) -> str | None:
+    """What takes a host's place and holds it: the gate stays inside, but for adapters, such as peft's.
+
+    These add to what the host returns, or compute it anew, and can merge that into the host's weights: they return what
+    the host will, so they get the gate. For what only passes on, it does not matter. Others nobody knows: says so.
+    """
+    if not any(child is old for child in new.children()) or not callable(getattr(new, "merge", None)):
+        own = {*new.parameters()} - {*old.parameters()}
+        others = any(hung_gate(module) is not None for module in new.modules() if module is not old)
+        if not own or others or type(new).__module__.startswith("torch."):
+            return None
+        return (
+            "holds it: the gate scales what the old one returns, and not what the new one adds. If it is to scale all "
+            "of it: remove_gates_ before, and insert_gates_ afterwards, with where= that place"
         )
+    if [*parent._modules.values()].count(old) > 1 or _is_registered(old, but_in=(parent, *new.modules())):
+        return (
+            "adapts it, which is part of something else, too: the gate does not scale what the new one adds. Adapt it "
+            "without a gate, and insert_gates_ afterwards"
+        )
+    take_down_(old)
+    hang_(new, gate)
+    fill_with_gates_(new)
+    return None
 
 
-def _is_registered(module: nn.Module) -> bool:
-    """Whether a module is some module's child. Slow: looks at all that refers to it."""
+def _is_registered(module: nn.Module, but_in: Iterable[nn.Module] = ()) -> bool:
+    """Whether a module is some module's child, other than those named. Slow: looks at all that refers to it."""
+    named = [id(vars(owner)["_modules"]) for owner in but_in]
     return any(
-        isinstance(held, dict) and all(value is None or isinstance(value, nn.Module) for value in held.values())
-        for held in gc.get_referrers(module)
+        isinstance(held, dict) and id(held) not in named and _are_children(held) for held in gc.get_referrers(module)
+    )
+
+
+def _are_children(held: dict[Any, Any]) -> bool:
+    """Whether a dictionary is what a module keeps its children in."""
+    return any(
+        (isinstance(owner, dict) and owner.get("_modules") is held)
+        or (isinstance(owner, nn.Module) and vars(owner).get("_modules") is held)
+        for owner in gc.get_referrers(held)
     )
 
 
@@ -120,6 +169,35 @@ for _name in ("fuse_conv_bn_eval", "fuse_linear_bn_eval"):
     for _borrower in _BORROWERS:
         if getattr(sys.modules.get(_borrower), _name, None) == _merge:
             setattr(sys.modules[_borrower], _name, refuses_gates(_merge))
+
+
+def calls_the_gate(trace: Callable[..., fx.Graph]) -> Callable[..., fx.Graph]:
+    """:meth:`torch.fx.Tracer.trace`, so that the graph of a module that a gate hangs on ends with the gate.
+
+    A graph is what all that follows copies, splits, interprets and rewrites; the hook is on the module it was made of.
+    """
+
+    @wraps(trace)
+    def trace_with_gate(tracer: fx.Tracer, root: Any, *args: Any, **kwargs: Any) -> fx.Graph:
+        graph = trace(tracer, root, *args, **kwargs)
+        gate = hung_gate(root) if isinstance(root, nn.Module) and tracer.traced_func_name == "forward" else None
+        if gate is None:
+            return graph
+
+        def as_it_is(*args: Any, **kwargs: Any) -> fx.Proxy:  # not looked into, as the trace is over
+            return tracer.create_proxy("call_module", GATE, args, kwargs)
+
+        end = graph.output_node()
+        with graph.inserting_before(end):
+            end.args = fx.map_arg(
+                end.args, lambda node: tracer.call_module(gate, as_it_is, (tracer.proxy(node),), {}).node
+            )
+        return graph
+
+    return trace_with_gate
+
+
+setattr(fx.Tracer, "trace", calls_the_gate(fx.Tracer.trace))  # noqa: B010
 
 
 def _hang_on_the_new_host(host: nn.Module, name: str, gate: nn.Module | None) -> None:

@@ -1,10 +1,12 @@
 """What a network's modules take and return, from one call without data."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ecanet.inspect.observe import example_tensor, running_without_data, twin_of
 from ecanet.surgery.layers import CONVOLUTIONS
@@ -31,23 +33,24 @@ class DryRun(NamedTuple):
     shapes: dict[nn.Module, Shapes]
     failed: str | None
 
+    def saw_layers(self) -> bool:
+        """Whether any module without children ran: a network may compute with their weights alone."""
+        return any(next(module.children(), None) is None for module in self.shapes)
+
 
 #: Positions of a map in each dimension, by the number of dimensions: of sounds, pictures and films.
 _SIZES = {1: (1024,), 2: (224, 224), 3: (16, 112, 112)}
 _PICTURE = (1, 3, *_SIZES[2])
 
 
-def dry_run(
-    model: nn.Module, modules: Iterable[nn.Module], input_shape: Sequence[int] | Literal["auto"] | None
-) -> DryRun | None:
+def dry_run(model: nn.Module, input_shape: Sequence[int] | Literal["auto"] | None) -> DryRun | None:
     """Shapes at the first call of each module when the model runs on an input without data.
 
     A copy runs, without the hooks of others, on the network's own parameters, which nothing writes into: what a network
-    keeps from a run stays out of it.
+    keeps from a run stays out of it. Where the copy's code calls the network, the run ends before that does anything.
 
     Args:
         model: The network.
-        modules: Whose shapes are asked for.
         input_shape: Of one tensor; ``"auto"`` for one that fits the network's first convolution, or a picture; None for
             no run.
 
@@ -56,9 +59,8 @@ def dry_run(
     """
     if input_shape is None:
         return None
-    wanted = set(modules)
     if input_shape != "auto":
-        run = _run(model, wanted, tuple(input_shape))
+        run = _run(model, tuple(input_shape))
         if run.failed == _UNBATCHED:
             raise ValueError(
                 f"input_shape={tuple(input_shape)} has the dimensions of one sample for a convolution of the network, "
@@ -69,7 +71,7 @@ def dry_run(
     shapes = [_PICTURE] if first is None else [(1, first.in_channels, *_SIZES[first.weight.dim() - 2]), _PICTURE]
     runs = []
     for shape in dict.fromkeys(shapes):
-        runs.append(_run(model, wanted, shape))
+        runs.append(_run(model, shape))
         if runs[-1].failed is None:
             return runs[-1]
     return max(runs, key=lambda run: len(run.shapes))
@@ -82,13 +84,32 @@ class _UnbatchedError(Exception):
     """Holds the shape that a convolution took for one sample."""
 
 
+class _CallsTheNetworkError(BaseException):
+    """Holds the name of the module that a copy called: of no ``except Exception`` in the network's code."""
+
+
+@contextmanager
+def _not_calling(model: nn.Module) -> Iterator[None]:
+    names = {module: f"the network's {name}" if name else "the network" for name, module in model.named_modules()}
+
+    def refuse(module: nn.Module, args: Any) -> None:
+        if module in names:
+            raise _CallsTheNetworkError(names[module])
+
+    handle = register_module_forward_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def _refuse_unbatched(convolution: nn.Module, args: Any) -> None:
     weight: Any = convolution.weight
     if args and isinstance(args[0], Tensor) and args[0].dim() < weight.dim():
         raise _UnbatchedError(tuple(args[0].shape))
 
 
-def _run(model: nn.Module, wanted: set[nn.Module], input_shape: tuple[int, ...]) -> DryRun:
+def _run(model: nn.Module, input_shape: tuple[int, ...]) -> DryRun:
     seen: dict[nn.Module, Shapes] = {}
 
     def shape_of(value: Any) -> torch.Size | None:
@@ -110,13 +131,14 @@ def _run(model: nn.Module, wanted: set[nn.Module], input_shape: tuple[int, ...])
         for copied, original in originals.items():
             if isinstance(copied, CONVOLUTIONS):
                 copied.register_forward_pre_hook(_refuse_unbatched)
-            if original in wanted:
-                copied.register_forward_hook(see_as(original))
-        with running_without_data(twin):
+            copied.register_forward_hook(see_as(original))
+        with running_without_data(twin), _not_calling(model):
             twin(torch.zeros(input_shape, dtype=example.dtype, device=example.device))
     except _UnbatchedError as error:
         does_not_run = f"does not run on an input of shape {input_shape}"
         return DryRun(input_shape, {}, _UNBATCHED if error.args == (input_shape,) else does_not_run)
+    except _CallsTheNetworkError as error:
+        return DryRun(input_shape, {}, f"cannot be run on a copy, which calls {error} itself")
     except Exception as error:  # it wants another input, or looks at values, as YOLO's head does
         return DryRun(input_shape, seen, f"does not run on an input of shape {input_shape} ({_first_line(error)})")
     return DryRun(input_shape, seen, None)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ecanet.nn import Gate
 from ecanet.nn.build import GateFactory, build_gate
+from ecanet.nn.undo import Undo
 
 
 def arguments_of(gate: nn.Module) -> str:
@@ -20,6 +21,7 @@ def build_fitting_gate(
     beside: nn.Module,
     channels: int | None,
     like: Tensor | None,
+    undo: Undo,
 ) -> nn.Module:
     """Build a gate for one place of a network.
 
@@ -30,6 +32,7 @@ def build_fitting_gate(
         beside: The module that the gate follows or takes the place of; it gives the mode.
         channels: Of the maps there, or None where they are not known.
         like: Gives type and device, if there is one.
+        undo: Is told of the gate before anything is done to it: a function may give a module that somebody has.
 
     Raises:
         ValueError: the number of channels is not known, or not one that the gate can have.
@@ -47,6 +50,7 @@ def build_fitting_gate(
         raise ValueError(
             f"gate made a {type(built).__name__} of {built.channels} channels for {name}, which has {channels}"
         )
+    undo.cover(built)
     if like is not None:
         built = built.to(device=like.device, dtype=like.dtype)
     return built.train(beside.training)

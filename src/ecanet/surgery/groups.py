@@ -7,24 +7,16 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 
 from ecanet.nn.norms import activation_inside, is_norm
+from ecanet.surgery.activations import Kind, Piece, acts, kind_of, live_users, next_piece, why_unknown
 from ecanet.surgery.dry_run import Shapes
-from ecanet.surgery.layers import (
-    ACTIVATION_FUNCTIONS,
-    CONVOLUTIONS,
-    MERGES,
-    count_convolutions,
-    is_attention,
-    merges_branches,
-)
+from ecanet.surgery.layers import CONVOLUTIONS, MERGES, count_convolutions, is_attention, merges_branches
 from ecanet.surgery.traces import (
-    acts,
     called,
     cannot_trace,
     factors_of,
     in_order,
     is_sequence,
     looks_like_attention,
-    passes_on,
     pools_globally,
     squashes,
     trace,
@@ -47,13 +39,13 @@ class _Step(NamedTuple):
     """One of the calls that follow one another.
 
     Attributes:
-        name: Of the module that is called; empty for a function.
-        what: The module or the function.
+        name: Of the module that is called; empty for a piece of code.
+        what: The module or the code.
         again: Whether it is called elsewhere, too.
     """
 
     name: str
-    what: Any
+    what: nn.Module | Piece
     again: bool = False
 
 
@@ -62,7 +54,7 @@ def find_groups(
 ) -> Groups:
     """The module after which each group of convolution, optional norm and activation is complete: name and channels.
 
-    It is the activation; the norm before it where the activation is a function or a module that several groups share
+    It is the activation; the norm before it where the activation is code or a module that several groups share
     (a gate is positive, so before a ReLU it scales the same); the module that holds the group and nothing else where
     there is one, such as YOLO's ``Conv``. What a sequence computes of globally pooled features is no map and no group;
     nor is anything inside attention, or what a sigmoid or a tanh makes the network's output.
@@ -99,10 +91,10 @@ def _search(
     if is_sequence(module):
         layers = list(_before_global_pooling(module))
         steps = [_Step(layer_name, layer, len(names[layer]) > 1) for layer_name, layer in layers]
-        for i, step in enumerate(steps):
-            if isinstance(step.what, CONVOLUTIONS):
-                last = is_output and not any(_has_weights(later.what) for later in steps[i + 1 :])
-                _add(prefix, _group(steps[i:]), step.what.out_channels, last, groups)
+        for i, (_, layer) in enumerate(layers):
+            if isinstance(layer, CONVOLUTIONS):
+                last = is_output and not any(_has_weights(later) for _, later in layers[i + 1 :])
+                _add(prefix, _group(prefix, steps[i:], groups), last, groups)
         for i, (layer_name, layer) in enumerate(layers):
             last = is_output and not any(_has_weights(later) for _, later in layers[i + 1 :])
             _search(layer, prefix + layer_name, last, names, shapes, groups)
@@ -177,55 +169,81 @@ def _in_graph(
         for i, step in enumerate(own):
             if not isinstance(step.what, CONVOLUTIONS):
                 continue
-            following = [(n, s) for n in _after(module, node) for s in _steps(module, n, calls, names)]
-            group = _group([*own[i:], *(s for _, s in following)])
+            following = [(n, s) for call, n in _after(module, node) for s in _steps(module, call, calls, names)]
+            group = _group(prefix, [*own[i:], *(s for _, s in following)], groups)
             if group is None:
                 continue
             nodes = [node] * len(own[i:]) + [n for n, _ in following]
             end_node = nodes[group.length - 1]
             only = count_convolutions(module) == 1 and name != ""
-            if only and group.length == len(nodes) and _is_returned(end_node):
+            if only and group.length == len(nodes) and _is_returned(module, end_node):
                 if not _is_the_output(group, name, end_node in last_nodes, groups):
-                    groups.ends[name] = step.what.out_channels
+                    groups.ends[name] = group.shape[1]
                 return True
-            _add(prefix, group, step.what.out_channels, end_node in last_nodes, groups)
+            _add(prefix, group, end_node in last_nodes, groups)
     return False
 
 
 class _Group(NamedTuple):
     end: str  # name of the module after which it is complete
     length: int  # number of its steps
-    act: Any
+    act: nn.Module | Piece
+    shape: tuple[int, ...]  # of maps that the activation takes
 
 
-def _group(steps: list[_Step]) -> _Group | None:
+def _group(prefix: str, steps: list[_Step], groups: Groups) -> _Group | None:
     """The group that starts with the convolution that is the first step, or None without an activation."""
+    convolution: Any = steps[0].what
+    shape = (2, convolution.out_channels, *(4 for _ in convolution.kernel_size))
     end, seen_norm = steps[0].name, False
+    mixing: nn.Module | Piece | None = None
     for i, step in enumerate(steps[1:], 2):
-        layer = step.what if isinstance(step.what, nn.Module) else None
-        if layer is None:
-            return _Group(end, i, step.what) if step.what in ACTIVATION_FUNCTIONS else None
-        if passes_on(layer):
-            continue
-        if is_norm(layer) and not seen_norm:
+        kind: Kind
+        if isinstance(step.what, nn.Module) and is_norm(step.what):
+            if seen_norm:
+                break
             end, seen_norm = step.name, True
-            if activation_inside(layer):
-                return _Group(end, i, layer)
-            continue
-        return _Group(end if step.again else step.name, i, layer) if acts(layer) else None
+            kind = "activation" if activation_inside(step.what) else "scaling"
+        else:
+            kind = kind_of(step.what, shape)
+            if kind == "scaling" and isinstance(step.what, nn.Module) and any(True for _ in step.what.parameters()):
+                end, seen_norm = step.name, True  # a norm of one's own, say
+        if kind == "mixing" and mixing is None:
+            mixing = step.what
+        elif kind == "activation" and mixing is not None:
+            groups.left_out.append(
+                f"{prefix}{end}: {_called(mixing)} between it and {_called(step.what)} is no norm that is known"
+            )
+            return None
+        elif kind == "activation":
+            return _Group(end if step.again or not step.name else step.name, i, step.what, shape)
+        elif kind in ("pooling", "other"):
+            why = why_unknown(step.what, shape)
+            if why is not None:
+                groups.left_out.append(
+                    f"{prefix}{end}: whether {_called(step.what)} behind it is an activation cannot be told ({why})"
+                )
+            break
+    if isinstance(mixing, nn.Module):
+        groups.left_out.append(
+            f"{prefix}{end}: {_called(mixing)} behind it works on several values at a time, as no activation does"
+        )
     return None
 
 
-def _add(prefix: str, group: _Group | None, channels: int, last: bool, groups: Groups) -> None:
+def _called(act: nn.Module | Piece) -> str:
+    return act.name() if isinstance(act, Piece) else type(act).__name__
+
+
+def _add(prefix: str, group: _Group | None, last: bool, groups: Groups) -> None:
     if group is not None and not _is_the_output(group, prefix + group.end, last, groups):
-        groups.ends[prefix + group.end] = channels
+        groups.ends[prefix + group.end] = group.shape[1]
 
 
 def _is_the_output(group: _Group, name: str, last: bool, groups: Groups) -> bool:
-    if not (last and squashes(group.act)):
+    if not (last and squashes(group.act, group.shape)):
         return False
-    act = type(group.act).__name__ if isinstance(group.act, nn.Module) else getattr(group.act, "__name__", group.act)
-    groups.left_out.append(f"{name}: its {act} makes the network's output")
+    groups.left_out.append(f"{name}: its {_called(group.act)} makes the network's output")
     return True
 
 
@@ -247,29 +265,47 @@ def _has_weights(layer: nn.Module) -> bool:
     return next(layer.parameters(), None) is not None and not is_norm(layer) and not acts(layer)
 
 
-def _steps(module: nn.Module, node: fx.Node, calls: list[str], names: dict[nn.Module, list[str]]) -> list[_Step]:
+def _steps(
+    module: nn.Module, call: fx.Node | Piece, calls: list[str], names: dict[nn.Module, list[str]]
+) -> list[_Step]:
     """What a node calls, layer by layer if it is a sequence."""
-    child = called(module, node)
-    if child is None:
-        return [_Step("", node.target)]
-    several = calls.count(str(node.target)) > 1
+    if isinstance(call, Piece):
+        return [_Step("", call)]
+    child = module.get_submodule(str(call.target))
+    several = calls.count(str(call.target)) > 1
     if not is_sequence(child):
-        return [_Step(str(node.target), child, several or len(names[child]) > 1)]
+        return [_Step(str(call.target), child, several or len(names[child]) > 1)]
     layers = _before_global_pooling(child)
-    return [_Step(f"{node.target}.{name}", layer, several or len(names[layer]) > 1) for name, layer in layers]
+    return [_Step(f"{call.target}.{name}", layer, several or len(names[layer]) > 1) for name, layer in layers]
 
 
-def _after(module: nn.Module, node: fx.Node) -> Iterator[fx.Node]:
-    """The nodes that follow one another, each the only reader of the one before."""
-    while len(node.users) == 1:
-        node = next(iter(node.users))
-        if node.op == "output":
+def _after(module: nn.Module, node: fx.Node) -> Iterator[tuple[fx.Node | Piece, fx.Node]]:
+    """The calls of modules and pieces of code that follow one another, and the node of what each returns.
+
+    Each is computed from the one before alone, which nothing else reads. What writes into its input leaves that node.
+    """
+    passed: set[fx.Node] = set()
+    while True:
+        readers = [user for user in node.users if user not in passed]
+        if len(readers) == 1 and readers == live_users(module, node) and _calls_alone(readers[0], node):
+            node = readers[0]
+            yield node, node
+            continue
+        piece = next_piece(module, node, passed)
+        if piece is None:
             return
-        yield node
+        passed.update(piece.nodes)
+        node = piece.end
+        yield piece, node
 
 
-def _is_returned(node: fx.Node) -> bool:
-    return len(node.users) == 1 and next(iter(node.users)).op == "output"
+def _calls_alone(call: fx.Node, node: fx.Node) -> bool:
+    return call.op == "call_module" and call.all_input_nodes == [node]
+
+
+def _is_returned(module: nn.Module, node: fx.Node) -> bool:
+    readers = live_users(module, node)
+    return len(readers) == 1 and readers[0].op == "output"
 
 
 def _without_layers_after(module: nn.Module, graph: fx.Graph) -> set[fx.Node]:

@@ -15,6 +15,7 @@ from ecanet.nn.folding import fold_, owners, tensors_to_scale
 from ecanet.nn.hung import GATE, hang_, hung_gate
 from ecanet.nn.loading import keep_loading_
 from ecanet.nn.neutral import make_identity_
+from ecanet.nn.undo import Undo, all_or_nothing
 from ecanet.surgery.checks import check_model
 from ecanet.surgery.dry_run import DryRun, dry_run
 from ecanet.surgery.fitting import arguments_of, build_fitting_gate
@@ -22,7 +23,6 @@ from ecanet.surgery.layers import certain_channels, merges_branches, names_of
 from ecanet.surgery.optimizers import add_parameters_, check_optimizer
 from ecanet.surgery.report import Report, Row, gate_row
 from ecanet.surgery.sites import FilterFn, Site, Where, find_sites
-from ecanet.surgery.undo import all_or_nothing
 
 
 class _Plan(NamedTuple):
@@ -107,32 +107,39 @@ def insert_gates_(
     for argument, value in (("preserve", preserve), ("fold", fold)):
         if not isinstance(value, bool):
             raise TypeError(f"{argument} must be True or False, got {value!r}")
-    run = dry_run(model, model.modules(), input_shape)
+    run = dry_run(model, input_shape)
     sites, notes = find_sites(model, where, filter_fn, run)
     todo, already = _not_yet(sites, gate, kernel_size)
     if already:
         notes.append(f"{already} of these have such a gate already")
     if run is not None:
         silent = [site.name for site in todo if site.host not in run.shapes]
-        if run.failed is None:
-            notes += [f"{name} did not run on the input of shape {run.input_shape}" for name in silent]
-        elif silent:
+        if run.failed is not None and silent:
             notes.append(f"the network {run.failed}: multiply-adds are not counted")
+        elif silent and not run.saw_layers():
+            notes.append(
+                f"no layer was seen to run on the input of shape {run.input_shape}, as where code reads their weights "
+                "instead of calling them: multiply-adds are not counted, and no gate may run"
+            )
+        else:
+            notes += [f"{name} did not run on the input of shape {run.input_shape}" for name in silent]
     registered = names_of(model)
     count = owners(model)
-    plans = [_plan(model, site, gate, kernel_size, preserve, count if fold else None, run) for site in todo]
-    if fold and len({id(plan.gate) for plan in plans}) < len(plans):
-        raise ValueError("fold=True needs a gate of its own for every place, and gate= gave one to several")
     rows: list[Row] = []
-    for site, module, channels, spatial, _, runs in plans:
-        row = gate_row(f"{site.name}.{GATE}", module, site.name, channels, spatial)
-        rows.append(row if runs else row._replace(multiply_adds=0))
-        if len(registered[site.host]) > 1:
-            notes.append(f"{site.name} is shared, and its gate with it: {', '.join(registered[site.host])}")
-    with all_or_nothing(model, optimizer, [t for plan in plans for t in plan.norm]):
+    with all_or_nothing(model, optimizer) as undo:
+        plans = [_plan(model, site, gate, kernel_size, preserve, count if fold else None, run, undo) for site in todo]
+        if fold and len({id(plan.gate) for plan in plans}) < len(plans):
+            raise ValueError("fold=True needs a gate of its own for every place, and gate= gave one to several")
+        for site, module, channels, spatial, _, runs in plans:
+            row = gate_row(f"{site.name}.{GATE}", module, site.name, channels, spatial)
+            costs = runs or (run is not None and not run.saw_layers())
+            rows.append(row if costs else row._replace(multiply_adds=0))
+            if len(registered[site.host]) > 1:
+                notes.append(f"{site.name} is shared, and its gate with it: {', '.join(registered[site.host])}")
         for site, module, _, _, norm, _ in plans:
             if norm:
                 assert isinstance(module, Gate)
+                undo.keep(norm)
                 fold_(module, norm)
             hang_(site.host, module)
             add_parameters_(optimizer, module, f"{site.name}.{GATE}", site.host)
@@ -183,6 +190,7 @@ def _plan(
     preserve: bool,
     count: Counter[int] | None,
     run: DryRun | None,
+    undo: Undo,
 ) -> _Plan:
     """Build the gate of one site and see that everything can be done, before anything is."""
     channels, spatial = site.channels, None
@@ -212,7 +220,7 @@ def _plan(
             f"and the network {run.failed}: pass input_shape=, the shape of an input that the network takes, or name "
             "a convolution or a norm"
         )
-    module = build_fitting_gate(gate, kernel_size, site.name, site.host, channels, _example(model, site.name))
+    module = build_fitting_gate(gate, kernel_size, site.name, site.host, channels, _example(model, site.name), undo)
     assert channels is not None
     if hasattr(site.host, GATE):
         raise ValueError(

@@ -7,11 +7,11 @@ from ecanet.nn import Gate
 from ecanet.nn.folding import owners, tensors_to_scale
 from ecanet.nn.hung import GATE, hung_gates, take_down_
 from ecanet.nn.loading import keep_loading_
+from ecanet.nn.undo import all_or_nothing
 from ecanet.surgery.checks import check_model
 from ecanet.surgery.optimizers import check_optimizer, remove_parameters_
 from ecanet.surgery.report import Report, Row, parameters_of
 from ecanet.surgery.sites import FilterFn
-from ecanet.surgery.undo import all_or_nothing
 
 
 def remove_gates_(
@@ -85,9 +85,10 @@ def remove_gates_(
         removed[gate_name] = gate
         channels = getattr(gate, "channels", None)
         rows.append(Row(gate_name, type(gate).__name__, name, channels, None, -parameters_of(gate)))
-    with all_or_nothing(model, optimizer, [t for tensors, _ in folds.values() for t in tensors]):
+    with all_or_nothing(model, optimizer) as undo:
         for name, host, gate in wanted:
             tensors, value = folds.get(name, ((), 1))
+            undo.keep(tensors)
             with torch.no_grad():
                 for tensor in tensors:
                     tensor.mul_(value)

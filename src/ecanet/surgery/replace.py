@@ -16,6 +16,7 @@ from ecanet.nn.hung import GATE, hung_gate
 from ecanet.nn.loading import HANGS, keep_loading_
 from ecanet.nn.neutral import make_identity_
 from ecanet.nn.norms import class_with_forward
+from ecanet.nn.undo import Undo, all_or_nothing
 from ecanet.surgery.checks import check_model
 from ecanet.surgery.dry_run import DryRun, dry_run
 from ecanet.surgery.fitting import arguments_of, build_fitting_gate
@@ -24,7 +25,6 @@ from ecanet.surgery.loading import stand_for_
 from ecanet.surgery.optimizers import add_parameters_, check_optimizer, remove_parameters_
 from ecanet.surgery.report import Report, Row, gate_row, parameters_of
 from ecanet.surgery.sites import FilterFn
-from ecanet.surgery.undo import all_or_nothing
 
 #: What YOLO's network reads off its layers: number, where the input comes from, type and number of parameters.
 _YOLO_ROW = ("i", "f", "type", "np")
@@ -109,28 +109,19 @@ def replace_gates_(
     if input_shape is not None and input_shape != "auto":
         check_input_shape(input_shape)
     found = list(attention_in(model))
-    if isinstance(gate, Mapping):
-        swaps = list(_put_back(dict(found), gate))
-    else:
-        if not found:
-            raise ValueError(
-                f"{type(model).__name__} has no attention to replace (known: gates of ecanet, "
-                f"{', '.join(name.rpartition('.')[2] for name in ATTENTION)}): insert_gates_ puts gates in"
-            )
-        wanted = [(name, old) for name, old in found if filter_fn is None or filter_fn(old, name)]
-        if not wanted:
-            raise ValueError(f"filter_fn refuses all of the {len(found)} attention modules")
-        run = dry_run(model, [old for _, old in wanted], input_shape)
-        swaps = [s for name, old in wanted if (s := _swap(model, name, old, gate, kernel_size, run)) is not None]
     registered = names_of(model)
     rows: list[Row] = []
     notes: list[str] = []
-    for name, old, new, channels, spatial in swaps:
-        row = gate_row(name, new, name.removesuffix(f".{GATE}"), channels, spatial)
-        before = gate_row(name, old, "", channels, spatial).multiply_adds
-        madds = None if row.multiply_adds is None or before is None else row.multiply_adds - before
-        rows.append(row._replace(parameters=row.parameters - parameters_of(old), multiply_adds=madds))
-    with all_or_nothing(model, optimizer):
+    with all_or_nothing(model, optimizer) as undo:
+        if isinstance(gate, Mapping):
+            swaps = list(_put_back(dict(found), gate, undo))
+        else:
+            swaps = _swaps(model, found, gate, kernel_size, filter_fn, input_shape, undo)
+        for name, old, new, channels, spatial in swaps:
+            row = gate_row(name, new, name.removesuffix(f".{GATE}"), channels, spatial)
+            before = gate_row(name, old, "", channels, spatial).multiply_adds
+            madds = None if row.multiply_adds is None or before is None else row.multiply_adds - before
+            rows.append(row._replace(parameters=row.parameters - parameters_of(old), multiply_adds=madds))
         for name, old, new, _, _ in swaps:
             notes += _hand_on_hooks_(name, old, new)
             notes += _left_behind(name, old, new)
@@ -172,6 +163,27 @@ def channels_of(model: nn.Module, name: str, attention: nn.Module) -> int | None
     return None
 
 
+def _swaps(
+    model: nn.Module,
+    found: list[tuple[str, nn.Module]],
+    gate: str | GateFactory,
+    kernel_size: int | Literal["adaptive"],
+    filter_fn: FilterFn | None,
+    input_shape: Sequence[int] | Literal["auto"] | None,
+    undo: Undo,
+) -> list[_Swap]:
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no attention to replace (known: gates of ecanet, "
+            f"{', '.join(name.rpartition('.')[2] for name in ATTENTION)}): insert_gates_ puts gates in"
+        )
+    wanted = [(name, old) for name, old in found if filter_fn is None or filter_fn(old, name)]
+    if not wanted:
+        raise ValueError(f"filter_fn refuses all of the {len(found)} attention modules")
+    run = dry_run(model, input_shape)
+    return [s for name, old in wanted if (s := _swap(model, name, old, gate, kernel_size, run, undo)) is not None]
+
+
 def _swap(
     model: nn.Module,
     name: str,
@@ -179,13 +191,14 @@ def _swap(
     gate: str | GateFactory,
     kernel_size: int | Literal["adaptive"],
     run: DryRun | None,
+    undo: Undo,
 ) -> _Swap | None:
     channels, spatial = channels_of(model, name, old), None
     shape = run.shapes[old].input if run is not None and old in run.shapes else None
     if run is not None and shape is not None and (run.failed is None or shape[1] == channels):
         channels, spatial = shape[1], shape[2:]
     like = next(old.parameters(), next(model.parameters(), None))
-    new = build_fitting_gate(gate, kernel_size, name, old, channels, like)
+    new = build_fitting_gate(gate, kernel_size, name, old, channels, like, undo)
     if type(new) is type(old) and isinstance(new, Gate) and arguments_of(new) == arguments_of(old):
         return None
     constant = old.constant() if isinstance(old, Gate) else None
@@ -223,7 +236,7 @@ def _make_constant_(name: str, gate: nn.Module, constant: float) -> None:
         )
 
 
-def _put_back(found: dict[str, nn.Module], modules: Mapping[str, nn.Module]) -> Iterator[_Swap]:
+def _put_back(found: dict[str, nn.Module], modules: Mapping[str, nn.Module], undo: Undo) -> Iterator[_Swap]:
     for name, module in modules.items():  # all of it, before any of them is touched
         if name not in found:
             raise ValueError(
@@ -234,6 +247,7 @@ def _put_back(found: dict[str, nn.Module], modules: Mapping[str, nn.Module]) -> 
     for name, module in modules.items():
         old = found[name]
         if module is not old:
+            undo.cover(module)
             like = next(old.parameters(), None)
             module = module if like is None else module.to(device=like.device, dtype=like.dtype)
             yield _Swap(name, old, module.train(old.training), None, None)

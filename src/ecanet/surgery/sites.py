@@ -99,7 +99,7 @@ def _pooled(model: nn.Module, names: Iterable[str], run: DryRun) -> list[str]:
     pooled = among(names, run)
     if not pooled or math.prod(run.input_shape[2:]) == 1:
         return []
-    larger = dry_run(model, model.modules(), (*run.input_shape[:2], *(4 * size for size in run.input_shape[2:])))
+    larger = dry_run(model, (*run.input_shape[:2], *(4 * size for size in run.input_shape[2:])))
     if larger is None or larger.failed is not None:
         return pooled
     return among(pooled, larger)

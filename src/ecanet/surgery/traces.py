@@ -1,17 +1,18 @@
-"""What the code of one module shows: its graph, attention in it, and activations of any class."""
+"""What the code of one module shows: its graph, attention in it, and what squashes or pools."""
 
 import inspect
+import math
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ecanet.inspect.observe import example_tensor, twin_of, without_hooks_on_all_modules
+from ecanet.surgery.activations import Piece, kind_of, values_of
 from ecanet.surgery.dry_run import Shapes
-from ecanet.surgery.layers import ACTIVATION_FUNCTIONS, CONVOLUTIONS, is_activation, is_attention, is_transparent
+from ecanet.surgery.layers import ACTIVATION_FUNCTIONS, CONVOLUTIONS, is_attention
 
 MULTIPLICATIONS: tuple[Any, ...] = (
     *(operator.mul, operator.imul, torch.mul, torch.multiply),
@@ -28,6 +29,8 @@ _SQUASHING_FUNCTIONS: frozenset[Any] = _SOFTMAX | {
     *(torch.sigmoid, torch.tanh, F.sigmoid, F.tanh, F.hardsigmoid),
     *("sigmoid", "sigmoid_", "tanh", "tanh_"),
 }
+#: Of maps that an activation is tried on.
+_SHAPE = (2, 3, 4, 4)
 _POOLS = (
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
     *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
@@ -78,10 +81,14 @@ def cannot_trace(why: str) -> str:
 
 
 def _stand_in(module: nn.Module) -> nn.Module:
-    """A module of the same class, children and attributes, in which code may leave what it was traced with."""
+    """A module of the same class, children and attributes, in which code may leave what it was traced with.
+
+    It has no hooks on its calls: the graph is that of its own code, without a gate that hangs on it.
+    """
     twin = object.__new__(type(module))
     own = vars(module).items()
     vars(twin).update({k: v.copy() if isinstance(v, (dict, list, set)) else v for k, v in own})
+    twin._forward_hooks.clear()
     return twin
 
 
@@ -153,7 +160,7 @@ def _has_weights(module: nn.Module, nodes: set[fx.Node]) -> bool:
 
 
 def _pools(child: nn.Module) -> bool:
-    return any(isinstance(part, _POOLS) or _kind(part) == "pooling" for part in child.modules())
+    return any(isinstance(part, _POOLS) or kind_of(part) == "pooling" for part in child.modules())
 
 
 def _squashes_or_pools(module: nn.Module, node: fx.Node) -> bool:
@@ -252,42 +259,41 @@ def is_pooled(shape: torch.Size | None) -> bool:
     return shape is not None and shape[2:].numel() == 1
 
 
-def squashes(step: Any) -> bool:
-    """Whether an activation, a module or a function, has bounds on both sides, as outputs and factors have."""
-    return isinstance(step, _SQUASHING) or _bounds(step) is not None
+def squashes(step: Any, shape: Sequence[int] | None = None) -> bool:
+    """Whether an activation, module, function or code, has bounds on both sides, as outputs and factors have.
+
+    Args:
+        step: The activation.
+        shape: Of maps that it takes, if that is known.
+    """
+    return isinstance(step, _SQUASHING) or _bounds(step, shape) is not None
 
 
-def _bounds(step: Any) -> tuple[float, float] | None:
+def _bounds(step: Any, shape: Sequence[int] | None = None) -> tuple[float, float] | None:
     """The least and the greatest value of an activation, from what it does to numbers; None if it has none."""
     if isinstance(step, (nn.Softmax, nn.Softmax2d)) or step in _SOFTMAX:
         return 0.0, 1.0
+    if isinstance(step, Piece):
+        step = step.as_module()
     if isinstance(step, nn.Module):
-        if not acts(step):
+        if kind_of(step, shape) != "activation":
             return None
         call: Any = step
     elif step in ACTIVATION_FUNCTIONS or step in _SQUASHING_FUNCTIONS:
         call = getattr(Tensor, step) if isinstance(step, str) else step
     else:
         return None
-    near, far = (_values(call, torch.linspace(-end, end, 96)) for end in (100.0, 1000.0))
+    shape = _SHAPE if shape is None else shape
+    ends = [torch.linspace(-end, end, math.prod(shape)).reshape(*shape) for end in (100.0, 1000.0)]
+    try:
+        near, far = (values_of(call, x) for x in ends)
+    except Exception:  # it wants something else
+        return None
     if near is None or far is None:
         return None
     low, high = float(near.min()), float(near.max())
     room = 0.05 * (high - low)
     return (low, high) if low < high and far.min() >= low - room and far.max() <= high + room else None
-
-
-def _values(call: Any, x: Tensor) -> Tensor | None:
-    """What an activation, or what could be one, makes of numbers, without a trace; None if it wants something else."""
-    try:
-        like = x
-        if isinstance(call, nn.Module):
-            like, call = example_tensor(call), twin_of(call).eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), without_hooks_on_all_modules():
-            y = call(x.to(device=like.device, dtype=like.dtype).reshape(2, 3, 4, 4))
-        return y if isinstance(y, Tensor) else None
-    except Exception:
-        return None
 
 
 def pools_globally(step: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> bool:
@@ -296,7 +302,7 @@ def pools_globally(step: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
     if isinstance(step, _POOLS):
         return _is_one(step.output_size)
     if isinstance(step, nn.Module):
-        return _kind(step) == "pooling"
+        return kind_of(step) == "pooling"
     if step in _ADAPTIVE:
         return _is_one(args[1] if len(args) > 1 else kwargs.get("output_size"))
     dims = next((v for v in (*args[1:], kwargs.get("dim"), kwargs.get("axis")) if isinstance(v, (tuple, list))), ())
@@ -305,36 +311,6 @@ def pools_globally(step: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
 
 def _is_one(size: Any) -> bool:
     return size == 1 or (isinstance(size, (tuple, list)) and set(size) == {1})
-
-
-def acts(module: nn.Module) -> bool:
-    """Whether a module is an activation: torch's, timm's, or one that works on every value alone."""
-    return is_activation(module) or _kind(module) == "activation"
-
-
-def passes_on(module: nn.Module) -> bool:
-    """Whether what a module returns outside training is its input."""
-    return is_transparent(module) or _kind(module) == "identity"
-
-
-def _kind(module: nn.Module) -> str | None:
-    """What a module of unknown class without weights does, from what it does to numbers in two orders."""
-    known = type(module).__module__.startswith(("torch.nn.", "torchvision.ops.", "timm.layers."))
-    if known or any(p.numel() > 1 for p in module.parameters()) or next(module.buffers(), None) is not None:
-        return None
-    if isinstance(module, CONVOLUTIONS) or example_tensor(module).is_meta:
-        return None
-    x = torch.linspace(-4, 4, 96)
-    order = torch.arange(96) * 35 % 96
-    y, again = _values(module, x), _values(module, x[order])
-    if y is None or again is None:
-        return None
-    if y.shape[:2] == (2, 3) and y.numel() == 6:
-        return "pooling"
-    order = order.to(y.device)
-    if y.shape != (2, 3, 4, 4) or not torch.equal(y.flatten()[order], again.flatten()):
-        return None
-    return "identity" if torch.equal(y, x.to(y).reshape(y.shape)) else "activation"
 
 
 def in_order(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

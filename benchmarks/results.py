@@ -1,9 +1,10 @@
 """The result file: everything that was measured and what it was measured on, written after every case."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from ecanet.files.atomic import write_whole
 
 #: A run that differs in one of these is another run.
 _SAME = ("settings", "machine", "versions", "kernels", "commit")
@@ -13,10 +14,7 @@ Document = dict[str, Any]
 
 def write(path: Path, document: Document) -> None:
     """Replace the file in one step: a killed run leaves the last complete one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(_dumps(document) + "\n")
-    os.replace(part, path)
+    write_whole(path, _dumps(document) + "\n")
 
 
 def read(path: Path) -> Document:

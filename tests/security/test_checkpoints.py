@@ -19,8 +19,8 @@ import torch
 
 from ecanet import surgery
 from ecanet.cli import main
+from ecanet.files.state_dicts import safe_load, safe_save
 from ecanet.models import ECAResNet, SmallECAResNet, eca_resnet18, load_official, read_state_dict
-from ecanet.models.state_dicts import safe_load, safe_save
 from ecanet.train import fit, load_trained
 from ecanet.train.checkpoint import read_checkpoint
 

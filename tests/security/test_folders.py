@@ -20,14 +20,15 @@ from hostile_pictures import NO_FILES, symlink_to
 from PIL import Image
 
 from ecanet.cli import main
-from ecanet.models.state_dicts import safe_save
+from ecanet.files.atomic import remove_partial_files
+from ecanet.files.state_dicts import safe_save
 from ecanet.train import Recipe, fit
-from ecanet.train.checkpoint import SafeCheckpointIO, remove_partial_files
+from ecanet.train.checkpoint import SafeCheckpointIO
 from ecanet.train.classifier import Classifier
 from ecanet.train.data import image_folder as read_folder
 from ecanet.train.data.pictures import image_files
 from ecanet.train.fit import predict
-from ecanet.train.run_folder import RunFolder
+from ecanet.train.run_folder import WRITTEN, RunFolder
 
 CIRCLES: dict[str, Callable[[Path], None]] = {
     "link to its own folder": lambda cat: (cat / "a").symlink_to("."),
@@ -255,13 +256,13 @@ def test_what_a_killed_write_left_is_removed(tmp_path: Path, monkeypatch: pytest
             with pytest.raises(KeyboardInterrupt):
                 safe_save({}, tmp_path / name)
     assert len(list(tmp_path.iterdir())) == 2
-    remove_partial_files(tmp_path)
+    remove_partial_files(tmp_path, WRITTEN)
     assert not list(tmp_path.iterdir())
 
 
 def test_own_number_in_an_earlier_life_is_removed(tmp_path: Path) -> None:
     leave(tmp_path / f".last.ckpt.{os.getpid()}.partial")
-    remove_partial_files(tmp_path)
+    remove_partial_files(tmp_path, WRITTEN)
     assert not list(tmp_path.iterdir())
 
 
@@ -288,7 +289,7 @@ def test_own_number_in_an_earlier_life_is_removed(tmp_path: Path) -> None:
 )
 def test_what_others_made_stays(tmp_path: Path, name: str) -> None:
     path = leave(tmp_path / name.format(pid=dead_process()))
-    remove_partial_files(tmp_path)
+    remove_partial_files(tmp_path, WRITTEN)
     assert path.read_bytes() == b"half"
 
 
@@ -298,7 +299,7 @@ def test_links_folders_and_files_of_living_processes_stay(tmp_path: Path) -> Non
     link.symlink_to(target)
     folder.mkdir()
     alive = [leave(tmp_path / f".last.ckpt.{number}.partial") for number in (1, os.getppid())]
-    remove_partial_files(tmp_path)
+    remove_partial_files(tmp_path, WRITTEN)
     assert link.is_symlink()
     assert folder.is_dir()
     assert all(path.exists() for path in (target, *alive))

@@ -2,7 +2,7 @@
 
 from ecanet.inspect.cost import gate_parameters, multiply_adds, parameters
 from ecanet.inspect.curves import plot_training_curves
-from ecanet.inspect.kernel_sizes import RELEASED_KERNELS, plot_kernel_sizes
+from ecanet.inspect.kernel_plot import RELEASED_KERNELS, plot_kernel_sizes
 from ecanet.inspect.matrices import plot_matrices
 from ecanet.inspect.observe import gates
 from ecanet.inspect.per_class import gate_values, plot_gates_per_class

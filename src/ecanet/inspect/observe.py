@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ecanet.nn import Gate
-from ecanet.nn.hung import run_gate
+from ecanet.nn.hung import is_hook_of_a_gate
 from ecanet.private_torch import GLOBAL_HOOKS, FakeTensorMode
 
 
@@ -55,7 +55,7 @@ def twin_of(model: nn.Module) -> nn.Module:
                 memo[id(t)] = t
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             hooks = own[name]
-            memo[id(hooks)] = OrderedDict((key, hook) for key, hook in hooks.items() if hook is run_gate)
+            memo[id(hooks)] = OrderedDict((key, hook) for key, hook in hooks.items() if is_hook_of_a_gate(hook))
     twin = copy.deepcopy(model, memo)
     originals = {*model.modules()}
     if (shared := next((module for module in twin.modules() if module in originals), None)) is not None:

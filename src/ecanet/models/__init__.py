@@ -5,8 +5,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from ecanet.files.state_dicts import read_state_dict
 from ecanet.models.hub import HubModel
-from ecanet.models.kernel_sizes import KernelSizes
 from ecanet.models.mobilenetv2 import ECAMobileNetV2, eca_mobilenet_v2
 from ecanet.models.official import load_official
 from ecanet.models.plain import load_plain_weights
@@ -20,7 +20,7 @@ from ecanet.models.resnet import (
     eca_resnet152,
     small_eca_resnet,
 )
-from ecanet.models.state_dicts import read_state_dict
+from ecanet.models.stages import KernelSizes
 
 #: Every network by the name of its function.
 MODELS: dict[str, Callable[..., ECAResNet | ECAMobileNetV2 | SmallECAResNet]] = {

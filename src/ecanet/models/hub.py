@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from ecanet.files.state_dicts import describe, misfits, read_state_dict
 from ecanet.models.arguments import CHECKS, check_arguments
 from ecanet.models.neutral import make_neutral_
-from ecanet.models.state_dicts import describe, misfits, read_state_dict
 from ecanet.nn import Gate
 from ecanet.nn.folding import fold_factors_
 from ecanet.untrusted import check_file, shown

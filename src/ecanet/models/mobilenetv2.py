@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torchvision.models.mobilenetv2 import InvertedResidual, MobileNetV2
 
 from ecanet.models.hub import HubModel
-from ecanet.models.kernel_sizes import KernelSizes, kernel_sizes_per_stage
 from ecanet.models.plain import PlainWeights, load_plain_weights
+from ecanet.models.stages import KernelSizes, kernel_sizes_per_stage
 from ecanet.nn.build import GateSpec, build_gate, gate_name
 from ecanet.nn.hooks import called_differently
 from ecanet.nn.se import SE

@@ -7,10 +7,11 @@ from functools import partial
 
 import torch
 
-from ecanet.models.kernel_sizes import RELEASED
+from ecanet.files.state_dicts import StateDict, describe, misfits, read_state_dict
+from ecanet.models.eca_keys import eca_kernel_sizes
 from ecanet.models.mobilenetv2 import BLOCKS_PER_STAGE, ECAMobileNetV2
 from ecanet.models.resnet import ECAResNet
-from ecanet.models.state_dicts import StateDict, describe, eca_kernel_sizes, misfits, read_state_dict
+from ecanet.models.stages import RELEASED
 
 
 def load_official(path: str | os.PathLike[str], strict: bool = True) -> ECAResNet | ECAMobileNetV2:

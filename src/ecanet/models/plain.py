@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torchvision.models import WeightsEnum, get_model_weights
 
+from ecanet.files.state_dicts import StateDict, describe, misfits, read_state_dict, state_dict_in
+from ecanet.models.eca_keys import eca_kernel_sizes
 from ecanet.models.hub import HubModel
 from ecanet.models.neutral import make_neutral_
-from ecanet.models.state_dicts import StateDict, describe, eca_kernel_sizes, misfits, read_state_dict, state_dict_in
 from ecanet.nn.folding import check_foldable, fold_factors_
 
 PlainWeights: TypeAlias = str | os.PathLike[str] | WeightsEnum | StateDict

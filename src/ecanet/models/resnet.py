@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from ecanet.models.hub import HubModel
-from ecanet.models.kernel_sizes import KernelSizes, kernel_sizes_per_stage
 from ecanet.models.plain import PlainWeights, load_plain_weights
+from ecanet.models.stages import KernelSizes, kernel_sizes_per_stage
 from ecanet.nn.build import GateSpec, build_gate, gate_name
 from ecanet.nn.tail.functional import conv_norm_gate_add_act, norm_gate_add_act
 

@@ -4,6 +4,7 @@ from ecanet.nn.build import GATES, GateFactory, GateSpec, build_gate
 from ecanet.nn.eca import ECA, ECANS
 from ecanet.nn.folding import fold_factors_
 from ecanet.nn.gate import Gate, LinearGate
+from ecanet.nn.keep import ultralytics as _ultralytics
 from ecanet.nn.kernel_size import adaptive_kernel_size
 from ecanet.nn.se import SE, SEGroup, SEVar1, SEVar2, SEVar3, se_gc2, se_gc3
 from ecanet.nn.tail.functional import conv_norm_gate_add_act, norm_gate_add_act
@@ -31,3 +32,5 @@ __all__ = [
     "se_gc2",
     "se_gc3",
 ]
+
+_ultralytics.follow()

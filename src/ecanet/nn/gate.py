@@ -1,7 +1,6 @@
 """The contract of every gate: means in, gates out, and a feature map scaled by them."""
 
 import math
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import chain
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.utils.parametrize import is_parametrized
 
+from ecanet.nn.events import GATE_GETS_FACTOR
 from ecanet.nn.hooks import called_differently
 from ecanet.nn.kernel_size import check_channels
 from ecanet.nn.tail import eager
@@ -152,7 +152,7 @@ class Gate(nn.Module, ABC):
     def factor(self, value: float) -> None:
         self._factor = check_factor(value)
         if self._factor != 1:
-            _tell_transformers()
+            GATE_GETS_FACTOR.happens()
         scale = self._buffers["scale"]
         if self._factor == 1:
             self._buffers["scale"] = None
@@ -403,17 +403,6 @@ class Gate(nn.Module, ABC):
     def _arguments(self) -> list[str]:
         """Constructor arguments but ``factor``, as ``repr`` shows them."""
         return [f"{self.channels}"]
-
-
-def _tell_transformers() -> None:
-    """Let transformers know, where it is, that a gate's missing tensors are no layer's like others.
-
-    The import upwards: nothing is imported of a library that is not there already.
-    """
-    if "transformers.modeling_utils" in sys.modules:
-        from ecanet.integrations import transformers
-
-        transformers.keep_gates()
 
 
 class ResetWithGate:

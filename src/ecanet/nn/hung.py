@@ -13,11 +13,11 @@ functions that merge a norm into the layer before it refuse; and :mod:`torch.fx`
 module that it is given and so passes its hooks by, calls the gate at the end of the graph.
 """
 
+import functools
 import gc
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from functools import wraps
 from typing import Any
 
 import torch.nn.utils.fusion
@@ -34,7 +34,7 @@ GATE = "gate"
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-def run_gate(host: nn.Module, args: Any, output: Any) -> Any:
+def _run_gate(host: nn.Module, args: Any, output: Any) -> Any:
     """The forward hook: what the module returns, scaled."""
     gate = host._modules.get(GATE)
     if gate is None:
@@ -43,6 +43,22 @@ def run_gate(host: nn.Module, args: Any, output: Any) -> Any:
             "rebuilt the module would have dropped it; remove_gates_ before, and insert_gates_ afterwards"
         )
     return gate(output)
+
+
+_run_gate.__name__ = _run_gate.__qualname__ = "run_gate"  # what pickles name
+
+
+def __getattr__(name: str) -> Any:
+    """Give out the hook under the name that pickles have: a gate hangs in this process from then on."""
+    if name != "run_gate":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _watch_tools()
+    return _run_gate
+
+
+def is_hook_of_a_gate(hook: object) -> bool:
+    """Whether a forward hook is the one that runs the gate of a host."""
+    return hook is _run_gate
 
 
 def hang_(host: nn.Module, gate: nn.Module) -> None:
@@ -60,9 +76,10 @@ def hang_(host: nn.Module, gate: nn.Module) -> None:
         )
     if hasattr(host, GATE):
         raise ValueError(f"a {type(host).__name__} with an attribute {GATE!r} of its own cannot take one: wrap it")
+    _watch_tools()
     host.register_module(GATE, gate)
-    if run_gate not in host._forward_hooks.values():  # a gate that hung elsewhere may have hung itself here
-        host.register_forward_hook(run_gate)
+    if _run_gate not in host._forward_hooks.values():  # a gate that hung elsewhere may have hung itself here
+        host.register_forward_hook(_run_gate)
     setattr(gate, HANGS, True)
 
 
@@ -139,9 +156,6 @@ def _are_children(held: dict[Any, Any]) -> bool:
     )
 
 
-register_module_module_registration_hook(_hand_on_the_gate)
-
-
 def _would_be_lost(host: str, tool: str) -> ValueError:
     return ValueError(
         f"a gate hangs on the {host} that {tool} merges with the layer before it, and would be lost: "
@@ -152,7 +166,7 @@ def _would_be_lost(host: str, tool: str) -> ValueError:
 def refuses_gates(merge: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """A function that makes one layer of a layer and a norm, so that it raises where a gate hangs on either."""
 
-    @wraps(merge)
+    @functools.wraps(merge)
     def merge_without_gates(*args: Any, **kwargs: Any) -> nn.Module:
         for module in (*args, *kwargs.values()):
             if isinstance(module, nn.Module) and hung_gate(module) is not None:
@@ -162,22 +176,13 @@ def refuses_gates(merge: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     return merge_without_gates
 
 
-#: Who has these functions of torch under their own names, if they were imported already.
-_BORROWERS = ("torch.nn.utils.fusion", "torch.nn.utils", "torch.fx.experimental.optimization")
-for _name in ("fuse_conv_bn_eval", "fuse_linear_bn_eval"):
-    _merge: Callable[..., nn.Module] = getattr(torch.nn.utils.fusion, _name)
-    for _borrower in _BORROWERS:
-        if getattr(sys.modules.get(_borrower), _name, None) == _merge:
-            setattr(sys.modules[_borrower], _name, refuses_gates(_merge))
-
-
 def calls_the_gate(trace: Callable[..., fx.Graph]) -> Callable[..., fx.Graph]:
     """:meth:`torch.fx.Tracer.trace`, so that the graph of a module that a gate hangs on ends with the gate.
 
     A graph is what all that follows copies, splits, interprets and rewrites; the hook is on the module it was made of.
     """
 
-    @wraps(trace)
+    @functools.wraps(trace)
     def trace_with_gate(tracer: fx.Tracer, root: Any, *args: Any, **kwargs: Any) -> fx.Graph:
         graph = trace(tracer, root, *args, **kwargs)
         gate = hung_gate(root) if isinstance(root, nn.Module) and tracer.traced_func_name == "forward" else None
@@ -197,24 +202,35 @@ def calls_the_gate(trace: Callable[..., fx.Graph]) -> Callable[..., fx.Graph]:
     return trace_with_gate
 
 
-setattr(fx.Tracer, "trace", calls_the_gate(fx.Tracer.trace))  # noqa: B010
-
-
 def _hang_on_the_new_host(host: nn.Module, name: str, gate: nn.Module | None) -> None:
     hangs = name == GATE and getattr(gate, HANGS, False) and isinstance(host, NormBase)
-    if hangs and run_gate not in host._forward_hooks.values():
-        host.register_forward_hook(run_gate)
+    if hangs and _run_gate not in host._forward_hooks.values():
+        host.register_forward_hook(_run_gate)
         fill_with_gates_(host)
 
 
-register_module_module_registration_hook(_hang_on_the_new_host)
+#: Who has torch's functions that merge layers under their own names, if they were imported already.
+_BORROWERS = ("torch.nn.utils.fusion", "torch.nn.utils", "torch.fx.experimental.optimization")
+
+
+@functools.cache
+def _watch_tools() -> None:
+    """Change what tools of torch do to hosts of gates, in this process, for good: once, before the first gate hangs."""
+    register_module_module_registration_hook(_hand_on_the_gate)
+    register_module_module_registration_hook(_hang_on_the_new_host)
+    setattr(fx.Tracer, "trace", calls_the_gate(fx.Tracer.trace))  # noqa: B010
+    for name in ("fuse_conv_bn_eval", "fuse_linear_bn_eval"):
+        merge: Callable[..., nn.Module] = getattr(torch.nn.utils.fusion, name)
+        for borrower in _BORROWERS:
+            if getattr(sys.modules.get(borrower), name, None) == merge:
+                setattr(sys.modules[borrower], name, refuses_gates(merge))
 
 
 def hung_gate(host: nn.Module) -> nn.Module | None:
     """The gate that hangs on a module, or None."""
     children = host._modules
     gate = children.get(GATE) if isinstance(children, dict) else None  # TorchScript has something else
-    return gate if gate is not None and run_gate in host._forward_hooks.values() else None
+    return gate if gate is not None and _run_gate in host._forward_hooks.values() else None
 
 
 def hung_gates(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
@@ -227,6 +243,6 @@ def hung_gates(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
 
 def take_down_(host: nn.Module) -> None:
     """Remove the gate that hangs on a module, and its hook."""
-    for key in [key for key, hook in host._forward_hooks.items() if hook is run_gate]:
+    for key in [key for key, hook in host._forward_hooks.items() if hook is _run_gate]:
         del host._forward_hooks[key]
     vars(host._modules.pop(GATE)).pop(HANGS, None)

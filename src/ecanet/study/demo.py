@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ecanet.files.atomic import write_whole
 from ecanet.inspect import (
     gate_values,
     plot_gates_per_class,
@@ -71,8 +72,8 @@ def demo(out: str | Path = "runs/demo", seeds: int = 3, epochs: int = 6, workers
     noise = "The two ECA entries are the same network: where their times differ, that is the machine's noise."
     summary = f"{table(comparison, costs)}\n\n{verdict(comparison)}\n{noise}\n"
     print(f"\n{summary}")
-    (out / "summary.txt").write_text(summary)
-    (out / "summary.json").write_text(json.dumps(_summary(comparison, costs), indent=2) + "\n")
+    write_whole(out / "summary.txt", summary)
+    write_whole(out / "summary.json", json.dumps(_summary(comparison, costs), indent=2) + "\n")
     for path in draw(comparison, out):
         print(f"wrote {path}")
     return comparison

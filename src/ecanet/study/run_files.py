@@ -2,10 +2,11 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from ecanet.files.atomic import write_whole
 
 #: Bytes that a file may have, and what each epoch may add to them where there are thousands.
 _LARGEST, _LARGEST_EPOCH = 1_000_000, 1_000
@@ -23,9 +24,7 @@ def write_run(file: Path, run: Mapping[str, Any]) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps({**run, _CHECKSUM: _checksum(run)}, indent=2) + "\n")
-    os.replace(partial, file)
+    write_whole(file, json.dumps({**run, _CHECKSUM: _checksum(run)}, indent=2) + "\n")
 
 
 def read_run(file: Path, epochs: int) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Put gates into a network that somebody else wrote."""
 
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -13,6 +12,7 @@ from ecanet.nn import Gate
 from ecanet.nn.build import GateFactory, build_gate
 from ecanet.nn.folding import fold_, owners, tensors_to_scale
 from ecanet.nn.hung import GATE, hang_, hung_gate
+from ecanet.nn.keep import transformers, ultralytics
 from ecanet.nn.loading import keep_loading_
 from ecanet.nn.neutral import make_identity_
 from ecanet.nn.undo import Undo, all_or_nothing
@@ -150,18 +150,10 @@ def insert_gates_(
 
 
 def _tell_the_library_of(model: nn.Module) -> None:
-    """Let those know of gates who build networks anew to train them, or fill in what a file lacks.
-
-    The imports upwards: nothing is imported of a library that is not there already.
-    """
+    """Let those know of gates who build networks anew to train them, or fill in what a file lacks."""
     if any(cls.__module__.startswith("ultralytics.") for cls in type(model).__mro__):
-        from ecanet.integrations import ultralytics
-
         ultralytics.keep_gates()
-    if "transformers.modeling_utils" in sys.modules:  # the model may be a part of one of its networks
-        from ecanet.integrations import transformers
-
-        transformers.keep_gates()
+    transformers.keep_gates()  # where it is imported: the model may be a part of one of its networks
 
 
 def _not_yet(sites: list[Site], gate: str | GateFactory, kernel_size: int | str) -> tuple[list[Site], int]:

@@ -12,8 +12,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from ecanet.files.state_dicts import describe, misfits, read_state_dict, safe_load, safe_save, state_dict_in
 from ecanet.models.arguments import check_arguments
-from ecanet.models.state_dicts import describe, misfits, read_state_dict, safe_load, safe_save, state_dict_in
 from ecanet.nn.build import GATES
 from ecanet.surgery.fuse import fuse_tails_
 from ecanet.surgery.insert import insert_gates_

@@ -2,8 +2,6 @@
 
 import math
 import os
-import re
-import stat
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +12,14 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
+from ecanet.files.state_dicts import describe, misfits, safe_load, safe_save, state_dict_in
 from ecanet.models import build_model
-from ecanet.models.state_dicts import describe, misfits, safe_load, safe_save, state_dict_in
 from ecanet.train.config import DataConfig, ModelConfig
 from ecanet.train.run_folder import RunFolder, remedy
 from ecanet.untrusted import check_number, listed, shown
 
 #: The key under which a checkpoint says what it is.
 ABOUT = "ecanet"
-
-#: What safe_save calls a run's checkpoint while it writes it, with the number of the process.
-_PARTIAL = re.compile(r"\.(?:best\.ckpt|last\.ckpt|recipe\.json)\.([1-9][0-9]{0,8})\.partial")
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -125,29 +120,6 @@ def check_finite(loss: float, trainer: L.Trainer) -> None:
             f"learning rate of {rate:.3g}: the run diverged. No checkpoint was replaced; try a lower optim.lr, a "
             "longer optim.warmup_epochs or optim.clip_norm"
         )
-
-
-def remove_partial_files(folder: Path) -> None:
-    """Remove what a kill in the middle of a write left behind: regular files, and none of another living process."""
-    for path in folder.iterdir():
-        match = _PARTIAL.fullmatch(path.name)
-        if match and stat.S_ISREG(path.lstat().st_mode) and not _is_another(int(match[1])):
-            path.unlink(missing_ok=True)
-
-
-def _is_another(process: int) -> bool:
-    """Whether a process lives that is not this one."""
-    if process == os.getpid():  # numbers return, and in containers soon
-        return False
-    if os.name != "posix":  # there, to ask would be to end it
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 @dataclass

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from ecanet.files.atomic import remove_partial_files
 from ecanet.train.checkpoint import (
     ABOUT,
     SafeCheckpointIO,
@@ -32,7 +33,6 @@ from ecanet.train.checkpoint import (
     as_it_started,
     build_network,
     load_trained,
-    remove_partial_files,
 )
 from ecanet.train.classifier import Classifier
 from ecanet.train.config import DataConfig, Recipe, to_plain
@@ -40,7 +40,7 @@ from ecanet.train.data.loading import ImageData, Plain, test_transform
 from ecanet.train.data.pictures import image_files, read_image
 from ecanet.train.processes import EndTogether
 from ecanet.train.resume import Resumed, last_state, made_by
-from ecanet.train.run_folder import RunFolder, how_to_go_on
+from ecanet.train.run_folder import WRITTEN, RunFolder, how_to_go_on
 from ecanet.untrusted import check_file, listed, shown
 
 
@@ -155,7 +155,7 @@ def _fit(
     try:
         with folder.errors_named() if folder else contextlib.nullcontext(), together:
             if folder and trainer.is_global_zero:
-                remove_partial_files(folder.path)
+                remove_partial_files(folder.path, WRITTEN)
                 folder.write_text("recipe.json", json.dumps(to_plain(recipe), indent=2) + "\n")
             trainer.fit(classifier, datamodule=data, ckpt_path=None if resumed is None else resumed.path)
     except SystemExit as interrupted:  # Lightning turns Ctrl-C and SIGTERM into it, the latter with exit status 0

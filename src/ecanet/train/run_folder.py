@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+from ecanet.files.atomic import write_whole
+
 fcntl: ModuleType | None
 try:
     import fcntl
@@ -27,6 +29,10 @@ def _close_held() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_held)
+
+
+#: What a run writes into its folder, one process at a time.
+WRITTEN = ("best.ckpt", "last.ckpt", "recipe.json")
 
 
 class RunFolder:
@@ -107,9 +113,7 @@ class RunFolder:
             name: Of the file.
             text: What it will hold.
         """
-        partial = self.path / f".{name}.{os.getpid()}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, self.path / name)
+        write_whole(self.path / name, text)
 
     @contextlib.contextmanager
     def errors_named(self) -> Iterator[None]:

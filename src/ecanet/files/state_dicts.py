@@ -1,6 +1,5 @@
 """Checkpoint files: read without running their code, written whole or not at all; how a state dict fits a network."""
 
-import contextlib
 import hashlib
 import io
 import os
@@ -14,7 +13,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ecanet.models.pickles import check_pickles
+from ecanet.files.atomic import write_whole
+from ecanet.files.pickles import check_pickles
 from ecanet.untrusted import check_file, listed, shown
 
 StateDict: TypeAlias = Mapping[str, Tensor]
@@ -105,7 +105,7 @@ def _verify_checksum(path: Path) -> None:
 
 
 def safe_save(value: Any, path: str | os.PathLike[str]) -> None:
-    """Write a file of ``torch.save`` beside its place and rename it: a kill or a full disk leaves what was there.
+    """Write a file of ``torch.save``, whole or not at all.
 
     Behind its content stands a checksum, which :func:`safe_load` verifies and ``torch.load`` passes over.
 
@@ -116,23 +116,14 @@ def safe_save(value: Any, path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: it could not be written; names the file and its size.
     """
-    target = Path(path)
-    partial_file = target.with_name(f".{target.name}.{os.getpid()}.partial")
     buffer = io.BytesIO()
     torch.save(value, buffer)
     buffer.write(_CHECKSUM + hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with partial_file.open("wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial_file, target)
+        write_whole(path, buffer.getbuffer())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial_file.unlink(missing_ok=True)
         size = f"{buffer.tell() / 2**20:.1f} MiB needed"
-        raise OSError(error.errno, f"cannot write the checkpoint {target} ({error.strerror}; {size})") from error
+        raise OSError(error.errno, f"cannot write the checkpoint {path} ({error.strerror}; {size})") from error
 
 
 def state_dict_in(loaded: object, source: str) -> dict[str, Tensor]:
@@ -263,14 +254,3 @@ def describe(**problems: list[str]) -> str:
     return "; ".join(
         f"{len(keys)} {kind}: {listed(keys, _KEYS_IN_A_MESSAGE)}" for kind, keys in problems.items() if keys
     )
-
-
-def eca_kernel_sizes(state: StateDict) -> dict[str, int]:
-    """Kernel size of every ECA weight, by the name of the block it is in."""
-    # No other tensor of these networks is (1, 1, k).
-    # The last part of a name is "eca" in the ResNets, the gate's number in the sequence "conv" in MobileNetV2.
-    return {
-        re.sub(r"\.[^.]+\.conv\.weight$", "", key): value.shape[-1]
-        for key, value in state.items()
-        if key.endswith(".conv.weight") and value.dim() == 3 and value.shape[:2] == (1, 1)
-    }

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ecanet.inspect.style import COLOURS, DARK, FONT_SIZE, LIGHT, SMALL_FONT_SIZE, new_figure, style_axes
-from ecanet.models.kernel_sizes import RELEASED
+from ecanet.models.stages import RELEASED
 from ecanet.nn import adaptive_kernel_size
 
 if TYPE_CHECKING:

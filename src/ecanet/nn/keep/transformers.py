@@ -9,16 +9,19 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ecanet.nn import Gate
+from ecanet.nn.events import GATE_GETS_FACTOR
+from ecanet.nn.gate import Gate
 
 #: What transformers sets on a tensor, and older versions on a module, whose values come from a file.
 _FLAG = "_is_hf_initialized"
 
 
+@GATE_GETS_FACTOR.subscribe
 def keep_gates() -> None:
     """Let ``from_pretrained`` make gates that start as 1 so again where a checkpoint lacks them.
 
-    :func:`ecanet.insert_gates_` calls this where transformers is imported. Other modules are initialised as ever;
+    A gate that gets a factor calls this, and :func:`ecanet.insert_gates_`; where transformers is not imported, it does
+    nothing. Other modules are initialised as ever;
     calling it twice does no more than calling it once.
     """
     modeling = sys.modules.get("transformers.modeling_utils")

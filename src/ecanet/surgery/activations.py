@@ -122,13 +122,13 @@ def _writes(module: nn.Module, node: fx.Node) -> bool:
         return False
     return (
         node.kwargs.get("inplace") is True
-        or (node.op == "call_function" and _third_is_inplace(node))
+        or (node.op == "call_function" and _is_told_to_write(node))
         or (name.endswith("_") and not name.endswith("__"))
         or node.target in (operator.imul, operator.iadd, operator.isub, operator.itruediv)
     )
 
 
-def _third_is_inplace(node: fx.Node) -> bool:
+def _is_told_to_write(node: fx.Node) -> bool:
     """Whether a function got ``inplace=True`` by its place among the arguments."""
     try:
         names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
@@ -139,9 +139,14 @@ def _third_is_inplace(node: fx.Node) -> bool:
 
 def _is_constant(node: fx.Node) -> bool:
     """Whether a node is a weight, or computed from weights alone."""
-    return node.op == "get_attr" or (
-        node.op != "placeholder" and bool(node.all_input_nodes) and all(map(_is_constant, node.all_input_nodes))
-    )
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        if node.op != "get_attr":
+            if node.op in ("placeholder", "call_module") or not node.all_input_nodes:
+                return False
+            waiting += node.all_input_nodes
+    return True
 
 
 def _has_layers(module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from ecanet.surgery import ATTENTION, BLOCKS, FUSED, insert_gates_  # noqa: E402
-from ecanet.surgery.blocks import find_blocks  # noqa: E402
+from ecanet.surgery.find.blocks import find_blocks  # noqa: E402
 from ecanet.surgery.networks import create_network, default_input_shape  # noqa: E402
 from tests.surgery import architectures as known  # noqa: E402
 

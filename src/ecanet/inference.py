@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.ops import FrozenBatchNorm2d
 
+from ecanet.networks.checks import check_model
 from ecanet.nn import Gate
 from ecanet.nn.hooks import called_differently
 from ecanet.nn.hung import hung_gate
@@ -20,7 +21,6 @@ from ecanet.nn.tail.functional import follow
 from ecanet.nn.tail.plan import plan
 from ecanet.nn.tail.reading import read_act
 from ecanet.ops import reference
-from ecanet.surgery.checks import check_model
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

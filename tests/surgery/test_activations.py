@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ecanet import insert_gates_, remove_gates_
-from ecanet.surgery.activations import kind_of
+from ecanet.surgery.find.activations import kind_of
 
 C = 8
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

@@ -9,9 +9,9 @@ from networks import randomise_
 from torch import Tensor, nn
 
 from ecanet import insert_gates_
-from ecanet.surgery.blocks import find_blocks
-from ecanet.surgery.groups import find_groups
-from ecanet.surgery.layers import names_of
+from ecanet.surgery.find.blocks import find_blocks
+from ecanet.surgery.find.groups import find_groups
+from ecanet.surgery.find.layers import names_of
 
 C = 8
 

@@ -1,11 +1,11 @@
 """Look inside: what gates cost, what their matrices look like, what they learned. Figures need matplotlib."""
 
-from ecanet.inspect.cost import gate_parameters, multiply_adds, parameters
 from ecanet.inspect.curves import plot_training_curves
 from ecanet.inspect.kernel_plot import RELEASED_KERNELS, plot_kernel_sizes
 from ecanet.inspect.matrices import plot_matrices
-from ecanet.inspect.observe import gates
 from ecanet.inspect.per_class import gate_values, plot_gates_per_class
+from ecanet.networks.cost import gate_parameters, multiply_adds, parameters
+from ecanet.networks.running import gates
 
 __all__ = [
     "RELEASED_KERNELS",

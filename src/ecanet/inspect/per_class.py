@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ecanet.inspect.observe import evaluating, example_tensor, gates, observing
 from ecanet.inspect.style import COLOURS, FONT_SIZE, SMALL_FONT_SIZE, new_figure, style_axes
+from ecanet.networks.running import evaluating, example_tensor, gates, observing
 from ecanet.nn import Gate
 from ecanet.ops import reference
 

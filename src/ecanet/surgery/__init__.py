@@ -1,9 +1,9 @@
 """Put gates into a network somebody else wrote, swap them, take them out, and give its blocks the fused tail."""
 
-from ecanet.surgery.blocks import BLOCKS
+from ecanet.surgery.find.blocks import BLOCKS
+from ecanet.surgery.find.layers import ATTENTION
 from ecanet.surgery.fuse import FUSED, fuse_tails_
 from ecanet.surgery.insert import insert_gates_
-from ecanet.surgery.layers import ATTENTION
 from ecanet.surgery.remove import remove_gates_
 from ecanet.surgery.replace import replace_gates_
 from ecanet.surgery.report import Report, Row

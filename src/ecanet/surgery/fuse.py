@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ecanet.networks.checks import check_model
 from ecanet.nn.hung import hung_gate
 from ecanet.nn.norms import qualified_name
 from ecanet.nn.undo import all_or_nothing
 from ecanet.surgery.attention import as_gate
-from ecanet.surgery.checks import check_model
-from ecanet.surgery.layers import out_channels, resolve
+from ecanet.surgery.find.layers import out_channels, resolve
 from ecanet.surgery.report import Report, Row
 
 

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ecanet.inspect.cost import check_input_shape
+from ecanet.networks.checks import check_input_shape, check_model
 from ecanet.nn import Gate
 from ecanet.nn.build import GateFactory, build_gate
 from ecanet.nn.folding import fold_, owners, tensors_to_scale
@@ -16,13 +16,12 @@ from ecanet.nn.keep import transformers, ultralytics
 from ecanet.nn.loading import keep_loading_
 from ecanet.nn.neutral import make_identity_
 from ecanet.nn.undo import Undo, all_or_nothing
-from ecanet.surgery.checks import check_model
-from ecanet.surgery.dry_run import DryRun, dry_run
+from ecanet.surgery.find.dry_run import DryRun, dry_run
+from ecanet.surgery.find.layers import certain_channels, merges_branches, names_of
+from ecanet.surgery.find.sites import FilterFn, Site, Where, find_sites
 from ecanet.surgery.fitting import arguments_of, build_fitting_gate
-from ecanet.surgery.layers import certain_channels, merges_branches, names_of
 from ecanet.surgery.optimizers import add_parameters_, check_optimizer
 from ecanet.surgery.report import Report, Row, gate_row
-from ecanet.surgery.sites import FilterFn, Site, Where, find_sites
 
 
 class _Plan(NamedTuple):

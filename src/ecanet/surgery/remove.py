@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor, nn
 
+from ecanet.networks.checks import check_model
 from ecanet.nn import Gate
 from ecanet.nn.folding import owners, tensors_to_scale
 from ecanet.nn.hung import GATE, hung_gates, take_down_
 from ecanet.nn.loading import keep_loading_
 from ecanet.nn.undo import all_or_nothing
-from ecanet.surgery.checks import check_model
+from ecanet.surgery.find.sites import FilterFn
 from ecanet.surgery.optimizers import check_optimizer, remove_parameters_
 from ecanet.surgery.report import Report, Row, parameters_of
-from ecanet.surgery.sites import FilterFn
 
 
 def remove_gates_(

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from ecanet.inspect.cost import check_input_shape
+from ecanet.networks.checks import check_input_shape, check_model
 from ecanet.nn import Gate
 from ecanet.nn.build import GateFactory
 from ecanet.nn.hooks import called_differently
@@ -17,14 +17,13 @@ from ecanet.nn.loading import HANGS, keep_loading_
 from ecanet.nn.neutral import make_identity_
 from ecanet.nn.norms import class_with_forward
 from ecanet.nn.undo import Undo, all_or_nothing
-from ecanet.surgery.checks import check_model
-from ecanet.surgery.dry_run import DryRun, dry_run
+from ecanet.surgery.find.dry_run import DryRun, dry_run
+from ecanet.surgery.find.layers import ATTENTION, certain_channels, is_attention, names_of
+from ecanet.surgery.find.sites import FilterFn
 from ecanet.surgery.fitting import arguments_of, build_fitting_gate
-from ecanet.surgery.layers import ATTENTION, certain_channels, is_attention, names_of
 from ecanet.surgery.loading import stand_for_
 from ecanet.surgery.optimizers import add_parameters_, check_optimizer, remove_parameters_
 from ecanet.surgery.report import Report, Row, gate_row, parameters_of
-from ecanet.surgery.sites import FilterFn
 
 #: What YOLO's network reads off its layers: number, where the input comes from, type and number of parameters.
 _YOLO_ROW = ("i", "f", "type", "np")

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ecanet.inspect.cost import elementwise_products
-from ecanet.inspect.observe import example_tensor, running_without_data, twin_of
+from ecanet.networks.copies import twin_of
+from ecanet.networks.cost import elementwise_products
+from ecanet.networks.running import example_tensor, running_without_data
 from ecanet.nn import Gate
 
 

@@ -1,5 +1,7 @@
 """Refusals that every operation on a whole network shares, before anything is done."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -32,6 +34,19 @@ def check_model(model: object) -> None:
             raise TypeError(f"{where} is scripted or traced: pass the model from before that")
         if any(is_lazy(parameter) for parameter in module._parameters.values()):
             raise TypeError(f"{where} has parameters that are not initialised: run it once on an input first")
+
+
+def check_input_shape(input_shape: object) -> None:
+    """Raise unless it is the shape of an input.
+
+    Raises:
+        TypeError: it is no sequence of integers.
+        ValueError: a size is below 1, or there is none.
+    """
+    if not isinstance(input_shape, Sequence) or not all(type(size) is int for size in input_shape):
+        raise TypeError(f"input_shape must be a sequence of integers such as (1, 3, 224, 224), got {input_shape!r}")
+    if not input_shape or min(input_shape) < 1:
+        raise ValueError(f"input_shape must have sizes of 1 or more, such as (1, 3, 224, 224), got {input_shape!r}")
 
 
 def _is_sharded(module: nn.Module) -> bool:

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ecanet.inspect.observe import example_tensor, twin_of, without_hooks_on_all_modules
+from ecanet.networks.copies import twin_of
+from ecanet.networks.running import example_tensor, without_hooks_on_all_modules
 from ecanet.nn.norms import is_norm
-from ecanet.surgery.layers import CONVOLUTIONS, is_activation, is_attention, is_transparent
+from ecanet.surgery.find.layers import CONVOLUTIONS, is_activation, is_attention, is_transparent
 
 #: "scaling" is ``a x + b`` with a and b of each channel, as of a layer scale, or of a norm outside training; "mixing"
 #: returns a map of the same shape whose values depend on several.

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from ecanet.inspect.observe import example_tensor, running_without_data, twin_of
-from ecanet.surgery.layers import CONVOLUTIONS
+from ecanet.networks.copies import twin_of
+from ecanet.networks.running import example_tensor, running_without_data
+from ecanet.surgery.find.layers import CONVOLUTIONS
 
 
 class Shapes(NamedTuple):

@@ -10,11 +10,11 @@ from torch import nn
 
 from ecanet.nn.hung import CONTAINERS, GATE, hung_gates
 from ecanet.nn.norms import class_with_forward
-from ecanet.surgery.blocks import JOINED, WIDER, Branch, find_blocks
-from ecanet.surgery.dry_run import DryRun, dry_run
-from ecanet.surgery.groups import find_groups
-from ecanet.surgery.layers import CONVOLUTIONS, MERGES, is_empty, names_of, out_channels
-from ecanet.surgery.traces import is_pooled
+from ecanet.surgery.find.blocks import JOINED, WIDER, Branch, find_blocks
+from ecanet.surgery.find.dry_run import DryRun, dry_run
+from ecanet.surgery.find.groups import find_groups
+from ecanet.surgery.find.layers import CONVOLUTIONS, MERGES, is_empty, names_of, out_channels
+from ecanet.surgery.find.traces import is_pooled
 
 FilterFn: TypeAlias = Callable[[nn.Module, str], bool]
 Where: TypeAlias = str | Sequence[str] | FilterFn

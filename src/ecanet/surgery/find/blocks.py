@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ecanet.nn.norms import activation_inside, class_with_forward, is_norm
-from ecanet.surgery.dry_run import Shapes
-from ecanet.surgery.layers import (
+from ecanet.surgery.find.dry_run import Shapes
+from ecanet.surgery.find.layers import (
     MERGES,
     count_convolutions,
     folds_later,
@@ -26,7 +26,14 @@ from ecanet.surgery.layers import (
     out_channels,
     resolve,
 )
-from ecanet.surgery.traces import MULTIPLICATIONS, ancestors_in, cannot_trace, factor_in, looks_like_attention, trace
+from ecanet.surgery.find.traces import (
+    MULTIPLICATIONS,
+    ancestors_in,
+    cannot_trace,
+    factor_in,
+    looks_like_attention,
+    trace,
+)
 
 #: Where the branch of a block ends, by the class of the block: for what adds no residual, or not always.
 BLOCKS: dict[str, str] = {

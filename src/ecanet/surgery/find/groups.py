@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 
 from ecanet.nn.norms import activation_inside, is_norm
-from ecanet.surgery.activations import Kind, Piece, acts, kind_of, live_users, next_piece, why_unknown
-from ecanet.surgery.dry_run import Shapes
-from ecanet.surgery.layers import CONVOLUTIONS, MERGES, count_convolutions, is_attention, merges_branches
-from ecanet.surgery.traces import (
+from ecanet.surgery.find.activations import Kind, Piece, acts, kind_of, live_users, next_piece, why_unknown
+from ecanet.surgery.find.dry_run import Shapes
+from ecanet.surgery.find.layers import CONVOLUTIONS, MERGES, count_convolutions, is_attention, merges_branches
+from ecanet.surgery.find.traces import (
     called,
     cannot_trace,
     factors_of,
@@ -61,7 +61,7 @@ def find_groups(
 
     Args:
         model: The network.
-        names: Its modules' names, as :func:`ecanet.surgery.layers.names_of` gives them.
+        names: Its modules' names, as :func:`ecanet.surgery.find.layers.names_of` gives them.
         shapes: Of a dry run, if there was one.
     """
     groups = Groups({}, [])

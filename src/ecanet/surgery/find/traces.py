@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ecanet.surgery.activations import Piece, kind_of, values_of
-from ecanet.surgery.dry_run import Shapes
-from ecanet.surgery.layers import ACTIVATION_FUNCTIONS, CONVOLUTIONS, is_attention
+from ecanet.surgery.find.activations import Piece, kind_of, values_of
+from ecanet.surgery.find.dry_run import Shapes
+from ecanet.surgery.find.layers import ACTIVATION_FUNCTIONS, CONVOLUTIONS, is_attention
 
 MULTIPLICATIONS: tuple[Any, ...] = (
     *(operator.mul, operator.imul, torch.mul, torch.multiply),

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ecanet.inspect.observe import evaluating, example_tensor, gates, observing, without_hooks_on_all_modules
+from ecanet.networks.checks import check_input_shape
+from ecanet.networks.running import evaluating, example_tensor, gates, observing, without_hooks_on_all_modules
 from ecanet.nn import ECA, ECANS, SE, Gate, SEGroup, SEVar2
 
 
@@ -80,19 +81,6 @@ def multiply_adds(model: nn.Module, input_shape: Sequence[int]) -> int:
     with rng, evaluating(model), observing(model, see), counter, without_hooks_on_all_modules():
         model(example.new_zeros(input_shape))
     return counter.get_total_flops() // 2 + extra
-
-
-def check_input_shape(input_shape: object) -> None:
-    """Raise unless it is the shape of an input.
-
-    Raises:
-        TypeError: it is no sequence of integers.
-        ValueError: a size is below 1, or there is none.
-    """
-    if not isinstance(input_shape, Sequence) or not all(type(size) is int for size in input_shape):
-        raise TypeError(f"input_shape must be a sequence of integers such as (1, 3, 224, 224), got {input_shape!r}")
-    if not input_shape or min(input_shape) < 1:
-        raise ValueError(f"input_shape must have sizes of 1 or more, such as (1, 3, 224, 224), got {input_shape!r}")
 
 
 def elementwise_products(gate: Gate) -> int:

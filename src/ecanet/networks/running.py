@@ -1,0 +1,100 @@
+"""Run a network, or a copy of it without data, watch its gates meanwhile, and leave it as it was."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ecanet.nn import Gate
+from ecanet.private_torch import GLOBAL_HOOKS, FakeTensorMode
+
+
+def gates(model: nn.Module) -> dict[str, Gate]:
+    """Every gate of a model by its qualified name, in the order of registration (for ResNets: of the forward pass).
+
+    Only subclasses of :class:`~ecanet.nn.Gate` count; a gate that several blocks share appears once.
+
+    Example:
+        >>> from ecanet.models import small_eca_resnet
+        >>> {name: gate.channels for name, gate in gates(small_eca_resnet()).items()}
+        {'layer1.0.eca': 32, 'layer2.0.eca': 64, 'layer3.0.eca': 128}
+    """
+    return {name: module for name, module in model.named_modules() if isinstance(module, Gate)}
+
+
+def example_tensor(model: nn.Module) -> Tensor:
+    """A tensor of the type and on the device of the model's floating-point weights; float32 on the CPU without any."""
+    tensors = chain(model.parameters(), model.buffers())
+    return next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
+
+
+@contextmanager
+def without_hooks_on_all_modules() -> Iterator[None]:
+    """Hooks that somebody registered for the calls of all modules do not run meanwhile."""
+    kept = [dict(registry) for registry in GLOBAL_HOOKS]
+    for registry in GLOBAL_HOOKS:
+        registry.clear()
+    try:
+        yield
+    finally:
+        for registry, hooks in zip(GLOBAL_HOOKS, kept, strict=True):
+            registry.update(hooks)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run the model in eval mode without gradients, then give every module its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def running_without_data(twin: nn.Module) -> Iterator[None]:
+    """Calls in it compute shapes alone, in eval mode; they run no hook of others and draw no random number."""
+    with (
+        evaluating(twin),
+        nullcontext() if FakeTensorMode is None else FakeTensorMode(allow_non_fake_inputs=True),
+        torch.random.fork_rng(devices=[]),
+        without_hooks_on_all_modules(),
+    ):
+        yield
+
+
+@contextmanager
+def observing(model: nn.Module, see: Callable[[str, Gate, Tensor], None]) -> Iterator[None]:
+    """Call ``see(name, gate, x)`` after every forward pass of every gate, x being its input.
+
+    Raises:
+        ValueError: a gate never ran, so that what was seen does not describe the model.
+    """
+    waiting = gates(model)
+    handles = []
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(gate: Gate, args: tuple[Any, ...], kwargs: dict[str, Any], _: Tensor) -> None:
+            waiting.pop(name, None)
+            see(name, gate, args[0] if args else kwargs["x"])
+
+        return hook
+
+    try:
+        for name, gate in gates(model).items():
+            handles.append(gate.register_forward_hook(hook_for(name), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    if waiting:
+        raise ValueError(
+            f"model has gates whose forward did not run in eval mode: {', '.join(waiting)}; "
+            "if they are fused or compiled, pass the model from before that, if they are unused, remove them"
+        )

@@ -55,13 +55,19 @@ def last_state(recipe: Recipe, last: Path, resume: bool) -> Resumed | None:
 
     Raises:
         FileExistsError: there is a checkpoint, and ``resume`` is False.
+        FileNotFoundError: it is a link to what is not there.
         ValueError: the checkpoint is damaged, or of a run by another recipe.
     """
-    if not last.exists():
+    if not os.path.lexists(last):
         return None
     if not resume:
         raise FileExistsError(
             f"{last.parent} holds a training run already: add --resume to go on with it, or choose another --out"
+        )
+    if not last.exists():
+        raise FileNotFoundError(
+            f"{last} is a link to {shown(os.readlink(last), 200)}, which is not there: bring that back, or choose "
+            "another --out"
         )
     checkpoint = read_checkpoint(last)
     check_resumable(checkpoint, last)
@@ -71,7 +77,10 @@ def last_state(recipe: Recipe, last: Path, resume: bool) -> Resumed | None:
     changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in free)
     if changed:
         what = ", ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in changed)
-        raise ValueError(f"cannot resume {last.parent} with another recipe ({what}): start anew in another --out")
+        raise ValueError(
+            f"cannot resume {last.parent} with another recipe ({shown(what, 1000)}): give the one that it was begun "
+            "with, or start anew in another --out"
+        )
     done, epochs = len(about["history"]), before["optim.epochs"]
     _check_epochs(last.parent, done, epochs, recipe)
     extended = recipe.optim.epochs > epochs

@@ -247,9 +247,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if os.environ.get("ECANET_TRACEBACK"):
             raise
         recipes = "".join(f"; the recipe: {path}" for path in _recipes(args) if path not in str(error))
-        sys.exit(
-            f"ecanet {args[0]}: {type(error).__name__}: {_one_line(error)}{recipes}\n(ECANET_TRACEBACK=1 shows where)"
-        )
+        rank = os.environ.get("LOCAL_RANK", "0")
+        process = "" if rank == "0" else f", process {rank}"
+        said = f"{type(error).__name__}: {_one_line(error)}{recipes}"
+        sys.exit(f"ecanet {args[0]}{process}: {said}\n(ECANET_TRACEBACK=1 shows where)")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -100,12 +100,17 @@ class Killed:
 
 
 def kill(run: "subprocess.Popen[str]", rank: int, signum: int) -> Killed:
-    """Send a signal to one process of a run and wait for the end of all; kill them where they do not end."""
+    """Send a signal to one process of a run and wait for the end of all."""
     while run.poll() is None and (victim := run.pid if rank == 0 else second_of(run.pid)) is None:
         time.sleep(0.05)  # it is about to be started
     if run.poll() is None and victim is not None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(victim, signum)
+    return end_of(run)
+
+
+def end_of(run: "subprocess.Popen[str]") -> Killed:
+    """Wait for the end of all processes of a run; kill them where they do not end."""
     begun = time.monotonic()
     while (left := processes_of(run.pid)) and time.monotonic() < begun + 3 * BOUND:
         run.poll()

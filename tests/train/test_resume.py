@@ -285,7 +285,7 @@ def rewrite(last: Path, change: Callable[[dict[str, Any]], None]) -> None:
         (lambda about: about["made_by"].update(versions=[]), "does not say with which versions"),
         (lambda about: about["made_by"].update(versions=[{"torch": "x" * 99}]), "its versions are none"),
     ],
-    ids=["processes", "images", "classes", "no maker", "a text", "no versions", "a long version"],
+    ids=["processes", "images", "classes", "not made by anything", "a text", "no versions", "a long version"],
 )
 def test_what_cannot_go_on_exactly_is_refused_with_the_reason(tiny, tmp_path, monkeypatch, change, message) -> None:
     fit_until(monkeypatch, tiny(), tmp_path, 12)

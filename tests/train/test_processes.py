@@ -119,9 +119,16 @@ main(sys.argv[1:])
         ),
         ("if rank == 1: loading.read_splits = rest", [(0, signal.SIGKILL)], "the first process of this run ended"),
         ("if rank == 0: at_step_5(rest)", [(1, signal.SIGSTOP), *[(0, signal.SIGTERM)] * 2], "last save"),
+        ("if rank == 1: at_step_5(rest)", [(1, 40)], "another process of this run ended by signal 40: "),
         ("if rank == 1: at_step_5(rest)", [(None, signal.SIGINT)], "Interrupted"),
     ],
-    ids=["an error of the second", "KILL while the second reads pictures", "TERM twice", "Ctrl-C"],
+    ids=[
+        "an error of the second",
+        "KILL while the second reads pictures",
+        "TERM twice",
+        "a signal without a name",
+        "Ctrl-C",
+    ],
 )
 def test_nothing_stays_of_a_run_and_it_says_what_was_wrong(fault, signals, says, pictures, tmp_path) -> None:
     script = tmp_path / "faulty.py"

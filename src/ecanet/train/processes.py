@@ -95,13 +95,13 @@ class EndTogether(Callback):
             else:
                 self._end_all(error)
         finally:
+            self._take_over()
             self._end_watch()
             _children[:] = self._started
             os.environ.pop(_PARENT, None)
 
     def _wait_for_all(self) -> None:
         """Until all are here, the end of one is the end of all."""
-        self._take_over()
         try:
             if torch.distributed.is_initialized():
                 torch.distributed.barrier()
@@ -115,6 +115,7 @@ class EndTogether(Callback):
         Raises:
             RuntimeError: the error is the echo of another process's end.
         """
+        self._take_over()
         try:
             lost = self._behind(error)
             if (lost or isinstance(error, (SystemExit, KeyboardInterrupt))) and hasattr(signal, "setitimer"):
@@ -122,7 +123,6 @@ class EndTogether(Callback):
             self._tell(signal.SIGTERM)
             self._wait(_LEAVE)
         finally:  # at once where another signal came meanwhile
-            self._take_over()
             self._tell(signal.SIGKILL)
         if lost is not None:
             raise RuntimeError(f"{lost}: {self._how_to_go_on()}") from error
@@ -152,13 +152,7 @@ class EndTogether(Callback):
         self._take_over()
         for process in self._started:
             if process.poll():
-                ended = process.returncode
-                how = (
-                    f"by {signal.Signals(-ended).name}"
-                    if ended < 0
-                    else f"with exit status {ended} (what it said stands above)"
-                )
-                return f"another process of this run ended {how}"
+                return f"another process of this run ended {_how(process.returncode)}"
         if self._parent is not None and os.getppid() != self._parent:
             return "the first process of this run ended"
         return None
@@ -204,6 +198,14 @@ class EndTogether(Callback):
         except BlockingIOError:
             return None
         return next((signum for signum in _SIGNALS if signum in seen), None)
+
+
+def _how(status: int) -> str:
+    """A process ended, as :attr:`Popen.returncode` says it."""
+    if status > 0:
+        return f"with exit status {status} (what it said stands above)"
+    names = {each.value: each.name for each in signal.Signals}  # which those for real time lack
+    return f"by {names.get(-status, f'signal {-status}')}"
 
 
 def _leave_in_time() -> None:

@@ -86,6 +86,7 @@ import os, pathlib, sys, time
 from ecanet.cli import main
 from ecanet.train.classifier import Classifier
 from ecanet.train.data import loading
+from torch.utils.data import Subset
 
 rank, here = int(os.environ.get("LOCAL_RANK", 0)), pathlib.Path(__file__).parent
 step, read = Classifier.training_step, loading.read_splits
@@ -99,6 +100,10 @@ def at_step_5(act):
 
 def fail():
     raise ValueError("of the second alone")
+
+def one_fewer(*args):
+    splits = read(*args)
+    return splits._replace(train=Subset(splits.train, range(100)))
 
 def rest(*_):
     (here / "rests").touch()
@@ -117,6 +122,11 @@ main(sys.argv[1:])
             [],
             r"ecanet fit, process 1: ValueError: of the second alone\n[^$]*status 1 ",
         ),
+        (
+            "if rank == 1: loading.read_splits = one_fewer",
+            [],
+            "ecanet fit, process 1: ValueError: process 1 has training",
+        ),
         ("if rank == 1: loading.read_splits = rest", [(0, signal.SIGKILL)], "the first process of this run ended"),
         ("if rank == 0: at_step_5(rest)", [(1, signal.SIGSTOP), *[(0, signal.SIGTERM)] * 2], "last save"),
         ("if rank == 1: at_step_5(rest)", [(1, 40)], "another process of this run ended by signal 40: "),
@@ -124,6 +134,7 @@ main(sys.argv[1:])
     ],
     ids=[
         "an error of the second",
+        "other pictures of the second",
         "KILL while the second reads pictures",
         "TERM twice",
         "a signal without a name",

@@ -39,7 +39,7 @@ from ecanet.train.config import DataConfig, Recipe, to_plain
 from ecanet.train.data.loading import ImageData, Plain, test_transform
 from ecanet.train.data.pictures import image_files, read_image
 from ecanet.train.processes import EndTogether
-from ecanet.train.resume import Resumed, last_state, made_by
+from ecanet.train.resume import Resumed, last_state, made_by, what_decides
 from ecanet.train.run_folder import RunFolder, how_to_go_on
 from ecanet.untrusted import check_file, listed, shown
 
@@ -264,14 +264,15 @@ class _History(Callback):
         self.records: list[dict[str, float]] = []
         self._start = 0.0
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """See that every process does the same: they would wait for one another for ever, or mix up the classes."""
+        images = {"training images": self.data.training_images, "validation images": self.data.validation_images}
+        _check_same(trainer, {**images, "classes": list(self.data.classes)}, "pictures (data.root)")
+        _check_same(trainer, what_decides(to_plain(self.recipe)), "command")
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """See that every process begins at the same step, and give the first one its learning rate."""
-        step = trainer.strategy.broadcast(trainer.global_step)
-        if step != trainer.global_step:
-            raise ValueError(
-                f"the first process begins at step {step}, and process {trainer.global_rank} at step "
-                f"{trainer.global_step}: all need the same --out, on a file system that they share"
-            )
+        _check_same(trainer, {"step": trainer.global_step}, "--out, on a file system that they share")
         if self.resumed is not None and self.resumed.is_extended:  # the rate was computed for another end
             for config in trainer.lr_scheduler_configs:
                 scheduler: Any = config.scheduler
@@ -308,6 +309,15 @@ class _History(Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self.records = checkpoint[ABOUT]["history"]
+
+
+def _check_same(trainer: L.Trainer, mine: dict[str, Any], what: str) -> None:
+    """Raise ValueError where a process has other values than the first one."""
+    first = trainer.strategy.broadcast(mine)
+    for name, value in first.items():
+        if value != mine[name]:
+            others = f"{shown(repr(mine[name]), 200)}, and the first one {shown(repr(value), 200)}"
+            raise ValueError(f"process {trainer.global_rank} has {name} {others}: all need the same {what}")
 
 
 class _ProgressBar(TQDMProgressBar):

@@ -74,16 +74,17 @@ def last_state(recipe: Recipe, last: Path, resume: bool) -> Resumed | None:
     checkpoint = read_checkpoint(last)
     check_resumable(checkpoint, last)
     about = checkpoint[ABOUT]
-    before, now = _flat(about["recipe"]), _flat(to_plain(recipe))
-    free = _FREE_TO_CHANGE | {"optim.epochs"}
-    changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in free)
+    before, now = what_decides(about["recipe"]), what_decides(to_plain(recipe))
+    epochs = before.pop("optim.epochs")
+    del now["optim.epochs"]
+    changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
     if changed:
         what = ", ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in changed)
         raise ValueError(
             f"cannot resume {last.parent} with another recipe ({shown(what, 1000)}): give the one that it was begun "
             "with, or start anew in another --out"
         )
-    done, epochs = len(about["history"]), before["optim.epochs"]
+    done = len(about["history"])
     _check_epochs(last.parent, done, epochs, recipe)
     extended = recipe.optim.epochs > epochs
     made_before = {key: about["made_by"][key] for key in (*_COUNTS, "versions")}
@@ -165,8 +166,10 @@ def _count(number: int, what: str) -> str:
     return f"{number:,} {what if number == 1 else plural}"
 
 
-def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
-    return {f"{block}.{key}": value for block, values in recipe.items() for key, value in values.items()}
+def what_decides(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Of a recipe as plain values, by ``block.key``, what the result depends on."""
+    flat = {f"{block}.{key}": value for block, values in recipe.items() for key, value in values.items()}
+    return {key: value for key, value in flat.items() if key not in _FREE_TO_CHANGE}
 
 
 def check_resumable(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:

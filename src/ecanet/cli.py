@@ -33,10 +33,11 @@ def _add_fit(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
 
     def run(args: "Namespace") -> None:
         recipe = Recipe(args.model, args.data, args.optim, args.trainer)
-        if args.resume and not (last := Path(args.out) / "last.ckpt").exists():
+        is_first = getattr(rank_zero_only, "rank", 0) == 0  # of the processes of a distributed run
+        if is_first and args.resume and not os.path.lexists(last := Path(args.out) / "last.ckpt"):
             print(f"there is no {last}: this run starts from the beginning", file=sys.stderr)
         result = fit(recipe, args.out, resume=args.resume)
-        if getattr(rank_zero_only, "rank", 0) != 0:  # the other processes of a distributed run
+        if not is_first:
             return
         print(f"top-1 {result.top1:.2f} % after the last epoch, {result.best_top1:.2f} % at best; see {args.out}")
         print(f"next: ecanet predict {args.out} IMAGE ...")
@@ -246,9 +247,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if os.environ.get("ECANET_TRACEBACK"):
             raise
         recipes = "".join(f"; the recipe: {path}" for path in _recipes(args) if path not in str(error))
-        sys.exit(
-            f"ecanet {args[0]}: {type(error).__name__}: {_one_line(error)}{recipes}\n(ECANET_TRACEBACK=1 shows where)"
-        )
+        rank = os.environ.get("LOCAL_RANK", "0")
+        process = "" if rank == "0" else f", process {rank}"
+        said = f"{type(error).__name__}: {_one_line(error)}{recipes}"
+        sys.exit(f"ecanet {args[0]}{process}: {said}\n(ECANET_TRACEBACK=1 shows where)")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -280,10 +282,13 @@ def _run(verb: str, args: Sequence[str]) -> None:
         raise ImportError("the command line needs jsonargparse: pip install 'ecanet[train]'") from error
     from ecanet.train.recipes import with_own_recipe, with_recipes_read
 
-    words = with_own_recipe(list(args), _FIT_OUT) if verb == "fit" else list(args)
-    parser: Any = ArgumentParser(prog=f"ecanet {verb}", description=f"{what} Example: {example}")
+    words = with_recipes_read(list(args))
+    if verb == "fit":
+        words = with_own_recipe(words, _FIT_OUT)
+    # Not abbreviated: an option by any other name would be read without having been looked at.
+    parser: Any = ArgumentParser(prog=f"ecanet {verb}", description=f"{what} Example: {example}", allow_abbrev=False)
     run = add(parser)
-    run(parser.instantiate(parser.parse_args(with_recipes_read(words))))
+    run(parser.instantiate(parser.parse_args(words)))
 
 
 def _overview() -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -197,8 +198,128 @@ def test_mistakes_are_named(
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_a_run_without_its_recipe_is_not_taken_for_one_by_the_default(tmp_path: Path) -> None:
-    (tmp_path / "last.ckpt").touch()
-    with pytest.raises(SystemExit, match=r"recipe\.json is no file.*give that recipe by --config"):
-        main(["fit", "--resume", "--out", str(tmp_path)])
-    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+@pytest.fixture
+def copied(run: Path, tmp_path: Path) -> Path:
+    """A copy of the run, to be damaged."""
+    return Path(shutil.copytree(run, tmp_path / "copied"))
+
+
+def held(folder: Path) -> dict[str, object]:
+    """What lies in a folder and in its folders, each with its bytes or where it leads."""
+    return {
+        str(path.relative_to(folder)): path.readlink() if path.is_symlink() else path.is_file() and path.read_bytes()
+        for path in folder.rglob("*")
+    }
+
+
+def options_of(run: Path) -> list[str]:
+    """The recipe of the run, said by options alone."""
+    recipe = yaml.safe_load((run.parent / "recipe.yaml").read_text())
+    recipe["optim"]["epochs"] = 3
+    blocks = recipe.items()
+    return [f"--{block}.{key}={json.dumps(v).strip(chr(34))}" for block, of in blocks for key, v in of.items()]
+
+
+def test_a_run_to_resume_that_was_not_begun_begins_and_says_so(run: Path, tmp_path: Path, capsys) -> None:
+    arguments = ["fit", *options_of(run), "--optim.epochs", "1", "--resume", "--out", str(tmp_path / "out")]
+    main(arguments)
+    line = f"there is no {tmp_path / 'out' / 'last.ckpt'}: this run starts from the beginning"
+    assert line in capsys.readouterr().err.splitlines()
+    main(arguments)
+    assert "from the beginning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("leads_to", ["nowhere", "last.ckpt"], ids=["nothing", "itself"])
+def test_a_run_whose_last_checkpoint_is_a_link_to_nothing_is_neither_begun_anew_nor_written_over(
+    leads_to: str, copied: Path, capsys
+) -> None:
+    (copied / "last.ckpt").unlink()
+    (copied / "last.ckpt").symlink_to(leads_to)
+    before = held(copied)
+    said = complaint(["fit", "--out", str(copied), "--resume"], capsys)
+    assert f"{copied / 'last.ckpt'} is a link to {leads_to}, which is not there: bring that back" in said
+    assert "add --resume to go on with it" in complaint(["fit", "--out", str(copied)], capsys)
+    assert held(copied) == before
+
+
+def test_a_run_whose_recipe_is_gone_goes_on_by_the_same_one_and_no_other(run: Path, copied: Path, capsys) -> None:
+    recipe, config = copied / "recipe.json", str(run.parent / "recipe.yaml")
+    written = recipe.read_text()
+    for same in (["--config", config, "--optim.epochs", "3"], options_of(run)):
+        recipe.unlink()
+        main(["fit", *same, "--resume", "--out", str(copied)])
+        assert recipe.read_text() == written
+    recipe.unlink()
+    before = held(copied)
+    for other, words in (
+        ([], "recipe.json; it should say by what recipe the run there was begun: give that recipe by --config"),
+        (["--optim.epochs", "5"], "model.gate: 'se' then, 'eca' now"),
+        ([*options_of(run), "--model.gate", "eca"], "model.gate: 'se' then, 'eca' now): give the one that it"),
+    ):
+        assert words in complaint(["fit", *other, "--resume", "--out", str(copied)], capsys)
+    assert held(copied) == before
+
+
+def test_the_recipe_is_that_of_the_folder_which_is_said_last(run: Path, tmp_path: Path, capsys) -> None:
+    other = str(tmp_path / "other")
+    for out in (["--out", other, f"--out={run}"], [f"--out={other}", "--out", str(run)]):
+        main(["fit", *out, "--resume"])
+        assert f"see {run}" in capsys.readouterr().out
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"out: {run}\n")
+    assert "out is no block of a recipe" in complaint(["fit", "--config", str(recipe), "--resume"], capsys)
+    assert "expected one argument" in complaint(["fit", "--resume", "--out"], capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda path: path.write_text("x: " * 2**16), "more than the 65,536"),
+        (lambda path: path.write_bytes(bytes(range(256))), "is no recipe"),
+        (lambda path: path.write_text("[" * 5000), "nested deeper than 8 levels"),
+        (lambda path: path.write_text("{" * 5000), "nested deeper than 8 levels"),
+        (lambda path: path.write_text("model: &a [1]\ndata: *a"), "anchor or alias"),
+        (lambda path: path.write_text("model: {class_path: os.system}"), "class_path"),
+        (lambda path: path.write_text("null"), "it must hold the blocks"),
+        (lambda path: path.write_text('{"optim": {"epochs": 1e999}}'), "optim.epochs must be a finite number"),
+        (lambda path: path.write_text(""), "it must hold the blocks"),
+        (lambda path: path.mkdir(), "is a folder"),
+        (lambda path: os.mkfifo(path), "is no regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "is no regular file"),
+        (lambda path: path.symlink_to("nowhere"), "no such file"),
+        (lambda path: path.symlink_to(path), "recipe.json"),
+    ],
+    ids=[
+        *("huge", "binary", "nested", "nested mappings", "anchors", "a class", "null", "infinite", "empty", "a folder"),
+        *("a pipe", "a link to a device", "a link to nothing", "a link to itself"),
+    ],
+)
+@pytest.mark.parametrize("begun", [True, False], ids=["a run", "no run yet"])
+def test_a_hostile_recipe_in_the_folder_of_a_run_is_one_line_with_the_remedy(
+    damage, words: str, begun: bool, run: Path, tmp_path: Path, capsys
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    if begun:
+        (out / "last.ckpt").symlink_to(run / "last.ckpt")
+    damage(out / "recipe.json")
+    before = [(path.name, path.lstat().st_mtime_ns) for path in out.iterdir()]
+    said = complaint(["fit", "--resume", "--out", str(out), "--optim.epochs", "4"], capsys)
+    assert words in said
+    assert str(out / "recipe.json") in said
+    assert len(said) < 700
+    first, *others = said.strip().splitlines()
+    assert others == ["(ECANET_TRACEBACK=1 shows where)"]
+    assert first.endswith("give that recipe by --config")
+    assert [(path.name, path.lstat().st_mtime_ns) for path in out.iterdir()] == before
+
+
+@pytest.mark.parametrize("words", [["--conf", "FILE"], ["--conf=FILE"], ["--res"], ["--mode", "FILE"]], ids=" ".join)
+def test_an_abbreviated_option_is_none(words: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
+    """It would be expanded after what options say was checked."""
+    (tmp_path / "recipe.yaml").write_text("optim: {epochs: 1}\n")
+    monkeypatch.chdir(tmp_path)
+    said = complaint(["fit", *(word.replace("FILE", "recipe.yaml") for word in words)], capsys)
+    assert f"unrecognized arguments: {words[0].partition('=')[0]}" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]

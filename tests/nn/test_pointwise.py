@@ -206,7 +206,7 @@ def test_where_a_gradient_is_asked_for_the_output_is_averaged() -> None:
 
 def test_what_is_exported_is_plain_modules_for_any_size() -> None:
     branch = BRANCHES["eca"]().eval()
-    batch, height = torch.export.Dim("batch"), torch.export.Dim("height")
+    batch, height = torch.export.Dim("batch"), torch.export.Dim("height", max=4096)  # in torch 2.10 no size is endless
     shapes = tuple({0: batch, 2: height} for _ in range(2))
     with torch.no_grad():
         exported = torch.export.export(branch, inputs(), dynamic_shapes=shapes).module()

@@ -1118,7 +1118,6 @@ def test_functional_derivatives_take_the_plain_path() -> None:
     torch.testing.assert_close(got[1], want["gradient of x"] + want["gradient of the residual"])
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch's own use of it
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_forward_derivatives_take_the_plain_path(training) -> None:
     tail = Tail(nn.BatchNorm2d(C, track_running_stats=not training), ECA(C), "silu").double().train(training)

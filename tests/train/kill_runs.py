@@ -62,7 +62,13 @@ def start(words: Sequence[str]) -> "subprocess.Popen[str]":
     """Start a command in a session of its own, whose output can be read afterwards."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     return subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which jobs in the background ignore
     )
 
 
@@ -100,12 +106,17 @@ class Killed:
 
 
 def kill(run: "subprocess.Popen[str]", rank: int, signum: int) -> Killed:
-    """Send a signal to one process of a run and wait for the end of all; kill them where they do not end."""
+    """Send a signal to one process of a run and wait for the end of all."""
     while run.poll() is None and (victim := run.pid if rank == 0 else second_of(run.pid)) is None:
         time.sleep(0.05)  # it is about to be started
     if run.poll() is None and victim is not None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(victim, signum)
+    return end_of(run)
+
+
+def end_of(run: "subprocess.Popen[str]") -> Killed:
+    """Wait for the end of all processes of a run; kill them where they do not end."""
     begun = time.monotonic()
     while (left := processes_of(run.pid)) and time.monotonic() < begun + 3 * BOUND:
         run.poll()

@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -78,6 +79,83 @@ def test_a_run_told_to_end_while_its_second_process_starts_ends(pictures, tmp_pa
     assert killed.seconds < BOUND
     assert killed.code == 128 + signal.SIGTERM
     assert GOES_ON.search(killed.output), killed.output
+
+
+FAULTY = """
+import os, pathlib, sys, time
+from ecanet.cli import main
+from ecanet.train.classifier import Classifier
+from ecanet.train.data import loading
+from torch.utils.data import Subset
+
+rank, here = int(os.environ.get("LOCAL_RANK", 0)), pathlib.Path(__file__).parent
+step, read = Classifier.training_step, loading.read_splits
+
+def at_step_5(act):
+    def training_step(self, *args):
+        if self.trainer.global_step == 5:
+            act()
+        return step(self, *args)
+    Classifier.training_step = training_step
+
+def fail():
+    raise ValueError("of the second alone")
+
+def one_fewer(*args):
+    splits = read(*args)
+    return splits._replace(train=Subset(splits.train, range(100)))
+
+def rest(*_):
+    (here / "rests").touch()
+    time.sleep(600)
+
+{fault}
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "signals", "says"),
+    [
+        (
+            "if rank == 1: at_step_5(fail)",
+            [],
+            r"ecanet fit, process 1: ValueError: of the second alone\n[^$]*status 1 ",
+        ),
+        (
+            "if rank == 1: loading.read_splits = one_fewer",
+            [],
+            "ecanet fit, process 1: ValueError: process 1 has training",
+        ),
+        ("if rank == 1: loading.read_splits = rest", [(0, signal.SIGKILL)], "the first process of this run ended"),
+        ("if rank == 0: at_step_5(rest)", [(1, signal.SIGSTOP), *[(0, signal.SIGTERM)] * 2], "last save"),
+        ("if rank == 1: at_step_5(rest)", [(1, 40)], "another process of this run ended by signal 40: "),
+        ("if rank == 1: at_step_5(rest)", [(None, signal.SIGINT)], "Interrupted"),
+    ],
+    ids=[
+        "an error of the second",
+        "other pictures of the second",
+        "KILL while the second reads pictures",
+        "TERM twice",
+        "a signal without a name",
+        "Ctrl-C",
+    ],
+)
+def test_nothing_stays_of_a_run_and_it_says_what_was_wrong(fault, signals, says, pictures, tmp_path) -> None:
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY.replace("{fault}", fault))
+    words = kill_runs.command(pictures, tmp_path / "out", 2)
+    run = kill_runs.start([words[0], str(script), *words[3:]])
+    kill_runs.wait_for(tmp_path / ("rests" if signals else "out/last.ckpt"), run)
+    processes = {0: run.pid, 1: kill_runs.second_of(run.pid)}
+    for rank, signum in signals:
+        time.sleep(0.5)  # until the first has heard the one before and waits for the second
+        os.killpg(run.pid, signum) if rank is None else os.kill(processes[rank], signum)
+    end = kill_runs.end_of(run)
+    assert end.seconds < BOUND
+    assert end.code != 0
+    assert re.search(says, end.output), end.output
+    assert GOES_ON.search(end.output), end.output
 
 
 def test_one_script_may_run_twice(image_folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -174,9 +175,20 @@ def test_a_run_is_not_overwritten_without_resume(tiny: Callable[..., Recipe], tm
 
 
 def test_another_recipe_is_not_resumed(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
-    fit(tiny(epochs=1), tmp_path, progress=False)
-    with pytest.raises(ValueError, match=r"optim\.lr: 0\.1 then, 0\.5 now"):
-        fit(tiny(epochs=1, lr=0.5), tmp_path, resume=True, progress=False)
+    recipe = tiny(epochs=1)
+    fit(recipe, tmp_path, progress=False)
+    for block, key, then, now in (
+        ("optim", "lr", 0.1, 0.5),
+        ("optim", "mixup", 0.3, 0.0),
+        ("data", "augment", "auto", "none"),
+        ("data", "batch_size", 8, 4),
+        ("trainer", "seed", 0, 1),
+        ("trainer", "precision", "32-true", "bf16-mixed"),
+    ):
+        other = replace(recipe, **{block: replace(getattr(recipe, block), **{key: now})})
+        message = f"{block}.{key}: {then!r} then, {now!r} now): give the one that it was begun with, or start anew"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            fit(other, tmp_path, resume=True, progress=False)
 
 
 def test_the_number_of_loading_processes_may_change(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -285,7 +297,7 @@ def rewrite(last: Path, change: Callable[[dict[str, Any]], None]) -> None:
         (lambda about: about["made_by"].update(versions=[]), "does not say with which versions"),
         (lambda about: about["made_by"].update(versions=[{"torch": "x" * 99}]), "its versions are none"),
     ],
-    ids=["processes", "images", "classes", "no maker", "a text", "no versions", "a long version"],
+    ids=["processes", "images", "classes", "not made by anything", "a text", "no versions", "a long version"],
 )
 def test_what_cannot_go_on_exactly_is_refused_with_the_reason(tiny, tmp_path, monkeypatch, change, message) -> None:
     fit_until(monkeypatch, tiny(), tmp_path, 12)
@@ -340,15 +352,32 @@ def test_loading_processes_give_the_same_batches_however_they_are_started(tiny) 
             assert torch.equal(labels, same_labels)
 
 
-@pytest.mark.parametrize(("mine", "of_the_first"), [(0, 12), (12, 0)])
-def test_a_process_that_sees_another_folder_than_the_first_ends(
-    tiny, tmp_path, monkeypatch, mine, of_the_first
+@pytest.mark.parametrize(
+    ("of_the_first", "message"),
+    [
+        ({"step": 0}, "step 12, and the first one 0: all need the same --out, on a file system that they share"),
+        (
+            {"training images": 61},
+            r"training images 60, and the first one 61: all need the same pictures \(data.root\)",
+        ),
+        ({"validation images": 17}, "validation images 18, and the first one 17: all need the same pictures"),
+        ({"classes": ["boot", "bag", "coat"]}, "classes .* and the first one .* all need the same pictures"),
+        ({"data.batch_size": 9}, "data.batch_size 8, and the first one 9: all need the same command"),
+    ],
+    ids=["step", "training images", "validation images", "classes", "recipe"],
+)
+def test_a_process_that_does_not_do_what_the_first_does_ends(
+    tiny, tmp_path, monkeypatch, of_the_first: dict[str, Any], message: str
 ) -> None:
     fit_until(monkeypatch, tiny(), tmp_path, 13)
-    monkeypatch.setattr(SingleDeviceStrategy, "broadcast", lambda self, step: of_the_first)
-    out = tmp_path if mine else None
-    with pytest.raises(ValueError, match=rf"begins at step {of_the_first}, .* at step {mine}: all need the same --out"):
-        fit(tiny(), out, resume=True, progress=False)
+
+    def broadcast(self: SingleDeviceStrategy, mine: Any, src: int = 0) -> Any:
+        is_compared = isinstance(mine, dict) and mine.keys() & of_the_first.keys()
+        return mine | of_the_first if is_compared else mine
+
+    monkeypatch.setattr(SingleDeviceStrategy, "broadcast", broadcast)
+    with pytest.raises(ValueError, match=f"process 0 has {message}"):
+        fit(tiny(), tmp_path, resume=True, progress=False)
 
 
 @pytest.mark.parametrize(

@@ -211,8 +211,8 @@ class _Job:
 
     @property
     def fingerprint(self) -> str:
-        made_by = {"recipe": to_plain(self.recipe), "torch": torch.__version__, "ecanet": ecanet.__version__}
-        return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
+        what_decides = {"recipe": to_plain(self.recipe), "torch": torch.__version__, "ecanet": ecanet.__version__}
+        return hashlib.sha256(json.dumps(what_decides, sort_keys=True).encode()).hexdigest()[:16]
 
     def read(self) -> Run | None:
         if not self.file.exists():

@@ -39,7 +39,7 @@ from ecanet.train.config import DataConfig, Recipe, to_plain
 from ecanet.train.data.loading import ImageData, Plain, test_transform
 from ecanet.train.data.pictures import image_files, read_image
 from ecanet.train.processes import EndTogether
-from ecanet.train.resume import Resumed, last_state, made_by
+from ecanet.train.resume import Resumed, last_state, made_by, what_decides
 from ecanet.train.run_folder import WRITTEN, RunFolder, how_to_go_on
 from ecanet.untrusted import check_file, listed, shown
 
@@ -114,16 +114,11 @@ def _fit(
     progress: bool,
     on_epoch: Callable[[dict[str, float]], None] | None,
 ) -> FitResult:
-    # The global generators, for the initial weights and Lightning's workers.
-    L.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
-    data = ImageData(recipe.data, recipe.trainer.seed)
-    if resumed is None:
-        network = build_network(recipe.model, len(data.classes))
-    else:  # the file that the run started from may be gone; that there was one is kept on record
-        begun_with = resumed.recipe["model"]["weights"]
-        recipe = replace(recipe, model=replace(recipe.model, weights=begun_with))
-        network = build_network(as_it_started(recipe.model), len(data.classes))
-    history = _History(recipe, data, resumed, on_epoch)
+    network_config = recipe.model
+    if resumed is not None:  # the file that the run started from may be gone; that there was one is kept on record
+        recipe = replace(recipe, model=replace(recipe.model, weights=resumed.recipe["model"].get("weights")))
+        network_config = as_it_started(recipe.model)
+    history = _History(recipe, resumed, on_epoch)
     callbacks: list[Callback] = [history]
     if recipe.optim.ema is not None:
         # Buffers too: BatchNorm's statistics are averages of the same kind.
@@ -137,30 +132,37 @@ def _fit(
     except MisconfigurationException as error:
         raise ValueError(f"the trainer block does not fit this machine: {error}") from error
     _check_launcher(trainer)
-    history.made_by = made_by(trainer, data, resumed)
-    steps = data.steps_per_epoch(trainer.world_size)
-    trainer.log_every_n_steps = min(trainer.log_every_n_steps, steps)  # type: ignore[attr-defined]
-    classifier = Classifier(
-        network,
-        len(data.classes),
-        data.mean,
-        data.std,
-        recipe.optim,
-        steps,
-        recipe.trainer.seed,
-        recipe.trainer.channels_last,
-    )
     together = EndTogether(trainer, lambda: how_to_go_on(folder.path) if folder else "run the same command again")
     trainer.callbacks.append(together)  # type: ignore[attr-defined]
     try:
+        # Reading the pictures may take long: another process may end meanwhile.
         with folder.errors_named() if folder else contextlib.nullcontext(), together:
+            # The global generators, for the initial weights and Lightning's workers.
+            L.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
+            data = history.data = ImageData(recipe.data, recipe.trainer.seed)
+            history.made_by = made_by(trainer, data, resumed)
+            steps = data.steps_per_epoch(trainer.world_size)
+            trainer.log_every_n_steps = min(trainer.log_every_n_steps, steps)  # type: ignore[attr-defined]
+            classifier = Classifier(
+                build_network(network_config, len(data.classes)),
+                len(data.classes),
+                data.mean,
+                data.std,
+                recipe.optim,
+                steps,
+                recipe.trainer.seed,
+                recipe.trainer.channels_last,
+            )
             if folder and trainer.is_global_zero:
                 remove_partial_files(folder.path, WRITTEN)
                 folder.write_text("recipe.json", json.dumps(to_plain(recipe), indent=2) + "\n")
             trainer.fit(classifier, datamodule=data, ckpt_path=None if resumed is None else resumed.path)
-    except SystemExit as interrupted:  # Lightning turns Ctrl-C and SIGTERM into it, the latter with exit status 0
+    except (KeyboardInterrupt, SystemExit) as interrupted:
         if folder and trainer.is_global_zero:
             print(f"Interrupted: {how_to_go_on(folder.path)}.", flush=True)
+        if isinstance(interrupted, KeyboardInterrupt):
+            raise
+        # Into which Lightning turns Ctrl-C, and SIGTERM with exit status 0.
         raise SystemExit(interrupted.code or 128 + signal.SIGTERM) from interrupted
     records = history.records
     best = max(record["val/top1"] for record in records)
@@ -253,23 +255,24 @@ class _History(Callback):
     def __init__(
         self,
         recipe: Recipe,
-        data: ImageData,
         resumed: Resumed | None,
         on_epoch: Callable[[dict[str, float]], None] | None,
     ) -> None:
-        self.recipe, self.data, self.resumed, self.on_epoch = recipe, data, resumed, on_epoch
-        self.made_by: dict[str, Any] = {}
+        self.recipe, self.resumed, self.on_epoch = recipe, resumed, on_epoch
+        self.data: ImageData
+        self.made_by: dict[str, Any]
         self.records: list[dict[str, float]] = []
         self._start = 0.0
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """See that every process does the same: they would wait for one another for ever, or mix up the classes."""
+        images = {"training images": self.data.training_images, "validation images": self.data.validation_images}
+        _check_same(trainer, {**images, "classes": list(self.data.classes)}, "pictures (data.root)")
+        _check_same(trainer, what_decides(to_plain(self.recipe)), "command")
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """See that every process begins at the same step, and give the first one its learning rate."""
-        step = trainer.strategy.broadcast(trainer.global_step)
-        if step != trainer.global_step:
-            raise ValueError(
-                f"the first process begins at step {step}, and process {trainer.global_rank} at step "
-                f"{trainer.global_step}: all need the same --out, on a file system that they share"
-            )
+        _check_same(trainer, {"step": trainer.global_step}, "--out, on a file system that they share")
         if self.resumed is not None and self.resumed.is_extended:  # the rate was computed for another end
             for config in trainer.lr_scheduler_configs:
                 scheduler: Any = config.scheduler
@@ -306,6 +309,15 @@ class _History(Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self.records = checkpoint[ABOUT]["history"]
+
+
+def _check_same(trainer: L.Trainer, mine: dict[str, Any], what: str) -> None:
+    """Raise ValueError where a process has other values than the first one."""
+    first = trainer.strategy.broadcast(mine)
+    for name, value in first.items():
+        if value != mine[name]:
+            others = f"{shown(repr(mine[name]), 200)}, and the first one {shown(repr(value), 200)}"
+            raise ValueError(f"process {trainer.global_rank} has {name} {others}: all need the same {what}")
 
 
 class _ProgressBar(TQDMProgressBar):

@@ -89,23 +89,41 @@ class EndTogether(Callback):
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if not self._several:
             return
-        self._take_over()
-        lost = None
         try:
             if error is None:
-                if torch.distributed.is_initialized():  # until all are here, the end of one is the end of all
-                    torch.distributed.barrier()
+                self._wait_for_all()
             else:
-                lost = self._behind(error)
-                self._tell(signal.SIGTERM)
-                self._wait(_LEAVE)
-                told = isinstance(error, (SystemExit, KeyboardInterrupt))
-                if (told or lost is not None) and hasattr(signal, "setitimer"):
-                    atexit.register(_leave_in_time)
+                self._end_all(error)
         finally:
+            self._take_over()
             self._end_watch()
             _children[:] = self._started
             os.environ.pop(_PARENT, None)
+
+    def _wait_for_all(self) -> None:
+        """Until all are here, the end of one is the end of all."""
+        try:
+            if torch.distributed.is_initialized():
+                torch.distributed.barrier()
+        except BaseException as error:
+            self._end_all(error)
+            raise
+
+    def _end_all(self, error: BaseException) -> None:
+        """End those that this process started, those that answer nothing by SIGKILL.
+
+        Raises:
+            RuntimeError: the error is the echo of another process's end.
+        """
+        self._take_over()
+        try:
+            lost = self._behind(error)
+            if (lost or isinstance(error, (SystemExit, KeyboardInterrupt))) and hasattr(signal, "setitimer"):
+                atexit.register(_leave_in_time)
+            self._tell(signal.SIGTERM)
+            self._wait(_LEAVE)
+        finally:  # at once where another signal came meanwhile
+            self._tell(signal.SIGKILL)
         if lost is not None:
             raise RuntimeError(f"{lost}: {self._how_to_go_on()}") from error
 
@@ -134,9 +152,7 @@ class EndTogether(Callback):
         self._take_over()
         for process in self._started:
             if process.poll():
-                ended = process.returncode
-                how = f"by {signal.Signals(-ended).name}" if ended < 0 else f"with exit status {ended}"
-                return f"another process of this run ended {how}"
+                return f"another process of this run ended {_how(process.returncode)}"
         if self._parent is not None and os.getppid() != self._parent:
             return "the first process of this run ended"
         return None
@@ -154,14 +170,10 @@ class EndTogether(Callback):
                 process.send_signal(signum)
 
     def _wait(self, seconds: float) -> None:
-        """Wait so long for those that this process started, then kill them."""
         deadline = time.monotonic() + seconds
         for process in self._started:
-            try:
+            with contextlib.suppress(TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
-            except TimeoutExpired:
-                process.kill()
-                process.wait()
 
     def _watch(self) -> None:
         deadline, reason, code = float("inf"), "", 1
@@ -173,8 +185,7 @@ class EndTogether(Callback):
             if not reason and (lost := self._who_is_lost()) is not None:
                 deadline, reason = time.monotonic() + _PATIENCE, lost
             if time.monotonic() > deadline:
-                for process in self._started:
-                    process.kill()
+                self._tell(signal.SIGKILL)
                 # The main thread waits in a collective for what will not come, and cannot be woken.
                 print(f"ecanet: {reason}: {self._how_to_go_on()}", file=sys.stderr, flush=True)
                 os._exit(code)
@@ -187,6 +198,14 @@ class EndTogether(Callback):
         except BlockingIOError:
             return None
         return next((signum for signum in _SIGNALS if signum in seen), None)
+
+
+def _how(status: int) -> str:
+    """A process ended, as :attr:`Popen.returncode` says it."""
+    if status > 0:
+        return f"with exit status {status} (what it said stands above)"
+    names = {each.value: each.name for each in signal.Signals}  # which those for real time lack
+    return f"by {names.get(-status, f'signal {-status}')}"
 
 
 def _leave_in_time() -> None:

@@ -1,6 +1,7 @@
 """Recipes: YAML from anywhere, read as data."""
 
 import json
+import os
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -147,11 +148,11 @@ def with_own_recipe(args: list[str], out: str | Path) -> list[str]:
     """A command line that says ``--resume`` and no recipe, with the recipe of the run that it goes on with.
 
     Args:
-        args: The command line; what follows a recipe wins over it.
+        args: The command line, as :func:`with_recipes_read` gives it; what follows a recipe wins over it.
         out: Folder of a run where it does not say ``--out``.
 
     Raises:
-        FileNotFoundError: there is a run, and its recipe is gone.
+        OSError, ValueError: there is a run, and its recipe is gone, cannot be read or is none.
     """
     words = [word.partition("=")[0] for word in args]
     if "--resume" not in words or "--config" in words:
@@ -160,12 +161,17 @@ def with_own_recipe(args: list[str], out: str | Path) -> list[str]:
         name, equals, value = word.partition("=")
         if name == "--out":
             out = value if equals else following
-    own = Path(out) / "recipe.json"
-    if not own.is_file() and (own.parent / "last.ckpt").exists():
-        raise FileNotFoundError(
-            f"{own} is no file, and it says by what recipe the run there was made: give that recipe by --config"
-        )
-    return ["--config", str(own), *args] if own.is_file() else args
+    own, last = Path(out) / "recipe.json", Path(out) / "last.ckpt"
+    options = tuple(f"--{block}." for block in _BLOCKS)
+    begins_or_says_it_all = not os.path.lexists(last) or any(word.startswith(options) for word in words)
+    if begins_or_says_it_all and not os.path.lexists(own):
+        return args
+    try:
+        return ["--config", json.dumps(read_recipe(own)), *args]
+    except (OSError, ValueError) as error:
+        raise type(error)(
+            f"{error}; it should say by what recipe the run there was begun: give that recipe by --config"
+        ) from error
 
 
 #: What the parser would read as a file of its own.

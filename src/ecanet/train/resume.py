@@ -22,6 +22,8 @@ from ecanet.untrusted import check_number, shown
 #: are in all is looked at by itself.
 _FREE_TO_CHANGE = {"data.root", "data.download", "data.verify", "data.workers", "trainer.log_steps"}
 _FREE_TO_CHANGE |= {"trainer.checkpoint_steps", "model.weights", "trainer.devices", "trainer.nodes"}
+#: What the result depends on beside the recipe, as far as it is a number.
+_COUNTS = ("processes", "batch_size", "images")
 
 
 @dataclass(frozen=True)
@@ -55,28 +57,38 @@ def last_state(recipe: Recipe, last: Path, resume: bool) -> Resumed | None:
 
     Raises:
         FileExistsError: there is a checkpoint, and ``resume`` is False.
+        FileNotFoundError: it is a link to what is not there.
         ValueError: the checkpoint is damaged, or of a run by another recipe.
     """
-    if not last.exists():
+    if not os.path.lexists(last):
         return None
     if not resume:
         raise FileExistsError(
             f"{last.parent} holds a training run already: add --resume to go on with it, or choose another --out"
         )
+    if not last.exists():
+        raise FileNotFoundError(
+            f"{last} is a link to {shown(os.readlink(last), 200)}, which is not there: bring that back, or choose "
+            "another --out"
+        )
     checkpoint = read_checkpoint(last)
     check_resumable(checkpoint, last)
     about = checkpoint[ABOUT]
-    before, now = _flat(about["recipe"]), _flat(to_plain(recipe))
-    free = _FREE_TO_CHANGE | {"optim.epochs"}
-    changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in free)
+    before, now = what_decides(about["recipe"]), what_decides(to_plain(recipe))
+    epochs = before.pop("optim.epochs")
+    del now["optim.epochs"]
+    changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
     if changed:
         what = ", ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in changed)
-        raise ValueError(f"cannot resume {last.parent} with another recipe ({what}): start anew in another --out")
-    done, epochs = len(about["history"]), before["optim.epochs"]
+        raise ValueError(
+            f"cannot resume {last.parent} with another recipe ({shown(what, 1000)}): give the one that it was begun "
+            "with, or start anew in another --out"
+        )
+    done = len(about["history"])
     _check_epochs(last.parent, done, epochs, recipe)
     extended = recipe.optim.epochs > epochs
-    maker = {key: about["made_by"][key] for key in ("processes", "batch_size", "images", "versions")}
-    return Resumed(last, about["recipe"], about["classes"], maker, done >= epochs, extended)
+    made_before = {key: about["made_by"][key] for key in (*_COUNTS, "versions")}
+    return Resumed(last, about["recipe"], about["classes"], made_before, done >= epochs, extended)
 
 
 def _check_epochs(folder: Path, done: int, before: int, recipe: Recipe) -> None:
@@ -154,8 +166,10 @@ def _count(number: int, what: str) -> str:
     return f"{number:,} {what if number == 1 else plural}"
 
 
-def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
-    return {f"{block}.{key}": value for block, values in recipe.items() for key, value in values.items()}
+def what_decides(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Of a recipe as plain values, by ``block.key``, what the result depends on."""
+    flat = {f"{block}.{key}": value for block, values in recipe.items() for key, value in values.items()}
+    return {key: value for key, value in flat.items() if key not in _FREE_TO_CHANGE}
 
 
 def check_resumable(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -165,7 +179,10 @@ def check_resumable(checkpoint: dict[str, Any], path: str | os.PathLike[str]) ->
         ValueError: a part is missing or of another kind; names the file.
     """
     check_about(checkpoint[ABOUT], path)
-    problem = _problem_for_resuming(checkpoint)
+    try:
+        problem = _problem_for_resuming(checkpoint)
+    except (TypeError, ValueError) as error:
+        problem = str(error)
     if problem is not None:
         raise ValueError(f"{path} cannot be gone on from, {problem}: start anew in another --out")
 
@@ -174,7 +191,8 @@ def _problem_for_resuming(checkpoint: dict[str, Any]) -> str | None:
     recipe, weights = checkpoint[ABOUT]["recipe"], checkpoint.get("state_dict")
     if not all(isinstance(recipe.get(block), dict) for block in ("model", "data", "optim", "trainer")):
         return "its recipe lacks a block"
-    problem = _problem_of_maker(checkpoint[ABOUT].get("made_by"))
+    check_number(recipe["optim"].get("epochs"), "its optim.epochs", 1, 1e6)
+    problem = _problem_with_made_by(checkpoint[ABOUT].get("made_by"))
     if problem is not None:
         return problem
     if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
@@ -200,14 +218,11 @@ def _problem_for_resuming(checkpoint: dict[str, Any]) -> str | None:
     return None
 
 
-def _problem_of_maker(made_by: object) -> str | None:
+def _problem_with_made_by(made_by: object) -> str | None:
     if not isinstance(made_by, dict):
         return "it does not say on how many processes it was trained"
-    try:
-        for key in ("processes", "batch_size", "images"):
-            check_number(made_by.get(key), key, 1, 1e12)
-    except (TypeError, ValueError) as error:
-        return str(error)
+    for key in _COUNTS:
+        check_number(made_by.get(key), key, 1, 1e12)
     versions = made_by.get("versions")
     if not isinstance(versions, list) or not 1 <= len(versions) <= 1000:
         return "it does not say with which versions it was trained"

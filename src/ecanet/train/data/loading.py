@@ -155,6 +155,11 @@ class ImageData(L.LightningDataModule):
         """How many images there are to train on."""
         return _length(self.splits.train)
 
+    @property
+    def validation_images(self) -> int:
+        """How many images there are to validate on."""
+        return _length(self.splits.val)
+
     def _order(self, rank: int, world: int) -> EpochSampler:
         return EpochSampler(self.training_images, self.seed, self.config.batch_size, rank, world)
 
@@ -176,7 +181,7 @@ class ImageData(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         """Batches of ``(uint8 images (N, 3, H, W), labels (N,))``; every image once, whatever the processes."""
         trainer = self.trainer
-        share = range(_length(self.splits.val))
+        share = range(self.validation_images)
         if trainer is not None:
             share = share[trainer.global_rank :: trainer.world_size]
         return DataLoader(Plain(self.splits.val, test_transform(self.config)), sampler=list(share), **self._options())

@@ -111,7 +111,7 @@ def _add_demo(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
 
 def _add_insert(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
     from ecanet.nn import GATES
-    from ecanet.surgery.saved import Insertion, check_path, save
+    from ecanet.surgery.insertion_file import Insertion, check_path, save
 
     parser.add_argument("--model", required=True, help="torchvision/NAME or timm/NAME.")
     parser.add_argument("--gate", default="eca", help=f"One of {', '.join(GATES)}.")

@@ -22,7 +22,7 @@ _SHOWN_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "av
 
 
 @dataclass(frozen=True)
-class Report:
+class Diagnosis:
     """What ``ecanet doctor`` prints.
 
     Attributes:
@@ -51,7 +51,7 @@ class Threads:
     quota: float | None
 
 
-def doctor() -> Report:
+def doctor() -> Diagnosis:
     """Look at versions, CPU, kernels, backend, threads and extras."""
     lines = [*_versions(), *_cpu(_processor()), *_kernels(), f"backend    {_backend()}"]
     threads = measure_threads()
@@ -69,7 +69,7 @@ def doctor() -> Report:
     choice_refused = backend.reason_against(backend.current())
     broken = choice_refused is not None or (os.path.lexists(LIBRARY) and cpu.why_not() is not None)
     lines.append(_next(choice_refused, [setting for setting, _ in hurts]))
-    return Report(tuple(lines), broken)
+    return Diagnosis(tuple(lines), broken)
 
 
 def what_hurts(threads: Threads, environment: Mapping[str, str]) -> list[tuple[str, str]]:

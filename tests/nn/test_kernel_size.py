@@ -25,14 +25,12 @@ def official(channels: int, gamma: float, b: float) -> int:
 )
 def test_values_of_the_paper_and_where_they_change(channels, k) -> None:
     assert adaptive_kernel_size(channels) == k
-    assert adaptive_kernel_size(channels, rounding="released") == k
-    assert adaptive_kernel_size(channels, rounding="paper") == k
+    assert adaptive_kernel_size(channels) == nearest_odd((math.log2(channels) + 1) / 2)
 
 
 def test_both_readings_agree_with_their_definitions_and_each_other_for_every_width() -> None:
     for channels in range(1, 4097):
         k = adaptive_kernel_size(channels)
-        assert k == adaptive_kernel_size(channels, rounding="paper"), channels
         assert k == nearest_odd((math.log2(channels) + 1) / 2), channels
         assert k == official(channels, 2, 1), channels
 
@@ -41,16 +39,15 @@ def test_both_readings_agree_with_their_definitions_and_each_other_for_every_wid
 def test_both_readings_agree_wherever_the_value_is_not_negative(gamma, b) -> None:
     for channels in range(1, 1025):
         released = adaptive_kernel_size(channels, gamma, b)
-        assert released == adaptive_kernel_size(channels, gamma, b, rounding="paper"), channels
         assert released == nearest_odd((math.log2(channels) + b) / gamma), channels
 
 
 def test_the_readings_part_where_a_negative_b_makes_the_value_negative() -> None:
     # t = (log2(4) - 6) / 1 = -4: the released code makes it 4 and then 5, the nearest odd number of at least 1 is 1.
     assert adaptive_kernel_size(4, gamma=1, b=-6) == official(4, 1, -6) == 5
-    assert adaptive_kernel_size(4, gamma=1, b=-6, rounding="paper") == 1
+    assert nearest_odd(-4) == 1
     # Above zero they agree again: t = (log2(1024) - 6) / 1 = 4.
-    assert adaptive_kernel_size(1024, gamma=1, b=-6) == adaptive_kernel_size(1024, 1, -6, rounding="paper") == 5
+    assert adaptive_kernel_size(1024, gamma=1, b=-6) == nearest_odd(4) == 5
 
 
 @pytest.mark.parametrize("cls", [ECA, ECANS])
@@ -72,8 +69,3 @@ def test_channels_must_be_a_positive_integer(channels, error) -> None:
 def test_gamma_must_not_be_zero() -> None:
     with pytest.raises(ValueError, match=r"gamma must not be 0.*paper uses 2"):
         adaptive_kernel_size(64, gamma=0)
-
-
-def test_rounding_must_be_known() -> None:
-    with pytest.raises(ValueError, match="rounding must be 'released' or 'paper', got 'nearest'"):
-        adaptive_kernel_size(64, rounding="nearest")

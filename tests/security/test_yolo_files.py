@@ -102,7 +102,7 @@ def test_only_gates_become_safe_to_load() -> None:
 @pytest.mark.parametrize("kind", ["inserted", "named"])
 def test_a_saved_network_names_gates_and_hooks_alone(kind: str, files: dict[str, Path]) -> None:
     ours = {name for name in pickled_names(files[kind]) if name.startswith("ecanet")}
-    hooks = {"ecanet.nn.hung.run_gate", "ecanet.nn.loading._fill", "ecanet.nn.gate.ResetWithGate"}
+    hooks = {"ecanet.nn.hung.run_gate", "ecanet.nn.absent_gates._fill", "ecanet.nn.gate.ResetWithGate"}
     assert ours == {"ecanet.nn.eca.ECA"} | (hooks if kind == "inserted" else set())
 
 

@@ -6,8 +6,8 @@ from typing import Protocol
 
 from torch import nn
 
+from ecanet.nn.absent_gates import keep_loading_
 from ecanet.nn.folding import check_foldable, fold_factors_
-from ecanet.nn.loading import keep_loading_
 from ecanet.nn.neutral import make_identity_
 
 

@@ -24,7 +24,7 @@ import torch.nn.utils.fusion
 from torch import fx, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ecanet.nn.loading import HANGS, fill_with_gates_
+from ecanet.nn.absent_gates import HANGS, fill_with_gates_
 from ecanet.private_torch import NormBase
 
 #: Name of the gate in the module it hangs on.

@@ -2,36 +2,28 @@
 
 import math
 from numbers import Integral
-from typing import Literal
-
-Rounding = Literal["released", "paper"]
 
 
-def adaptive_kernel_size(channels: int, gamma: float = 2, b: float = 1, rounding: Rounding = "released") -> int:
+def adaptive_kernel_size(channels: int, gamma: float = 2, b: float = 1) -> int:
     """Kernel size k of ECA for a number of channels (Eq. 12): ``k = |log2(C) / gamma + b / gamma|_odd``.
 
-    Two ways to make the value t = (log2(C) + b) / gamma an odd integer:
+    The value t = (log2(C) + b) / gamma becomes odd as in the released code: |t| is cut to an integer, and 1 is added if
+    that is even. The paper's text, the odd number nearest to t, gives the same k wherever t is not negative, so always
+    with the default gamma and b.
 
-    - ``"released"``: the released code. Cut |t| to an integer, add 1 if it is even.
-    - ``"paper"``: the text of the paper. The odd number nearest to t, at least 1; halfway goes up.
-
-    They give the same k for every C wherever t is not negative, so always with the default gamma and b. They
-    part only where a negative b makes t negative: there the released code takes the absolute value.
-
-    Neither gives the kernel sizes of the released weights: see ``kernel_size="released"`` of :mod:`ecanet.models`.
+    The released weights have other kernel sizes: see ``kernel_size="released"`` of :mod:`ecanet.models`.
 
     Args:
         channels: Number of channels C, at least 1.
         gamma: Slope of the mapping, not 0.
         b: Offset of the mapping.
-        rounding: Which reading of "odd".
 
     Returns:
         An odd integer, at least 1: 3 for C = 64, 5 for 128 to 1024, 7 for 2048.
 
     Raises:
         TypeError: ``channels`` is not an integer.
-        ValueError: ``channels`` < 1, ``gamma`` is 0 or an unknown ``rounding``.
+        ValueError: ``channels`` < 1, or ``gamma`` is 0.
 
     Example:
         >>> [adaptive_kernel_size(c) for c in (64, 256, 512, 1024, 2048)]
@@ -41,12 +33,8 @@ def adaptive_kernel_size(channels: int, gamma: float = 2, b: float = 1, rounding
     if gamma == 0:
         raise ValueError("gamma must not be 0: the paper uses 2")
     t = (math.log2(channels) + b) / gamma
-    if rounding == "released":
-        cut = int(abs(t))
-        return cut if cut % 2 else cut + 1
-    if rounding == "paper":
-        return max(1, 2 * math.floor(t / 2) + 1)
-    raise ValueError(f"rounding must be 'released' or 'paper', got {rounding!r}")
+    cut = int(abs(t))
+    return cut if cut % 2 else cut + 1
 
 
 def check_channels(channels: int) -> None:

@@ -4,8 +4,8 @@ from typing import Protocol, runtime_checkable
 
 from torch import nn
 
+from ecanet.nn.absent_gates import STARTS_AS_IDENTITY
 from ecanet.nn.gate import Gate
-from ecanet.nn.loading import STARTS_AS_IDENTITY
 
 
 @runtime_checkable

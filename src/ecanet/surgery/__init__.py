@@ -4,10 +4,10 @@ from ecanet.surgery.find.blocks import BLOCKS
 from ecanet.surgery.find.layers import ATTENTION
 from ecanet.surgery.fuse import FUSED, fuse_tails_
 from ecanet.surgery.insert import insert_gates_
+from ecanet.surgery.insertion_file import Insertion, load, save
 from ecanet.surgery.remove import remove_gates_
 from ecanet.surgery.replace import replace_gates_
 from ecanet.surgery.report import Report, Row
-from ecanet.surgery.saved import Insertion, load, save
 
 __all__ = [
     "ATTENTION",

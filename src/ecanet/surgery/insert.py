@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from ecanet.networks.checks import check_input_shape, check_model
 from ecanet.nn import Gate
+from ecanet.nn.absent_gates import keep_loading_
 from ecanet.nn.build import GateFactory, build_gate
 from ecanet.nn.folding import fold_, owners, tensors_to_scale
 from ecanet.nn.hung import GATE, hang_, hung_gate
 from ecanet.nn.keep import transformers, ultralytics
-from ecanet.nn.loading import keep_loading_
 from ecanet.nn.neutral import make_identity_
 from ecanet.nn.undo import Undo, all_or_nothing
 from ecanet.surgery.find.dry_run import DryRun, dry_run

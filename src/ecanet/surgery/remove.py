@@ -5,9 +5,9 @@ from torch import Tensor, nn
 
 from ecanet.networks.checks import check_model
 from ecanet.nn import Gate
+from ecanet.nn.absent_gates import keep_loading_
 from ecanet.nn.folding import owners, tensors_to_scale
 from ecanet.nn.hung import GATE, hung_gates, take_down_
-from ecanet.nn.loading import keep_loading_
 from ecanet.nn.undo import all_or_nothing
 from ecanet.surgery.find.sites import FilterFn
 from ecanet.surgery.optimizers import check_optimizer, remove_parameters_

@@ -10,10 +10,10 @@ from torch import nn
 
 from ecanet.networks.checks import check_input_shape, check_model
 from ecanet.nn import Gate
+from ecanet.nn.absent_gates import HANGS, keep_loading_
 from ecanet.nn.build import GateFactory
 from ecanet.nn.hooks import called_differently
 from ecanet.nn.hung import GATE, hung_gate
-from ecanet.nn.loading import HANGS, keep_loading_
 from ecanet.nn.neutral import make_identity_
 from ecanet.nn.norms import class_with_forward
 from ecanet.nn.undo import Undo, all_or_nothing
@@ -21,8 +21,8 @@ from ecanet.surgery.find.dry_run import DryRun, dry_run
 from ecanet.surgery.find.layers import ATTENTION, certain_channels, is_attention, names_of
 from ecanet.surgery.find.sites import FilterFn
 from ecanet.surgery.fitting import arguments_of, build_fitting_gate
-from ecanet.surgery.loading import stand_for_
 from ecanet.surgery.optimizers import add_parameters_, check_optimizer, remove_parameters_
+from ecanet.surgery.replaced_keys import stand_for_
 from ecanet.surgery.report import Report, Row, gate_row, parameters_of
 
 #: What YOLO's network reads off its layers: number, where the input comes from, type and number of parameters.

@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ecanet.nn.absent_gates import keep_loading_
 from ecanet.nn.build import GATES, GateFactory
 from ecanet.nn.gate import Gate
 from ecanet.nn.hung import hang_, hung_gate, hung_gates
-from ecanet.nn.loading import keep_loading_
 
 _ULTRALYTICS = "ultralytics.engine.model"  # by then ultralytics.nn.tasks is there, too
 
@@ -58,7 +58,7 @@ class _Follower(importlib.abc.MetaPathFinder):
 _MODULE = "ecanet.integrations.ultralytics"
 
 
-class _Row(nn.Module):
+class _ModelFileRow(nn.Module):
     """What Ultralytics finds under a gate's name in a model file; calling it returns a plain gate.
 
     Checkpoints hold the whole network, pickled. The gates in it are those of :mod:`ecanet.nn`, and nothing else of
@@ -94,18 +94,18 @@ class _Arguments(list[Any]):
         return str([channels[source], *args])
 
 
-def _rows() -> dict[str, type[_Row]]:
+def _model_file_rows() -> dict[str, type[_ModelFileRow]]:
     return {
         factory.__name__: type(
             factory.__name__,
-            (_Row,),
+            (_ModelFileRow,),
             {"__module__": _MODULE, "name": factory.__name__, "factory": staticmethod(factory)},
         )
         for factory in GATES.values()
     }
 
 
-def _with_gates(tasks: Any, rows: dict[str, type[_Row]]) -> Callable[..., Any]:
+def _with_gates(tasks: Any, rows: dict[str, type[_ModelFileRow]]) -> Callable[..., Any]:
     """Ultralytics' ``parse_model`` for model files with gates, to which it hands the channels so far.
 
     It looks up every argument that is a string among its own variables; ``ch`` is the list of channels of the layers
@@ -161,7 +161,7 @@ def read_rows() -> tuple[str, ...]:
         from ultralytics.nn import tasks
     except ImportError as error:
         raise _missing(error) from error
-    rows = _rows()
+    rows = _model_file_rows()
     if not getattr(tasks.parse_model, "reads_gates", False):
         for name in rows:
             if getattr(vars(tasks).get(name), "__module__", _MODULE) != _MODULE:

@@ -11,14 +11,14 @@ import torch
 
 from benchmarks.cases import MEMORY_FORMATS, OPS, STAGES, Case, On, Work, op_arguments
 from benchmarks.measure import Competitor
-from ecanet.ops import gpu, reference
+from ecanet.ops import gpu, gpu_maps, reference
 
 #: Maps of 103 and 205 MB in bfloat16: ResNet-50's stages, and the largest map of a stem.
 SHAPES = (*((128, *stage) for stage in STAGES[:2]), *((512, *stage) for stage in STAGES[2:]), (128, 64, 112, 112))
 QUICK_SHAPES = ((2, 16, 6, 6), (2, 32, 3, 3))
 #: On (N, C) numbers; no copy to compare with.
 SMALL_OPS = ("eca_coefficients", "eca_coefficients_backward")
-#: Elements of a tile and warps, in the place of ``gpu._SIZES``.
+#: Elements of a tile and warps, in the place of ``gpu_maps.SIZES``.
 _CONFIGURATIONS = ((1024, 1), (2048, 1), (1024, 2), (2048, 2), (1024, 4), (2048, 4), (4096, 4), (4096, 8))
 _TUNED_SHAPES = ((128, 256, 56, 56), (512, 2048, 7, 7))
 #: Twice the largest cache of today's GPUs: what is read between two uses of one tensor.
@@ -95,8 +95,8 @@ def _tuned(
 
 @contextmanager
 def _configured(sizes: tuple[int, int]) -> Iterator[None]:
-    same = {key: gpu._Size(*sizes) for key in gpu._SIZES}
-    with torch.no_grad(), patch.object(gpu, "_SIZES", same):
+    same = {key: gpu_maps.Size(*sizes) for key in gpu_maps.SIZES}
+    with torch.no_grad(), patch.object(gpu_maps, "SIZES", same):
         yield
 
 

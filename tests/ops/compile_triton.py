@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ecanet.ops import gpu
+from ecanet.ops import gpu, gpu_maps
 from ecanet.ops import triton_kernels as kernels
 
 TARGETS = (GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64))
@@ -108,7 +108,7 @@ def compiled() -> Iterator[dict[str, Any]]:
     """Every kernel once for what it is compiled for."""
     seen: set[str] = set()
     for (shape, dtype, last, kind), longest in [*((m, 2**31) for m in MAPS), (MAPS[0], 0), (MAPS[2], 0)]:
-        with patch.object(gpu, "_LONGEST_INT32", longest):
+        with patch.object(gpu_maps, "LONGEST_INT32", longest):
             launched = launches(shape, dtype, last)
         for kernel, args, constants in launched:
             code = source(kernel, args, constants)

@@ -56,7 +56,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ecanet
 from ecanet.nn import ECA, SE, norm_gate_add_act
-from ecanet.ops import gpu
+from ecanet.ops import gpu, gpu_maps
 
 pytestmark = pytest.mark.skipif(gpu.why_not() is not None, reason=str(gpu.why_not()))
 
@@ -93,7 +93,7 @@ if gpu.why_not() is None:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles and splits even of a small map."""
-    monkeypatch.setattr(gpu, "_SIZES", {what: gpu._Size(32, 1, 2048) for what in gpu._SIZES})
+    monkeypatch.setattr(gpu_maps, "SIZES", {what: gpu_maps.Size(32, 1, 2048) for what in gpu_maps.SIZES})
 
 
 @pytest.mark.parametrize(("rank", "make"), LAYOUTS.values(), ids=LAYOUTS)
@@ -153,7 +153,7 @@ def test_contiguous_rows_of_every_alignment(name, size) -> None:
 @both_layouts
 @pytest.mark.parametrize("name", ["squeeze", "batch_moments", "apply", "apply_backward", "input_backward"])
 def test_offsets_of_64_bits(name, make, monkeypatch) -> None:
-    monkeypatch.setattr(gpu, "_LONGEST_INT32", 0)
+    monkeypatch.setattr(gpu_maps, "LONGEST_INT32", 0)
     assert_values(name, arguments(name, (2, 19, 3, 5), torch.float32, make, Options(RELU)))
 
 
@@ -208,7 +208,7 @@ def test_more_than_2_31_means() -> None:
     """The first program of a launch for 2^16 samples of 2^16 channels."""
     means = torch.randn(256)
     s, scale, shift = (torch.full((256,), float("nan")) for _ in range(3))
-    triton_kernels = gpu._triton()
+    triton_kernels = gpu_maps.kernels_of_triton()
     triton_kernels.coefficients[(1,)](
         means, None, None, None, None, None, s, s, scale, shift, 2**16, 2**16,
         eps=0.0, factor=1.0, K=0, CIRCULAR=False, BLOCK=256, INDEX=triton_kernels.tl.int64,
@@ -412,7 +412,9 @@ WALKS = {"moments", "apply", "reduce", "input_grad"}  # from one end of a map to
 def test_every_kernel_compiles_for_nvidia_and_amd_and_walks_maps_16_bytes_at_a_time() -> None:
     """Contiguous maps of 7 x 7, too, whose rows are not aligned; and without spilling registers."""
     compiled = of_script("compile_triton.py")
-    names = {name for name, value in vars(gpu._triton()).items() if hasattr(value, "fn") and name[0] != "_"}
+    names = {
+        name for name, value in vars(gpu_maps.kernels_of_triton()).items() if hasattr(value, "fn") and name[0] != "_"
+    }
     assert {(k, t) for k in names for t in ("cuda:90", "hip:gfx942")} == {(c["kernel"], c["target"]) for c in compiled}
     walks = [c for c in compiled if c["kernel"] in WALKS and c["target"] == "cuda:90"]
     assert {c["kernel"] for c in walks if c["wide"]} == WALKS

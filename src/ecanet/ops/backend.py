@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ecanet.ops import cpu, gpu
+from ecanet.ops.gpu_maps import DTYPES as GPU_DTYPES
 from ecanet.private_torch import are_transforms_active, is_forward_ad_on, is_tracing, why_no_kernels
 
 NAMES = ("auto", "reference", "cpu", "triton")
@@ -220,7 +221,7 @@ def is_operation_in_graph(x: Tensor, training: bool) -> bool:
     if x.is_cpu:
         return _choice in ("auto", "cpu") and choose(x) == "cpu"
     form = FORMS_ON_GPU["training" if training else "inference"]
-    may_run = _choice in ("auto", "triton") and gpu.IS_COMPLETE and x.dtype in gpu.DTYPES
+    may_run = _choice in ("auto", "triton") and gpu.IS_COMPLETE and x.dtype in GPU_DTYPES
     return x.is_cuda and form == "operation" and may_run
 
 
@@ -284,7 +285,7 @@ def triton_reason(device_type: str, dtype: torch.dtype) -> str | None:
         return reason
     if device_type != "cuda" and not (device_type == "cpu" and gpu.interpreting()):
         return f"the Triton kernels take tensors on a GPU, this one is on {device_type}"
-    if dtype not in gpu.DTYPES:
+    if dtype not in GPU_DTYPES:
         return f"the Triton kernels take float32, float64, bfloat16 and float16, this tensor is {dtype}"
     return None
 

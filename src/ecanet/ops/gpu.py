@@ -1,13 +1,11 @@
 """Launches the Triton kernels: the operations on tensors of a GPU, or on the CPU in Triton's interpreter.
 
-Arguments and results are those of :mod:`ecanet.ops.reference`. Tiles and splits depend on shapes alone, so the same
-tensors give the same bits on every run.
+Arguments and results are those of :mod:`ecanet.ops.reference`; :mod:`ecanet.ops.gpu_maps` says how a map is walked.
 """
 
 import functools
 import importlib
 import importlib.util
-import math
 import os
 import shutil
 from typing import Any, NamedTuple
@@ -15,39 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ecanet.ops import reference
+from ecanet.ops import reference, statistics
+from ecanet.ops.gpu_maps import Map, cdiv, index_type, kernels_of_triton, power_of_2, small, type_of_sums
 from ecanet.ops.launch import launch
 from ecanet.private_torch import FunctionalTensor, why_no_kernels
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-_LANES = 32  # threads of a warp, of NVIDIA; they share what a program of one warp reads
-_AT_ONCE = 16  # bytes that a thread reads or writes at once
 _MOST_SPLITS = 16  # that the kernel of the statistics takes one after another
-
-
-_LONGEST_INT32 = 2**31 - 2**22  # offsets may go beyond the last element by a tile
-
-
-class _Size(NamedTuple):
-    """Of programs: elements of each map that one holds at a time, its warps, and how many run at a time."""
-
-    elements: int
-    warps: int
-    programs: int = 2048
-
-
-# By what is done and whether the map is channels last. Measured: python -m benchmarks.gpu --stages kernels,tuning.
-_SIZES = {
-    ("elements", True): _Size(4096, 4),
-    ("elements", False): _Size(2048, 4),
-    ("squeeze", True): _Size(2048, 1, 1320),
-    ("squeeze", False): _Size(2048, 4),
-    ("moments", True): _Size(2048, 1, 1320),
-    ("moments", False): _Size(1024, 2),
-    ("reduce", True): _Size(1024, 1, 2640),
-    ("reduce", False): _Size(1024, 4),
-}
 
 
 @functools.cache
@@ -84,13 +55,8 @@ IS_COMPLETE = (
 )
 
 
-@functools.cache
-def _triton() -> Any:
-    return importlib.import_module("ecanet.ops.triton_kernels")
-
-
 def _launch(kernel: str, programs: int, on: Tensor, *args: Any, **constants: Any) -> None:
-    function = getattr(_triton(), kernel)
+    function = getattr(kernels_of_triton(), kernel)
     if isinstance(on, FunctionalTensor):  # a compiler traces: the launch becomes a node of its graph
         torch.library.wrap_triton(function)[(programs,)](*args, **constants)
     elif not on.is_cuda:
@@ -102,177 +68,26 @@ def _launch(kernel: str, programs: int, on: Tensor, *args: Any, **constants: Any
             launch(function, programs, args, constants)
 
 
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _power_of_2(n: int) -> int:
-    """The smallest that is no less."""
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def _type(dtype: torch.dtype) -> Any:
-    return _triton().tl.float64 if dtype is torch.float64 else _triton().tl.float32
-
-
-def _index(numel: int, longest: int | None = None) -> Any:
-    longest = _LONGEST_INT32 if longest is None else longest
-    return _triton().tl.int64 if numel > longest else _triton().tl.int32
-
-
-def dense(x: Tensor) -> Tensor:
-    """The map in an order that the kernels walk: contiguous, or channels last; other strides are made contiguous."""
-    if x.is_contiguous():
-        return x
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    channels_last = formats.get(x.dim())
-    return x if channels_last is not None and x.is_contiguous(memory_format=channels_last) else x.contiguous()
-
-
-class _Walk(NamedTuple):
-    """How a map is walked.
-
-    Attributes:
-        programs: So many.
-        constants: What the kernel is compiled with.
-        splits: Into so many the positions are cut, for sums.
-        per_split: Positions of one.
-    """
-
-    programs: int
-    constants: dict[str, Any]
-    splits: int = 1
-    per_split: int = 0
-
-
-@functools.lru_cache(maxsize=4096)  # of microseconds, which every launch would wait for
-def _walk(
-    what: str,
-    samples: int,
-    channels: int,
-    positions: int,
-    channels_last: bool,
-    dtype: torch.dtype,
-    size: _Size,
-    longest: int,
-) -> _Walk:
-    """How a map is walked; the arguments are those of :class:`_Map`, and the two settings that it depends on."""
-    neighbours = channels if channels_last else positions
-    at_once = _AT_ONCE // dtype.itemsize  # elements that a thread reads or writes at once
-    all_rows, numel = samples * channels, samples * channels * positions
-    align = math.gcd(neighbours, 16)
-
-    def row_blocks(rows: int) -> int:
-        return samples * _cdiv(channels, rows) if channels_last else _cdiv(all_rows, rows)
-
-    def constants(rows: int, at_a_time: int, **more: int) -> dict[str, Any]:
-        return {
-            **more, "LAST": channels_last, "ALIGN": align, "TOTAL": math.gcd(numel, 16), "ROWS": rows,
-            "POSITIONS": at_a_time, "INDEX": _index(numel, longest), "ACC": _type(dtype), "num_warps": size.warps,
-        }  # fmt: skip
-
-    if what == "elements":
-        if channels_last:
-            rows = min(_power_of_2(channels), 128, size.elements)
-            at_a_time = min(_power_of_2(positions), size.elements // rows)
-            return _Walk(row_blocks(rows) * _cdiv(positions, at_a_time), constants(rows, at_a_time))
-        run = min(at_once, _power_of_2(positions + 1) // 2)  # not longer than a row
-        runs = min(_power_of_2(_cdiv(numel, run)), size.elements // run)
-        return _Walk(_cdiv(numel, runs * run), constants(runs, run))
-    if channels_last:  # as many channels as the threads of a warp read at once: each thread sums up its own
-        rows = min(_power_of_2(channels), _LANES * at_once, size.elements)
-        at_a_time = min(_power_of_2(positions), size.elements // rows)
-    else:  # a quarter of a row at a time, but not less than what eight threads read at once
-        at_a_time = max(8 * at_once, min(_power_of_2(positions // 4), size.elements // 2))
-        at_a_time = min(at_a_time, _power_of_2(positions), size.elements)
-        rows = min(_power_of_2(all_rows), size.elements // at_a_time)
-    blocks = row_blocks(rows)
-    splits = max(1, min(positions // (4 * at_a_time), size.programs // blocks))
-    per_split = _cdiv(_cdiv(positions, splits), at_a_time) * at_a_time
-    splits = _cdiv(positions, per_split)
-    aligned = channels_last or align >= at_once or positions < 2 * at_once
-    start = 1 if aligned or splits > 1 else at_once  # rows are read from multiples of so many elements
-    beside = min(_LANES * at_once // rows, at_a_time) if channels_last else 0
-    return _Walk(blocks * splits, constants(rows, at_a_time, START=start, BESIDE=beside), splits, per_split)
-
-
-class _Map(NamedTuple):
-    """A feature map as the kernels see it."""
-
-    x: Tensor  # dense
-    samples: int
-    channels: int
-    positions: int
-    channels_last: bool
-
-    @staticmethod
-    def of(x: Tensor) -> "_Map":
-        if x.dtype not in DTYPES:
-            raise RuntimeError(f"ecanet: x must be float32, float64, bfloat16 or float16, got {x.dtype}")
-        if x.dim() < 2:
-            raise RuntimeError(f"ecanet: x must have shape (N, C, *spatial), got {tuple(x.shape)}")
-        x = dense(x)
-        return _Map(x, x.shape[0], x.shape[1], x.shape[2:].numel(), not x.is_contiguous())
-
-    def walk(self, what: str) -> _Walk:
-        """How it is walked: by ``elements``, or for the sums of ``squeeze``, ``moments`` or ``reduce``."""
-        return _walk(what, *self[1:], self.x.dtype, _SIZES[what, self.channels_last], _LONGEST_INT32)
-
-    def ordered(self, t: Tensor, name: str) -> Tensor:
-        """Another map in the order of this one."""
-        if (t.shape, t.dtype, t.device) != (self.x.shape, self.x.dtype, self.x.device):
-            raise RuntimeError(
-                f"ecanet: {name} must have the shape, the type and the device of x: {tuple(self.x.shape)}, "
-                f"{self.x.dtype}, {self.x.device}; got {tuple(t.shape)}, {t.dtype}, {t.device}"
-            )
-        if not self.channels_last:
-            return t.contiguous()
-        return t.contiguous(memory_format=torch.channels_last if t.dim() == 4 else torch.channels_last_3d)
-
-    def small(self, t: Tensor | None, shape: tuple[int, ...], name: str) -> Tensor | None:
-        return None if t is None else _small(t, self.x, shape, name)
-
-    @property
-    def nc(self) -> tuple[int, int]:
-        return self.samples, self.channels
-
-    @property
-    def rows(self) -> int:
-        return self.samples * self.channels
-
-    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return self.x.new_empty(shape, dtype=dtype or reference.accumulation_dtype(self.x.dtype))
-
-
-def _small(t: Tensor, like: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
-    if t.shape != shape or t.device != like.device:
-        raise RuntimeError(
-            f"ecanet: {name} must have shape {str(shape).replace(',)', ')')}, on {like.device}; "
-            f"got {tuple(t.shape)}, on {t.device}"
-        )
-    return t.contiguous()
-
-
 def _check_act(act: int) -> None:
     if not 0 <= act < len(reference.ACTS):
         raise RuntimeError(f"ecanet: act must be 0 to {len(reference.ACTS) - 1}, got {act}")
 
 
-def _partial_moments(m: _Map, second: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, int, int]:
+def _partial_moments(m: Map, second: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, int, int]:
     walk = m.walk("moments" if second else "squeeze")
     mean = m.new(walk.splits, *m.nc, dtype=dtype)
     m2 = m.new(walk.splits if second else 0, *m.nc)
     _launch(
         "moments", walk.programs, m.x,
         m.x, mean, m2, m.samples, m.channels, m.positions, walk.splits, walk.per_split,
-        SECOND=second, OUT=_type(dtype), **walk.constants,
+        SECOND=second, OUT=type_of_sums(dtype), **walk.constants,
     )  # fmt: skip
     return mean, m2, walk.splits, walk.per_split
 
 
 def squeeze(x: Tensor) -> Tensor:
     """Means of maps; see :func:`ecanet.ops.reference.squeeze`."""
-    m = _Map.of(x)
+    m = Map.of(x)
     mean, m2, splits, per_split = _partial_moments(m, False, reference.accumulation_dtype(x.dtype))
     if splits == 1:
         return mean[0]
@@ -283,7 +98,7 @@ def squeeze(x: Tensor) -> Tensor:
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Moments of maps; see :func:`ecanet.ops.reference.moments`."""
-    m = _Map.of(x)
+    m = Map.of(x)
     mean, m2, splits, per_split = _partial_moments(m, True, torch.float64)
     map_means, squares = m.new(*m.nc), m.new(*m.nc)
     _merge(m, mean, m2, map_means, squares, splits, per_split, second=True)
@@ -291,37 +106,37 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _merge(
-    m: _Map, mean: Tensor, m2: Tensor, mean_out: Tensor, m2_out: Tensor, splits: int, per_split: int, second: bool
+    m: Map, mean: Tensor, m2: Tensor, mean_out: Tensor, m2_out: Tensor, splits: int, per_split: int, second: bool
 ) -> None:
     at_once, block = _blocks_of_splits(m.rows, splits)
     _launch(
-        "merge", _cdiv(m.rows, block), m.x,
+        "merge", cdiv(m.rows, block), m.x,
         mean, m2, mean_out, m2_out, m.rows, m.positions, splits, per_split,
-        SECOND=second, SPLITS=at_once, BLOCK=block, INDEX=_index(mean.numel()),
+        SECOND=second, SPLITS=at_once, BLOCK=block, INDEX=index_type(mean.numel()),
     )  # fmt: skip
 
 
 def _blocks_of_splits(rows: int, splits: int) -> tuple[int, int]:
     """Splits and rows that a program merges."""
-    at_once = _power_of_2(splits)
-    return at_once, min(_power_of_2(rows), max(1, 2048 // at_once), 256)
+    at_once = power_of_2(splits)
+    return at_once, min(power_of_2(rows), max(1, 2048 // at_once), 256)
 
 
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics of a batch; see :func:`ecanet.ops.reference.batch_moments`."""
-    m = _Map.of(x)
+    m = Map.of(x)
     mean, m2, splits, per_split = _partial_moments(m, True, torch.float64)
     if splits > _MOST_SPLITS:
         whole = torch.empty_like(mean[0]), torch.empty_like(m2[0])
         _merge(m, mean, m2, *whole, splits, per_split, second=True)
         mean, m2, splits, per_split = *whole, 1, m.positions
     map_means, batch_mean, batch_var = m.new(*m.nc), m.new(m.channels), m.new(m.channels)
-    channels = min(_power_of_2(m.channels), 4)  # 32 bytes: what memory gives at a time
+    channels = min(power_of_2(m.channels), 4)  # 32 bytes: what memory gives at a time
     _launch(
-        "statistics", _cdiv(m.channels, channels), x,
+        "statistics", cdiv(m.channels, channels), x,
         mean, m2, map_means, batch_mean, batch_var, m.samples, m.channels, m.positions, splits, per_split,
-        SPLITS=_power_of_2(splits), SAMPLES=min(_power_of_2(m.samples), 512), CHANNELS=channels,
-        INDEX=_index(mean.numel()), num_warps=8,
+        SPLITS=power_of_2(splits), SAMPLES=min(power_of_2(m.samples), 512), CHANNELS=channels,
+        INDEX=index_type(mean.numel()), num_warps=8,
     )  # fmt: skip
     return map_means, batch_mean, batch_var
 
@@ -334,24 +149,24 @@ def update_running(
     momentum: float | Tensor,
     count: int | Tensor,
 ) -> None:
-    """Move running statistics; see :func:`ecanet.ops.reference.update_running`."""
+    """Move running statistics; see :func:`ecanet.ops.statistics.update_running`."""
     # Numbers reach a kernel in float32, too few digits for statistics in float64; tensors would have to be waited for.
     if mean.dtype is not torch.float32 or isinstance(momentum, Tensor) or isinstance(count, Tensor):
-        reference.update_running(running_mean, running_var, mean, var, momentum, count)
+        statistics.update_running(running_mean, running_var, mean, var, momentum, count)
         return
     channels = mean.numel()
-    block = min(_power_of_2(channels), 512)
+    block = min(power_of_2(channels), 512)
     _launch(
-        "update_running", _cdiv(channels, block), mean,
+        "update_running", cdiv(channels, block), mean,
         running_mean, running_var, mean, var, channels, momentum, momentum * (count / (count - 1)), BLOCK=block,
     )  # fmt: skip
 
 
 def _apply(x: Tensor, scale: Tensor, shift: Tensor | None, residual: Tensor | None, act: int, over_x: bool) -> Tensor:
-    m = _Map.of(x)
+    m = Map.of(x)
     _check_act(act)
     read = [
-        _small(scale, x, m.nc, "scale"),
+        small(scale, x, m.nc, "scale"),
         m.small(shift, m.nc, "shift"),
         None if residual is None else m.ordered(residual, "residual"),
     ]
@@ -386,13 +201,13 @@ def apply_(x: Tensor, scale: Tensor, shift: Tensor | None, residual: Tensor | No
 
 
 def _upstream(
-    m: _Map, grad: Tensor, scale: Tensor, shift: Tensor | None, saved: Tensor | None, act: int
+    m: Map, grad: Tensor, scale: Tensor, shift: Tensor | None, saved: Tensor | None, act: int
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     _check_act(act)
     if saved is None and reference.ACTS[act] in ("relu", "relu6"):
         raise RuntimeError("ecanet: ReLU and ReLU6 need saved=out; got None")
     saved = None if saved is None else m.ordered(saved, "saved")
-    scale = _small(scale, m.x, m.nc, "scale")
+    scale = small(scale, m.x, m.nc, "scale")
     return m.ordered(grad, "grad"), scale, m.small(shift, m.nc, "shift"), saved
 
 
@@ -407,7 +222,7 @@ def apply_backward(
     needs_d: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """First pass of the backward; see :func:`ecanet.ops.reference.apply_backward`."""
-    m = _Map.of(x)
+    m = Map.of(x)
     grad, scale, shift, saved = _upstream(m, grad, scale, shift, saved, act)
     center = m.small(center, (m.channels,), "center")
     walk = m.walk("reduce")
@@ -425,8 +240,8 @@ def apply_backward(
     p_sum, q_sum = m.new(*m.nc), m.new(*m.nc)
     at_once, block = _blocks_of_splits(m.rows, splits)
     _launch(
-        "add_splits", _cdiv(m.rows, block), x, p, q, p_sum, q_sum, m.rows, splits,
-        SPLITS=at_once, BLOCK=block, INDEX=_index(p.numel()),
+        "add_splits", cdiv(m.rows, block), x, p, q, p_sum, q_sum, m.rows, splits,
+        SPLITS=at_once, BLOCK=block, INDEX=index_type(p.numel()),
     )  # fmt: skip
     return d, p_sum, q_sum
 
@@ -443,9 +258,9 @@ def input_backward(
     center: Tensor | None,
 ) -> Tensor:
     """Second pass of the backward; see :func:`ecanet.ops.reference.input_backward`."""
-    m = _Map.of(x)
+    m = Map.of(x)
     grad, scale, shift, saved = _upstream(m, grad, scale, shift, saved, act)
-    offset = _small(offset, x, m.nc, "offset")
+    offset = small(offset, x, m.nc, "offset")
     slope, center = m.small(slope, (m.channels,), "slope"), m.small(center, (m.channels,), "center")
     out = torch.empty_like(m.x)
     walk = m.walk("elements")
@@ -469,7 +284,7 @@ class _Norm(NamedTuple):
             alone = "norm_mean" if tensors[1] is None else "norm_var"
             raise RuntimeError(f"ecanet: norm_mean and norm_var come together; got {alone} alone")
         named = zip(_Norm._fields, tensors, strict=True)
-        return _Norm(*(None if t is None else _small(t, like, (channels,), name) for name, t in named))
+        return _Norm(*(None if t is None else small(t, like, (channels,), name) for name, t in named))
 
 
 def _check_means(map_means: Tensor) -> tuple[int, int]:
@@ -505,11 +320,12 @@ def eca_coefficients(
     dtype = reference.accumulation_dtype(map_means.dtype)
     s, scale, shift = (map_means.new_empty(samples, channels, dtype=dtype) for _ in range(3))
     gate = map_means.new_empty(samples if k else 0, channels, dtype=dtype)
-    block = min(_power_of_2(samples * channels), 256)
+    block = min(power_of_2(samples * channels), 256)
     _launch(
-        "coefficients", _cdiv(samples * channels, block), map_means,
+        "coefficients", cdiv(samples * channels, block), map_means,
         map_means.contiguous(), *norm, kernel, s, gate, scale, shift, samples, channels,
-        eps=eps, factor=factor, K=k, CIRCULAR=circular, BLOCK=block, INDEX=_index(map_means.numel()), ACC=_type(dtype),
+        eps=eps, factor=factor, K=k, CIRCULAR=circular, BLOCK=block,
+        INDEX=index_type(map_means.numel()), ACC=type_of_sums(dtype),
     )  # fmt: skip
     return s, gate, scale, shift
 
@@ -536,20 +352,20 @@ def eca_coefficients_backward(
     kernel, k = _taps(kernel, channels, circular)
     if kernel is not None and gate is None:
         raise RuntimeError("ecanet: a kernel needs its gate; got gate=None")
-    p, q = _small(p, map_means, nc, "p"), _small(q, map_means, nc, "q")
-    gate = None if gate is None else _small(gate, map_means, nc, "gate")
-    grad_s = None if grad_s is None else _small(grad_s, map_means, nc, "grad_s")
+    p, q = small(p, map_means, nc, "p"), small(q, map_means, nc, "q")
+    gate = None if gate is None else small(gate, map_means, nc, "gate")
+    grad_s = None if grad_s is None else small(grad_s, map_means, nc, "grad_s")
     dtype = reference.accumulation_dtype(map_means.dtype)
 
     def new(*shape: int) -> Tensor:
         return map_means.new_empty(shape, dtype=dtype)
 
-    block, a_time = min(_power_of_2(channels), 32), min(_power_of_2(samples), 8)
-    blocks = _cdiv(channels, block)
-    groups = max(1, min(_cdiv(samples, a_time), 1024 // blocks, 64))
-    per_program = _cdiv(_cdiv(samples, groups), a_time) * a_time
-    groups = _cdiv(samples, per_program)
-    taps = max(_power_of_2(k), 1)
+    block, a_time = min(power_of_2(channels), 32), min(power_of_2(samples), 8)
+    blocks = cdiv(channels, block)
+    groups = max(1, min(cdiv(samples, a_time), 1024 // blocks, 64))
+    per_program = cdiv(cdiv(samples, groups), a_time) * a_time
+    groups = cdiv(samples, per_program)
+    taps = max(power_of_2(k), 1)
     offset, sum_a, sum_b, kernel_sums = (
         new(*nc),
         new(groups, channels),
@@ -561,16 +377,16 @@ def eca_coefficients_backward(
         p, q, map_means.contiguous(), gate, grad_s, *norm, kernel, offset, sum_a, sum_b, kernel_sums,
         samples, channels, positions, per_program,
         eps=eps, factor=factor, K=k, CIRCULAR=circular, SAMPLES=a_time, CHANNELS=block, TAPS=taps,
-        INDEX=_index(map_means.numel()), ACC=_type(dtype),
+        INDEX=index_type(map_means.numel()), ACC=type_of_sums(dtype),
     )  # fmt: skip
     grad_weight, grad_bias, grad_mean, grad_var = (new(channels) for _ in range(4))
     grad_kernel = new(k)
     _launch(
-        "finish", _cdiv(channels, block), map_means,
+        "finish", cdiv(channels, block), map_means,
         sum_a, sum_b, kernel_sums, norm.norm_var, norm.weight, grad_weight, grad_bias, grad_kernel, grad_mean, grad_var,
         channels, groups, groups * blocks,
-        eps=eps, K=k, GROUPS=_power_of_2(groups), CHANNELS=block, PROGRAMS=min(_power_of_2(groups * blocks), 256),
-        TAPS=taps, ACC=_type(dtype),
+        eps=eps, K=k, GROUPS=power_of_2(groups), CHANNELS=block, PROGRAMS=min(power_of_2(groups * blocks), 256),
+        TAPS=taps, ACC=type_of_sums(dtype),
     )  # fmt: skip
     return offset, grad_weight, grad_bias, grad_kernel, grad_mean, grad_var
 

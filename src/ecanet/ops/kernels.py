@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ecanet.ops import gpu, reference
+from ecanet.ops import gpu, statistics
 from ecanet.private_torch import BelowAutograd, direct_call
 
 
@@ -20,7 +20,7 @@ class CppKernels:
     small maps would notice.
     """
 
-    update_running = staticmethod(reference.update_running)
+    update_running = staticmethod(statistics.update_running)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         operation = direct_call(getattr(torch.ops.ecanet, name).default)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ecanet.ops import cpu, gpu, reference
 from ecanet.ops.backward import Saved, between_passes, first_pass, for_slope, second_pass
+from ecanet.ops.gpu_maps import dense
 from ecanet.private_torch import (
     BelowAutograd,
     FunctionalTensor,
@@ -84,7 +85,7 @@ _REFERENCES: dict[str, Callable[..., Any]] = {
 
 
 def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(gpu.dense(x))
+    return torch.empty_like(dense(x))
 
 
 def _small(x: Tensor, *shape: Any) -> Tensor:

@@ -80,11 +80,6 @@ def scale(x: Tensor, gate: Tensor) -> Tensor:
 
     Returns:
         The shape, type, device and memory format of ``x``.
-
-    Example:
-        >>> scale(torch.ones(1, 2, 3), torch.tensor([[0.5, 2.0]]))
-        tensor([[[0.5000, 0.5000, 0.5000],
-                 [2.0000, 2.0000, 2.0000]]])
     """
     return x * gate.to(x.dtype).reshape(*gate.shape, *(1 for _ in range(x.dim() - 2)))
 
@@ -213,10 +208,6 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         ``mean`` and ``m2``, both ``(N, C)``; float32 for half types.
-
-    Example:
-        >>> moments(torch.tensor([[[1.0, 3.0]]]))
-        (tensor([[2.]]), tensor([[2.]]))
     """
     x = x.to(accumulation_dtype(x.dtype))
     if x.dim() == 2:
@@ -248,16 +239,12 @@ def _before_act(x: Tensor, scale: Tensor, shift: Tensor | None, residual: Tensor
     return y if residual is None else y + residual
 
 
-def _needs_input(act: int) -> bool:
-    return ACTS[act] in ("silu", "hardswish")
-
-
 def _upstream(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor | None, saved: Tensor | None, act: int) -> Tensor:
     """Gradient of what went into the activation."""
     grad = grad.to(accumulation_dtype(x.dtype))
     if act == 0:
         return grad
-    if _needs_input(act):
+    if ACTS[act] in ("silu", "hardswish"):  # whose slope follows from what went in
         y = _before_act(x, scale, shift, saved)
         if ACTS[act] == "silu":
             gate = torch.sigmoid(y)
@@ -352,45 +339,6 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     batch = (0, *_spatial(x))
     mean = x.mean(batch)
     return map_means, mean, x.var(batch, correction=0) if x.shape[0] > 0 else mean.clone()
-
-
-def merge_moments(map_means: Tensor, m2: Tensor, positions: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of every channel over the batch, from the moments of its maps (Chan et al., 1979).
-
-    Args:
-        map_means: ``(N, C)`` of :func:`moments`.
-        m2: ``(N, C)``, likewise.
-        positions: S, so many positions has a map.
-
-    Returns:
-        ``mean`` and ``var``, both ``(C,)``.
-    """
-    mean = map_means.mean(0)
-    return mean, (m2 / positions + (map_means - mean).square()).mean(0)
-
-
-def update_running(
-    running_mean: Tensor,
-    running_var: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    momentum: float | Tensor,
-    count: int | Tensor,
-) -> None:
-    """Move running statistics towards those of a batch, as BatchNorm does, in place.
-
-    Args:
-        running_mean: ``(C,)``.
-        running_var: ``(C,)``, unbiased.
-        mean: ``(C,)`` of the batch.
-        var: ``(C,)`` of the batch, biased.
-        momentum: The batch's share.
-        count: Values a channel in the batch.
-    """
-    keep = 1.0 - momentum
-    unbiased = momentum * (count / (count - 1))
-    for running, new in ((running_mean, momentum * mean), (running_var, unbiased * var)):
-        running.copy_(keep * running.to(new.dtype) + new)  # rounded once
 
 
 def normalise(

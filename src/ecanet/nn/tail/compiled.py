@@ -7,6 +7,7 @@ from ecanet.nn.tail.eager import norm_and_band
 from ecanet.nn.tail.maths import GateMaths, NormMaths
 from ecanet.nn.tail.statistics import update_running_statistics
 from ecanet.ops import reference
+from ecanet.ops.statistics import merge_moments
 
 
 def operation(x: Tensor, norm: NormMaths, gate: GateMaths, residual: Tensor | None, act: int) -> Tensor:
@@ -48,7 +49,7 @@ def formula(
     """
     if norm is not None and norm.takes_batch_statistics:
         map_means, m2 = reference.moments(x)
-        mean, var = reference.merge_moments(map_means, m2, x.shape[2:].numel())
+        mean, var = merge_moments(map_means, m2, x.shape[2:].numel())
         update_running_statistics(norm.module, mean.detach(), var.detach(), x.shape[0] * x.shape[2:].numel())
         norm = norm._replace(mean=mean, var=var)
     elif map_means is None:

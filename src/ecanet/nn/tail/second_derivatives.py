@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from ecanet.nn.tail.maths import GateMaths, NormMaths
 from ecanet.ops import reference
 from ecanet.ops.backward import Saved
+from ecanet.ops.statistics import merge_moments
 
 OTHER_PROCESSES = "its norm shares statistics with other processes"
 
@@ -53,7 +54,7 @@ def differentiable_backward(
         map_means, m2 = reference.moments(x)
         mean, var = saved.norm_mean, saved.norm_var
         if norm is not None and norm.takes_batch_statistics:
-            mean, var = reference.merge_moments(map_means, m2, x.shape[2:].numel())
+            mean, var = merge_moments(map_means, m2, x.shape[2:].numel())
         s, a, b = reference.normalise(map_means, mean, var, weight, bias, 0.0 if norm is None else norm.eps)
         if gate is not None:
             assert saved.gate is not None

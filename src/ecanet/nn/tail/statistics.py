@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ecanet.ops import reference
+from ecanet.ops import statistics
 from ecanet.private_torch import name_of_backend
 
 
@@ -94,7 +94,7 @@ def share_gradients(
     return -a * sum_dy, -0.5 * a * inverse.square() * sum_dy_centered
 
 
-def update_running_statistics(norm: Any, mean: Tensor, var: Tensor, count: int | Tensor, ops: Any = reference) -> None:
+def update_running_statistics(norm: Any, mean: Tensor, var: Tensor, count: int | Tensor, ops: Any = statistics) -> None:
     """What torch's BatchNorm does with the statistics of a batch.
 
     Args:
@@ -102,7 +102,7 @@ def update_running_statistics(norm: Any, mean: Tensor, var: Tensor, count: int |
         mean: ``(C,)`` of the batch.
         var: ``(C,)`` of the batch, biased.
         count: Values a channel.
-        ops: Who computes; a compiler fuses the reference.
+        ops: Who computes; a compiler fuses plain PyTorch.
     """
     if not (norm.training and norm.track_running_stats):
         return

@@ -295,6 +295,8 @@ def test_the_costs_in_the_readme_are_the_best_and_the_worst_figure_of_all_files(
     assert f"| inference | {one_call} |" in readme
     assert f"`optimize_for_inference` | {optimised} |" in readme
     assert f"(one processor, one thread) | {', '.join(compiled)} |" in readme
+    saved = each(ONE, "network/memory", "no gate", digits=3), each(ONE, "network/memory", "timm")
+    assert f"| bytes saved for the backward | {' | '.join(cell.split(', ')[0] for cell in saved)} |" in readme
     tails = [f"{geometric_mean(values(file, 'inference/tail', 'ecanet', 'no gate')):.1f}" for file in (ONE, TWO)]
     largest = max(v for file in (ONE, TWO) for v in values(file, "inference/tail", "ecanet", "no gate"))
     assert (
@@ -310,9 +312,9 @@ def test_the_first_screen_says_what_the_result_files_say() -> None:
         spread([v for file in files for v in values(file, f"network/{what}", "ecanet", "timm")])
         for what in ("training", "inference")
     )
-    assert f"take {geometric_mean(one):.2f} of the time they take with timm's module" in first_screen
+    assert f"takes {geometric_mean(one):.2f} of its time with timm's module on one CPU thread" in first_screen
     assert f"({spread(one)} by shape of the map), and {geometric_mean(two):.2f} on two ({spread(two)})" in first_screen
-    assert f"ResNet-50 takes {step}, its inference {call}" in first_screen
+    assert f"whole ResNet-50 takes {step}, its inference {call}" in first_screen
     ours, timm = (
         spread(values(GPU, "training/tail", f"{name} compiled", "no gate compiled")) for name in ("operation", "timm")
     )

@@ -48,7 +48,7 @@ _FOUND_IN = {
     "backend": "ecanet.ops.backend",
     "optimize_for_inference": "ecanet.inference",
 }
-_MODULES = ("inspect", "integrations", "models", "nn", "ops", "study", "surgery", "train")
+_MODULES = ("inference", "inspect", "integrations", "models", "nn", "ops", "study", "surgery", "train")
 
 
 def __getattr__(name: str) -> Any:

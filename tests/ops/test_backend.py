@@ -402,7 +402,7 @@ def test_library_that_does_not_load(library: Path) -> None:
 def test_a_signal_may_enter_while_the_main_thread_does() -> None:
     """In a process of its own, which a lock held twice would hold for ever."""
     script = """
-import signal, time, ecanet
+import signal, time, ecanet, ecanet.ops
 def tick(*_):
     with ecanet.backend("reference"):
         pass

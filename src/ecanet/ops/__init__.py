@@ -5,4 +5,5 @@ Each is ``torch.ops.ecanet.NAME`` and has a plain-PyTorch twin of the same name 
 the C++ library where it is built.
 """
 
+from ecanet.ops import backend as _backend  # noqa: F401
 from ecanet.ops import library as _library  # noqa: F401

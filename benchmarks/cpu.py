@@ -14,7 +14,7 @@ from benchmarks.cases import Case, map_cases
 from benchmarks.machine import describe
 from benchmarks.measure import fault_of_environment
 from benchmarks.networks import network_cases
-from benchmarks.report import report
+from benchmarks.report import show
 from ecanet.ops import cpu
 
 GROUPS = ("op", "module", "inference", "training", "network", "surgery")
@@ -57,11 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch._inductor.config.compile_threads = 1  # no processes beside the one that measures
     run.measure_all(_cases(args), document, path, _command)
     run.finish(document, path)
-    print(report(document))
-    if args.plot:
-        from benchmarks.picture import draw
-
-        draw(document).savefig(args.plot)
+    show(document, args.plot)
 
 
 def _cases(args: argparse.Namespace) -> list[Case]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import results
 from benchmarks.measure import geometric_mean
-from benchmarks.report import value
+from benchmarks.tables import value
 from ecanet.inspect.style import COLOURS, DARK, FONT_SIZE, SMALL_FONT_SIZE, new_figure, style_axes
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import torch
 from benchmarks import results
 from benchmarks.cases import Case, SavedBytes
 from benchmarks.measure import Competitor, check_agreement, kernel_seconds, replayed, take_turns
-from benchmarks.report import summary
+from benchmarks.tables import summary
 
 _QUICK_TURN_SECONDS, _TURN_SECONDS = 1e-4, 0.01
 

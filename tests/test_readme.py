@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import pytest
 
 from benchmarks.measure import geometric_mean
-from benchmarks.report import ratio, value
+from benchmarks.tables import ratio, value
 from ecanet import cli
 
 ROOT = Path(__file__).parents[1]

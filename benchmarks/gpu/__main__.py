@@ -12,16 +12,16 @@ from typing import Any
 import torch
 
 from benchmarks import results, run
-from benchmarks.cases import Case, On
+from benchmarks.cases import Case
 from benchmarks.gpu import correctness
+from benchmarks.gpu.device import DTYPES, configure, on_of
 from benchmarks.gpu.networks import NAMES, other_form
 from benchmarks.gpu.stages import STAGES, Stage
 from benchmarks.gpu.workers import Job, Workers, heavy_jobs_at_a_time
 from benchmarks.machine import describe, describe_gpu
-from benchmarks.report import report
+from benchmarks.report import show
 from ecanet.ops import gpu
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _QUICK_ROUNDS = 3
 _COPY_BYTES, _MATRIX = 2**30, 8192
 #: Stages that compile ahead when it is their turn, not during the checks.
@@ -54,29 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         configure()
         _Run(args, document, path, start + args.budget).all_stages()
     run.finish(document, path)
-    print(report(document))
-    if args.plot:
-        from benchmarks.picture import draw
-
-        draw(document).savefig(args.plot)
+    show(document, args.plot)
     wrong = any(check["failures"] for check in document["checks"].values())
     wrong |= any("disagreements" in case for case in document["cases"].values())
     return 1 if wrong or document.get("failed") else 0
-
-
-def on_of(dtype: str) -> On:
-    """What is measured on: the GPU, or the CPU in the interpreter."""
-    return On("cpu" if gpu.interpreting() else "cuda", _DTYPES[dtype], "triton")
-
-
-def configure() -> None:
-    """Let every process compile alike: found in the cache is what another has compiled, not which form it found best.
-
-    Others were running beside it then.
-    """
-    import torch._inductor.config
-
-    torch._inductor.config.autotune_local_cache = False
 
 
 def _header(args: argparse.Namespace) -> results.Document:
@@ -232,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
         "Without a GPU: TRITON_INTERPRET=1 python -m benchmarks.gpu --quick",
     )
     parser.add_argument("--budget", type=run.positive, default=420, metavar="SECONDS", help="default: 420")
-    parser.add_argument("--dtype", choices=tuple(_DTYPES), default="bfloat16", help="of the maps (default: bfloat16)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of the maps (default: bfloat16)")
     parser.add_argument("--rounds", type=run.positive, default=20, help="turns of each (default: 20)")
     names = tuple(stage.name for stage in STAGES if not stage.asked_for)
     parser.add_argument(

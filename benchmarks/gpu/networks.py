@@ -1,6 +1,6 @@
 """Whole networks on a GPU: a step of training and a call at inference, eager, compiled and in CUDA graphs."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
@@ -62,10 +62,9 @@ def network_cases(quick: bool, compiled: bool, on: On, first: bool) -> Iterator[
         if MODES[mode] is not None and not compiled:
             continue
         shape = _QUICK_SHAPE if quick else (batch, 3, 224, 224)
-        for what, build in (("training", _training), ("inference", _inference)):
-            name = f"{network}-{what}-{mode}"
-            case = partial(build, on, network, MODES[mode], shape)
-            yield Case("network", name, shape, "channels_last", case, on.device)
+        for what in ("training", "inference"):
+            work = partial(build, what, on, network, MODES[mode], shape)
+            yield Case("network", f"{network}-{what}-{mode}", shape, "channels_last", work, on.device)
 
 
 def other_form(what: str) -> str:
@@ -113,62 +112,62 @@ def _example(on: On, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return x, torch.randint(1000, shape[:1], device=on.device)
 
 
-def _work(on: On, calls: dict[str, Competitor], options: Any, images: int, tolerance: float) -> Work:
-    agree = (tuple(name for name in ("timm", "ecanet", *OTHER_FORM) if name in calls),)
-    # A replayed CUDA graph asks the allocator for nothing, and its pool, which stays, is shared by all networks.
-    return Work(calls, agree, tolerance, images=images, peak=options != MODES["graphs"])
+def _step(run: nn.Module, x: Tensor, target: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    torch.compiler.cudagraph_mark_step_begin()
+    optimizer.zero_grad()
+    logits = run(x)
+    F.cross_entropy(logits, target).backward()
+    optimizer.step()
+    return logits.detach()
 
 
-def _training(
+def _infer(run: nn.Module, x: Tensor) -> Tensor:
+    torch.compiler.cudagraph_mark_step_begin()
+    return run(x)
+
+
+def _settle_all(models: dict[str, tuple[nn.Module, nn.Module]], x: Tensor, on: On) -> None:
+    """Give all forms of the library the running statistics of timm's network."""
+    for name, (model, _run) in models.items():
+        if name in ("no gate", "timm", "SE"):
+            with on.context():
+                settle(model, x)
+        else:
+            model.load_state_dict(models["timm"][0].state_dict())
+
+
+def build(
+    what: str,
     on: On,
     network: str,
     options: dict[str, Any] | None,
     shape: tuple[int, ...],
     only: Collection[str] | None = None,
 ) -> Work:
+    """What is timed of one network.
+
+    Args:
+        what: ``training``: a step; ``inference``: a call.
+        on: Device and type.
+        network: :data:`QUICK_NETWORK`, or a key of :data:`benchmarks.networks.NETWORKS`.
+        options: For torch.compile; None does not compile.
+        shape: Of the images ``(N, 3, H, W)``.
+        only: These of :data:`NAMES` and :data:`OTHER_FORM`, to be compiled and not timed; None for all.
+    """
+    training = what == "training"
     x, target = _example(on, shape)
-
-    def step(run: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
-        optimizer.zero_grad()
-        logits = run(x)
-        F.cross_entropy(logits, target).backward()
-        optimizer.step()
-        return logits.detach()
-
-    competitors = {
-        name: Competitor(
-            partial(step, run, torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)),
-            partial(_context, name, on, grad=True),
-        )
-        for name, (model, run) in _models(on, network, options, "training", only).items()
-    }
-    return _work(on, competitors, options, shape[0], 5 * on.tolerance)
-
-
-def _inference(
-    on: On,
-    network: str,
-    options: dict[str, Any] | None,
-    shape: tuple[int, ...],
-    only: Collection[str] | None = None,
-) -> Work:
-    x, _ = _example(on, shape)
-    models = _models(on, network, options, "inference", only)
-    if only is None:
-        for name, (model, _run) in models.items():
-            if name in ("no gate", "timm", "SE"):
-                with on.context():
-                    settle(model, x)
-            else:
-                model.load_state_dict(models["timm"][0].state_dict())
-
-    def infer(run: Callable[[Tensor], Tensor]) -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
-        return run(x)
-
+    models = _models(on, network, options, what, only)
+    if not training and only is None:
+        _settle_all(models, x, on)
     competitors = {}
     for name, (model, run) in models.items():
-        model.eval()
-        competitors[name] = Competitor(partial(infer, run), partial(_context, name, on, grad=False))
-    return _work(on, competitors, options, shape[0], 10 * on.tolerance)
+        if training:
+            call = partial(_step, run, x, target, torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9))
+        else:
+            model.eval()
+            call = partial(_infer, run, x)
+        competitors[name] = Competitor(call, partial(_context, name, on, grad=training))
+    agree = (tuple(name for name in ("timm", "ecanet", *OTHER_FORM) if name in competitors),)
+    tolerance = (5 if training else 10) * on.tolerance
+    # A replayed CUDA graph asks the allocator for nothing, and its pool, which stays, is shared by all networks.
+    return Work(competitors, agree, tolerance, images=shape[0], peak=options != MODES["graphs"])

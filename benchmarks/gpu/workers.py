@@ -17,6 +17,13 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
+import torch
+
+from benchmarks.gpu.correctness import check
+from benchmarks.gpu.device import configure, on_of
+from benchmarks.gpu.stages import STAGES
+from benchmarks.run import free_memory
+
 #: GB of a GPU's memory that one job on a whole network may take.
 _HEAVY_GB = 27
 _ROOT = Path(__file__).parents[2]
@@ -45,8 +52,6 @@ class Job:
 
 def heavy_jobs_at_a_time() -> int:
     """So many fit into the GPU's memory."""
-    import torch
-
     return max(1, int(torch.cuda.mem_get_info()[0] / 1e9 // _HEAVY_GB))
 
 
@@ -117,10 +122,6 @@ class Workers:
 
 def compile_ahead(keys: Sequence[str], competitors: Sequence[str] | None, settings: dict[str, Any]) -> dict[str, Any]:
     """Call each competitor once; seconds of these first calls."""
-    from benchmarks.gpu.__main__ import configure, on_of
-    from benchmarks.gpu.stages import STAGES
-    from benchmarks.run import free_memory
-
     configure()
     on = on_of(settings["dtype"])
     known = {case.key: case for stage in STAGES for case in stage.cases(settings["quick"], settings["compiled"], on)}
@@ -146,8 +147,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("job", help="JSON")
     job = json.loads(parser.parse_args(argv).job)
     if job["kind"] == "check":
-        from benchmarks.gpu.correctness import check
-
         result = check(job["names"], job["quick"])
     else:
         result = compile_ahead(job["names"], job["competitors"], job)

@@ -36,7 +36,7 @@ from benchmarks.measure import (
     take_turns,
 )
 from benchmarks.networks import network_cases, saved_bytes
-from benchmarks.report import GPU_TARGETS, report, roofline, verdicts
+from benchmarks.tables import GPU_TARGETS, report, roofline, verdicts
 from ecanet.nn import ECA
 from ecanet.ops import cpu, gpu
 
@@ -318,7 +318,7 @@ def test_a_network_with_a_wrong_gate_is_noticed(monkeypatch: pytest.MonkeyPatch)
     on = cases.On("cpu", torch.bfloat16, "auto")
     for make, right in ((gpu_networks._small, True), (partial(gpu_networks._small, Wrong), False)):
         monkeypatch.setitem(gpu_networks._QUICK_BUILDERS, "ecanet", make)
-        work = gpu_networks._training(on, gpu_networks.QUICK_NETWORK, None, (8, 3, 32, 32))
+        work = gpu_networks.build("training", on, gpu_networks.QUICK_NETWORK, None, (8, 3, 32, 32))
         with nullcontext() if right else pytest.raises(RuntimeError, match="ecanet and timm disagree"):
             check_agreement(work.competitors, ("timm", "ecanet"), work.tolerance)
 
@@ -361,16 +361,20 @@ def test_what_is_read_twice_has_left_the_cache() -> None:
 
 
 @pytest.mark.parametrize("mode", gpu_networks.MODES)
-@pytest.mark.parametrize("build", [gpu_networks._training, gpu_networks._inference])
+@pytest.mark.parametrize("what", ["training", "inference"])
 def test_peak_memory_is_left_out_where_a_graph_is_replayed(
-    build: Any, mode: str, monkeypatch: pytest.MonkeyPatch
+    what: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "_peak", lambda _: 7)
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
     on, shape = cases.On("cpu", torch.bfloat16, "auto"), (2, 3, 8, 8)
     options = gpu_networks.MODES[mode]
     case = cases.Case(
-        "network", mode, shape, "channels_last", partial(build, on, gpu_networks.QUICK_NETWORK, options, shape)
+        "network",
+        mode,
+        shape,
+        "channels_last",
+        partial(gpu_networks.build, what, on, gpu_networks.QUICK_NETWORK, options, shape),
     )
     result = run._measure(case, QUICK, "")
     assert set(result["peak_bytes"].values()) == {None if mode == "graphs" else 7}

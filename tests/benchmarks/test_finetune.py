@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import finetune as command
-from benchmarks import finetune_report, photographs, pretrained, results
-from benchmarks.finetune_report import AVERAGE, comparison, report, seeds_of, summary
-from benchmarks.finetune_runs import KEPT, PLAIN, RANDOM, WAYS, evaluated_after, insert
-from benchmarks.pretrained import NETWORKS
+from benchmarks import results
+from benchmarks.finetune import __main__ as command
+from benchmarks.finetune import photographs, pretrained
+from benchmarks.finetune import report as again
+from benchmarks.finetune.pretrained import NETWORKS
+from benchmarks.finetune.runs import KEPT, PLAIN, RANDOM, WAYS, evaluated_after, insert
+from benchmarks.finetune.tables import AVERAGE, comparison, report, seeds_of, summary
 
 NETWORK = "mobilenet_v2"
 MISSING = pretrained.missing(NETWORK)
@@ -74,7 +76,7 @@ def test_a_result_file_is_shown_again(
     pytest.importorskip("matplotlib")
     file, picture = tmp_path / "result.json", tmp_path / "picture.png"
     results.write(file, document)
-    finetune_report.main([str(file), "--plot", str(picture)])
+    again.main([str(file), "--plot", str(picture)])
     assert capsys.readouterr().out.strip() == report(document)
     assert picture.stat().st_size > 10_000
 

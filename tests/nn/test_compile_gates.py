@@ -8,11 +8,7 @@ import ecanet
 from ecanet.ops import reference
 
 CHANNELS = 32
-
-
-@pytest.fixture(autouse=True)
-def _nothing_compiled_before() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("_nothing_compiled_before")
 
 
 @pytest.mark.parametrize("name", GATES)

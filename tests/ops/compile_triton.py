@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import op_cases as op
 import torch
 import triton
-from op_cases import RELU, SILU
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -51,12 +51,12 @@ def launches(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> list[Lau
         gpu.squeeze(x)
         gpu.moments(x)
         gpu.batch_moments(x)
-        gpu.apply(x, means, means, x, RELU)
-        gpu.apply(x, means, None, None, SILU)
-        gpu.apply_backward(x, x, means, None, channel, x, RELU, True)
-        gpu.apply_backward(x, x, means, means, None, None, SILU, False)
+        gpu.apply(x, means, means, x, op.RELU)
+        gpu.apply(x, means, None, None, op.SILU)
+        gpu.apply_backward(x, x, means, None, channel, x, op.RELU, True)
+        gpu.apply_backward(x, x, means, means, None, None, op.SILU, False)
         gpu.input_backward(x, x, means, None, None, 0, means, channel, channel)
-        gpu.input_backward(x, x, means, means, x, SILU, means, None, None)
+        gpu.input_backward(x, x, means, means, x, op.SILU, means, None, None)
         gpu.eca_coefficients(means, *norm, k, False)
         gpu.eca_coefficients(means, *no_norm, k, k.numel() <= c)
         gpu.eca_coefficients(means, *norm, None, False)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import op_cases as op
 import torch
-from op_cases import EVERY, RELU, Options, arguments, channels_last, dense
 from torch import Tensor
 from torch._inductor.codecache import PyCodeCache
 from torch._inductor.runtime import triton_helpers
@@ -59,10 +59,10 @@ def main() -> None:
     pretended_gpu.start()
     gpu.why_not = lambda: None  # type: ignore[assignment]
     called = {}
-    for name in (*EVERY, "batch_norm_eca_add_act"):
-        for make in (dense, channels_last):
+    for name in (*op.EVERY, "batch_norm_eca_add_act"):
+        for make in (op.dense, op.channels_last):
             like = "norm_eca_add_act" if name == "batch_norm_eca_add_act" else name
-            args = arguments(like, (2, 70, 8, 8), torch.bfloat16, make, Options(RELU, kernel=5))
+            args = op.arguments(like, (2, 70, 8, 8), torch.bfloat16, make, op.Options(op.RELU, kernel=5))
             if name == "batch_norm_eca_add_act":  # finds mean and variance itself
                 del args[2:4]
             with FakeTensorMode(), torch.no_grad():

@@ -4,28 +4,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import op_cases as op
 import torch
-from op_cases import (
-    ACTS,
-    EVERY,
-    IN_PLACE,
-    LAYOUTS,
-    MAP_OUTPUTS,
-    MAP_TOLERANCE,
-    NAIVE,
-    ON_MAPS,
-    ON_MEANS,
-    RELU,
-    SILU,
-    TOLERANCE,
-    Options,
-    arguments,
-    as_tuple,
-    assert_close,
-    channels_last,
-    dense,
-    every_option,
-)
 from torch import Tensor, nn
 
 import ecanet
@@ -34,13 +14,13 @@ from ecanet.ops import gpu, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter cuts a float32 off where a GPU rounds it to the nearest bfloat16.
-ROUNDING = {**MAP_TOLERANCE, torch.bfloat16: MAP_TOLERANCE[torch.bfloat16] * (2 if gpu.interpreting() else 1)}
+ROUNDING = {**op.MAP_TOLERANCE, torch.bfloat16: op.MAP_TOLERANCE[torch.bfloat16] * (2 if gpu.interpreting() else 1)}
 #: Maps of a ResNet; odd ones; rows of every alignment, and shorter than a vector; several tiles and splits.
 _SHAPES = [
     (3, 64, 56, 56), (4, 256, 14, 14), (2, 3, 5, 7), (3, 1, 4, 4), (2, 17, 1, 3), (2, 33, 1, 1), (1, 531, 2, 3),
     (3, 19, 7, 7), (2, 5, 13, 13), (1, 3, 63, 67), (2, 2, 150, 151), (2, 72, 28, 28),
 ]  # fmt: skip
-_MAKES = {"contiguous": dense, "channels last": channels_last}
+_MAKES = {"contiguous": op.dense, "channels last": op.channels_last}
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _MEANS = ("squeeze", "moments", "batch_moments")
@@ -53,7 +33,7 @@ def launch(name: str, args: list[Any]) -> Any:
     outputs = getattr(gpu, name)(*moved)
     if outputs is None:
         return args[0].copy_(moved[0])
-    return tuple(t.cpu() for t in as_tuple(outputs))
+    return tuple(t.cpu() for t in op.as_tuple(outputs))
 
 
 def assert_values(name: str, args: list[Any], case: str = "") -> None:
@@ -61,22 +41,22 @@ def assert_values(name: str, args: list[Any], case: str = "") -> None:
     x = args[0]
     small = reference.accumulation_dtype(x.dtype)
     positions = math.prod(x.shape[2:])
-    for i, (g, w) in enumerate(zip(launch(name, args), as_tuple(NAIVE[name](*args)), strict=True)):
-        is_map = (name, i) in MAP_OUTPUTS
+    for i, (g, w) in enumerate(zip(launch(name, args), op.as_tuple(op.NAIVE[name](*args)), strict=True)):
+        is_map = (name, i) in op.MAP_OUTPUTS
         assert (g.shape, g.dtype) == (w.shape, x.dtype if is_map else small), case
         if is_map:
-            assert_close(g, w, ROUNDING[x.dtype], 30, case)
+            op.assert_close(g, w, ROUNDING[x.dtype], 30, case)
         else:  # sums over positions, or means of them
             size = 30 / math.sqrt(positions) if name in _MEANS else 30 * math.sqrt(positions)
-            assert_close(g, w, TOLERANCE[small], size, case)
+            op.assert_close(g, w, op.TOLERANCE[small], size, case)
 
 
 def assert_values_of_means(name: str, args: list[Any], case: str = "") -> None:
     """Likewise for the operations on ``(N, C)`` means."""
     dtype = args[0].dtype
-    for g, w in zip(launch(name, args), NAIVE[name](*args), strict=True):
+    for g, w in zip(launch(name, args), op.NAIVE[name](*args), strict=True):
         assert (g.shape, g.dtype) == (w.shape, dtype), case
-        assert_close(g, w, TOLERANCE[dtype], 100, case)
+        op.assert_close(g, w, op.TOLERANCE[dtype], 100, case)
 
 
 def assert_in_place(name: str, args: list[Any]) -> None:
@@ -92,7 +72,7 @@ def assert_repeats(name: str, args: list[Any], times: int = 2) -> None:
     """The same bits every time."""
     runs = [launch(name, [a.clone() if isinstance(a, Tensor) else a for a in args]) for _ in range(times)]
     for again in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(as_tuple(runs[0]), as_tuple(again), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(op.as_tuple(runs[0]), op.as_tuple(again), strict=True))
 
 
 def tail_step(norm: nn.Module, gate: nn.Module | None, act: str | None, make: Callable[..., Tensor]) -> list[Tensor]:
@@ -170,8 +150,8 @@ def assert_captured_in_a_cuda_graph(gate: type[nn.Module]) -> None:
 
 
 def _on_maps(name: str) -> Checks:
-    def values(shape: tuple[int, ...], dtype: torch.dtype, make: Callable[..., Tensor], o: Options) -> None:
-        assert_values(name, arguments(name, shape, dtype, make, o))
+    def values(shape: tuple[int, ...], dtype: torch.dtype, make: Callable[..., Tensor], o: op.Options) -> None:
+        assert_values(name, op.arguments(name, shape, dtype, make, o))
 
     def case(*args: Any) -> Callable[[], None]:
         return lambda: values(*args)
@@ -181,35 +161,35 @@ def _on_maps(name: str) -> Checks:
             for dtype in _TYPES:
                 if dtype is torch.float16 and shape[0] == 2:
                     continue
-                yield f"{shape} {dtype} {layout}", case(shape, dtype, make, Options(RELU))
+                yield f"{shape} {dtype} {layout}", case(shape, dtype, make, op.Options(op.RELU))
     for layout, make in _MAKES.items():
-        yield f"float64 {layout}", case((2, 19, 3, 5), torch.float64, make, Options(SILU))
-        args = arguments(name, (4, 96, 28, 28), torch.bfloat16, make, Options(RELU))
+        yield f"float64 {layout}", case((2, 19, 3, 5), torch.float64, make, op.Options(op.SILU))
+        args = op.arguments(name, (4, 96, 28, 28), torch.bfloat16, make, op.Options(op.RELU))
         yield f"again and again {layout}", lambda args=args: assert_repeats(name, args, times=5)
-    for o in every_option(name)[:12]:
-        yield str(o), case((2, 9, 2, 3), torch.float32, dense, o)
-    for layout, (rank, make) in LAYOUTS.items():
+    for o in op.every_option(name)[:12]:
+        yield str(o), case((2, 9, 2, 3), torch.float32, op.dense, o)
+    for layout, (rank, make) in op.LAYOUTS.items():
         if rank in (1, 2, 3):
             shape = {1: (2, 3, 7), 2: (2, 3, 5, 7), 3: (2, 5, 3, 2, 5)}[rank]
-            yield layout, case(shape, torch.float32, make, Options(RELU))
+            yield layout, case(shape, torch.float32, make, op.Options(op.RELU))
 
 
 def _on_means(name: str) -> Checks:
-    for dtype in TOLERANCE:
+    for dtype in op.TOLERANCE:
         for shape in [(3, 5), (1, 1), (40, 35), (128, 2048)]:
-            for o in every_option(name) if shape == (3, 5) else [Options(), Options(kernel=9, norm="none")]:
-                args = arguments(name, shape, dtype, dense, o)
+            for o in op.every_option(name) if shape == (3, 5) else [op.Options(), op.Options(kernel=9, norm="none")]:
+                args = op.arguments(name, shape, dtype, op.dense, o)
                 yield f"{shape} {dtype} {o}", lambda args=args: assert_values_of_means(name, args)
 
 
 def _in_place(name: str) -> Checks:
     for layout, make in _MAKES.items():
-        for act in ACTS:
-            args = arguments(name, (2, 9, 3, 5), torch.float32, make, Options(act))
+        for act in op.ACTS:
+            args = op.arguments(name, (2, 9, 3, 5), torch.float32, make, op.Options(act))
             yield f"{layout}, activation {act}", lambda args=args: assert_in_place(name, args)
         for dtype in _TYPES:
             for shape in ((3, 19, 7, 7), (4, 64, 28, 28)):
-                args = arguments(name, shape, dtype, make, Options(RELU))
+                args = op.arguments(name, shape, dtype, make, op.Options(op.RELU))
                 yield f"{shape} {dtype} {layout}", lambda args=args: assert_repeats(name, args)
 
 
@@ -233,9 +213,9 @@ def _tail() -> Checks:
 
 #: By operation: a name and a check each, which raises.
 CHECKS: dict[str, Callable[[], Checks]] = {
-    **{name: (lambda name=name: _on_maps(name)) for name in ON_MAPS},
-    **{name: (lambda name=name: _on_means(name)) for name in ON_MEANS},
-    **{name: (lambda name=name: _in_place(name)) for name in IN_PLACE},
+    **{name: (lambda name=name: _on_maps(name)) for name in op.ON_MAPS},
+    **{name: (lambda name=name: _on_means(name)) for name in op.ON_MEANS},
+    **{name: (lambda name=name: _in_place(name)) for name in op.IN_PLACE},
     "tail": _tail,
 }
-assert set(EVERY) < set(CHECKS)
+assert set(op.EVERY) < set(CHECKS)

@@ -1,10 +1,10 @@
 """Marks that tests of the operations share."""
 
+import op_cases as op
 import pytest
 import torch
-from op_cases import LAYOUTS
 
-every_layout = pytest.mark.parametrize(("rank", "make"), LAYOUTS.values(), ids=LAYOUTS)
+every_layout = pytest.mark.parametrize(("rank", "make"), op.LAYOUTS.values(), ids=op.LAYOUTS)
 
 
 def of_type(*dtypes: torch.dtype) -> pytest.MarkDecorator:

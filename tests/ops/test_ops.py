@@ -9,48 +9,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis.strategies as st
+import op_cases as op
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from marks import every_layout, of_type
-from op_cases import (
-    ACTS,
-    DTYPES,
-    EVERY,
-    EVERY_ACT,
-    HALF_TYPES,
-    HARDSWISH,
-    IN_PLACE,
-    LAYOUTS,
-    MAP_OUTPUTS,
-    MAP_TOLERANCE,
-    NAIVE,
-    NONE,
-    ON_MAPS,
-    ON_MEANS,
-    OUT_OF_PLACE,
-    RELU,
-    RELU6,
-    SILU,
-    TOLERANCE,
-    Options,
-    arguments,
-    as_tuple,
-    assert_close,
-    call,
-    call_reference,
-    cases,
-    channels_last,
-    dense,
-    every_option,
-    expanded,
-    half_of_the_channels,
-    naive_moments,
-    significant,
-    sliced,
-    transposed,
-    without_data,
-)
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -61,98 +24,100 @@ needs_kernels = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why
 # --- values -------------------------------------------------------------------------------------------------------
 
 
-@of_type(*DTYPES)
+@of_type(*op.DTYPES)
 @every_layout
-@pytest.mark.parametrize("name", ON_MAPS)
+@pytest.mark.parametrize("name", op.ON_MAPS)
 def test_values_of_operations_on_maps(name, rank, make, dtype) -> None:
     small = reference.accumulation_dtype(dtype)
-    for case, args in cases(name, dtype, rank, make):
+    for case, args in op.cases(name, dtype, rank, make):
         positions = math.prod(args[0].shape[2:])
-        got, want = as_tuple(call(name, args)), as_tuple(NAIVE[name](*args))
+        got, want = op.as_tuple(op.call(name, args)), op.as_tuple(op.NAIVE[name](*args))
         for i, (g, w) in enumerate(zip(got, want, strict=True)):
-            is_map = (name, i) in MAP_OUTPUTS
+            is_map = (name, i) in op.MAP_OUTPUTS
             assert (g.shape, g.dtype) == (w.shape, dtype if is_map else small), case
             if is_map:
-                assert_close(g, w, MAP_TOLERANCE[dtype], 30, case)
+                op.assert_close(g, w, op.MAP_TOLERANCE[dtype], 30, case)
             else:
-                assert_close(g, w, TOLERANCE[small], 30 * math.sqrt(positions), case)
+                op.assert_close(g, w, op.TOLERANCE[small], 30 * math.sqrt(positions), case)
 
 
 @pytest.mark.parametrize("shape", [(2, 48, 152, 152), (1, 67, 181, 181)], ids=["whole vectors", "odd sizes"])
-@pytest.mark.parametrize("make", [dense, channels_last])
+@pytest.mark.parametrize("make", [op.dense, op.channels_last])
 @pytest.mark.parametrize("name", ["apply", "apply_backward", "input_backward", "norm_eca_add_act"])
 def test_values_of_maps_larger_than_the_caches(name, make, shape) -> None:
     """Nobody finds so large a result in the caches, so the kernels may write past them."""
-    args = arguments(name, shape, torch.float32, make, Options(RELU))
-    got, want = as_tuple(call(name, args))[0], as_tuple(NAIVE[name](*args))[0]
+    args = op.arguments(name, shape, torch.float32, make, op.Options(op.RELU))
+    got, want = op.as_tuple(op.call(name, args))[0], op.as_tuple(op.NAIVE[name](*args))[0]
     assert got.numel() * got.element_size() > 8 * 2**20
-    assert (got - want).abs().max() <= 30 * TOLERANCE[torch.float32]
+    assert (got - want).abs().max() <= 30 * op.TOLERANCE[torch.float32]
 
 
-@of_type(*TOLERANCE)
-@pytest.mark.parametrize(("rank", "make"), [LAYOUTS["2-D"], LAYOUTS["2-D transposed"]], ids=["dense", "transposed"])
-@pytest.mark.parametrize("name", ON_MEANS)
+@of_type(*op.TOLERANCE)
+@pytest.mark.parametrize(
+    ("rank", "make"), [op.LAYOUTS["2-D"], op.LAYOUTS["2-D transposed"]], ids=["dense", "transposed"]
+)
+@pytest.mark.parametrize("name", op.ON_MEANS)
 def test_values_of_operations_on_means(name, rank, make, dtype) -> None:
-    for case, args in cases(name, dtype, rank, make):
-        promised = call(name, [without_data(a) for a in args])
-        for g, w, p in zip(call(name, args), NAIVE[name](*args), promised, strict=True):
+    for case, args in op.cases(name, dtype, rank, make):
+        promised = op.call(name, [op.without_data(a) for a in args])
+        for g, w, p in zip(op.call(name, args), op.NAIVE[name](*args), promised, strict=True):
             assert (g.shape, g.dtype) == (w.shape, dtype), case
-            assert significant(g) == significant(p), case
-            assert_close(g, w, TOLERANCE[dtype], 100, case)
+            assert op.significant(g) == op.significant(p), case
+            op.assert_close(g, w, op.TOLERANCE[dtype], 100, case)
 
 
-@of_type(*DTYPES)
+@of_type(*op.DTYPES)
 @every_layout
-@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("name", op.IN_PLACE)
 def test_in_place_is_out_of_place_written_over_x(name, rank, make, dtype) -> None:
-    for case, args in cases(name, dtype, rank, make, few=True):
-        if make is expanded:
+    for case, args in op.cases(name, dtype, rank, make, few=True):
+        if make is op.expanded:
             args[0] = args[0].contiguous()
         x = args[0]
-        want = call(name[:-1], args)
+        want = op.call(name[:-1], args)
         strides, address = x.stride(), x.data_ptr()
-        assert call(name, args) is None
+        assert op.call(name, args) is None
         assert (x.stride(), x.data_ptr()) == (strides, address), case
         assert torch.equal(x, want), case
 
 
-@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("name", op.IN_PLACE)
 def test_in_place_writes_to_nothing_between_the_elements(name) -> None:
     base = torch.randn(5, 9, 7, 9)
     before = base.clone()
     inside = (slice(1, None, 2), slice(None, None, 2), slice(1, 6), slice(None, None, 4))
-    args = arguments(name, tuple(base[inside].shape), torch.float32, dense, Options(RELU))
-    want = call(name[:-1], [base[inside], *args[1:]])
-    call(name, [base[inside], *args[1:]])
+    args = op.arguments(name, tuple(base[inside].shape), torch.float32, op.dense, op.Options(op.RELU))
+    want = op.call(name[:-1], [base[inside], *args[1:]])
+    op.call(name, [base[inside], *args[1:]])
     assert torch.equal(base[inside], want)
     base[inside] = before[inside]
     assert torch.equal(base, before)
 
 
-@pytest.mark.parametrize("make", [dense, channels_last, sliced])
-@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("make", [op.dense, op.channels_last, op.sliced])
+@pytest.mark.parametrize("name", op.IN_PLACE)
 def test_the_residual_may_be_the_map_that_is_written(name, make) -> None:
-    args = arguments(name, (2, 19, 3, 5), torch.float32, make, Options(RELU))
+    args = op.arguments(name, (2, 19, 3, 5), torch.float32, make, op.Options(op.RELU))
     x, at = args[0], 3 if name == "apply_" else 1
     args[at] = x.clone()
-    want = call(name[:-1], args)
+    want = op.call(name[:-1], args)
     args[at] = x
-    call(name, args)
+    op.call(name, args)
     assert torch.equal(x, want)
 
 
 @pytest.mark.parametrize("overlap", [-7, -1, 1, 8, 200])
-@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("name", op.IN_PLACE)
 def test_the_residual_may_lie_partly_under_the_map_that_is_written(name, overlap) -> None:
-    args = arguments(name, (2, 19, 3, 5), torch.float32, dense, Options(RELU))
+    args = op.arguments(name, (2, 19, 3, 5), torch.float32, op.dense, op.Options(op.RELU))
     size, at = args[0].numel(), 3 if name == "apply_" else 1
     memory = torch.randn(3 * size)
     x = memory[size : 2 * size].view(2, 19, 3, 5)
     residual = memory[size + overlap : 2 * size + overlap].view(2, 19, 3, 5)
     args[0], args[at] = x.clone(), residual.clone()
-    want = call(name[:-1], args)
+    want = op.call(name[:-1], args)
     args[0], args[at] = x, residual
-    call(name, args)
+    op.call(name, args)
     assert torch.equal(x, want)
 
 
@@ -160,79 +125,84 @@ def test_the_residual_may_lie_partly_under_the_map_that_is_written(name, overlap
 def test_norm_and_band_may_lie_under_the_map_that_is_written(at) -> None:
     channels = 300_000  # every sample is a group of its own
     x = torch.rand(3, channels) + 0.5
-    args = [x, None, *(torch.rand(channels) + 0.5 for _ in range(4)), 1e-3, torch.randn(3), False, RELU]
+    args = [x, None, *(torch.rand(channels) + 0.5 for _ in range(4)), 1e-3, torch.randn(3), False, op.RELU]
     place = 2 + at + (at == 4)
     args[place] = x[1] if at < 4 else x[0, :3]
-    want = call("norm_eca_add_act", [a.clone() if isinstance(a, Tensor) else a for a in args])
-    call("norm_eca_add_act_", args)
-    assert_close(x, want, 1e-6)
+    want = op.call("norm_eca_add_act", [a.clone() if isinstance(a, Tensor) else a for a in args])
+    op.call("norm_eca_add_act_", args)
+    op.assert_close(x, want, 1e-6)
 
 
 def test_tensors_of_two_devices_are_an_error_without_data_too() -> None:
     with pytest.raises(RuntimeError, match=r"all tensors must be on one device, got \['cpu', 'meta'\]"):
-        call("apply", [torch.ones(1, 2, 2), torch.ones(1, 2, device="meta"), None, None, NONE])
+        op.call("apply", [torch.ones(1, 2, 2), torch.ones(1, 2, device="meta"), None, None, op.NONE])
 
 
-@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("name", op.IN_PLACE)
 def test_in_place_says_that_it_has_no_derivative(name) -> None:
-    args = arguments(name, (2, 3, 4, 4), torch.float32, dense, Options(RELU))
+    args = op.arguments(name, (2, 3, 4, 4), torch.float32, op.dense, op.Options(op.RELU))
     tensors = [a for a in args if isinstance(a, Tensor)]
     for tensor in tensors:
         before = args[0].detach().clone()
         tensor.requires_grad_()
         with pytest.raises(RuntimeError, match=rf"ecanet::{name} works in place and has no derivative"):
-            call(name, args)
+            op.call(name, args)
         assert torch.equal(args[0], before)
         with torch.no_grad():
-            call(name, args)
+            op.call(name, args)
         tensor.requires_grad_(False)
 
 
-@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("name", op.IN_PLACE)
 def test_in_place_tells_autograd_that_x_has_changed(name) -> None:
     weight = torch.ones(2, 3, 4, 4, requires_grad=True)
-    args = arguments(name, (2, 3, 4, 4), torch.float32, dense, Options(RELU))
+    args = op.arguments(name, (2, 3, 4, 4), torch.float32, op.dense, op.Options(op.RELU))
     product = args[0] * weight
-    call(name, args)
+    op.call(name, args)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.sum().backward()
 
 
-@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("name", op.IN_PLACE)
 def test_in_place_refuses_a_map_whose_elements_share_memory(name) -> None:
-    args = arguments(name, (2, 3, 4, 4), torch.float32, expanded, Options())
+    args = op.arguments(name, (2, 3, 4, 4), torch.float32, op.expanded, op.Options())
     with pytest.raises(RuntimeError, match="single memory location"):
-        call(name, args)
+        op.call(name, args)
 
 
-@pytest.mark.parametrize("name", ON_MAPS)
+@pytest.mark.parametrize("name", op.ON_MAPS)
 def test_maps_may_each_have_their_own_strides(name) -> None:
-    layouts = [dense, channels_last, sliced, transposed, expanded]
+    layouts = [op.dense, op.channels_last, op.sliced, op.transposed, op.expanded]
     shape = (2, 19, 3, 5)
-    for i, o in enumerate(EVERY_ACT * 2):
+    for i, o in enumerate(op.EVERY_ACT * 2):
         turn = itertools.cycle(layouts[i % 5 :] + layouts[: i % 5])
-        args = arguments(name, shape, torch.float32, lambda s, d, turn=turn: next(turn)(s, d), o)
+        args = op.arguments(name, shape, torch.float32, lambda s, d, turn=turn: next(turn)(s, d), o)
         plain = [a.contiguous() if isinstance(a, Tensor) else a for a in args]
-        for g, w in zip(as_tuple(call(name, args)), as_tuple(call(name, plain)), strict=True):
-            assert_close(g, w, TOLERANCE[torch.float32], 30)
+        for g, w in zip(op.as_tuple(op.call(name, args)), op.as_tuple(op.call(name, plain)), strict=True):
+            op.assert_close(g, w, op.TOLERANCE[torch.float32], 30)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", op.EVERY)
 def test_the_inputs_are_not_written_to(name) -> None:
-    for make, o in itertools.product([dense, channels_last], every_option(name.rstrip("_"))):
-        args = arguments(name, (2, 19, 3, 5), torch.float32, make, o)
-        inputs = args[1:] if name in IN_PLACE else args
+    for make, o in itertools.product([op.dense, op.channels_last], op.every_option(name.rstrip("_"))):
+        args = op.arguments(name, (2, 19, 3, 5), torch.float32, make, o)
+        inputs = args[1:] if name in op.IN_PLACE else args
         before = [a.clone() if isinstance(a, Tensor) else a for a in inputs]
-        call(name, args)
+        op.call(name, args)
         assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True) if isinstance(a, Tensor))
 
 
 @of_type(torch.float32, torch.bfloat16)
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", op.EVERY)
 def test_an_empty_batch_is_an_empty_result(name, dtype) -> None:
-    for make, shape in [(dense, (0, 5)), (dense, (0, 5, 4)), (dense, (0, 5, 3, 4)), (channels_last, (0, 5, 3, 4))]:
-        args = arguments(name, shape, dtype, make, Options(RELU))
-        for outputs in (call(name, args), call_reference(name, args)):
+    for make, shape in [
+        (op.dense, (0, 5)),
+        (op.dense, (0, 5, 4)),
+        (op.dense, (0, 5, 3, 4)),
+        (op.channels_last, (0, 5, 3, 4)),
+    ]:
+        args = op.arguments(name, shape, dtype, make, op.Options(op.RELU))
+        for outputs in (op.call(name, args), op.call_reference(name, args)):
             if name == "batch_moments":  # of nothing
                 assert outputs[0].numel() == 0
                 assert all(t.shape == (5,) and t.isnan().all() for t in outputs[1:])
@@ -240,7 +210,7 @@ def test_an_empty_batch_is_an_empty_result(name, dtype) -> None:
                 assert outputs[0].shape == (0, 5)
                 assert all(not t.any() for t in outputs[1:])
             elif outputs is not None:
-                assert all(t.numel() == 0 for t in as_tuple(outputs))
+                assert all(t.numel() == 0 for t in op.as_tuple(outputs))
 
 
 # --- what is promised without data --------------------------------------------------------------------------------
@@ -248,38 +218,44 @@ def test_an_empty_batch_is_an_empty_result(name, dtype) -> None:
 
 @of_type(torch.float32, torch.bfloat16)
 @every_layout
-@pytest.mark.parametrize("name", ON_MAPS)
+@pytest.mark.parametrize("name", op.ON_MAPS)
 def test_shapes_strides_and_types_are_those_of_the_fake(name, rank, make, dtype) -> None:
-    for case, args in cases(name, dtype, rank, make, few=True):
-        got = as_tuple(call(name, args))
-        promised = call(name, [without_data(a) for a in args])
-        for g, p in zip(got, as_tuple(promised), strict=True):
-            assert significant(g) == significant(p), case
+    for case, args in op.cases(name, dtype, rank, make, few=True):
+        got = op.as_tuple(op.call(name, args))
+        promised = op.call(name, [op.without_data(a) for a in args])
+        for g, p in zip(got, op.as_tuple(promised), strict=True):
+            assert op.significant(g) == op.significant(p), case
 
 
 @pytest.mark.parametrize(
     ("make", "same"),
-    [(dense, True), (channels_last, True), (sliced, False), (transposed, False), (half_of_the_channels, False)],
+    [
+        (op.dense, True),
+        (op.channels_last, True),
+        (op.sliced, False),
+        (op.transposed, False),
+        (op.half_of_the_channels, False),
+    ],
 )
 def test_contiguous_and_channels_last_stay_so_and_other_strides_become_contiguous(make, same) -> None:
     for shape in [(2, 3, 4, 5), (2, 3, 4, 5, 2)]:
         x = make(shape, torch.float32)
-        out = call("apply", [x, *arguments("apply", shape, torch.float32, dense, Options())[1:]])
+        out = op.call("apply", [x, *op.arguments("apply", shape, torch.float32, op.dense, op.Options())[1:]])
         assert out.stride() == (x.stride() if same else x.contiguous().stride())
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", op.EVERY)
 def test_opcheck(name) -> None:
-    op = getattr(torch.ops.ecanet, name).default
-    args = arguments(name, (2, 5, 3, 2), torch.float32, channels_last, Options(HARDSWISH))
-    if name in OUT_OF_PLACE:
+    operation = getattr(torch.ops.ecanet, name).default
+    args = op.arguments(name, (2, 5, 3, 2), torch.float32, op.channels_last, op.Options(op.HARDSWISH))
+    if name in op.OUT_OF_PLACE:
         args = [a.requires_grad_() if isinstance(a, Tensor) else a for a in args]
-    torch.library.opcheck(op, args)
-    without = Options(RELU, False, False, False, False, False, "none", None, gate=False)
+    torch.library.opcheck(operation, args)
+    without = op.Options(op.RELU, False, False, False, False, False, "none", None, gate=False)
     for shape in [(2, 5), (2, 5, 3, 2)]:
-        args = arguments(name, shape, torch.bfloat16, sliced, without)
-        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+        args = op.arguments(name, shape, torch.bfloat16, op.sliced, without)
+        torch.library.opcheck(operation, args, test_utils=("test_schema", "test_faketensor"))
 
 
 # --- derivatives --------------------------------------------------------------------------------------------------
@@ -288,7 +264,7 @@ def test_opcheck(name) -> None:
 def away_from_kinks(args: list[Any], act: int) -> list[Any]:
     """Every tensor to be differentiated, except an output of ReLU: its derivative is 0 or has no value."""
     return [
-        a.clone().requires_grad_(not (act in (RELU, RELU6) and i in (4, 5) and a.dim() == 4))
+        a.clone().requires_grad_(not (act in (op.RELU, op.RELU6) and i in (4, 5) and a.dim() == 4))
         if isinstance(a, Tensor)
         else a
         for i, a in enumerate(args)
@@ -303,49 +279,57 @@ def differentiable(name: str, args: list[Any]) -> tuple[Callable[..., Any], list
         inputs = list(args)
         for i, t in zip(places, tensors, strict=True):
             inputs[i] = t
-        outputs = as_tuple(call(name, inputs))
+        outputs = op.as_tuple(op.call(name, inputs))
         return tuple(t for t in outputs if t.requires_grad)
 
     return function, [args[i] for i in places]
 
 
 GRADIENT_OPTIONS = {
-    "squeeze": [Options()],
-    "moments": [Options()],
-    "batch_moments": [Options()],
+    "squeeze": [op.Options()],
+    "moments": [op.Options()],
+    "batch_moments": [op.Options()],
     "eca_coefficients": [
-        Options(factor=2.5),
-        Options(norm="none", circular=True),
-        Options(norm="statistics", kernel=None),
+        op.Options(factor=2.5),
+        op.Options(norm="none", circular=True),
+        op.Options(norm="statistics", kernel=None),
     ],
-    "eca_coefficients_backward": [Options(factor=2.5), Options(kernel=None), Options(norm="none", circular=True)],
-    "norm_eca_add_act": [*EVERY_ACT, Options(residual=False, norm="none", factor=2.5), Options(kernel=None)],
+    "eca_coefficients_backward": [
+        op.Options(factor=2.5),
+        op.Options(kernel=None),
+        op.Options(norm="none", circular=True),
+    ],
+    "norm_eca_add_act": [*op.EVERY_ACT, op.Options(residual=False, norm="none", factor=2.5), op.Options(kernel=None)],
 }
 
 
-def gradient_cases(name: str, options: list[Options]) -> Iterator[tuple[Callable[..., Any], list[Tensor]]]:
-    for make, o in itertools.product([dense, channels_last], options):
-        args = arguments(name, (2, 3, 2, 1), torch.float64, make, o)
+def gradient_cases(name: str, options: list[op.Options]) -> Iterator[tuple[Callable[..., Any], list[Tensor]]]:
+    for make, o in itertools.product([op.dense, op.channels_last], options):
+        args = op.arguments(name, (2, 3, 2, 1), torch.float64, make, o)
         yield differentiable(name, away_from_kinks(args, o.act))
 
 
-@pytest.mark.parametrize("name", OUT_OF_PLACE)
+@pytest.mark.parametrize("name", op.OUT_OF_PLACE)
 def test_first_derivatives(name) -> None:
-    fallback = [*EVERY_ACT, Options(SILU, False, False, False, False), Options(RELU, d=False, residual=False)]
+    fallback = [
+        *op.EVERY_ACT,
+        op.Options(op.SILU, False, False, False, False),
+        op.Options(op.RELU, d=False, residual=False),
+    ]
     for function, inputs in gradient_cases(name, GRADIENT_OPTIONS.get(name, fallback)):
         assert gradcheck(function, inputs)
 
 
 @pytest.mark.parametrize("name", ["squeeze", "moments", "apply", "eca_coefficients", "norm_eca_add_act"])
 def test_second_derivatives(name) -> None:
-    for function, inputs in gradient_cases(name, [Options(SILU)]):
+    for function, inputs in gradient_cases(name, [op.Options(op.SILU)]):
         assert gradgradcheck(function, inputs)
 
 
-@of_type(*HALF_TYPES, torch.float32)
+@of_type(*op.HALF_TYPES, torch.float32)
 def test_gradients_have_the_types_of_their_inputs(dtype) -> None:
     for name in ("squeeze", "moments", "apply", "norm_eca_add_act"):
-        args = arguments(name, (2, 3, 4, 5), dtype, channels_last, Options(RELU))
+        args = op.arguments(name, (2, 3, 4, 5), dtype, op.channels_last, op.Options(op.RELU))
         function, inputs = differentiable(name, [a.requires_grad_() if isinstance(a, Tensor) else a for a in args])
         grads = torch.autograd.grad([t.sum() for t in function(*inputs)], inputs)
         assert [(g.shape, g.dtype) for g in grads] == [(t.shape, t.dtype) for t in inputs]
@@ -355,7 +339,9 @@ def test_gradients_have_the_types_of_their_inputs(dtype) -> None:
 
 
 @st.composite
-def maps_and_options(draw: Callable[..., Any]) -> tuple[torch.dtype, tuple[int, ...], Callable[..., Tensor], Options]:
+def maps_and_options(
+    draw: Callable[..., Any],
+) -> tuple[torch.dtype, tuple[int, ...], Callable[..., Tensor], op.Options]:
     spatial = draw(st.lists(st.integers(1, 9), min_size=0, max_size=3))
     shape = (draw(st.integers(1, 3)), draw(st.integers(1, 40)), *spatial)
     rank = len(shape)
@@ -363,43 +349,43 @@ def maps_and_options(draw: Callable[..., Any]) -> tuple[torch.dtype, tuple[int, 
     def make(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Any order of the dimensions in memory, gaps, and a start inside."""
         if len(size) != rank:
-            return dense(size, dtype)
+            return op.dense(size, dtype)
         order = draw(st.permutations(range(rank)))
         steps = [draw(st.sampled_from([1, 1, 2])) for _ in size]
         starts = [draw(st.sampled_from([0, 0, 1])) for _ in size]
         whole = [starts[i] + steps[i] * size[i] for i in order]
-        base = dense(tuple(whole), dtype).permute([list(order).index(i) for i in range(rank)])
+        base = op.dense(tuple(whole), dtype).permute([list(order).index(i) for i in range(rank)])
         view = base[tuple(slice(start, None, step) for start, step in zip(starts, steps, strict=True))]
         return view[tuple(slice(0, n) for n in size)]
 
     flags = [draw(st.booleans()) for _ in range(6)]
-    options = Options(
-        draw(st.sampled_from(ACTS)),
+    options = op.Options(
+        draw(st.sampled_from(op.ACTS)),
         *flags[:5],
         norm=draw(st.sampled_from(["affine", "statistics", "weights of the type of x", "none"])),
         kernel=draw(st.sampled_from([None, 1, 3, 5, 45])),
         circular=flags[5],
     )
-    return draw(st.sampled_from(DTYPES)), shape, make, options
+    return draw(st.sampled_from(op.DTYPES)), shape, make, options
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", op.EVERY)
 def test_any_map_gives_what_the_reference_gives(name) -> None:
     @settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(drawn=maps_and_options(), seed=st.integers(0, 2**16))
-    def check(drawn: tuple[torch.dtype, tuple[int, ...], Callable[..., Tensor], Options], seed: int) -> None:
+    def check(drawn: tuple[torch.dtype, tuple[int, ...], Callable[..., Tensor], op.Options], seed: int) -> None:
         dtype, shape, make, o = drawn
         torch.manual_seed(seed)
-        args = arguments(name, shape, dtype, make, o)
-        x, want = args[0], as_tuple(call_reference(name, args))
-        promised = call(name, [without_data(a) for a in args])
-        got = call(name, args)
-        if name in IN_PLACE:
+        args = op.arguments(name, shape, dtype, make, o)
+        x, want = args[0], op.as_tuple(op.call_reference(name, args))
+        promised = op.call(name, [op.without_data(a) for a in args])
+        got = op.call(name, args)
+        if name in op.IN_PLACE:
             got = promised = x
-        for g, w, p in zip(as_tuple(got), want, as_tuple(promised), strict=True):
-            assert significant(g) == significant(p)
-            tolerance = 2 * MAP_TOLERANCE[g.dtype] if g.dtype in HALF_TYPES else TOLERANCE[g.dtype]
-            assert_close(g, w, tolerance, 100)
+        for g, w, p in zip(op.as_tuple(got), want, op.as_tuple(promised), strict=True):
+            assert op.significant(g) == op.significant(p)
+            tolerance = 2 * op.MAP_TOLERANCE[g.dtype] if g.dtype in op.HALF_TYPES else op.TOLERANCE[g.dtype]
+            op.assert_close(g, w, tolerance, 100)
 
     check()
 
@@ -426,26 +412,26 @@ def with_special(t: Tensor, place: str, value: float) -> Tensor:
 
 
 @of_type(torch.float64, torch.float32, torch.bfloat16)
-@pytest.mark.parametrize("make", [dense, channels_last])
+@pytest.mark.parametrize("make", [op.dense, op.channels_last])
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("name", ON_MAPS)
+@pytest.mark.parametrize("name", op.ON_MAPS)
 def test_nan_and_inf_propagate_as_in_the_reference(name, place, make, dtype) -> None:
     shape = (2, 20, 5, 8)
-    for value, o in itertools.product(SPECIAL.values(), EVERY_ACT[: len(every_option(name))]):
-        args = arguments(name, shape, dtype, make, o)
+    for value, o in itertools.product(SPECIAL.values(), op.EVERY_ACT[: len(op.every_option(name))]):
+        args = op.arguments(name, shape, dtype, make, o)
         for i in [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.shape == shape]:
             mine = list(args)
             mine[i] = with_special(args[i], place, value)
-            got = as_tuple(call(name, mine))
-            want = as_tuple(call_reference(name, mine))
+            got = op.as_tuple(op.call(name, mine))
+            want = op.as_tuple(op.call_reference(name, mine))
             for g, w in zip(got, want, strict=True):
-                tolerance = 2 * MAP_TOLERANCE[dtype] if g.dtype == dtype else TOLERANCE[g.dtype]
-                assert_close(g, w, tolerance, 100, f"{value} in argument {i}, {o}")
+                tolerance = 2 * op.MAP_TOLERANCE[dtype] if g.dtype == dtype else op.TOLERANCE[g.dtype]
+                op.assert_close(g, w, tolerance, 100, f"{value} in argument {i}, {o}")
 
 
 @of_type(torch.float64, torch.float32, torch.bfloat16)
-@pytest.mark.parametrize("run", [call, call_reference])
-@pytest.mark.parametrize("make", [dense, channels_last])
+@pytest.mark.parametrize("run", [op.call, op.call_reference])
+@pytest.mark.parametrize("make", [op.dense, op.channels_last])
 def test_a_map_with_an_infinite_value_has_the_mean_that_torch_gives_a_batch(make, run, dtype) -> None:
     for value, place in itertools.product(SPECIAL.values(), ["first", "in the middle", "last"]):
         x = with_special(make((2, 20, 5, 8), dtype), place, value)
@@ -461,17 +447,17 @@ def test_a_map_with_an_infinite_value_has_the_mean_that_torch_gives_a_batch(make
 @pytest.mark.parametrize("value", SPECIAL.values(), ids=SPECIAL)
 @pytest.mark.parametrize("name", ["eca_coefficients", "eca_coefficients_backward"])
 def test_nan_and_inf_among_the_means_propagate_as_in_the_reference(name, value, dtype) -> None:
-    args = arguments(name, (3, 19), dtype, dense, Options())
+    args = op.arguments(name, (3, 19), dtype, op.dense, op.Options())
     for i in [i for i, a in enumerate(args) if isinstance(a, Tensor)]:
         mine = list(args)
         mine[i] = args[i].clone()
         mine[i].flatten()[-1].fill_(value)
-        for g, w in zip(call(name, mine), call_reference(name, mine), strict=True):
-            assert_close(g, w, TOLERANCE[dtype], 100, f"argument {i}")
+        for g, w in zip(op.call(name, mine), op.call_reference(name, mine), strict=True):
+            op.assert_close(g, w, op.TOLERANCE[dtype], 100, f"argument {i}")
 
 
-@of_type(*DTYPES)
-@pytest.mark.parametrize("act", ACTS)
+@of_type(*op.DTYPES)
+@pytest.mark.parametrize("act", op.ACTS)
 def test_large_and_small_numbers_go_through_the_activations(act, dtype) -> None:
     limits = torch.finfo(dtype)
     values = [0.0, 3, -3, 6, -6, 20, -20, 88, -88, 89, -89, 104, -104, 300, -300, 710, -710, 750, -750]
@@ -479,24 +465,24 @@ def test_large_and_small_numbers_go_through_the_activations(act, dtype) -> None:
     x = torch.tensor(values, dtype=torch.float64).to(dtype).repeat(2, 3, 1).contiguous()
     ones = torch.ones(2, 3, dtype=reference.accumulation_dtype(dtype))
     for map_ in (x, x.unsqueeze(-1).to(memory_format=torch.channels_last)):
-        got = call("apply", [map_, ones, None, None, act])
+        got = op.call("apply", [map_, ones, None, None, act])
         want = reference.apply(map_, ones, None, None, act)
-        assert_close(got, want, 2 * MAP_TOLERANCE[dtype], torch.finfo(ones.dtype).tiny)
-        saved = want if act in (RELU, RELU6) else None
-        got = call("apply_backward", [torch.ones_like(map_), map_, ones, None, None, saved, act, True])[0]
+        op.assert_close(got, want, 2 * op.MAP_TOLERANCE[dtype], torch.finfo(ones.dtype).tiny)
+        saved = want if act in (op.RELU, op.RELU6) else None
+        got = op.call("apply_backward", [torch.ones_like(map_), map_, ones, None, None, saved, act, True])[0]
         want = reference.apply_backward(torch.ones_like(map_), map_, ones, None, None, saved, act, True)[0]
-        assert_close(got, want, 2 * MAP_TOLERANCE[dtype])
+        op.assert_close(got, want, 2 * op.MAP_TOLERANCE[dtype])
 
 
-@of_type(*DTYPES)
-@pytest.mark.parametrize("make", [dense, channels_last])
+@of_type(*op.DTYPES)
+@pytest.mark.parametrize("make", [op.dense, op.channels_last])
 def test_negative_zero_stays_negative_where_nothing_is_added(make, dtype) -> None:
     shape = (2, 19, 3, 5)
     x = torch.zeros_like(make(shape, dtype)).neg_()
     ones = torch.ones(2, 19, dtype=reference.accumulation_dtype(dtype))
-    for act in (NONE, RELU, RELU6, SILU, HARDSWISH):
+    for act in (op.NONE, op.RELU, op.RELU6, op.SILU, op.HARDSWISH):
         for shift, residual in [(None, None), (-0 * ones, None), (None, x), (0 * ones, None)]:
-            got = call("apply", [x, ones, shift, residual, act])
+            got = op.call("apply", [x, ones, shift, residual, act])
             want = reference.apply(x, ones, shift, residual, act)
             assert torch.equal(got, torch.zeros_like(x))
             assert torch.equal(got.signbit(), want.signbit()), (act, shift is None, residual is None)
@@ -524,13 +510,13 @@ def near_every_half(dtype: torch.dtype) -> Tensor:
     return floats[floats.signbit().logical_not() | (floats != 0)]
 
 
-@of_type(*HALF_TYPES)
+@of_type(*op.HALF_TYPES)
 @pytest.mark.parametrize("channels_in", ["rows", "lines", "a long line"])
 def test_results_are_rounded_to_nearest_even_as_torch_does(channels_in, dtype) -> None:
     scale = near_every_half(dtype)
     if channels_in == "rows":  # one row of 9 positions for each channel
         x = torch.ones(1, scale.numel(), 9, dtype=dtype)
-        rows = call("apply", [x, scale[None], None, None, NONE])
+        rows = op.call("apply", [x, scale[None], None, None, op.NONE])
         got = rows[0, :, 0]
         assert torch.equal(rows.isnan(), got[None, :, None].isnan().expand_as(rows))
         assert torch.equal(rows.nan_to_num(1), got[None, :, None].nan_to_num(1).expand_as(rows))
@@ -538,20 +524,20 @@ def test_results_are_rounded_to_nearest_even_as_torch_does(channels_in, dtype) -
         width = 13 if channels_in == "lines" else scale.numel()
         scale = scale[: scale.numel() // width * width].reshape(-1, width)
         x = torch.ones(*scale.shape, 2, 2, dtype=dtype).to(memory_format=torch.channels_last)
-        got = call("apply", [x, scale, None, None, NONE])[:, :, 1, 0]
+        got = op.call("apply", [x, scale, None, None, op.NONE])[:, :, 1, 0]
     assert_same_numbers(got, scale.to(dtype).reshape(got.shape))
 
 
-@of_type(*HALF_TYPES)
+@of_type(*op.HALF_TYPES)
 def test_every_half_number_is_read_exactly(dtype) -> None:
     numbers = every_half(dtype)
     for x in (numbers.reshape(2, 2**15), numbers.reshape(8, 2**13, 1), numbers.reshape(8, 2**10, 8)[:, :, :1]):
-        assert_same_numbers(call("squeeze", [x]).flatten(), x.float().flatten())
+        assert_same_numbers(op.call("squeeze", [x]).flatten(), x.float().flatten())
     x = numbers.reshape(16, 1, 64, 64)
     ones = torch.ones(16, 1)
-    assert_same_numbers(call("apply", [x, ones, None, None, NONE]), x)
+    assert_same_numbers(op.call("apply", [x, ones, None, None, op.NONE]), x)
     columns = numbers.reshape(16, 16, 16, 16).to(memory_format=torch.channels_last)
-    assert_same_numbers(call("apply", [columns, torch.ones(16, 16), None, None, NONE]), columns)
+    assert_same_numbers(op.call("apply", [columns, torch.ones(16, 16), None, None, op.NONE]), columns)
 
 
 def assert_same_numbers(got: Tensor, want: Tensor) -> None:
@@ -572,7 +558,7 @@ def test_a_mean_of_10000_deviations_costs_no_more_digits_than_in_torch(shape, me
     want_mean, want_var = x.double().mean((0, 2, 3)), x.double().var((0, 2, 3), correction=0)
     _, torch_mean, torch_inverse = torch.native_batch_norm(x, None, None, None, None, True, 0.1, 0.0)
     torch_var = torch_inverse.double() ** -2
-    _, mean, var = call("batch_moments", [x])
+    _, mean, var = op.call("batch_moments", [x])
 
     def error(got: Tensor, want: Tensor) -> float:
         return ((got.double() - want) / want).abs().max().item()
@@ -582,43 +568,43 @@ def test_a_mean_of_10000_deviations_costs_no_more_digits_than_in_torch(shape, me
     assert error(var, want_var) <= max(2 * error(torch_var, want_var), 2 * eps)
 
 
-@pytest.mark.parametrize("make", [dense, channels_last])
+@pytest.mark.parametrize("make", [op.dense, op.channels_last])
 def test_sums_over_many_positions_lose_no_digits(make) -> None:
     x = make((1, 3, 512, 256), torch.float32) + 100
-    want_mean, want_m2 = naive_moments(x)
-    mean, m2 = call("moments", [x])
-    assert_close(mean, want_mean, 2e-7)
-    assert_close(m2, want_m2, 1e-5)
-    assert_close(call("squeeze", [x]), want_mean, 2e-7)
+    want_mean, want_m2 = op.naive_moments(x)
+    mean, m2 = op.call("moments", [x])
+    op.assert_close(mean, want_mean, 2e-7)
+    op.assert_close(m2, want_m2, 1e-5)
+    op.assert_close(op.call("squeeze", [x]), want_mean, 2e-7)
 
 
-@pytest.mark.parametrize("make", [dense, channels_last])
+@pytest.mark.parametrize("make", [op.dense, op.channels_last])
 def test_float16_sums_do_not_overflow(make) -> None:
     x = torch.full_like(make((1, 3, 70, 70), torch.float16), 60000)
-    assert_close(call("squeeze", [x]), x[:, :, 0, 0], 1e-6)
-    mean, m2 = call("moments", [x])
-    assert_close(mean, x[:, :, 0, 0], 1e-6)
-    assert_close(m2, torch.zeros(1, 3), 1e-6)
+    op.assert_close(op.call("squeeze", [x]), x[:, :, 0, 0], 1e-6)
+    mean, m2 = op.call("moments", [x])
+    op.assert_close(mean, x[:, :, 0, 0], 1e-6)
+    op.assert_close(m2, torch.zeros(1, 3), 1e-6)
 
 
 @needs_kernels
 @pytest.mark.parametrize("size", [1e37, 1e19, 3e38], ids=str)
-@pytest.mark.parametrize("make", [dense, channels_last])
+@pytest.mark.parametrize("make", [op.dense, op.channels_last])
 def test_the_statistics_of_a_batch_overflow_where_their_type_does(make, size) -> None:
     x = torch.randn(make((2, 3, 9, 11), torch.float32).shape).sign() * size
     x[0, 0, 0, 0] = size / 3
-    x = x.contiguous(memory_format=torch.channels_last if make is channels_last else torch.contiguous_format)
-    _, mean, var = call("batch_moments", [x])
-    assert_close(mean / size, x.double().mean((0, 2, 3)) / size, 1e-6)
+    x = x.contiguous(memory_format=torch.channels_last if make is op.channels_last else torch.contiguous_format)
+    _, mean, var = op.call("batch_moments", [x])
+    op.assert_close(mean / size, x.double().mean((0, 2, 3)) / size, 1e-6)
     want_var = x.double().var((0, 2, 3), correction=0).float()
     assert torch.equal(var.isinf(), want_var.isinf())
-    assert_close(torch.where(var.isinf(), 0, var / size), torch.where(var.isinf(), 0, want_var / size), 1e-6)
+    op.assert_close(torch.where(var.isinf(), 0, var / size), torch.where(var.isinf(), 0, want_var / size), 1e-6)
 
 
 def test_a_nan_of_any_payload_stays_one() -> None:
     payloads = torch.tensor([0x7FFFFFFF, 0x7FFF8001, 0x7F800001, -1, -0x7FFFFF], dtype=torch.int32).view(torch.float32)
     x = torch.ones(1, 5, 9, dtype=torch.bfloat16)
-    assert call("apply", [x, payloads[None], None, None, NONE]).isnan().all()
+    assert op.call("apply", [x, payloads[None], None, None, op.NONE]).isnan().all()
 
 
 # --- threads ------------------------------------------------------------------------------------------------------
@@ -632,17 +618,17 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 
 @needs_kernels
-@pytest.mark.parametrize("make", [dense, channels_last])
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("make", [op.dense, op.channels_last])
+@pytest.mark.parametrize("name", op.EVERY)
 def test_two_threads_give_what_one_gives(name, make, threads) -> None:
     for shape in [(3, 40, 35, 41), (1, 9, 90, 93), (2, 700, 9, 9), (70, 64, 5, 5)]:
-        args = arguments(name, shape, torch.float32, make, Options(SILU))
+        args = op.arguments(name, shape, torch.float32, make, op.Options(op.SILU))
         results = []
         for count in (1, 2):
             threads(count)
             x = args[0].clone()
-            outputs = call(name, [x, *args[1:]])
-            results.append(as_tuple(x if name in IN_PLACE else outputs))
+            outputs = op.call(name, [x, *args[1:]])
+            results.append(op.as_tuple(x if name in op.IN_PLACE else outputs))
         assert all(torch.equal(one, two) for one, two in zip(*results, strict=True)), shape
 
 
@@ -663,48 +649,52 @@ NO_NORM = (None, None, None, None, 0.0)
         ("moments", [X.to(torch.complex64)], "x must be float32, .* got complex64"),
         (
             "apply",
-            [X, ONES[:1], None, None, NONE],
+            [X, ONES[:1], None, None, op.NONE],
             r"scale must have shape \(2, 3\), on the CPU; got \(1, 3\), on the CPU",
         ),
-        ("apply", [X, ONES.T, None, None, NONE], r"scale must have shape \(2, 3\).* got \(3, 2\)"),
-        ("apply", [X, ONES, C, None, NONE], r"shift must have shape \(2, 3\).* got \(3\)"),
+        ("apply", [X, ONES.T, None, None, op.NONE], r"scale must have shape \(2, 3\).* got \(3, 2\)"),
+        ("apply", [X, ONES, C, None, op.NONE], r"shift must have shape \(2, 3\).* got \(3\)"),
         (
             "apply",
-            [X, ONES, None, X[:1], NONE],
+            [X, ONES, None, X[:1], op.NONE],
             r"residual must have the shape, the type and the device of x: \(2, 3, 4, 4\), float32, on the CPU; "
             r"got \(1, 3, 4, 4\), float32, on the CPU",
         ),
-        ("apply", [X, ONES, None, X[..., 0], NONE], r"residual must have the shape.* got \(2, 3, 4\)"),
-        ("apply", [X, ONES, None, X.double(), NONE], "residual must have .*, float32, .* got .*, float64,"),
+        ("apply", [X, ONES, None, X[..., 0], op.NONE], r"residual must have the shape.* got \(2, 3, 4\)"),
+        ("apply", [X, ONES, None, X.double(), op.NONE], "residual must have .*, float32, .* got .*, float64,"),
         ("apply", [X, ONES, None, None, 5], "act must be 0 to 4, got 5"),
         ("apply", [X, ONES, None, None, -1], "act must be 0 to 4, got -1"),
-        ("apply_", [X, ONES[:1], None, None, NONE], r"scale must have shape \(2, 3\).* got \(1, 3\)"),
-        ("apply_", [X, ONES, None, X.half(), NONE], "residual must have .*, float32, .* got .*, float16,"),
+        ("apply_", [X, ONES[:1], None, None, op.NONE], r"scale must have shape \(2, 3\).* got \(1, 3\)"),
+        ("apply_", [X, ONES, None, X.half(), op.NONE], "residual must have .*, float32, .* got .*, float16,"),
         (
             "apply_backward",
-            [X[:1], X, ONES, None, None, None, NONE, True],
+            [X[:1], X, ONES, None, None, None, op.NONE, True],
             r"grad must have the shape.* got \(1, 3, 4, 4\)",
         ),
-        ("apply_backward", [X, X, ONES, None, None, None, RELU, True], "ReLU and ReLU6 need saved=out; got None"),
+        ("apply_backward", [X, X, ONES, None, None, None, op.RELU, True], "ReLU and ReLU6 need saved=out; got None"),
         (
             "apply_backward",
-            [X, X, ONES, None, None, X.half(), RELU, True],
+            [X, X, ONES, None, None, X.half(), op.RELU, True],
             "saved must have the shape.* got .*, float16,",
         ),
-        ("apply_backward", [X, X, ONES, None, ONES, None, NONE, True], r"center must have shape \(3\).* got \(2, 3\)"),
+        (
+            "apply_backward",
+            [X, X, ONES, None, ONES, None, op.NONE, True],
+            r"center must have shape \(3\).* got \(2, 3\)",
+        ),
         (
             "input_backward",
-            [X, X, ONES, None, None, RELU6, ONES, None, None],
+            [X, X, ONES, None, None, op.RELU6, ONES, None, None],
             "ReLU and ReLU6 need saved=out; got None",
         ),
         (
             "input_backward",
-            [X, X, ONES, None, None, NONE, C, None, None],
+            [X, X, ONES, None, None, op.NONE, C, None, None],
             r"offset must have shape \(2, 3\).* got \(3\)",
         ),
         (
             "input_backward",
-            [X, X, ONES, None, None, NONE, ONES, ONES, None],
+            [X, X, ONES, None, None, op.NONE, ONES, ONES, None],
             r"slope must have shape \(3\).* got \(2, 3\)",
         ),
         ("eca_coefficients", [X, *NO_NORM, C, False], r"map_means must have shape \(N, C\); got \(2, 3, 4, 4\)"),
@@ -735,10 +725,10 @@ NO_NORM = (None, None, None, None, 0.0)
             [ONES, ONES, ONES, None, None, *NO_NORM, C, False, 16],
             "its gate; got gate=None",
         ),
-        ("norm_eca_add_act", [X, X[0], *NO_NORM, C, False, NONE], r"residual must have the shape.* got \(3, 4, 4\)"),
+        ("norm_eca_add_act", [X, X[0], *NO_NORM, C, False, op.NONE], r"residual must have the shape.* got \(3, 4, 4\)"),
         (
             "norm_eca_add_act",
-            [X, None, C, C, ONES, None, 0.0, C, False, NONE],
+            [X, None, C, C, ONES, None, 0.0, C, False, op.NONE],
             r"weight must have shape \(3\).* got \(2, 3\)",
         ),
         ("norm_eca_add_act_", [X, None, *NO_NORM, C, False, 7], "act must be 0 to 4, got 7"),
@@ -747,7 +737,7 @@ NO_NORM = (None, None, None, None, 0.0)
 def test_wrong_arguments_are_refused_with_the_name_what_would_be_right_and_what_was_given(name, args, message) -> None:
     before = X.clone()
     with pytest.raises(RuntimeError, match=message):
-        call(name, args)
+        op.call(name, args)
     assert torch.equal(X, before)
 
 
@@ -772,9 +762,9 @@ def batch_norm_eca_add_act_arguments(make: Callable[..., Tensor], with_all: bool
     return [x, residual, weight, bias, 1e-3, kernel.view(1, 1, 3), True, act, 2.5]
 
 
-@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("act", op.ACTS)
 @pytest.mark.parametrize("with_all", [True, False], ids=["everything", "x alone"])
-@pytest.mark.parametrize("make", [dense, channels_last])
+@pytest.mark.parametrize("make", [op.dense, op.channels_last])
 def test_the_tail_in_training_is_norm_gate_addition_and_activation(make, with_all, act) -> None:
     args = batch_norm_eca_add_act_arguments(make, with_all, act)
     results = []
@@ -788,19 +778,19 @@ def test_the_tail_in_training_is_norm_gate_addition_and_activation(make, with_al
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
-@pytest.mark.parametrize("act", [NONE, RELU, SILU])
+@pytest.mark.parametrize("act", [op.NONE, op.RELU, op.SILU])
 @pytest.mark.parametrize("with_all", [True, False], ids=["everything", "x alone"])
 def test_opcheck_of_the_tail_in_training(with_all, act) -> None:
-    for make in (dense, channels_last):
+    for make in (op.dense, op.channels_last):
         args = batch_norm_eca_add_act_arguments(make, with_all, act)
         for needed in (False, True):
             inputs = [a.requires_grad_(needed) if isinstance(a, Tensor) else a for a in args]
             torch.library.opcheck(torch.ops.ecanet.batch_norm_eca_add_act.default, inputs)
 
 
-@pytest.mark.parametrize("act", [NONE, SILU])
+@pytest.mark.parametrize("act", [op.NONE, op.SILU])
 def test_gradcheck_of_the_tail_in_training(act) -> None:
-    args = batch_norm_eca_add_act_arguments(dense, True, act)
+    args = batch_norm_eca_add_act_arguments(op.dense, True, act)
     wanted = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
 
     def function(*tensors: Tensor) -> Tensor:

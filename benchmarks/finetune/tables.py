@@ -1,6 +1,5 @@
-"""Tables of ``benchmarks.finetune``: ``python -m benchmarks.finetune_report FILE.json [--plot FILE.png]``."""
+"""Tables of ``benchmarks.finetune``."""
 
-import argparse
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from benchmarks.finetune_runs import KEPT, PLAIN, RANDOM, WAYS
+from benchmarks.finetune.runs import KEPT, PLAIN, RANDOM, WAYS
 from ecanet.study import Comparison, Difference, Run, paired_difference
 
 #: What is compared, the first minus the second.
@@ -188,26 +187,3 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
         for row in rows
     ]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print the tables of a result file again, and draw its picture."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.finetune_report",
-        description=main.__doc__,
-        epilog="Example: python -m benchmarks.finetune_report benchmarks/results/finetune-mobilenet_v2.json "
-        "--plot docs/images/finetune.png",
-    )
-    parser.add_argument("file", type=Path, metavar="FILE.json")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png")
-    args = parser.parse_args(argv)
-    document = results.read(args.file)
-    print(report(document))
-    if args.plot:
-        from benchmarks.finetune_picture import draw
-
-        draw(document).savefig(args.plot)
-
-
-if __name__ == "__main__":
-    main()

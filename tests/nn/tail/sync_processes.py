@@ -1,4 +1,4 @@
-"""One training step of a tail with SyncBatchNorm, in one process or shared by two: what test_tail.py compares.
+"""One training step of a tail with SyncBatchNorm, in one process or shared by two: test_sync_batch_norm.py compares.
 
 The two meet over gloo on the CPU; where there are two GPUs, over NCCL with one each.
 """

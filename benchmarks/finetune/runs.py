@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from benchmarks import pretrained
+from benchmarks.finetune import pretrained
 from ecanet import insert_gates_
 from ecanet.train import DataConfig
 from ecanet.train.data import TensorImages, embedded
@@ -48,7 +48,7 @@ def insert(name: str, way: str, seed: int, photographs: int) -> Inserted:
     """Load the trained network, put gates in, judge it on photographs, and give it a new classifier.
 
     Args:
-        name: Of a network of :data:`benchmarks.pretrained.NETWORKS`.
+        name: Of a network of :data:`benchmarks.finetune.pretrained.NETWORKS`.
         way: One of :data:`WAYS`.
         seed: Of the new classifier, the same for every way, and of random gates.
         photographs: How many to judge it on, at most 20.

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from benchmarks import results
-from benchmarks.finetune_report import runs_of, summary
-from benchmarks.finetune_runs import KEPT, PLAIN, RANDOM, WAYS
+from benchmarks.finetune.runs import KEPT, PLAIN, RANDOM, WAYS
+from benchmarks.finetune.tables import runs_of, summary
 from ecanet.inspect.style import COLOURS, DARK, FONT_SIZE, SMALL_FONT_SIZE, new_figure, style_axes
 
 if TYPE_CHECKING:

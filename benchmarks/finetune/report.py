@@ -1,0 +1,26 @@
+"""Tables and picture of fine-tuning: ``python -m benchmarks.finetune.report FILE.json [--plot FILE.png]``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import results
+from benchmarks.finetune.tables import report
+from benchmarks.report import show_again
+
+
+def show(document: results.Document, plot: Path | None) -> None:
+    """Print the tables, and draw the picture where a file is named."""
+    print(report(document))
+    if plot:
+        from benchmarks.finetune.picture import draw
+
+        draw(document).savefig(plot)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the tables of a result file again, and draw its picture."""
+    show_again(argv, show, "benchmarks.finetune.report", "finetune-mobilenet_v2.json --plot docs/images/finetune.png")
+
+
+if __name__ == "__main__":
+    main()

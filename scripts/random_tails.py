@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from ecanet.nn import ECA, ECANS, GATES, build_gate, norm_gate_add_act
-from ecanet.nn.hung import hang_
+from ecanet.nn.attached import attach_
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ACTS: dict[str | None, tuple[float, ...]] = {  # and where their slope jumps
@@ -46,7 +46,7 @@ class Case(NamedTuple):
     layout: str
     factor: float
     neutral: bool
-    hangs: bool
+    is_attached: bool
 
 
 def draw(rng: random.Random) -> Case:
@@ -133,10 +133,10 @@ def run(case: Case, dtype: torch.dtype, fused: bool, dout: Tensor | None) -> tup
     if fused:
         if norm is not None and norm.training:
             norm.load_state_dict(copy.deepcopy(modules_again(case, dtype)[0]).state_dict())
-        hung = norm is not None and gate is not None and case.hangs
-        if hung:
-            hang_(norm, gate)
-        out = norm_gate_add_act(x, norm, None if hung else gate, residual, case.act)
+        attached = norm is not None and gate is not None and case.is_attached
+        if attached:
+            attach_(norm, gate)
+        out = norm_gate_add_act(x, norm, None if attached else gate, residual, case.act)
     else:
         act = {
             None: nn.Identity(),

@@ -1,7 +1,7 @@
 """Jobs in processes of their own, several at a time: checks, and compiling ahead into caches on the disk.
 
-A job that crashes, hangs or breaks the GPU's context loses itself alone. What is compiled here is found by the process
-that measures: Inductor's code and triton's kernels.
+A job that crashes, never ends or breaks the GPU's context loses itself alone. What is compiled here is found by the
+process that measures: Inductor's code and triton's kernels.
 """
 
 import argparse

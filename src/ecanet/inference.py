@@ -14,8 +14,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from ecanet.networks.checks import check_model
 from ecanet.nn import Gate
+from ecanet.nn.attached import attached_gate
 from ecanet.nn.hooks import called_differently
-from ecanet.nn.hung import hung_gate
 from ecanet.nn.tail import eager
 from ecanet.nn.tail.functional import follow
 from ecanet.nn.tail.plan import plan
@@ -116,7 +116,9 @@ def _trace(model: nn.Module) -> fx.GraphModule:
     tracer = _Tracer()
     for name, block in model.named_modules():
         hooks = (block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks)
-        others = len(block._forward_hooks) > (hung_gate(block) is not None)  # a gate that hangs on it is traced along
+        others = len(block._forward_hooks) > (
+            attached_gate(block) is not None
+        )  # a gate that is attached to it is traced along
         if (others or any(hooks)) and (name == "" or not tracer.is_leaf_module(block, name)):
             raise ValueError(
                 f"{f'block {name!r} of ' if name else ''}model {type(model).__name__} has a hook, which the copy would "
@@ -151,7 +153,7 @@ def _fold_norms(traced: fx.GraphModule) -> None:
         layer = _module(traced, source)
         if layer is None or type(layer) not in _CONVOLUTIONS:
             continue
-        gate = hung_gate(norm)
+        gate = attached_gate(norm)
         if called_differently(norm, known_hooks=int(gate is not None)) or called_differently(layer):
             continue
         # A layer that is called twice, or whose output or weights somebody else reads, keeps its weights.

@@ -92,15 +92,15 @@ def global_hook(net: nn.Sequential, stack: contextlib.ExitStack) -> None:
     stack.callback(nn.modules.module.register_module_forward_hook(_see).remove)
 
 
-def hung(net: nn.Sequential, stack: contextlib.ExitStack) -> None:
+def attached(net: nn.Sequential, stack: contextlib.ExitStack) -> None:
     for block in net:
         if block.gate is not None:
-            ecanet.nn.hung.hang_(block.norm, block.gate)
+            ecanet.nn.attached.attach_(block.norm, block.gate)
             block.gate = None
 
 
-def hung_and_hooked(net: nn.Sequential, stack: contextlib.ExitStack) -> None:
-    hung(net, stack)
+def attached_and_hooked(net: nn.Sequential, stack: contextlib.ExitStack) -> None:
+    attached(net, stack)
     hook_on("norm", "register_forward_hook")(net, stack)
 
 
@@ -185,8 +185,8 @@ WAYS: dict[str, Callable[[nn.Sequential, contextlib.ExitStack], None]] = {
     "hook on the gate": hook_on("gate", "register_forward_hook"),
     "global hook": global_hook,
     "a subclass": subclassed,
-    "gate hangs on the norm": hung,
-    "gate hangs on a hooked norm": hung_and_hooked,
+    "gate is attached to the norm": attached,
+    "gate is attached to a hooked norm": attached_and_hooked,
     "torch's own": torchs_own,
 }
 #: Slower, and tried with each other alone.

@@ -15,7 +15,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import ecanet
 from ecanet.inference import InferenceTail
 from ecanet.nn import ECA, SE, Gate, SEVar1, build_gate, conv_norm_gate_add_act, norm_gate_add_act
-from ecanet.nn.hung import hang_
+from ecanet.nn.attached import attach_
 
 N, C = 3, 32
 FACTOR = 2.5
@@ -49,9 +49,9 @@ def by_tail(x: Tensor, residual: Tensor, norm: nn.Module, gate: nn.Module) -> Te
     return norm_gate_add_act(x, norm, gate, residual, "relu")
 
 
-def hung(x: Tensor, residual: Tensor, norm: nn.Module, gate: nn.Module) -> Tensor:
+def attached(x: Tensor, residual: Tensor, norm: nn.Module, gate: nn.Module) -> Tensor:
     if not norm._forward_hooks:
-        hang_(norm, gate)
+        attach_(norm, gate)
     return norm_gate_add_act(x, norm, None, residual, "relu")
 
 
@@ -63,7 +63,7 @@ def compiled(x: Tensor, residual: Tensor, norm: nn.Module, gate: nn.Module) -> T
     return torch.compile(norm_gate_add_act, backend="aot_eager", fullgraph=True)(x, norm, gate, residual, "relu")
 
 
-WAYS = [by_module, by_tail, hung, after_a_convolution, compiled]
+WAYS = [by_module, by_tail, attached, after_a_convolution, compiled]
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ecanet
 from ecanet.nn import norm_gate_add_act
-from ecanet.nn.hung import hang_
+from ecanet.nn.attached import attach_
 
 C = 64
 STEPS = 30
@@ -114,9 +114,9 @@ def with_a_factor_and_hooks_on_saved_tensors(step: Step) -> None:
     step.gate.factor = 1.0
 
 
-def hung(step: Step) -> None:
+def attached(step: Step) -> None:
     if "gate" not in step.norm._modules:
-        hang_(step.norm, step.gate)
+        attach_(step.norm, step.gate)
     norm_gate_add_act(step.x, step.norm, None, step.x, "relu").sum().backward()
     step.norm(step.x).sum().backward()
 
@@ -127,7 +127,7 @@ def gradients_alone(step: Step) -> None:
 
 STEPS_OF_ALL_KINDS = [
     tail, module, checkpointed, hook_on_the_norm, forward_alone, backward_that_raises, gradient_penalty,
-    twice_in_one_forward, backward_twice, frozen, with_a_factor_and_hooks_on_saved_tensors, hung, gradients_alone,
+    twice_in_one_forward, backward_twice, frozen, with_a_factor_and_hooks_on_saved_tensors, attached, gradients_alone,
 ]  # fmt: skip
 
 

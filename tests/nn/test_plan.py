@@ -39,7 +39,7 @@ def hooked(module: nn.Module) -> nn.Module:
     return module
 
 
-def with_hung_gate() -> nn.Module:
+def with_attached_gate() -> nn.Module:
     model = nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C))
     ecanet.insert_gates_(model, where=["1"], input_shape=(1, C, 3, 4))
     return model[1]
@@ -49,8 +49,8 @@ def with_hung_gate() -> nn.Module:
 EAGER: dict[str, tuple[Callable[[], dict[str, Any]], str, str]] = {
     "BatchNorm and a gate of this library": (arguments, "the C++ kernels (norm, gate, residual, relu)", "on the CPU"),
     "no gate": (lambda: arguments(gate=None), "the C++ kernels (norm, residual, relu)", "on the CPU"),
-    "a gate that hangs on the norm": (
-        lambda: arguments(norm=with_hung_gate(), gate=None),
+    "a gate that is attached to the norm": (
+        lambda: arguments(norm=with_attached_gate(), gate=None),
         "the C++ kernels (norm, gate, residual, relu)",
         "on the CPU",
     ),
@@ -64,8 +64,8 @@ EAGER: dict[str, tuple[Callable[[], dict[str, Any]], str, str]] = {
         "the C++ kernels (gate, residual, relu); called: norm",
         "the norm is called: it has a hook",
     ),
-    "a hook on a norm that a gate hangs on": (
-        lambda: arguments(norm=hooked(with_hung_gate()), gate=None),
+    "a hook on a norm that a gate is attached to": (
+        lambda: arguments(norm=hooked(with_attached_gate()), gate=None),
         "the C++ kernels (residual, relu); called: norm, gate",
         "the norm is called: it has a hook",
     ),

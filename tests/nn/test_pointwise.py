@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 import ecanet
-import ecanet.nn.hung
+import ecanet.nn.attached
 from ecanet.models.mobilenetv2 import GatedInvertedResidual
 from ecanet.models.resnet import GatedBottleneck
 from ecanet.nn import ECA, SE, conv_norm_gate_add_act
@@ -50,7 +50,7 @@ class Branch(nn.Module):
             if t.is_floating_point():
                 nn.init.uniform_(t, 0.1, 1.0)
         if hang:
-            ecanet.nn.hung.hang_(self.norm, self.gate)
+            ecanet.nn.attached.attach_(self.norm, self.gate)
             self.gate = None
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ BRANCHES: dict[str, Callable[[], Branch]] = {
     "no norm": lambda: Branch(conv(), None, ECA(32), "relu"),
     "frozen norm": lambda: Branch(conv(), FrozenBatchNorm2d(32), ECA(32), "relu"),
     "module of another activation": lambda: Branch(conv(), nn.BatchNorm2d(32), ECA(32), nn.Softsign()),
-    "hung gate": lambda: Branch(conv(), nn.BatchNorm2d(32), ECA(32), "relu", hang=True),
+    "attached gate": lambda: Branch(conv(), nn.BatchNorm2d(32), ECA(32), "relu", hang=True),
 }
 every_branch = pytest.mark.parametrize("make", BRANCHES.values(), ids=BRANCHES)
 

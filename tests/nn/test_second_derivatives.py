@@ -9,7 +9,7 @@ from torch.nn.utils import prune
 
 import ecanet
 from ecanet.nn import ECA, GATES, SE, Gate, build_gate, norm_gate_add_act
-from ecanet.nn.hung import hang_
+from ecanet.nn.attached import attach_
 
 C = 16
 ACTS = [None, "relu", "relu6", "silu", "hardswish", nn.GELU()]
@@ -100,7 +100,7 @@ def test_a_residual_that_is_computed_from_x_and_a_gate_that_is_used_twice(act) -
 
 def test_a_gate_that_hangs_on_the_norm() -> None:
     norm, x = randomised(nn.BatchNorm2d(C)), map_of(3, C, 4, 5)
-    hang_(norm, ECA(C).double())
+    attach_(norm, ECA(C).double())
     assert_alike(lambda: norm_gate_add_act(x, norm, None, x, "relu"), [x, *norm.parameters()])
 
 

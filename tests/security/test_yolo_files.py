@@ -28,7 +28,7 @@ CHANGE_LIBRARIES = [
         "integrations.ultralytics": ("register", "keep_gates", "example"),
         "nn.keep.ultralytics": ("follow", "keep_gates", "teach", "read_rows", "_with_gates", "_train_with_gates"),
         "nn.keep.transformers": ("keep_gates", "_with_gates"),
-        "nn.hung": ("_watch_tools", "hang_"),
+        "nn.attached": ("_watch_tools", "attach_"),
         "surgery": ("insert_gates_",),
     }.items()
     for name in names
@@ -42,7 +42,7 @@ def registered() -> None:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Saved networks: gates that insert_gates_ hung, and gates named in rows of the model file."""
+    """Saved networks: gates that insert_gates_ attached, and gates named in rows of the model file."""
     folder = tmp_path_factory.mktemp("saved")
     gates_in_yolo.register()
     inserted, named = YOLO("yolo11n.yaml"), YOLO(gates_in_yolo.example())
@@ -102,7 +102,7 @@ def test_only_gates_become_safe_to_load() -> None:
 @pytest.mark.parametrize("kind", ["inserted", "named"])
 def test_a_saved_network_names_gates_and_hooks_alone(kind: str, files: dict[str, Path]) -> None:
     ours = {name for name in pickled_names(files[kind]) if name.startswith("ecanet")}
-    hooks = {"ecanet.nn.hung.run_gate", "ecanet.nn.absent_gates._fill", "ecanet.nn.gate.ResetWithGate"}
+    hooks = {"ecanet.nn.attached.run_gate", "ecanet.nn.absent_gates._add_absent_gates", "ecanet.nn.gate.ResetWithGate"}
     assert ours == {"ecanet.nn.eca.ECA"} | (hooks if kind == "inserted" else set())
 
 

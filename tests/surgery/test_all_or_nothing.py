@@ -109,11 +109,11 @@ def once(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 OPERATIONS: dict[str, Any] = {
-    "insert, while gates are hung": (insert, "hang_", third_call, insert_gates_, {}),
+    "insert, while gates are attached": (insert, "attach_", third_call, insert_gates_, {}),
     "insert, while the optimizer follows": (insert, "add_parameters_", third_call, insert_gates_, {}),
     "insert, while factors are folded": (insert, "fold_", third_call, insert_gates_, {"fold": True}),
     "insert, at the end": (insert, "keep_loading_", once, insert_gates_, {}),
-    "remove, while gates are taken down": (remove, "take_down_", third_call, remove_gates_, {"force": True}),
+    "remove, while gates are taken down": (remove, "detach_", third_call, remove_gates_, {"force": True}),
     "remove, while norms take values": (remove, "remove_parameters_", third_call, remove_gates_,
                                         {"force": True, "fold": True}),
     "remove, at the end": (remove, "keep_loading_", once, remove_gates_, {}),

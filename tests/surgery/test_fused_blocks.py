@@ -12,7 +12,7 @@ from torchvision.models import efficientnet, mobilenetv2, mobilenetv3, regnet, r
 
 from ecanet import fuse_tails_
 from ecanet.nn import SEVar1
-from ecanet.nn.hung import CONTAINERS, hang_, hung_gate
+from ecanet.nn.attached import CONTAINERS, attach_, attached_gate
 from ecanet.surgery import FUSED
 
 C = 16
@@ -134,7 +134,7 @@ def doubled(host: nn.Module) -> None:
 
 
 def gated(host: nn.Module) -> None:
-    hang_(host, SEVar1(channels(host)).double())
+    attach_(host, SEVar1(channels(host)).double())
 
 
 def channels(host: Any) -> int:
@@ -203,6 +203,6 @@ def test_modules_that_somebody_put_in_place_of_others_run(name, training) -> Non
 
 def test_a_gate_that_hangs_stays_when_its_block_is_fused() -> None:
     block, _ = block_and_input("BasicBlock")
-    hang_(block.bn2, SEVar1(C))
+    attach_(block.bn2, SEVar1(C))
     fuse_tails_(nn.Sequential(block))
-    assert hung_gate(block.bn2) is not None
+    assert attached_gate(block.bn2) is not None

@@ -487,7 +487,7 @@ class TestRefusals:
         class Gated(nn.Conv2d):
             gate = 3
 
-        with pytest.raises(ValueError, match=r"cannot hang on 0: Gated has an attribute 'gate' of its own"):
+        with pytest.raises(ValueError, match=r"cannot be attached to 0: Gated has its own .gate."):
             insert_gates_(nn.Sequential(Gated(3, 8, 1)), where="0")
 
     def test_a_network_that_has_attention_there(self) -> None:

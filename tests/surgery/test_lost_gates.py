@@ -1,4 +1,4 @@
-"""No gate is lost in silence where tools merge, rebuild, quantise or swap the modules that gates hang on."""
+"""No gate is lost in silence where tools merge, rebuild, quantise or swap the modules that gates are attached to."""
 
 import copy
 import pickle
@@ -17,7 +17,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import ecanet
 from ecanet import insert_gates_, optimize_for_inference, replace_gates_
 from ecanet.nn import ECA, SE, SEVar1
-from ecanet.nn.hung import hang_, hung_gate, hung_gates
+from ecanet.nn.attached import attach_, attached_gate, attached_gates
 
 C = 8
 
@@ -32,7 +32,7 @@ class Block(nn.Module):
         self.act = nn.ReLU()
         nn.init.uniform_(self.bn.running_var, 0.5, 1.5)
         nn.init.normal_(self.bn.running_mean)
-        hang_(self.get_submodule(host), SEVar1(C))
+        attach_(self.get_submodule(host), SEVar1(C))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.bn(self.conv(x)))
@@ -211,7 +211,7 @@ TOOLS: dict[str, Callable[[Any], Callable[[Tensor], Any]]] = {
 def test_a_gate_on_the_very_module_that_a_tool_is_given_stays(tool, root) -> None:
     model, x = root().eval(), maps()
     ecanet.remove_gates_(model, force=True)
-    hang_(model, SEVar1(C))
+    attach_(model, SEVar1(C))
     with torch.no_grad():
         want = model(x)
         kept = tool(model)
@@ -222,7 +222,7 @@ def test_a_gate_on_the_very_module_that_a_tool_is_given_stays(tool, root) -> Non
 
 def test_a_trace_of_a_host_has_the_gates_keys_and_parameters() -> None:
     model = OneOperation()
-    hang_(model, SE(C))
+    attach_(model, SE(C))
     traced = fx.symbolic_trace(model)
     assert list(traced.state_dict()) == list(model.state_dict())
     assert list(traced.parameters()) == list(model.parameters())
@@ -238,21 +238,23 @@ def test_a_graph_of_another_method_is_not_scaled() -> None:
         traced_func_name = "features"
 
     model = Features(C)
-    hang_(model, ECA(C))
+    attach_(model, ECA(C))
     graph = FeatureTracer().trace(model)
     assert not [node for node in graph.nodes if node.op == "call_module"]
 
 
 def test_no_gate_hangs_on_a_graph_that_copies_would_lose() -> None:
-    with pytest.raises(ValueError, match=r"cannot hang on a GraphModule \(OneOperation\).*name the last module in it"):
-        hang_(fx.symbolic_trace(OneOperation()), ECA(C))
+    with pytest.raises(
+        ValueError, match=r"cannot be attached to a GraphModule \(OneOperation\).*name the last module in it"
+    ):
+        attach_(fx.symbolic_trace(OneOperation()), ECA(C))
 
 
 @pytest.mark.parametrize("tool", [fx.symbolic_trace, fx_fuse, optimize_for_inference])
 def test_what_a_tool_made_of_a_host_takes_its_place_with_one_gate(tool) -> None:
     model, x = nn.Sequential(Block(), nn.ReLU()).eval(), maps()
     ecanet.remove_gates_(model, force=True)
-    hang_(model[0], SEVar1(C))
+    attach_(model[0], SEVar1(C))
     with torch.no_grad():
         want = model(x)
         model[0] = tool(model[0])
@@ -328,7 +330,7 @@ def test_what_takes_the_place_of_a_host_gets_its_gate_once(rebuild) -> None:
     plain.load_state_dict(model.state_dict())
     ecanet.remove_gates_(plain, force=True)
     model, plain = rebuild(model).eval(), rebuild(plain).eval()
-    assert sum(hung_gate(m) is not None for m in model.modules()) == 1
+    assert sum(attached_gate(m) is not None for m in model.modules()) == 1
     before_act = plain.bn(plain.conv(x))
     torch.testing.assert_close(model(x), torch.relu(gate(before_act)), rtol=1e-5, atol=1e-6)
     assert any(key.startswith("bn.") and "gate" in key for key, _ in model.named_modules())
@@ -336,9 +338,9 @@ def test_what_takes_the_place_of_a_host_gets_its_gate_once(rebuild) -> None:
 
 def test_what_cannot_carry_a_gate_is_told() -> None:
     model = Block()
-    with pytest.raises(ValueError, match="a gate cannot hang on a Sequential"):
+    with pytest.raises(ValueError, match="a gate cannot be attached to a Sequential"):
         model.bn = nn.Sequential(nn.Identity())
-    assert hung_gate(model.bn) is not None
+    assert attached_gate(model.bn) is not None
 
 
 def test_state_dicts_without_gates_load_into_what_took_the_place_of_a_host() -> None:
@@ -386,12 +388,12 @@ def adapted(model: nn.Module, name: str) -> Any:
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_on_a_host_is_gated_with_it_so_that_merging_changes_nothing(name) -> None:
     model, x = ConvActHead().eval(), maps()
-    hang_(model.conv, SEVar1(C))
+    attach_(model.conv, SEVar1(C))
     gate, without = model.conv.gate, model(x)
     plain = ConvActHead().eval()
     plain.load_state_dict(model.state_dict(), strict=False)
     adapter = adapted(model, name)
-    assert [(host, g) for host, _, g in hung_gates(adapter)] == [("base_model.model.conv", gate)]
+    assert [(host, g) for host, _, g in attached_gates(adapter)] == [("base_model.model.conv", gate)]
     unmerged = adapter(x)
     assert (unmerged - without).abs().max() > 1e-4
     adapter.merge_adapter()
@@ -399,7 +401,7 @@ def test_an_adapter_on_a_host_is_gated_with_it_so_that_merging_changes_nothing(n
     adapter.unmerge_adapter()
     torch.testing.assert_close(adapter(x), unmerged, rtol=1e-4, atol=1e-5)
     merged = adapter.merge_and_unload()
-    assert [(host, g) for host, _, g in hung_gates(merged)] == [("conv", gate)]
+    assert [(host, g) for host, _, g in attached_gates(merged)] == [("conv", gate)]
     assert list(merged.state_dict()) == [
         *(f"conv.{key}" for key in merged.conv.state_dict()),
         "head.weight",
@@ -414,13 +416,13 @@ def test_an_adapter_on_a_host_is_gated_with_it_so_that_merging_changes_nothing(n
 @pytest.mark.parametrize("name", ["LoRA", "LoHa", "DoRA"])
 def test_an_adapter_that_is_taken_off_unmerged_leaves_the_gate(name) -> None:
     model, x = ConvActHead().eval(), maps()
-    hang_(model.conv, SE(C, 2))
+    attach_(model.conv, SE(C, 2))
     want = model(x)
     adapter = adapted(model, name)
     assert any(key.startswith("base_model.model.conv.gate.") for key in adapter.state_dict())
     back = adapter.unload()
     torch.testing.assert_close(back(x), want)
-    assert [host for host, _, _ in hung_gates(back)] == ["conv"]
+    assert [host for host, _, _ in attached_gates(back)] == ["conv"]
 
 
 def test_gates_can_be_put_in_after_adapters_too() -> None:
@@ -429,7 +431,7 @@ def test_gates_can_be_put_in_after_adapters_too() -> None:
     insert_gates_(adapter, "se", where="*.model.conv", preserve=False, input_shape=(1, C, 6, 5))
     unmerged = adapter(x)
     merged = adapter.merge_and_unload()
-    assert [host for host, _, _ in hung_gates(merged)] == ["conv"]
+    assert [host for host, _, _ in attached_gates(merged)] == ["conv"]
     torch.testing.assert_close(merged(x), unmerged, rtol=1e-4, atol=1e-5)
 
 
@@ -453,20 +455,20 @@ class MergingAdapter(Adapter):
 
 def test_your_own_adapter_that_can_merge_itself_gets_the_gate() -> None:
     model, x = ConvActHead().eval(), maps()
-    hang_(model.conv, SEVar1(C))
+    attach_(model.conv, SEVar1(C))
     modules = dict(model.named_modules())  # somebody's list of them is no other place
     adapter = MergingAdapter(modules["conv"])
     model.conv = adapter
-    assert [host for host, _, _ in hung_gates(model)] == ["conv"]
+    assert [host for host, _, _ in attached_gates(model)] == ["conv"]
     want = model(x)
     model.conv = adapter.merge()
     torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
-    assert hung_gate(adapter) is None
+    assert attached_gate(adapter) is None
 
 
 def test_a_wrapper_that_may_add_something_is_told_what_the_gate_scales() -> None:
     model, x = ConvActHead().eval(), maps()
-    hang_(model.conv, SEVar1(C))
+    attach_(model.conv, SEVar1(C))
     host = model.conv
     with pytest.warns(UserWarning, match=r"a Adapter takes the place 'conv'.*scales what the old one returns") as told:
         model.conv = Adapter(host)
@@ -476,7 +478,7 @@ def test_a_wrapper_that_may_add_something_is_told_what_the_gate_scales() -> None
 
 def test_an_adapter_on_a_layer_of_two_places_is_told_that_it_is_not_scaled() -> None:
     model, x = ConvActHead().eval(), maps()
-    hang_(model.conv, SEVar1(C))
+    attach_(model.conv, SEVar1(C))
     model.again = host = model.conv
     want = host(x)
     with pytest.warns(UserWarning, match="part of something else, too.*Adapt it without a gate"):
@@ -517,7 +519,7 @@ WRAPPERS += [torch.ao.quantization.QuantWrapper]
 @pytest.mark.parametrize("wrap", WRAPPERS)
 def test_a_wrapper_that_only_passes_on_scales_once(wrap) -> None:
     model, x = ConvActHead().eval(), maps()
-    hang_(model.conv, SEVar1(C))
+    attach_(model.conv, SEVar1(C))
     want = model(x)
     model.conv = wrap(model.conv)
     if wrap is not torch.compile:  # not compiled here: it would call the same
@@ -531,7 +533,7 @@ def test_a_wrapper_that_only_passes_on_scales_once(wrap) -> None:
 def test_the_copy_for_inference_keeps_the_gate_wherever_it_hangs(host) -> None:
     model, x = Block().eval(), maps()
     ecanet.remove_gates_(model, force=True)
-    hang_(model.get_submodule(host), ECA(C))
+    attach_(model.get_submodule(host), ECA(C))
     fast = optimize_for_inference(model)
     torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
     assert sum(isinstance(m, ECA) for m in fast.modules()) == 1
@@ -678,19 +680,19 @@ def test_no_gate_goes_inside_what_merges_its_layers_later(place, how) -> None:
 
 def test_what_lives_elsewhere_too_gets_no_gate_and_that_is_told() -> None:
     teacher, student = (nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)).eval() for _ in range(2))
-    hang_(student[1], ECA(8))
+    attach_(student[1], ECA(8))
     x = torch.randn(2, 8, 4, 4)
     want = teacher(x)
-    with pytest.warns(UserWarning, match="takes the place '1' of a BatchNorm2d that a gate hangs on"):
+    with pytest.warns(UserWarning, match="takes the place '1' of a BatchNorm2d that a gate is attached to"):
         student[1] = teacher[1]
     assert torch.equal(teacher(x), want)
 
 
 def test_modules_that_change_places_take_their_gates_along() -> None:
     norms = nn.ModuleList([nn.BatchNorm2d(8) for _ in range(3)])
-    hang_(norms[0], ECA(8))
+    attach_(norms[0], ECA(8))
     norms[0], norms[2] = norms[2], norms[0]
-    assert [name for name, _, _ in hung_gates(norms)] == ["2"]
+    assert [name for name, _, _ in attached_gates(norms)] == ["2"]
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ecanet.nn.hung import is_hook_of_a_gate
+from ecanet.nn.attached import is_hook_of_a_gate
 
 
 def twin_of(model: nn.Module) -> nn.Module:

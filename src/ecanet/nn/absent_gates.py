@@ -1,8 +1,8 @@
 """State dicts from before gates came into a network load strictly, and bring the function they had.
 
-A gate that is absent from a state dict is no error where the rest of its surroundings is there: a gate that starts as 1
-becomes 1 again, and another one that was hung on somebody's module stays as it is. What a state dict does not reach, as
-a classifier's alone, stays too.
+A state dict may lack a gate where the rest of the gate's surroundings is there. Then a gate that starts as 1 becomes 1
+again, and another one that is attached to a module stays as it is. Parts that a state dict does not reach, such as that
+of a classifier alone, stay too.
 """
 
 import copy
@@ -14,8 +14,8 @@ from torch import nn
 
 from ecanet.nn.gate import Gate
 
-#: Set on a gate that hangs on a module (:mod:`ecanet.nn.hung`).
-HANGS = "hangs"
+#: Set on a gate that is attached to a module (:mod:`ecanet.nn.attached`).
+ATTACHED = "is_attached"
 #: Set on a gate that is 1 for every input until it is trained (:meth:`ecanet.nn.Gate.make_identity_`).
 STARTS_AS_IDENTITY = "starts_as_identity"
 
@@ -28,19 +28,19 @@ def keep_loading_(model: nn.Module) -> None:
             fill_with_gates_(module)
         else:
             hooks = module._load_state_dict_pre_hooks
-            for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is _fill]:
+            for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is _add_absent_gates]:
                 del hooks[key]
 
 
 def fill_with_gates_(module: nn.Module) -> None:
     """Let a module add what its gates need to state dicts without them."""
     hooks = module._load_state_dict_pre_hooks.values()
-    if not any(getattr(hook, "hook", hook) is _fill for hook in hooks):
-        module.register_load_state_dict_pre_hook(_fill)
+    if not any(getattr(hook, "hook", hook) is _add_absent_gates for hook in hooks):
+        module.register_load_state_dict_pre_hook(_add_absent_gates)
 
 
 def _may_be_absent(module: nn.Module) -> bool:
-    return bool(getattr(module, HANGS, False) or getattr(module, STARTS_AS_IDENTITY, False))
+    return bool(getattr(module, ATTACHED, False) or getattr(module, STARTS_AS_IDENTITY, False))
 
 
 def _gates(model: nn.Module) -> dict[str, nn.Module]:
@@ -68,7 +68,7 @@ def _surroundings(model: nn.Module) -> Iterator[str]:
                 break
 
 
-def _fill(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _add_absent_gates(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """The hook, before a module loads its own tensors and those inside it."""
     gates = _gates(module)
     absent = [name for name in gates if not any(key.startswith(f"{prefix}{name}.") for key in state)]

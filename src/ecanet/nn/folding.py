@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from ecanet.nn.attached import attached_gates
 from ecanet.nn.gate import Gate, check_factor
-from ecanet.nn.hung import hung_gates
 from ecanet.nn.norms import affine
 from ecanet.nn.undo import all_or_nothing
 
@@ -82,7 +82,7 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, nn.Module, Gate]]:
         ValueError: a gate follows several modules: one factor cannot be in the norms of some and not of others.
     """
     names = {module: name for name, module in model.named_modules()}
-    pairs = [(host, gate) for _, host, gate in hung_gates(model)]
+    pairs = [(host, gate) for _, host, gate in attached_gates(model)]
     for module in model.modules():
         if callable(gated_norms := getattr(module, "gated_norms", None)):
             pairs += gated_norms()

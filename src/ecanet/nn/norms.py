@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from ecanet.nn.hung import hung_gate
+from ecanet.nn.attached import attached_gate
 from ecanet.private_torch import NormBase
 
 _NORMS: Any = (NormBase, nn.GroupNorm, nn.LayerNorm, FrozenBatchNorm2d)
@@ -55,7 +55,7 @@ def affine(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
     """
     theirs = class_with_forward(norm)
     known = theirs.startswith(_KNOWN_NORMS) and is_norm(norm) and not activation_inside(norm)
-    others = len(norm._forward_hooks) > (hung_gate(norm) is not None)
+    others = len(norm._forward_hooks) > (attached_gate(norm) is not None)
     if not known or others or norm._forward_pre_hooks or "forward" in vars(norm):
         return None
     weight, bias = ((norm._parameters | norm._buffers).get(name) for name in ("weight", "bias"))

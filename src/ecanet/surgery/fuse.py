@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ecanet.networks.checks import check_model
-from ecanet.nn.hung import hung_gate
+from ecanet.nn.attached import attached_gate
 from ecanet.nn.norms import qualified_name
 from ecanet.nn.undo import all_or_nothing
 from ecanet.surgery.attention import as_gate
@@ -114,7 +114,7 @@ def fuse_tails_(model: nn.Module) -> Report:
 def _fuse_(name: str, block: nn.Module, known: FusedBlock, replaced: dict[str, nn.Module]) -> Row:
     """Give one block its fused class; its own attention that a gate takes the place of goes into ``replaced``."""
     norm_name, norm = resolve(block, known.norm)
-    gate = hung_gate(norm)
+    gate = attached_gate(norm)
     if known.attention is not None:
         own = getattr(block, known.attention, None)
         gate = own if gate is None and own is not None else gate

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from ecanet.networks.checks import check_input_shape, check_model
 from ecanet.nn import Gate
 from ecanet.nn.absent_gates import keep_loading_
+from ecanet.nn.attached import GATE, attach_, attached_gate
 from ecanet.nn.build import GateFactory, build_gate
 from ecanet.nn.folding import fold_, owners, tensors_to_scale
-from ecanet.nn.hung import GATE, hang_, hung_gate
 from ecanet.nn.keep import transformers, ultralytics
 from ecanet.nn.neutral import make_identity_
 from ecanet.nn.undo import Undo, all_or_nothing
@@ -140,7 +140,7 @@ def insert_gates_(
                 assert isinstance(module, Gate)
                 undo.keep(norm)
                 fold_(module, norm)
-            hang_(site.host, module)
+            attach_(site.host, module)
             add_parameters_(optimizer, module, f"{site.name}.{GATE}", site.host)
         if plans:
             keep_loading_(model)
@@ -158,7 +158,7 @@ def _tell_the_library_of(model: nn.Module) -> None:
 def _not_yet(sites: list[Site], gate: str | GateFactory, kernel_size: int | str) -> tuple[list[Site], int]:
     todo = []
     for site in sites:
-        there = hung_gate(site.host)
+        there = attached_gate(site.host)
         if there is None:
             todo.append(site)
             continue
@@ -215,8 +215,8 @@ def _plan(
     assert channels is not None
     if hasattr(site.host, GATE):
         raise ValueError(
-            f"a gate cannot hang on {site.name}: {type(site.host).__name__} has an attribute {GATE!r} of its own; name "
-            "another module"
+            f"a gate cannot be attached to {site.name}: {type(site.host).__name__} has its own {GATE!r}; "
+            "name another module"
         )
     merging = next((n for n, owner in _owners(model, site.name) if merges_branches(owner)), None)
     if merging is not None:

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from ecanet.networks.checks import check_model
 from ecanet.nn import Gate
 from ecanet.nn.absent_gates import keep_loading_
+from ecanet.nn.attached import GATE, attached_gates, detach_
 from ecanet.nn.folding import owners, tensors_to_scale
-from ecanet.nn.hung import GATE, hung_gates, take_down_
 from ecanet.nn.undo import all_or_nothing
 from ecanet.surgery.find.sites import FilterFn
 from ecanet.surgery.optimizers import check_optimizer, remove_parameters_
@@ -56,7 +56,7 @@ def remove_gates_(
     check_optimizer(optimizer, model)
     wanted = [
         (name, host, gate)
-        for name, host, gate in hung_gates(model)
+        for name, host, gate in attached_gates(model)
         if filter_fn is None or filter_fn(gate, f"{name}.{GATE}" if name else GATE)
     ]
     constants = {name: _constant(gate) for name, _, gate in wanted}
@@ -92,7 +92,7 @@ def remove_gates_(
             with torch.no_grad():
                 for tensor in tensors:
                     tensor.mul_(value)
-            take_down_(host)
+            detach_(host)
             remove_parameters_(optimizer, gate.parameters())
         keep_loading_(model)
     return Report("removed", tuple(rows), (), removed)

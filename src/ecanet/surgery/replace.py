@@ -10,10 +10,10 @@ from torch import nn
 
 from ecanet.networks.checks import check_input_shape, check_model
 from ecanet.nn import Gate
-from ecanet.nn.absent_gates import HANGS, keep_loading_
+from ecanet.nn.absent_gates import ATTACHED, keep_loading_
+from ecanet.nn.attached import GATE, attached_gate
 from ecanet.nn.build import GateFactory
 from ecanet.nn.hooks import called_differently
-from ecanet.nn.hung import GATE, hung_gate
 from ecanet.nn.neutral import make_identity_
 from ecanet.nn.norms import class_with_forward
 from ecanet.nn.undo import Undo, all_or_nothing
@@ -22,7 +22,7 @@ from ecanet.surgery.find.layers import ATTENTION, certain_channels, is_attention
 from ecanet.surgery.find.sites import FilterFn
 from ecanet.surgery.fitting import arguments_of, build_fitting_gate
 from ecanet.surgery.optimizers import add_parameters_, check_optimizer, remove_parameters_
-from ecanet.surgery.replaced_keys import stand_for_
+from ecanet.surgery.replaced_keys import accept_replaced_keys_
 from ecanet.surgery.report import Report, Row, gate_row, parameters_of
 
 #: What YOLO's network reads off its layers: number, where the input comes from, type and number of parameters.
@@ -206,7 +206,7 @@ def _swap(
     elif isinstance(old, Gate) and isinstance(new, Gate):
         new.factor = old.factor
         new.starts_as_identity = old.starts_as_identity and _can_be_identity(new)
-    stand_for_(new, old)
+    accept_replaced_keys_(new, old)
     vars(new).update({key: value for key, value in vars(old).items() if key in _YOLO_ROW})
     return _Swap(name, old, new, channels, spatial)
 
@@ -256,10 +256,10 @@ def _install_(model: nn.Module, names: list[str], old: nn.Module, new: nn.Module
     for name in names:
         parent_name, _, child = name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        parent._modules[child] = new  # the hook that calls a gate that hangs stays where it is among others
-        if child == GATE and hung_gate(parent) is not None:
-            setattr(new, HANGS, True)
-            vars(old).pop(HANGS, None)
+        parent._modules[child] = new  # the hook that calls a gate that is attached stays where it is among others
+        if child == GATE and attached_gate(parent) is not None:
+            setattr(new, ATTACHED, True)
+            vars(old).pop(ATTACHED, None)
 
 
 def _hand_on_hooks_(name: str, old: nn.Module, new: nn.Module) -> Iterator[str]:

@@ -15,12 +15,12 @@ import torch.multiprocessing
 from torch import nn
 
 from ecanet.nn import build_gate, norm_gate_add_act
-from ecanet.nn.hung import hang_
+from ecanet.nn.attached import attach_
 
 C = 16
 
-#: Gate, activation, samples of each process and arguments of the norm; whether the gate hangs on the norm, and whether
-#: x requires a gradient.
+#: Gate, activation, samples of each process and arguments of the norm; whether the gate is attached to the norm, and
+#: whether x requires a gradient.
 CASES: dict[str, dict[str, Any]] = {
     "no gate": {"gate": None, "act": "relu", "samples": (2, 2)},
     "eca": {"gate": "eca", "act": "relu", "samples": (2, 2)},
@@ -35,7 +35,12 @@ CASES: dict[str, dict[str, Any]] = {
     "an empty batch, no gate": {"gate": None, "act": "silu", "samples": (0, 3), "last": True},
     "an empty batch, se": {"gate": "se", "act": "relu", "samples": (0, 2), "norm": {"momentum": None}},
     "an empty batch, not affine": {"gate": "eca", "act": nn.GELU(), "samples": (2, 0), "norm": {"affine": False}},
-    "an empty batch, a gate that hangs on the norm": {"gate": "eca", "act": "relu", "samples": (0, 2), "hangs": True},
+    "an empty batch, a gate that is attached to the norm": {
+        "gate": "eca",
+        "act": "relu",
+        "samples": (0, 2),
+        "is_attached": True,
+    },
     "an empty batch, frozen layers before": {"gate": "se", "act": "relu", "samples": (2, 0), "needs_x": False},
 }
 #: Every process has an empty batch.
@@ -44,13 +49,13 @@ NOTHING = {"nothing": {"gate": "eca", "act": "relu", "samples": (0, 0)}}
 
 def training_step(name: str, sync: bool, rank: int | None = None, device: str = "cpu") -> dict[str, torch.Tensor]:
     """Two steps on the samples of one process, or on all of them: outputs, gradients, statistics."""
-    case = {"size": (5, 3), "norm": {}, "last": False, "hangs": False, "needs_x": True, **(CASES | NOTHING)[name]}
+    case = {"size": (5, 3), "norm": {}, "last": False, "is_attached": False, "needs_x": True, **(CASES | NOTHING)[name]}
     torch.manual_seed(0)
     norm_type = nn.SyncBatchNorm if sync else nn.BatchNorm2d if case["size"] else nn.BatchNorm1d
     norm = norm_type(C, **case["norm"]).double().to(device)
     gate = None if case["gate"] is None else build_gate(case["gate"], C).double().to(device)
-    if gate is not None and case["hangs"]:
-        hang_(norm, gate)
+    if gate is not None and case["is_attached"]:
+        attach_(norm, gate)
         gate = None
     first = 0 if rank in (None, 0) else case["samples"][0]
     count = sum(case["samples"]) if rank is None else case["samples"][rank]

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from ecanet.nn.absent_gates import keep_loading_
+from ecanet.nn.attached import attach_, attached_gate, attached_gates
 from ecanet.nn.build import GATES, GateFactory
 from ecanet.nn.gate import Gate
-from ecanet.nn.hung import hang_, hung_gate, hung_gates
 
 _ULTRALYTICS = "ultralytics.engine.model"  # by then ultralytics.nn.tasks is there, too
 
@@ -231,14 +231,14 @@ def _load_with_gates(load: Callable[..., Any]) -> Callable[..., Any]:
         for name, gate in list(source.named_modules()):
             if isinstance(gate, Gate) and isinstance(modules.get(name), Gate) and not _alike(gate, modules[name]):
                 self.set_submodule(name, copy.deepcopy(gate).float())  # replace_gates_ was at a row of the file
-        for name, host, gate in list(hung_gates(source)):
-            if name in modules and hung_gate(modules[name]) is None and _same_shapes(modules[name], host):
-                hang_(modules[name], copy.deepcopy(gate).float())
+        for name, host, gate in list(attached_gates(source)):
+            if name in modules and attached_gate(modules[name]) is None and _same_shapes(modules[name], host):
+                attach_(modules[name], copy.deepcopy(gate).float())
         result = load(self, weights, *args, **kwargs)  # layers of the head may become copies of the source's
-        there = {name for name, _, _ in hung_gates(self)}
+        there = {name for name, _, _ in attached_gates(self)}
         if there:
             keep_loading_(self)
-        missing = [name for name, _, _ in hung_gates(source) if name not in there]
+        missing = [name for name, _, _ in attached_gates(source) if name not in there]
         if missing:
             warnings.warn(
                 f"{len(missing)} gates are left out, as layers of the new network have other shapes: "
@@ -269,7 +269,7 @@ def _same_shapes(host: nn.Module, source: nn.Module) -> bool:
 def _train_with_gates(train: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(train)
     def train_with_gates(self: Any, trainer: Any = None, **kwargs: Any) -> Any:
-        if isinstance(self.model, nn.Module) and any(True for _ in hung_gates(self.model)):
+        if isinstance(self.model, nn.Module) and any(True for _ in attached_gates(self.model)):
             pretrained = {**self.overrides, **kwargs}.get("pretrained", True)
             if pretrained is not True:
                 raise ValueError(

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from ecanet.nn.hung import hung_gate
+from ecanet.nn.attached import attached_gate
 from ecanet.nn.tail import compiled, eager
 from ecanet.nn.tail.plan import Plan, plan
 from ecanet.nn.tail.pointwise import means_after
@@ -29,7 +29,7 @@ def norm_gate_add_act(
     The fused kernels run for a BatchNorm (in training or not, SyncBatchNorm, torchvision's FrozenBatchNorm2d) and a
     subclass of :class:`ecanet.nn.Gate`. Other modules are called, and what is left is fused. A module that somebody
     put a hook on, or that :mod:`torch.fx` or a transform of :mod:`torch.func` looks at, is called too: hooks fire,
-    graphs show the modules. A gate that hangs on the norm (:func:`ecanet.insert_gates_`) counts as ``gate``. Under
+    graphs show the modules. A gate attached to the norm (:func:`ecanet.insert_gates_`) counts as ``gate``. Under
     :func:`torch.compile` the kernels of ECA are an operation of the graph; for other gates, and where no kernels are,
     the same formulas in plain PyTorch let Inductor fuse them. :func:`conv_norm_gate_add_act` takes the convolution
     before the norm along. :func:`explain` says who computes some arguments, and why.
@@ -106,7 +106,7 @@ def conv_norm_gate_add_act(
     """
     if not isinstance(conv, nn.Module):
         raise TypeError(f"conv must be a module, got {type(conv).__name__}")
-    asks = hung_gate(norm) if gate is None and norm is not None else gate
+    asks = attached_gate(norm) if gate is None and norm is not None else gate
     means = None if asks is None else means_after(conv, x, asks)  # before the convolution: next to what writes x
     y = conv(x)
     check_arguments(y, norm, gate, act)

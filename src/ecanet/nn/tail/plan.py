@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ecanet.nn.hung import hung_gate
+from ecanet.nn.attached import attached_gate
 from ecanet.nn.tail.maths import GateMaths, NormMaths
 from ecanet.nn.tail.reading import check_arguments, read_act, read_gate, read_norm, same_kind
 from ecanet.ops.backend import COMPILER, Decision, decide, is_operation_in_graph
@@ -24,7 +24,7 @@ class Plan(NamedTuple):
         backend: Whose kernels: a key of :data:`ecanet.ops.kernels.KERNELS`.
         norm: What is inside, or None for no norm, or one that is called.
         gate: Likewise.
-        calls_norm: Whether the norm is called before, with a gate that hangs on it.
+        calls_norm: Whether the norm is called before, with a gate that is attached to it.
         calls_gate: Whether the gate is called, after the norm.
         adds: Whether the residual is added inside; otherwise afterwards.
         act: Index of the activation inside, in :data:`ecanet.ops.reference.ACTS`; None where it comes afterwards.
@@ -96,9 +96,9 @@ def _plan(
 def _read(
     norm: nn.Module | None, gate: nn.Module | None, x: Tensor
 ) -> tuple[NormMaths | str | None, GateMaths | str | None]:
-    """Both, or why one is called; of a gate that hangs on the norm, if the kernels can take the two."""
-    if gate is None and norm is not None and (hung := hung_gate(norm)) is not None:
-        of_gate = read_gate(hung, x)
+    """Both, or why one is called; of a gate that is attached to the norm, if the kernels can take the two."""
+    if gate is None and norm is not None and (attached := attached_gate(norm)) is not None:
+        of_gate = read_gate(attached, x)
         if isinstance(of_gate, str):
             return f"has a gate that {of_gate}", None
         of_norm = read_norm(norm, x, known_hooks=1)
@@ -175,16 +175,15 @@ def explain(
     """
     check_arguments(x, norm, gate, act)
     made = _plan(COMPILER if compiled else decide(x), x, norm, gate, residual, act, knows_means=False)
-    hangs = gate is None and norm is not None and hung_gate(norm) is not None
-    places = {  # of what there is
-        "norm": "called" if made.calls_norm else "inside" if norm is not None else "",
-        "gate": "called" if made.calls_gate or (hangs and made.calls_norm) else "inside" if gate or hangs else "",
-        "residual": "" if residual is None else "inside" if made.adds else "afterwards",
-        type(act).__name__ if isinstance(act, nn.Module) else str(act): ""
-        if act is None
-        else "afterwards"
-        if made.act is None
-        else "inside",
+    is_attached = gate is None and norm is not None and attached_gate(norm) is not None
+    called = made.calls_gate or (is_attached and made.calls_norm)
+    places = {
+        "norm": _place(norm is not None, called=made.calls_norm),
+        "gate": _place(gate is not None or is_attached, called=called),
+        "residual": _place(residual is not None, afterwards=not made.adds),
+        type(act).__name__ if isinstance(act, nn.Module) else str(act): _place(
+            act is not None, afterwards=made.act is None
+        ),
     }
     if made.who == "modules":
         places = {part: place and "inside" for part, place in places.items()}
@@ -196,6 +195,10 @@ def explain(
         f"; {where}: {parts}" for where, parts in zip(("called", "afterwards"), others, strict=True) if parts
     )
     return f"{_NAMES[made.who, made.backend]} ({inside}){rest}: {made.why}"
+
+
+def _place(is_there: bool, called: bool = False, afterwards: bool = False) -> str:
+    return "" if not is_there else "called" if called else "afterwards" if afterwards else "inside"
 
 
 _NAMES = {

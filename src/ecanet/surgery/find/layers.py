@@ -125,7 +125,7 @@ def resolve(module: nn.Module, path: str) -> tuple[str, nn.Module]:
 
 
 def folds_later(module: nn.Module) -> bool:
-    """Whether the module can merge its layers for deployment: a gate that hangs on one of them would be lost."""
+    """Whether the module can merge its layers for deployment: a gate that is attached to one of them would be lost."""
     return hasattr(module, "fuse") or merges_branches(module)
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 
 from torch import nn
 
-from ecanet.nn.hung import CONTAINERS, GATE, hung_gates
+from ecanet.nn.attached import CONTAINERS, GATE, attached_gates
 from ecanet.nn.norms import class_with_forward
 from ecanet.surgery.find.blocks import JOINED, WIDER, Branch, find_blocks
 from ecanet.surgery.find.dry_run import DryRun, dry_run
@@ -41,7 +41,7 @@ class Site(NamedTuple):
 def find_sites(
     model: nn.Module, where: Where, filter_fn: FilterFn | None, run: DryRun | None
 ) -> tuple[list[Site], list[str]]:
-    """The modules that gates are to hang on, in the order of registration.
+    """The modules that gates are to be attached to, in the order of registration.
 
     Args:
         model: The network.
@@ -106,7 +106,7 @@ def _pooled(model: nn.Module, names: Iterable[str], run: DryRun) -> list[str]:
 
 
 def _named(model: nn.Module, where: object) -> list[str]:
-    gates = tuple(f"{f'{name}.' if name else ''}{GATE}." for name, _, _ in hung_gates(model))
+    gates = tuple(f"{f'{name}.' if name else ''}{GATE}." for name, _, _ in attached_gates(model))
     every = [n for n, _ in model.named_modules(remove_duplicate=False) if n and not f"{n}.".startswith(gates)]
     if callable(where):
         found = [name for name in every if where(model.get_submodule(name), name)]

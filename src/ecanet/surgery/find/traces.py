@@ -83,7 +83,7 @@ def cannot_trace(why: str) -> str:
 def _stand_in(module: nn.Module) -> nn.Module:
     """A module of the same class, children and attributes, in which code may leave what it was traced with.
 
-    It has no hooks on its calls: the graph is that of its own code, without a gate that hangs on it.
+    It has no hooks on its calls: the graph is that of its own code, without a gate that is attached to it.
     """
     twin = object.__new__(type(module))
     own = vars(module).items()

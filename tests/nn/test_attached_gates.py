@@ -1,4 +1,4 @@
-"""A gate that hangs on a module scales what it returns; on a norm it rides in the fused tail."""
+"""A gate that is attached to a module scales what it returns; on a norm it rides in the fused tail."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ecanet.nn import ECA, SE, norm_gate_add_act
-from ecanet.nn.hung import hang_, hung_gate, take_down_
+from ecanet.nn.attached import attach_, attached_gate, detach_
 from ecanet.nn.tail import eager
 from ecanet.ops import cpu
 
@@ -22,10 +22,10 @@ def pair(gate: nn.Module | None = None) -> tuple[nn.Module, nn.Module]:
     return norm, (gate or ECA(C)).double()
 
 
-def hung(norm: nn.Module, gate: nn.Module) -> nn.Module:
+def attached(norm: nn.Module, gate: nn.Module) -> nn.Module:
     """A copy of the norm that carries a copy of the gate."""
     norm = copy.deepcopy(norm)
-    hang_(norm, copy.deepcopy(gate))
+    attach_(norm, copy.deepcopy(gate))
     return norm
 
 
@@ -34,14 +34,14 @@ def maps() -> tuple[Tensor, Tensor]:
     return x.requires_grad_(), residual.requires_grad_()
 
 
-def test_a_hung_gate_scales_what_its_host_returns() -> None:
+def test_an_attached_gate_scales_what_its_host_returns() -> None:
     norm, gate = pair()
-    host, (x, _) = hung(norm, gate), maps()
-    assert hung_gate(norm) is None
+    host, (x, _) = attached(norm, gate), maps()
+    assert attached_gate(norm) is None
     assert torch.equal(host(x), gate(norm(x)))
     assert list(host.state_dict()) == [*norm.state_dict(), "gate.conv.weight"]
-    take_down_(host)
-    assert hung_gate(host) is None
+    detach_(host)
+    assert attached_gate(host) is None
     assert torch.equal(host.eval()(x), norm.eval()(x))
     assert list(host.state_dict()) == list(norm.state_dict())
 
@@ -50,7 +50,7 @@ def test_a_hung_gate_scales_what_its_host_returns() -> None:
 @pytest.mark.parametrize("gate", [ECA(C), SE(C)], ids=["eca", "se"])
 def test_the_tail_takes_it_along_with_the_norm(gate, training) -> None:
     norm, gate = pair(gate)
-    host, (x, residual) = hung(norm, gate), maps()
+    host, (x, residual) = attached(norm, gate), maps()
     for module in (norm, gate, host):
         module.train(training)
     want = torch.relu(gate(norm(x)) + residual)
@@ -75,7 +75,7 @@ def test_the_kernels_run_both_as_one(monkeypatch) -> None:
 
     monkeypatch.setattr(eager, "norm_gate_add_act", see)
     x, residual = maps()
-    norm_gate_add_act(x, hung(*pair()), None, residual, "relu")
+    norm_gate_add_act(x, attached(*pair()), None, residual, "relu")
     (norm_maths, gate_maths), *others = calls
     assert not others
     assert norm_maths is not None
@@ -84,14 +84,14 @@ def test_the_kernels_run_both_as_one(monkeypatch) -> None:
 
 def test_another_gate_follows_the_one_that_hangs() -> None:
     norm, gate = pair()
-    second, host, (x, residual) = ECA(C).double(), hung(norm, gate), maps()
+    second, host, (x, residual) = ECA(C).double(), attached(norm, gate), maps()
     want = second(gate(norm(x))) + residual
     torch.testing.assert_close(norm_gate_add_act(x, host, second, residual), want, rtol=1e-12, atol=1e-12)
 
 
 def test_a_users_hook_on_the_host_fires() -> None:
     norm, gate = pair()
-    host, seen, (x, residual) = hung(norm, gate), [], maps()
+    host, seen, (x, residual) = attached(norm, gate), [], maps()
     host.register_forward_hook(lambda module, args, output: seen.append(output))
     want = torch.relu(gate(norm(x)) + residual)
     torch.testing.assert_close(norm_gate_add_act(x, host, None, residual, "relu"), want, rtol=1e-12, atol=1e-12)
@@ -100,7 +100,7 @@ def test_a_users_hook_on_the_host_fires() -> None:
 
 def test_compiled_in_one_graph() -> None:
     norm, gate = pair()
-    host, (x, residual) = hung(norm, gate), maps()
+    host, (x, residual) = attached(norm, gate), maps()
     want = torch.relu(gate(norm(x)) + residual)
     compiled = torch.compile(norm_gate_add_act, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, host, None, residual, "relu"), want, rtol=1e-10, atol=1e-10)
@@ -114,18 +114,18 @@ def test_a_gate_with_a_scale_is_scaled_in_every_path() -> None:
     torch.testing.assert_close(torch.relu(gate(norm(x)) + residual), want, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(norm_gate_add_act(x, norm, gate, residual, "relu"), want, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(
-        norm_gate_add_act(x, hung(norm, gate), None, residual, "relu"), want, rtol=1e-12, atol=1e-12
+        norm_gate_add_act(x, attached(norm, gate), None, residual, "relu"), want, rtol=1e-12, atol=1e-12
     )
     compiled = torch.compile(norm_gate_add_act, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, norm, gate, residual, "relu"), want, rtol=1e-10, atol=1e-10)
 
 
 def test_what_a_gate_cannot_hang_on() -> None:
-    with pytest.raises(ValueError, match="cannot hang on a Sequential, which runs its children"):
-        hang_(nn.Sequential(nn.ReLU()), ECA(C))
-    host = hung(*pair())
+    with pytest.raises(ValueError, match="cannot be attached to a Sequential, which runs its children"):
+        attach_(nn.Sequential(nn.ReLU()), ECA(C))
+    host = attached(*pair())
     with pytest.raises(ValueError, match="with an attribute 'gate' of its own"):
-        hang_(host, ECA(C))
+        attach_(host, ECA(C))
 
 
 @pytest.mark.parametrize("gate", [ECA(C), SE(C)], ids=["eca", "se"])

@@ -1,16 +1,18 @@
-"""A gate hung on a module: it scales what the module returns, and the module stays what and where it was.
+"""A gate attached to a module: it scales what the module returns, and the module stays what and where it was.
 
 The gate is the module's child ``gate``, and a forward hook calls it, so every key of the network stays and the gate's
 are ``NAME.gate.*``. The hook is a function of this file and finds the gate through its module: copies and pickles of
 the network work.
 
-Tools that take networks apart do not know of it, so no gate is lost in silence: where another module is registered in
-the place of one that carries a gate, as timm's ``freeze_batch_norm_2d`` does, the gate hangs on that one from then on,
-or there is a warning, if it is part of something else already; an adapter that is wrapped around a host gets its gate,
-and gives it back when it is taken off; where somebody builds a BatchNorm anew and hands its
-children on, as :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` does, it hangs itself on the new one; torch's
-functions that merge a norm into the layer before it refuse; and :mod:`torch.fx`, which traces the ``forward`` of the
-module that it is given and so passes its hooks by, calls the gate at the end of the graph.
+Tools that take networks apart do not know of gates. So that none is lost in silence:
+
+- Another module takes the place of one with a gate, as timm's ``freeze_batch_norm_2d`` does it: the gate is attached to
+  the new one. There is a warning instead if the new one is part of something else already.
+- An adapter is wrapped around a module with a gate: the adapter gets the gate, and gives it back when it is taken off.
+- A BatchNorm is built anew and gets the children of the old one, as by
+  :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm`: the gate among them attaches itself.
+- Torch's functions that merge a norm into the layer before it raise.
+- :mod:`torch.fx` traces the ``forward`` of a module and passes its hooks by: the graph calls the gate at its end.
 """
 
 import functools
@@ -24,10 +26,10 @@ import torch.nn.utils.fusion
 from torch import fx, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ecanet.nn.absent_gates import HANGS, fill_with_gates_
+from ecanet.nn.absent_gates import ATTACHED, fill_with_gates_
 from ecanet.private_torch import NormBase
 
-#: Name of the gate in the module it hangs on.
+#: Name of the gate in the module it is attached to.
 GATE = "gate"
 
 #: These call their children, or let others: one more would run, too.
@@ -39,7 +41,7 @@ def _run_gate(host: nn.Module, args: Any, output: Any) -> Any:
     gate = host._modules.get(GATE)
     if gate is None:
         raise RuntimeError(
-            f"a {type(host).__name__} took over the hook of a module that a gate hung on, and not the gate: whatever "
+            f"a {type(host).__name__} took over the hook of a module with a gate, and not the gate: whatever "
             "rebuilt the module would have dropped it; remove_gates_ before, and insert_gates_ afterwards"
         )
     return gate(output)
@@ -49,7 +51,7 @@ _run_gate.__name__ = _run_gate.__qualname__ = "run_gate"  # what pickles name
 
 
 def __getattr__(name: str) -> Any:
-    """Give out the hook under the name that pickles have: a gate hangs in this process from then on."""
+    """Give out the hook under the name that pickles have: a gate is attached in this process from then on."""
     if name != "run_gate":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _watch_tools()
@@ -61,54 +63,56 @@ def is_hook_of_a_gate(hook: object) -> bool:
     return hook is _run_gate
 
 
-def hang_(host: nn.Module, gate: nn.Module) -> None:
+def attach_(host: nn.Module, gate: nn.Module) -> None:
     """Hang a gate on a module that has none.
 
     Raises:
         ValueError: the module has something called ``gate`` already, calls all of its children, or is one of torch.fx.
     """
     if isinstance(host, CONTAINERS):
-        raise ValueError(f"a gate cannot hang on a {type(host).__name__}, which runs its children: name its last one")
+        raise ValueError(
+            f"a gate cannot be attached to a {type(host).__name__}, which runs its children: name its last one"
+        )
     if isinstance(host, fx.GraphModule):
         raise ValueError(
-            f"a gate cannot hang on a GraphModule ({type(host).__name__}), of which torch.fx copies and runs the graph "
-            "and no hooks: name the last module in it, or hang the gate before the trace, which takes it along"
+            f"a gate cannot be attached to a GraphModule ({type(host).__name__}), whose graph torch.fx copies and runs "
+            "without hooks: name the last module in it, or attach the gate before the trace, which takes it along"
         )
     if hasattr(host, GATE):
         raise ValueError(f"a {type(host).__name__} with an attribute {GATE!r} of its own cannot take one: wrap it")
     _watch_tools()
     host.register_module(GATE, gate)
-    if _run_gate not in host._forward_hooks.values():  # a gate that hung elsewhere may have hung itself here
+    if _run_gate not in host._forward_hooks.values():  # it may be there, from the module's former gate
         host.register_forward_hook(_run_gate)
-    setattr(gate, HANGS, True)
+    setattr(gate, ATTACHED, True)
 
 
 def _hand_on_the_gate(parent: nn.Module, name: str, new: nn.Module | None) -> None:
     """What takes the place of a host gets its gate; where that could be wrong, one is told."""
     if new is None or not isinstance(children := parent.__dict__.get("_modules"), dict):  # TorchScript has another
         return
-    if type(parent).__module__.startswith("torch.ao.nn.") and hung_gate(new) is not None:
+    if type(parent).__module__.startswith("torch.ao.nn.") and attached_gate(new) is not None:
         raise _would_be_lost(type(new).__name__, f"torch.ao's {type(parent).__name__}")
     old = children.get(name)
-    if old is None or old is new or (gate := hung_gate(old)) is None:
+    if old is None or old is new or (gate := attached_gate(old)) is None:
         return
     problem = _wrap(parent, old, new, gate) if old in new.modules() else _replace(parent, old, new, gate)
     if problem is not None:
-        place = f"a {type(new).__name__} takes the place {name!r} of a {type(old).__name__} that a gate hangs on"
+        place = f"a {type(new).__name__} takes the place {name!r} of a {type(old).__name__} that a gate is attached to"
         warnings.warn(f"{place}, and {problem}", stacklevel=3)
 
 
 def _replace(parent: nn.Module, old: nn.Module, new: nn.Module, gate: nn.Module) -> str | None:
     """Hang the gate on what takes its host's place; what lives elsewhere, too, would be scaled there: says so."""
-    if any(module is gate or getattr(module, HANGS, False) for module in new.modules()):
+    if any(module is gate or getattr(module, ATTACHED, False) for module in new.modules()):
         return None  # it brings one
     if any(module is new for module in parent.children()):
         return None  # modules of one parent change places
     if _is_registered(new, but_in=old.modules()):
-        return "the gate goes with the old one: insert_gates_ hangs another on the new one"
+        return "the gate goes with the old one: insert_gates_ attaches another to the new one"
     if new in old.modules():  # an adapter is taken off
-        take_down_(old)
-    hang_(new, gate)
+        detach_(old)
+    attach_(new, gate)
     fill_with_gates_(new)
     return None
 
@@ -121,7 +125,7 @@ def _wrap(parent: nn.Module, old: nn.Module, new: nn.Module, gate: nn.Module) ->
     """
     if not any(child is old for child in new.children()) or not callable(getattr(new, "merge", None)):
         own = {*new.parameters()} - {*old.parameters()}
-        others = any(hung_gate(module) is not None for module in new.modules() if module is not old)
+        others = any(attached_gate(module) is not None for module in new.modules() if module is not old)
         if not own or others or type(new).__module__.startswith("torch."):
             return None
         return (
@@ -133,8 +137,8 @@ def _wrap(parent: nn.Module, old: nn.Module, new: nn.Module, gate: nn.Module) ->
             "adapts it, which is part of something else, too: the gate does not scale what the new one adds. Adapt it "
             "without a gate, and insert_gates_ afterwards"
         )
-    take_down_(old)
-    hang_(new, gate)
+    detach_(old)
+    attach_(new, gate)
     fill_with_gates_(new)
     return None
 
@@ -158,18 +162,18 @@ def _are_children(held: dict[Any, Any]) -> bool:
 
 def _would_be_lost(host: str, tool: str) -> ValueError:
     return ValueError(
-        f"a gate hangs on the {host} that {tool} merges with the layer before it, and would be lost: "
+        f"a gate is attached to the {host} that {tool} merges with the layer before it, and would be lost: "
         "optimize_for_inference merges them and keeps the gate, remove_gates_ takes it out"
     )
 
 
 def refuses_gates(merge: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """A function that makes one layer of a layer and a norm, so that it raises where a gate hangs on either."""
+    """A function that makes one layer of a layer and a norm, so that it raises where a gate is attached to either."""
 
     @functools.wraps(merge)
     def merge_without_gates(*args: Any, **kwargs: Any) -> nn.Module:
         for module in (*args, *kwargs.values()):
-            if isinstance(module, nn.Module) and hung_gate(module) is not None:
+            if isinstance(module, nn.Module) and attached_gate(module) is not None:
                 raise _would_be_lost(type(module).__name__, merge.__name__)
         return merge(*args, **kwargs)
 
@@ -177,7 +181,7 @@ def refuses_gates(merge: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
 
 def calls_the_gate(trace: Callable[..., fx.Graph]) -> Callable[..., fx.Graph]:
-    """:meth:`torch.fx.Tracer.trace`, so that the graph of a module that a gate hangs on ends with the gate.
+    """:meth:`torch.fx.Tracer.trace`, so that the graph of a module that a gate is attached to ends with the gate.
 
     A graph is what all that follows copies, splits, interprets and rewrites; the hook is on the module it was made of.
     """
@@ -185,7 +189,7 @@ def calls_the_gate(trace: Callable[..., fx.Graph]) -> Callable[..., fx.Graph]:
     @functools.wraps(trace)
     def trace_with_gate(tracer: fx.Tracer, root: Any, *args: Any, **kwargs: Any) -> fx.Graph:
         graph = trace(tracer, root, *args, **kwargs)
-        gate = hung_gate(root) if isinstance(root, nn.Module) and tracer.traced_func_name == "forward" else None
+        gate = attached_gate(root) if isinstance(root, nn.Module) and tracer.traced_func_name == "forward" else None
         if gate is None:
             return graph
 
@@ -202,9 +206,9 @@ def calls_the_gate(trace: Callable[..., fx.Graph]) -> Callable[..., fx.Graph]:
     return trace_with_gate
 
 
-def _hang_on_the_new_host(host: nn.Module, name: str, gate: nn.Module | None) -> None:
-    hangs = name == GATE and getattr(gate, HANGS, False) and isinstance(host, NormBase)
-    if hangs and _run_gate not in host._forward_hooks.values():
+def _attach_to_the_new_host(host: nn.Module, name: str, gate: nn.Module | None) -> None:
+    is_attached = name == GATE and getattr(gate, ATTACHED, False) and isinstance(host, NormBase)
+    if is_attached and _run_gate not in host._forward_hooks.values():
         host.register_forward_hook(_run_gate)
         fill_with_gates_(host)
 
@@ -215,9 +219,9 @@ _BORROWERS = ("torch.nn.utils.fusion", "torch.nn.utils", "torch.fx.experimental.
 
 @functools.cache
 def _watch_tools() -> None:
-    """Change what tools of torch do to hosts of gates, in this process, for good: once, before the first gate hangs."""
+    """Change what tools of torch do to modules with a gate, in this process, for good: before the first is attached."""
     register_module_module_registration_hook(_hand_on_the_gate)
-    register_module_module_registration_hook(_hang_on_the_new_host)
+    register_module_module_registration_hook(_attach_to_the_new_host)
     setattr(fx.Tracer, "trace", calls_the_gate(fx.Tracer.trace))  # noqa: B010
     for name in ("fuse_conv_bn_eval", "fuse_linear_bn_eval"):
         merge: Callable[..., nn.Module] = getattr(torch.nn.utils.fusion, name)
@@ -226,23 +230,23 @@ def _watch_tools() -> None:
                 setattr(sys.modules[borrower], name, refuses_gates(merge))
 
 
-def hung_gate(host: nn.Module) -> nn.Module | None:
-    """The gate that hangs on a module, or None."""
+def attached_gate(host: nn.Module) -> nn.Module | None:
+    """The gate that is attached to a module, or None."""
     children = host._modules
     gate = children.get(GATE) if isinstance(children, dict) else None  # TorchScript has something else
     return gate if gate is not None and _run_gate in host._forward_hooks.values() else None
 
 
-def hung_gates(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+def attached_gates(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
     """Name and module of every host of a gate, and the gate."""
     for name, host in model.named_modules():
-        gate = hung_gate(host)
+        gate = attached_gate(host)
         if gate is not None:
             yield name, host, gate
 
 
-def take_down_(host: nn.Module) -> None:
-    """Remove the gate that hangs on a module, and its hook."""
+def detach_(host: nn.Module) -> None:
+    """Remove the gate that is attached to a module, and its hook."""
     for key in [key for key, hook in host._forward_hooks.items() if hook is _run_gate]:
         del host._forward_hooks[key]
-    vars(host._modules.pop(GATE)).pop(HANGS, None)
+    vars(host._modules.pop(GATE)).pop(ATTACHED, None)

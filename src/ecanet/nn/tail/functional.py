@@ -53,6 +53,7 @@ def norm_gate_add_act(
         The identity above is this library's; moments are merged as by Chan, Golub and LeVeque, 1979.
 
     Example:
+        >>> import torch
         >>> from ecanet.nn import ECA
         >>> x, norm, eca = torch.randn(8, 64, 7, 7), nn.BatchNorm2d(64), ECA(64)
         >>> out = norm_gate_add_act(x, norm, eca, residual=x, act="relu")
@@ -97,6 +98,7 @@ def conv_norm_gate_add_act(
         This library's.
 
     Example:
+        >>> import torch
         >>> from ecanet.nn import ECA
         >>> conv, norm, eca = nn.Conv2d(16, 64, 1), nn.BatchNorm2d(64).eval(), ECA(64)
         >>> x = torch.randn(8, 16, 7, 7)

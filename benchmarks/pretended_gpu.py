@@ -60,6 +60,7 @@ def start() -> None:
     target = GPUTarget("cuda", 90, 32)
     triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0))
     config.fx_graph_cache = False
+    config.compile_threads = 1  # code is written and not compiled: no processes wait for it
 
 
 def write(graph: torch.fx.GraphModule, inputs: list[Any], is_backward: bool = False) -> Written:

@@ -20,9 +20,6 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.correctness import check
-from benchmarks.gpu.device import configure, on_of
-from benchmarks.gpu.stages import STAGES
-from benchmarks.run import free_memory
 
 #: GB of a GPU's memory that one job on a whole network may take.
 _HEAVY_GB = 27
@@ -122,6 +119,10 @@ class Workers:
 
 def compile_ahead(keys: Sequence[str], competitors: Sequence[str] | None, settings: dict[str, Any]) -> dict[str, Any]:
     """Call each competitor once; seconds of these first calls."""
+    from benchmarks.gpu.device import configure, on_of  # seconds of imports that a check can do without
+    from benchmarks.gpu.stages import STAGES
+    from benchmarks.run import free_memory
+
     configure()
     on = on_of(settings["dtype"])
     known = {case.key: case for stage in STAGES for case in stage.cases(settings["quick"], settings["compiled"], on)}

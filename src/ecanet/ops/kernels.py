@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ecanet.ops import gpu, statistics
 from ecanet.private_torch import BelowAutograd, direct_call
@@ -20,7 +21,23 @@ class CppKernels:
     small maps would notice.
     """
 
-    update_running = staticmethod(statistics.update_running)
+    @staticmethod
+    def update_running(
+        running_mean: Tensor,
+        running_var: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        momentum: float | Tensor,
+        count: int | Tensor,
+    ) -> None:
+        """Move running statistics; as :func:`ecanet.ops.statistics.update_running`, in fewer operations."""
+        plain = running_mean.dtype == mean.dtype and running_var.dtype == var.dtype
+        if not plain or isinstance(momentum, Tensor) or isinstance(count, Tensor):
+            statistics.update_running(running_mean, running_var, mean, var, momentum, count)
+            return
+        keep = 1.0 - momentum
+        running_mean.mul_(keep).add_(mean, alpha=momentum)
+        running_var.mul_(keep).add_(var, alpha=momentum * (count / (count - 1)))
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         operation = direct_call(getattr(torch.ops.ecanet, name).default)

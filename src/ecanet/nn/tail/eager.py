@@ -183,7 +183,7 @@ class _NormGateAddAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        saved, parameters = Saved(*tensors[:11]), [*tensors[11:]]
+        saved, parameters = Saved._make(tensors[:11]), tensors[11:]
         norm, gate = ctx.norm, ctx.gate
         needs_x, needs_residual, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True

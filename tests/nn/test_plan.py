@@ -1,5 +1,7 @@
 """Who computes a tail, in every situation of the table in docs/how-it-works.md; decided once, and said in one line."""
 
+import copy
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ from torch.autograd import forward_ad
 import ecanet
 from ecanet.nn import ECA, SE, explain, norm_gate_add_act
 from ecanet.nn.tail import plan as plans
+from ecanet.nn.tail.shared_norm import _SharedForward
 from ecanet.ops import backend, cpu, gpu
 
 C = 8
@@ -48,6 +51,11 @@ def with_attached_gate() -> nn.Module:
 #: Name in the docs: what is passed, and what the line says before the reason, and a part of the reason.
 EAGER: dict[str, tuple[Callable[[], dict[str, Any]], str, str]] = {
     "BatchNorm and a gate of this library": (arguments, "the C++ kernels (norm, gate, residual, relu)", "on the CPU"),
+    "neither norm nor gate, gradients on": (
+        lambda: arguments(norm=None, gate=None),
+        "the modules (residual, relu)",
+        "keep less for the backward",
+    ),
     "no gate": (lambda: arguments(gate=None), "the C++ kernels (norm, residual, relu)", "on the CPU"),
     "a gate that is attached to the norm": (
         lambda: arguments(norm=with_attached_gate(), gate=None),
@@ -132,6 +140,11 @@ COMPILED: dict[str, tuple[Callable[[], dict[str, Any]], str, str]] = {
         "the modules (norm, gate, residual, relu)",
         "the norm is called: it has a hook",
     ),
+    "compiled: an empty batch": (
+        lambda: arguments(x=torch.randn(0, C, 3, 4), residual=None),
+        "the modules (norm, gate, relu)",
+        "x is empty",
+    ),
     "compiled: SyncBatchNorm": (
         lambda: arguments(norm=nn.SyncBatchNorm(C)),
         "the modules (norm, gate, residual, relu)",
@@ -139,13 +152,27 @@ COMPILED: dict[str, tuple[Callable[[], dict[str, Any]], str, str]] = {
     ),
 }
 #: Name in the docs: type of x, norm and gate, who computes on the CPU, and on a GPU.
-ON_CPU_AND_GPU: dict[str, tuple[torch.dtype, nn.Module, nn.Module, str, str]] = {
+ON_CPU_AND_GPU: dict[str, tuple[torch.dtype, nn.Module | None, nn.Module, str, str]] = {
     "compiled: another gate, given statistics": (
         torch.float32,
         nn.BatchNorm2d(C).eval(),
         SE(C),
         "the modules (norm, gate, relu)",
         "a formula in a compiler's graph (norm, gate, relu)",
+    ),
+    "compiled: ECA, given statistics, with a gradient": (
+        torch.float32,
+        nn.BatchNorm2d(C).eval(),
+        ECA(C),
+        "the modules (norm, gate, relu)",
+        "a formula in a compiler's graph (norm, gate, relu)",
+    ),
+    "compiled: a gate without a norm": (
+        torch.float32,
+        None,
+        ECA(C),
+        "the modules (gate, relu)",
+        "a formula in a compiler's graph (gate, relu)",
     ),
     "compiled: half precision on a GPU": (
         torch.float16,
@@ -187,7 +214,7 @@ def test_who_computes_under_a_compiler_on_either_device(name, monkeypatch) -> No
     monkeypatch.setattr(gpu, "IS_COMPLETE", True)
     dtype, norm, gate, *lines = ON_CPU_AND_GPU[name]
     for device, line in zip(("cpu", "cuda"), lines, strict=True):
-        with FakeTensorMode(), torch.no_grad():
+        with FakeTensorMode(), torch.set_grad_enabled("gradient" in name):
             x = torch.empty(2, C, 3, 4, dtype=dtype, device=device)
             assert explain(x, norm, gate, act="relu", compiled=True).startswith(f"{line}: ")
 
@@ -246,3 +273,35 @@ def test_explain_refuses_what_the_tail_refuses(changed, error) -> None:
 def test_the_table_in_the_docs_has_every_situation() -> None:
     rows = re.findall(r"^\| ([^|]+) \|", DOCS.read_text(), re.MULTILINE)
     assert set(rows) >= {*EAGER, *COMPILED, *ON_CPU_AND_GPU, *LOOKING_ON}
+
+
+@pytest.mark.parametrize("gate", [ECA(C), SE(C)], ids=["ECA", "SE"])
+def test_an_empty_batch_leaves_the_statistics_as_they_are_also_compiled(gate) -> None:
+    torch._dynamo.reset()
+    norm = nn.BatchNorm2d(C)
+    compiled = torch.compile(lambda x: norm_gate_add_act(x, norm, gate, None, "relu"), backend="aot_eager")
+    compiled(torch.randn(0, C, 4, 4, requires_grad=True)).sum().backward()
+    assert torch.equal(norm.running_mean, torch.zeros(C))
+    assert torch.equal(norm.weight.grad, torch.zeros(C))
+    torch._dynamo.reset()
+
+
+def test_a_residual_that_is_not_dense_is_added_as_the_modules_add_it() -> None:
+    given = arguments(norm=nn.BatchNorm2d(C).eval())
+    want = norm_gate_add_act(**given)
+    got = norm_gate_add_act(**{**given, "residual": given["residual"].to_sparse()})
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda norm: pickle.loads(pickle.dumps(norm))], ids=["copy", "pickle"]
+)
+def test_a_copy_of_a_synchronised_norm_that_a_hook_makes_is_a_plain_one(copied) -> None:
+    norm = nn.SyncBatchNorm(C).eval()
+    vars(norm)["forward"] = _SharedForward(norm)  # as while a hook runs, on a CPU
+    other = copied(norm)
+    del vars(norm)["forward"]
+    x = torch.randn(2, C, 3, 4)
+    assert torch.equal(other(x), norm(x))
+    assert "forward" not in vars(other)
+    assert torch.equal(norm_gate_add_act(x, copied(other)), norm_gate_add_act(x, norm))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ecanet.nn.tail.gradients_of_gates import gate_backward, run_gate
+from ecanet.nn.tail.gradients_of_gates import GateGraph, gate_backward, run_gate
 from ecanet.nn.tail.maths import NO_BAND, GateMaths, NormMaths
 from ecanet.nn.tail.second_derivatives import differentiable_backward
 from ecanet.nn.tail.statistics import share_gradients, share_statistics, update_running_statistics
@@ -105,7 +105,7 @@ class _Coefficients(NamedTuple):
         gate: ``(N, C)``.
         scale: ``(N, C)``.
         shift: ``(N, C)``.
-        graph: The argument of a gate that is no band, and the gate, which autograd can go back through.
+        graph: Of a gate that is no band.
     """
 
     map_means: Tensor
@@ -116,7 +116,7 @@ class _Coefficients(NamedTuple):
     gate: Tensor | None
     scale: Tensor
     shift: Tensor
-    graph: tuple[Tensor, Tensor] | None
+    graph: GateGraph | None
 
 
 def _coefficients(
@@ -141,7 +141,7 @@ def _coefficients(
     graph = norm_scale = None
     if gate is not None and not gate.is_band:
         graph = run_gate(gate, s, differentiate)
-        norm_scale, g = scale, graph[1].detach().to(s.dtype)
+        norm_scale, g = scale, graph.gate.detach().to(s.dtype)
         scale, shift = g * scale, g * shift
     if norm is not None and count is not None:  # after the gate, which may raise
         assert mean is not None
@@ -198,8 +198,7 @@ class _NormGateAddAct(torch.autograd.Function):
             small = between_passes(ctx.ops, saved, up, eps, band, None)
             of_gate = [small.kernel.reshape(kernel.shape) for kernel in parameters]  # one, or none
         else:
-            s, g = ctx.graph
-            grad_s, of_gate = gate_backward(s, g, gate.parameters, gradient_of_gate(saved, up))
+            grad_s, of_gate = gate_backward(ctx.graph, gradient_of_gate(saved, up))
             small = between_passes(ctx.ops, saved, up, eps, NO_BAND, grad_s)
         of_residual = up.grad if needs_residual else None
         of_gate = [_in_type_of(t, g) for t, g in zip(parameters, of_gate, strict=True)]

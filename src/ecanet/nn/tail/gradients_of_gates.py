@@ -1,23 +1,37 @@
 """A gate that is no band of ECA has a small graph of its own: ``(N, C)``-sized, made in the forward pass."""
 
-from typing import Any
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ecanet.nn.tail.maths import GateMaths
 
 
-def run_gate(gate: GateMaths, s: Tensor, differentiate: bool) -> tuple[Tensor, Tensor]:
+class GateGraph(NamedTuple):
+    """The graph of a gate that autograd can go back through.
+
+    Attributes:
+        s: ``(N, C)``, what it begins with.
+        gate: ``(N, C)``, what it ends with.
+        leaves: What stands in it for each parameter: an alias, so that hooks on the parameter do not run here as well
+            as in the graph outside; or the parameter, where the gate does not read it from a module.
+    """
+
+    s: Tensor
+    gate: Tensor
+    leaves: tuple[Tensor, ...]
+
+
+def run_gate(gate: GateMaths, s: Tensor, differentiate: bool) -> GateGraph:
     """Call the gate once; if ``differentiate``, with a graph that no hook on saved tensors takes away.
 
     Args:
         gate: No band.
         s: ``(N, C)``, channel means.
         differentiate: Whether :func:`gate_backward` will be asked.
-
-    Returns:
-        What its graph begins with, and the gate.
 
     Raises:
         RuntimeError: the gate depends on a tensor whose gradient nobody would get.
@@ -26,33 +40,53 @@ def run_gate(gate: GateMaths, s: Tensor, differentiate: bool) -> tuple[Tensor, T
         if not differentiate:
             g = gate.function(s)
             if g.requires_grad:
-                _check_leaves(None, g, gate.parameters)
-            return s, g
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_with_version, _of_that_version):
-            leaf = s.detach().requires_grad_()
+                _leaves_reached(g, gate.parameters)
+            return GateGraph(s, g, ())
+        leaf = s.detach().requires_grad_()
+        with (
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(_with_version, _of_that_version),
+            _aliases(gate) as aliases,
+        ):
             g = gate.function(leaf.clone())  # which may write into what it gets
-    _check_leaves(leaf, g, gate.parameters)
-    return leaf, g
+    reached = _leaves_reached(g, (leaf, *gate.parameters, *aliases.values()))
+    leaves = tuple(p if id(p) in reached else aliases.get(id(p), p) for p in gate.parameters)
+    return GateGraph(leaf, g, leaves)
 
 
-def gate_backward(
-    s: Tensor, gate: Tensor, parameters: tuple[Tensor, ...], grad_gate: Tensor
-) -> tuple[Tensor | None, list[Tensor | None]]:
+def gate_backward(graph: GateGraph, grad_gate: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
     """Gradients of s and of the gate's parameters, through the graph that :func:`run_gate` made.
 
     Args:
-        s: What it begins with.
-        gate: ``(N, C)``.
-        parameters: Of the gate.
+        graph: Of the forward pass.
         grad_gate: ``(N, C)``.
     """
+    s, gate, leaves = graph
     if not gate.requires_grad:
-        return None, [None] * len(parameters)
-    wanted = [s, *(parameter for parameter in parameters if parameter.requires_grad)]
+        return None, [None] * len(leaves)
+    wanted = [s, *(leaf for leaf in leaves if leaf.requires_grad)]
     grad_s, *found = torch.autograd.grad(gate, wanted, grad_gate.to(gate.dtype), retain_graph=True, allow_unused=True)
     remaining = iter(found)
-    grads = [next(remaining) if parameter.requires_grad else None for parameter in parameters]
+    grads = [next(remaining) if leaf.requires_grad else None for leaf in leaves]
     return None if grad_s is None else grad_s.to(grad_gate.dtype), grads
+
+
+@contextlib.contextmanager
+def _aliases(gate: GateMaths) -> Iterator[dict[int, Tensor]]:
+    """While it lasts, the gate's modules hold aliases of their parameters; by the ids of these."""
+    owner = getattr(gate.function, "__self__", None)
+    modules = owner.modules() if isinstance(owner, nn.Module) else ()
+    slots: list[tuple[dict[str, Any], str, Tensor]] = [
+        (m._parameters, key, p) for m in modules for key, p in m._parameters.items() if p is not None
+    ]
+    aliases = {id(p): p.detach().requires_grad_() for _, _, p in slots if p.requires_grad}
+    try:
+        for held, key, p in slots:
+            held[key] = aliases.get(id(p), p)
+        yield aliases
+    finally:
+        for held, key, p in slots:
+            held[key] = p
 
 
 def _with_version(t: Tensor) -> tuple[Tensor, int]:
@@ -70,10 +104,11 @@ def _of_that_version(saved: tuple[Tensor, int]) -> Tensor:
     return t
 
 
-def _check_leaves(leaf: Tensor | None, gate: Tensor, parameters: tuple[Tensor, ...]) -> None:
-    """Raise where a gate depends on a tensor whose gradient nobody would get."""
-    known = {id(leaf), *map(id, parameters)}
-    seen: set[Any] = {parameter.grad_fn for parameter in parameters}  # those may be computed from others
+def _leaves_reached(gate: Tensor, known: tuple[Tensor, ...]) -> set[int]:
+    """Ids of the leaves of a gate's graph; raises where one is not known, whose gradient nobody would get."""
+    ids = {id(t) for t in known}
+    seen: set[Any] = {t.grad_fn for t in known}  # those may be computed from others
+    reached = set()
     to_do = [gate.grad_fn]
     while to_do:
         node = to_do.pop()
@@ -81,9 +116,11 @@ def _check_leaves(leaf: Tensor | None, gate: Tensor, parameters: tuple[Tensor, .
             continue
         seen.add(node)
         variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) not in known:
+        if variable is not None and id(variable) not in ids:
             raise RuntimeError(
                 f"the gate depends on a tensor of shape {tuple(variable.shape)} that requires a gradient and is not "
                 "among its parameters(): register it as one, or run under ecanet.backend('reference')"
             )
+        reached.add(id(variable))
         to_do.extend(function for function, _ in node.next_functions)
+    return reached

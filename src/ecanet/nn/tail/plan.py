@@ -78,6 +78,8 @@ def _plan(
     if decision.name == "reference" or (decision.name == "compiler" and isinstance(norm, nn.SyncBatchNorm)):
         return Plan("modules", decision.why)
     of_norm, of_gate = _read(norm, gate, x)
+    if norm is None and gate is None and torch.is_grad_enabled():
+        return Plan("modules", "without norm and gate, torch's own operations keep less for the backward")
     adds = residual is None or same_kind(residual, x)
     code = read_act(act) if adds else None
     if decision.name == "compiler":
@@ -122,6 +124,8 @@ def _in_graph(
     """What a compiler gets."""
     if isinstance(of_norm, str) or isinstance(of_gate, str):
         return Plan("modules", _why_called(of_norm, of_gate))
+    if x.numel() == 0:
+        return Plan("modules", "x is empty")
     if of_gate is None:
         return Plan("modules", "there is no gate: a compiler fuses the rest as well")
     training = of_norm is not None and of_norm.takes_batch_statistics
@@ -129,7 +133,6 @@ def _in_graph(
         of_norm is not None
         and of_gate.is_band
         and not is_exporting()
-        and x.numel() > 0
         and (training or not torch.is_grad_enabled())
         and is_operation_in_graph(x, training)
     ):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -46,7 +47,9 @@ def read_act(act: str | nn.Module | None) -> int | None:
 
 def same_kind(t: Tensor, x: Tensor) -> bool:
     """Whether the kernels can take t beside x, or in its place: same shape, type and device."""
-    return type(t) is Tensor and (t.shape, t.dtype, t.device) == (x.shape, x.dtype, x.device)
+    return (
+        type(t) is Tensor and t.layout is torch.strided and (t.shape, t.dtype, t.device) == (x.shape, x.dtype, x.device)
+    )
 
 
 def read_gate(gate: nn.Module, x: Tensor) -> GateMaths | str:

@@ -28,7 +28,7 @@ def call_norm(norm: nn.Module, x: Tensor) -> Tensor:
     own = vars(norm)
     if not called_differently(norm):
         return _SharedForward(norm)(x)
-    if not isinstance(own.get("forward"), _SharedForward):
+    if not getattr(own.get("forward"), "is_running", False):
         own["forward"] = _SharedForward(norm)  # so that the call runs every hook, which see the module itself
     try:
         return norm(x)
@@ -49,13 +49,22 @@ def _is_ours(norm: nn.SyncBatchNorm, x: Tensor) -> bool:
 
 
 class _SharedForward:
-    """``forward`` of a SyncBatchNorm while hooks run around it; it can be copied and pickled with the norm."""
+    """``forward`` of a SyncBatchNorm while hooks run around it.
+
+    One in a copy of the norm, which a hook made, goes away at the copy's first call.
+    """
 
     def __init__(self, norm: nn.SyncBatchNorm) -> None:
-        self.norm = norm
+        self.norm, self.is_running = norm, True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"norm": self.norm, "is_running": False}
 
     def __call__(self, x: Tensor) -> Tensor:
         norm = self.norm
+        if not self.is_running:
+            vars(norm).pop("forward", None)
+            return norm.forward(x)
         check_rank(norm, x)
         if x.shape[1] == 0 or norm.num_features != x.shape[1]:
             raise ValueError(f"x must have the {norm.num_features} channels of its norm, got shape {tuple(x.shape)}")

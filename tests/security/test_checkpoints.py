@@ -414,9 +414,9 @@ CONFIGS: dict[str, tuple[Any, str]] = {
     "not a number": ({"factor": float("nan")}, "factor must be a finite number"),
     "a list": ([], "must hold names of arguments"),
     "a number": (3, "must hold names of arguments"),
-    "nested": ("[" * 30_000, "is no JSON file"),
-    "cut": ('{"gate": ', "is no JSON file"),
-    "bytes": (b"\xff\xfe", "is no JSON file"),
+    "nested": ("[" * 30_000, "is not a JSON file"),
+    "cut": ('{"gate": ', "is not a JSON file"),
+    "bytes": (b"\xff\xfe", "is not a JSON file"),
     "large": ('"' + "x" * 70_000 + '"', "70,002 bytes, more than"),
 }
 

@@ -1,9 +1,9 @@
-"""The names of torch that are not public: all that the library uses, each with what stands for it where it is gone.
+"""Every private name of torch that the library uses, each with a fallback in case torch removes it.
 
-A release of torch may take any of them away. ``import ecanet`` works without, values stay right, and ``ecanet doctor``
-says what is missing and what that costs. Attributes of :class:`torch.nn.Module` with an underscore (``_modules``,
-``_forward_hooks``, ...) are not listed: a pickled module consists of them; nor is ``Tensor._version``, which torch's
-documentation names.
+A release of torch may remove any of them. ``import ecanet`` still works, values stay right, and ``ecanet doctor``
+says what is missing and what that costs. Two kinds are not listed. Attributes of :class:`torch.nn.Module` with an
+underscore (``_modules``, ``_forward_hooks``, ...) are stable, because a pickled module consists of them.
+``Tensor._version`` is in torch's documentation.
 """
 
 import pkgutil
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-#: Path of what this torch lacks, and what happens without.
+#: What this torch lacks: the path of each name, and what happens without it.
 missing: dict[str, str] = {}
 _NO_KERNELS = "plain PyTorch runs instead of the kernels"
 
@@ -30,7 +30,7 @@ def _find(path: str, without: str, instead: Any = None) -> Any:
 
 
 def why_no_kernels() -> str | None:
-    """None if this torch has what the kernels cannot do without, otherwise one line that names what it lacks."""
+    """None if this torch has everything that the kernels need, otherwise one line that names what is missing."""
     gone = [path for path, without in missing.items() if without == _NO_KERNELS]
     return f"torch {torch.__version__} has no {', '.join(gone)}, which they need" if gone else None
 
@@ -43,29 +43,29 @@ def _never(*_: object) -> bool:
     return False
 
 
-# --- who looks on; asked at every call: by their own names, since a look-up takes a part of a small map's time ------
+# --- Who observes the call. Asked at every call, so bound to module names: attribute look-ups are slow on small maps.
 
-#: Whether torch.jit.trace looks on. Public: torch.jit.is_tracing, which asks this after something else.
+#: Whether torch.jit.trace is running. Public: torch.jit.is_tracing, which does more before it asks this.
 is_tracing: Callable[[], bool] = _find("torch._C._is_tracing", "calls take longer", torch.jit.is_tracing)
 
-#: Whether a transform of torch.func looks on. Nothing public tells.
+#: Whether a transform of torch.func is running. No public equivalent.
 are_transforms_active: Callable[[], bool] = _find("torch._C._are_functorch_transforms_active", _NO_KERNELS, _always)
 
-#: Whether a tensor is that of a transform. Nothing public tells.
+#: Whether a tensor is wrapped by a transform of torch.func. No public equivalent.
 is_transformed: Callable[[torch.Tensor], bool] = _find(
     "torch._C._functorch.is_functorch_wrapped_tensor", "a gate's factor is not read under torch.func", _never
 )
 
-#: How many modes see each operation, as torch.fx's make_fx does. Nothing public tells.
+#: How many dispatch modes are active, such as that of torch.fx's make_fx. No public equivalent.
 count_dispatch_modes: Callable[[], int] = _find(
-    "torch._C._len_torch_dispatch_stack", "a gate's factor may be read while a tracer looks on", lambda: 0
+    "torch._C._len_torch_dispatch_stack", "a gate's factor may be read while a tracer runs", lambda: 0
 )
 
 _forward_ad_level = _find("torch.autograd.forward_ad._current_level", _NO_KERNELS)
 
 
 def is_forward_ad_on() -> bool:
-    """Whether forward-mode derivatives are taken. Public: ``forward_ad.unpack_dual``, of one tensor at a time."""
+    """Whether forward-mode differentiation is on. Public: ``forward_ad.unpack_dual``, for one tensor at a time."""
     return _forward_ad_level is None or torch.autograd.forward_ad._current_level >= 0
 
 
@@ -73,19 +73,19 @@ _exporting_flag = _find("torch.compiler._is_exporting_flag", "torch.compiler.is_
 
 
 def is_exporting() -> bool:
-    """Whether :func:`torch.export.export` looks on. Public: torch.compiler.is_exporting.
+    """Whether :func:`torch.export.export` is running. Public: torch.compiler.is_exporting.
 
-    That says True under torch.compile, too, in torch 2.11.
+    In torch 2.11 the public function also returns True under torch.compile.
     """
     if _exporting_flag is None:
         return torch.compiler.is_exporting()
     return torch.compiler._is_exporting_flag
 
 
-#: Hooks on all modules; what is true where there is one. Nothing public tells.
+#: Truthy if a global hook (one on all modules) is registered. No public equivalent.
 has_any_global_hook: Callable[[], Any] = _find("torch.nn.modules.module._has_any_global_hook", _NO_KERNELS, _always)
 
-#: Those hooks by number, of calls forward. Public: the handles, which whoever put a hook there has.
+#: The global forward pre-hooks and forward hooks, by id. Public: only the handles, which whoever registered them holds.
 GLOBAL_HOOKS: list[dict[int, Any]] = [
     _find(f"torch.nn.modules.module.{name}", "hooks on all modules run in a dry run", {})
     for name in ("_global_forward_pre_hooks", "_global_forward_hooks")
@@ -93,13 +93,13 @@ GLOBAL_HOOKS: list[dict[int, Any]] = [
 
 # --- kinds of tensors and modules -----------------------------------------------------------------------------------
 
-#: Tensors without values. Nothing public names them.
+#: Tensors without values. No public equivalent.
 FakeTensor: Any = _find("torch._subclasses.fake_tensor.FakeTensor", "tensors without values are not recognised", ())
 
-#: Makes them. Nothing public does.
+#: The mode that creates them. No public equivalent.
 FakeTensorMode: Any = _find("torch._subclasses.fake_tensor.FakeTensorMode", "shapes are found by running a network")
 
-#: Tensors under a compiler's functionalization, and the mode that handles them. Nothing public names them.
+#: Tensors under a compiler's functionalization, and the mode that handles them. No public equivalent.
 FunctionalTensor: Any = _find(
     "torch._subclasses.functional_tensor.FunctionalTensor", "an operation stays one node in a compiler's graph", ()
 )
@@ -120,10 +120,10 @@ NormBase: Any = _find(
 
 
 def check_rank(norm: Any, x: torch.Tensor) -> bool:
-    """Have a norm refuse a map of another rank than it takes; False where it cannot be asked. Public: calling it.
+    """Run a norm's own check of the rank of ``x``; return False if it has none. Public: calling the norm.
 
     Raises:
-        ValueError: as the norm.
+        ValueError: the norm rejects the rank.
     """
     check = getattr(norm, "_check_input_dim", None)
     if check is not None:
@@ -132,12 +132,12 @@ def check_rank(norm: Any, x: torch.Tensor) -> bool:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether a module is what :func:`torch.compile` made of one, or its ``compile()`` was called.
+    """Whether a module is the result of :func:`torch.compile`, or its ``compile()`` was called.
 
-    Nothing public tells. Where torch names things otherwise, nothing is recognised, and what surgery does to a compiled
-    module reaches the next compilation alone.
+    No public equivalent. If torch renames these attributes, no module is recognised as compiled, and surgery on a
+    compiled module takes effect only at the next compilation.
     """
-    dynamo = sys.modules.get("torch._dynamo")  # without it nothing is compiled; to import it takes a second
+    dynamo = sys.modules.get("torch._dynamo")  # if it is not imported, nothing is compiled; importing takes a second
     wrapper = getattr(dynamo, "OptimizedModule", None)
     return (wrapper is not None and isinstance(module, wrapper)) or (
         getattr(module, "_compiled_call_impl", None) is not None
@@ -148,17 +148,17 @@ def is_compiled(module: nn.Module) -> bool:
 
 _below_autograd = _find("torch._C._AutoDispatchBelowAutograd", _NO_KERNELS)
 
-#: A context in which operations do not pass through autograd. Nothing public is one.
+#: A context in which operations bypass autograd. No public equivalent.
 BelowAutograd: Callable[[], Any] = nullcontext if _below_autograd is None else _below_autograd
 
 
 def direct_call(overload: Any) -> Callable[..., Any]:
-    """What calling an overload of an operation comes down to. Public: the overload."""
+    """The function that an operation's overload calls, without the overhead. Public: the overload itself."""
     return getattr(overload, "_op", overload)
 
 
 def has_kernel(operation: str, key: str) -> bool:
-    """Whether an operation has a kernel for a dispatch key. Nothing public tells; without, it is taken to be there."""
+    """Whether an operation has a kernel for a dispatch key. No public equivalent; the fallback assumes that it has."""
     return _has_kernel(operation, key)
 
 
@@ -168,8 +168,8 @@ _has_kernel: Callable[[str, str], bool] = _find(
 
 
 def exports_operations_whole() -> bool:
-    """Whether an exporter wants operations as nodes. Nothing public tells; without, it always does."""
-    try:  # not imported with torch, since it takes 0.3 s
+    """Whether an exporter keeps operations as single nodes. No public equivalent; the fallback assumes that it does."""
+    try:  # imported only here: it takes 0.3 s
         disabled = pkgutil.resolve_name("torch.export._trace.custom_triton_ops_decomposition_disabled")
     except (ImportError, AttributeError):
         return True

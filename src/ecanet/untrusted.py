@@ -1,4 +1,4 @@
-"""What a file says, before it is believed: how large it may make things, and how it is shown in an error."""
+"""Checks on what a file says before it is trusted: how large it may make things, and how errors quote it."""
 
 import math
 import os
@@ -7,16 +7,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-#: Longest text from a file that a message repeats.
-_SHOWN = 80
+#: Longest text from a file that a message quotes.
+_MOST_CHARACTERS = 80
 
 
-def shown(value: object, most: int = _SHOWN) -> str:
-    r"""Text from a file as a message may repeat it: the middle cut, and without line breaks or escape codes.
+def shown(value: object, most: int = _MOST_CHARACTERS) -> str:
+    r"""Text from a file, safe to quote in a message: shortened in the middle, line breaks and escape codes escaped.
 
     Args:
-        value: A text, a path or an error; of anything else its ``repr`` or type.
-        most: Longest result, in characters, if none of them is an escape code.
+        value: A text, a path or an error; anything else is shown by its ``repr`` or type.
+        most: Longest result, in characters, not counting what escaping adds.
 
     Example:
         >>> print(shown("layer1.0" + chr(27) + "[2J"), shown("a" * 10**6, most=9))
@@ -30,7 +30,7 @@ def shown(value: object, most: int = _SHOWN) -> str:
 
 
 def _short_repr(value: object) -> str:
-    """Of a number or the like its ``repr``; of something that holds others its type, as those may be without end."""
+    """The ``repr`` of a number, bool or None; of anything else only the type, because containers may be endless."""
     if value is None or isinstance(value, (bool, float)):
         return repr(value)
     if isinstance(value, int):
@@ -39,7 +39,7 @@ def _short_repr(value: object) -> str:
 
 
 def check_file(path: Path, most_bytes: int | None = None) -> None:
-    """Raise unless a path is a file of bytes, and not a device or a pipe that would never end.
+    """Raise unless a path is a regular file: reading a device or a pipe might never end.
 
     Args:
         path: The file.
@@ -47,27 +47,25 @@ def check_file(path: Path, most_bytes: int | None = None) -> None:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no regular file, or larger.
+        ValueError: it is not a regular file, or it is larger.
     """
     try:
         about = os.stat(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(f"no such file: {shown(path, 200)}") from error
     if not stat.S_ISREG(about.st_mode):
-        kind = "a folder" if stat.S_ISDIR(about.st_mode) else "no regular file"
+        kind = "a folder" if stat.S_ISDIR(about.st_mode) else "not a regular file"
         raise ValueError(f"{shown(path, 200)} is {kind}")
     if most_bytes is not None and about.st_size > most_bytes:
-        raise ValueError(
-            f"{shown(path, 200)} has {about.st_size:,} bytes, more than the {most_bytes:,} that one may have"
-        )
+        raise ValueError(f"{shown(path, 200)} has {about.st_size:,} bytes, more than the {most_bytes:,} allowed")
 
 
 def check_number(value: object, what: str, low: float, high: float) -> None:
     """Raise unless a value is a finite number in a range.
 
     Raises:
-        TypeError: it is no number.
-        ValueError: it is outside.
+        TypeError: it is not a number.
+        ValueError: it is outside the range.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{what} must be a number, got {shown(value)}")
@@ -80,7 +78,7 @@ def check_number(value: object, what: str, low: float, high: float) -> None:
 
 
 def listed(names: Iterable[str], most: int = 20) -> str:
-    """Names from a file as a sentence may hold them: the first ones, each shortened, and how many more there are."""
+    """Names from a file, joined for a message: the first ones, each shortened, and how many more there are."""
     every = list(names)
     text = ", ".join(shown(name) for name in every[:most])
     return text if len(every) <= most else f"{text} and {len(every) - most} more"
@@ -90,8 +88,8 @@ def check_plain(value: Any, what: str) -> None:
     """Raise unless a value is a scalar or a list of scalars, each finite and short.
 
     Raises:
-        TypeError: it is something else, such as a mapping, which could stand for an object to be built.
-        ValueError: a number is not finite or a text or list too long.
+        TypeError: it is something else, such as a mapping, which could describe an object to build.
+        ValueError: a number is not finite, or a text or list is too long.
     """
     items = value if isinstance(value, (list, tuple)) else [value]
     if len(items) > 1000:

@@ -109,7 +109,7 @@ def not_registered(monkeypatch):
 def test_a_module_pasted_into_ultralytics_is_not_replaced(monkeypatch):
     parse, pasted = tasks.parse_model, type("ECA", (nn.Module,), {"__module__": "ultralytics.nn.modules.conv"})
     monkeypatch.setattr(tasks, "ECA", pasted, raising=False)
-    with pytest.raises(ValueError, match=r"ultralytics.nn.tasks has a module ECA already.*modules\.conv\.ECA"):
+    with pytest.raises(ValueError, match=r"ultralytics.nn.tasks already has a module ECA.*modules\.conv\.ECA"):
         register()
     assert (tasks.ECA, tasks.parse_model, hasattr(tasks, "SE")) == (pasted, parse, False)
 
@@ -169,7 +169,7 @@ def test_a_row_that_is_repeated_has_as_many_gates():
         ([-1, 1, "ECA", [256, 3]], r"row 1 of the model file, ECA with the arguments \[256, 3\]: at most one argument"),
         (
             [-1, 1, "ECA", [256]],
-            r"below the 64 channels. Channels are not written down.*\[\] takes the defaults, \[3\]",
+            r"below the 64 channels. Channels are not written down.*\[\] means the defaults, \[3\]",
         ),
         ([-1, 1, "SE", [256]], r"below the 64 channels.*\[8\] a reduction of 8"),
         ([-1, 1, "ECA", [4]], r"kernel_size must be odd.*got 4"),
@@ -302,7 +302,9 @@ def test_gates_that_fit_no_layer_of_the_new_network_are_named():
     source, target = YOLO("yolo11n.yaml").model, YOLO("yolo11n.yaml").model
     ecanet.insert_gates_(source, where=["model.0", "model.1"])
     target.model[1] = type(target.model[1])(16, 48, 3, 2)
-    with pytest.warns(UserWarning, match=r"1 gates are left out, as layers of the new network have other.*: model\.1$"):
+    with pytest.warns(
+        UserWarning, match=r"1 gates are left out, because layers of the new network have other.*: model\.1$"
+    ):
         target.load(source)
     assert [name for name, module in target.named_modules() if isinstance(module, ecanet.ECA)] == ["model.0.gate"]
 

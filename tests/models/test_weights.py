@@ -199,7 +199,7 @@ def test_kernel_sizes_within_a_stage_must_agree(released18, tmp_path):
 
 def test_networks_that_were_not_released_are_refused(tmp_path):
     torch.save(small_eca_resnet().state_dict(), tmp_path / "small.pth")
-    with pytest.raises(ValueError, match=r"not an ECA-ResNet-18, 34, .* basic blocks \[1, 1, 1, 0\] a stage"):
+    with pytest.raises(ValueError, match=r"not an ECA-ResNet-18, 34, .* basic blocks \[1, 1, 1, 0\] per stage"):
         load_official(tmp_path / "small.pth")
 
 
@@ -450,12 +450,12 @@ def test_a_norm_without_weight_and_bias_can_take_no_factor_and_need_not():
 @pytest.mark.parametrize("gate", ["eca", "se", None], ids=str)
 def test_official_weights_are_refused_by_load_plain_weights(gate, released18):
     model = eca_resnet18(gate, num_classes=5)
-    assert_refused_and_unchanged(model, released18, "gates of their own.* ecanet.models.load_official")
+    assert_refused_and_unchanged(model, released18, "already have gates.* ecanet.models.load_official")
 
 
 def test_weights_of_other_gates_are_refused():
     model = small_eca_resnet("se")
-    assert_refused_and_unchanged(model, small_eca_resnet("se").state_dict(), "weights hold gates of their own")
+    assert_refused_and_unchanged(model, small_eca_resnet("se").state_dict(), "weights already have gates")
 
 
 def test_weights_of_another_network_are_refused(small_plain, plain_network):

@@ -124,7 +124,7 @@ def test_what_a_gate_cannot_hang_on() -> None:
     with pytest.raises(ValueError, match="cannot be attached to a Sequential, which runs its children"):
         attach_(nn.Sequential(nn.ReLU()), ECA(C))
     host = attached(*pair())
-    with pytest.raises(ValueError, match="with an attribute 'gate' of its own"):
+    with pytest.raises(ValueError, match="with its own attribute 'gate'"):
         attach_(host, ECA(C))
 
 

@@ -393,7 +393,7 @@ def test_nothing_is_asked_of_a_tensor_on_the_way() -> None:
     """What a step costs: a number in Python, and no value that a GPU would be waited for."""
     gate = ECA(C, factor=2.0)
     gate(torch.randn(N, C, 2, 2))
-    gate._read = lambda scale: pytest.fail("the buffer was read")
+    gate._read_factor = lambda scale: pytest.fail("the buffer was read")
     for _ in range(3):
         gate(torch.randn(N, C, 2, 2))
         norm_gate_add_act(torch.randn(N, C, 2, 2), nn.BatchNorm2d(C), gate)

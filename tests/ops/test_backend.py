@@ -321,7 +321,7 @@ def test_triton_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         (
             False,
             False,
-            "torch sees no GPU; on the CPU they run in Triton's interpreter alone, slowly: TRITON_INTERPRET=1",
+            "torch sees no GPU; on the CPU they run only in Triton's interpreter, slowly: TRITON_INTERPRET=1",
         ),
         (False, True, None),
         (True, False, None),

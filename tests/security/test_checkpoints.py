@@ -226,9 +226,9 @@ def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path) -> None
 
 def test_pipes_devices_and_folders_are_no_checkpoints(tmp_path) -> None:
     os.mkfifo(tmp_path / "pipe.pth")
-    with pytest.raises(ValueError, match=r"pipe\.pth is no regular file"):
+    with pytest.raises(ValueError, match=r"pipe\.pth is not a regular file"):
         read_state_dict(tmp_path / "pipe.pth")
-    with pytest.raises(ValueError, match="/dev/zero is no regular file"):
+    with pytest.raises(ValueError, match="/dev/zero is not a regular file"):
         safe_load("/dev/zero")
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         read_state_dict(tmp_path)
@@ -414,9 +414,9 @@ CONFIGS: dict[str, tuple[Any, str]] = {
     "not a number": ({"factor": float("nan")}, "factor must be a finite number"),
     "a list": ([], "must hold names of arguments"),
     "a number": (3, "must hold names of arguments"),
-    "nested": ("[" * 30_000, "is no JSON file"),
-    "cut": ('{"gate": ', "is no JSON file"),
-    "bytes": (b"\xff\xfe", "is no JSON file"),
+    "nested": ("[" * 30_000, "is not a JSON file"),
+    "cut": ('{"gate": ', "is not a JSON file"),
+    "bytes": (b"\xff\xfe", "is not a JSON file"),
     "large": ('"' + "x" * 70_000 + '"', "70,002 bytes, more than"),
 }
 

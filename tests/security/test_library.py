@@ -84,7 +84,7 @@ def numbered(shared: Path, name: str, contents: list[bytes]) -> list[Path]:
 
 
 def refused_as_damaged(reason: str | None, path: Path) -> bool:
-    return reason == f"the C++ kernels cannot be loaded ({path}: it is damaged, or none of ecanet's){AGAIN}"
+    return reason == f"the C++ kernels cannot be loaded ({path}: it is damaged, or not a library of ecanet){AGAIN}"
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def huge(path: Path) -> None:
         file.truncate(10**11)
 
 
-DAMAGED, NO_FILE = "it is damaged, or none of ecanet's", "it is not a file"
+DAMAGED, NO_FILE = "it is damaged, or not a library of ecanet", "it is not a file"
 MEMBERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "an empty file": (Path.touch, DAMAGED),
     "a text": (write(lambda: b"kernels\n" * 100), DAMAGED),

@@ -115,7 +115,7 @@ def test_what_a_recipe_may_be_of_is_a_file(tmp_path) -> None:
         read_recipe(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_recipe(tmp_path / "none.yaml")
-    with pytest.raises(ValueError, match="no regular file"):
+    with pytest.raises(ValueError, match="not a regular file"):
         read_recipe("/dev/zero")
 
 

@@ -26,9 +26,9 @@ CHANGE_LIBRARIES = [
     f"ecanet.{module}.{name}"
     for module, names in {
         "integrations.ultralytics": ("register", "keep_gates", "example"),
-        "nn.keep.ultralytics": ("follow", "keep_gates", "teach", "read_rows", "_with_gates", "_train_with_gates"),
-        "nn.keep.transformers": ("keep_gates", "_with_gates"),
-        "nn.attached": ("_watch_tools", "attach_"),
+        "nn.keep.ultralytics": ("follow", "keep_gates", "teach", "read_rows", "_parse_with_gates", "_train_with_gates"),
+        "nn.keep.transformers": ("keep_gates", "_initializing_gates"),
+        "nn.attached": ("_patch_tools", "attach_"),
         "surgery": ("insert_gates_",),
     }.items()
     for name in names

@@ -161,7 +161,7 @@ def test_weights_that_two_norms_share_take_none() -> None:
     model = resnet18()
     model.layer1[1].bn2.weight = model.layer1[0].bn2.weight
     insert_gates_(model)
-    with pytest.raises(ValueError, match="another module has the weights"):
+    with pytest.raises(ValueError, match="another module shares the weights"):
         fold_factors_(model)
 
 

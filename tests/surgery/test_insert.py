@@ -434,9 +434,9 @@ class TestRefusals:
             (lambda: "resnet50", "model must be a torch.nn.Module, got str"),
             (lambda: nn.DataParallel(vgg()), r"model is wrapped.*pass the plain model, such as model.module"),
             (lambda: nn.ModuleDict({"net": nn.DataParallel(vgg())}), r"model.net is wrapped"),
-            (lambda: torch.compile(vgg()), r"model is compiled: pass the model from before torch.compile"),
+            (lambda: torch.compile(vgg()), r"model is compiled: pass the model before torch.compile"),
             (compiled_in_place, "model is compiled"),
-            (scripted, "model is scripted or traced: pass the model from before that"),
+            (scripted, "model is scripted or traced: pass the original model"),
         ],
         ids=["no module", "parallel", "part of it", "compiled", "compiled in place", "scripted"],
     )

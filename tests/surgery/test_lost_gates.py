@@ -481,7 +481,7 @@ def test_an_adapter_on_a_layer_of_two_places_is_told_that_it_is_not_scaled() -> 
     attach_(model.conv, SEVar1(C))
     model.again = host = model.conv
     want = host(x)
-    with pytest.warns(UserWarning, match="part of something else, too.*Adapt it without a gate"):
+    with pytest.warns(UserWarning, match="also part of something else.*Adapt it without a gate"):
         model.conv = MergingAdapter(host)
     assert torch.equal(model.again(x), want)
 

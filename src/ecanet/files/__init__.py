@@ -1,1 +1,1 @@
-"""Files: written whole or not at all (``atomic.py``); read without running what they say (``state_dicts.py``)."""
+"""Files: written whole or not at all (``atomic.py``); read without running code in them (``state_dicts.py``)."""

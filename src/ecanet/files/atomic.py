@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: a kill or a full disk leaves what was there."""
+"""Files are written whole or not at all: after a kill or on a full disk, the old file is still there."""
 
 import contextlib
 import os
@@ -11,17 +11,17 @@ _PARTIAL = re.compile(r"\.(.+)\.([1-9][0-9]{0,8})\.partial")
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes | memoryview | str) -> None:
-    """Write a file beside its place, have the disk keep it, and rename it.
+    """Write a temporary file beside ``path``, flush it to disk, and rename it to ``path``.
 
-    Whoever reads meanwhile gets the old file or the new one, whole. What a kill leaves is a file named
-    ``.NAME.PROCESS.partial``, for :func:`remove_partial_files`.
+    A concurrent reader sees the old file or the new one, always whole. A kill leaves a file named
+    ``.NAME.PROCESS.partial``, which :func:`remove_partial_files` removes.
 
     Args:
-        path: The file; its folder is made when it is not there.
+        path: The file; its folder is created if needed.
         content: Bytes, or text to be written as UTF-8.
 
     Raises:
-        OSError: it could not be written; nothing is left beside it.
+        OSError: it could not be written; the temporary file is removed.
     """
     target = Path(path)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
@@ -39,24 +39,24 @@ def write_whole(path: str | os.PathLike[str], content: bytes | memoryview | str)
 
 
 def remove_partial_files(folder: Path, names: Collection[str]) -> None:
-    """Remove what a kill in the middle of a write left behind: regular files, and none of another living process.
+    """Remove the temporary files of killed writes: regular files only, and none of another process that is alive.
 
     Args:
         folder: Where to look.
-        names: Of the files that were being written.
+        names: Names of the files that were being written.
     """
     for path in folder.iterdir():
         match = _PARTIAL.fullmatch(path.name)
         is_ours = match is not None and match[1] in names and stat.S_ISREG(path.lstat().st_mode)
-        if match is not None and is_ours and not _is_another(int(match[2])):
+        if match is not None and is_ours and not _is_alive_elsewhere(int(match[2])):
             path.unlink(missing_ok=True)
 
 
-def _is_another(process: int) -> bool:
-    """Whether a process lives that is not this one."""
-    if process == os.getpid():  # numbers return, and in containers soon
+def _is_alive_elsewhere(process: int) -> bool:
+    """Whether a process id belongs to a living process other than this one."""
+    if process == os.getpid():  # ids are reused, in containers soon
         return False
-    if os.name != "posix":  # there, to ask would be to end it
+    if os.name != "posix":  # os.kill would end the process there
         return True
     try:
         os.kill(process, 0)

@@ -19,21 +19,21 @@ from ecanet.untrusted import check_file, listed, shown
 
 StateDict: TypeAlias = Mapping[str, Tensor]
 
-_WRAPPERS = ("module.", "_orig_mod.", "network.")
-#: So many wrappers a network has at most.
-_WRAPPED = 8
-#: Longest key, and most keys, of a state dict.
-_KEY_LENGTH, _KEYS = 1000, 20_000
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.", "network.")
+#: Most wrappers around one network.
+_MOST_WRAPPERS = 8
+#: Longest key, and largest number of keys, of a state dict.
+_LONGEST_KEY, _MOST_KEYS = 1000, 20_000
 _KEYS_IN_A_MESSAGE = 20
-#: What stands after a file's own content: this and the SHA-256 of that content. What reads such files passes it over.
+#: A file's content is followed by this and the content's SHA-256. Readers of such files ignore it.
 _CHECKSUM = b"\necanet sha256 "
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read a state dict from a ``.pth``, ``.pth.tar``, ``.ckpt`` or ``.safetensors`` file, without unpickling code.
 
-    A nested ``state_dict`` or ``model`` is taken out, and what wrappers put before every key is dropped: ``module.``
-    (DataParallel), ``_orig_mod.`` (torch.compile), ``network.`` (:mod:`ecanet.train`).
+    A nested ``state_dict`` or ``model`` is unpacked. Prefixes that wrappers put before every key are removed:
+    ``module.`` (DataParallel), ``_orig_mod.`` (torch.compile), ``network.`` (:mod:`ecanet.train`).
 
     Args:
         path: The file.
@@ -50,16 +50,16 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def safe_load(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
-    """Read whatever tensors and plain values a checkpoint file holds, without unpickling code.
+    """Read the tensors and plain values in a checkpoint file, without unpickling code.
 
     Args:
-        path: A file of ``torch.save`` or safetensors. Where :func:`safe_save` wrote it, its checksum is verified.
+        path: A file of ``torch.save`` or safetensors. If :func:`safe_save` wrote it, its checksum is verified.
         map_location: Device for the tensors, as in ``torch.load``.
 
     Raises:
         FileNotFoundError: no such file.
         PermissionError: it may not be read.
-        ValueError: the file is damaged, compressed so that its size says nothing, or holds code, which
+        ValueError: the file is damaged, compressed (it could unpack to any size), or holds code, which
             ``weights_only=True`` refuses; names the file.
         ImportError: a ``.safetensors`` file without safetensors installed.
     """
@@ -82,12 +82,12 @@ def safe_load(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
         return read(path)
     except PermissionError:
         raise
-    except Exception as error:  # torch and safetensors raise some ten types, depending on where a file is damaged
+    except Exception as error:  # torch and safetensors raise about ten types, depending on where a file is damaged
         raise ValueError(f"{shown(str(path), 200)} {_what_is_wrong(error)}") from error
 
 
 def _verify_checksum(path: Path) -> None:
-    """Raise ValueError where a file's content is not what its checksum says; without one nothing can be said."""
+    """Raise ValueError if a file has a checksum that does not match its content."""
     trailer = len(_CHECKSUM) + 64
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
@@ -101,17 +101,17 @@ def _verify_checksum(path: Path) -> None:
             digest.update(chunk)
             left -= len(chunk)
     if digest.hexdigest().encode() != end[len(_CHECKSUM) :]:
-        raise ValueError("its content is not what its checksum says")
+        raise ValueError("its content does not match its checksum")
 
 
 def safe_save(value: Any, path: str | os.PathLike[str]) -> None:
     """Write a file of ``torch.save``, whole or not at all.
 
-    Behind its content stands a checksum, which :func:`safe_load` verifies and ``torch.load`` passes over.
+    A checksum follows the content: :func:`safe_load` verifies it and ``torch.load`` ignores it.
 
     Args:
         value: Tensors and plain values.
-        path: The file; its folder is made when it is not there.
+        path: The file; its folder is created if needed.
 
     Raises:
         OSError: it could not be written; names the file and its size.
@@ -127,45 +127,47 @@ def safe_save(value: Any, path: str | os.PathLike[str]) -> None:
 
 
 def state_dict_in(loaded: object, source: str) -> dict[str, Tensor]:
-    """The state dict inside what a checkpoint holds; ``source`` names it in errors.
+    """The state dict inside a loaded checkpoint; ``source`` names the checkpoint in errors.
 
     Raises:
-        ValueError: there is none, or a key or a tensor in it is no part of a network's.
+        ValueError: there is none, or a key or a tensor in it cannot belong to a network.
     """
     for nested in ("state_dict", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(nested), Mapping):
             loaded = loaded[nested]
     source = shown(source, 200)
     if not isinstance(loaded, Mapping) or not loaded:
-        raise ValueError(f"{source} holds no state dict: expected names mapped to tensors, found {_kind(loaded)}")
-    if len(loaded) > _KEYS:
-        raise ValueError(f"{source} holds no network's state dict: it has {len(loaded):,} keys, more than {_KEYS:,}")
-    looked_at: set[tuple[Any, ...]] = set()
+        raise ValueError(f"{source} holds no state dict: expected names mapped to tensors, found {_type_name(loaded)}")
+    if len(loaded) > _MOST_KEYS:
+        raise ValueError(
+            f"{source} holds no network's state dict: it has {len(loaded):,} keys, more than {_MOST_KEYS:,}"
+        )
+    checked: set[tuple[Any, ...]] = set()
     for key, value in loaded.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             where = repr(shown(key)) if isinstance(key, str) else shown(key)
             raise ValueError(
-                f"{source} holds no state dict: expected names mapped to tensors, found {_kind(value)} at {where}"
+                f"{source} holds no state dict: expected names mapped to tensors, found {_type_name(value)} at {where}"
             )
-        if len(key) > _KEY_LENGTH:
+        if len(key) > _LONGEST_KEY:
             raise ValueError(f"{source} holds no network's state dict: a key has {len(key):,} characters, {shown(key)}")
-        problem = _problem_of(value, looked_at)
+        problem = _why_not_a_weight(value, checked)
         if problem is not None:
             raise ValueError(f"{source}: {shown(key)} {problem}")
-    return _without_prefix(loaded)
+    return _without_wrapper_prefixes(loaded)
 
 
-def _problem_of(t: Tensor, looked_at: set[tuple[Any, ...]]) -> str | None:
-    """Why a tensor is no weight or buffer of a network, or None.
+def _why_not_a_weight(t: Tensor, checked: set[tuple[Any, ...]]) -> str | None:
+    """Why a tensor cannot be a weight or buffer of a network; None if it can.
 
     Args:
         t: The tensor.
-        looked_at: Storages whose values were looked at already: many tensors may share one.
+        checked: Storages and views whose values are known to be finite: many tensors may share a storage.
     """
     if t.is_meta:
         return "has no values (it is on the device 'meta')"
     if t.layout is not torch.strided or t.is_nested or t.is_quantized:
-        return f"is no plain tensor (layout {t.layout}, type {t.dtype})"
+        return f"is not a plain tensor (layout {t.layout}, type {t.dtype})"
     if t.is_complex():
         return f"is complex ({t.dtype})"
     held = t.untyped_storage().nbytes() // t.element_size()
@@ -175,20 +177,20 @@ def _problem_of(t: Tensor, looked_at: set[tuple[Any, ...]]) -> str | None:
         return None
     view = (t.untyped_storage().data_ptr(), t.dtype, t.storage_offset(), t.shape, t.stride())
     whole = (t.untyped_storage().data_ptr(), t.dtype)
-    if whole in looked_at or view in looked_at:
+    if whole in checked or view in checked:
         return None
-    values = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())  # once for all tensors that share it
+    values = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())  # one check for all tensors that share it
     values = values if t.element_size() > 1 else values.float()
     if bool(torch.isfinite(values).all()):
-        looked_at.add(whole)
+        checked.add(whole)
         return None
     if not bool(torch.isfinite(t if t.element_size() > 1 else t.float()).all()):
         return "has values that are NaN or infinite: the run that wrote it diverged"
-    looked_at.add(view)
+    checked.add(view)
     return None
 
 
-def _kind(value: object) -> str:
+def _type_name(value: object) -> str:
     return "nothing" if isinstance(value, Mapping) and not value else type(value).__name__
 
 
@@ -200,16 +202,16 @@ def _what_is_wrong(error: Exception) -> str:
             "code. Save the state dict alone: torch.save(model.state_dict(), path)"
         )
     reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-    if "weights_only" in reason:  # torch's advice is to read the file as code
+    if "weights_only" in reason:  # torch would advise running the file's code
         reason = "it holds more than tensors and plain values"
     return f"is not a checkpoint that torch or safetensors can read, or it is damaged ({shown(reason, 300)})"
 
 
-def _without_prefix(state: StateDict) -> dict[str, Tensor]:
-    """Keys without what wrappers put before them; versions of modules, which some networks ask for, stay beside."""
+def _without_wrapper_prefixes(state: StateDict) -> dict[str, Tensor]:
+    """A state dict without wrappers' key prefixes; it keeps the modules' version numbers, which some networks read."""
     keys, versions = list(state), _versions(state)
-    for _ in range(_WRAPPED):
-        prefix = next((p for p in _WRAPPERS if all(key.startswith(p) for key in keys)), None)
+    for _ in range(_MOST_WRAPPERS):
+        prefix = next((p for p in _WRAPPER_PREFIXES if all(key.startswith(p) for key in keys)), None)
         if prefix is None:
             break
         keys = [key.removeprefix(prefix) for key in keys]
@@ -221,7 +223,7 @@ def _without_prefix(state: StateDict) -> dict[str, Tensor]:
 
 
 def _versions(state: StateDict) -> dict[str, dict[str, int]]:
-    """Version numbers of modules as ``state_dict()`` keeps them beside the keys; nothing else of what stands there."""
+    """The modules' version numbers from the metadata that ``state_dict()`` attaches; all other metadata is dropped."""
     beside = getattr(state, "_metadata", None)
     named = beside.items() if isinstance(beside, Mapping) else ()
     return {
@@ -232,7 +234,7 @@ def _versions(state: StateDict) -> dict[str, dict[str, int]]:
 
 
 def misfits(state: StateDict, own: StateDict) -> dict[str, list[str]]:
-    """Keys of a state dict that a network lacks, or has in another shape or kind."""
+    """Keys of a state dict that a network lacks, or has in another shape or kind of type (floating point or not)."""
     both = [(key, value, own[key]) for key, value in state.items() if key in own]
     return {
         "unexpected": [key for key in state if key not in own],
@@ -250,7 +252,7 @@ def misfits(state: StateDict, own: StateDict) -> dict[str, list[str]]:
 
 
 def describe(**problems: list[str]) -> str:
-    """Lists of keys by what is wrong with them, as one sentence; empty if nothing is."""
+    """One sentence from lists of keys, named by what is wrong with them; empty if all lists are."""
     return "; ".join(
         f"{len(keys)} {kind}: {listed(keys, _KEYS_IN_A_MESSAGE)}" for kind, keys in problems.items() if keys
     )

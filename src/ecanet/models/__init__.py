@@ -1,4 +1,4 @@
-"""Networks with a gate in every block, on torchvision's classes, and the weights that load into them."""
+"""Networks with a gate in every block, based on torchvision's classes, and functions that load weights into them."""
 
 import importlib.util
 import warnings
@@ -53,7 +53,7 @@ def build_model(name: str, **kwargs: Any) -> ECAResNet | ECAMobileNetV2 | SmallE
     return MODELS[name](**kwargs)
 
 
-# timm finds the networks by name as soon as ecanet is imported; without timm nothing is lost but that.
+# With timm installed, importing this package registers the networks, so that timm finds them by name.
 if importlib.util.find_spec("timm") is not None:
     try:
         import ecanet.models.timm_models  # noqa: F401

@@ -1,4 +1,4 @@
-"""Arguments of networks that come from a file: a recipe, a checkpoint, a folder of the Hub."""
+"""Checks on arguments of networks that come from a file: a recipe, a checkpoint, a folder of the Hub."""
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -53,7 +53,7 @@ def _kernel_size(value: Any, what: str) -> None:
 
 _bool = _one_of(True, False)
 
-#: What an argument may be, in every network that has it. Nothing here names a file, a class or a function.
+#: The check of each argument, for every network that has it. None accepts a file, class or function.
 CHECKS: dict[str, _Check] = {
     "depth": _one_of(18, 34, 50, 101, 152),
     "gate": _one_of(*GATES, "none", None),
@@ -77,29 +77,29 @@ CHECKS: dict[str, _Check] = {
     "replace_stride_with_dilation": _or_none(_list_of(_bool, 3)),
     "norm_layer": _one_of(None),
 }
-_RESNET = ("factor", "fold", "zero_init_residual", "groups", "width_per_group", "replace_stride_with_dilation")
+_RESNET_OPTIONS = ("factor", "fold", "zero_init_residual", "groups", "width_per_group", "replace_stride_with_dilation")
 #: What a recipe's ``model.options`` may hold, by the network's name.
 OPTIONS: dict[str, tuple[str, ...]] = {
-    **{f"eca_resnet{depth}": _RESNET for depth in (18, 34, 50, 101, 152)},
+    **{f"eca_resnet{depth}": _RESNET_OPTIONS for depth in (18, 34, 50, 101, 152)},
     "eca_mobilenet_v2": ("factor", "fold", "width_mult", "dropout"),
     "small_eca_resnet": ("factor", "fold", "widths", "blocks", "stem_stride"),
 }
 
 
 def check_arguments(arguments: object, source: str | Path, allowed: Collection[str]) -> dict[str, Any]:
-    """Arguments from a file, each known and in its range.
+    """Check that arguments from a file are known and in range, and return them.
 
     Args:
         arguments: Names to values.
-        source: Where they come from, for errors.
-        allowed: Names that may be there.
+        source: The file, for errors.
+        allowed: Names that may occur.
 
     Returns:
         The arguments.
 
     Raises:
-        TypeError: a value is of another type.
-        ValueError: a name is not known or a value out of range; names it.
+        TypeError: a value has the wrong type.
+        ValueError: a name is unknown or a value out of range; says which.
 
     Example:
         >>> check_arguments({"widths": [16, 32]}, "recipe.yaml", OPTIONS["small_eca_resnet"])

@@ -1,4 +1,4 @@
-"""``save_pretrained`` / ``from_pretrained`` through huggingface_hub's mixin, and a clear word when it is missing."""
+"""``save_pretrained`` / ``from_pretrained`` through huggingface_hub's mixin, with a clear error if it is missing."""
 
 import importlib.util
 import inspect
@@ -17,30 +17,30 @@ from ecanet.nn import Gate
 from ecanet.nn.folding import fold_factors_
 from ecanet.untrusted import check_file, shown
 
-_REMEDY = "needs huggingface_hub and safetensors: pip install 'ecanet[hub]'"
+_NEEDS_PACKAGES = "needs huggingface_hub and safetensors: pip install 'ecanet[hub]'"
 
 try:
     from huggingface_hub import PyTorchModelHubMixin
 except ImportError:
 
     class PyTorchModelHubMixin:  # type: ignore[no-redef]
-        """Stands in where huggingface_hub is not installed."""
+        """Stands in if huggingface_hub is not installed."""
 
         def __init_subclass__(cls, **_: Any) -> None:
             super().__init_subclass__()
 
         def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
             """Say what is missing."""
-            raise ImportError(f"save_pretrained {_REMEDY}")
+            raise ImportError(f"save_pretrained {_NEEDS_PACKAGES}")
 
         @classmethod
         def from_pretrained(cls, *_: Any, **__: Any) -> NoReturn:
             """Say what is missing."""
-            raise ImportError(f"from_pretrained {_REMEDY}")
+            raise ImportError(f"from_pretrained {_NEEDS_PACKAGES}")
 
         def push_to_hub(self, *_: Any, **__: Any) -> NoReturn:
             """Say what is missing."""
-            raise ImportError(f"push_to_hub {_REMEDY}")
+            raise ImportError(f"push_to_hub {_NEEDS_PACKAGES}")
 
 
 class HubModel(
@@ -50,10 +50,10 @@ class HubModel(
     paper_url="https://arxiv.org/abs/1910.03151",
     tags=["image-classification", "channel-attention", "eca-net"],
 ):
-    """A network whose constructor arguments (``config``) and weights fit in a folder: config.json, model.safetensors.
+    """A network that can be saved to a folder: its arguments as config.json, its weights as model.safetensors.
 
-    A subclass sets ``config`` to the arguments that build it again, ``backbone`` to torchvision's name of its plain
-    twin and ``classifier_name`` to the prefix of its classifier's keys, and names its gates.
+    A subclass sets ``config`` to the arguments that rebuild it, ``backbone`` to torchvision's name of its plain twin,
+    and ``classifier_name`` to the prefix of its classifier's keys. It lists its gates in :meth:`gated_norms`.
     """
 
     config: dict[str, Any]
@@ -65,25 +65,25 @@ class HubModel(
         raise NotImplementedError
 
     def _start_gates(self) -> None:
-        """Make the gates what ``config`` says.
+        """Initialise the gates as ``config`` says.
 
         Raises:
-            ValueError: a gate cannot be neutral or its factor folded, or ``factor`` is another than a neutral one's.
+            ValueError: a gate cannot be neutral, its factor cannot be folded, or ``factor`` is not a neutral gate's.
         """
         given = self.config["factor"]
         if self.config["neutral"]:
             make_neutral_(self, fold=self.config["fold"])
         elif self.config["fold"]:
             fold_factors_(self)
-        self._note_factor()
+        self._record_factor()
         needed = self.config["factor"]
         if self.config["neutral"] and given is not None and given != needed:
             raise ValueError(f"factor must be {needed} or left out with neutral=True, got {given!r}")
 
-    def _note_factor(self, **changes: Any) -> None:
-        """Put the factor that the gates have into ``config``, where all have the same, and other changes.
+    def _record_factor(self, **changes: Any) -> None:
+        """Record the gates' common factor in ``config`` (None if they differ), together with other changes.
 
-        What was folded or unfolded since the network was built is seen by it: neutral gates have one factor alone.
+        Whether factors were folded or unfolded after construction follows from it: neutral gates have a known factor.
         """
         factors = {gate.factor for _, gate in self.gated_norms() if isinstance(gate, Gate)}
         config = {**self.config, **changes, "factor": factors.pop() if len(factors) == 1 else None}
@@ -100,7 +100,7 @@ class HubModel(
         """Write config.json, model.safetensors and a model card into a folder.
 
         Args:
-            save_directory: The folder; made when it is not there.
+            save_directory: The folder; created if needed.
             config: What to write to config.json instead of the network's own ``config``.
             kwargs: Passed on to huggingface_hub's ``PyTorchModelHubMixin.save_pretrained``.
 
@@ -109,8 +109,8 @@ class HubModel(
 
         Raises:
             ImportError: huggingface_hub or safetensors is not installed.
-            ValueError: the network was built from something JSON cannot hold, such as a gate of your own, or it was
-                changed after it was built, so that the folder could not be loaded.
+            ValueError: the network was built from something that JSON cannot hold, such as a custom gate, or it was
+                changed after construction, so that the folder could not be loaded.
 
         Example:
             >>> import tempfile
@@ -122,7 +122,7 @@ class HubModel(
             'se'
         """
         _require_safetensors("save_pretrained")
-        self._note_factor()
+        self._record_factor()
         config = self.config if config is None else config
         for name, value in config.items():
             try:
@@ -130,7 +130,7 @@ class HubModel(
             except TypeError:
                 raise ValueError(
                     f"save_pretrained cannot write {name}={value!r} to config.json: only gates known by name and plain "
-                    "values can be saved; save the weights with torch.save(model.state_dict(), path) instead"
+                    "values can be saved. Save the weights with torch.save(model.state_dict(), path) instead"
                 ) from None
         self._check_config_rebuilds(config)
         return super().save_pretrained(save_directory, config=config, **kwargs)
@@ -141,12 +141,12 @@ class HubModel(
         own, built = self.state_dict(), rebuilt.state_dict()
         changed = [key for key in {**own, **built} if key not in own or key not in built]
         changed += [key for key in own if key in built and own[key].shape != built[key].shape]
-        if not changed and _gates(self) != _gates(rebuilt):
+        if not changed and _gate_reprs(self) != _gate_reprs(rebuilt):
             changed = ["the arguments of its gates"]
         if changed:
             raise ValueError(
                 f"save_pretrained cannot describe this network in config.json: {config} builds one that differs in "
-                f"{', '.join(changed)}. Build it with the right arguments (num_classes=, gate=) rather than changing "
+                f"{', '.join(changed)}. Build it with the right arguments (num_classes=, gate=) instead of changing "
                 "it, or save the weights with torch.save(model.state_dict(), path)"
             )
 
@@ -156,15 +156,15 @@ class HubModel(
     ) -> Any:
         """Build the network that a folder, or a repository of the Hub, describes, and load its weights.
 
-        Both files are data: arguments are checked one by one, none of them opens a path, and nothing is built for sizes
-        that the weights do not have.
+        Both files are treated as data: every argument is checked, none of them opens a path, and no memory is allocated
+        for sizes that the weights do not have.
 
         Args:
             folder: A folder with ``config.json`` and ``model.safetensors``, or the name of a repository of the Hub.
-            strict: Refuse weights that are missing or unexpected; otherwise what fits is loaded.
+            strict: Reject missing or unexpected weights; otherwise load the weights that fit.
             map_location: Device for the network.
             arguments: huggingface_hub's ``revision``, ``cache_dir``, ``force_download``, ``local_files_only`` and
-                ``token``; others take the place of those in ``config.json``.
+                ``token``; others override those in ``config.json``.
 
         Returns:
             The network in eval mode.
@@ -172,16 +172,16 @@ class HubModel(
         Raises:
             ImportError: huggingface_hub or safetensors is not installed.
             OSError: no such folder, file or repository.
-            TypeError, ValueError: a file is damaged, an argument not one of the network's, or the weights do not fit;
-                names the file.
+            TypeError, ValueError: a file is damaged, an argument is not the network's, or the weights do not fit; names
+                the file.
         """
         _require_safetensors("from_pretrained")
-        hub = {name: arguments.pop(name) for name in _OF_THE_HUB if name in arguments}
+        hub = {name: arguments.pop(name) for name in _DOWNLOAD_ARGUMENTS if name in arguments}
         config_file = _file_of(folder, "config.json", hub)
         given = check_arguments(_read_config(config_file), config_file, _arguments_of(cls)) | arguments
         weights = _file_of(folder, "model.safetensors", hub)
         state = read_state_dict(weights)
-        with torch.device("meta"):  # no memory is taken for sizes that the file only claims
+        with torch.device("meta"):  # allocates no memory for sizes that the file only claims
             own = cls(**given).state_dict()
         problem = misfits(state, own)
         if not strict:
@@ -194,14 +194,14 @@ class HubModel(
         return model.to(map_location).eval()
 
 
-#: Arguments that huggingface_hub takes to find a file.
-_OF_THE_HUB = ("revision", "cache_dir", "force_download", "local_files_only", "token")
-#: Largest ``config.json``; those that are written here have less than 1 kB.
+#: Arguments of huggingface_hub's download of a file.
+_DOWNLOAD_ARGUMENTS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+#: Largest ``config.json`` in bytes; those written here have less than 1 kB.
 _LARGEST_CONFIG = 2**16
 
 
 def _arguments_of(cls: type) -> list[str]:
-    """Arguments of a network's constructor, and of those it hands arguments on to."""
+    """Arguments of a network's constructor, and of the base constructors that its keyword arguments reach."""
     names: list[str] = []
     for base in cls.__mro__:
         if "__init__" not in vars(base) or not issubclass(base, nn.Module) or base is nn.Module:
@@ -217,12 +217,12 @@ def _file_of(folder: str | Path, name: str, hub: dict[str, Any]) -> Path:
     if Path(folder).is_dir():
         path = Path(folder) / name
         if not path.exists():
-            raise FileNotFoundError(f"no {name} in {folder}, so it is no folder that save_pretrained wrote")
+            raise FileNotFoundError(f"no {name} in {folder}, so it is not a folder that save_pretrained wrote")
         return path
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
-        raise ImportError(f"from_pretrained {_REMEDY}") from error
+        raise ImportError(f"from_pretrained {_NEEDS_PACKAGES}") from error
     return Path(hf_hub_download(str(folder), name, **hub))
 
 
@@ -231,13 +231,13 @@ def _read_config(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON file, or damaged ({shown(str(error), 200)})") from error
+        raise ValueError(f"{path} is not a JSON file, or it is damaged ({shown(str(error), 200)})") from error
 
 
-def _gates(model: HubModel) -> list[str]:
+def _gate_reprs(model: HubModel) -> list[str]:
     return [repr(gate) for _, gate in model.gated_norms()]
 
 
 def _require_safetensors(action: str) -> None:
     if importlib.util.find_spec("safetensors") is None:
-        raise ImportError(f"{action} {_REMEDY}")
+        raise ImportError(f"{action} {_NEEDS_PACKAGES}")

@@ -1,4 +1,4 @@
-"""ECA-MobileNetV2 on torchvision's class, with any gate or none."""
+"""ECA-MobileNetV2, based on torchvision's class, with any gate or none."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -20,7 +20,7 @@ BLOCKS_PER_STAGE = (1, 2, 3, 4, 3, 3, 1)
 
 
 class GatedInvertedResidual(InvertedResidual):
-    """torchvision's InvertedResidual with room for a gate after the linear projection's norm, the end of ``conv``."""
+    """torchvision's InvertedResidual with an optional gate after the last norm, at the end of ``conv``."""
 
     has_gate = False
 
@@ -52,12 +52,12 @@ class ECAMobileNetV2(HubModel, MobileNetV2):
     Args:
         gate: A name in :data:`ecanet.nn.GATES`, a class or function of the number of channels, or None for none.
             ``"se"`` and the class ``SE`` have reduction 8 here, as in the paper. ``"se_gc1"`` and ``"se_gc2"`` need
-            multiples of 16 channels, and the second stage has 24.
-        kernel_size: For gates that have one: ``"adaptive"`` (Eq. 12), ``"released"`` (the released weights'), an odd
-            integer, or one for each of the 7 stages. No gate, no kernel: None ignores it.
+            multiples of 16 channels, but the second stage has 24.
+        kernel_size: For gates that have one: ``"adaptive"`` (Eq. 12), ``"released"`` (as in the released weights), an
+            odd integer, or one for each of the 7 stages. Ignored without a gate.
         num_classes: Outputs of the classifier.
-        width_mult: Factor on the channels of every layer.
-        dropout: Before the classifier.
+        width_mult: Multiplies the channels of every layer.
+        dropout: Dropout before the classifier.
         neutral: As in :class:`~ecanet.models.ECAResNet`.
         factor: As in :class:`~ecanet.models.ECAResNet`.
         fold: As in :class:`~ecanet.models.ECAResNet`.
@@ -67,9 +67,9 @@ class ECAMobileNetV2(HubModel, MobileNetV2):
         Input ``(N, 3, H, W)``, output ``(N, num_classes)``.
 
     Raises:
-        TypeError: ``gate`` does not make a module.
-        ValueError: unknown ``gate`` or ``kernel_size``, a gate that cannot have the channels of a stage, or a
-            ``neutral`` start for a gate that has none, or another ``factor`` than that needs.
+        TypeError: ``gate`` does not return a module.
+        ValueError: ``gate`` or ``kernel_size`` is unknown, the gate cannot have the channels of a stage, it cannot be
+            ``neutral``, or ``factor`` is not the one that ``neutral`` needs.
 
     Source:
         Wang et al., ECA-Net, CVPR 2020, arXiv:1910.03151; Sandler et al., arXiv:1801.04381.
@@ -143,7 +143,7 @@ def eca_mobilenet_v2(gate: GateSpec = "eca", *, weights: PlainWeights | None = N
 
     Args:
         gate: A name in :data:`ecanet.nn.GATES`, a class or function of the number of channels, or None for none.
-        weights: A **plain** MobileNetV2's weights, loaded without changing the function it computes:
+        weights: A **plain** MobileNetV2's weights, loaded without changing the function that it computes:
             see :func:`ecanet.models.load_plain_weights`.
         kwargs: ``kernel_size``, ``num_classes``, ``width_mult``, ``dropout``, ``neutral``, ``factor``, ``fold``: see
             :class:`ECAMobileNetV2`.

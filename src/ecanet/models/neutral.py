@@ -1,4 +1,4 @@
-"""Networks that start as their plain twins: gates that are 1."""
+"""Makes networks start as their plain twins, with gates that are 1."""
 
 import copy
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from ecanet.nn.neutral import make_identity_
 
 
 class Gated(Protocol):
-    """A network that can name its gates and the norms before them."""
+    """A network that can list its gates and the norms before them."""
 
     def gated_norms(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """Pairs of a norm and the gate that scales its output."""
@@ -20,17 +20,17 @@ class Gated(Protocol):
 
 
 def make_neutral_(model: Gated, *, fold: bool = False) -> None:
-    """Make a network with gates compute what it computes without them: every gate becomes 1, nothing else is touched.
+    """Make a network with gates compute what it computes without them: every gate becomes 1, nothing else changes.
 
-    Plain state dicts then load strictly, and make the gates 1 again.
+    Plain state dicts then load strictly and make the gates 1 again.
 
     Args:
         model: One of :mod:`ecanet.models`.
         fold: Fold the gates' factors into the norms before them: :func:`ecanet.fold_factors_`.
 
     Raises:
-        ValueError: a gate cannot be constant (SE-Var1 has no weights), or with ``fold`` a norm cannot take its factor.
-            The network is then as it was.
+        ValueError: a gate cannot be constant (SE-Var1 has no weights), or with ``fold``, a norm cannot take its factor.
+            The network is then unchanged.
     """
     assert isinstance(model, nn.Module)
     if fold:

@@ -1,4 +1,4 @@
-"""The checkpoints that the authors of ECA-Net released."""
+"""Loads the checkpoints that the authors of ECA-Net released."""
 
 import os
 import warnings
@@ -22,8 +22,8 @@ def load_official(path: str | os.PathLike[str], strict: bool = True) -> ECAResNe
 
     Args:
         path: The checkpoint file.
-        strict: Raise when keys are missing or unexpected. Otherwise warn, load the others and leave the missing
-            ones as they were initialised.
+        strict: Raise if keys are missing or unexpected. Otherwise warn, load the others, and leave missing ones as
+            they were initialised.
 
     Returns:
         An :class:`~ecanet.models.ECAResNet` or :class:`~ecanet.models.ECAMobileNetV2` with those weights, on the CPU,
@@ -31,8 +31,8 @@ def load_official(path: str | os.PathLike[str], strict: bool = True) -> ECAResNe
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a checkpoint, not one of ECA-Net's networks, or keys that are missing, unexpected or of another
-            shape (named, up to 20 of each).
+        ValueError: the file is not a checkpoint or not one of ECA-Net's networks, or keys are missing, unexpected or of
+            another shape (up to 20 of each are named).
 
     Source:
         GitHub ``BangguWu/ECANet``.
@@ -51,21 +51,21 @@ def load_official(path: str | os.PathLike[str], strict: bool = True) -> ECAResNe
     if any(key.startswith("features.") for key in state):
         build = partial(
             ECAMobileNetV2,
-            kernel_size=_mobilenet_stages(kernels, path),
-            num_classes=_classes(state, ECAMobileNetV2.classifier_name, 1280),
+            kernel_size=_mobilenet_kernel_sizes(kernels, path),
+            num_classes=_number_of_classes(state, ECAMobileNetV2.classifier_name, 1280),
         )
     else:
         depth = _depth(state, path)
         build = partial(
             ECAResNet,
             depth,
-            kernel_size=_resnet_stages(kernels, depth, path),
-            num_classes=_classes(state, ECAResNet.classifier_name, 512 if depth < 50 else 2048),
+            kernel_size=_resnet_kernel_sizes(kernels, depth, path),
+            num_classes=_number_of_classes(state, ECAResNet.classifier_name, 512 if depth < 50 else 2048),
         )
-    with torch.device("meta"):  # no memory is taken for sizes that the file only claims
+    with torch.device("meta"):  # allocates no memory for sizes that the file only claims
         model = build()
     own = model.state_dict()
-    # Checkpoints from before torch 0.4.1 have no such counters; torch starts them at 0.
+    # Checkpoints from before torch 0.4.1 lack these counters; torch starts them at 0.
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     problems = describe(missing=missing, **misfits(state, own))
     if problems:
@@ -84,18 +84,18 @@ def _one_per_stage(stages: list[set[int]], backbone: str, path: object) -> list[
         if len(sizes) > 1:
             raise ValueError(
                 f"{path} has kernel sizes {sorted(sizes)} within stage {i} of {backbone}: "
-                "the networks of the paper, and so of this function, have one kernel size a stage"
+                "the paper's networks, which this function builds, have one kernel size per stage"
             )
-    # A stage without gates goes on, so that load_official can name every missing key.
+    # A stage without gates is no error here, so that load_official can name every missing key.
     return [next(iter(sizes), released) for sizes, released in zip(stages, RELEASED[backbone], strict=True)]
 
 
-def _resnet_stages(kernels: Mapping[str, int], depth: int, path: object) -> list[int]:
+def _resnet_kernel_sizes(kernels: Mapping[str, int], depth: int, path: object) -> list[int]:
     stages = [{size for block, size in kernels.items() if block.startswith(f"layer{i}.")} for i in range(1, 5)]
     return _one_per_stage(stages, f"resnet{depth}", path)
 
 
-def _mobilenet_stages(kernels: Mapping[str, int], path: object) -> list[int]:
+def _mobilenet_kernel_sizes(kernels: Mapping[str, int], path: object) -> list[int]:
     stages, first = [], 1  # features.0 is the stem
     for blocks in BLOCKS_PER_STAGE:
         names = [f"features.{n}.conv" for n in range(first, first + blocks)]
@@ -115,12 +115,12 @@ def _depth(state: StateDict, path: object) -> int:
         ("bottleneck", (3, 8, 36, 3)): 152,
     }
     if (kind, tuple(blocks)) not in depths:
-        raise ValueError(f"{path} is not an ECA-ResNet-18, 34, 50, 101 or 152: found {kind} blocks {blocks} a stage")
+        raise ValueError(f"{path} is not an ECA-ResNet-18, 34, 50, 101 or 152: found {kind} blocks {blocks} per stage")
     return depths[kind, tuple(blocks)]
 
 
-def _classes(state: StateDict, classifier: str, features: int) -> int:
-    """Rows of the classifier's weight, if it is one: a number that the file has values for."""
+def _number_of_classes(state: StateDict, classifier: str, features: int) -> int:
+    """Rows of the classifier's weight, for which the file has values; 1000 if the shape is not a classifier's."""
     weight = state.get(f"{classifier}.weight")
     is_one = weight is not None and weight.dim() == 2 and weight.shape[0] > 0 and weight.shape[1] == features
     return weight.shape[0] if weight is not None and is_one else 1000

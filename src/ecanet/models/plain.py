@@ -1,4 +1,4 @@
-"""Plain networks' weights, loaded into networks with gates without changing the function."""
+"""Loads a plain network's weights into a network with gates without changing the function that it computes."""
 
 import os
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ Network = TypeVar("Network", bound=HubModel)
 
 
 def load_plain_weights(model: Network, weights: PlainWeights, *, fold: bool = False) -> Network:
-    """Load a plain network's weights into one with gates, without changing the function the network computes.
+    """Load a plain network's weights into one with gates, without changing the function that the network computes.
 
-    Training starts from the plain network: every gate is made 1 (with w = 0 its sigmoid is 1/2, and its factor 2 undoes
-    that exactly), and nothing else is touched. A classifier that is not of the model's shape is left out and the
-    model's own kept.
+    Training starts from the plain network: every gate becomes 1 (with w = 0 its sigmoid is 1/2, and its factor 2 undoes
+    that exactly), and nothing else changes. If the classifier's shape differs from the model's, the model keeps its own
+    classifier.
 
     Args:
         model: A network of :mod:`ecanet.models`; changed in place.
@@ -34,13 +34,13 @@ def load_plain_weights(model: Network, weights: PlainWeights, *, fold: bool = Fa
             :func:`ecanet.fold_factors_`.
 
     Returns:
-        ``model``; its ``config`` says how its gates start.
+        ``model``; its ``config`` now says that its gates are neutral.
 
     Raises:
         FileNotFoundError, ImportError: as :func:`read_state_dict`.
-        ValueError: keys are missing, unexpected or of the wrong shape, the state dict has gates of its own, or a
-            gate cannot be constant (SE-Var1 has no weights), or with ``fold`` a norm cannot take its factor. The model
-            is then unchanged.
+        ValueError: keys are missing, unexpected or of the wrong shape; the state dict already has gates; a gate cannot
+            be constant (SE-Var1 has no weights); or with ``fold``, a norm cannot take its gate's factor. The model is
+            then unchanged.
 
     Example:
         >>> import torchvision
@@ -51,7 +51,7 @@ def load_plain_weights(model: Network, weights: PlainWeights, *, fold: bool = Fa
         >>> torch.allclose(model(x), plain(x), atol=1e-5)
         True
     """
-    state = _resolve(weights, model.backbone)
+    state = _state_dict_of(weights, model.backbone)
     own = model.state_dict()
     gates = {id(gate) for _, gate in model.gated_norms()}
     gate_keys = {
@@ -59,7 +59,7 @@ def load_plain_weights(model: Network, weights: PlainWeights, *, fold: bool = Fa
     }
     if eca_kernel_sizes(state) or any(key in state for key in gate_keys):
         raise ValueError(
-            "weights hold gates of their own, so they are not a plain network's: load them with "
+            "weights already have gates, so they are not a plain network's: load them with "
             "model.load_state_dict(weights), or a released checkpoint with ecanet.models.load_official(path)"
         )
     optional = gate_keys
@@ -79,11 +79,11 @@ def load_plain_weights(model: Network, weights: PlainWeights, *, fold: bool = Fa
     model.load_state_dict(state, strict=False)
     if fold:
         fold_factors_(model)
-    model._note_factor(neutral=True, fold=fold)
+    model._record_factor(neutral=True, fold=fold)
     return model
 
 
-def _resolve(weights: PlainWeights, backbone: str) -> dict[str, Tensor]:
+def _state_dict_of(weights: PlainWeights, backbone: str) -> dict[str, Tensor]:
     if isinstance(weights, WeightsEnum):
         return _download(weights)
     if isinstance(weights, Mapping):

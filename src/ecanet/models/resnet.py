@@ -1,4 +1,4 @@
-"""ECA-ResNet-18 to 152 and a small ResNet for small images, on torchvision's blocks, with any gate or none."""
+"""ECA-ResNet-18 to 152 and a small ResNet for small images, based on torchvision's blocks, with any gate or none."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
@@ -15,9 +15,9 @@ from ecanet.nn.tail.functional import conv_norm_gate_add_act, norm_gate_add_act
 
 
 class GatedBasicBlock(BasicBlock):
-    """torchvision's BasicBlock with room for a gate after the last norm, before the addition.
+    """torchvision's BasicBlock with an optional gate after the last norm, before the addition.
 
-    The gate is called ``eca`` whatever it is, so that the official checkpoints' keys fit.
+    Every kind of gate is called ``eca``, so that the official checkpoints' keys fit.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -36,7 +36,7 @@ class GatedBasicBlock(BasicBlock):
 
 
 class GatedBottleneck(Bottleneck):
-    """torchvision's Bottleneck with room for a gate after the last norm, before the addition."""
+    """torchvision's Bottleneck with an optional gate after the last norm, before the addition."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -58,7 +58,7 @@ def _residual(block: GatedBasicBlock | GatedBottleneck, x: Tensor) -> Tensor:
     return x if block.downsample is None else block.downsample(x)
 
 
-def _attach_gates(
+def _add_gates(
     stages: Sequence[nn.Sequential],
     widths: Sequence[int],
     gate: GateSpec,
@@ -75,7 +75,7 @@ def _attach_gates(
 
 
 class _GatedStages(HubModel):
-    """What the ResNets share: where their gates are."""
+    """What the ResNets share: gates in the blocks of stages."""
 
     stage_names: ClassVar[tuple[str, ...]]
     #: Prefix of the classifier's keys.
@@ -97,12 +97,12 @@ class ECAResNet(_GatedStages, ResNet):
     Args:
         depth: 18, 34, 50, 101 or 152.
         gate: A name in :data:`ecanet.nn.GATES`, a class or function of the number of channels, or None for none.
-        kernel_size: For gates that have one: ``"adaptive"`` (Eq. 12), ``"released"`` (the released weights'), an odd
-            integer, or one for each of the 4 stages. No gate, no kernel: None ignores it.
+        kernel_size: For gates that have one: ``"adaptive"`` (Eq. 12), ``"released"`` (as in the released weights), an
+            odd integer, or one for each of the 4 stages. Ignored without a gate.
         num_classes: Outputs of the classifier.
         neutral: Start as the plain network, with gates that are 1 (of factor 2, if they end in a sigmoid). Plain state
-            dicts load into it, strictly, and bring their function.
-        factor: On every gate; by default 1, and with ``neutral`` what that needs.
+            dicts then load strictly, and the network computes what the plain one does.
+        factor: Multiplies every gate value; by default 1, or with ``neutral`` the factor that it needs.
         fold: Fold the gates' factors into the norms before them: :func:`ecanet.fold_factors_`.
         kwargs: torchvision's: ``zero_init_residual``, ``groups``, ``width_per_group``,
             ``replace_stride_with_dilation``, ``norm_layer``.
@@ -111,9 +111,9 @@ class ECAResNet(_GatedStages, ResNet):
         Input ``(N, 3, H, W)``, output ``(N, num_classes)``.
 
     Raises:
-        TypeError: ``gate`` does not make a module.
-        ValueError: unknown ``depth``, ``gate`` or ``kernel_size``, a ``neutral`` start for a gate that has none, or
-            another ``factor`` than that needs.
+        TypeError: ``gate`` does not return a module.
+        ValueError: ``depth``, ``gate`` or ``kernel_size`` is unknown, the gate cannot be ``neutral``, or ``factor`` is
+            not the one that ``neutral`` needs.
 
     Source:
         Wang et al., ECA-Net, CVPR 2020, arXiv:1910.03151; He et al., arXiv:1512.03385 (stride in the 3 x 3
@@ -174,7 +174,7 @@ class ECAResNet(_GatedStages, ResNet):
         }
         stages = [getattr(self, name) for name in self.stage_names]
         widths = [width * block.expansion for width in (64, 128, 256, 512)]
-        _attach_gates(stages, widths, gate, kernel_size, 1.0 if factor is None else factor, self.backbone)
+        _add_gates(stages, widths, gate, kernel_size, 1.0 if factor is None else factor, self.backbone)
         self._start_gates()
 
 
@@ -183,10 +183,10 @@ class SmallECAResNet(_GatedStages):
 
     Args:
         gate: As in :class:`ECAResNet`.
-        kernel_size: As in :class:`ECAResNet`, one a stage; there are no released kernels.
+        kernel_size: As in :class:`ECAResNet`, with one for each of its stages; there are no released kernels.
         num_classes: Outputs of the classifier.
         widths: Channels of each stage; every stage after the first halves the resolution.
-        blocks: Blocks a stage.
+        blocks: Blocks per stage.
         stem_stride: Stride of the first convolution: 2 takes a quarter of the time on 28 x 28 pictures.
         neutral: As in :class:`ECAResNet`.
         factor: As in :class:`ECAResNet`.
@@ -196,9 +196,9 @@ class SmallECAResNet(_GatedStages):
         Input ``(N, 3, H, W)``, output ``(N, num_classes)``.
 
     Raises:
-        TypeError: ``gate`` does not make a module.
-        ValueError: unknown ``gate`` or ``kernel_size``, empty ``widths``, ``blocks`` < 1, a ``neutral`` start for a
-            gate that has none, or another ``factor`` than that needs.
+        TypeError: ``gate`` does not return a module.
+        ValueError: ``gate`` or ``kernel_size`` is unknown, ``widths`` is empty, ``blocks`` < 1, the gate cannot be
+            ``neutral``, or ``factor`` is not the one that ``neutral`` needs.
 
     Source:
         The layout for CIFAR of He et al., arXiv:1512.03385, Section 4.2.
@@ -256,8 +256,8 @@ class SmallECAResNet(_GatedStages):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        # After the backbone, so that a seed gives the same backbone whatever the gate.
-        _attach_gates(stages, widths, gate, kernel_size, 1.0 if factor is None else factor, self.backbone)
+        # Gates come after the backbone, so that a seed gives the same backbone with any gate.
+        _add_gates(stages, widths, gate, kernel_size, 1.0 if factor is None else factor, self.backbone)
         self._start_gates()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -290,7 +290,7 @@ def eca_resnet50(gate: GateSpec = "eca", *, weights: PlainWeights | None = None,
 
     Args:
         gate: A name in :data:`ecanet.nn.GATES`, a class or function of the number of channels, or None for none.
-        weights: A **plain** network's weights, loaded without changing the function it computes:
+        weights: A **plain** network's weights, loaded without changing the function that it computes:
             see :func:`ecanet.models.load_plain_weights`. For the authors' ECA weights use
             :func:`ecanet.models.load_official`.
         kwargs: ``kernel_size``, ``num_classes``, ``neutral``, ``factor``, ``fold`` and torchvision's: see

@@ -1,6 +1,6 @@
-"""The networks as models of timm: ``timm.create_model("eca_resnet50.ecanet")``.
+"""The networks as timm models: ``timm.create_model("eca_resnet50.ecanet")``.
 
-Importing this module registers them; :mod:`ecanet.models` does so where timm is installed.
+Importing this module registers them; :mod:`ecanet.models` does so if timm is installed.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ class _TimmModel(HubModel):
     feature_info: list[dict[str, Any]]
 
     def _sections(self) -> list[list[nn.Module]]:
-        """The modules in order: the stem up to the first feature map, from there to the second, and so on."""
+        """The modules in order, grouped by feature map: those up to the first map, those from it to the second, etc."""
         raise NotImplementedError
 
     def _head_drop(self) -> nn.Module:
@@ -49,7 +49,7 @@ class _TimmModel(HubModel):
 
     def _run_section(self, index: int, x: Tensor) -> Tensor:
         for module in self._sections()[index]:
-            if self.grad_checkpointing and index > 0:  # block by block; a stem alone has too little to save
+            if self.grad_checkpointing and index > 0:  # block by block; the stem would save too little
                 x = checkpoint_seq(module if type(module) is nn.Sequential else [module], x)
             else:
                 x = module(x)
@@ -84,14 +84,14 @@ class _TimmModel(HubModel):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Feature maps on the way, the finest first.
+        """Intermediate feature maps, the finest first.
 
         Args:
             x: ``(N, in_chans, H, W)``.
-            indices: Which of the five: their numbers, an integer n for the last n, or None for all.
-            norm: Without effect, as these networks have no last norm.
-            stop_early: Compute nothing after the last map asked for.
-            output_fmt: ``"NCHW"``.
+            indices: Which of the five maps: their indices, an integer n for the last n, or None for all.
+            norm: Has no effect, because these networks have no final norm.
+            stop_early: Compute nothing after the last requested map.
+            output_fmt: Must be ``"NCHW"``.
             intermediates_only: Return the maps without the output of :meth:`forward_features`.
 
         Raises:
@@ -125,8 +125,8 @@ class _TimmModel(HubModel):
         """Replace the classifier by a new one.
 
         Args:
-            num_classes: Its outputs; 0 for none, so that the network returns features.
-            global_pool: timm's name of a pooling; None keeps the present one, ``""`` is none.
+            num_classes: Outputs of the classifier; 0 for no classifier, so that the network returns features.
+            global_pool: timm's name of a pooling; None keeps the present one, ``""`` is no pooling.
         """
         if global_pool is None:
             global_pool = self.config["global_pool"]
@@ -140,11 +140,11 @@ class _TimmModel(HubModel):
         self.config = {**self.config, "num_classes": num_classes, "global_pool": global_pool}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute the activations inside blocks again in the backward pass instead of keeping them."""
+        """Recompute the activations inside blocks in the backward pass instead of keeping them."""
         self.grad_checkpointing = enable
 
 
-def _or_none(gate: GateSpec) -> GateSpec:
+def _gate_or_none(gate: GateSpec) -> GateSpec:
     return None if isinstance(gate, str) and gate == "none" else gate
 
 
@@ -162,18 +162,18 @@ class TimmECAResNet(_TimmModel, ECAResNet):
 
     Args:
         depth: As in :class:`~ecanet.models.ECAResNet`.
-        gate: As there, and ``"none"`` for no gate, because ``timm.create_model`` leaves out arguments that are None.
-        num_classes: Outputs of the classifier; 0 for none.
+        gate: As there; ``"none"`` also means no gate, because ``timm.create_model`` drops arguments that are None.
+        num_classes: Outputs of the classifier; 0 for no classifier.
         in_chans: Channels of the images.
         global_pool: timm's name of a pooling.
         drop_rate: Dropout before the classifier.
-        output_stride: 32, or for depths from 50 on 16 or 8, by dilation.
-        weights: A plain network's weights, loaded without changing the function it computes.
+        output_stride: 32; for depth 50 or more also 16 or 8, by dilation.
+        weights: A plain network's weights, loaded without changing the function that it computes.
         kwargs: ``kernel_size`` and the other arguments of :class:`~ecanet.models.ECAResNet`.
 
     Raises:
-        TypeError, ValueError: as :class:`~ecanet.models.ECAResNet` and :func:`~ecanet.models.load_plain_weights`; an
-            ``output_stride`` that the network cannot have.
+        TypeError, ValueError: as :class:`~ecanet.models.ECAResNet` and :func:`~ecanet.models.load_plain_weights`; also
+            if the network cannot have that ``output_stride``.
 
     Example:
         >>> import timm, torch
@@ -201,12 +201,12 @@ class TimmECAResNet(_TimmModel, ECAResNet):
             raise ValueError(f"output_stride must be 8, 16 or 32, got {output_stride!r}")
         if output_stride != 32 and depth < 50:
             raise ValueError(
-                f"output_stride must be 32 for depth {depth}, got {output_stride}: torchvision dilates bottleneck "
-                "blocks alone, so use eca_resnet50 or deeper"
+                f"output_stride must be 32 for depth {depth}, got {output_stride}: torchvision dilates only "
+                "bottleneck blocks, so use eca_resnet50 or deeper"
             )
         super().__init__(
             depth,
-            _or_none(gate),
+            _gate_or_none(gate),
             num_classes=max(1, num_classes),
             replace_stride_with_dilation=self._dilations[output_stride],
             **kwargs,
@@ -247,13 +247,13 @@ class TimmECAMobileNetV2(_TimmModel, ECAMobileNetV2):
     """:class:`~ecanet.models.ECAMobileNetV2` with timm's interface and the same keys.
 
     Args:
-        gate: As in :class:`~ecanet.models.ECAMobileNetV2`, and ``"none"`` for no gate, because ``timm.create_model``
-            leaves out arguments that are None.
-        num_classes: Outputs of the classifier; 0 for none.
+        gate: As in :class:`~ecanet.models.ECAMobileNetV2`; ``"none"`` also means no gate, because
+            ``timm.create_model`` drops arguments that are None.
+        num_classes: Outputs of the classifier; 0 for no classifier.
         in_chans: Channels of the images.
         global_pool: timm's name of a pooling.
         drop_rate: Dropout before the classifier.
-        weights: A plain network's weights, loaded without changing the function it computes.
+        weights: A plain network's weights, loaded without changing the function that it computes.
         kwargs: ``kernel_size``, ``width_mult``, ``neutral``, ``factor``, ``fold`` and ``norm_layer``, as there.
 
     Raises:
@@ -266,7 +266,7 @@ class TimmECAMobileNetV2(_TimmModel, ECAMobileNetV2):
         torch.Size([1, 1280])
     """
 
-    #: The last block of each resolution.
+    #: Index in ``features`` of the last block of each resolution.
     _map_ends: ClassVar = (1, 3, 6, 13, 17)
 
     def __init__(
@@ -280,7 +280,7 @@ class TimmECAMobileNetV2(_TimmModel, ECAMobileNetV2):
         weights: PlainWeights | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(_or_none(gate), num_classes=max(1, num_classes), dropout=drop_rate, **kwargs)
+        super().__init__(_gate_or_none(gate), num_classes=max(1, num_classes), dropout=drop_rate, **kwargs)
         del self.config["dropout"]
         self.config |= {"in_chans": in_chans, "drop_rate": drop_rate}
         self.num_features = self.last_channel
@@ -309,7 +309,7 @@ class TimmECAMobileNetV2(_TimmModel, ECAMobileNetV2):
         self.classifier[1] = classifier
 
 
-def _cfg(first_conv: str, classifier: str) -> dict[str, Any] | PretrainedCfg:
+def _pretrained_cfg(first_conv: str, classifier: str) -> dict[str, Any] | PretrainedCfg:
     return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),
@@ -325,10 +325,10 @@ def _cfg(first_conv: str, classifier: str) -> dict[str, Any] | PretrainedCfg:
     }
 
 
-#: timm's registry reads this name. No entry says where weights are, as none are hosted.
+#: timm's registry reads this name. No entry has an address of weights, because none are hosted.
 default_cfgs = generate_default_cfgs(
-    {f"eca_resnet{depth}.ecanet": _cfg("conv1", "fc") for depth in (18, 34, 50, 101, 152)}
-    | {"eca_mobilenet_v2.ecanet": _cfg("features.0.0", "classifier.1")}
+    {f"eca_resnet{depth}.ecanet": _pretrained_cfg("conv1", "fc") for depth in (18, 34, 50, 101, 152)}
+    | {"eca_mobilenet_v2.ecanet": _pretrained_cfg("features.0.0", "classifier.1")}
 )
 
 
@@ -337,11 +337,11 @@ def _create(model_class: type[_TimmModel], variant: str, pretrained: bool, kwarg
         source = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         if not source.has_weights and not source.state_dict:
             raise ValueError(
-                f"pretrained=True finds no weights for {variant}, as none are hosted: use pretrained=False with "
-                "weights= a plain network's weights such as 'IMAGENET1K_V1', or give the authors' file with "
+                f"pretrained=True finds no weights for {variant}, because none are hosted. Use pretrained=False with "
+                "weights= a plain network's weights such as 'IMAGENET1K_V1', or pass the authors' file with "
                 "kernel_size='released' and pretrained_cfg_overlay={'file': path}, or to ecanet.models.load_official"
             )
-    # MobileNetV2's maps end inside its sequence "features", the ResNets' at modules of the network itself.
+    # MobileNetV2's feature maps are inside its sequence "features", the ResNets' are at modules of the network itself.
     feature_cfg = {"flatten_sequential": model_class is TimmECAMobileNetV2}
     return build_model_with_cfg(model_class, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 

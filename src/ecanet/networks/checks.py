@@ -1,4 +1,4 @@
-"""Refusals that every operation on a whole network shares, before anything is done."""
+"""Checks that every operation on a whole network makes before it changes anything."""
 
 from collections.abc import Sequence
 
@@ -14,8 +14,8 @@ def check_model(model: object) -> None:
     """Raise unless a network can be changed or copied as it is.
 
     Raises:
-        TypeError: it is no module, or it or a part of it is compiled, scripted or wrapped for parallel training; says
-            what to pass.
+        TypeError: it is not a module; it or a part of it is compiled, scripted or wrapped for parallel training; or it
+            has uninitialised parameters. The message says what to pass.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -29,19 +29,19 @@ def check_model(model: object) -> None:
                 "model.module, and wrap the result, so that all processes know of its parameters"
             )
         if is_compiled(module):
-            raise TypeError(f"{where} is compiled: pass the model from before torch.compile, and compile the result")
+            raise TypeError(f"{where} is compiled: pass the model before torch.compile, and compile the result")
         if isinstance(module, torch.jit.ScriptModule):
-            raise TypeError(f"{where} is scripted or traced: pass the model from before that")
+            raise TypeError(f"{where} is scripted or traced: pass the original model")
         if any(is_lazy(parameter) for parameter in module._parameters.values()):
             raise TypeError(f"{where} has parameters that are not initialised: run it once on an input first")
 
 
 def check_input_shape(input_shape: object) -> None:
-    """Raise unless it is the shape of an input.
+    """Raise unless the argument is a valid input shape.
 
     Raises:
-        TypeError: it is no sequence of integers.
-        ValueError: a size is below 1, or there is none.
+        TypeError: it is not a sequence of integers.
+        ValueError: it is empty, or a size is below 1.
     """
     if not isinstance(input_shape, Sequence) or not all(type(size) is int for size in input_shape):
         raise TypeError(f"input_shape must be a sequence of integers such as (1, 3, 224, 224), got {input_shape!r}")

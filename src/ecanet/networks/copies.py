@@ -1,4 +1,4 @@
-"""A copy of a network that can run in its place."""
+"""Copies of networks that can run in place of the original."""
 
 import contextlib
 import copy
@@ -14,13 +14,13 @@ from ecanet.nn.attached import is_hook_of_a_gate
 
 
 def twin_of(model: nn.Module) -> nn.Module:
-    """A copy of a network's modules on the same tensors, without the hooks that somebody put on their calls.
+    """A copy of a network's modules that shares its tensors and leaves out users' forward and backward hooks.
 
-    What a run keeps or counts stays in the copy; hooks need not be such that they can be copied. A function that was
-    put on a module, such as a ``forward`` of its own, works on the copy.
+    State that a run changes stays in the copy. Hooks need not be copyable. A function assigned to a module, such as its
+    own ``forward``, works on the copy.
 
     Raises:
-        TypeError: a module of the network says that it is its own copy.
+        TypeError: copying a module of the network returns the module itself.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -37,44 +37,46 @@ def twin_of(model: nn.Module) -> nn.Module:
         raise TypeError(f"a {type(shared).__name__} is its own copy")
     for module in twin.modules():
         for name, value in vars(module).items():
-            vars(module)[name] = _on_the_copy(value, memo)
+            vars(module)[name] = _redirected(value, memo)
     return twin
 
 
-def _on_the_copy(value: Any, memo: dict[int, Any]) -> Any:
-    """What :func:`copy.deepcopy` takes as it is although it leads to the original: functions and weak references.
+def _redirected(value: Any, memo: dict[int, Any]) -> Any:
+    """A value with its references to the original pointed at the copy.
+
+    :func:`copy.deepcopy` does not copy functions and weak references, so they still refer to the original.
 
     Args:
-        value: Of an attribute of a copy.
-        memo: Of that copy.
+        value: Value of an attribute of the copy.
+        memo: The memo of the deep copy.
     """
     if isinstance(value, types.FunctionType):
-        return _function_on_the_copy(value, memo)
+        return _redirected_function(value, memo)
     if isinstance(value, types.MethodType):
-        function: Any = _on_the_copy(value.__func__, memo)
+        function: Any = _redirected(value.__func__, memo)
         return value if function is value.__func__ else types.MethodType(function, value.__self__)
     if isinstance(value, functools.partial):
-        arguments = [_on_the_copy(v, memo) for v in value.args]
-        named = {key: _on_the_copy(v, memo) for key, v in value.keywords.items()}
-        return functools.partial(_on_the_copy(value.func, memo), *arguments, **named)
+        arguments = [_redirected(v, memo) for v in value.args]
+        named = {key: _redirected(v, memo) for key, v in value.keywords.items()}
+        return functools.partial(_redirected(value.func, memo), *arguments, **named)
     if type(value) is weakref.ref:
         referent = memo.get(id(value()))
         return value if referent is None else weakref.ref(referent)
     if type(value) in (list, dict):
         if id(value) in memo:
-            return value  # it holds itself
+            return value  # seen before: it contains itself
         memo[id(value)] = value
     if type(value) is list:
-        value[:] = [_on_the_copy(v, memo) for v in value]
+        value[:] = [_redirected(v, memo) for v in value]
     elif type(value) is dict:
-        value.update({key: _on_the_copy(v, memo) for key, v in value.items()})
+        value.update({key: _redirected(v, memo) for key, v in value.items()})
     elif type(value) is tuple:
-        return tuple(_on_the_copy(v, memo) for v in value)
+        return tuple(_redirected(v, memo) for v in value)
     return value
 
 
-def _function_on_the_copy(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
-    """A function with the same code, whose variables and defaults are copies."""
+def _redirected_function(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
+    """A function with the same code, whose closure variables and defaults are copies."""
     if id(function) in memo:
         return memo[id(function)]
     cells = tuple(types.CellType() for _ in function.__closure__ or ())
@@ -84,12 +86,12 @@ def _function_on_the_copy(function: types.FunctionType, memo: dict[int, Any]) ->
 
     def copied(value: Any) -> Any:
         try:
-            return _on_the_copy(copy.deepcopy(value, memo), memo)
-        except Exception:  # a lock, say, or a file
+            return _redirected(copy.deepcopy(value, memo), memo)
+        except Exception:  # cannot be copied, such as a lock or a file
             return value
 
     new.__defaults__, new.__kwdefaults__ = copied(function.__defaults__), copied(function.__kwdefaults__)
     for cell, own in zip(cells, function.__closure__ or (), strict=True):
-        with contextlib.suppress(ValueError):  # a variable that has no value yet
+        with contextlib.suppress(ValueError):  # a variable without a value yet
             cell.cell_contents = copied(own.cell_contents)
     return new

@@ -12,7 +12,7 @@ from ecanet.nn import ECA, ECANS, SE, Gate, SEGroup, SEVar2
 
 
 def parameters(model: nn.Module) -> int:
-    """Number of parameters, shared ones once, frozen ones too.
+    """Number of parameters; shared ones count once, frozen ones count too.
 
     Example:
         >>> from ecanet.models import eca_resnet50
@@ -23,7 +23,7 @@ def parameters(model: nn.Module) -> int:
 
 
 def gate_parameters(model: nn.Module) -> int:
-    """Number of parameters inside the gates (subclasses of :class:`~ecanet.nn.Gate`), shared ones once.
+    """Number of parameters inside the gates (subclasses of :class:`~ecanet.nn.Gate`); shared ones count once.
 
     Example:
         >>> from ecanet.models import eca_resnet50
@@ -38,21 +38,21 @@ def multiply_adds(model: nn.Module, input_shape: Sequence[int]) -> int:
 
     What is counted:
 
-    - convolutions, linear layers and matrix products: one for every weight and position it is used at, zero padding
-      included, which is half of what :class:`torch.utils.flop_counter.FlopCounterMode` counts;
-    - C S for every gate on a map of C channels and S positions: an addition of the squeeze and a multiplication of
-      the scaling make one multiply-add;
+    - convolutions, linear layers and matrix products: one per weight and position where it is used, zero padding
+      included; this is half of what :class:`torch.utils.flop_counter.FlopCounterMode` counts;
+    - C S for every gate on a map of C channels and S positions: per value, one addition in the squeeze and one
+      multiplication in the scaling make one multiply-add;
     - inside the gates: k C for ECA and ECA-NS, C for SE-Var2, C^2 / G for SE-GC and SE-Var3, 2 C (C // r) for SE.
 
-    Norms, activations, biases, pooling and the additions of residuals are not counted; a gate of your own whose logits
-    are element-wise products adds C S alone. The totals of the paper's Table 3 are 1 % (ResNet-50) to 11 %
-    (MobileNetV2) higher, about what norms and activations would add, but its differences agree: over the blocks of
-    MobileNetV2 the C S add up to 572,320, 0.55 of 2^20, and the paper has 319.9M with ECA against 319.4M.
+    Norms, activations, biases, pooling and the additions of residuals are not counted. A custom gate whose logits are
+    element-wise products adds only C S. The totals of the paper's Table 3 are 1 % (ResNet-50) to 11 % (MobileNetV2)
+    higher, about what norms and activations would add. Its differences agree: over the blocks of MobileNetV2, C S adds
+    up to 572,320, which is 0.55 of 2^20, and the paper reports 319.9M with ECA and 319.4M without.
 
-    The model stays as it is: modes, running statistics, hooks and the state of the random generators.
+    The model is left unchanged, with its modes, running statistics and hooks, and so are the random generators.
 
     Args:
-        model: Takes one tensor; on any device, ``"meta"`` included. Neither compiled nor scripted.
+        model: Takes one tensor; on any device, ``"meta"`` included. Must not be compiled or scripted.
         input_shape: Shape of the input, such as ``(1, 3, 224, 224)``; the count is for the whole batch.
 
     Raises:
@@ -77,21 +77,21 @@ def multiply_adds(model: nn.Module, input_shape: Sequence[int]) -> int:
     cuda_devices = [example.device] if example.device.type == "cuda" else []
     counter = FlopCounterMode(display=False)
     rng = torch.random.fork_rng(devices=cuda_devices)
-    # The counter hooks all modules, for which gates would call their layers.
+    # The counter registers global hooks; with these in place, gates would call their layers.
     with rng, evaluating(model), observing(model, see), counter, without_hooks_on_all_modules():
         model(example.new_zeros(input_shape))
     return counter.get_total_flops() // 2 + extra
 
 
 def elementwise_products(gate: Gate) -> int:
-    """Multiply-adds a sample inside the gate that are no matrix product, so that the flop counter does not see them."""
+    """Multiply-adds per sample in a gate that are not matrix products, so that the flop counter misses them."""
     if gate.maths() is None:  # its layers are called and counted
         return 0
     if isinstance(gate, ECA | ECANS):
         return gate.kernel_size * gate.channels
     if isinstance(gate, SEVar2):
         return gate.weight.numel()
-    # torch.einsum multiplies element by element where there is one channel to sum over.
+    # torch.einsum multiplies element by element if there is only one channel to sum over.
     if isinstance(gate, SEGroup):
         return gate.weight.numel() if gate.weight.shape[2] == 1 else 0
     if isinstance(gate, SE):

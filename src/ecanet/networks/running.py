@@ -1,4 +1,4 @@
-"""Run a network, or a copy of it without data, watch its gates meanwhile, and leave it as it was."""
+"""Run a network, or a copy of it without data, observe its gates, and leave it unchanged."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,7 +13,7 @@ from ecanet.private_torch import GLOBAL_HOOKS, FakeTensorMode
 
 
 def gates(model: nn.Module) -> dict[str, Gate]:
-    """Every gate of a model by its qualified name, in the order of registration (for ResNets: of the forward pass).
+    """Every gate of a model by qualified name, in registration order (for ResNets, the order of the forward pass).
 
     Only subclasses of :class:`~ecanet.nn.Gate` count; a gate that several blocks share appears once.
 
@@ -26,14 +26,14 @@ def gates(model: nn.Module) -> dict[str, Gate]:
 
 
 def example_tensor(model: nn.Module) -> Tensor:
-    """A tensor of the type and on the device of the model's floating-point weights; float32 on the CPU without any."""
+    """A tensor like the model's first floating-point tensor in type and device; without one, float32 on the CPU."""
     tensors = chain(model.parameters(), model.buffers())
     return next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
 
 
 @contextmanager
 def without_hooks_on_all_modules() -> Iterator[None]:
-    """Hooks that somebody registered for the calls of all modules do not run meanwhile."""
+    """Disable global forward hooks (those on all modules) inside the context."""
     kept = [dict(registry) for registry in GLOBAL_HOOKS]
     for registry in GLOBAL_HOOKS:
         registry.clear()
@@ -46,7 +46,7 @@ def without_hooks_on_all_modules() -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the model in eval mode without gradients, then give every module its own mode back."""
+    """Put the model into eval mode without gradients, then restore each module's own mode."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -59,7 +59,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def running_without_data(twin: nn.Module) -> Iterator[None]:
-    """Calls in it compute shapes alone, in eval mode; they run no hook of others and draw no random number."""
+    """Make calls compute only shapes, in eval mode, without global hooks; the random generator is restored after it."""
     with (
         evaluating(twin),
         nullcontext() if FakeTensorMode is None else FakeTensorMode(allow_non_fake_inputs=True),
@@ -71,10 +71,10 @@ def running_without_data(twin: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def observing(model: nn.Module, see: Callable[[str, Gate, Tensor], None]) -> Iterator[None]:
-    """Call ``see(name, gate, x)`` after every forward pass of every gate, x being its input.
+    """Call ``see(name, gate, x)`` after every forward pass of every gate; x is the gate's input.
 
     Raises:
-        ValueError: a gate never ran, so that what was seen does not describe the model.
+        ValueError: a gate never ran, so that the observations do not describe the model.
     """
     waiting = gates(model)
     handles = []
@@ -96,5 +96,5 @@ def observing(model: nn.Module, see: Callable[[str, Gate, Tensor], None]) -> Ite
     if waiting:
         raise ValueError(
             f"model has gates whose forward did not run in eval mode: {', '.join(waiting)}; "
-            "if they are fused or compiled, pass the model from before that, if they are unused, remove them"
+            "if they are fused or compiled, pass the original model; if they are unused, remove them"
         )

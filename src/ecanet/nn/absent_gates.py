@@ -1,8 +1,8 @@
-"""State dicts from before gates came into a network load strictly, and bring the function they had.
+"""State dicts from before a network got gates load strictly, and the network then computes what it did before.
 
-A state dict may lack a gate where the rest of the gate's surroundings is there. Then a gate that starts as 1 becomes 1
-again, and another one that is attached to a module stays as it is. Parts that a state dict does not reach, such as that
-of a classifier alone, stay too.
+A state dict may lack a gate if it has the rest of the gate's surroundings. A gate that starts as 1 then becomes 1
+again; any other attached gate keeps its weights. Parts of the network that a state dict does not contain keep theirs
+too, for example if it holds only a classifier.
 """
 
 import copy
@@ -21,8 +21,8 @@ STARTS_AS_IDENTITY = "starts_as_identity"
 
 
 def keep_loading_(model: nn.Module) -> None:
-    """Let a network, and each part of it, load state dicts without its gates; call it when gates came in or went."""
-    surroundings = {model.get_submodule(name) for name in _surroundings(model)}
+    """Let a network, and each part of it, load state dicts that lack its gates; call it when the gates change."""
+    surroundings = {model.get_submodule(name) for name in _names_of_surroundings(model)}
     for module in model.modules():
         if module in surroundings:
             fill_with_gates_(module)
@@ -33,7 +33,7 @@ def keep_loading_(model: nn.Module) -> None:
 
 
 def fill_with_gates_(module: nn.Module) -> None:
-    """Let a module add what its gates need to state dicts without them."""
+    """Let a module complete state dicts that lack its gates."""
     hooks = module._load_state_dict_pre_hooks.values()
     if not any(getattr(hook, "hook", hook) is _add_absent_gates for hook in hooks):
         module.register_load_state_dict_pre_hook(_add_absent_gates)
@@ -43,21 +43,21 @@ def _may_be_absent(module: nn.Module) -> bool:
     return bool(getattr(module, ATTACHED, False) or getattr(module, STARTS_AS_IDENTITY, False))
 
 
-def _gates(model: nn.Module) -> dict[str, nn.Module]:
-    """Gates that may be absent, under every name they have."""
+def _gates_that_may_be_absent(model: nn.Module) -> dict[str, nn.Module]:
+    """The gates that a state dict may lack, under each of their names."""
     named = model.named_modules(remove_duplicate=False)
     return {name: module for name, module in named if name and _may_be_absent(module)}
 
 
 def _keys_outside(model: nn.Module, gates: dict[str, nn.Module]) -> list[str]:
-    """Keys that a state dict from before the gates has; the oldest do not count batches."""
+    """Keys that a state dict from before the gates has; not ``num_batches_tracked``, which the oldest ones lack."""
     inside = tuple(f"{name}." for name in gates)
     return [key for key in model.state_dict() if not key.startswith(inside) and not key.endswith("num_batches_tracked")]
 
 
-def _surroundings(model: nn.Module) -> Iterator[str]:
-    """Name of the innermost module around each gate that has tensors besides gates."""
-    gates = _gates(model)
+def _names_of_surroundings(model: nn.Module) -> Iterator[str]:
+    """For each gate, the name of the innermost module around it that has tensors outside gates."""
+    gates = _gates_that_may_be_absent(model)
     keys = _keys_outside(model, gates)
     for gate in gates:
         name = gate
@@ -69,8 +69,8 @@ def _surroundings(model: nn.Module) -> Iterator[str]:
 
 
 def _add_absent_gates(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """The hook, before a module loads its own tensors and those inside it."""
-    gates = _gates(module)
+    """The pre-hook: runs before a module loads its own tensors and those of its children."""
+    gates = _gates_that_may_be_absent(module)
     absent = [name for name in gates if not any(key.startswith(f"{prefix}{name}.") for key in state)]
     keys = _keys_outside(module, gates) if absent else []
     if not keys or not all(prefix + key in state for key in keys):
@@ -80,7 +80,7 @@ def _add_absent_gates(module: nn.Module, state: dict[str, Any], prefix: str, *_:
         path = name.split(".")
         inner = (".".join(path[:i]) for i in range(1, len(path)))
         if any(key.startswith(f"{part}.") for part in inner for key in keys):
-            continue  # a part of this module is the gate's surroundings
+            continue  # the gate's surroundings are a part of this module, which has its own hook
         gate: Any = gates[name]
         if getattr(gate, STARTS_AS_IDENTITY, False):
             gate = _as_identity(gate, device)
@@ -88,7 +88,7 @@ def _add_absent_gates(module: nn.Module, state: dict[str, Any], prefix: str, *_:
 
 
 def _as_identity(gate: Any, device: torch.device) -> Any:
-    """The gate, made 1; where it has no values yet, a copy that has, on the device."""
+    """The gate, made 1; if it is on the meta device, a copy with values on ``device`` instead."""
     if isinstance(gate, Gate):
         if gate.has_no_values():
             gate.reset_parameters()

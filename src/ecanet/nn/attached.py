@@ -1,18 +1,18 @@
-"""A gate attached to a module: it scales what the module returns, and the module stays what and where it was.
+"""A gate attached to a module (its host): it scales what the module returns, and the module itself does not change.
 
-The gate is the module's child ``gate``, and a forward hook calls it, so every key of the network stays and the gate's
-are ``NAME.gate.*``. The hook is a function of this file and finds the gate through its module: copies and pickles of
-the network work.
+The gate is the module's child ``gate``, and a forward hook calls it. So all keys of the network stay the same, and the
+gate's keys are ``NAME.gate.*``. The hook is a function of this file that finds the gate through its module, so copies
+and pickles of the network work.
 
-Tools that take networks apart do not know of gates. So that none is lost in silence:
+Tools that rebuild or rewrite networks do not know about gates. This file keeps them from losing gates silently:
 
-- Another module takes the place of one with a gate, as timm's ``freeze_batch_norm_2d`` does it: the gate is attached to
-  the new one. There is a warning instead if the new one is part of something else already.
-- An adapter is wrapped around a module with a gate: the adapter gets the gate, and gives it back when it is taken off.
-- A BatchNorm is built anew and gets the children of the old one, as by
-  :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm`: the gate among them attaches itself.
-- Torch's functions that merge a norm into the layer before it raise.
-- :mod:`torch.fx` traces the ``forward`` of a module and passes its hooks by: the graph calls the gate at its end.
+- A module replaces one with a gate, as in timm's ``freeze_batch_norm_2d``: the gate is attached to the new module. If
+  the new module is already part of something else, there is a warning instead.
+- An adapter wraps a module with a gate: the adapter gets the gate, and gives it back when it is removed.
+- A BatchNorm is rebuilt with the children of the old one, as in
+  :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm`: the gate among them is attached to the new one.
+- Torch's functions that merge a norm into the layer before it raise an error.
+- :mod:`torch.fx` traces a module's ``forward`` and ignores its hooks: the graph is made to call the gate at its end.
 """
 
 import functools
@@ -29,45 +29,45 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from ecanet.nn.absent_gates import ATTACHED, fill_with_gates_
 from ecanet.private_torch import NormBase
 
-#: Name of the gate in the module it is attached to.
+#: Name of the gate as a child of its host.
 GATE = "gate"
 
-#: These call their children, or let others: one more would run, too.
+#: Containers run all of their children, or others do: a gate added as a child would run too.
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def _run_gate(host: nn.Module, args: Any, output: Any) -> Any:
-    """The forward hook: what the module returns, scaled."""
+    """The forward hook: scales what the host returns."""
     gate = host._modules.get(GATE)
     if gate is None:
         raise RuntimeError(
-            f"a {type(host).__name__} took over the hook of a module with a gate, and not the gate: whatever "
-            "rebuilt the module would have dropped it; remove_gates_ before, and insert_gates_ afterwards"
+            f"a {type(host).__name__} has the hook of a module with a gate, but not the gate: the code that rebuilt "
+            "the module dropped it. Call remove_gates_ before that code, and insert_gates_ afterwards"
         )
     return gate(output)
 
 
-_run_gate.__name__ = _run_gate.__qualname__ = "run_gate"  # what pickles name
+_run_gate.__name__ = _run_gate.__qualname__ = "run_gate"  # the name in pickles
 
 
 def __getattr__(name: str) -> Any:
-    """Give out the hook under the name that pickles have: a gate is attached in this process from then on."""
+    """Provide the hook under its name in pickles; loading one means that this process has an attached gate."""
     if name != "run_gate":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    _watch_tools()
+    _patch_tools()
     return _run_gate
 
 
 def is_hook_of_a_gate(hook: object) -> bool:
-    """Whether a forward hook is the one that runs the gate of a host."""
+    """Whether a forward hook is the one that runs an attached gate."""
     return hook is _run_gate
 
 
 def attach_(host: nn.Module, gate: nn.Module) -> None:
-    """Hang a gate on a module that has none.
+    """Attach a gate to a module that has none.
 
     Raises:
-        ValueError: the module has something called ``gate`` already, calls all of its children, or is one of torch.fx.
+        ValueError: the module already has an attribute ``gate``, runs all of its children, or is a torch.fx module.
     """
     if isinstance(host, CONTAINERS):
         raise ValueError(
@@ -76,52 +76,54 @@ def attach_(host: nn.Module, gate: nn.Module) -> None:
     if isinstance(host, fx.GraphModule):
         raise ValueError(
             f"a gate cannot be attached to a GraphModule ({type(host).__name__}), whose graph torch.fx copies and runs "
-            "without hooks: name the last module in it, or attach the gate before the trace, which takes it along"
+            "without hooks: name the last module in it, or attach the gate before the trace, which then includes it"
         )
     if hasattr(host, GATE):
-        raise ValueError(f"a {type(host).__name__} with an attribute {GATE!r} of its own cannot take one: wrap it")
-    _watch_tools()
+        raise ValueError(f"a {type(host).__name__} with its own attribute {GATE!r} cannot take a gate: wrap it")
+    _patch_tools()
     host.register_module(GATE, gate)
-    if _run_gate not in host._forward_hooks.values():  # it may be there, from the module's former gate
+    if _run_gate not in host._forward_hooks.values():  # it may be left from an earlier gate
         host.register_forward_hook(_run_gate)
     setattr(gate, ATTACHED, True)
 
 
-def _hand_on_the_gate(parent: nn.Module, name: str, new: nn.Module | None) -> None:
-    """What takes the place of a host gets its gate; where that could be wrong, one is told."""
-    if new is None or not isinstance(children := parent.__dict__.get("_modules"), dict):  # TorchScript has another
+def _keep_the_gate(parent: nn.Module, name: str, new: nn.Module | None) -> None:
+    """The registration hook: what takes the place of a host gets its gate, or a warning says why not."""
+    if new is None or not isinstance(children := parent.__dict__.get("_modules"), dict):  # no dict in TorchScript
         return
     if type(parent).__module__.startswith("torch.ao.nn.") and attached_gate(new) is not None:
         raise _would_be_lost(type(new).__name__, f"torch.ao's {type(parent).__name__}")
     old = children.get(name)
     if old is None or old is new or (gate := attached_gate(old)) is None:
         return
-    problem = _wrap(parent, old, new, gate) if old in new.modules() else _replace(parent, old, new, gate)
+    keep = _keep_when_wrapped if old in new.modules() else _keep_when_replaced
+    problem = keep(parent, old, new, gate)
     if problem is not None:
         place = f"a {type(new).__name__} takes the place {name!r} of a {type(old).__name__} that a gate is attached to"
         warnings.warn(f"{place}, and {problem}", stacklevel=3)
 
 
-def _replace(parent: nn.Module, old: nn.Module, new: nn.Module, gate: nn.Module) -> str | None:
-    """Hang the gate on what takes its host's place; what lives elsewhere, too, would be scaled there: says so."""
+def _keep_when_replaced(parent: nn.Module, old: nn.Module, new: nn.Module, gate: nn.Module) -> str | None:
+    """Attach the gate to its host's replacement, or say why not: if used elsewhere, that would be scaled there too."""
     if any(module is gate or getattr(module, ATTACHED, False) for module in new.modules()):
-        return None  # it brings one
+        return None  # it has a gate
     if any(module is new for module in parent.children()):
-        return None  # modules of one parent change places
+        return None  # children of one parent swap places
     if _is_registered(new, but_in=old.modules()):
         return "the gate goes with the old one: insert_gates_ attaches another to the new one"
-    if new in old.modules():  # an adapter is taken off
+    if new in old.modules():  # an adapter is removed
         detach_(old)
     attach_(new, gate)
     fill_with_gates_(new)
     return None
 
 
-def _wrap(parent: nn.Module, old: nn.Module, new: nn.Module, gate: nn.Module) -> str | None:
-    """What takes a host's place and holds it: the gate stays inside, but for adapters, such as peft's.
+def _keep_when_wrapped(parent: nn.Module, old: nn.Module, new: nn.Module, gate: nn.Module) -> str | None:
+    """Keep the gate inside a wrapper that takes its host's place, or move it to an adapter, such as peft's.
 
-    These add to what the host returns, or compute it anew, and can merge that into the host's weights: they return what
-    the host will, so they get the gate. For what only passes on, it does not matter. Others nobody knows: says so.
+    An adapter adds to what the host returns, or recomputes it, and can merge the result into the host's weights. It
+    returns what the merged host would, so it gets the gate. For a wrapper without parameters it makes no difference.
+    For other wrappers the right place is unknown: the result says so.
     """
     if not any(child is old for child in new.children()) or not callable(getattr(new, "merge", None)):
         own = {*new.parameters()} - {*old.parameters()}
@@ -129,13 +131,13 @@ def _wrap(parent: nn.Module, old: nn.Module, new: nn.Module, gate: nn.Module) ->
         if not own or others or type(new).__module__.startswith("torch."):
             return None
         return (
-            "holds it: the gate scales what the old one returns, and not what the new one adds. If it is to scale all "
-            "of it: remove_gates_ before, and insert_gates_ afterwards, with where= that place"
+            "holds it: the gate scales what the old one returns, but not what the new one adds. To scale both, call "
+            "remove_gates_ before, and insert_gates_ afterwards with where= that place"
         )
     if [*parent._modules.values()].count(old) > 1 or _is_registered(old, but_in=(parent, *new.modules())):
         return (
-            "adapts it, which is part of something else, too: the gate does not scale what the new one adds. Adapt it "
-            "without a gate, and insert_gates_ afterwards"
+            "adapts it, but the old one is also part of something else: the gate does not scale what the new one adds. "
+            "Adapt it without a gate, and insert_gates_ afterwards"
         )
     detach_(old)
     attach_(new, gate)
@@ -144,15 +146,16 @@ def _wrap(parent: nn.Module, old: nn.Module, new: nn.Module, gate: nn.Module) ->
 
 
 def _is_registered(module: nn.Module, but_in: Iterable[nn.Module] = ()) -> bool:
-    """Whether a module is some module's child, other than those named. Slow: looks at all that refers to it."""
-    named = [id(vars(owner)["_modules"]) for owner in but_in]
+    """Whether a module is a child of any module outside ``but_in``. Slow: it inspects all references to the module."""
+    excluded = [id(vars(owner)["_modules"]) for owner in but_in]
     return any(
-        isinstance(held, dict) and id(held) not in named and _are_children(held) for held in gc.get_referrers(module)
+        isinstance(held, dict) and id(held) not in excluded and _holds_children(held)
+        for held in gc.get_referrers(module)
     )
 
 
-def _are_children(held: dict[Any, Any]) -> bool:
-    """Whether a dictionary is what a module keeps its children in."""
+def _holds_children(held: dict[Any, Any]) -> bool:
+    """Whether a dictionary is the ``_modules`` of some module."""
     return any(
         (isinstance(owner, dict) and owner.get("_modules") is held)
         or (isinstance(owner, nn.Module) and vars(owner).get("_modules") is held)
@@ -163,12 +166,12 @@ def _are_children(held: dict[Any, Any]) -> bool:
 def _would_be_lost(host: str, tool: str) -> ValueError:
     return ValueError(
         f"a gate is attached to the {host} that {tool} merges with the layer before it, and would be lost: "
-        "optimize_for_inference merges them and keeps the gate, remove_gates_ takes it out"
+        "optimize_for_inference merges them and keeps the gate; remove_gates_ removes it"
     )
 
 
 def refuses_gates(merge: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """A function that makes one layer of a layer and a norm, so that it raises where a gate is attached to either."""
+    """Wrap a function that merges a layer and a norm: it raises if a gate is attached to either."""
 
     @functools.wraps(merge)
     def merge_without_gates(*args: Any, **kwargs: Any) -> nn.Module:
@@ -181,9 +184,9 @@ def refuses_gates(merge: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
 
 def calls_the_gate(trace: Callable[..., fx.Graph]) -> Callable[..., fx.Graph]:
-    """:meth:`torch.fx.Tracer.trace`, so that the graph of a module that a gate is attached to ends with the gate.
+    """Wrap :meth:`torch.fx.Tracer.trace`: if a gate is attached to the traced module, the graph ends with the gate.
 
-    A graph is what all that follows copies, splits, interprets and rewrites; the hook is on the module it was made of.
+    Everything after the trace works on the graph alone, and the hook is not in it but on the traced module.
     """
 
     @functools.wraps(trace)
@@ -193,7 +196,7 @@ def calls_the_gate(trace: Callable[..., fx.Graph]) -> Callable[..., fx.Graph]:
         if gate is None:
             return graph
 
-        def as_it_is(*args: Any, **kwargs: Any) -> fx.Proxy:  # not looked into, as the trace is over
+        def as_it_is(*args: Any, **kwargs: Any) -> fx.Proxy:  # a single call: the trace is over
             return tracer.create_proxy("call_module", GATE, args, kwargs)
 
         end = graph.output_node()
@@ -206,39 +209,39 @@ def calls_the_gate(trace: Callable[..., fx.Graph]) -> Callable[..., fx.Graph]:
     return trace_with_gate
 
 
-def _attach_to_the_new_host(host: nn.Module, name: str, gate: nn.Module | None) -> None:
+def _attach_to_rebuilt_norm(host: nn.Module, name: str, gate: nn.Module | None) -> None:
     is_attached = name == GATE and getattr(gate, ATTACHED, False) and isinstance(host, NormBase)
     if is_attached and _run_gate not in host._forward_hooks.values():
         host.register_forward_hook(_run_gate)
         fill_with_gates_(host)
 
 
-#: Who has torch's functions that merge layers under their own names, if they were imported already.
-_BORROWERS = ("torch.nn.utils.fusion", "torch.nn.utils", "torch.fx.experimental.optimization")
+#: Modules that hold references to torch's functions that merge layers, if they are imported.
+_IMPORTERS = ("torch.nn.utils.fusion", "torch.nn.utils", "torch.fx.experimental.optimization")
 
 
 @functools.cache
-def _watch_tools() -> None:
-    """Change what tools of torch do to modules with a gate, in this process, for good: before the first is attached."""
-    register_module_module_registration_hook(_hand_on_the_gate)
-    register_module_module_registration_hook(_attach_to_the_new_host)
+def _patch_tools() -> None:
+    """Patch torch's tools, for the rest of the process, to respect gates; called before the first one is attached."""
+    register_module_module_registration_hook(_keep_the_gate)
+    register_module_module_registration_hook(_attach_to_rebuilt_norm)
     setattr(fx.Tracer, "trace", calls_the_gate(fx.Tracer.trace))  # noqa: B010
     for name in ("fuse_conv_bn_eval", "fuse_linear_bn_eval"):
         merge: Callable[..., nn.Module] = getattr(torch.nn.utils.fusion, name)
-        for borrower in _BORROWERS:
-            if getattr(sys.modules.get(borrower), name, None) == merge:
-                setattr(sys.modules[borrower], name, refuses_gates(merge))
+        for importer in _IMPORTERS:
+            if getattr(sys.modules.get(importer), name, None) == merge:
+                setattr(sys.modules[importer], name, refuses_gates(merge))
 
 
 def attached_gate(host: nn.Module) -> nn.Module | None:
     """The gate that is attached to a module, or None."""
     children = host._modules
-    gate = children.get(GATE) if isinstance(children, dict) else None  # TorchScript has something else
+    gate = children.get(GATE) if isinstance(children, dict) else None  # no dict in TorchScript
     return gate if gate is not None and _run_gate in host._forward_hooks.values() else None
 
 
 def attached_gates(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """Name and module of every host of a gate, and the gate."""
+    """The name of every host, the host, and its gate."""
     for name, host in model.named_modules():
         gate = attached_gate(host)
         if gate is not None:

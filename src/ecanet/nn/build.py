@@ -58,7 +58,7 @@ def gate_factory(gate: str | GateFactory) -> GateFactory:
 
 
 def gate_name(gate: GateSpec) -> GateSpec:
-    """The name of a gate given by its class, otherwise what was given: a name is easier to print and to save.
+    """The gate's name if it was given by its class, otherwise the argument: a name is easier to print and to save.
 
     Example:
         >>> gate_name(ECA)
@@ -84,12 +84,12 @@ def build_gate(
     Args:
         gate: A name in :data:`GATES`, or a class or function that takes the number of channels.
         channels: Number of channels C.
-        kernel_size: For gates that have one; ``"adaptive"`` leaves the gate its default, which for ECA and ECA-NS is
+        kernel_size: For gates that have one; ``"adaptive"`` keeps the gate's default, which for ECA and ECA-NS is
             Eq. (12).
-        factor: On the gate; 1 leaves what the class or function gives it.
+        factor: The gate's factor; 1 keeps the one that the class or function sets.
 
     Raises:
-        TypeError: what was given does not make a module.
+        TypeError: ``gate`` does not return a module.
         ValueError: unknown name, or a kernel size or a factor for a gate that has none.
 
     Example:
@@ -97,7 +97,7 @@ def build_gate(
         5
     """
     factory = gate_factory(gate)
-    if kernel_size == "adaptive":  # every gate's own default; partial(ECA, kernel_size=3) keeps its 3
+    if kernel_size == "adaptive":  # keep the gate's default; partial(ECA, kernel_size=3) keeps its 3
         module = factory(channels)
     elif takes_kernel_size(factory):
         module = factory(channels, kernel_size=kernel_size)

@@ -11,8 +11,8 @@ from ecanet.nn.kernel_size import adaptive_kernel_size, check_channels, check_ke
 from ecanet.nn.tail.maths import GateMaths
 from ecanet.ops import reference
 
-#: Kernels up to this size are built whatever the number of channels: they cost nothing.
-_ANY_KERNEL = 255
+#: Kernels up to this size are allowed for any number of channels: they cost nothing.
+_ALWAYS_ALLOWED = 255
 
 
 class _BandGate(LinearGate):
@@ -25,10 +25,10 @@ class _BandGate(LinearGate):
         elif isinstance(kernel_size, str):
             raise ValueError(f"kernel_size must be 'adaptive' or a positive odd integer, got {kernel_size!r}")
         check_kernel_size(kernel_size)
-        if kernel_size > max(2 * channels - 1, _ANY_KERNEL):
+        if kernel_size > max(2 * channels - 1, _ALWAYS_ALLOWED):
             raise ValueError(
                 f"kernel_size must be at most {2 * channels - 1} for {channels} channels, got {kernel_size}: taps "
-                "further away see nothing but padding"
+                "further away see only padding"
             )
         if circular and kernel_size > channels:
             raise ValueError(
@@ -48,19 +48,19 @@ class ECA(_BandGate):
 
     The weight is ``conv.weight`` of shape ``(1, 1, k)``, the key and shape of the official ``eca_layer``, of timm's
     ``EcaModule`` and (with ``circular=True``) ``CecaModule``, and of the ``ECA(c1, c2, k_size)`` that YOLO users
-    paste (:meth:`from_yolo`): state dicts load both ways. The weight of ``conv`` is read as long as ``conv`` is exactly
-    the layer that is made here; one that is hooked, pruned, adapted, sharded, quantised or replaced is called.
+    paste (:meth:`from_yolo`): state dicts load both ways. As long as ``conv`` is exactly the layer that is made here,
+    only its weight is read. If it is hooked, pruned, adapted, sharded, quantised or replaced, the layer is called.
 
     Args:
         channels: Number of channels C.
-        kernel_size: k, odd: how many neighbouring channels a gate looks at. ``"adaptive"`` is
+        kernel_size: k, odd: how many neighbouring channels each gate value depends on. ``"adaptive"`` is
             :func:`~ecanet.nn.adaptive_kernel_size` of C.
-        circular: Channels have no order, so let the first and the last be neighbours instead of padding with zeros.
-        factor: On every gate; 2 undoes the sigmoid of 0.
+        circular: Make the first and the last channel neighbours instead of padding with zeros: channels have no order.
+        factor: Multiplies every gate value; 2 undoes the sigmoid of 0.
 
     Raises:
         TypeError: ``channels`` or ``kernel_size`` is not an integer, ``factor`` is not a number.
-        ValueError: ``kernel_size`` is even or not positive, above 2 ``channels`` - 1 (and 255), or with circular
+        ValueError: ``kernel_size`` is even or not positive, above both 2 ``channels`` - 1 and 255, or with circular
             padding above ``channels``; ``factor`` is not finite and above 0.
 
     Source:
@@ -115,12 +115,12 @@ class ECA(_BandGate):
     def logits(self, s: Tensor) -> Tensor:
         """The 1-D convolution over the channels, ``(N, C)`` to ``(N, C)``."""
         conv = self.conv
-        if self._reads(conv):
+        if self._can_read_weight(conv):
             return reference.band(s, conv.weight, self.circular)
         return call_on_means(lambda means: conv(means.unsqueeze(1)).squeeze(1), s, conv)
 
-    def _reads(self, conv: nn.Module) -> bool:
-        """Whether the weight of ``conv`` is all there is to it."""
+    def _can_read_weight(self, conv: nn.Module) -> bool:
+        """Whether reading the weight of ``conv`` is the same as calling it."""
         shape, stride, padding, dilation, padding_mode = self._as_built
         own = conv.__dict__
         return (
@@ -132,33 +132,33 @@ class ECA(_BandGate):
         )
 
     def maths(self) -> GateMaths | None:
-        """The kernels know ECA's gate and its derivative, unless somebody changes it."""
+        """ECA's own maths, whose derivative the kernels know, unless the gate was changed."""
         own, cls = self.__dict__, type(self)
-        conv = own["_modules"].get("conv")  # a module's attributes take as long as a small map
-        changed = (cls.gate, cls.scaled, cls.logits) != _AS_WRITTEN
+        conv = own["_modules"].get("conv")  # attribute access on a module takes as long as a small map
+        changed = (cls.gate, cls.scaled, cls.logits) != _KNOWN_METHODS
         if changed or "logits" in own or "gate" in own or "scaled" in own:
             return super().maths()
-        if not self._reads(conv):
+        if not self._can_read_weight(conv):
             return None
         return GateMaths(self.gate, (conv._parameters["weight"],), True, self.circular, self.factor)
 
     def weights_on_means(self) -> tuple[Tensor, ...]:
         """The kernel."""
-        return (self.conv.weight,) if self._reads(self.conv) else ()
+        return (self.conv.weight,) if self._can_read_weight(self.conv) else ()
 
     def is_neutral(self) -> bool:
         """Whether the kernel is 0."""
         return is_zero(self.conv, nn.Conv1d)
 
 
-#: What the kernels compute.
-_AS_WRITTEN = Gate.gate, Gate.scaled, ECA.logits
+#: The methods that the kernels implement.
+_KNOWN_METHODS = Gate.gate, Gate.scaled, ECA.logits
 
 
 class ECANS(_BandGate):
-    """ECA-NS: ECA whose k weights are not shared, every channel has its own (Eq. 6, 7). k C parameters.
+    """ECA-NS: ECA with k weights for every channel instead of shared ones (Eq. 6, 7). k C parameters.
 
-    Eq. (6) as printed starts the band at the diagonal; here, as in the released code, it is centred on it.
+    Eq. (6) as printed starts the band at the diagonal. Here, as in the released code, the band is centred on it.
 
     Args:
         channels: Number of channels C.
@@ -190,7 +190,7 @@ class ECANS(_BandGate):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights as ``torch.nn.Conv1d(1, 1, k)`` draws its own: uniform within 1 / sqrt(k)."""
+        """Draw the weights like those of ``torch.nn.Conv1d(1, 1, k)``: uniform within 1 / sqrt(k)."""
         bound = 1 / math.sqrt(self.kernel_size)
         nn.init.uniform_(self.weight, -bound, bound)
         super().reset_parameters()

@@ -1,4 +1,4 @@
-"""A gate's factor inside the norm before it: the paper's exact form, with the keys of the authors' files."""
+"""Folds a gate's factor into the norm before it: the paper's exact form, with the keys of the authors' files."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -16,23 +16,23 @@ from ecanet.nn.undo import all_or_nothing
 def fold_factors_(model: nn.Module, *, factor: float = 1.0) -> list[str]:
     """Move the factors of a network's gates into the norms before them, or back: the network computes the same.
 
-    Gates of factor 1 have the keys of the authors' and timm's modules, and the norms hold what a neutral gate of 1/2
-    needs; the weights of a trained gate take back that it sees the norm's output scaled. From then on norm and gate
-    belong together: whoever loads, moves or replaces one of the two without the other halves or doubles the branch.
-    Gates that keep their factor, as this library makes them, have no such tie.
+    Gates of factor 1 have the keys of the authors' and timm's modules. The norms are scaled by what the gates lose, for
+    example by 2 for a neutral gate of 1/2. The weights of a trained gate are divided by it, because the gate sees the
+    norm's scaled output. From then on norm and gate depend on each other: loading, moving or replacing one of the two
+    without the other halves or doubles the branch. Gates that keep their factor, the library's default, do not.
 
     Args:
-        model: A network with gates that :func:`ecanet.insert_gates_` put in, or one of :mod:`ecanet.models`.
-        factor: What every gate is left with: 1 folds the factors, 2 is the inverse for neutral gates that were folded.
+        model: A network with gates that :func:`ecanet.insert_gates_` inserted, or one of :mod:`ecanet.models`.
+        factor: The factor that every gate keeps: 1 folds the factors; 2 undoes that for neutral gates.
 
     Returns:
-        The names of the gates whose factor was another.
+        The names of the gates that had another factor.
 
     Raises:
         TypeError: ``factor`` is not a number.
-        ValueError: ``factor`` is not finite and above 0, or there is no norm before a gate, or one that cannot take a
-            factor: without weight and bias, of unknown code, or with weights that another module has, too; or the gate
-            is trained and has no weights that could follow (SE-Var1). Nothing is changed then.
+        ValueError: ``factor`` is not finite and above 0; or there is no norm before a gate; or the norm cannot take a
+            factor: it has no weight and bias, its code is unknown, or another module shares its weights; or the gate
+            is trained and has no weights that could compensate (SE-Var1). Nothing is changed then.
 
     Example:
         >>> import torchvision
@@ -43,7 +43,7 @@ def fold_factors_(model: nn.Module, *, factor: float = 1.0) -> list[str]:
         (8, False)
     """
     factor = check_factor(factor)
-    changes = [(name, norm, gate) for name, norm, gate in _pairs(model) if gate.factor != factor]
+    changes = [(name, norm, gate) for name, norm, gate in _gates_after_norms(model) if gate.factor != factor]
     count = owners(model)
     tensors = [
         (tensors_to_scale(f"the factor of {name}", norm, count), _weights_to_scale(name, gate, count))
@@ -59,13 +59,13 @@ def fold_factors_(model: nn.Module, *, factor: float = 1.0) -> list[str]:
 
 @torch.no_grad()
 def fold_(gate: Gate, of_norm: tuple[Tensor, ...], of_gate: tuple[Tensor, ...] = (), factor: float = 1.0) -> None:
-    """Leave a gate with a factor, and let the rest of what it had go into a norm.
+    """Set a gate's factor, and move the ratio of the old one to the new one into a norm.
 
     Args:
         gate: The gate.
         of_norm: Weight and bias of the norm before it: :func:`tensors_to_scale`.
-        of_gate: Weights of the gate that see the means of the norm's output.
-        factor: What the gate is left with.
+        of_gate: The gate's weights on the means of the norm's output.
+        factor: The gate's new factor.
     """
     ratio = gate.factor / factor
     for tensor in of_norm:
@@ -75,11 +75,11 @@ def fold_(gate: Gate, of_norm: tuple[Tensor, ...], of_gate: tuple[Tensor, ...] =
     gate.factor = factor
 
 
-def _pairs(model: nn.Module) -> Iterator[tuple[str, nn.Module, Gate]]:
-    """Name of every gate with a module before it, that module, and the gate.
+def _gates_after_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, Gate]]:
+    """For every gate that follows a module: its name, that module, and the gate.
 
     Raises:
-        ValueError: a gate follows several modules: one factor cannot be in the norms of some and not of others.
+        ValueError: a gate follows several modules: its factor cannot be folded into only some of them.
     """
     names = {module: name for name, module in model.named_modules()}
     pairs = [(host, gate) for _, host, gate in attached_gates(model)]
@@ -96,22 +96,22 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, nn.Module, Gate]]:
 
 
 def _weights_to_scale(name: str, gate: Gate, count: Counter[int]) -> tuple[Tensor, ...]:
-    """Weights of a gate that see the means of the norm's output; of a constant gate none do."""
+    """A gate's weights on the means of the norm's output; empty for a constant gate, which ignores them."""
     if gate.constant() is not None or any(t.is_meta for t in gate.parameters()):
         return ()
     weights = gate.weights_on_means()
     if not weights or any(count[id(weight)] > 1 for weight in weights):
         raise ValueError(
             f"the factor of {name} cannot be folded: the gate is not constant, and a {type(gate).__name__} has no "
-            "plain weights of its own that could take back that it sees the norm's output scaled; leave it in the gate"
+            "plain weights of its own that could compensate for the norm's scaled output; leave it in the gate"
         )
     return weights
 
 
 def check_foldable(model: nn.Module) -> None:
-    """Raise ValueError where :func:`fold_factors_` would, if every gate had a factor."""
+    """Raise ValueError if the norm before any gate cannot take a factor, as :func:`fold_factors_` would."""
     count = owners(model)
-    for name, norm, _ in _pairs(model):
+    for name, norm, _ in _gates_after_norms(model):
         tensors_to_scale(f"the factor of {name}", norm, count)
 
 
@@ -121,23 +121,23 @@ def tensors_to_scale(what: str, norm: nn.Module, count: Counter[int]) -> tuple[T
     Args:
         what: What is to be folded, for the error.
         norm: The module before it.
-        count: What :func:`owners` says of the network.
+        count: The result of :func:`owners` for the network.
 
     Raises:
-        ValueError: it cannot take a factor.
+        ValueError: the norm cannot take a factor.
     """
     tensors = affine(norm)
     if tensors is None:
         problem = f"{type(norm).__name__} is no norm with a plain weight and bias that could take it"
     elif any(count[id(t)] > 1 for t in tensors):
-        problem = f"another module has the weights of its {type(norm).__name__}, too"
+        problem = f"another module shares the weights of its {type(norm).__name__}"
     else:
         return tensors
     raise ValueError(f"{what} cannot be folded into what is before it: {problem}; leave it in the gate")
 
 
 def owners(model: nn.Module) -> Counter[int]:
-    """In how many modules each parameter and buffer is registered, by its id."""
+    """The number of modules in which each parameter and buffer is registered, by its id."""
     return Counter(
         id(t)
         for module in model.modules()

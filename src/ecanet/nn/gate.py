@@ -1,4 +1,4 @@
-"""The contract of every gate: means in, gates out, and a feature map scaled by them."""
+"""The base class of every gate: it turns channel means into gates and scales a feature map by them."""
 
 import math
 from abc import ABC, abstractmethod
@@ -21,24 +21,24 @@ from ecanet.ops.backend import PLAIN_TENSORS, decide
 from ecanet.ops.kernels import KERNELS
 from ecanet.private_torch import FakeTensor, count_dispatch_modes, is_tracing, is_transformed
 
-#: Half types round a factor by as much, and running averages of networks drift by less: still the same factor.
+#: Relative differences within which a factor counts as the same: rounding of half types, drift of averaged networks.
 _HALF_ROUNDING, _ROUNDING = 2.0**-8, 2.0**-11
 
 
 def is_plain(layer: nn.Module, cls: type[nn.Module], shape: tuple[int, ...]) -> bool:
-    """Whether a layer inside a gate is exactly torch's, so that its weight tells all that calling it would do.
+    """Whether a layer inside a gate is exactly torch's, so that reading its weight is the same as calling it.
 
-    Adapters, sharding, quantisation, pruning and parametrisation wrap layers, hook them or put another kind of tensor
-    there: such a layer is called, and autograd goes through it as through any module.
+    Adapters, sharding, quantisation, pruning and parametrisation wrap layers, hook them or change the kind of their
+    tensors. Such a layer is called, and autograd goes through it as through any module.
 
     Args:
         layer: The layer.
-        cls: The class it has to be, no subclass.
-        shape: Of its weight; there is no bias.
+        cls: The class that it must be, not a subclass.
+        shape: The shape that its weight must have; it must not have a bias.
     """
     if type(layer) is not cls:
         return False
-    own = layer.__dict__  # every look-up takes a part of a small map's time
+    own = layer.__dict__  # attribute access on a module is slow compared with a small map
     parameters = own["_parameters"]
     weight = parameters.get("weight")
     return (
@@ -55,12 +55,12 @@ def call_on_means(layers: Callable[[Tensor], Tensor], s: Tensor, like: nn.Module
     """Call layers that are not plain on channel means, in the type of their own weights.
 
     Args:
-        layers: From what they take to what they return.
+        layers: A function that calls the layers.
         s: Channel means.
-        like: The first of them, whose floating-point parameters give the type; without any, that of ``s``.
+        like: The first layer; its floating-point parameters give the type. Without any, it is that of ``s``.
 
     Returns:
-        In the type of ``s``.
+        The layers' output in the type of ``s``.
     """
     dtype = next((p.dtype for p in like.parameters() if p.is_floating_point()), s.dtype)
     with reference.no_autocast(s.device.type):
@@ -68,7 +68,7 @@ def call_on_means(layers: Callable[[Tensor], Tensor], s: Tensor, like: nn.Module
 
 
 def is_zero(layer: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether a linear layer returns zeros whatever it gets, for all that is known of it."""
+    """Whether a linear layer is known to return zeros for every input."""
     if not isinstance(layer, cls) or type(layer).forward is not cls.forward or "forward" in vars(layer):
         return False
     weights: Any = list(layer.parameters())
@@ -94,20 +94,20 @@ def check_factor(factor: float) -> float:
 class Gate(nn.Module, ABC):
     """A channel-attention module: ``x * factor * sigmoid(logits(channel means of x))``.
 
-    A subclass says what its logits are; everything else is here. All modules of the paper's Table 2 differ in the
-    logits alone.
+    A subclass defines its logits; everything else is here. The modules of the paper's Table 2 differ only in their
+    logits.
 
     Args:
         channels: Number of channels C.
-        factor: On every gate. 2 undoes the sigmoid of 0: :meth:`make_identity_`.
+        factor: Multiplies every gate value. 2 undoes the sigmoid of 0: :meth:`make_identity_`.
 
     Attributes:
         channels: Number of channels C.
-        scale: The factor as files hold it, a tensor without dimensions; None where the factor is 1, so that such a
-            gate has the keys of the authors' module. Nothing is computed from it: where something replaces it or
-            writes into it (``scale.data`` hides that), :attr:`factor` follows.
-        starts_as_identity: Whether :meth:`make_identity_` was called. Then ``reset_parameters`` and a checkpoint from
-            before the gate came in make the gate 1 again.
+        scale: The factor as it is stored in files, a tensor without dimensions. It is None if the factor is 1, so that
+            such a gate has the keys of the authors' module. It is not used in computations; if it is replaced or
+            written to (except through ``scale.data``, which hides that), :attr:`factor` follows.
+        starts_as_identity: Whether :meth:`make_identity_` was called. Then ``reset_parameters``, or loading a
+            checkpoint from before the gate was inserted, makes the gate 1 again.
 
     Raises:
         TypeError: ``channels`` is not an integer, ``factor`` is not a number.
@@ -121,7 +121,7 @@ class Gate(nn.Module, ABC):
         check_channels(channels)
         self.channels = channels
         self.starts_as_identity = False
-        # Id and version of the tensor ``scale`` that the factor was read from or written to; whether it was read again.
+        # Id and version of the ``scale`` that the factor was last read from or written to; whether it was read again.
         self._seen: tuple[int, float] = 0, 0
         self._read_again = False
         self.register_buffer("scale", None)
@@ -129,23 +129,23 @@ class Gate(nn.Module, ABC):
 
     @abstractmethod
     def logits(self, s: Tensor) -> Tensor:
-        """What goes into the sigmoid, ``(N, C)``, from channel means ``(N, C)`` in the type to compute in."""
+        """The input of the sigmoid, ``(N, C)``, from channel means ``(N, C)`` in the type to compute in."""
 
     @property
     def factor(self) -> float:
-        """The number that every gate is multiplied with.
+        """The number that every gate value is multiplied by.
 
         Raises:
-            RuntimeError: ``scale`` was overwritten by something that is no factor.
+            RuntimeError: ``scale`` was overwritten by something that is not a factor.
         """
         scale = self._buffers["scale"]
         if scale is None:
             return 1.0
-        # Asked at every call: as little as tells that nobody wrote.
+        # Asked at every call, so this is the cheapest check for a change.
         if is_compiling():
-            self._read_before_compiling()
+            self._read_factor_before_compiling()
         elif (id(scale), _version(scale)) != self._seen:
-            self._read(scale)
+            self._read_factor(scale)
         return self._factor
 
     @factor.setter
@@ -168,29 +168,30 @@ class Gate(nn.Module, ABC):
             self._seen, self._read_again = (id(scale), _version(scale)), False
 
     @torch.compiler.assume_constant_result
-    def _read_before_compiling(self) -> None:
-        """What an eager call does first, while a compiler traces: it then guards the number."""
+    def _read_factor_before_compiling(self) -> None:
+        """Read the factor while a compiler traces, as an eager call would; the compiler then guards the number."""
         scale = self._buffers["scale"]
         if scale is not None and (id(scale), _version(scale)) != self._seen:
-            self._read(scale)
+            self._read_factor(scale)
 
-    def _read(self, scale: Tensor) -> None:
-        """Take the factor from ``scale``, unless somebody looks on who would take the number for a result.
+    def _read_factor(self, scale: Tensor) -> None:
+        """Read the factor from ``scale``, unless a tracer would record the number as a computed result.
 
-        A GPU is waited for, and DistributedDataParallel writes at every step: there, the first change alone is read.
+        Reading synchronises a GPU, and DistributedDataParallel writes ``scale`` at every step: on a GPU only the first
+        change of a tensor is read.
         """
         if is_tracing() or is_transformed(scale) or _has_no_value(scale) or count_dispatch_modes():
             return
         same = id(scale) == self._seen[0]
         if same and self._read_again and not scale.is_cpu:
             return
-        problem = _problem_of(scale)
+        problem = _why_no_factor(scale)
         if problem is not None:
             raise RuntimeError(
-                f"the scale of a {type(self).__name__} gate {problem}: something wrote into it that is no factor, or "
-                "nothing did after to_empty(): load a state dict with gates, or call reset_parameters()"
+                f"the scale of a {type(self).__name__} gate {problem}: it was overwritten by something that is not a "
+                "factor, or not set after to_empty(): load a state dict with gates, or call reset_parameters()"
             )
-        if not _is_rounded(scale, self._factor):
+        if not _is_factor(scale, self._factor):
             self._factor = float(scale)
         self._seen, self._read_again = (id(scale), _version(scale)), same
 
@@ -201,7 +202,7 @@ class Gate(nn.Module, ABC):
             s: Channel means ``(N, C)``; N may be 0.
 
         Returns:
-            Gates ``(N, C)`` in (0, ``factor``); float32 for half types, float64 for float64.
+            Gates ``(N, C)`` between 0 and ``factor``; float32 for half types, float64 for float64.
 
         Raises:
             TypeError: ``s`` is not floating point.
@@ -218,8 +219,8 @@ class Gate(nn.Module, ABC):
         """Scale every channel of a feature map by its gate.
 
         Args:
-            x: ``(N, C, *spatial)`` with 0 to 3 spatial dimensions; N may be 0. Without a spatial dimension x is
-                its own channel mean.
+            x: ``(N, C, *spatial)`` with 0 to 3 spatial dimensions; N may be 0. Without spatial dimensions, x itself
+                holds the channel means.
 
         Returns:
             The shape, type, memory format and device of ``x``.
@@ -234,15 +235,15 @@ class Gate(nn.Module, ABC):
         return reference.scale(x, self.gate(reference.squeeze(x, self.channels)))
 
     def maths(self) -> GateMaths | None:
-        """The gate as the fused kernels see it: a function of the channel means, and the parameters behind it.
+        """The gate as the fused kernels use it: a function of the channel means, and the parameters it depends on.
 
-        None where autograd has to go through the gate itself: what is inside is hooked, sharded or wrapped, or
-        somebody gave this one gate other logits.
+        None if autograd has to go through the gate itself: its layers are hooked, sharded or wrapped, or a method of
+        this instance was replaced.
         """
         own = self.__dict__
         if "logits" in own or "gate" in own or "scaled" in own:
             return None
-        parameters: dict[int, Tensor] = {}  # one that two layers share counts once
+        parameters: dict[int, Tensor] = {}  # shared parameters count once
         for module in self.modules():
             if module is not self and called_differently(module):
                 return None
@@ -252,13 +253,13 @@ class Gate(nn.Module, ABC):
                 if type(parameter) not in PLAIN_TENSORS:
                     return None
                 parameters[id(parameter)] = parameter
-        if not parameters and any(_has_weights_aside(module) for module in self.modules()):
+        if not parameters and any(_has_unregistered_weights(module) for module in self.modules()):
             return None
         return GateMaths(self.gate, tuple(parameters.values()))
 
     @torch.no_grad()
     def make_neutral_(self) -> float:
-        """Set the weights so that the gate is the same constant for every input; training can go on from there.
+        """Set the weights so that the gate is the same constant for every input; it can be trained from there.
 
         Returns:
             The constant without ``factor``: 1/2, the sigmoid of 0.
@@ -273,8 +274,8 @@ class Gate(nn.Module, ABC):
     def make_identity_(self) -> None:
         """Make the gate 1 for every input: neutral weights, and the factor that undoes their constant.
 
-        A trained network that gets such a gate computes what it computed, and nothing else of it is touched: in
-        floating point 2 times 1/2 is exactly 1.
+        A trained network that gets such a gate computes the same as before, and nothing else in it changes: in floating
+        point, 2 times 1/2 is exactly 1.
 
         Raises:
             ValueError: as :meth:`make_neutral_`.
@@ -293,15 +294,15 @@ class Gate(nn.Module, ABC):
             )
         self.factor = 1 / self.make_neutral_()
         self.starts_as_identity = True
-        for layer in self.modules():  # whichever is reset last, the gate is 1 afterwards
+        for layer in self.modules():  # the gate is 1 again whichever layer is reset last
             if layer is not self and callable(getattr(type(layer), "reset_parameters", None)):
                 vars(layer)["reset_parameters"] = ResetWithGate(self, layer)
 
     def reset_parameters(self) -> None:
-        """Give the gate the weights of a new one: drawn at random, or those of :meth:`make_identity_` if it started so.
+        """Reset the weights: to random values, or those of :meth:`make_identity_` if the gate started as 1.
 
-        ``scale`` is written again, which has no value after ``to_empty()``. A subclass with weights of its own draws
-        them and calls this.
+        ``scale`` is written too, because it has no value after ``to_empty()``. A subclass with its own weights draws
+        them and then calls this.
         """
         for layer in self.children():
             if callable(reset := getattr(layer, "reset_parameters", None)):
@@ -312,17 +313,17 @@ class Gate(nn.Module, ABC):
             self.factor = self._factor
 
     def has_no_values(self) -> bool:
-        """Whether nothing was written since ``to_empty()``: ``scale`` does not hold the factor, or a weight is NaN."""
+        """Whether nothing was written since ``to_empty()``: ``scale`` is not the factor, or a tensor is not finite."""
         scale, tensors = self._buffers["scale"], (*self.parameters(), *self.buffers())
         if any(t.is_meta for t in tensors):
             return False
-        is_lost = scale is not None and not _is_rounded(scale, self._factor)
+        is_lost = scale is not None and not _is_factor(scale, self._factor)
         return is_lost or not all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
 
     def constant(self) -> float | None:
-        """The gate's value where its weights make it the same for every input, as neutral ones do; otherwise None.
+        """The gate's value if its weights make it the same for every input, as neutral weights do; otherwise None.
 
-        Weights on the device ``"meta"`` have no values, and none here.
+        It is None for weights on the device ``"meta"``, which have no values.
         """
         if any(weight.is_meta for weight in self.parameters()) or not self.is_neutral():
             return None
@@ -331,7 +332,7 @@ class Gate(nn.Module, ABC):
         of_judge = (judge.gate, cls.logits if judge.logits is Gate.logits else judge.logits)
         if of_judge == (cls.gate, cls.logits) and "gate" not in own and "logits" not in own:
             return 0.5 * self.factor
-        # Somebody computes something else from these weights: what, shows.
+        # A subclass or instance computes something else from these weights: find out what.
         like = next(iter((*self.parameters(), *self.buffers())))
         with torch.no_grad():
             means = torch.linspace(-2, 2, 2 * self.channels, dtype=like.dtype, device=like.device)
@@ -339,11 +340,11 @@ class Gate(nn.Module, ABC):
         return float(g[0, 0]) if bool((g == g[0, 0]).all()) else None
 
     def is_neutral(self) -> bool:
-        """Whether the weights are such as :meth:`make_neutral_` sets them."""
+        """Whether the weights are those that :meth:`make_neutral_` sets."""
         return False
 
     def weights_on_means(self) -> tuple[Tensor, ...]:
-        """Parameters that, divided by r, make the logits of r times the means what they were; none if none do."""
+        """Parameters that, divided by r, compensate for means multiplied by r; empty if there are none."""
         return ()
 
     def _load_from_state_dict(
@@ -356,13 +357,13 @@ class Gate(nn.Module, ABC):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Take the factor along with the weights; weights without their factor are an error, strict or not."""
+        """Load the factor along with the weights; weights without their factor are an error, strict or not."""
         names = {name for name, _ in chain(self.named_parameters(), self.named_buffers())} - {"scale"}
         has_weights = not names or any(prefix + name in state_dict for name in names)
         given = state_dict.get(f"{prefix}scale")
         problem = None
         if has_weights and (given is not None or names):
-            problem = self._problem_of_factor(given)
+            problem = self._why_factor_does_not_fit(given)
         if problem is not None:
             error_msgs.append(f"{prefix}*: {problem}")
         super()._load_from_state_dict(
@@ -370,30 +371,30 @@ class Gate(nn.Module, ABC):
         )
         if self._buffers["scale"] is None or given is None or problem is not None:
             return
-        # Without weights, somebody gives missing tensors memory; their values come later.
-        keeps = not has_weights or _has_no_value(given) or _is_rounded(given, self._factor)
+        # Without weights, the loader only allocates missing tensors; their values come later.
+        keeps = not has_weights or _has_no_value(given) or _is_factor(given, self._factor)
         self.factor = self._factor if keeps else float(given)
 
-    def _problem_of_factor(self, given: object) -> str | None:
-        """Why weights with this value for ``scale``, None for none, are not those of a gate such as this, or None."""
+    def _why_factor_does_not_fit(self, given: object) -> str | None:
+        """Why weights with this ``scale`` (None if they have none) do not fit this gate; None if they do."""
         has_factor = self._buffers["scale"] is not None
         if given is None:
             if not has_factor or self._factor == 1:
                 return None
             return (
-                f"the weights of a gate of factor 1, as the authors' and timm's are (or a part of a file, whose scale "
-                f"is in another), and this gate has the factor {self._factor:g}: load them into gates without one "
-                "(insert_gates_ with preserve=False, the networks with neutral=False), and a file in parts all at once"
+                "the weights of a gate of factor 1, as the authors' and timm's are (or one part of a file whose scale "
+                f"is in another part), and this gate has the factor {self._factor:g}: load them into gates without a "
+                "factor (insert_gates_ with preserve=False, networks with neutral=False); load all parts at once"
             )
-        problem = _problem_of(given)
+        problem = _why_no_factor(given)
         if problem is not None:
-            return f"scale {problem}, and is no factor of a gate, which is one number above 0"
+            return f"scale {problem}, which is not a factor of a gate: that is one number above 0"
         assert isinstance(given, Tensor)
-        if has_factor or _has_no_value(given) or _is_rounded(given, 1.0):
+        if has_factor or _has_no_value(given) or _is_factor(given, 1.0):
             return None
         return (
-            f"the weights of a gate of factor {float(given):g}, and this gate has the factor 1: load them into one of "
-            f"that factor (insert_gates_ with preserve=True, the networks with factor={float(given):g})"
+            f"the weights of a gate of factor {float(given):g}, and this gate has the factor 1: load them into a gate "
+            f"of that factor (insert_gates_ with preserve=True, networks with factor={float(given):g})"
         )
 
     def extra_repr(self) -> str:
@@ -401,7 +402,7 @@ class Gate(nn.Module, ABC):
         return ", ".join([*self._arguments(), *([] if self.scale is None else [f"factor={self._factor:g}"])])
 
     def _arguments(self) -> list[str]:
-        """Constructor arguments but ``factor``, as ``repr`` shows them."""
+        """Constructor arguments except ``factor``, as ``repr`` shows them."""
         return [f"{self.channels}"]
 
 
@@ -412,20 +413,20 @@ class ResetWithGate:
         self.gate, self.layer = gate, layer
 
     def __call__(self) -> None:
-        """Draw the layer's weights as ever, and make the gate 1 again."""
+        """Reset the layer's weights as usual, and make the gate 1 again."""
         type(self.layer).reset_parameters(self.layer)  # type: ignore[attr-defined]
         self.gate.make_identity_()
 
 
-def _has_weights_aside(module: nn.Module) -> bool:
-    """Whether a module has a weight that is not registered: FullyShardedDataParallel puts views of its own there."""
+def _has_unregistered_weights(module: nn.Module) -> bool:
+    """Whether a module has an unregistered weight: FullyShardedDataParallel stores its views that way."""
     return any(isinstance(t, Tensor) and t.requires_grad for t in vars(module).values())
 
 
 def _version(t: Tensor) -> float:
     try:
         return t._version
-    except RuntimeError:  # an inference tensor does not count; its value tells as much
+    except RuntimeError:  # an inference tensor counts no versions; use its value instead
         return float(t) if t.is_cpu else -1
 
 
@@ -433,14 +434,14 @@ def _has_no_value(t: Tensor) -> bool:
     return t.is_meta or isinstance(t, FakeTensor)
 
 
-def _is_rounded(t: Tensor, factor: float) -> bool:
-    """Whether a value is the factor, as a half type or a running average of networks rounds it."""
+def _is_factor(t: Tensor, factor: float) -> bool:
+    """Whether a value is the factor, up to the rounding of half types or of averaged networks."""
     rounding = _HALF_ROUNDING if t.element_size() < 4 else _ROUNDING
     return abs(float(t) - factor) <= rounding * factor
 
 
-def _problem_of(t: object) -> str | None:
-    """What keeps a value in a state dict from being a factor, or None."""
+def _why_no_factor(t: object) -> str | None:
+    """Why a value in a state dict is not a factor; None if it is."""
     if not isinstance(t, Tensor):
         return f"is a {type(t).__name__}"
     if t.numel() != 1 or t.is_complex() or t.dtype is torch.bool:
@@ -455,13 +456,13 @@ class LinearGate(Gate):
     """A gate whose logits are W s for a C x C matrix W: every module of Table 2 except SE."""
 
     def matrix(self) -> Tensor:
-        """The matrix W of Eq. (4) to (6), ``(C, C)``, so that ``factor * sigmoid(W @ y)`` equals ``gate(y[None])[0]``.
+        """The matrix W of Eq. (4) to (6), ``(C, C)``: ``factor * sigmoid(W @ y)`` equals ``gate(y[None])[0]``.
 
         Differentiable in the gate's weights.
         """
         like = next(self.parameters(), torch.empty(()))
         dtype = reference.accumulation_dtype(like.dtype)
-        # Row j of the result of the identity is what channel j adds to every logit: column j of W.
+        # Applied to the identity, row j of the logits is what channel j adds to every logit: column j of W.
         return self.logits(torch.eye(self.channels, dtype=dtype, device=like.device)).T
 
     def weights_on_means(self) -> tuple[Tensor, ...]:
@@ -470,7 +471,7 @@ class LinearGate(Gate):
 
     @torch.no_grad()
     def make_neutral_(self) -> float:
-        """Set W = 0; every gate becomes sigmoid(0) = 1/2."""
+        """Set W = 0; every gate value becomes sigmoid(0) = 1/2."""
         if next(self.parameters(), None) is None:
             return super().make_neutral_()
         for weight in self.parameters():

@@ -10,7 +10,7 @@ def called_differently(module: nn.Module, known_hooks: int = 0) -> bool:
 
     Args:
         module: The module.
-        known_hooks: So many forward hooks are known and accounted for.
+        known_hooks: Number of forward hooks that the caller already accounts for.
     """
     return bool(
         len(module._forward_hooks) > known_hooks
@@ -23,5 +23,5 @@ def called_differently(module: nn.Module, known_hooks: int = 0) -> bool:
 
 
 def is_identity(module: nn.Module | None) -> bool:
-    """Whether a module may as well not be called: it returns its input, and nobody looks on."""
+    """Whether a call of the module can be skipped: it returns its input, and no hook observes it."""
     return module is None or (type(module) is nn.Identity and not called_differently(module))

@@ -7,9 +7,9 @@ from numbers import Integral
 def adaptive_kernel_size(channels: int, gamma: float = 2, b: float = 1) -> int:
     """Kernel size k of ECA for a number of channels (Eq. 12): ``k = |log2(C) / gamma + b / gamma|_odd``.
 
-    The value t = (log2(C) + b) / gamma becomes odd as in the released code: |t| is cut to an integer, and 1 is added if
-    that is even. The paper's text, the odd number nearest to t, gives the same k wherever t is not negative, so always
-    with the default gamma and b.
+    The value t = (log2(C) + b) / gamma becomes odd as in the released code: |t| is truncated to an integer, and 1 is
+    added if that is even. The paper's text, "the odd number nearest to t", gives the same k unless t is negative, which
+    it never is with the default gamma and b.
 
     The released weights have other kernel sizes: see ``kernel_size="released"`` of :mod:`ecanet.models`.
 

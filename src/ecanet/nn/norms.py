@@ -1,4 +1,4 @@
-"""What a norm of somebody else's network is, and whether its weight and bias could take a factor."""
+"""Which modules of a third-party network are norms, and whether their weight and bias can take a factor."""
 
 from typing import Any
 
@@ -21,14 +21,14 @@ _KNOWN_NORMS = (
 
 
 def qualified_name(cls: type) -> str:
-    """Module and name of a class, as the tables here have them."""
+    """Module and name of a class, in the form that the library's tables of classes use."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def class_with_forward(module: nn.Module) -> str:
-    """The class whose ``forward`` a module runs, so that a subclass that only adds a constructor is its base.
+    """The class that defines the ``forward`` of a module: for a subclass that adds only a constructor, its base.
 
-    What :func:`ecanet.fuse_tails_` made of a block counts as the block.
+    For a block that :func:`ecanet.fuse_tails_` fused, it is the original class.
     """
     theirs = (
         cls for cls in type(module).__mro__ if "forward" in vars(cls) and not cls.__module__.startswith("ecanet.")
@@ -37,21 +37,20 @@ def class_with_forward(module: nn.Module) -> str:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether the module is a norm, timm's with an activation inside included."""
+    """Whether the module is a norm, including timm's norms with an activation inside."""
     return isinstance(module, _NORMS)
 
 
 def activation_inside(norm: nn.Module) -> bool:
-    """Whether a norm of timm applies an activation, too."""
+    """Whether a norm also applies an activation, as some of timm's do."""
     inside = getattr(norm, "act", None)
     return isinstance(inside, nn.Module) and not isinstance(inside, nn.Identity)
 
 
 def affine(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Weight and bias of a norm whose output they scale and shift, and that can be written into; otherwise None.
+    """Weight and bias of a norm, if they scale and shift its output and can be written to; otherwise None.
 
-    Norms whose code is not known, on which somebody put a hook, or whose weights are computed (parametrized, pruned),
-    are none of these.
+    It is None for norms of unknown code, with a hook, or with computed weights (parametrized, pruned).
     """
     theirs = class_with_forward(norm)
     known = theirs.startswith(_KNOWN_NORMS) and is_norm(norm) and not activation_inside(norm)

@@ -14,14 +14,14 @@ from ecanet.ops import reference
 class SE(Gate):
     """Squeeze-and-Excitation: ``sigmoid(W2 relu(W1 s))`` (Eq. 1, 2). 2 C^2 / r parameters, no biases.
 
-    The weights of ``fc1`` and ``fc2`` are read as long as both are exactly the layers that are made here; layers that
-    are hooked, pruned, adapted, sharded, quantised or replaced are called.
+    As long as ``fc1`` and ``fc2`` are exactly the layers that are made here, only their weights are read. If one is
+    hooked, pruned, adapted, sharded, quantised or replaced, the layers are called.
 
     Args:
         channels: Number of channels C.
-        reduction: r: the hidden layer has C // r channels, at least 1. The paper uses 16 for ResNets and 8 for
+        reduction: r; the hidden layer has C // r channels, at least 1. The paper uses 16 for ResNets and 8 for
             MobileNetV2.
-        factor: On every gate; 2 undoes the sigmoid of 0.
+        factor: Multiplies every gate value; 2 undoes the sigmoid of 0.
 
     Raises:
         TypeError: ``channels`` or ``reduction`` is not an integer, ``factor`` is not a number.
@@ -49,37 +49,37 @@ class SE(Gate):
     def logits(self, s: Tensor) -> Tensor:
         """Two fully connected layers with a ReLU between them, ``(N, C)`` to ``(N, C)``."""
         fc1, fc2 = self.fc1, self.fc2
-        if not self._reads(fc1, fc2):
+        if not self._can_read_weights(fc1, fc2):
             return call_on_means(lambda means: fc2(torch.relu(fc1(means))), s, fc1)
         hidden = torch.relu(reference.grouped_linear(s, fc1.weight.unsqueeze(0)))
         return reference.grouped_linear(hidden, fc2.weight.unsqueeze(0))
 
-    def _reads(self, fc1: nn.Module, fc2: nn.Module) -> bool:
-        """Whether the weights of the layers are all there is to them."""
+    def _can_read_weights(self, fc1: nn.Module, fc2: nn.Module) -> bool:
+        """Whether reading the layers' weights is the same as calling the layers."""
         hidden = max(1, self.channels // self.reduction)
         return is_plain(fc1, nn.Linear, (hidden, self.channels)) and is_plain(fc2, nn.Linear, (self.channels, hidden))
 
     def maths(self) -> GateMaths | None:
-        """The two weights, unless somebody changes the gate."""
+        """The gate with its two weights, unless it was changed."""
         own, cls = self.__dict__, type(self)
         changed = cls.gate is not Gate.gate or cls.logits is not SE.logits
         if changed or "logits" in own or "gate" in own:
             return super().maths()
         fc1, fc2 = own["_modules"].get("fc1"), own["_modules"].get("fc2")
-        if not self._reads(fc1, fc2):
+        if not self._can_read_weights(fc1, fc2):
             return None
         return GateMaths(self.gate, (fc1._parameters["weight"], fc2._parameters["weight"]))
 
     @torch.no_grad()
     def make_neutral_(self) -> float:
-        """Set W2 = 0, keep W1, so that gradients reach W2 at once; every gate becomes sigmoid(0) = 1/2."""
-        for weight in self.fc2.parameters():  # what the weight is computed from, if it is pruned
+        """Set W2 = 0 and keep W1, so that W2 gets gradients from the start; every gate value becomes 1/2."""
+        for weight in self.fc2.parameters():  # if the weight is pruned, the parameter that it is computed from
             weight.zero_()
         return 0.5
 
     def weights_on_means(self) -> tuple[Tensor, ...]:
-        """W1: a ReLU follows it, which multiplies as it does."""
-        return (self.fc1.weight,) if self._reads(self.fc1, self.fc2) else ()
+        """W1: the ReLU after it preserves positive factors."""
+        return (self.fc1.weight,) if self._can_read_weights(self.fc1, self.fc2) else ()
 
     def is_neutral(self) -> bool:
         """Whether W2 = 0."""
@@ -106,7 +106,7 @@ class SEVar1(LinearGate):
 
 
 class SEVar2(LinearGate):
-    """SE-Var2: W diagonal, every channel for itself (Eq. 4). C parameters.
+    """SE-Var2: W diagonal, every channel on its own (Eq. 4). C parameters.
 
     Source:
         Wang et al., ECA-Net, CVPR 2020, arXiv:1910.03151, Table 2.
@@ -122,7 +122,7 @@ class SEVar2(LinearGate):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights uniformly from (-1, 1), as a layer with one input each would."""
+        """Draw the weights uniformly from (-1, 1), like those of a layer with one input."""
         nn.init.uniform_(self.weight, -1, 1)
         super().reset_parameters()
 
@@ -132,7 +132,7 @@ class SEVar2(LinearGate):
 
 
 class SEGroup(LinearGate):
-    """SE-GC: W block diagonal with G blocks, all channels of a group interact (Eq. 5). C^2 / G parameters.
+    """SE-GC: W block diagonal with G blocks; the channels of a group interact (Eq. 5). C^2 / G parameters.
 
     Args:
         channels: Number of channels C.
@@ -163,7 +163,7 @@ class SEGroup(LinearGate):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights as ``torch.nn.Linear`` draws its own: uniform within 1 / sqrt(inputs of a block)."""
+        """Draw the weights like those of ``torch.nn.Linear``: uniform within 1 / sqrt(inputs of a block)."""
         bound = 1 / math.sqrt(self.channels // self.groups)
         nn.init.uniform_(self.weight, -bound, bound)
         super().reset_parameters()
@@ -177,7 +177,7 @@ class SEGroup(LinearGate):
 
 
 class SEVar3(SEGroup):
-    """SE-Var3: W full, every channel sees every other: one group (Eq. 4). C^2 parameters.
+    """SE-Var3: W full, one group in which all channels interact (Eq. 4). C^2 parameters.
 
     Source:
         Wang et al., ECA-Net, CVPR 2020, arXiv:1910.03151, Table 2.

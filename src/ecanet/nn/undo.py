@@ -1,4 +1,4 @@
-"""Changes to a network happen as a whole or not at all."""
+"""Changes to a network happen completely or not at all."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,20 +9,20 @@ from torch import Tensor, nn
 
 
 class Undo:
-    """What modules and tensors were before something is done to them."""
+    """The state of modules and tensors before a change."""
 
     def __init__(self) -> None:
         self._modules: dict[nn.Module, tuple[type[nn.Module], _Snapshot]] = {}
         self._tensors: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def cover(self, module: nn.Module) -> None:
-        """Take note of a module whose attributes, children, hooks, type, device and values may change."""
+        """Record a module whose attributes, children, hooks, type, device and values may change."""
         self._cover_attributes(module)
         for part in module.modules():
             self.keep(t for t in (*part._parameters.values(), *part._buffers.values()) if t is not None)
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
-        """Take note of tensors whose values may be written, and of their gradients."""
+        """Record tensors whose values may be written, and their gradients."""
         for t in tensors:
             if id(t) not in self._tensors:
                 self._tensors[id(t)] = t, t.data, t.detach().clone()
@@ -47,14 +47,14 @@ class Undo:
 
 @contextmanager
 def all_or_nothing(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Iterator[Undo]:
-    """Whatever is raised inside, the network, its hooks and the optimizer are bit for bit what they were.
+    """If anything is raised inside, restore the network, its hooks and the optimizer bit for bit.
 
     Args:
-        model: Its modules keep their classes, attributes, children and hooks.
-        optimizer: Its groups and what it keeps for parameters, or None.
+        model: The network; its modules' classes, attributes, children and hooks are restored.
+        optimizer: Its parameter groups and state are restored; or None.
 
     Yields:
-        To be told of other modules, and of tensors whose values may be written, before anything is done to them.
+        The record. Before a change, tell it of any other module, and of tensors whose values may be written.
     """
     undo = Undo()
     undo._cover_attributes(model)
@@ -77,7 +77,7 @@ _Snapshot = list[tuple[Any, Any]]
 
 
 def _snapshot(attributes: dict[str, Any]) -> _Snapshot:
-    """A dictionary and what it holds, and so for the dictionaries, lists and sets in it, which others may hold, too."""
+    """A dictionary and its dictionaries, lists and sets, which others may share, each with a copy of its content."""
     containers = [attributes, *(value for value in attributes.values() if isinstance(value, (dict, list, set)))]
     return [(container, container.copy()) for container in containers]
 

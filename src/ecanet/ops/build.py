@@ -1,7 +1,7 @@
 """Builds the C++ kernels: runs the compiler on ``csrc`` and writes one shared library.
 
-Needs neither torch nor the rest of the package to be importable, only torch's headers: ``setup.py`` loads this file by
-its path, in an environment that may have nothing but setuptools.
+Only torch's headers are needed; neither torch nor the rest of the package has to be importable. ``setup.py`` loads this
+file by its path, in an environment that may have only setuptools.
 """
 
 import contextlib
@@ -27,22 +27,22 @@ SOURCES = Path(__file__).parents[1] / "csrc"
 LIBRARY = Path(__file__).parents[1] / "lib" / "ecanet_cpu.so"
 
 _OLDEST_TORCH = (2, 10)
-# The library asks for nothing that torch 2.10 does not have, whatever version the headers are.
+# The library uses only what torch 2.10 has, whatever version the headers are.
 _TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 _COMPILE = (
     "-std=c++20",
     "-O3",
-    "-fno-math-errno",  # square roots in vectors
+    "-fno-math-errno",  # vectorised square roots
     "-fno-trapping-math",
-    "-fopenmp-simd",  # sums in vectors, where a pragma says so
+    "-fopenmp-simd",  # vectorised sums, where a pragma asks for them
     "-fPIC",
     "-fvisibility=hidden",
     "-Wno-psabi",
     _TARGET,
 )
 _LINK = {"linux": ("-shared", "-Wl,-z,now"), "darwin": ("-shared", "-undefined", "dynamic_lookup")}
-# At the end of the library's file: what it is built from, and a checksum of all that is before the mark.
-_MARK = b"ecanet built from "
+# The stamp at the end of the library's file: the hash of its sources, and a checksum of everything before the stamp.
+_STAMP_START = b"ecanet built from "
 
 
 class BuildError(Exception):
@@ -62,13 +62,13 @@ class NothingToBuildWithError(BuildError):
 
 
 def build(torch_dir: Path | None, output: Path = LIBRARY, say: Callable[[str], object] = print) -> Path:
-    """Compile ``csrc``, one process per core, and link the library; about a minute and a half on two cores.
+    """Compile ``csrc``, one process per core, and link the library. This takes about 90 seconds on two cores.
 
     Args:
         torch_dir: Folder of the torch package, 2.10 or newer; None if there is none.
-        output: The library's file. It is replaced in one step, when everything else is done; a build that is killed
-            leaves it as it was, and nothing beside it.
-        say: Called with lines of progress.
+        output: The library's file. It is replaced in one step at the very end. A build that is killed leaves the old
+            file, and no other files.
+        say: Called with each line of progress.
 
     Returns:
         ``output``.
@@ -82,10 +82,10 @@ def build(torch_dir: Path | None, output: Path = LIBRARY, say: Callable[[str], o
     if output.is_dir():
         raise BuildError(f"cannot write {output}: it is a folder, remove it")
     output = output.absolute()
-    torch_dir = _checked(torch_dir)
+    torch_dir = _check_torch(torch_dir)
     compiler = find_compiler()
     includes = [torch_dir / "include", torch_dir / "include" / "torch" / "csrc" / "api" / "include"]
-    # Error messages of the library name files: let them not name this machine's folders.
+    # Error messages of the library contain file names; keep this machine's folders out of them.
     unnamed = f"-ffile-prefix-map={torch_dir}=torch"
     compile_one = [*compiler, *_COMPILE, unnamed, *(f"-isystem{path}" for path in includes), "-c"]
     units = sorted(path.name for path in SOURCES.glob("*.cpp"))
@@ -93,16 +93,16 @@ def build(torch_dir: Path | None, output: Path = LIBRARY, say: Callable[[str], o
     say(f"compiling {len(units)} files with {compiler[0]}, {processes} at a time: a minute or two")
     began = time.monotonic()
     try:
-        with ThreadPoolExecutor(processes) as pool, _workshop(output) as (folder, run):
+        with ThreadPoolExecutor(processes) as pool, _build_folder(output) as (folder, run):
             jobs = {pool.submit(run, [*compile_one, unit, "-o", f"{folder}/{unit}.o"], unit): unit for unit in units}
             try:
                 for job in as_completed(jobs):
                     job.result()
                     say(f"  {jobs[job]} ({time.monotonic() - began:.0f} s)")
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)  # the workshop ends what runs
+                pool.shutdown(wait=False, cancel_futures=True)  # _build_folder ends the running compilers
                 raise
-            # torch is loaded before the library is, so that where it lies need not be written into the file.
+            # torch is always loaded before the library, so the file need not contain torch's path.
             libraries = [f"-L{torch_dir / 'lib'}", "-ltorch_cpu"] if sys.platform == "linux" else []
             objects = [f"{folder}/{unit}.o" for unit in units]
             linked = folder / output.name
@@ -116,7 +116,7 @@ def build(torch_dir: Path | None, output: Path = LIBRARY, say: Callable[[str], o
 
 
 def sources_hash() -> str:
-    """What the library is built from, as 16 hexadecimal digits: sources, flags and kind of machine."""
+    """A hash of everything the library is built from (sources, flags, platform), as 16 hexadecimal digits."""
     digest = hashlib.sha256(repr((_COMPILE, _LINK, sys.platform, platform.machine())).encode())
     for path in sorted(SOURCES.iterdir()):
         if path.suffix in (".cpp", ".h"):
@@ -125,40 +125,40 @@ def sources_hash() -> str:
 
 
 def hash_within(library: Path) -> str | None:
-    """The :func:`sources_hash` that a library says it was built from; None if it says nothing."""
+    """The :func:`sources_hash` in a library's stamp; None if there is no stamp."""
     with library.open("rb") as file:
         file.seek(-min(library.stat().st_size, 256), os.SEEK_END)
-        _, mark, rest = file.read().rpartition(_MARK)
+        _, mark, rest = file.read().rpartition(_STAMP_START)
     return rest[:16].decode("ascii", "replace") if mark else None
 
 
 def fault(library: Path = LIBRARY) -> str | None:
-    """What keeps a library from being, byte for byte, what a build of the sources as they are now has made.
+    """Why a library is not, byte for byte, the result of building the current sources.
 
     Returns:
-        None if nothing does, else the rest of a sentence about the kernels.
+        None if it is, otherwise the end of a sentence that starts with "the C++ kernels".
 
     Raises:
-        OSError: it is not there or cannot be read.
+        OSError: it does not exist or cannot be read.
     """
     if not library.is_file():
         return f"cannot be loaded ({library}: it is not a file)"
     built_from = hash_within(library)
     if built_from is not None and built_from != sources_hash():
         return "are built from other sources"
-    content, mark, rest = library.read_bytes().rpartition(_MARK) if built_from else (b"", b"", b"")
+    content, mark, rest = library.read_bytes().rpartition(_STAMP_START) if built_from else (b"", b"", b"")
     if mark + rest != _stamp(content):
-        return f"cannot be loaded ({library}: it is damaged, or none of ecanet's)"
+        return f"cannot be loaded ({library}: it is damaged, or not a library of ecanet)"
     return None
 
 
 def is_current(library: Path = LIBRARY) -> bool:
-    """Whether the library is there, whole, and built from the sources as they are now."""
+    """Whether the library exists, is undamaged, and is built from the current sources."""
     return library.is_file() and fault(library) is None
 
 
 def find_compiler() -> list[str]:
-    """The C++ compiler's command: ``CXX`` of the environment, else g++, c++ or clang++.
+    """The C++ compiler's command: the environment variable ``CXX``, otherwise g++, c++ or clang++.
 
     Raises:
         NothingToBuildWithError: there is none.
@@ -174,9 +174,9 @@ def find_compiler() -> list[str]:
 
 
 def find_torch() -> Path | None:
-    """The torch package's folder, without importing it: in ``sys.path``, else where this interpreter's packages are.
+    """The torch package's folder, without importing it: from ``sys.path``, or from this interpreter's own packages.
 
-    The second is what build isolation hides from ``sys.path``.
+    Build isolation hides the interpreter's own packages from ``sys.path``.
     """
     spec = importlib.util.find_spec("torch")
     if spec is not None and spec.origin is not None:
@@ -187,7 +187,7 @@ def find_torch() -> Path | None:
     return next((torch for f in folders if ((torch := Path(f) / "torch") / "__init__.py").is_file()), None)
 
 
-def _checked(torch_dir: Path | None) -> Path:
+def _check_torch(torch_dir: Path | None) -> Path:
     if torch_dir is None:
         raise NothingToBuildWithError("torch is not installed where the build can see it")
     version_file = torch_dir / "version.py"
@@ -197,35 +197,35 @@ def _checked(torch_dir: Path | None) -> Path:
         raise NothingToBuildWithError(f"torch{version} has no C++ headers of the stable ABI")
     if (int(found[1]), int(found[2])) < _OLDEST_TORCH:
         raise NothingToBuildWithError(f"torch {found[1]}.{found[2]} is too old: 2.10 or newer is needed")
-    return torch_dir.resolve()  # as the compiler writes it
+    return torch_dir.resolve()  # the form in which the compiler writes it
 
 
 def available_cores() -> int:
-    """How many CPUs this process may use; macOS and Windows know of all of them alone."""
+    """How many CPUs this process may use; macOS and Windows report only the total."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _stamp(content: bytes) -> bytes:
-    """What is written behind a library's content."""
-    return _MARK + f"{sources_hash()} sha256 {hashlib.sha256(content).hexdigest()}".encode()
+    """The stamp that is appended to a library's content."""
+    return _STAMP_START + f"{sources_hash()} sha256 {hashlib.sha256(content).hexdigest()}".encode()
 
 
 _Run = Callable[[Sequence[str], str], None]
 
-# Reads until the build's process is gone, however that ended, then ends the compilers, which are of its own process
-# group, and removes their files.
+# Waits until the build's process is gone, however it ended. Then ends the compilers, which are in the script's own
+# process group, and removes their files.
 _JANITOR = 'trap "" TERM INT HUP; read _; kill -TERM 0; rm -rf "$1" || { sleep 1; rm -rf "$1"; }; kill -KILL 0'
 
 
 def remove_leftovers(output: Path) -> None:
-    """Remove what builds left beside their output when they were killed with their whole session, or the machine."""
+    """Remove the folders of builds whose whole session was killed, or that a crash of the machine interrupted."""
     for folder in output.parent.glob(f".{output.name}.*.build"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _workshop(output: Path) -> Iterator[tuple[Path, _Run]]:
-    """A folder beside the output, and what runs a compiler in it; neither outlives this process."""
+def _build_folder(output: Path) -> Iterator[tuple[Path, _Run]]:
+    """A folder beside the output, and a function that runs a compiler in it; neither outlives this process."""
     folder = output.with_name(f".{output.name}.{os.getpid()}.build")
     output.parent.mkdir(parents=True, exist_ok=True)
     with _lock(output.parent):
@@ -255,7 +255,7 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _in_group(leader: int) -> dict[str, Any]:
-    """How a process is started in a process group, or in a new one of its own (0)."""
+    """Arguments of :class:`subprocess.Popen` that start a process in a process group; 0 makes a new group."""
     if sys.version_info >= (3, 11):
         return {"process_group": leader}
     return {"preexec_fn": functools.partial(os.setpgid, 0, leader)}

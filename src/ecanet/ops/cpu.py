@@ -1,4 +1,4 @@
-"""Loads the library of C++ kernels, or knows why it is not there."""
+"""Loads the library of C++ kernels, or says why it cannot."""
 
 import os
 
@@ -7,7 +7,7 @@ import torch
 from ecanet.ops.build import LIBRARY, fault
 from ecanet.private_torch import has_kernel, why_no_kernels
 
-#: What the library implements; csrc/ops.cpp registers them.
+#: The operations that the library implements; csrc/ops.cpp registers them.
 KERNELS = (
     "squeeze",
     "moments",
@@ -26,10 +26,10 @@ _reason: str | None = "the C++ kernels are not loaded: import ecanet.ops"
 
 
 def load() -> None:
-    """Load the library. Where that cannot be done, :func:`why_not` says why; nothing is raised or printed."""
+    """Load the library. If that fails, :func:`why_not` says why; nothing is raised or printed."""
     global _reason
     lack = why_no_kernels()
-    _reason = _try_to_load() if lack is None else f"the C++ kernels are not loaded: {lack}"
+    _reason = _load_or_reason() if lack is None else f"the C++ kernels are not loaded: {lack}"
 
 
 def why_not() -> str | None:
@@ -37,19 +37,19 @@ def why_not() -> str | None:
     return _reason
 
 
-def _try_to_load() -> str | None:
+def _load_or_reason() -> str | None:
     if not os.path.lexists(LIBRARY):
         return "the C++ kernels are not built; to build them: ecanet build"
     try:
-        found = fault(LIBRARY)  # looked for first: a file that is not whole would end this process by a signal
+        found = fault(LIBRARY)  # checked first: loading a damaged file would kill this process
         if found is None:
             torch.ops.load_library(LIBRARY)
-            found = _missing()
+            found = _missing_kernels()
     except (OSError, RuntimeError) as error:
         found = f"cannot be loaded ({str(error.__cause__ or error).splitlines()[0]})"
     return f"the C++ kernels {found}; to build them again: ecanet build" if found else None
 
 
-def _missing() -> str | None:
+def _missing_kernels() -> str | None:
     missing = [name for name in KERNELS if not has_kernel(f"ecanet::{name}", "CPU")]
     return f"cannot be used ({LIBRARY} lacks {', '.join(missing)})" if missing else None

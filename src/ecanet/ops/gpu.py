@@ -1,4 +1,4 @@
-"""Launches the Triton kernels: the operations on tensors of a GPU, or on the CPU in Triton's interpreter.
+"""Launches the Triton kernels: the operations on a GPU, or on the CPU in Triton's interpreter.
 
 Arguments and results are those of :mod:`ecanet.ops.reference`; :mod:`ecanet.ops.gpu_maps` says how a map is walked.
 """
@@ -18,13 +18,13 @@ from ecanet.ops.gpu_maps import Map, cdiv, index_type, kernels_of_triton, power_
 from ecanet.ops.launch import launch
 from ecanet.private_torch import FunctionalTensor, why_no_kernels
 
-_MOST_SPLITS = 16  # that the kernel of the statistics takes one after another
+_MOST_SPLITS = 16  # most splits that the statistics kernel merges itself, one after another
 
 
 @functools.cache
 def interpreting() -> bool:
     """Whether Triton's kernels run in its interpreter, on the CPU: ``TRITON_INTERPRET=1`` in the environment."""
-    asked = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # what triton understands
+    asked = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # as triton parses it
     return asked and importlib.util.find_spec("triton") is not None
 
 
@@ -36,28 +36,28 @@ def why_not() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; it comes with torch for NVIDIA and AMD GPUs"
     if not torch.cuda.is_available() and not interpreting():
-        return "torch sees no GPU; on the CPU they run in Triton's interpreter alone, slowly: TRITON_INTERPRET=1"
-    if not interpreting() and not _finds_compiler():
-        return "triton finds no C compiler, with which it builds what launches kernels: install gcc, or set CC"
+        return "torch sees no GPU; on the CPU they run only in Triton's interpreter, slowly: TRITON_INTERPRET=1"
+    if not interpreting() and not _has_c_compiler():
+        return "triton finds no C compiler, which it needs to build kernel launchers: install gcc, or set CC"
     return None
 
 
-def _finds_compiler() -> bool:
+def _has_c_compiler() -> bool:
     return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
 
 
-#: What :func:`why_not` comes down to for a tensor on a GPU. A compiler that traces reads it: it cannot follow what
-#: looks into the environment, and would cut its graph there.
+#: Whether the kernels can run on a tensor that is on a GPU: what :func:`why_not` checks. It is a constant, because a
+#: compiler cannot trace code that reads the environment: its graph would break there.
 IS_COMPLETE = (
     importlib.util.find_spec("triton") is not None
-    and (interpreting() or _finds_compiler())
+    and (interpreting() or _has_c_compiler())
     and why_no_kernels() is None
 )
 
 
 def _launch(kernel: str, programs: int, on: Tensor, *args: Any, **constants: Any) -> None:
     function = getattr(kernels_of_triton(), kernel)
-    if isinstance(on, FunctionalTensor):  # a compiler traces: the launch becomes a node of its graph
+    if isinstance(on, FunctionalTensor):  # a compiler is tracing: the launch becomes a node in its graph
         torch.library.wrap_triton(function)[(programs,)](*args, **constants)
     elif not on.is_cuda:
         function[(programs,)](*args, **constants)
@@ -86,7 +86,7 @@ def _partial_moments(m: Map, second: bool, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 def squeeze(x: Tensor) -> Tensor:
-    """Means of maps; see :func:`ecanet.ops.reference.squeeze`."""
+    """Mean of every map; see :func:`ecanet.ops.reference.squeeze`."""
     m = Map.of(x)
     mean, m2, splits, per_split = _partial_moments(m, False, reference.accumulation_dtype(x.dtype))
     if splits == 1:
@@ -108,7 +108,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def _merge(
     m: Map, mean: Tensor, m2: Tensor, mean_out: Tensor, m2_out: Tensor, splits: int, per_split: int, second: bool
 ) -> None:
-    at_once, block = _blocks_of_splits(m.rows, splits)
+    at_once, block = _merge_block(m.rows, splits)
     _launch(
         "merge", cdiv(m.rows, block), m.x,
         mean, m2, mean_out, m2_out, m.rows, m.positions, splits, per_split,
@@ -116,8 +116,8 @@ def _merge(
     )  # fmt: skip
 
 
-def _blocks_of_splits(rows: int, splits: int) -> tuple[int, int]:
-    """Splits and rows that a program merges."""
+def _merge_block(rows: int, splits: int) -> tuple[int, int]:
+    """How many splits and how many rows one program merges."""
     at_once = power_of_2(splits)
     return at_once, min(power_of_2(rows), max(1, 2048 // at_once), 256)
 
@@ -131,7 +131,7 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         _merge(m, mean, m2, *whole, splits, per_split, second=True)
         mean, m2, splits, per_split = *whole, 1, m.positions
     map_means, batch_mean, batch_var = m.new(*m.nc), m.new(m.channels), m.new(m.channels)
-    channels = min(power_of_2(m.channels), 4)  # 32 bytes: what memory gives at a time
+    channels = min(power_of_2(m.channels), 4)  # 32 bytes, one memory transaction
     _launch(
         "statistics", cdiv(m.channels, channels), x,
         mean, m2, map_means, batch_mean, batch_var, m.samples, m.channels, m.positions, splits, per_split,
@@ -150,7 +150,7 @@ def update_running(
     count: int | Tensor,
 ) -> None:
     """Move running statistics; see :func:`ecanet.ops.statistics.update_running`."""
-    # Numbers reach a kernel in float32, too few digits for statistics in float64; tensors would have to be waited for.
+    # Numbers reach a kernel as float32, which is too coarse for float64 statistics; reading a tensor would synchronise.
     if mean.dtype is not torch.float32 or isinstance(momentum, Tensor) or isinstance(count, Tensor):
         statistics.update_running(running_mean, running_var, mean, var, momentum, count)
         return
@@ -171,7 +171,7 @@ def _apply(x: Tensor, scale: Tensor, shift: Tensor | None, residual: Tensor | No
         None if residual is None else m.ordered(residual, "residual"),
     ]
     if over_x:
-        read = [_apart(t, m.x) for t in read]
+        read = [_without_partial_overlap(t, m.x) for t in read]
     out = m.x if over_x else torch.empty_like(m.x)
     walk = m.walk("elements")
     _launch(
@@ -180,8 +180,8 @@ def _apply(x: Tensor, scale: Tensor, shift: Tensor | None, residual: Tensor | No
     return out
 
 
-def _apart(t: Tensor | None, x: Tensor) -> Tensor | None:
-    """What is read while x is written over: itself, or a copy where it lies partly under x. Both are dense."""
+def _without_partial_overlap(t: Tensor | None, x: Tensor) -> Tensor | None:
+    """A tensor to read while x is overwritten: the tensor itself, or a copy if it overlaps x partly. Both are dense."""
     if t is None or (t.data_ptr() == x.data_ptr() and t.nbytes == x.nbytes):
         return t
     apart = t.data_ptr() + t.nbytes <= x.data_ptr() or x.data_ptr() + x.nbytes <= t.data_ptr()
@@ -238,7 +238,7 @@ def apply_backward(
     if splits == 1:
         return d, p[0], q[0]
     p_sum, q_sum = m.new(*m.nc), m.new(*m.nc)
-    at_once, block = _blocks_of_splits(m.rows, splits)
+    at_once, block = _merge_block(m.rows, splits)
     _launch(
         "add_splits", cdiv(m.rows, block), x, p, q, p_sum, q_sum, m.rows, splits,
         SPLITS=at_once, BLOCK=block, INDEX=index_type(p.numel()),
@@ -293,7 +293,7 @@ def _check_means(map_means: Tensor) -> tuple[int, int]:
     return map_means.shape[0], map_means.shape[1]
 
 
-def _taps(kernel: Tensor | None, channels: int, circular: bool) -> tuple[Tensor | None, int]:
+def _check_kernel(kernel: Tensor | None, channels: int, circular: bool) -> tuple[Tensor | None, int]:
     if kernel is None:
         return None, 0
     k = kernel.numel()
@@ -316,7 +316,7 @@ def eca_coefficients(
     """From means to scale and shift; see :func:`ecanet.ops.reference.eca_coefficients`."""
     samples, channels = _check_means(map_means)
     norm = _Norm.of(map_means, channels, norm_mean, norm_var, weight, bias)
-    kernel, k = _taps(kernel, channels, circular)
+    kernel, k = _check_kernel(kernel, channels, circular)
     dtype = reference.accumulation_dtype(map_means.dtype)
     s, scale, shift = (map_means.new_empty(samples, channels, dtype=dtype) for _ in range(3))
     gate = map_means.new_empty(samples if k else 0, channels, dtype=dtype)
@@ -349,7 +349,7 @@ def eca_coefficients_backward(
     """Between the two passes of the backward; see :func:`ecanet.ops.reference.eca_coefficients_backward`."""
     samples, channels = nc = _check_means(map_means)
     norm = _Norm.of(map_means, channels, norm_mean, norm_var, weight, bias)
-    kernel, k = _taps(kernel, channels, circular)
+    kernel, k = _check_kernel(kernel, channels, circular)
     if kernel is not None and gate is None:
         raise RuntimeError("ecanet: a kernel needs its gate; got gate=None")
     p, q = small(p, map_means, nc, "p"), small(q, map_means, nc, "q")
@@ -438,6 +438,6 @@ def _scale_and_shift(
     circular: bool,
     factor: float,
 ) -> tuple[Tensor, Tensor]:
-    no_means = kernel is None  # nothing looks at them
+    no_means = kernel is None  # then nothing reads them
     map_means = x.new_zeros(x.shape[:2], dtype=reference.accumulation_dtype(x.dtype)) if no_means else squeeze(x)
     return eca_coefficients(map_means, norm_mean, norm_var, weight, bias, eps, kernel, circular, factor)[2:]

@@ -1,6 +1,6 @@
 """How the Triton kernels walk a feature map: its order in memory, tiles, warps, programs, splits.
 
-All of it depends on shapes and types alone, so the same tensors give the same bits on every run.
+All of it depends only on shapes and types, so the same tensors give the same bits on every run.
 """
 
 import functools
@@ -15,20 +15,20 @@ from ecanet.ops import reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-LANES = 32  # threads of a warp, of NVIDIA; they share what a program of one warp reads
+LANES = 32  # threads of an NVIDIA warp; they divide the reads of a one-warp program among them
 AT_ONCE = 16  # bytes that a thread reads or writes at once
-LONGEST_INT32 = 2**31 - 2**22  # offsets may go beyond the last element by a tile
+LONGEST_INT32 = 2**31 - 2**22  # offsets may exceed the last element by up to a tile
 
 
 class Size(NamedTuple):
-    """Of programs: elements of each map that one holds at a time, its warps, and how many run at a time."""
+    """The size of programs: elements of each map that one holds at a time, its warps, and how many run at a time."""
 
     elements: int
     warps: int
     programs: int = 2048
 
 
-# By what is done and whether the map is channels last. Measured: python -m benchmarks.gpu --stages kernels,tuning.
+# By kind of walk, and whether the map is channels last. Measured: python -m benchmarks.gpu --stages kernels,tuning.
 SIZES = {
     ("elements", True): Size(4096, 4),
     ("elements", False): Size(2048, 4),
@@ -43,33 +43,33 @@ SIZES = {
 
 @functools.cache
 def kernels_of_triton() -> Any:
-    """The module of the kernels, which imports triton."""
+    """The module with the Triton kernels; importing it imports triton."""
     return importlib.import_module("ecanet.ops.triton_kernels")
 
 
 def cdiv(a: int, b: int) -> int:
-    """Quotient, rounded up."""
+    """The quotient, rounded up."""
     return -(-a // b)
 
 
 def power_of_2(n: int) -> int:
-    """The smallest that is no less."""
+    """The smallest power of 2 that is not less than ``n``."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def type_of_sums(dtype: torch.dtype) -> Any:
-    """Triton's type for sums over a map of a type."""
+    """Triton's type for sums over a map of type ``dtype``."""
     return kernels_of_triton().tl.float64 if dtype is torch.float64 else kernels_of_triton().tl.float32
 
 
 def index_type(numel: int, longest: int | None = None) -> Any:
-    """Triton's type for offsets into so many elements."""
+    """Triton's type for offsets into ``numel`` elements."""
     longest = LONGEST_INT32 if longest is None else longest
     return kernels_of_triton().tl.int64 if numel > longest else kernels_of_triton().tl.int32
 
 
 def dense(x: Tensor) -> Tensor:
-    """The map in an order that the kernels walk: contiguous, or channels last; other strides are made contiguous."""
+    """The map itself if it is contiguous or channels last, which the kernels can walk; otherwise a contiguous copy."""
     if x.is_contiguous():
         return x
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -81,10 +81,10 @@ class Walk(NamedTuple):
     """How a map is walked.
 
     Attributes:
-        programs: So many.
-        constants: What the kernel is compiled with.
-        splits: Into so many the positions are cut, for sums.
-        per_split: Positions of one.
+        programs: Number of programs.
+        constants: The constants that the kernel is compiled with.
+        splits: Number of parts that the positions are split into, for sums.
+        per_split: Number of positions in each split.
     """
 
     programs: int
@@ -93,7 +93,7 @@ class Walk(NamedTuple):
     per_split: int = 0
 
 
-@functools.lru_cache(maxsize=4096)  # of microseconds, which every launch would wait for
+@functools.lru_cache(maxsize=4096)  # it takes microseconds, which would delay every launch
 def walk_of(
     what: str,
     samples: int,
@@ -104,7 +104,7 @@ def walk_of(
     size: Size,
     longest: int,
 ) -> Walk:
-    """How a map is walked; the arguments are those of :class:`Map`, and the two settings that it depends on."""
+    """How a map is walked; the arguments are the kind of walk, the fields of :class:`Map`, and two settings."""
     neighbours = channels if channels_last else positions
     at_once = AT_ONCE // dtype.itemsize  # elements that a thread reads or writes at once
     all_rows, numel = samples * channels, samples * channels * positions
@@ -128,10 +128,10 @@ def walk_of(
         run = min(at_once, power_of_2(positions + 1) // 2)  # not longer than a row
         runs = min(power_of_2(cdiv(numel, run)), size.elements // run)
         return Walk(cdiv(numel, runs * run), constants(runs, run))
-    if channels_last:  # as many channels as the threads of a warp read at once: each thread sums up its own
+    if channels_last:  # as many channels as the threads of a warp read at once: each thread sums its own channels
         rows = min(power_of_2(channels), LANES * at_once, size.elements)
         at_a_time = min(power_of_2(positions), size.elements // rows)
-    else:  # a quarter of a row at a time, but not less than what eight threads read at once
+    else:  # a quarter of a row at a time, but at least what eight threads read at once
         at_a_time = max(8 * at_once, min(power_of_2(positions // 4), size.elements // 2))
         at_a_time = min(at_a_time, power_of_2(positions), size.elements)
         rows = min(power_of_2(all_rows), size.elements // at_a_time)
@@ -140,7 +140,7 @@ def walk_of(
     per_split = cdiv(cdiv(positions, splits), at_a_time) * at_a_time
     splits = cdiv(positions, per_split)
     aligned = channels_last or align >= at_once or positions < 2 * at_once
-    start = 1 if aligned or splits > 1 else at_once  # rows are read from multiples of so many elements
+    start = 1 if aligned or splits > 1 else at_once  # reads of rows start at a multiple of this
     beside = min(LANES * at_once // rows, at_a_time) if channels_last else 0
     return Walk(blocks * splits, constants(rows, at_a_time, START=start, BESIDE=beside), splits, per_split)
 
@@ -156,7 +156,7 @@ class Map(NamedTuple):
 
     @staticmethod
     def of(x: Tensor) -> "Map":
-        """A map as it is walked; raises RuntimeError for another type or rank."""
+        """The map for a tensor; raises RuntimeError for an unsupported type or rank."""
         if x.dtype not in DTYPES:
             raise RuntimeError(f"ecanet: x must be float32, float64, bfloat16 or float16, got {x.dtype}")
         if x.dim() < 2:
@@ -165,11 +165,11 @@ class Map(NamedTuple):
         return Map(x, x.shape[0], x.shape[1], x.shape[2:].numel(), not x.is_contiguous())
 
     def walk(self, what: str) -> Walk:
-        """How it is walked: by ``elements``, or for the sums of ``squeeze``, ``moments`` or ``reduce``."""
+        """How the map is walked: by ``elements``, or for the sums of ``squeeze``, ``moments`` or ``reduce``."""
         return walk_of(what, *self[1:], self.x.dtype, SIZES[what, self.channels_last], LONGEST_INT32)
 
     def ordered(self, t: Tensor, name: str) -> Tensor:
-        """Another map in the order of this one."""
+        """Another map, in the memory order of this one."""
         if (t.shape, t.dtype, t.device) != (self.x.shape, self.x.dtype, self.x.device):
             raise RuntimeError(
                 f"ecanet: {name} must have the shape, the type and the device of x: {tuple(self.x.shape)}, "
@@ -180,26 +180,26 @@ class Map(NamedTuple):
         return t.contiguous(memory_format=torch.channels_last if t.dim() == 4 else torch.channels_last_3d)
 
     def small(self, t: Tensor | None, shape: tuple[int, ...], name: str) -> Tensor | None:
-        """:func:`small` for this map, and None for none."""
+        """:func:`small` for this map; None stays None."""
         return None if t is None else small(t, self.x, shape, name)
 
     @property
     def nc(self) -> tuple[int, int]:
-        """Shape of what there is one of for each map."""
+        """(N, C), the shape of tensors with one value per sample and channel."""
         return self.samples, self.channels
 
     @property
     def rows(self) -> int:
-        """Maps, one for each sample and channel."""
+        """Number of rows, one for each sample and channel."""
         return self.samples * self.channels
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Memory for results, in the type of sums or another."""
+        """An uninitialised tensor for results; by default in the type of sums."""
         return self.x.new_empty(shape, dtype=dtype or reference.accumulation_dtype(self.x.dtype))
 
 
 def small(t: Tensor, like: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
-    """A small tensor, contiguous; raises RuntimeError, with its name, for another shape or device."""
+    """A small tensor made contiguous; raises RuntimeError, with its name, for a wrong shape or device."""
     if t.shape != shape or t.device != like.device:
         raise RuntimeError(
             f"ecanet: {name} must have shape {str(shape).replace(',)', ')')}, on {like.device}; "

@@ -1,7 +1,7 @@
-"""The operations as torch sees them: schemas, shapes without data, derivatives; and what runs where no kernel does.
+"""Registers the operations with torch: schemas, fakes (shapes without data), derivatives and the fallback.
 
-``torch.ops.ecanet.NAME`` takes the arguments of ``ecanet.ops.reference.NAME``, and that function is what runs where
-nothing faster is registered: the C++ library adds implementations for the CPU, :mod:`ecanet.ops.gpu` those for GPUs.
+``torch.ops.ecanet.NAME`` takes the arguments of ``ecanet.ops.reference.NAME``. That function runs where nothing faster
+is registered: the C++ library adds implementations for the CPU, :mod:`ecanet.ops.gpu` those for GPUs.
 """
 
 from collections.abc import Callable
@@ -137,8 +137,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
-def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Without data, too, tensors of several devices are an error."""
+def _checking_devices(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """A fake that rejects tensors on several devices, as the real operation does."""
 
     def run(*args: Any) -> Any:
         devices = {str(arg.device) for arg in args if isinstance(arg, Tensor)}
@@ -149,36 +149,36 @@ def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _dense_outputs(function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Give the reference's outputs the strides that the fake, and with it the C++, promises."""
+def _with_promised_layout(function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference, its outputs given the strides and types that the fake promises and the C++ kernels return."""
 
     def run(*args: Any) -> Any:
         outputs, promised = function(*args), fake(*args)
         if outputs is None:
             return None
-        taken = {_memory(arg) for arg in args if isinstance(arg, Tensor)}
+        taken = {_storage_address(arg) for arg in args if isinstance(arg, Tensor)}
         if isinstance(outputs, Tensor):
-            return _laid_out(outputs, promised, taken)
-        return tuple(_laid_out(output, like, taken) for output, like in zip(outputs, promised, strict=True))
+            return _as_promised(outputs, promised, taken)
+        return tuple(_as_promised(output, like, taken) for output, like in zip(outputs, promised, strict=True))
 
     return run
 
 
-def _laid_out(output: Tensor, promised: Tensor, taken: set[int]) -> Tensor:
-    """The output itself where it has the promised form and memory of its own, else a copy of that form."""
+def _as_promised(output: Tensor, promised: Tensor, taken: set[int]) -> Tensor:
+    """The output itself if it has the promised strides and type and shares no memory; otherwise a copy like that."""
     fits = (output.stride(), output.dtype) == (promised.stride(), promised.dtype)
-    if not fits or _memory(output) in taken:
+    if not fits or _storage_address(output) in taken:
         return promised.copy_(output)
-    taken.add(_memory(output))
+    taken.add(_storage_address(output))
     return output
 
 
-def _memory(t: Tensor) -> int:
+def _storage_address(t: Tensor) -> int:
     return t.untyped_storage().data_ptr()
 
 
-def _on_gpu(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
-    """The Triton kernels where they can run; nothing to do is left to the reference."""
+def _triton_or(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """The Triton kernels where they can run, otherwise the reference; it also takes empty tensors."""
     launch = getattr(gpu, name)
 
     def run(*args: Any) -> Any:
@@ -189,12 +189,12 @@ def _on_gpu(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _shown_to_compilers(name: str) -> Callable[..., Any]:
-    """What a compiler's functionalization makes of an operation: on a GPU its launches, as with ``triton_op``."""
+def _decomposed_for_compilers(name: str) -> Callable[..., Any]:
+    """The rule for a compiler's functionalization: on a GPU it sees the kernel launches, as with ``triton_op``."""
     launches = _batch_norm_eca_add_act if name == "batch_norm_eca_add_act" else getattr(gpu, name)
 
     def run(mode: Any, operation: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not _can_be_shown(args):
+        if not _can_be_decomposed(args):
             return mode.__torch_dispatch__(operation, types, args, kwargs)
         with mode:
             return launches(*args)
@@ -202,10 +202,10 @@ def _shown_to_compilers(name: str) -> Callable[..., Any]:
     return run
 
 
-def _can_be_shown(args: tuple[Any, ...]) -> bool:
-    """Whether the Triton kernels can run, with launches known now.
+def _can_be_decomposed(args: tuple[Any, ...]) -> bool:
+    """Whether the Triton kernels can run and their launches are known at trace time.
 
-    Where sizes are symbols they are not: tiles and splits follow from sizes. What is exported names operations.
+    With symbolic sizes they are not, because tiles and splits depend on sizes. Exported programs keep the operations.
     """
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     numbers = [*args, *(n for t in tensors for n in t.shape)]
@@ -227,7 +227,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward_of(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The gradient by torch's own autograd through the reference: slow, exact, and differentiable again."""
+    """The gradient from torch's own autograd through the reference: slow, exact, and differentiable itself."""
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
@@ -257,7 +257,7 @@ def _backward_of(function: Callable[..., Any]) -> Callable[..., Any]:
     return backward
 
 
-def _keep_for_batch_norm_eca_add_act(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_for_batch_norm_eca_add_act(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, residual, weight, bias, ctx.eps, kernel, ctx.circular, ctx.act, ctx.factor = inputs
     out, *small = output
     ctx.save_for_backward(x, for_slope(ctx.act, out, residual), weight, bias, kernel, *small)
@@ -265,7 +265,7 @@ def _keep_for_batch_norm_eca_add_act(ctx: Any, inputs: tuple[Any, ...], output: 
 
 
 def _batch_norm_eca_add_act_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    """The two passes of the backward, as operations that a compiler's graph shows."""
+    """The two passes of the backward, as operations that appear in a compiler's graph."""
     ops = torch.ops.ecanet
     x, for_act, weight, bias, kernel, map_means, mean, var, gate, scale, shift = ctx.saved_tensors
     gate, flat = (None, None) if kernel is None else (gate, kernel.reshape(-1))
@@ -288,7 +288,7 @@ def _batch_norm_eca_add_act_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[T
 
 
 def _without_derivative(name: str, plain: Callable[..., None]) -> Callable[..., None]:
-    """An in-place operation below autograd; where a gradient would be lost, an error says so."""
+    """An in-place operation that runs below autograd; it raises if a gradient would be lost."""
     operation = plain if why_no_kernels() else getattr(torch.ops.ecanet, name).default
 
     def run(x: Tensor, *args: Any) -> None:
@@ -306,24 +306,24 @@ def _without_derivative(name: str, plain: Callable[..., None]) -> Callable[..., 
 
 
 _library = torch.library.Library("ecanet", "DEF")
-# Any strides will do: Inductor, which makes convolutions channels last, need not convert maps back and forth.
+# The operations accept any strides: Inductor makes convolutions channels last and need not convert maps back and forth.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=_TAGS)
-    _plain = _dense_outputs(_REFERENCES[_name], _FAKES[_name])
+    _plain = _with_promised_layout(_REFERENCES[_name], _FAKES[_name])
     _library.impl(_name, _plain, "CompositeExplicitAutograd")
     if hasattr(gpu, _name):
-        _library.impl(_name, _on_gpu(_name, _plain), "CUDA")
-    torch.library.register_fake(f"ecanet::{_name}", _on_one_device(_name, _FAKES[_name]), lib=_library)
+        _library.impl(_name, _triton_or(_name, _plain), "CUDA")
+    torch.library.register_fake(f"ecanet::{_name}", _checking_devices(_name, _FAKES[_name]), lib=_library)
     if _name.endswith("_"):
         _library.impl(_name, _without_derivative(_name, _plain), "Autograd")
         continue
-    # Not those in place: as one node Inductor lets them write where they should, decomposed they would copy the map.
+    # In-place operations stay one node: Inductor then lets them write in place; decomposed, they would copy the map.
     if FunctionalTensorMode is not None:
-        _rule = _shown_to_compilers(_name)
+        _rule = _decomposed_for_compilers(_name)
         torch.library.register_torch_dispatch(f"ecanet::{_name}", FunctionalTensorMode, _rule, lib=_library)
     _derivative: tuple[Callable[..., Any], Callable[..., None]] = _backward_of(_REFERENCES[_name]), _setup_context
     if _name == "batch_norm_eca_add_act":
-        _derivative = _batch_norm_eca_add_act_backward, _keep_for_batch_norm_eca_add_act
+        _derivative = _batch_norm_eca_add_act_backward, _save_for_batch_norm_eca_add_act
     torch.library.register_autograd(f"ecanet::{_name}", _derivative[0], setup_context=_derivative[1], lib=_library)
 cpu.load()

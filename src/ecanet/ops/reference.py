@@ -1,12 +1,12 @@
 """Every operation of a channel-attention module in plain PyTorch.
 
 Shapes: ``x`` is a feature map ``(N, C, *spatial)`` with 0 to 3 spatial dimensions, ``s`` holds its channel means
-``(N, C)``, a gate is ``(N, C)`` too. The maths on ``(N, C)`` runs in float32 for float16 and bfloat16 and in the
-input's own type otherwise, and autocast does not reach it: it costs nothing, and a gate rounded early is wrong for
-the whole map.
+``(N, C)``, and a gate is ``(N, C)`` too. The maths on ``(N, C)`` runs in float32 for float16 and bfloat16 and in the
+input's own type otherwise. It runs outside autocast: precision costs nothing here, and a gate rounded early makes the
+whole map wrong.
 
-The functions are opaque to :mod:`torch.fx` (torchvision's feature extraction traces with it), because they check
-their arguments. Call them as ``reference.squeeze(x, channels)``: fx finds them by the name in this module.
+The functions are opaque to :mod:`torch.fx` (which torchvision's feature extraction uses), because they check their
+arguments. Call them as ``reference.squeeze(x, channels)``: fx finds them by their name in this module.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -19,12 +19,12 @@ _MAX_SPATIAL_DIMS = 3
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which means and gates are computed: float64 for float64, float32 for everything smaller."""
+    """The type in which means and gates are computed: float64 for float64, otherwise float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """In it the maths on ``(N, C)`` keeps its type."""
+    """A context without autocast, so that the maths on ``(N, C)`` keeps its type."""
     # Not torch.amp.is_autocast_available: torch.compile of torch 2.10 cannot trace it.
     return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
@@ -86,7 +86,7 @@ def scale(x: Tensor, gate: Tensor) -> Tensor:
 
 @torch.fx.wrap
 def check_means(s: Tensor, channels: int) -> Tensor:
-    """Return channel means in the type gates are computed in, after checking them.
+    """Check channel means and return them in the type in which gates are computed.
 
     Args:
         s: ``(N, C)``, floating point; N may be 0.
@@ -111,7 +111,7 @@ def check_means(s: Tensor, channels: int) -> Tensor:
 def band(s: Tensor, weight: Tensor, circular: bool = False) -> Tensor:
     """ECA's shared band matrix times the channel means: a 1-D convolution over the channels (Eq. 8, centred).
 
-    Written as products of windows, since a cuDNN convolution may round float32 to TF32.
+    It is written as products of windows, because a cuDNN convolution may round float32 to TF32.
 
     ``out[n, i] = sum_j weight[j] * s[n, i + j - (k - 1) / 2]``, with s = 0 outside the channels, or wrapped around.
 
@@ -123,7 +123,7 @@ def band(s: Tensor, weight: Tensor, circular: bool = False) -> Tensor:
     Returns:
         ``(N, C)``.
     """
-    if torch.jit.is_tracing():  # one Conv in the ONNX file that comes of it
+    if torch.jit.is_tracing():  # becomes a single Conv in an ONNX file
         margin = (weight.shape[-1] - 1) // 2
         means = _pad(s, weight.shape[-1], circular) if circular else s
         kernel = weight.reshape(1, 1, -1).to(s.dtype)
@@ -133,7 +133,7 @@ def band(s: Tensor, weight: Tensor, circular: bool = False) -> Tensor:
 
 @torch.fx.wrap
 def band_non_shared(s: Tensor, weight: Tensor, circular: bool = False) -> Tensor:
-    """ECA-NS's band matrix, k weights of its own for every channel, times the channel means (Eq. 6, 7, centred).
+    """ECA-NS's band matrix, where every channel has its own k weights, times the channel means (Eq. 6, 7, centred).
 
     ``out[n, i] = sum_j weight[i, j] * s[n, i + j - (k - 1) / 2]``.
 
@@ -147,7 +147,7 @@ def band_non_shared(s: Tensor, weight: Tensor, circular: bool = False) -> Tensor
     """
     k = weight.shape[-1]
     padded = _pad(s, k, circular)
-    if torch.jit.is_tracing():  # torch.onnx.export(dynamo=False) knows no unfold of a map of any size
+    if torch.jit.is_tracing():  # torch.onnx.export(dynamo=False) cannot unfold maps of dynamic size
         windows = torch.stack([padded[:, j : padded.shape[1] - k + 1 + j] for j in range(k)], dim=-1)
     else:
         windows = padded.unfold(1, k, 1)  # (N, C, k)
@@ -163,11 +163,11 @@ def _pad(s: Tensor, kernel_size: int, circular: bool) -> Tensor:
 
 @torch.fx.wrap
 def grouped_linear(s: Tensor, weight: Tensor) -> Tensor:
-    """A block-diagonal matrix times the channel means (Eq. 5); one block is a full matrix (Eq. 4).
+    """A block-diagonal matrix times the channel means (Eq. 5); a single block is a full matrix (Eq. 4).
 
     Args:
         s: Channel means ``(N, C)``.
-        weight: ``(G, D, C / G)``: G blocks, each maps C / G means to D values.
+        weight: ``(G, D, C / G)``: G blocks, each of which maps C / G means to D values.
 
     Returns:
         ``(N, G * D)``.
@@ -178,10 +178,10 @@ def grouped_linear(s: Tensor, weight: Tensor) -> Tensor:
     return blocks.reshape(-1, groups * out)
 
 
-# What the fused tail is made of. `out = act(scale * x + shift + residual)`, scale and shift of shape (N, C); the
+# The parts of the fused tail: `out = act(scale * x + shift + residual)`, with scale and shift of shape (N, C). The
 # functions below are the plain twins of the operations of the same names in ecanet.ops.
 
-#: Activations by the code that the operations take; None is the identity.
+#: Activations; the operations take the index. None is the identity.
 ACTS: tuple[str | None, ...] = (None, "relu", "relu6", "silu", "hardswish")
 _ACT_FUNCTIONS = (lambda y: y, F.relu, F.relu6, F.silu, F.hardswish)
 
@@ -196,12 +196,12 @@ def _spatial(x: Tensor) -> tuple[int, ...]:
 
 
 def over_positions(t: Tensor, x: Tensor) -> Tensor:
-    """``(N, C)`` or ``(C,)`` shaped so that it broadcasts over the positions of ``x``, ``(N, C, *spatial)``."""
+    """``(N, C)`` or ``(C,)``, reshaped to broadcast over the positions of ``x``, ``(N, C, *spatial)``."""
     return t.reshape(*t.shape, *(1 for _ in _spatial(x)))
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Means of every map and sums of squares about them.
+    """Mean of every map, and the sum of squared deviations from it.
 
     Args:
         x: ``(N, C, *spatial)``.
@@ -214,7 +214,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
         return x.clone(), (x - x)  # NaN and Inf give NaN
     if x.shape[0] == 0:
         return x.sum(_spatial(x)), x.sum(_spatial(x))
-    # Not torch.var_mean, whose mean of a map with an infinite value is NaN.
+    # Not torch.var_mean: its mean of a map with an infinite value is NaN.
     return x.mean(_spatial(x)), x.var(_spatial(x), correction=0) * x.shape[2:].numel()
 
 
@@ -240,11 +240,11 @@ def _before_act(x: Tensor, scale: Tensor, shift: Tensor | None, residual: Tensor
 
 
 def _upstream(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor | None, saved: Tensor | None, act: int) -> Tensor:
-    """Gradient of what went into the activation."""
+    """Gradient of the activation's input."""
     grad = grad.to(accumulation_dtype(x.dtype))
     if act == 0:
         return grad
-    if ACTS[act] in ("silu", "hardswish"):  # whose slope follows from what went in
+    if ACTS[act] in ("silu", "hardswish"):  # their slope depends on the activation's input
         y = _before_act(x, scale, shift, saved)
         if ACTS[act] == "silu":
             gate = torch.sigmoid(y)
@@ -268,21 +268,21 @@ def apply_backward(
     act: int,
     needs_d: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """First pass of the backward: d, the gradient of what went into the activation, and its sums.
+    """First pass of the backward: d, the gradient of the activation's input, and its sums.
 
     Args:
         grad: Gradient of ``out``, shape and type of ``x``.
         x: ``(N, C, *spatial)``.
-        scale: As in the forward; SiLU and Hardswish need it to know what went into them.
+        scale: As in the forward; SiLU and Hardswish need it to recompute their input.
         shift: As ``scale``.
-        center: ``(C,)`` or None for zeros: what x is measured from, so that large means cost no digits.
+        center: ``(C,)``, or None for zeros: subtracted from x, so that large means cost no digits.
         saved: ``out`` for ReLU and ReLU6, ``residual`` for SiLU and Hardswish.
         act: Index in :data:`ACTS`.
-        needs_d: Whether d is wanted; it is the gradient of the residual.
+        needs_d: Whether to return d, which is the gradient of the residual.
 
     Returns:
-        ``d`` (of size 0 if not wanted), ``p``: sums of d over the positions, ``q``: sums of d (x - center);
-        ``(N, C)`` both.
+        ``d`` (of size 0 without ``needs_d``); ``p``, the sums of d over the positions; ``q``, the sums of
+        d (x - center). ``p`` and ``q`` are ``(N, C)``.
     """
     d = _upstream(grad, x, scale, shift, saved, act)
     centered = x.to(d.dtype) if center is None else x.to(d.dtype) - over_positions(center, x)
@@ -304,14 +304,14 @@ def input_backward(
     """Second pass of the backward: the gradient of x, ``scale * d + offset + slope * (x - center)``.
 
     Args:
-        grad: As in :func:`apply_backward`; or its d, with ``act=0``.
+        grad: As in :func:`apply_backward`; or the d that it returns, with ``act=0``.
         x: As in :func:`apply_backward`.
         scale: As in the forward.
         shift: As in :func:`apply_backward`.
         saved: As in :func:`apply_backward`.
         act: As in :func:`apply_backward`.
         offset: ``(N, C)``.
-        slope: ``(C,)``, or None where x does not act through the statistics of a batch.
+        slope: ``(C,)``, or None if the norm does not use batch statistics.
         center: ``(C,)`` or None for zeros.
     """
     d = _upstream(grad, x, scale, shift, saved, act)
@@ -323,10 +323,10 @@ def input_backward(
 
 
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Means of every map, and mean and biased variance of every channel over the batch.
+    """Mean of every map, and mean and biased variance of every channel over the batch.
 
-    The kernels read x once and merge the :func:`moments` of the maps in float64 (Chan et al., 1979), so that means of
-    10,000 standard deviations cost the variance no digits.
+    The kernels read x once and merge the :func:`moments` of the maps in float64 (Chan et al., 1979). Even a mean of
+    10,000 standard deviations then costs the variance no digits.
 
     Args:
         x: ``(N, C, *spatial)``; mean and var of an empty batch are NaN.
@@ -349,11 +349,11 @@ def normalise(
     bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A BatchNorm as ``y = a x + b`` and the means of its output.
+    """A BatchNorm as ``y = a x + b``, and the means of its output.
 
     Args:
         map_means: ``(N, C)``, means of the norm's input.
-        norm_mean: ``(C,)``; with ``norm_var`` None, there is no norm.
+        norm_mean: ``(C,)``; if this and ``norm_var`` are None, there is no norm.
         norm_var: ``(C,)``, biased.
         weight: ``(C,)`` or None for ones.
         bias: ``(C,)`` or None for zeros.
@@ -381,7 +381,7 @@ def eca_coefficients(
     circular: bool,
     factor: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """From the means of a norm's input to the scale and the shift of norm and ECA together.
+    """From the means of a norm's input, compute the scale and shift that apply norm and ECA together.
 
     Args:
         map_means: As in :func:`normalise`.
@@ -390,12 +390,12 @@ def eca_coefficients(
         weight: As in :func:`normalise`.
         bias: As in :func:`normalise`.
         eps: As in :func:`normalise`.
-        kernel: ``(k,)`` of the band, in the type of ``means``; None for no gate.
+        kernel: ``(k,)``, the band's weights in the type of ``map_means``; None for no gate.
         circular: As in :func:`band`.
-        factor: Of the gate: ``gate = factor * sigmoid(band of s)``.
+        factor: The gate's factor: ``gate = factor * sigmoid(band of s)``.
 
     Returns:
-        ``s``, ``gate`` (of size 0 x C without a band), ``scale`` and ``shift``, all ``(N, C)``.
+        ``s``, ``gate`` (of size 0 x C without a kernel), ``scale`` and ``shift``, all ``(N, C)``.
     """
     s, a, b = normalise(map_means, norm_mean, norm_var, weight, bias, eps)
     if kernel is None:
@@ -420,31 +420,31 @@ def eca_coefficients_backward(
     positions: int,
     factor: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Between the two passes of the backward: from the sums of d to what the second pass adds.
+    """Between the two passes of the backward: from the sums of d, compute what the second pass adds.
 
     With ``out = g (a (x - mean) + bias)`` and ``s = a (m - mean) + bias``:
-    ``dg = a q + bias p``, and from the gate ``ds``; then ``da = sum_n g q + ds (m - mean)``,
+    ``dg = a q + bias p``, which gives ``ds`` through the gate; then ``da = sum_n g q + ds (m - mean)``,
     ``dbias = sum_n g p + ds``, ``dmean = -a dbias`` and ``dvar = -da weight / (2 (var + eps)^(3/2))``.
 
     Args:
-        p: ``(N, C)`` of :func:`apply_backward`.
-        q: ``(N, C)`` of :func:`apply_backward`, with ``center=mean``.
+        p: ``(N, C)``, returned by :func:`apply_backward`.
+        q: ``(N, C)``, returned by :func:`apply_backward` with ``center=mean``.
         map_means: As in :func:`normalise`.
-        gate: ``(N, C)`` or None for no gate.
-        grad_s: ``(N, C)``, ds of a gate that is no band.
+        gate: ``(N, C)``, or None for no gate.
+        grad_s: ``(N, C)``, ds of a gate that is not ECA's band.
         norm_mean: As in :func:`normalise`.
         norm_var: As in :func:`normalise`.
         weight: As in :func:`normalise`.
         bias: As in :func:`normalise`.
         eps: As in :func:`normalise`.
-        kernel: As in :func:`eca_coefficients`; None takes ``grad_s``.
+        kernel: As in :func:`eca_coefficients`; with None, ``grad_s`` is used.
         circular: As in :func:`band`.
-        positions: S, so many positions has a map.
+        positions: S, the number of positions of a map.
         factor: As in :func:`eca_coefficients`.
 
     Returns:
-        ``offset`` ``(N, C)``: ds a / S, the squeeze's part of the input's gradient; ``(C,)``-sized gradients of
-        weight and bias; ``(k,)`` of the band (of size 0 without one); ``(C,)`` of norm_mean and norm_var.
+        ``offset`` ``(N, C)``: ds a / S, the squeeze's part of the input's gradient; the gradients of weight and bias,
+        ``(C,)``; that of the kernel, ``(k,)`` (of size 0 without one); those of norm_mean and norm_var, ``(C,)``.
     """
     s, a, _ = normalise(map_means, norm_mean, norm_var, weight, bias, eps)
     beta = torch.zeros_like(a) if bias is None else bias.to(a.dtype)
@@ -479,7 +479,7 @@ def norm_eca_add_act(
     act: int,
     factor: float = 1.0,
 ) -> Tensor:
-    """Norm with given statistics, ECA, residual and activation at once.
+    """Norm with given statistics, ECA, residual and activation in one call.
 
     Args:
         x: ``(N, C, *spatial)``.

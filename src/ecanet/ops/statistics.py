@@ -1,4 +1,4 @@
-"""Statistics of a batch in plain PyTorch, beside the operations: merged from those of its maps, and running ones."""
+"""Batch and running statistics in plain PyTorch: merging the moments of maps, and updating running statistics."""
 
 from torch import Tensor
 
@@ -7,9 +7,9 @@ def merge_moments(map_means: Tensor, m2: Tensor, positions: int) -> tuple[Tensor
     """Mean and biased variance of every channel over the batch, from the moments of its maps (Chan et al., 1979).
 
     Args:
-        map_means: ``(N, C)`` of :func:`moments`.
-        m2: ``(N, C)``, likewise.
-        positions: S, so many positions has a map.
+        map_means: ``(N, C)``, the means that :func:`~ecanet.ops.reference.moments` returns.
+        m2: ``(N, C)``, its sums of squares.
+        positions: S, the number of positions of a map.
 
     Returns:
         ``mean`` and ``var``, both ``(C,)``.
@@ -33,8 +33,8 @@ def update_running(
         running_var: ``(C,)``, unbiased.
         mean: ``(C,)`` of the batch.
         var: ``(C,)`` of the batch, biased.
-        momentum: The batch's share.
-        count: Values a channel in the batch.
+        momentum: Weight of the batch.
+        count: Number of values per channel in the batch.
     """
     keep = 1.0 - momentum
     unbiased = momentum * (count / (count - 1))

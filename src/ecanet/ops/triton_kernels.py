@@ -3,18 +3,18 @@
 Names and formulas are those of :mod:`ecanet.ops.reference`; :mod:`ecanet.ops.gpu` launches them. Importing this file
 imports triton.
 
-A map ``(N, C, S)`` has N C rows, a row being one channel of one sample. It is walked in tiles of ``ROWS`` by
-``POSITIONS`` elements. In memory the positions of a row are neighbours, or, channels last (``LAST``), the channels of a
+A map ``(N, C, S)`` has N C rows; a row is one channel of one sample. The map is walked in tiles of ``ROWS`` by
+``POSITIONS`` elements. In memory the positions of a row are neighbours or, channels last (``LAST``), the channels of a
 position. ``ALIGN`` divides the number of neighbours and ``TOTAL`` the number of elements: loads and stores are as wide
 as these allow.
 
-What sums over positions takes a tile of rows and goes on along their positions, so that most sums happen within a
-thread: channels last all of them, in a warp whose threads have channels of their own. It may split the positions over
-``splits`` programs; what each found is merged in a fixed order, so results repeat themselves bit by bit. Contiguous
-rows that are not aligned (those of 7 x 7) are read from the last multiple of ``START`` before them, and what belongs
-to the neighbours is left out of the sums.
+A kernel that sums over positions takes a tile of rows and moves along their positions, so that most sums happen within
+a thread. Channels last, all of them do: each thread of a warp has its own channels. The positions may be split over
+``splits`` programs; their partial sums are merged in a fixed order, so results are the same bit for bit on every run.
+Contiguous rows that are not aligned (such as those of 7 x 7) are read from the last multiple of ``START`` before them;
+elements of neighbouring rows are left out of the sums.
 
-What works element by element cuts a contiguous map into runs of ``POSITIONS`` neighbours, each in one row or in two.
+An element-wise kernel cuts a contiguous map into runs of ``POSITIONS`` neighbours, each in one row or in two.
 """
 
 from typing import Any
@@ -22,19 +22,19 @@ from typing import Any
 import triton
 import triton.language as tl
 
-# Type checkers know neither triton's language nor that its functions are compiled.
+# Any: type checkers do not understand triton's language.
 jit: Any = triton.jit
 
 
 @jit
 def _multiple(size, OF: tl.constexpr):
-    """The size, in a form that shows the compiler what divides it."""
+    """The size, written so that the compiler sees that ``OF`` divides it."""
     return size // OF * OF
 
 
 @jit
 def _size(samples, channels, positions, TOTAL: tl.constexpr, INDEX: tl.constexpr):
-    """Elements of the map."""
+    """Number of elements in the map."""
     return _multiple(tl.cast(samples, INDEX) * channels * positions, TOTAL)
 
 
@@ -45,8 +45,8 @@ def _rows(
 ):  # fmt: skip
     """Where the rows of a tile are.
 
-    The offset to read each from; how many elements that is before its first position; its index in ``(N, C)``; its
-    channel; whether it exists; how far its positions are apart.
+    Returns, for each row: the offset where reading starts; how many elements that is before its first position; its
+    index in ``(N, C)``; its channel; whether it exists. Last, the distance between neighbouring positions.
     """
     step = 1
     if LAST:
@@ -68,7 +68,7 @@ def _rows(
 
 @jit
 def _end(begin, per_split, positions, LAST: tl.constexpr, ALIGN: tl.constexpr, START: tl.constexpr):
-    """Where a split ends, counted from where its rows are read."""
+    """Where a split ends, counted from the offset where reading a row starts."""
     if LAST:
         return tl.minimum(begin + per_split, positions)
     if START > 1:  # the only split
@@ -81,14 +81,14 @@ def _tile(
     start, lead, exists, step, at, end, positions, size, POSITIONS: tl.constexpr, START: tl.constexpr,
     INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Offsets of the rows' elements from ``at`` on, [ROWS, POSITIONS]; which can be read; which are the rows' own."""
+    """Offsets of elements from position ``at`` on, [ROWS, POSITIONS]; which are readable; which belong to their row."""
     position = at + tl.arange(0, POSITIONS)
     place = start[:, None] + position.to(INDEX)[None, :] * step
     readable = exists[:, None] & (position < end)[None, :]
     inside = readable
     if START > 1:
         own = position[None, :] - lead[:, None]
-        inside = readable & (own.to(tl.uint32) < positions.to(tl.uint32))  # nor is it less than 0
+        inside = readable & (own.to(tl.uint32) < positions.to(tl.uint32))  # unsigned: also rules out negative ones
         readable &= place < size
     return place, readable, inside
 
@@ -98,10 +98,10 @@ def _elements(
     program, samples, channels, positions, ROWS: tl.constexpr, POSITIONS: tl.constexpr, LAST: tl.constexpr,
     ALIGN: tl.constexpr, TOTAL: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """What a program works on element by element.
+    """The elements of a program in an element-wise kernel.
 
-    Offsets and which exist, [ROWS, POSITIONS]; the row where each [ROWS] of them begins, and the row after that; which
-    elements belong to the row after.
+    Returns their offsets and which of them exist, [ROWS, POSITIONS]; for each run, [ROWS], the row where it begins and
+    the row after that; which elements belong to the row after.
     """
     rows = tl.cast(samples, INDEX) * channels
     size = _size(samples, channels, positions, TOTAL, INDEX)
@@ -118,7 +118,7 @@ def _elements(
         run = tl.arange(0, ROWS) * POSITIONS
         place = first + (run[:, None] + tl.arange(0, POSITIONS)[None, :])
         inside = place < size
-        row = first // positions  # of 64 bits only this division; those of the runs are of 32
+        row = first // positions  # only this division needs 64 bits; those of the runs use 32
         run += (first - row * positions).to(tl.int32)
         down = run // positions
         row += down
@@ -127,12 +127,12 @@ def _elements(
 
 
 @jit
-def _of_rows(
+def _load_per_row(
     values, row, after, is_after, POSITIONS: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """The value of its row for every element of a tile."""
+    """For every element of a tile, the value of its row."""
     value = tl.load(values + row).to(ACC)[:, None]
-    if not LAST and ALIGN % POSITIONS != 0:  # otherwise no run lies in two rows
+    if not LAST and ALIGN % POSITIONS != 0:  # otherwise no run spans two rows
         value = tl.where(is_after, tl.load(values + after).to(ACC)[:, None], value)
     return value
 
@@ -144,7 +144,7 @@ def _sigmoid(x):
 
 @jit
 def _activate(y, ACT: tl.constexpr):
-    # A NaN compares false, so it comes out as it came in.
+    # Comparisons with NaN are false, so NaN passes through.
     if ACT == 1:
         y = tl.where(y < 0.0, 0.0, y)
     if ACT == 2:
@@ -162,7 +162,7 @@ def _activate(y, ACT: tl.constexpr):
 
 @jit
 def _activate_backward(grad, seen, ACT: tl.constexpr):
-    """Grad act'(...), from the output for ReLU and ReLU6, from the input for SiLU and Hardswish."""
+    """``grad * act'``; ``seen`` is the output for ReLU and ReLU6, the input for SiLU and Hardswish."""
     if ACT == 1:
         grad = tl.where(seen <= 0.0, 0.0, grad)
     if ACT == 2:
@@ -180,7 +180,7 @@ def _activate_backward(grad, seen, ACT: tl.constexpr):
 
 @jit
 def _upstream(grad, x, saved, scale, shift, place, mask, ACT: tl.constexpr, ACC: tl.constexpr):
-    """Gradient of what went into the activation; scale and shift are [ROWS, 1]."""
+    """Gradient of the activation's input; scale and shift are [ROWS, 1]."""
     g = tl.load(grad + place, mask, 0.0).to(ACC)
     if ACT == 1 or ACT == 2:
         g = _activate_backward(g, tl.load(saved + place, mask, 0.0).to(ACC), ACT)
@@ -195,11 +195,11 @@ def _upstream(grad, x, saved, scale, shift, place, mask, ACT: tl.constexpr, ACC:
 
 
 @jit
-def _gathered(tile, BESIDE: tl.constexpr):
-    """What is added up over the tiles of a program, of a tile [ROWS, POSITIONS].
+def _fold_positions(tile, BESIDE: tl.constexpr):
+    """The part of a tile, [ROWS, POSITIONS], that a program accumulates over its tiles.
 
-    Channels last, ``BESIDE`` threads share a row, each with every ``BESIDE``-th position: the sums of each of them,
-    [ROWS, BESIDE]. Otherwise (0) the tile.
+    Channels last, ``BESIDE`` threads share a row and each takes every ``BESIDE``-th position: the result has the sum of
+    each thread, [ROWS, BESIDE]. Otherwise ``BESIDE`` is 0, and the result is the tile.
     """
     if BESIDE > 0:
         tile = tl.sum(tl.reshape(tile, (tile.shape[0], tile.shape[1] // BESIDE, BESIDE)), 1)
@@ -213,10 +213,10 @@ def moments(
     BESIDE: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
     OUT: tl.constexpr,
 ):  # fmt: skip
-    """Mean of every row over the positions of one split and, if ``SECOND``, the sum of squares about it.
+    """Mean of every row over one split and, if ``SECOND``, the sum of squared deviations from it.
 
-    ``mean`` and ``m2`` are ``(splits, N, C)``. Values are measured from the mean of the first tile: then the sums of
-    squares lose digits to cancellation by at most the number of tiles.
+    ``mean`` and ``m2`` are ``(splits, N, C)``. The mean of the first tile is subtracted from all values. Cancellation
+    then enlarges the rounding error of the sums of squares by at most the number of tiles.
     """
     block, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     start, lead, row, _, exists, step = _rows(block, samples, channels, positions, ROWS, LAST, ALIGN, START, INDEX)
@@ -230,17 +230,17 @@ def moments(
     if SECOND:
         first = tl.minimum(begin + POSITIONS - lead, tl.minimum(begin + per_split, positions)) - begin
         origin = tl.sum(tl.where(inside, value, 0.0), 1) / first.to(ACC)
-        origin = tl.where(origin - origin == 0.0, origin, 0.0)  # finite, or none: Inf - Inf would be NaN
+        origin = tl.where(origin - origin == 0.0, origin, 0.0)  # 0 if not finite: Inf - Inf would be NaN
     away = tl.where(inside, value - origin[:, None], 0.0)
-    total = _gathered(away, BESIDE)
-    squares = _gathered(away * away, BESIDE)
+    total = _fold_positions(away, BESIDE)
+    squares = _fold_positions(away * away, BESIDE)
     for at in range(begin + POSITIONS, end, POSITIONS):
         place, readable, inside = _tile(start, lead, exists, step, at, end, positions, size, POSITIONS, START, INDEX)
         value = tl.load(x + place, readable, 0.0).to(ACC)
         away = tl.where(inside, value - origin[:, None], 0.0)
-        total += _gathered(away, BESIDE)
+        total += _fold_positions(away, BESIDE)
         if SECOND:
-            squares += _gathered(away * away, BESIDE)
+            squares += _fold_positions(away * away, BESIDE)
     here = split.to(INDEX) * samples * channels + row
     shift = tl.sum(total, 1) / count
     tl.store(mean + here, origin.to(OUT) + shift.to(OUT), exists)
@@ -253,7 +253,7 @@ def _merge_splits(
     mean, m2, at, exists, rows, positions, splits, per_split,
     SECOND: tl.constexpr, SPLITS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squares of whole rows, from those of their splits (Chan, Golub, LeVeque 1979).
+    """Mean and sum of squared deviations of whole rows, from those of their splits (Chan, Golub, LeVeque 1979).
 
     ``at`` and the results are [A, B]; the sums of squares are 0 unless ``SECOND``.
     """
@@ -275,7 +275,7 @@ def merge(
     mean, m2, mean_out, m2_out, rows, positions, splits, per_split,
     SECOND: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """One mean, and one sum of squares, for every row."""
+    """Merge the splits of every row into one mean and one sum of squared deviations."""
     at = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)[None, :]
     exists = at < rows
     m, q = _merge_splits(mean, m2, at, exists, rows, positions, splits, per_split, SECOND, SPLITS, INDEX)
@@ -286,7 +286,7 @@ def merge(
 
 @jit
 def add_splits(p, q, p_out, q_out, rows, splits, SPLITS: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr):
-    """Sums of whole rows from those of their splits."""
+    """Sums of whole rows, from those of their splits."""
     at = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     split = tl.arange(0, SPLITS)[:, None]
     known = (at < rows)[None, :] & (split < splits)
@@ -302,14 +302,14 @@ def statistics(
 ):  # fmt: skip
     """Means of rows, and mean and biased variance of every channel over the batch; merged in float64.
 
-    Sums are taken about the first mean of the channel. It is one of the values that are summed up, so at most as many
-    digits are lost as their number has.
+    The first mean of the channel is subtracted from all its means. It is one of the values that are summed, so at most
+    as many digits are lost as their number has.
     """
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     known = channel < channels
     rows = tl.cast(samples, INDEX) * channels
     pivot = tl.load(mean + channel, known, 0.0).to(tl.float64)
-    pivot = tl.where(pivot - pivot == 0.0, pivot, 0.0)  # finite, or none: Inf - Inf would be NaN
+    pivot = tl.where(pivot - pivot == 0.0, pivot, 0.0)  # 0 if not finite: Inf - Inf would be NaN
     total = tl.zeros((SAMPLES, CHANNELS), tl.float64)
     squares = tl.zeros((SAMPLES, CHANNELS), tl.float64)
     for n in range(0, samples, SAMPLES):
@@ -360,9 +360,9 @@ def apply(
         tl.program_id(0), samples, channels, positions, ROWS, POSITIONS, LAST, ALIGN, TOTAL, INDEX
     )
     y = tl.load(x + place, inside, 0.0).to(ACC)
-    y *= _of_rows(scale, row, after, is_after, POSITIONS, LAST, ALIGN, ACC)
+    y *= _load_per_row(scale, row, after, is_after, POSITIONS, LAST, ALIGN, ACC)
     if shift is not None:
-        y += _of_rows(shift, row, after, is_after, POSITIONS, LAST, ALIGN, ACC)
+        y += _load_per_row(shift, row, after, is_after, POSITIONS, LAST, ALIGN, ACC)
     if residual is not None:
         y += tl.load(residual + place, inside, 0.0).to(ACC)
     tl.store(out + place, _activate(y, ACT).to(out.dtype.element_ty), inside)
@@ -374,9 +374,9 @@ def reduce(
     ACT: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr, TOTAL: tl.constexpr, START: tl.constexpr,
     BESIDE: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """First pass of the backward: d, and for one split of every row the sums of d and of d (x - center).
+    """First pass of the backward: d, and the sums of d and of d (x - center) over one split of every row.
 
-    ``p`` and ``q`` are ``(splits, N, C)``; without ``d`` it is not kept.
+    ``p`` and ``q`` are ``(splits, N, C)``; d is stored unless the pointer ``d`` is None.
     """
     block, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     start, lead, row, channel, exists, step = _rows(
@@ -394,19 +394,19 @@ def reduce(
     middle = tl.zeros((ROWS,), ACC)
     if center is not None:
         middle = tl.load(center + channel, exists, 0.0).to(ACC)
-    p_total = _gathered(tl.zeros((ROWS, POSITIONS), ACC), BESIDE)
-    q_total = _gathered(tl.zeros((ROWS, POSITIONS), ACC), BESIDE)
+    p_total = _fold_positions(tl.zeros((ROWS, POSITIONS), ACC), BESIDE)
+    q_total = _fold_positions(tl.zeros((ROWS, POSITIONS), ACC), BESIDE)
     for at in range(begin, end, POSITIONS):
         place, readable, inside = _tile(start, lead, exists, step, at, end, positions, size, POSITIONS, START, INDEX)
         value = tl.load(x + place, readable, 0.0).to(ACC)
         here = _upstream(grad, value, saved, a, b, place, readable, ACT, ACC)
         if d is not None:
-            # Without scale and shift d is the same whichever row's program writes it: as wide as it was read.
+            # If d does not depend on scale and shift, any row's program writes the same value: store all that was read.
             if ACT == 3 or ACT == 4:
                 readable = inside
             tl.store(d + place, here.to(d.dtype.element_ty), readable)
-        p_total += _gathered(tl.where(inside, here, 0.0), BESIDE)
-        q_total += _gathered(tl.where(inside, here * (value - middle[:, None]), 0.0), BESIDE)
+        p_total += _fold_positions(tl.where(inside, here, 0.0), BESIDE)
+        q_total += _fold_positions(tl.where(inside, here * (value - middle[:, None]), 0.0), BESIDE)
     at_split = split.to(INDEX) * samples * channels + row
     tl.store(p + at_split, tl.sum(p_total, 1), exists)
     tl.store(q + at_split, tl.sum(q_total, 1), exists)
@@ -422,20 +422,20 @@ def input_grad(
     place, inside, row, after, is_after = _elements(
         tl.program_id(0), samples, channels, positions, ROWS, POSITIONS, LAST, ALIGN, TOTAL, INDEX
     )
-    a = _of_rows(scale, row, after, is_after, POSITIONS, LAST, ALIGN, ACC)
+    a = _load_per_row(scale, row, after, is_after, POSITIONS, LAST, ALIGN, ACC)
     b = None
     if (ACT == 3 or ACT == 4) and shift is not None:
-        b = _of_rows(shift, row, after, is_after, POSITIONS, LAST, ALIGN, ACC)
+        b = _load_per_row(shift, row, after, is_after, POSITIONS, LAST, ALIGN, ACC)
     value = None
     if ACT == 3 or ACT == 4 or slope is not None:
         value = tl.load(x + place, inside, 0.0).to(ACC)
     g = _upstream(grad, value, saved, a, b, place, inside, ACT, ACC) * a
-    g += _of_rows(offset, row, after, is_after, POSITIONS, LAST, ALIGN, ACC)
+    g += _load_per_row(offset, row, after, is_after, POSITIONS, LAST, ALIGN, ACC)
     if slope is not None:
         channel, next_channel = row % channels, after % channels
         if center is not None:
-            value -= _of_rows(center, channel, next_channel, is_after, POSITIONS, LAST, ALIGN, ACC)
-        g += _of_rows(slope, channel, next_channel, is_after, POSITIONS, LAST, ALIGN, ACC) * value
+            value -= _load_per_row(center, channel, next_channel, is_after, POSITIONS, LAST, ALIGN, ACC)
+        g += _load_per_row(slope, channel, next_channel, is_after, POSITIONS, LAST, ALIGN, ACC) * value
     tl.store(out + place, g.to(out.dtype.element_ty), inside)
 
 
@@ -451,7 +451,7 @@ def _norm_slope(var, weight, channel, known, eps: tl.constexpr, ACC: tl.constexp
 
 
 @jit
-def _or_zero(pointer, at, mask, ACC: tl.constexpr):
+def _load_or_zero(pointer, at, mask, ACC: tl.constexpr):
     value = tl.zeros(at.shape, ACC)
     if pointer is not None:
         value = tl.load(pointer + at, mask, 0.0).to(ACC)
@@ -460,7 +460,7 @@ def _or_zero(pointer, at, mask, ACC: tl.constexpr):
 
 @jit
 def _neighbour(channel, by: tl.constexpr, channels, CIRCULAR: tl.constexpr):
-    """The channel that is ``by`` away, and whether there is one."""
+    """The channel at distance ``by``, and whether it exists."""
     other = channel + by
     if CIRCULAR:
         other = (other + channels) % channels
@@ -470,8 +470,8 @@ def _neighbour(channel, by: tl.constexpr, channels, CIRCULAR: tl.constexpr):
 @jit
 def _norm_mean(map_means, mean, var, weight, bias, row, channel, known, eps: tl.constexpr, ACC: tl.constexpr):
     """Mean of a row of the norm's output: a (m - mean) + bias."""
-    m = tl.load(map_means + row + channel, known, 0.0).to(ACC) - _or_zero(mean, channel, known, ACC)
-    return _norm_slope(var, weight, channel, known, eps, ACC) * m + _or_zero(bias, channel, known, ACC)
+    m = tl.load(map_means + row + channel, known, 0.0).to(ACC) - _load_or_zero(mean, channel, known, ACC)
+    return _norm_slope(var, weight, channel, known, eps, ACC) * m + _load_or_zero(bias, channel, known, ACC)
 
 
 @jit
@@ -480,13 +480,13 @@ def coefficients(
     eps: tl.constexpr, factor: tl.constexpr, K: tl.constexpr, CIRCULAR: tl.constexpr, BLOCK: tl.constexpr,
     INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """From means to gates, scales and shifts; without ``kernel`` there is no gate."""
+    """From means, compute gates, scales and shifts; without ``kernel`` there is no gate."""
     at = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     exists = at < tl.cast(samples, INDEX) * channels
     channel = (at % channels).to(tl.int32)
     row = at - channel
     a = _norm_slope(var, weight, channel, exists, eps, ACC)
-    b = _or_zero(bias, channel, exists, ACC) - a * _or_zero(mean, channel, exists, ACC)
+    b = _load_or_zero(bias, channel, exists, ACC) - a * _load_or_zero(mean, channel, exists, ACC)
     s = _norm_mean(map_means, mean, var, weight, bias, row, channel, exists, eps, ACC)
     tl.store(s_out + at, s, exists)
     if kernel is not None:
@@ -524,7 +524,7 @@ def coefficients_backward(
     eps: tl.constexpr, factor: tl.constexpr, K: tl.constexpr, CIRCULAR: tl.constexpr, SAMPLES: tl.constexpr,
     CHANNELS: tl.constexpr, TAPS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Offsets ``(N, C)``, and the sums over some samples that the gradients of norm and band are made of.
+    """Offsets ``(N, C)``, and partial sums over samples, from which :func:`finish` computes the other gradients.
 
     ``sum_a`` and ``sum_b`` are ``(groups of samples, C)``, ``kernel_sums`` ``(programs, TAPS)``.
     """
@@ -533,7 +533,7 @@ def coefficients_backward(
     channel = block * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     exists = channel < channels
     a = _norm_slope(var, weight, channel, exists, eps, ACC)
-    middle = _or_zero(mean, channel, exists, ACC)
+    middle = _load_or_zero(mean, channel, exists, ACC)
     a_total = tl.zeros((SAMPLES, CHANNELS), ACC)
     b_total = tl.zeros((SAMPLES, CHANNELS), ACC)
     taps = tl.zeros((TAPS,), ACC)

@@ -1,7 +1,6 @@
-"""Libraries that build networks anew, or fill in what a file lacks, are taught to keep gates.
+"""Patches other libraries that rebuild networks, or initialise what a file lacks, so that they keep gates.
 
-Nothing is imported of a library that is not there already, and none is changed before there is a gate to keep: see each
-file for when.
+A library is patched only if it is imported anyway, and only once there may be a gate to keep: each file says when.
 """
 
 from ecanet.nn.keep import transformers, ultralytics

@@ -1,6 +1,6 @@
-"""Ultralytics' YOLO keeps gates: those in its model files, and those in a network that it builds anew to train it.
+"""Makes Ultralytics' YOLO keep gates: those in its model files, and those in a network that it rebuilds for training.
 
-Ultralytics is under the AGPL-3.0. It is imported when a function is called, and none of its code is here.
+Ultralytics is under the AGPL-3.0. It is imported only when a function is called, and none of its code is here.
 """
 
 import contextlib
@@ -22,26 +22,26 @@ from ecanet.nn.attached import attach_, attached_gate, attached_gates
 from ecanet.nn.build import GATES, GateFactory
 from ecanet.nn.gate import Gate
 
-_ULTRALYTICS = "ultralytics.engine.model"  # by then ultralytics.nn.tasks is there, too
+_WATCHED_MODULE = "ultralytics.engine.model"  # importing it imports ultralytics.nn.tasks first
 
 
 def follow() -> None:
-    """Let Ultralytics know of gates in every process that imports both libraries, whichever comes first.
+    """Patch Ultralytics in every process that imports both libraries, whichever comes first.
 
-    A saved network is data, and reading it must not change a library. But a process that has read one with gates has
-    imported :mod:`ecanet.nn`, which calls this, and so can train it on.
+    A saved network is data, and reading it must not patch a library. But a process that has read one with gates has
+    imported :mod:`ecanet.nn`, which calls this, so it can continue training.
     """
-    if _ULTRALYTICS in sys.modules:
+    if _WATCHED_MODULE in sys.modules:
         teach()
-    elif not any(isinstance(finder, _Follower) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Follower())
+    elif not any(isinstance(finder, _ImportWatcher) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _ImportWatcher())
 
 
-class _Follower(importlib.abc.MetaPathFinder):
-    """Finds one module, where Python would have found it, and has something done when it is imported."""
+class _ImportWatcher(importlib.abc.MetaPathFinder):
+    """Finds one module where Python would find it, and patches Ultralytics once it is imported."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(name, path, target) if name == _ULTRALYTICS else None
+        spec = PathFinder.find_spec(name, path, target) if name == _WATCHED_MODULE else None
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
@@ -54,15 +54,15 @@ class _Follower(importlib.abc.MetaPathFinder):
         return spec
 
 
-#: Where a user finds the gates of model files; Ultralytics prints it.
-_MODULE = "ecanet.integrations.ultralytics"
+#: The module that Ultralytics prints for the gates of model files.
+_SHOWN_MODULE = "ecanet.integrations.ultralytics"
 
 
 class _ModelFileRow(nn.Module):
-    """What Ultralytics finds under a gate's name in a model file; calling it returns a plain gate.
+    """The class behind a gate's name in a model file; calling it returns a plain gate.
 
-    Checkpoints hold the whole network, pickled. The gates in it are those of :mod:`ecanet.nn`, and nothing else of
-    ecanet: loading one needs ecanet installed and no ``register()``.
+    Checkpoints hold the whole network, pickled. From ecanet they contain only gates of :mod:`ecanet.nn`, so loading one
+    needs ecanet installed but no ``register()``.
     """
 
     name: ClassVar[str]
@@ -73,13 +73,13 @@ class _ModelFileRow(nn.Module):
         c = channels[source]
         try:
             if len(args) > 1 or (args and isinstance(args[0], int) and args[0] >= c):
-                raise ValueError(f"at most one argument is right here, and it must be below the {c} channels")
+                raise ValueError(f"at most one argument is allowed, and it must be below the {c} channels")
             return cls.factory(c, *args)
         except (TypeError, ValueError) as error:
             written = ", ".join(map(str, args))
             raise ValueError(
                 f"row {row} of the model file, {cls.name} with the arguments [{written}]: {error}. Channels are not "
-                f"written down, they are the {c} of the layer before; [] takes the defaults{_HINTS.get(cls.name, '')}"
+                f"written down: they are the {c} of the layer before. [] means the defaults{_HINTS.get(cls.name, '')}"
             ) from error
 
 
@@ -87,7 +87,7 @@ _HINTS = {"ECA": ", [3] a kernel size of 3", "ECANS": ", [3] a kernel size of 3"
 
 
 class _Arguments(list[Any]):
-    """Arguments of a gate's row on their way through ``parse_model``, which puts its lists for the names in it."""
+    """Arguments of a gate's row in ``parse_model``, which replaces names of its variables in them by their values."""
 
     def __str__(self) -> str:  # the table that Ultralytics prints
         _, channels, source, *args = self
@@ -99,17 +99,17 @@ def _model_file_rows() -> dict[str, type[_ModelFileRow]]:
         factory.__name__: type(
             factory.__name__,
             (_ModelFileRow,),
-            {"__module__": _MODULE, "name": factory.__name__, "factory": staticmethod(factory)},
+            {"__module__": _SHOWN_MODULE, "name": factory.__name__, "factory": staticmethod(factory)},
         )
         for factory in GATES.values()
     }
 
 
-def _with_gates(tasks: Any, rows: dict[str, type[_ModelFileRow]]) -> Callable[..., Any]:
-    """Ultralytics' ``parse_model`` for model files with gates, to which it hands the channels so far.
+def _parse_with_gates(tasks: Any, rows: dict[str, type[_ModelFileRow]]) -> Callable[..., Any]:
+    """Wrap Ultralytics' ``parse_model`` for model files with gates, so that it passes them the channels so far.
 
-    It looks up every argument that is a string among its own variables; ``ch`` is the list of channels of the layers
-    so far, ``f`` the number of the layer that the row takes. A name that somebody has given another meaning is theirs.
+    ``parse_model`` looks up every string argument among its own variables: ``ch`` is the list of channels of the layers
+    so far, ``f`` the number of the row's input layer. A gate's name that the user has redefined is left alone.
     """
     parse_model = tasks.parse_model
 
@@ -137,9 +137,9 @@ def _with_gates(tasks: Any, rows: dict[str, type[_ModelFileRow]]) -> Callable[..
 
 
 def teach() -> None:
-    """Make the gates known as :func:`register` does, in a process that may not need it: where it fails, it is silent.
+    """Patch Ultralytics as :func:`register` does, but ignore failures: the process may not need gates.
 
-    :func:`follow` sees to it that this is called once Ultralytics is imported, too.
+    :func:`follow` arranges for this call once Ultralytics is imported.
     """
     with contextlib.suppress(AttributeError, ImportError, ValueError):
         keep_gates()
@@ -154,40 +154,40 @@ def read_rows() -> tuple[str, ...]:
 
     Raises:
         ImportError: Ultralytics is not installed, or its way of reading model files has changed.
-        ValueError: Ultralytics has another module of that name already.
+        ValueError: Ultralytics already has another module of that name.
     """
     try:
         import ultralytics
         from ultralytics.nn import tasks
     except ImportError as error:
-        raise _missing(error) from error
+        raise _not_installed(error) from error
     rows = _model_file_rows()
     if not getattr(tasks.parse_model, "reads_gates", False):
         for name in rows:
-            if getattr(vars(tasks).get(name), "__module__", _MODULE) != _MODULE:
+            if getattr(vars(tasks).get(name), "__module__", _SHOWN_MODULE) != _SHOWN_MODULE:
                 raise ValueError(
-                    f"ultralytics.nn.tasks has a module {name} already, {getattr(tasks, name)!r}: take it out of that "
-                    "file, and the gate of ecanet can have its name"
+                    f"ultralytics.nn.tasks already has a module {name}, {getattr(tasks, name)!r}: remove it from that "
+                    "file, so that the gate of ecanet can have its name"
                 )
-        parse = _with_gates(tasks, rows)
+        parse = _parse_with_gates(tasks, rows)
         try:
             vars(tasks).update(rows)
-            _try_out(parse)
+            _check_parse(parse)
         except Exception as error:
             for name in rows:
                 delattr(tasks, name)
             raise ImportError(
                 f"Ultralytics {ultralytics.__version__} reads model files in a way that ecanet does not know "
-                f"({type(error).__name__}: {error}): pip install 'ultralytics==8.4.190' is one that it knows"
+                f"({type(error).__name__}: {error}): pip install 'ultralytics==8.4.190', which it knows"
             ) from error
         tasks.parse_model = ultralytics.nn.parse_model = parse
     return tuple(rows)
 
 
-def _try_out(parse: Callable[..., Any]) -> None:
+def _check_parse(parse: Callable[..., Any]) -> None:
     """Raise unless a gate after a layer of 8 channels is built for 8 channels."""
     file = {"nc": 1, "backbone": [[-1, 1, "nn.Conv2d", [3, 3, 1]], [-1, 1, "Conv", [8]]], "head": [[-1, 1, "ECA", [5]]]}
-    with torch.random.fork_rng(devices=[]):  # importing a library draws no random numbers
+    with torch.random.fork_rng(devices=[]):  # an import must not draw random numbers
         layers, _ = parse(file, 3, verbose=False)
     gate = layers[-1]
     if type(gate) is not GATES["eca"] or (gate.channels, gate.kernel_size) != (8, 5):
@@ -197,10 +197,10 @@ def _try_out(parse: Callable[..., Any]) -> None:
 def keep_gates() -> None:
     """Let ``YOLO.train`` keep the gates that :func:`ecanet.insert_gates_` put into ``YOLO(...).model``.
 
-    To train, Ultralytics builds the network anew from its model file and copies what weights fit; gates that are not in
-    the file would be gone. From now on they are put into the new network, too. :func:`ecanet.insert_gates_` and
-    :func:`register` call this, and so does importing both libraries, as reading a saved network with gates does.
-    Calling it twice does no more than calling it once.
+    For training, Ultralytics rebuilds the network from its model file and copies the weights that fit; gates that are
+    not in the file would be lost. After this call they are also put into the new network.
+    :func:`ecanet.insert_gates_` and :func:`register` call this, and so does importing both libraries, as reading a
+    saved network with gates does. Calling it again has no effect.
 
     Raises:
         ImportError: Ultralytics is not installed.
@@ -209,18 +209,18 @@ def keep_gates() -> None:
         from ultralytics.engine.model import Model
         from ultralytics.nn.tasks import BaseModel
     except ImportError as error:
-        raise _missing(error) from error
+        raise _not_installed(error) from error
     if not getattr(BaseModel.load, "keeps_gates", False):
         BaseModel.load = _load_with_gates(BaseModel.load)
         Model.train = _train_with_gates(Model.train)
 
 
-def _missing(error: ImportError) -> ImportError:
+def _not_installed(error: ImportError) -> ImportError:
     return ImportError(f"gates in YOLO need Ultralytics ({error}): pip install 'ecanet[ultralytics]'")
 
 
 def _load_with_gates(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Ultralytics' ``BaseModel.load``, which copies weights of one network into another, for gates, too."""
+    """Wrap Ultralytics' ``BaseModel.load``, which copies one network's weights into another, to copy gates too."""
 
     @functools.wraps(load)
     def load_with_gates(self: Any, weights: Any, *args: Any, **kwargs: Any) -> Any:
@@ -229,8 +229,8 @@ def _load_with_gates(load: Callable[..., Any]) -> Callable[..., Any]:
             return load(self, weights, *args, **kwargs)
         modules = dict(self.named_modules())
         for name, gate in list(source.named_modules()):
-            if isinstance(gate, Gate) and isinstance(modules.get(name), Gate) and not _alike(gate, modules[name]):
-                self.set_submodule(name, copy.deepcopy(gate).float())  # replace_gates_ was at a row of the file
+            if isinstance(gate, Gate) and isinstance(modules.get(name), Gate) and not _same_gate(gate, modules[name]):
+                self.set_submodule(name, copy.deepcopy(gate).float())  # replace_gates_ changed a gate of the file
         for name, host, gate in list(attached_gates(source)):
             if name in modules and attached_gate(modules[name]) is None and _same_shapes(modules[name], host):
                 attach_(modules[name], copy.deepcopy(gate).float())
@@ -241,7 +241,7 @@ def _load_with_gates(load: Callable[..., Any]) -> Callable[..., Any]:
         missing = [name for name, _, _ in attached_gates(source) if name not in there]
         if missing:
             warnings.warn(
-                f"{len(missing)} gates are left out, as layers of the new network have other shapes: "
+                f"{len(missing)} gates are left out, because layers of the new network have other shapes: "
                 f"{', '.join(missing)}",
                 stacklevel=2,
             )
@@ -257,7 +257,7 @@ def _same_file(first: Any, second: Any) -> bool:
     return rows[0] == rows[1]
 
 
-def _alike(first: nn.Module, second: nn.Module) -> bool:
+def _same_gate(first: nn.Module, second: nn.Module) -> bool:
     return (type(first), first.extra_repr()) == (type(second), second.extra_repr())
 
 
@@ -274,9 +274,9 @@ def _train_with_gates(train: Callable[..., Any]) -> Callable[..., Any]:
             if pretrained is not True:
                 raise ValueError(
                     f"pretrained={pretrained!r} would lose the gates that insert_gates_ put into this network: leave "
-                    "it out to train from its weights, or name the gates in the model file to start from others"
+                    "it out to train from its weights, or name the gates in the model file to start from other weights"
                 )
-            if not self.ckpt:  # built from a model file: train from this network and not from the file
+            if not self.ckpt:  # built from a model file: train this network, not a new one from the file
                 self.ckpt = {"model": self.model}
         return train(self, trainer, **kwargs)
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -26,7 +27,12 @@ LOOKED_UP_LATER = {name for name in NAMES if "." not in name or name.startswith(
 def found() -> dict[str, dict]:
     """What came out without each name."""
     run = subprocess.run(
-        [sys.executable, private_names.__file__], capture_output=True, text=True, timeout=300, check=True
+        [sys.executable, private_names.__file__],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+        env={**os.environ, "ECANET_BACKEND": ""},
     )
     lines = [json.loads(line) for line in run.stdout.splitlines()]
     return {line["name"]: line for line in lines}

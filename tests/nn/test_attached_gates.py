@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ecanet.nn import ECA, SE, norm_gate_add_act
 from ecanet.nn.attached import attach_, attached_gate, detach_
 from ecanet.nn.tail import eager
-from ecanet.ops import cpu
+from tests.kernels_here import needs_kernels
 
 N, C = 4, 16
 
@@ -64,7 +64,7 @@ def test_the_tail_takes_it_along_with_the_norm(gate, training) -> None:
     torch.testing.assert_close(host.running_var, norm.running_var, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+@needs_kernels
 def test_the_kernels_run_both_as_one(monkeypatch) -> None:
     calls = []
     compute = eager.norm_gate_add_act

@@ -17,11 +17,11 @@ import ecanet
 from ecanet.nn import ECA, SE, explain, norm_gate_add_act
 from ecanet.nn.tail import plan as plans
 from ecanet.nn.tail.shared_norm import _SharedForward
-from ecanet.ops import backend, cpu, gpu
+from ecanet.ops import backend, gpu
+from tests.kernels_here import needs_kernels
 
 C = 8
 DOCS = Path(__file__).parents[2] / "docs/how-it-works.md"
-needs_kernels = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 
 
 def arguments(**changed: Any) -> dict[str, Any]:

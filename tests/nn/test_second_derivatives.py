@@ -10,6 +10,7 @@ from torch.nn.utils import prune
 import ecanet
 from ecanet.nn import ECA, GATES, SE, Gate, build_gate, norm_gate_add_act
 from ecanet.nn.attached import attach_
+from tests.kernels_here import needs_kernels
 
 C = 16
 ACTS = [None, "relu", "relu6", "silu", "hardswish", nn.GELU()]
@@ -173,7 +174,7 @@ class Pruned(ecanet.nn.SEVar2):
 
 @pytest.mark.parametrize("make", [WithDropout, WithAverage, Pruned])
 @pytest.mark.parametrize("what", ["gate", "tail"])
-@pytest.mark.skipif(ecanet.ops.cpu.why_not() is not None, reason=str(ecanet.ops.cpu.why_not()))
+@needs_kernels
 def test_what_cannot_be_differentiated_twice_is_named_with_the_remedy(what, make) -> None:
     gate, x = make(C), torch.randn(3, C, 4, 5, requires_grad=True)
     norm = None if what == "gate" else nn.BatchNorm2d(C)
@@ -206,6 +207,7 @@ class Random(Gate):
         return self.weight * nn.functional.dropout(s, 0.5, self.training)
 
 
+@needs_kernels
 def test_a_gate_that_draws_random_numbers_says_so() -> None:
     gate = Random(8).double()
     y = gate(torch.rand(2, 8, 3, 2, dtype=torch.float64) + 1)

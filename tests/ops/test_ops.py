@@ -17,9 +17,8 @@ from marks import every_layout, of_type
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from ecanet.ops import cpu, reference
-
-needs_kernels = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+from ecanet.ops import reference
+from tests.kernels_here import needs_kernels
 
 # --- values -------------------------------------------------------------------------------------------------------
 

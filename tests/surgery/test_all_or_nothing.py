@@ -20,6 +20,7 @@ import ecanet
 from ecanet import fuse_tails_, insert_gates_, remove_gates_, replace_gates_
 from ecanet.nn import ECA, SE, Gate, SEVar1, SEVar2, folding
 from ecanet.surgery import fuse, insert, remove, replace
+from tests.kernels_here import needs_kernels
 
 C = 8
 
@@ -421,7 +422,7 @@ def test_hooks_that_cannot_be_copied_are_no_obstacle() -> None:
 
 @pytest.mark.parametrize("backend", ["cpu", "reference", "auto"])
 @pytest.mark.parametrize("gate", ["eca", "se", "se_var2"])
-@pytest.mark.skipif(ecanet.ops.cpu.why_not() is not None, reason=str(ecanet.ops.cpu.why_not()))
+@needs_kernels
 def test_multiply_adds_are_counted_whatever_the_backend(gate, backend) -> None:
     want = insert_gates_(network(), gate, preserve=False).multiply_adds
     with ecanet.backend(backend):

@@ -13,8 +13,8 @@ import ecanet
 from ecanet import fuse_tails_, insert_gates_, remove_gates_
 from ecanet.nn.norms import qualified_name
 from ecanet.nn.tail import eager
-from ecanet.ops import cpu
 from ecanet.surgery import FUSED
+from tests.kernels_here import needs_kernels
 
 NETWORKS = {
     "torchvision/resnet18": 8,
@@ -93,7 +93,7 @@ def test_gates_come_out_of_fused_blocks() -> None:
     assert relative_difference(model(x), before) < 1e-6
 
 
-@pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+@needs_kernels
 @pytest.mark.parametrize(
     ("name", "tails"), [("torchvision/resnet18", 8), ("timm/ecaresnet26t", 8), ("timm/seresnet18", 8)]
 )

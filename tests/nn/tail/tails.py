@@ -9,9 +9,6 @@ from torch import Tensor, nn
 
 import ecanet
 from ecanet.nn import Gate, norm_gate_add_act
-from ecanet.ops import cpu
-
-needs_kernels = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 
 C = 32  # the grouped gates of Table 2 need a multiple of 16
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tails import TOLERANCE, C, Tail, assert_equal, feature_map, needs_kernels, plain, randomise_, step
+from tails import TOLERANCE, C, Tail, assert_equal, feature_map, plain, randomise_, step
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,6 +16,7 @@ import ecanet
 from ecanet.nn import ECA, SE
 from ecanet.ops import backend as choice
 from ecanet.ops import cpu
+from tests.kernels_here import needs_kernels
 
 
 def test_fx_shows_the_modules() -> None:

@@ -29,6 +29,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import ecanet
 from ecanet.nn import ECA, SE, Gate, SEVar1, norm_gate_add_act
 from ecanet.ops import cpu
+from tests.kernels_here import needs_kernels
 
 
 class GateWithNorm(Gate):
@@ -128,6 +129,7 @@ class GateOfAnotherTensor(Gate):
         return s * self.others[0].to(s.dtype).exp()
 
 
+@needs_kernels
 def test_a_gate_that_reads_what_is_not_its_own_is_refused_where_a_gradient_would_be_lost() -> None:
     x, weight = feature_map(3, C, 5, 4), torch.ones(C, requires_grad=True)
     gate = GateOfAnotherTensor(C, weight)
@@ -143,6 +145,7 @@ def test_a_gate_that_reads_what_is_not_its_own_is_refused_where_a_gradient_would
     norm_gate_add_act(x, nn.BatchNorm2d(C), GateOfAnotherTensor(C, weight.detach())).sum().backward()
 
 
+@needs_kernels
 def test_a_gate_of_a_foreign_tensor_is_refused_before_the_batch_is_counted() -> None:
     norm, gate = nn.BatchNorm2d(C), GateOfAnotherTensor(C, torch.ones(C, requires_grad=True))
     if cpu.why_not() is None:

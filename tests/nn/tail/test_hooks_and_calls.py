@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from tails import TOLERANCE, C, GateWithDropout, Tail, assert_equal, feature_map, needs_kernels, plain, step
+from tails import TOLERANCE, C, GateWithDropout, Tail, assert_equal, feature_map, plain, step
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torchvision.ops import FrozenBatchNorm2d
 
 import ecanet
 from ecanet.nn import ECA, SE, norm_gate_add_act
+from tests.kernels_here import needs_kernels
 
 
 class NormOfOnesOwn(nn.BatchNorm2d):

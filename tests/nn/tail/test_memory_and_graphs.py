@@ -17,7 +17,6 @@ from tails import (
     both_layouts,
     build,
     feature_map,
-    needs_kernels,
     plain,
     randomise_,
     step,
@@ -30,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 import ecanet
 from ecanet.nn import ECA, SE, norm_gate_add_act
 from ecanet.ops import cpu
+from tests.kernels_here import needs_kernels
 
 
 def test_functional_derivatives_take_the_plain_path() -> None:
@@ -188,6 +188,7 @@ def test_an_addition_alone_keeps_no_more_than_torchs_own(act) -> None:
     assert saved_bytes(lambda: norm_gate_add_act(x, residual=residual, act=act)) == want
 
 
+@needs_kernels
 @both_layouts
 @pytest.mark.parametrize("act", ["relu", "relu6"])
 @pytest.mark.parametrize("gate", [None, "eca", "se", "eca_ns"], ids=str)

@@ -87,7 +87,7 @@ def test_folded_gates_can_be_taken_out(network) -> None:
     if not hasattr(model, "gated_norms"):
         before = model(x)
         fold_factors_(model)
-        with pytest.raises(ValueError, match=r"are constant, but not 1.*fold=True lets the norms before them take"):
+        with pytest.raises(ValueError, match=r"are constant, but not 1.*fold=True multiplies the norms before them"):
             remove_gates_(model)
         assert torch.equal(model(x), before)
         remove_gates_(model, fold=True)

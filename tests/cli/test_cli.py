@@ -314,7 +314,7 @@ def test_a_hostile_recipe_in_the_folder_of_a_run_is_one_line_with_the_remedy(
     assert len(said) < 700
     first, *others = said.strip().splitlines()
     assert others == ["(ECANET_TRACEBACK=1 shows where)"]
-    assert first.endswith("give that recipe by --config")
+    assert first.endswith("pass that recipe with --config")
     assert [(path.name, path.lstat().st_mtime_ns) for path in out.iterdir()] == before
 
 

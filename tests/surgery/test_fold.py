@@ -225,7 +225,7 @@ def test_one_gate_for_several_places_cannot_be_folded_at_once_and_comes_out_whol
     model, x = nn.Sequential(Branch(nn.BatchNorm2d(3)), Branch(nn.BatchNorm2d(3))).eval(), torch.randn(2, 3, 8, 8)
     before = model(x)
     places = {"where": ["0.end", "1.end"], "input_shape": (1, 3, 8, 8)}
-    with pytest.raises(ValueError, match="a gate of its own for every place"):
+    with pytest.raises(ValueError, match="a separate gate for every place"):
         insert_gates_(model, lambda channels: gate, fold=True, **places)
     insert_gates_(model, lambda channels: gate, **places)
     assert len(remove_gates_(model).rows) == 2

@@ -71,9 +71,8 @@ class EndTogether(Callback):
             raise RuntimeError(f"{lost}: {self._how_to_go_on()}")
         os.environ[_PARENT] = str(os.getpid())
         if os.name == "posix" and threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(
-                signal.SIGTERM, _raise_exit
-            )  # SIGTERM's default would end this process and not its children
+            # By default SIGTERM would end this process and leave the children that it is about to start.
+            self._handler = signal.signal(signal.SIGTERM, _raise_exit)
             reading, writing = os.pipe()
             for end in (reading, writing):
                 os.set_blocking(end, False)

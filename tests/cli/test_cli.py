@@ -257,7 +257,7 @@ def test_a_run_whose_recipe_is_gone_goes_on_by_the_same_one_and_no_other(run: Pa
             "recipe.json; it should hold the recipe of the run there: pass that recipe with --config",
         ),
         (["--optim.epochs", "5"], "model.gate: 'se' then, 'eca' now"),
-        ([*options_of(run), "--model.gate", "eca"], "model.gate: 'se' then, 'eca' now): give the one that it"),
+        ([*options_of(run), "--model.gate", "eca"], "model.gate: 'se' then, 'eca' now): use the one that it"),
     ):
         assert words in complaint(["fit", *other, "--resume", "--out", str(copied)], capsys)
     assert held(copied) == before

@@ -1,4 +1,4 @@
-"""``ecanet VERB``, a typed function for each; recipes are YAML of their names."""
+"""The command ``ecanet VERB``: one function for each verb; a recipe is YAML with the names of the options."""
 
 import argparse
 import csv
@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
 _FIT_OUT = "runs/fit"
-_CONFIG_HELP = "A recipe: YAML with the blocks model, data, optim, trainer. What follows on the command line wins."
+_CONFIG_HELP = (
+    "A recipe: YAML with the blocks model, data, optim, trainer. Later options on the command line override it."
+)
 
 
 def _add_fit(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
@@ -27,7 +29,7 @@ def _add_fit(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="Go on from last.ckpt in --out, if there is one; without --config by the recipe.json there.",
+        help="Go on from last.ckpt in --out, if there is one; without --config, by the recipe.json there.",
     )
     parser.add_class_arguments(Recipe)
 
@@ -51,7 +53,9 @@ def _add_validate(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
 
     parser.add_argument("run", type=Path, help="A run's folder (its best.ckpt), or a checkpoint.")
     parser.add_argument("--root", type=Path, default=None, help="Folder of the data, if not the run's own.")
-    parser.add_argument("--source", type=str, default=None, help="embedded, fashion_mnist or image_folder, likewise.")
+    parser.add_argument(
+        "--source", type=str, default=None, help="embedded, fashion_mnist or image_folder, if not the run's own."
+    )
     parser.add_argument("--accelerator", type=str, default="auto", help="auto, cpu, gpu, mps.")
 
     def run(args: "Namespace") -> None:
@@ -69,7 +73,7 @@ def _add_predict(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
 
     parser.add_argument("run", type=Path, help="A run's folder (its best.ckpt), or a checkpoint.")
     parser.add_argument("images", type=Path, nargs="+", help="Image files, or folders of them.")
-    parser.add_argument("--top", type=int, default=3, help="Classes to name for an image.")
+    parser.add_argument("--top", type=int, default=3, help="Number of classes to name for an image.")
     parser.add_argument("--out", type=Path, default=None, help="Write a CSV file instead of printing.")
     parser.add_argument("--accelerator", type=str, default="auto", help="auto, cpu, gpu, mps.")
 
@@ -101,7 +105,7 @@ def _add_demo(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="Folder for runs, tables and pictures.")
     parser.add_argument("--seeds", type=int, default=3, help="Seeds of each network.")
     parser.add_argument("--epochs", type=int, default=6, help="Passes over the 8,000 training pictures.")
-    parser.add_argument("--workers", type=int, default=None, help="Runs at a time; by default one a core.")
+    parser.add_argument("--workers", type=int, default=None, help="Runs at a time; by default one for each core.")
 
     def run(args: "Namespace") -> None:
         demo(args.out, args.seeds, args.epochs, args.workers)
@@ -170,7 +174,7 @@ def _add_build(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
 
     from ecanet.ops.build import LIBRARY, BuildError, NothingToBuildWithError, build
 
-    parser.add_argument("--if-possible", action="store_true", help="No error where compiler or headers are missing.")
+    parser.add_argument("--if-possible", action="store_true", help="No error if the compiler or headers are missing.")
 
     def run(args: "Namespace") -> None:
         try:
@@ -246,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ImportError, OSError, TypeError, ValueError, RuntimeError, LookupError, ArithmeticError) as error:
         if os.environ.get("ECANET_TRACEBACK"):
             raise
-        recipes = "".join(f"; the recipe: {path}" for path in _recipes(args) if path not in str(error))
+        recipes = "".join(f"; the recipe: {path}" for path in _recipe_files(args) if path not in str(error))
         rank = os.environ.get("LOCAL_RANK", "0")
         process = "" if rank == "0" else f", process {rank}"
         said = f"{type(error).__name__}: {_one_line(error)}{recipes}"
@@ -256,13 +260,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    """An error's message without line breaks, which those of torch have many of, and without a KeyError's quotes."""
+    """An error's message without line breaks, and without the quotes that a KeyError adds."""
     text = str(error.args[0]) if isinstance(error, KeyError) and len(error.args) == 1 else str(error)
     return " ".join(text.split())
 
 
-def _recipes(args: Sequence[str]) -> list[str]:
-    """The files of a command line's ``--config``: what is wrong may stand in one of them, or in an option."""
+def _recipe_files(args: Sequence[str]) -> list[str]:
+    """The files that a command line names by ``--config``, for an error message: the mistake may be in one of them."""
     from ecanet.untrusted import shown
 
     following = [value for name, value in pairwise(args) if name == "--config"]
@@ -285,7 +289,7 @@ def _run(verb: str, args: Sequence[str]) -> None:
     words = with_recipes_read(list(args))
     if verb == "fit":
         words = with_own_recipe(words, _FIT_OUT)
-    # Not abbreviated: an option by any other name would be read without having been looked at.
+    # No abbreviations: an option under another name would be read without a check.
     parser: Any = ArgumentParser(prog=f"ecanet {verb}", description=f"{what} Example: {example}", allow_abbrev=False)
     run = add(parser)
     run(parser.instantiate(parser.parse_args(words)))

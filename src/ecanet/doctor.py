@@ -42,7 +42,7 @@ class Threads:
         torch: Threads of one operation.
         cpus: Logical CPUs that this process may run on.
         cores: Physical cores that these belong to.
-        quota: CPUs' worth of time that the control group allows; None without a limit.
+        quota: CPU time that the control group allows, in CPUs; None without a limit.
     """
 
     torch: int
@@ -53,7 +53,7 @@ class Threads:
 
 def doctor() -> Diagnosis:
     """Look at versions, CPU, kernels, backend, threads and extras."""
-    lines = [*_versions(), *_cpu(_processor()), *_kernels(), f"backend    {_backend()}"]
+    lines = [*_versions(), *_cpu_lines(_read_processor()), *_kernels(), f"backend    {_backend()}"]
     threads = measure_threads()
     limits = f"{threads.cpus} CPUs on {threads.cores} cores" + (f", quota {threads.quota:g}" if threads.quota else "")
     settings = ", ".join(f"{name} {os.environ.get(name) or 'unset'}" for name in ("OMP_NUM_THREADS", "OMP_PROC_BIND"))
@@ -68,7 +68,7 @@ def doctor() -> Diagnosis:
 
     choice_refused = backend.reason_against(backend.current())
     broken = choice_refused is not None or (os.path.lexists(LIBRARY) and cpu.why_not() is not None)
-    lines.append(_next(choice_refused, [setting for setting, _ in hurts]))
+    lines.append(_next_step(choice_refused, [setting for setting, _ in hurts]))
     return Diagnosis(tuple(lines), broken)
 
 
@@ -103,7 +103,7 @@ def measure_threads(root: Path = Path("/")) -> Threads:
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """CPUs' worth of time that this process's control groups (version 1 or 2) allow; None without a limit."""
+    """CPU time that this process's control groups (version 1 or 2) allow, in CPUs; None without a limit."""
     quotas = []
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -123,7 +123,7 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 
 
 def loops_for(features: set[str], machine: str) -> str:
-    """The instruction set whose loops the C++ kernels take; csrc/kernels.h decides by the same rule."""
+    """The instruction set that the C++ kernels use; csrc/kernels.h decides by the same rule."""
     if machine not in ("x86_64", "AMD64"):
         return "the compiler's default for " + machine
     return "AVX-512" if features >= _AVX512 else "AVX2" if features >= _AVX2 else "SSE2"
@@ -140,14 +140,14 @@ def _versions() -> list[str]:
     ]
 
 
-def _cpu(processor: tuple[str, set[str]]) -> list[str]:
+def _cpu_lines(processor: tuple[str, set[str]]) -> list[str]:
     name, features = processor
     shown = " ".join(feature for feature in _SHOWN_FEATURES if feature in features) or "features unknown"
     return [f"CPU        {name}; {shown}; loops for {loops_for(features, platform.machine())}"]
 
 
-def _processor() -> tuple[str, set[str]]:
-    """Name and features, as Linux knows them."""
+def _read_processor() -> tuple[str, set[str]]:
+    """Name and features of the CPU; only Linux tells the features."""
     fields = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", _read(Path("/proc/cpuinfo")), re.MULTILINE))
     name = fields.get("model name") or platform.processor() or platform.machine()
     return name, set((fields.get("flags") or fields.get("Features") or "").split())
@@ -173,7 +173,7 @@ def _backend() -> str:
 
 
 def _tail() -> str:
-    """Who computes the end of a residual branch on the CPU, and why."""
+    """What computes the end of a residual branch on the CPU, and why."""
     x = torch.zeros(2, 4, 2, 2)
     try:
         return explain(x, torch.nn.BatchNorm2d(4), ECA(4), x, "relu")
@@ -182,7 +182,7 @@ def _tail() -> str:
 
 
 def _extras() -> list[str]:
-    """One line an extra; its packages are those that the installed ecanet declares."""
+    """The extras with all their packages, then a line for each extra that lacks one, as ecanet's metadata says."""
     try:
         declared = importlib.metadata.requires("ecanet") or []
     except importlib.metadata.PackageNotFoundError:
@@ -205,7 +205,7 @@ def _extras() -> list[str]:
     ]
 
 
-def _next(choice_refused: str | None, settings: list[str]) -> str:
+def _next_step(choice_refused: str | None, settings: list[str]) -> str:
     if choice_refused is not None and backend.current() == "triton":
         return "next: unset ECANET_BACKEND"
     if cpu.why_not() is not None:

@@ -24,9 +24,9 @@ from ecanet.ops import reference
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-#: Modules whose output is new memory that nobody else sees.
+#: Modules whose output is new memory that nothing else refers to.
 _FRESH = (*_CONVOLUTIONS, nn.Linear, *_BATCH_NORMS, FrozenBatchNorm2d)
-#: Modules that write into nothing.
+#: Modules that write into no existing tensor.
 _PURE = (nn.Identity, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Sigmoid, nn.Softmax)
 _ACT_FUNCTIONS: dict[Any, str] = {
     F.relu: "relu",
@@ -39,7 +39,7 @@ _ADDITIONS = (operator.add, operator.iadd, torch.add)
 
 
 class InferenceTail(nn.Module):
-    """Gate, residual and activation at the end of a branch, written over the branch's output where nothing needs it.
+    """Gate, residual and activation at the end of a branch; writes over the branch's output if that is safe.
 
     Args:
         gate: The gate, or None.
@@ -58,12 +58,12 @@ class InferenceTail(nn.Module):
         if isinstance(x, Tensor) and not x.is_floating_point() and self.gate is None:
             return reference.activate(x if residual is None else x + residual, self.act)
         act = reference.ACTS[self.act]
-        made = plan(x, None, self.gate, residual, act)
-        if self.in_place and made.who == "kernels" and made.adds and not made.calls_gate:
-            read = (x, residual, *(() if made.gate is None else made.gate.parameters))
+        tail_plan = plan(x, None, self.gate, residual, act)
+        if self.in_place and tail_plan.who == "kernels" and tail_plan.adds and not tail_plan.calls_gate:
+            read = (x, residual, *(() if tail_plan.gate is None else tail_plan.gate.parameters))
             if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in read)):
-                return eager.gate_add_act_(made.backend, x, made.gate, residual, self.act)
-        return follow(made, x, None, self.gate, residual, act)
+                return eager.gate_add_act_(tail_plan.backend, x, tail_plan.gate, residual, self.act)
+        return follow(tail_plan, x, None, self.gate, residual, act)
 
     def extra_repr(self) -> str:
         """Activation and whether the input is overwritten."""
@@ -73,16 +73,16 @@ class InferenceTail(nn.Module):
 def optimize_for_inference(model: nn.Module) -> fx.GraphModule:
     """Copy a network for inference: the same outputs to rounding, in less time.
 
-    Every BatchNorm (and torchvision's FrozenBatchNorm2d) that follows a convolution is folded into
-    it; gate, addition and activation at the end of a branch become one :class:`InferenceTail`, which writes over the
-    branch's output. The result is in eval mode, its weights need no gradient, and it can be exported, compiled and
-    traced. Its state dict has other keys: load weights before.
+    Every BatchNorm (and torchvision's FrozenBatchNorm2d) that follows a convolution is folded into it. Gate, addition
+    and activation at the end of a branch become one :class:`InferenceTail`, which writes over the branch's output. The
+    copy is in eval mode, its weights need no gradient, and it can be exported, compiled and traced. Its state dict has
+    other keys: load weights before.
 
     Args:
         model: A network that :func:`torch.fx.symbolic_trace` can trace: those of :mod:`ecanet.models`, torchvision's
-            and timm's classifiers. It stays as it is. As in any trace of torch.fx, ``y += x`` where y is another
-            name of a tensor that is read later becomes ``y + x``. Hooks on layers stay; put on afterwards, one on a
-            convolution sees memory that the tail then writes over.
+            and timm's classifiers. It does not change. As in any trace of torch.fx, ``y += x`` becomes ``y + x`` if y
+            is another name of a tensor that is read later. Hooks on layers stay. If you later put a hook on a
+            convolution of the copy, the tail may write over the output that the hook saw.
 
     Raises:
         TypeError: ``model`` is no module, or is compiled, scripted or wrapped for parallel training.
@@ -116,9 +116,8 @@ def _trace(model: nn.Module) -> fx.GraphModule:
     tracer = _Tracer()
     for name, block in model.named_modules():
         hooks = (block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks)
-        others = len(block._forward_hooks) > (
-            attached_gate(block) is not None
-        )  # a gate that is attached to it is traced along
+        # The hook that calls an attached gate is traced with the block.
+        others = len(block._forward_hooks) > (attached_gate(block) is not None)
         if (others or any(hooks)) and (name == "" or not tracer.is_leaf_module(block, name)):
             raise ValueError(
                 f"{f'block {name!r} of ' if name else ''}model {type(model).__name__} has a hook, which the copy would "
@@ -129,17 +128,17 @@ def _trace(model: nn.Module) -> fx.GraphModule:
     except Exception as error:
         raise ValueError(
             f"model {type(model).__name__} cannot be traced ({type(error).__name__}: {error}): optimise the part of it "
-            "that can, such as model.backbone = optimize_for_inference(model.backbone)"
+            "that can be, such as model.backbone = optimize_for_inference(model.backbone)"
         ) from error
 
 
-def _module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+def _called_module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     """The module that a node calls, or None."""
     return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def _only_input(node: fx.Node) -> fx.Node | None:
-    """What a node is computed from, if that is one tensor alone."""
+    """The only argument of a node if that is a tensor, or None."""
     return node.args[0] if len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], fx.Node) else None
 
 
@@ -147,21 +146,21 @@ def _fold_norms(traced: fx.GraphModule) -> None:
     calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
     attributes = [str(node.target) for node in traced.graph.nodes if node.op == "get_attr"]
     for node in list(traced.graph.nodes):
-        norm, source = _module(traced, node), _only_input(node)
+        norm, source = _called_module(traced, node), _only_input(node)
         if not isinstance(norm, (*_BATCH_NORMS, FrozenBatchNorm2d)) or norm.running_mean is None or source is None:
             continue
-        layer = _module(traced, source)
+        layer = _called_module(traced, source)
         if layer is None or type(layer) not in _CONVOLUTIONS:
             continue
         gate = attached_gate(norm)
         if called_differently(norm, known_hooks=int(gate is not None)) or called_differently(layer):
             continue
-        # A layer that is called twice, or whose output or weights somebody else reads, keeps its weights.
+        # A layer keeps its weights if it is called twice, or if other code reads its output or weights.
         if len(source.users) > 1 or calls[source.target] > 1 or calls[node.target] > 1:
             continue
         if any(name.startswith((f"{source.target}.", f"{node.target}.")) for name in attributes):
             continue
-        fold: Any = unwrap(fuse_conv_bn_eval)  # it takes FrozenBatchNorm2d as well, and the gate is ours to keep
+        fold: Any = unwrap(fuse_conv_bn_eval)  # unwrapped: it takes FrozenBatchNorm2d, too, and leaves the gate to us
         traced.set_submodule(str(source.target), fold(layer, norm).requires_grad_(False))
         folded = source
         if gate is not None:
@@ -182,13 +181,13 @@ def _addends(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
         return None
     if node.target in (operator.iadd, "add_") and (len(first.users) > 1 or not node.users):
-        return None  # somebody else reads what the addition writes into
+        return None  # other code reads the tensor that the addition writes into
     return first, second
 
 
 def _act_of(traced: fx.GraphModule, node: fx.Node) -> int | None:
     """Index in ``reference.ACTS`` of the activation that a node applies, or None."""
-    module = _module(traced, node)
+    module = _called_module(traced, node)
     if module is not None:
         return read_act(module) or None  # an identity is no activation
     name = _ACT_FUNCTIONS.get(node.target) if node.op == "call_function" else None
@@ -197,7 +196,7 @@ def _act_of(traced: fx.GraphModule, node: fx.Node) -> int | None:
 
 def _gate_of(traced: fx.GraphModule, node: fx.Node) -> Gate | None:
     """The gate that a node calls, or None."""
-    module = _module(traced, node)
+    module = _called_module(traced, node)
     return module if isinstance(module, Gate) and _only_input(node) is not None else None
 
 
@@ -219,7 +218,7 @@ def _fuse_tails(traced: fx.GraphModule) -> None:
         if len(node.users) == 1:
             user = next(iter(node.users))
             code = _act_of(traced, user)
-            if code is not None and user is node.next:  # nothing in between that could write into the addends
+            if code is not None and user is node.next:  # no code in between could write into the addends
                 end, act = user, code
         name = f"{end.name}_tail"
         traced.add_submodule(name, InferenceTail(gate, act, in_place=_is_fresh(traced, x)))
@@ -232,13 +231,13 @@ def _fuse_tails(traced: fx.GraphModule) -> None:
 
 
 def _may_run_later(traced: fx.GraphModule, gate: fx.Node, addition: fx.Node) -> bool:
-    """Whether the gate may as well be called where its output is added: nothing in between writes into its input."""
+    """Whether the gate can be called later, at the addition: no code in between writes into its input."""
     if len(gate.users) > 1:
         return False
     between = gate.next
     while between is not addition:
         if between.op not in ("placeholder", "get_attr") and not isinstance(
-            _module(traced, between), (*_FRESH, *_PURE, Gate, InferenceTail)
+            _called_module(traced, between), (*_FRESH, *_PURE, Gate, InferenceTail)
         ):
             return False
         between = between.next
@@ -246,18 +245,18 @@ def _may_run_later(traced: fx.GraphModule, gate: fx.Node, addition: fx.Node) -> 
 
 
 def _is_added(node: fx.Node) -> bool:
-    """Whether an addition alone reads the node, and takes it along."""
+    """Whether only an addition reads the node, so that it becomes part of the addition's tail."""
     return len(node.users) == 1 and _addends(next(iter(node.users))) is not None
 
 
 def _is_fresh(traced: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the node's output is memory that its one reader may overwrite; a hook may have kept it."""
-    module = _module(traced, node)
+    """Whether a node's only reader may overwrite its output; with a hook it may not, as the hook may keep it."""
+    module = _called_module(traced, node)
     return len(node.users) == 1 and isinstance(module, _FRESH) and not called_differently(module)
 
 
 def _branch_and_residual(traced: fx.GraphModule, first: fx.Node, second: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """Of two addends, the gated one is the branch, else the one that may be overwritten, else the first."""
+    """Of two addends, the branch is the gated one, or else the one that may be overwritten, or else the first."""
 
     def preference(addend: fx.Node) -> int:
         if len(addend.users) > 1:

@@ -237,7 +237,7 @@ def test_a_run_whose_last_checkpoint_is_a_link_to_nothing_is_neither_begun_anew_
     (copied / "last.ckpt").symlink_to(leads_to)
     before = held(copied)
     said = complaint(["fit", "--out", str(copied), "--resume"], capsys)
-    assert f"{copied / 'last.ckpt'} is a link to {leads_to}, which is not there: bring that back" in said
+    assert f"{copied / 'last.ckpt'} is a link to {leads_to}, which does not exist: restore that" in said
     assert "add --resume to go on with it" in complaint(["fit", "--out", str(copied)], capsys)
     assert held(copied) == before
 
@@ -252,9 +252,12 @@ def test_a_run_whose_recipe_is_gone_goes_on_by_the_same_one_and_no_other(run: Pa
     recipe.unlink()
     before = held(copied)
     for other, words in (
-        ([], "recipe.json; it should say by what recipe the run there was begun: give that recipe by --config"),
+        (
+            [],
+            "recipe.json; it should hold the recipe of the run there: pass that recipe with --config",
+        ),
         (["--optim.epochs", "5"], "model.gate: 'se' then, 'eca' now"),
-        ([*options_of(run), "--model.gate", "eca"], "model.gate: 'se' then, 'eca' now): give the one that it"),
+        ([*options_of(run), "--model.gate", "eca"], "model.gate: 'se' then, 'eca' now): use the one that it"),
     ):
         assert words in complaint(["fit", *other, "--resume", "--out", str(copied)], capsys)
     assert held(copied) == before
@@ -311,7 +314,7 @@ def test_a_hostile_recipe_in_the_folder_of_a_run_is_one_line_with_the_remedy(
     assert len(said) < 700
     first, *others = said.strip().splitlines()
     assert others == ["(ECANET_TRACEBACK=1 shows where)"]
-    assert first.endswith("give that recipe by --config")
+    assert first.endswith("pass that recipe with --config")
     assert [(path.name, path.lstat().st_mtime_ns) for path in out.iterdir()] == before
 
 

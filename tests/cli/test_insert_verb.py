@@ -226,7 +226,7 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
         ([*RESNET[1:], "--save", "model.safetensors"], ["name it model.pt"]),
         ([*RESNET[1:], "--save", "."], ["it is a folder"]),
         (["--model", "torchvision/squeezenet1_1"], ["finds no residual block", "try where='conv'"]),
-        (["--model", "torchvision/squeezenet1_1", "--where", "conv", "--fuse"], ["no block that has a fused tail"]),
+        (["--model", "torchvision/squeezenet1_1", "--where", "conv", "--fuse"], ["no block with a fused tail"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -175,7 +175,7 @@ def scripted() -> nn.Module:
         (lambda: nn.DataParallel(nn.Linear(1, 1)), TypeError, "such as model.module"),
         (scripted, TypeError, "scripted or traced"),
         (lambda: torch.compile(nn.Linear(1, 1)), TypeError, "before torch.compile"),
-        (ShapeDependent, ValueError, "optimise the part of it that can"),
+        (ShapeDependent, ValueError, "optimise the part of it that can be"),
     ],
     ids=["not a module", "parallel", "scripted", "compiled", "cannot be traced"],
 )

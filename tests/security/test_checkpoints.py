@@ -331,7 +331,7 @@ def test_what_a_checkpoint_says_is_checked(change, says, run, tmp_path, image_fo
 
 STOPS: dict[str, tuple[Callable[[State], None], str]] = {
     "nothing about it": (lambda c: c.update(ecanet=[]), "must say what its network is"),
-    "loops that are a text": (lambda c: c.update(loops={"fit_loop": "x"}), "its loops are none"),
+    "loops that are a text": (lambda c: c.update(loops={"fit_loop": "x"}), "its loops are not valid"),
     "a best accuracy of text": (lambda c: c.update(callbacks={"SaveCheckpoints": {"best": "x"}}), "accuracy is x"),
     "no steps": (lambda c: c.pop("global_step"), "does not say how far"),
     "weights that are a list": (lambda c: c.update(state_dict=[1]), "holds no weights"),

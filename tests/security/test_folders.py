@@ -69,7 +69,7 @@ def test_every_folder_is_gone_through_once(photos: Path, circle: str) -> None:
 def test_a_class_that_is_a_link_to_what_holds_it_is_named(photos: Path, target: str) -> None:
     (photos / "train" / "loop").symlink_to(target)
     (photos / "val" / "loop").symlink_to(target)
-    with pytest.raises(ValueError, match=r"class folder '.*loop' is a link to a folder that holds it: remove it"):
+    with pytest.raises(ValueError, match=r"class folder '.*loop' is a link to a folder that contains it: remove it"):
         read_folder(photos)
 
 

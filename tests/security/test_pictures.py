@@ -58,7 +58,7 @@ HOSTILE_IDX: dict[str, tuple[Callable[[], bytes], str]] = {
     "gzip of 1.5 GiB behind one value": (lambda: gzipped_zeros(idx(1), GIB * 3 // 2), "at least 1048576 bytes more"),
     "gzip of 1.5 GiB of nothing": (lambda: gzipped_zeros(b"", GIB * 3 // 2), "not an idx file"),
     "gzip in gzip": (lambda: gzipped_zeros(gzipped_zeros(MNIST_SHAPE, 2**24), 0), "not an idx file"),
-    "gzip signature alone": (lambda: b"\x1f\x8b", "not a sound gzip file"),
+    "gzip signature alone": (lambda: b"\x1f\x8b", "not a valid gzip file"),
 }
 
 #: Honest pictures at the bounds, made where there is no limit.

@@ -278,7 +278,7 @@ SKIPPED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Sequential(
             nn.Conv2d(3, C, 3), LayerNorm(), nn.GELU(), nn.Conv2d(C, C, 3), nn.ReLU(), nn.Conv2d(C, 4, 1)
         ),
-        "left out: 0: LayerNorm between it and GELU is no norm that is known",
+        "left out: 0: LayerNorm between it and GELU is not a known norm",
     ),
     "code that does not run": (
         lambda: nn.Sequential(Network(place_dependent), nn.Conv2d(4, C, 3), nn.ReLU(), nn.Conv2d(C, 4, 1)),
@@ -286,7 +286,7 @@ SKIPPED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "a norm as a function": (
         lambda: nn.Sequential(Network(group_normed, False), nn.Conv2d(4, C, 3), nn.ReLU(), nn.Conv2d(C, 4, 1)),
-        "left out: 0.conv: group_norm between it and relu is no norm that is known",
+        "left out: 0.conv: group_norm between it and relu is not a known norm",
     ),
 }
 

@@ -87,7 +87,7 @@ def test_folded_gates_can_be_taken_out(network) -> None:
     if not hasattr(model, "gated_norms"):
         before = model(x)
         fold_factors_(model)
-        with pytest.raises(ValueError, match=r"are constant, but not 1.*fold=True lets the norms before them take"):
+        with pytest.raises(ValueError, match=r"are constant, but not 1.*fold=True multiplies the norms before them"):
             remove_gates_(model)
         assert torch.equal(model(x), before)
         remove_gates_(model, fold=True)
@@ -225,7 +225,7 @@ def test_one_gate_for_several_places_cannot_be_folded_at_once_and_comes_out_whol
     model, x = nn.Sequential(Branch(nn.BatchNorm2d(3)), Branch(nn.BatchNorm2d(3))).eval(), torch.randn(2, 3, 8, 8)
     before = model(x)
     places = {"where": ["0.end", "1.end"], "input_shape": (1, 3, 8, 8)}
-    with pytest.raises(ValueError, match="a gate of its own for every place"):
+    with pytest.raises(ValueError, match="a separate gate for every place"):
         insert_gates_(model, lambda channels: gate, fold=True, **places)
     insert_gates_(model, lambda channels: gate, **places)
     assert len(remove_gates_(model).rows) == 2

@@ -164,7 +164,7 @@ def test_prints_blocks_norms_and_gates() -> None:
 def test_a_network_without_such_blocks() -> None:
     with torch.device("meta"):
         model = torchvision.models.vgg11()
-    with pytest.raises(ValueError, match=r"VGG has no block that has a fused tail \(known: .*resnet.BasicBlock"):
+    with pytest.raises(ValueError, match=r"VGG has no block with a fused tail \(known: .*resnet.BasicBlock"):
         fuse_tails_(model)
 
 

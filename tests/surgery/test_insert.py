@@ -714,7 +714,11 @@ class TestMoreRefusals:
         ("make", "error", "says"),
         [
             (lambda model: torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1), ValueError, "none of the model's"),
-            (lambda model: torch.optim.LBFGS(model.parameters()), TypeError, "LBFGS cannot follow: build it after"),
+            (
+                lambda model: torch.optim.LBFGS(model.parameters()),
+                TypeError,
+                "LBFGS cannot take new parameters: build it after",
+            ),
         ],
     )
     def test_optimizers_that_cannot_follow(self, make, error, says) -> None:

@@ -789,8 +789,8 @@ LEFT = {
     "a hook before state dicts": (with_state_dict_pre_hook, "hooks on state dicts"),
     "a hook before loading": (with_load_pre_hook, "hooks on state dicts"),
     "a hook after loading": (with_load_post_hook, "hooks on state dicts"),
-    "a forward of its own": (with_forward, "in place of its class's forward"),
-    "logits of its own": (with_logits, "in place of its class's logits"),
+    "a forward of its own": (with_forward, "the forward that "),
+    "logits of its own": (with_logits, "the logits that "),
     "frozen": (frozen, "was frozen"),
 }
 

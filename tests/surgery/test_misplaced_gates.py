@@ -596,10 +596,10 @@ def test_where_nothing_tells_the_channels_the_input_is_asked_for(make) -> None:
 
     model = TakesTwo().eval()
     before = list(model.state_dict())
-    with pytest.raises(ValueError, match=r"how many channels there are at part.*input_shape="):
+    with pytest.raises(ValueError, match=r"the number of channels at part.*input_shape="):
         insert_gates_(model, where="part")
     assert list(model.state_dict()) == before
-    with pytest.raises(ValueError, match=r"how many channels there are at part.*input_shape="):
+    with pytest.raises(ValueError, match=r"the number of channels at part.*input_shape="):
         insert_gates_(model, where="part", input_shape=None)
     whole = nn.Sequential(conv(3, 16), make(16)).eval()
     report = insert_gates_(whole, where="1", input_shape=(1, 3, 8, 8))
@@ -956,7 +956,7 @@ class Joined(nn.Module):
 def test_a_run_that_fails_tells_no_channels(name, input_shape) -> None:
     model = BEFORE_A_FAILURE[name]()
     place = str(len(model) - 2)
-    with pytest.raises(ValueError, match=r"how many channels there are at .*does not run on an input.*input_shape="):
+    with pytest.raises(ValueError, match=r"the number of channels at .*does not run on an input.*input_shape="):
         insert_gates_(model, where=place, input_shape=input_shape)
     channels = model[-1][0].in_channels
     count = channels // 2 if name == "joined" else channels // 4
@@ -992,7 +992,7 @@ def test_a_network_that_cannot_be_copied_says_so(name) -> None:
         assert [row.channels for row in report.rows] == [16]
         assert any("cannot be copied" in note and "TypeError" in note for note in report.notes), report.notes
         assert not any("does not run" in note for note in report.notes)
-        with pytest.raises(ValueError, match=r"how many channels there are at shuffle.*cannot be copied"):
+        with pytest.raises(ValueError, match=r"the number of channels at shuffle.*cannot be copied"):
             insert_gates_(model, where="shuffle", input_shape=(1, 3, 16, 16))
     finally:
         if hasattr(held, "close"):

@@ -184,7 +184,7 @@ def problems_after(root: Path, out: Path, whole: dict[str, torch.Tensor], others
         before = last.read_bytes()
         for processes in others:
             code, output = go_on(root, out, processes)
-            if code == 0 or "it was begun on 2 processes" not in output or last.read_bytes() != before:
+            if code == 0 or "it was started on 2 processes" not in output or last.read_bytes() != before:
                 problems.append(f"on {processes} processes it was not refused: {output[-2000:]}")
     code, output = go_on(root, out, 2)
     if code != 0:

@@ -186,7 +186,7 @@ def test_another_recipe_is_not_resumed(tiny: Callable[..., Recipe], tmp_path: Pa
         ("trainer", "precision", "32-true", "bf16-mixed"),
     ):
         other = replace(recipe, **{block: replace(getattr(recipe, block), **{key: now})})
-        message = f"{block}.{key}: {then!r} then, {now!r} now): give the one that it was begun with, or start anew"
+        message = f"{block}.{key}: {then!r} then, {now!r} now): use the one that it was started with, or start again"
         with pytest.raises(ValueError, match=re.escape(message)):
             fit(other, tmp_path, resume=True, progress=False)
 
@@ -289,13 +289,16 @@ def rewrite(last: Path, change: Callable[[dict[str, Any]], None]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda about: about["made_by"].update(processes=2), r"on 1 process: it was begun on 2 processes of 8 images"),
+        (
+            lambda about: about["made_by"].update(processes=2),
+            r"on 1 process: it was started on 2 processes of 8 images",
+        ),
         (lambda about: about["made_by"].update(images=61), "begun with 61 to train on, of 3 classes, and now .* 60"),
-        (lambda about: about.update(classes=["bag", "boot", "hat"]), "or classes of other names"),
+        (lambda about: about.update(classes=["bag", "boot", "hat"]), "or the classes have other names"),
         (lambda about: about.pop("made_by"), "does not say on how many processes it was trained"),
         (lambda about: about["made_by"].update(processes="2"), "processes must be a number"),
         (lambda about: about["made_by"].update(versions=[]), "does not say with which versions"),
-        (lambda about: about["made_by"].update(versions=[{"torch": "x" * 99}]), "its versions are none"),
+        (lambda about: about["made_by"].update(versions=[{"torch": "x" * 99}]), "its versions are not valid"),
     ],
     ids=["processes", "images", "classes", "not made by anything", "a text", "no versions", "a long version"],
 )

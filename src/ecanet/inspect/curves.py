@@ -22,19 +22,19 @@ def plot_training_curves(
 ) -> "Figure":
     """Draw one value per epoch for several variants: the mean of the runs thick, every run thin.
 
-    The mean covers the epochs that every run of the variant has; where a run is NaN, so is the mean, and the line has
-    a gap. Every line is labelled at its end.
+    The mean covers the epochs that every run of the variant has. If a run is NaN, so is the mean, and the line has a
+    gap. Every line is labelled at its end.
 
     Args:
-        curves: Name of a variant to its runs (seeds), each a sequence of values for the epochs 1, 2, ...; runs may
-            differ in length.
+        curves: The runs (seeds) of each variant by name; a run is a sequence of values for the epochs 1, 2, ..., and
+            runs may differ in length.
         ylabel: What is drawn, with its unit.
-        xlabel: What the runs are drawn against.
-        title: Above the axes.
-        ylim: First and last value of the y axis, to look at the end of the training closely; by default all values.
+        xlabel: Label of the horizontal axis.
+        title: Title above the axes.
+        ylim: Lowest and highest value to show, for a closer look at the end of training; by default all values.
 
     Returns:
-        A figure to ``.savefig("curves.png")``. Its lines carry the variant's name (mean) or none (runs) as label.
+        A figure to ``.savefig("curves.png")``. A mean's line has the variant's name as label; lines of runs have none.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -46,7 +46,7 @@ def plot_training_curves(
         >>> [(line.get_label(), line.get_ydata().tolist()) for line in figure.axes[0].lines[2:3]]
         [('none', [61.0, 69.5])]
     """
-    _check(curves)
+    _check_curves(curves)
     figure = new_figure(_HEIGHT)
     from matplotlib.ticker import MaxNLocator
 
@@ -61,7 +61,7 @@ def plot_training_curves(
     for i, (name, runs) in enumerate(curves.items()):
         colour, dashes = COLOURS[i % len(COLOURS)], ("-", "--", ":")[i // len(COLOURS) % 3]
         mean = [sum(values) / len(runs) for values in zip(*runs, strict=False)]
-        dot = "o" if len(mean) == 1 else None  # a line through one epoch would not show
+        dot = "o" if len(mean) == 1 else None  # a line with one point is invisible
         if len(runs) > 1:
             for run in runs:
                 axes.plot(range(1, len(run) + 1), run, color=colour, linewidth=0.7, alpha=0.45, linestyle=dashes)
@@ -74,9 +74,9 @@ def plot_training_curves(
     axes.set_xticks([1, *(int(tick) for tick in ticks if 1 < tick <= last)])
     axes.set_ylim(ylim)
 
-    # The labels stand in a column at the right, no closer than a line of text.
+    # The labels are in a column on the right, at least one line of text apart.
     bottom, top = axes.get_ylim()
-    ends = [end for end in ends if bottom <= end[3] <= top]  # not NaN either
+    ends = [end for end in ends if bottom <= end[3] <= top]  # drops NaN, too
     gap = 1.35 * FONT_SIZE / 72 / (_HEIGHT - 0.9)
     heights = spread([(end[3] - bottom) / (top - bottom) for end in ends], gap, 0.0, 1.0)
     for (name, colour, epoch, value), height in zip(ends, heights, strict=True):
@@ -103,7 +103,7 @@ def plot_training_curves(
     return figure
 
 
-def _check(curves: Mapping[str, Sequence[Sequence[float]]]) -> None:
+def _check_curves(curves: Mapping[str, Sequence[Sequence[float]]]) -> None:
     if not curves:
         raise ValueError("curves must have at least one entry, such as {'ECA': [[60.0, 70.0]]}, got none")
     for name, runs in curves.items():

@@ -1,4 +1,4 @@
-"""Figure: the adaptive kernel size of Eq. (12) against the kernels that were really used."""
+"""Figure: the adaptive kernel size of Eq. (12) and the kernel sizes that networks really use."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _BASIC, _BOTTLENECK = (64, 128, 256, 512), (256, 512, 1024, 2048)
 _MARKERS = "osD^vP"
 
-#: Networks of the released weights: output channels of a stage to its kernel size. ResNet-152 has ResNet-101's.
+#: Kernel size by the output channels of a stage, for the networks with released weights. ResNet-152 has ResNet-101's.
 RELEASED_KERNELS: dict[str, dict[int, int]] = {
     "ResNet-18": dict(zip(_BASIC, RELEASED["resnet18"], strict=True)),
     "ResNet-34": dict(zip(_BASIC, RELEASED["resnet34"], strict=True)),
@@ -32,11 +32,11 @@ def plot_kernel_sizes(
 ) -> "Figure":
     """Draw k against C by :func:`~ecanet.nn.adaptive_kernel_size`, with the kernel sizes of real networks.
 
-    Points off the line are filled, points on it hollow. Points of several networks that coincide stand side by side.
+    Points off the line are filled, points on it hollow. Equal points of several networks are drawn side by side.
 
     Args:
         channels: First and last C of the line.
-        points: Name of a network to its kernel sizes by number of channels; by default those of the released
+        points: For each network by name, its kernel sizes by number of channels; by default those of the released
             weights. For a model: ``{g.channels: g.kernel_size for g in gates(model).values()}``.
         gamma: Slope of the mapping.
         b: Offset of the mapping.

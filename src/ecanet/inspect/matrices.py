@@ -1,7 +1,7 @@
 """Figure: the matrices W of Eq. (4) to (6), side by side."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
 _PANELS_PER_ROW = 5
-#: Cells a side that a panel can show; larger matrices are reduced to it.
+#: Most cells along a side of a panel; larger matrices are reduced to that.
 _MAX_CELLS = 128
 #: From 2 * _CORNER channels on, a second panel shows the first _CORNER.
 _CORNER = 16
-#: Inches: left of the panels, above a panel, above its corner, below a panel, and a colour bar with what is below it.
+#: Inches: left of the panels, above a panel, above its corner, below a panel, a colour bar with the space below it.
 _LEFT, _TITLE, _CORNER_TITLE, _BELOW, _BAR = 0.6, 0.45, 0.25, 0.42, 0.55
 _BAR_HEIGHT = 0.1
 
@@ -34,7 +34,7 @@ def plot_matrices(gates: Mapping[str, LinearGate], *, shared_scale: bool = False
     first that is not zero, so that a thin band stays visible.
 
     Args:
-        gates: What to call a gate to the gate. :func:`~ecanet.inspect.gates` gives those of a model.
+        gates: The gates by the names to show. :func:`~ecanet.inspect.gates` gives those of a model.
         shared_scale: One colour scale for all panels instead of one each.
 
     Returns:
@@ -54,54 +54,92 @@ def plot_matrices(gates: Mapping[str, LinearGate], *, shared_scale: bool = False
         >>> figure.axes[0].get_title().splitlines()
         ['ECA', 'k = 3 weights, shared']
     """
-    if not gates:
-        raise ValueError("gates must have at least one entry, such as {'ECA': ECA(64)}, got none")
-    for name, gate in gates.items():
-        if not isinstance(gate, LinearGate):
-            raise TypeError(f"gates[{name!r}] must be a LinearGate: {type(gate).__name__} has no matrix W")
+    _check_linear(gates)
     with torch.no_grad():
         matrices = {name: gate.matrix().float().cpu() for name, gate in gates.items()}
     limits = {name: matrix.abs().max().item() for name, matrix in matrices.items()}
     if shared_scale:
         limits = dict.fromkeys(limits, max(limits.values()))
+    layout = _lay_out(gates, shared_scale)
+    side = layout.side
+    figure = new_figure(layout.height, layout.width, layout=None)
+    for position, (name, gate) in enumerate(gates.items()):
+        row, column = divmod(position, layout.columns)
+        x, y = _LEFT + column * layout.pitch, row * layout.depth + _TITLE
+        panels, image = _draw_gate(figure, layout, (x, y), name, gate, matrices[name], limits[name])
+        for axes in panels:
+            if column == 0:
+                axes.set_ylabel("gate i", fontsize=SMALL_FONT_SIZE)
+            elif layout.one_size:
+                axes.set_yticklabels([])
+        if not shared_scale:
+            bar = _add_panel(figure, layout, x + 0.1 * side, (row + 1) * layout.depth - _BAR, 0.8 * side, _BAR_HEIGHT)
+            _add_scale(figure, image, bar)
+    if shared_scale:
+        bar = _add_panel(figure, layout, (layout.width - side) / 2, layout.height - _BAR, side, _BAR_HEIGHT)
+        _add_scale(figure, image, bar)
+    return figure
 
+
+def _check_linear(gates: Mapping[str, LinearGate]) -> None:
+    if not gates:
+        raise ValueError("gates must have at least one entry, such as {'ECA': ECA(64)}, got none")
+    for name, gate in gates.items():
+        if not isinstance(gate, LinearGate):
+            raise TypeError(f"gates[{name!r}] must be a LinearGate: {type(gate).__name__} has no matrix W")
+
+
+class _Layout(NamedTuple):
+    """Sizes in inches, set by hand: matplotlib's layout engines cannot place square panels with colour bars."""
+
+    columns: int
+    pitch: float  # from the left edge of a panel to that of the next
+    side: float  # of a panel
+    depth: float  # of a row of panels with their corners and colour bars
+    width: float  # of the figure
+    height: float
+    one_size: bool  # whether all gates have the same number of channels
+
+
+def _lay_out(gates: Mapping[str, LinearGate], shared_scale: bool) -> _Layout:
     columns = min(len(gates), _PANELS_PER_ROW)
     rows = -(-len(gates) // columns)
     corners = any(gate.channels >= 2 * _CORNER for gate in gates.values())
     one_size = len({gate.channels for gate in gates.values()}) == 1
-    # Inches, laid out by hand: square panels and their colour bars are too much for matplotlib's layout engines.
     pitch = min(2.4, (WIDTH - _LEFT) / columns)
     side = pitch - (0.2 if one_size else 0.45)
     bar = 0.0 if shared_scale else _BAR
     depth = _TITLE + side + _BELOW + (_CORNER_TITLE + side + _BELOW if corners else 0.0) + bar
     width, height = _LEFT + columns * pitch, rows * depth + (_BAR if shared_scale else 0.0)
-    figure = new_figure(height, width, layout=None)
+    return _Layout(columns, pitch, side, depth, width, height, one_size)
 
-    def panel(x: float, y: float, w: float, h: float) -> "Axes":  # (x, y) is the upper left corner
-        return figure.add_axes((x / width, 1 - (y + h) / height, w / width, h / height))
 
-    for position, (name, gate) in enumerate(gates.items()):
-        row, column = divmod(position, columns)
-        x, y = _LEFT + column * pitch, row * depth + _TITLE
-        axes = panel(x, y, side, side)
-        image = _draw(axes, matrices[name], limits[name], name)
-        axes.set_title(f"{name}\n{_count(gate)}", fontsize=SMALL_FONT_SIZE, linespacing=1.3)
-        drawn = [axes]
-        if gate.channels >= 2 * _CORNER:
-            axes = panel(x, y + side + _BELOW + _CORNER_TITLE, side, side)
-            _draw(axes, matrices[name][:_CORNER, :_CORNER], limits[name], name)
-            axes.set_title(f"first {_CORNER} channels", fontsize=SMALL_FONT_SIZE)
-            drawn.append(axes)
-        for axes in drawn:
-            if column == 0:
-                axes.set_ylabel("gate i", fontsize=SMALL_FONT_SIZE)
-            elif one_size:
-                axes.set_yticklabels([])
-        if not shared_scale:
-            _add_scale(figure, image, panel(x + 0.1 * side, (row + 1) * depth - _BAR, 0.8 * side, _BAR_HEIGHT))
-    if shared_scale:
-        _add_scale(figure, image, panel((width - side) / 2, height - _BAR, side, _BAR_HEIGHT))
-    return figure
+def _add_panel(figure: "Figure", layout: _Layout, x: float, y: float, w: float, h: float) -> "Axes":
+    """Axes of width w and height h, in inches; (x, y) is the upper left corner."""
+    width, height = layout.width, layout.height
+    return figure.add_axes((x / width, 1 - (y + h) / height, w / width, h / height))
+
+
+def _draw_gate(
+    figure: "Figure",
+    layout: _Layout,
+    place: tuple[float, float],
+    name: str,
+    gate: LinearGate,
+    matrix: Tensor,
+    limit: float,
+) -> tuple[list["Axes"], "AxesImage"]:
+    """Draw a gate's matrix and, if it is large, its corner; return their axes and the image of the matrix."""
+    (x, y), side = place, layout.side
+    whole = _add_panel(figure, layout, x, y, side, side)
+    image = _draw(whole, matrix, limit, name)
+    whole.set_title(f"{name}\n{_weights_in_words(gate)}", fontsize=SMALL_FONT_SIZE, linespacing=1.3)
+    if gate.channels < 2 * _CORNER:
+        return [whole], image
+    corner = _add_panel(figure, layout, x, y + side + _BELOW + _CORNER_TITLE, side, side)
+    _draw(corner, matrix[:_CORNER, :_CORNER], limit, name)
+    corner.set_title(f"first {_CORNER} channels", fontsize=SMALL_FONT_SIZE)
+    return [whole, corner], image
 
 
 def _add_scale(figure: "Figure", image: "AxesImage", axes: "Axes") -> None:
@@ -113,8 +151,8 @@ def _add_scale(figure: "Figure", image: "AxesImage", axes: "Axes") -> None:
     bar.outline.set_visible(False)
 
 
-def _count(gate: LinearGate) -> str:
-    """How many weights the matrix is made of, and why so many."""
+def _weights_in_words(gate: LinearGate) -> str:
+    """The number of weights that the matrix is made of, with its formula."""
     weights, channels = sum(p.numel() for p in gate.parameters()), gate.channels
     if isinstance(gate, ECA):
         return f"k = {weights:,} weights, shared"
@@ -128,7 +166,7 @@ def _count(gate: LinearGate) -> str:
 
 
 def _reduce(matrix: Tensor) -> Tensor:
-    """The first entry of every square that is not zero, ``(C, C)`` to at most ``(_MAX_CELLS, _MAX_CELLS)``."""
+    """The first nonzero entry of every square of entries, ``(C, C)`` to at most ``(_MAX_CELLS, _MAX_CELLS)``."""
     side = -(-len(matrix) // _MAX_CELLS)
     if side == 1:
         return matrix

@@ -15,7 +15,7 @@ from ecanet.ops import reference
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: More gates than this, and only the last of each stage is drawn.
+#: If there are more gates than this, only the last of each stage is drawn.
 _MAX_PANELS = 6
 
 
@@ -31,13 +31,13 @@ def gate_values(
     forward pass is averaged over all of them.
 
     Args:
-        model: Takes the images of a batch; moved nowhere.
+        model: Model that takes the images of a batch; it is not moved.
         batches: Pairs of images ``(N, ...)`` and integer labels ``(N,)``, such as a DataLoader.
         num_classes: Number of classes; labels are 0 to ``num_classes - 1``.
-        device: Where to move the images; by default where the model's weights are.
+        device: Device to move the images to; by default that of the model's weights.
 
     Returns:
-        Qualified name of each gate to means ``(num_classes, C)``, float64, on the CPU. Classes without images are NaN.
+        Means ``(num_classes, C)`` by the gate's qualified name, float64, on the CPU. Classes without images are NaN.
 
     Raises:
         ValueError: no gates, no batches, labels that are not ``(N,)`` or out of range, or a gate that does not run.
@@ -58,7 +58,7 @@ def gate_values(
     counts = {name: torch.zeros(num_classes, 1, dtype=torch.float64) for name in found}
     labels = torch.empty(0)
 
-    def see(name: str, gate: Gate, x: Tensor) -> None:
+    def add_to_sums(name: str, gate: Gate, x: Tensor) -> None:
         values = gate.gate(reference.squeeze(x, gate.channels)).cpu().double()
         if len(values) != len(labels):
             raise ValueError(
@@ -68,7 +68,7 @@ def gate_values(
         counts[name].index_add_(0, labels, torch.ones(len(labels), 1, dtype=torch.float64))
 
     device = example_tensor(model).device if device is None else device
-    with evaluating(model), observing(model, see):
+    with evaluating(model), observing(model, add_to_sums):
         batch = None
         for batch in batches:
             images, labels = batch[0], _check_labels(batch[1], num_classes)
@@ -99,17 +99,17 @@ def plot_gates_per_class(
 ) -> "Figure":
     """Draw the mean gate of every channel, one line per class, one panel per gate.
 
-    The spread in a panel's title is the standard deviation across classes, averaged over the channels: small where a
-    gate treats all classes alike, as in early stages, large where it tells them apart. Classes without images (NaN)
-    are left out of it and of the panels.
+    The spread in a panel's title is the standard deviation across classes, averaged over the channels. It is small if
+    the gate treats all classes alike, as in early stages, and large if it tells them apart. Classes without images
+    (NaN) are left out of the spread and of the panels.
 
     Args:
-        values: Name of a gate to means ``(classes, C)``: what :func:`gate_values` returns.
+        values: Means ``(classes, C)`` by the name of the gate, as :func:`gate_values` returns them.
         classes: Name of every class. About 10 are legible; for fewer, take rows of the values.
-        names: Gates to draw. By default all of them, or, if they are more than 6, the last of each stage; a stage is a
+        names: Gates to draw. By default all of them or, if there are more than 6, the last of each stage; a stage is a
             run of gates with the same number of channels.
-        by_mean: Put the channels in ascending order of their mean gate over the classes, each gate in its own order,
-            instead of by index: easier to read from a few hundred channels on, where lines become a block of ink.
+        by_mean: Sort the channels of each gate by their mean over the classes, instead of by index. With a few hundred
+            channels or more this is easier to read.
 
     Returns:
         A figure to ``.savefig("gates.png")``.
@@ -126,7 +126,7 @@ def plot_gates_per_class(
         >>> [axes.get_title(loc="left") for axes in plot_gates_per_class(values, ["cat", "dog"]).axes]
         ['layer1.eca: C = 64, spread across classes 0.000', 'layer2.eca: C = 128, spread across classes 0.300']
     """
-    shown = _choose(values, names)
+    shown = _gates_to_draw(values, names)
     for name in shown:
         if values[name].dim() != 2 or len(values[name]) != len(classes):
             raise ValueError(
@@ -140,7 +140,7 @@ def plot_gates_per_class(
     for axes in panels.flat[len(shown) :]:
         axes.remove()
     colours = _class_colours(len(classes))
-    # Sigmoids are below 1; gates with a factor, as those with a neutral start have, can be as large as that.
+    # A sigmoid is below 1; a gate with a factor, such as a neutral one, can be as large as the factor.
     largest = max((float(values[name].nan_to_num().max()) for name in shown if values[name].numel()), default=0.0)
     top = max(1, math.ceil(largest))
     for position, name in enumerate(shown):
@@ -154,7 +154,7 @@ def plot_gates_per_class(
         seen = gate[gate.isfinite().all(1)]
         if by_mean:
             gate = gate[:, seen.mean(0).argsort()]
-        # Neighbours in that order have nothing to do with one another: dots, no lines.
+        # In that order neighbours are unrelated: draw dots, no lines.
         marks = {"linestyle": "", "marker": ".", "markersize": 3 if channels <= 128 else 1.5} if by_mean else {}
         for row, class_name, colour in zip(gate, classes, colours, strict=True):
             label = class_name if row.isfinite().all() else f"{class_name} (no images)"
@@ -179,7 +179,7 @@ def plot_gates_per_class(
     return figure
 
 
-def _choose(values: Mapping[str, Tensor], names: Sequence[str] | None) -> list[str]:
+def _gates_to_draw(values: Mapping[str, Tensor], names: Sequence[str] | None) -> list[str]:
     if names is not None:
         unknown = [name for name in names if name not in values]
         if unknown:

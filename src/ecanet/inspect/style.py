@@ -27,7 +27,7 @@ FONT_SIZE, SMALL_FONT_SIZE = 10, 9
 
 
 def new_figure(height: float, width: float = WIDTH, layout: Literal["constrained"] | None = "constrained") -> "Figure":
-    """A figure, its size in inches, that needs no display and that nothing else holds on to.
+    """A figure of this size in inches, made without pyplot: it needs no display, and nothing else keeps it alive.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -56,7 +56,7 @@ def spread(positions: Sequence[float], gap: float, low: float, high: float) -> l
 
     Args:
         positions: In any order.
-        gap: Smallest distance; less if ``high - low`` has no room for that.
+        gap: Smallest distance; it is reduced if ``high - low`` is too small for it.
         low: Lower bound.
         high: Upper bound.
 
@@ -68,7 +68,7 @@ def spread(positions: Sequence[float], gap: float, low: float, high: float) -> l
     """
     gap = min(gap, (high - low) / max(1, len(positions) - 1))
     order = sorted(range(len(positions)), key=lambda i: positions[i])
-    # Less their own place in the queue, the positions only have to ascend: pool neighbours that do not.
+    # With place * gap subtracted, positions only have to ascend: pool neighbours that do not.
     pools: list[tuple[float, int]] = []  # (mean, how many)
     for place, i in enumerate(order):
         mean, count = positions[i] - place * gap, 1

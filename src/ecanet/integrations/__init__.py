@@ -1,1 +1,1 @@
-"""Functions for users of other libraries, one a module, which imports its library when a function is called."""
+"""Functions for users of other libraries: one module for each, which imports the library when it is used."""

@@ -23,24 +23,24 @@ def register() -> tuple[str, ...]:
         - [-1, 1, ECA, [3]]   # k = 3
         - [-1, 1, SE, [8]]    # reduction 8
 
-    Channels are never written down: those of the layer before are taken, whatever the scale. Calling it twice does no
-    more than calling it once. A process that imports Ultralytics and :mod:`ecanet.nn` need not call it; calling it says
-    why, where it cannot be done. It also lets ``ULTRALYTICS_SAFE_LOAD=1`` load the gates' classes, and has Ultralytics
-    keep gates (:mod:`ecanet.nn.keep`).
+    A row never gives the number of channels: it is that of the layer before, at every scale. A second call does
+    nothing. A process that imports Ultralytics and :mod:`ecanet.nn` need not call this function, but the call raises
+    the reason if gates cannot be registered. It also lets ``ULTRALYTICS_SAFE_LOAD=1`` load the gates' classes, and
+    makes Ultralytics keep gates (:mod:`ecanet.nn.keep`).
 
     Returns:
         The names: those of the classes and functions in :data:`ecanet.nn.GATES`.
 
     Raises:
         ImportError: Ultralytics is not installed, or its way of reading model files has changed.
-        ValueError: Ultralytics has another module of that name already, such as one that was pasted into its source.
+        ValueError: Ultralytics already has another module of that name, such as one that was added to its source.
 
     Example:
         >>> register()
         ('ECA', 'ECANS', 'SE', 'SEVar1', 'SEVar2', 'SEVar3', 'SEGroup', 'se_gc2', 'se_gc3')
     """
     names = read_rows()
-    # Any file of this process may then call these: classes that build a module, and nothing that changes a library.
+    # Any file that is loaded can then call these, so only classes that build a module are added.
     add_safe_globals([factory for factory in GATES.values() if isinstance(factory, type)])
     keep_gates()
     return names

@@ -1,4 +1,4 @@
-"""Paired comparison of recipes over seeds: one finished run is one file, and a killed comparison loses none of them."""
+"""Paired comparison of recipes over seeds. Each finished run is a file, so a killed comparison loses none."""
 
 import contextlib
 import hashlib
@@ -37,11 +37,11 @@ class Run:
     """One finished training run.
 
     Attributes:
-        entry: Which of the compared recipes.
+        entry: Name of its recipe in the comparison.
         seed: Its seed.
         top1: Validation top-1 after the last epoch, in per cent.
-        history: One record an epoch: ``val/top1``, ``train/loss``, ``seconds``, ...
-        folder: Checkpoints and logs.
+        history: One record for each epoch: ``val/top1``, ``train/loss``, ``seconds``, ...
+        folder: Folder of its checkpoints and logs.
     """
 
     entry: str
@@ -53,7 +53,7 @@ class Run:
 
 @dataclass
 class Difference:
-    """An entry against the first one, seed by seed.
+    """The difference between an entry and the first one, paired by seed.
 
     Attributes:
         mean: Mean of the paired differences of top-1, in percentage points.
@@ -76,14 +76,14 @@ class Comparison:
     """Every run of every entry, in the order given.
 
     Attributes:
-        runs: By entry, one a seed.
+        runs: Runs by entry, one for each seed.
     """
 
     runs: dict[str, list[Run]]
 
     @property
     def baseline(self) -> str:
-        """The first entry: what the others are compared with."""
+        """The first entry, with which the others are compared."""
         return next(iter(self.runs))
 
     def top1(self, entry: str) -> list[float]:
@@ -109,10 +109,10 @@ def paired_difference(differences: Sequence[float]) -> Difference:
     """Mean and 95 % interval of paired differences by Student's t.
 
     Args:
-        differences: One a seed.
+        differences: One for each seed.
 
     Raises:
-        ValueError: none given.
+        ValueError: there are none.
 
     Example:
         >>> d = paired_difference([1.0, 2.0, 3.0])
@@ -137,31 +137,31 @@ def compare(
 ) -> Comparison:
     """Train every recipe with every seed; the same seed means the same backbone weights and order of images.
 
-    Every finished run is a file ``out/runs/ENTRY-seedK.json``, its checkpoints and logs the folder beside it. Called
-    again, finished runs are read, not repeated, and an interrupted one goes on from its last checkpoint; a run made
-    by another recipe is refused. One that goes on with other versions of torch or ecanet says so, and its file names
-    all of them.
+    A finished run is a file ``out/runs/ENTRY-seedK.json``, with its checkpoints and logs in the folder
+    ``out/runs/ENTRY-seedK``. A second call reads finished runs and does not repeat them. An interrupted run goes on
+    from its last checkpoint; a run by another recipe is refused. If a run goes on with other versions of torch or
+    ecanet, it warns, and its file names all of them.
 
     Args:
         entries: Recipes by name, the baseline first; their own seeds are not used.
         seeds: Seeds, at least one.
         out: Folder for the results.
-        workers: Runs at a time, each in a process of its own with one thread. By default one a core, or one on a
-            machine with a GPU.
+        workers: Runs at a time, each in its own process with one thread. By default one for each core, or one in all on
+            a machine with a GPU.
         progress: Show a bar with the time left.
 
     Returns:
         All runs.
 
     Raises:
-        ValueError: no entry, no or repeated seeds, names that give the same file, or damaged results or those of
-            another recipe in ``out``.
-        Exception: what a failing run raised; the finished ones are kept.
+        ValueError: no entry, no or repeated seeds, names that give the same file, or results in ``out`` that are
+            damaged or by another recipe.
+        Exception: the error of a run that failed; the finished ones are kept.
     """
-    _check(entries, seeds)
+    _check_entries_and_seeds(entries, seeds)
     folder = Path(out) / "runs"
     folder.mkdir(parents=True, exist_ok=True)
-    # Seed by seed, so that an early stop leaves pairs.
+    # Seed by seed, so that after an early stop the finished runs form pairs.
     jobs = [
         _Job(
             name,
@@ -184,7 +184,7 @@ def compare(
     return Comparison(runs)
 
 
-def _check(entries: Mapping[str, Recipe], seeds: Sequence[int]) -> None:
+def _check_entries_and_seeds(entries: Mapping[str, Recipe], seeds: Sequence[int]) -> None:
     if not entries:
         raise ValueError("entries must name at least one recipe, got none")
     if not seeds or len(set(seeds)) != len(seeds):
@@ -247,12 +247,12 @@ def _start_worker(reports: Any) -> None:
     global _reports
     _reports = reports
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle.
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_the_parent() -> None:
-    # A parent that is terminated or killed cannot tell its workers, and they would train on into the same folders.
+def _exit_with_parent() -> None:
+    # A parent that is killed cannot tell its workers, and they would go on training into the same folders.
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -284,7 +284,7 @@ def _run_all(jobs: Sequence[_Job], workers: int, progress: bool) -> Iterator[Run
                 for future in done:
                     yield future.result()
         except BaseException:
-            # Killed, not asked: a worker that is asked goes on with the next run. Checkpoints survive it.
+            # Kill them: a worker that is only asked to stop goes on with the next run. Checkpoints survive a kill.
             for process in list(pool._processes.values()):
                 process.kill()
             bar.write(f"Stopped: finished runs are kept in {jobs[0].folder.parent}; the same call goes on from there.")

@@ -46,13 +46,13 @@ def demo_recipes(epochs: int = 6) -> dict[str, Recipe]:
 def demo(out: str | Path = "runs/demo", seeds: int = 3, epochs: int = 6, workers: int | None = None) -> Comparison:
     """Train the entries, print a table and what it means, and draw the pictures.
 
-    Needs no network and no GPU. Called again it reads the finished runs.
+    It needs no internet and no GPU. A second call reads the finished runs.
 
     Args:
         out: Folder for runs, ``summary.json``, ``summary.txt`` and the pictures.
         seeds: Seeds of each entry.
         epochs: Passes over the 8,000 training pictures.
-        workers: Runs at a time, by default one a core.
+        workers: Runs at a time, by default one for each core.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -19,7 +19,7 @@ class Cost:
 
     Attributes:
         parameters: Parameters of its gates.
-        multiply_adds: Of the gates, for one image.
+        multiply_adds: Multiply-adds of the gates for one image.
         seconds: Median time of a training step (forward, backward, SGD) on one thread.
     """
 
@@ -33,14 +33,14 @@ def measure_costs(
 ) -> dict[str, Cost]:
     """Parameters, multiply-adds and time that gates add to a network.
 
-    The networks take turns, one training step each a round, in one process on one thread: what disturbs the machine
-    disturbs all of them, so compare the times with one another and with nothing else.
+    The networks take turns, one training step in each round, in one process on one thread, so that other load on the
+    machine affects all of them. Compare these times only with one another.
 
     Args:
-        networks: By name; the first is the plain one the others are compared with. Trained a little: pass copies.
+        networks: Networks by name; the first is the plain one for comparison. They are trained a little: pass copies.
         image_size: Side of the input, in pixels.
-        batch_size: Images a step.
-        rounds: Steps of each network, after two to warm up.
+        batch_size: Images in a step.
+        rounds: Steps of each network, after two for warm-up.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -73,7 +73,7 @@ def _step_seconds(networks: Mapping[str, nn.Module], image_size: int, batch_size
 
 
 def table(comparison: Comparison, costs: Mapping[str, Cost]) -> str:
-    """One row an entry: accuracy and spread, difference from the baseline with its interval, and costs."""
+    """One row for each entry: accuracy and spread, difference from the baseline with its interval, and costs."""
     header = ["gate", "top-1 %", "spread", "difference", "95 % interval", "params +", "MAdds +", "ms/step", "time"]
     rows = [header]
     plain = costs[comparison.baseline].seconds

@@ -1,4 +1,4 @@
-"""The file of a finished run: JSON with a checksum, so that a damaged or hand-made one is never taken for a result."""
+"""The file of a finished run: JSON with a checksum, so that a damaged or edited file is not taken for a result."""
 
 import hashlib
 import json
@@ -8,8 +8,8 @@ from typing import Any
 
 from ecanet.files.atomic import write_whole
 
-#: Bytes that a file may have, and what each epoch may add to them where there are thousands.
-_LARGEST, _LARGEST_EPOCH = 1_000_000, 1_000
+#: Most bytes of a file; a file with thousands of epochs may have this many bytes for each.
+_MAX_BYTES, _MAX_BYTES_PER_EPOCH = 1_000_000, 1_000
 
 _CHECKSUM = "sha256"
 
@@ -18,8 +18,8 @@ def write_run(file: Path, run: Mapping[str, Any]) -> None:
     """Write a finished run in one step.
 
     Args:
-        file: Path of the file; another one in its place is replaced.
-        run: ``top1`` in per cent, ``history`` with one record an epoch, ``fingerprint``, and whatever else is of use.
+        file: Path of the file; an existing one is replaced.
+        run: ``top1`` in per cent, ``history`` with one record for each epoch, ``fingerprint``, and anything else.
 
     Raises:
         OSError: it cannot be written.
@@ -32,13 +32,13 @@ def read_run(file: Path, epochs: int) -> dict[str, Any]:
 
     Args:
         file: Path of the file.
-        epochs: Epochs of the run, for the size that its file may have.
+        epochs: Epochs of the run, which limit the size of its file.
 
     Raises:
-        ValueError: it is damaged, too large, or no such file; the message names it and says what to do.
+        ValueError: it is damaged, too large or another file; the message names it and says what to do.
     """
     try:
-        return _checked(json.loads(_text(file, max(_LARGEST, _LARGEST_EPOCH * epochs))))
+        return _checked(json.loads(_text(file, max(_MAX_BYTES, _MAX_BYTES_PER_EPOCH * epochs))))
     except RecursionError:
         why = "it is nested too deeply"
     except (OSError, ValueError) as error:
@@ -68,14 +68,14 @@ def _checked(run: Any) -> dict[str, Any]:
     if not _is_per_cent(run["top1"]):
         raise ValueError("its top1 is not a number from 0 to 100")
     if not (isinstance(run["history"], list) and run["history"] and all(map(_is_record, run["history"]))):
-        raise ValueError("its history is not a list of records with a val/top1 from 0 to 100 and numbers alone")
+        raise ValueError("its history is not a list of records of numbers with a val/top1 from 0 to 100")
     if run["history"][-1]["val/top1"] != run["top1"]:
         raise ValueError("its top1 is not that of the last epoch")
     return run
 
 
 def _is_record(record: Any) -> bool:
-    """Whether it has the numbers of an epoch; a loss may be NaN, an accuracy may not."""
+    """Whether a record holds the numbers of an epoch; a loss may be NaN, an accuracy may not."""
     return isinstance(record, dict) and _is_per_cent(record.get("val/top1")) and all(map(_is_number, record.values()))
 
 

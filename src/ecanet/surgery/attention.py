@@ -1,4 +1,4 @@
-"""timm's attention as gates of this library: the same parameters and keys, in the fused tail."""
+"""timm's attention as gates of this library, for the fused tail: the same parameters and keys."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ from ecanet.ops import reference
 
 
 class SEModule(Gate):
-    """timm's squeeze-and-excitation: 1 x 1 convolutions with biases, any activations, a norm between them or none.
+    """timm's squeeze-and-excitation: 1 x 1 convolutions with biases, any activations, an optional norm between them.
 
     Args:
         channels: Number of channels C.
-        timm: timm's module; its layers become this one's.
+        timm: timm's module; this one takes over its layers.
 
     Source:
         Hu et al., Squeeze-and-Excitation Networks, CVPR 2018.
@@ -38,7 +38,7 @@ class SEModule(Gate):
 
 
 def as_gate(attention: nn.Module, channels: int | None) -> nn.Module:
-    """The same attention as a gate that the fused tail takes; what has no such gate comes back as it is.
+    """The same attention as a gate that the fused tail takes; attention that has no such gate is returned as it is.
 
     Args:
         attention: A module of timm; its parameters are shared, its keys kept.
@@ -63,7 +63,7 @@ def _eca(attention: nn.Module, channels: int) -> ECA | None:
     k = conv.kernel_size[0]
     if not is_plain(conv, nn.Conv1d, (1, 1, k)):
         return None
-    circular = type(attention).__name__ == "CecaModule"  # which pads before the convolution
+    circular = type(attention).__name__ == "CecaModule"  # it pads before the convolution
     if (conv.stride, conv.padding, conv.dilation) != ((1,), (0 if circular else (k - 1) // 2,), (1,)):
         return None
     eca = ECA(channels, k, circular=circular)

@@ -1,4 +1,4 @@
-"""A gate that fits where it goes."""
+"""Builds a gate that fits one place of a network."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ from ecanet.nn.undo import Undo
 
 
 def arguments_of(gate: nn.Module) -> str:
-    """The constructor arguments of a gate but its factor, as ``repr`` shows them."""
+    """The constructor arguments of a gate without its factor, as ``repr`` shows them."""
     return ", ".join(gate._arguments()) if isinstance(gate, Gate) else gate.extra_repr()
 
 
@@ -27,19 +27,19 @@ def build_fitting_gate(
 
     Args:
         gate: As in :func:`ecanet.insert_gates_`.
-        kernel_size: Likewise.
-        name: Of the place, for errors.
-        beside: The module that the gate follows or takes the place of; it gives the mode.
-        channels: Of the maps there, or None where they are not known.
-        like: Gives type and device, if there is one.
-        undo: Is told of the gate before anything is done to it: a function may give a module that somebody has.
+        kernel_size: As in :func:`ecanet.insert_gates_`.
+        name: Name of the place, for errors.
+        beside: The module that the gate follows or replaces; the gate gets its mode.
+        channels: Number of channels there, or None if it is not known.
+        like: A tensor whose type and device the gate gets, if there is one.
+        undo: Records the gate before it is changed: a function may return a module that is used elsewhere.
 
     Raises:
-        ValueError: the number of channels is not known, or not one that the gate can have.
+        ValueError: the number of channels is not known, or the gate cannot have it.
     """
     if channels is None:
         raise ValueError(
-            f"how many channels there are at {name} ({type(beside).__name__}) cannot be told from its layers: pass "
+            f"the number of channels at {name} ({type(beside).__name__}) cannot be told from its layers: pass "
             "input_shape=, the shape of an input that the network takes"
         )
     try:

@@ -15,12 +15,12 @@ from ecanet.surgery.report import Report, Row
 
 
 class FusedBlock(NamedTuple):
-    """How a block of somebody else runs on the fused tail.
+    """How a block of another library runs on the fused tail.
 
     Attributes:
-        fused: The class that does so, with the same modules.
+        fused: The class that runs on it, with the same modules.
         norm: Path of the branch's last norm.
-        attention: Name of the block's own attention between that norm and the addition, if it can have any.
+        attention: Name of the block's own attention between that norm and the addition, if the class has any.
     """
 
     fused: str
@@ -61,18 +61,18 @@ FUSED: dict[str, FusedBlock] = {
 def fuse_tails_(model: nn.Module) -> Report:
     """Let blocks run norm, gate, addition and activation in the passes that norm, addition and activation take.
 
-    For torchvision's and timm's blocks in :data:`ecanet.surgery.FUSED`: with gates that :func:`ecanet.insert_gates_`
-    put in, with timm's own ECA and squeeze-and-excitation (``ecaresnet*``, ``seresnet*``), and with none. A block
-    changes its class for one derived from it, and keeps its modules, parameters, buffers and keys: checkpoints load as
-    before, an optimizer goes on, values and gradients are the same to rounding. A second call does nothing. Call it
-    before or after the gates come in.
+    It works on torchvision's and timm's blocks in :data:`ecanet.surgery.FUSED`: with gates that
+    :func:`ecanet.insert_gates_` put in, with timm's own ECA and squeeze-and-excitation (``ecaresnet*``,
+    ``seresnet*``), and without attention. A block's class becomes one derived from it. The block keeps its modules,
+    parameters, buffers and keys: checkpoints load as before, an optimizer goes on, values and gradients are the same to
+    rounding. A second call does nothing. Call it before or after gates are put in.
 
     Args:
         model: The network.
 
     Returns:
-        The blocks and the norm and gate at the end of each; ``replaced`` holds timm's attention modules that a gate of
-        the same parameters stands for.
+        The blocks and the norm and gate at the end of each; ``replaced`` holds timm's attention modules that a gate
+        with the same parameters replaced.
 
     Raises:
         TypeError: ``model`` is no module, or is compiled, scripted or wrapped for parallel training.
@@ -105,14 +105,14 @@ def fuse_tails_(model: nn.Module) -> Report:
                 rows.append(_fuse_(name, block, known, replaced))
     if not rows and not already:
         names = ", ".join(block.removeprefix("torchvision.models.").replace(".models", "") for block in FUSED)
-        raise ValueError(f"{type(model).__name__} has no block that has a fused tail (known: {names})")
+        raise ValueError(f"{type(model).__name__} has no block with a fused tail (known: {names})")
     if already:
         notes.append(f"{already} blocks run on the fused tail already")
     return Report("fused", tuple(rows), tuple(notes), replaced)
 
 
 def _fuse_(name: str, block: nn.Module, known: FusedBlock, replaced: dict[str, nn.Module]) -> Row:
-    """Give one block its fused class; its own attention that a gate takes the place of goes into ``replaced``."""
+    """Give one block its fused class; its own attention goes into ``replaced`` if a gate replaces it."""
     norm_name, norm = resolve(block, known.norm)
     gate = attached_gate(norm)
     if known.attention is not None:

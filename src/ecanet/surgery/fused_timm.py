@@ -10,7 +10,7 @@ from ecanet.nn import conv_norm_gate_add_act, norm_gate_add_act
 from ecanet.nn.hooks import called_differently, is_identity
 
 
-def _end(
+def _run_end(
     block: nn.Module,
     x: Tensor,
     conv: nn.Module,
@@ -19,7 +19,7 @@ def _end(
     residual: Tensor | None,
     act: Any = None,
 ) -> Tensor:
-    """Convolution, norm, gate, addition and activation, with what is dropped at random between them."""
+    """Convolution, norm, gate, dropping of paths, addition and activation."""
     drop = getattr(block, "drop_path", None)
     if residual is None or drop is None or _drops_nothing(drop):
         return conv_norm_gate_add_act(x, conv, norm, gate, residual, act)
@@ -40,7 +40,7 @@ class FusedBasicBlock(resnet.BasicBlock):
         out = self.drop_block(norm_gate_add_act(self.conv1(x), self.bn1))
         out = self.aa(self.act1(out))  # type: ignore[misc]
         shortcut = x if self.downsample is None else self.downsample(x)
-        return _end(self, out, self.conv2, self.bn2, self.se, shortcut, self.act2)
+        return _run_end(self, out, self.conv2, self.bn2, self.se, shortcut, self.act2)
 
 
 class FusedBottleneck(resnet.Bottleneck):
@@ -56,7 +56,7 @@ class FusedBottleneck(resnet.Bottleneck):
             out = self.act2(self.drop_block(self.bn2(out)))
         out = self.aa(out)  # type: ignore[misc]
         shortcut = x if self.downsample is None else self.downsample(x)
-        return _end(self, out, self.conv3, self.bn3, self.se, shortcut, self.act3)
+        return _run_end(self, out, self.conv3, self.bn3, self.se, shortcut, self.act3)
 
 
 class FusedRegNetBottleneck(regnet.Bottleneck):
@@ -69,7 +69,7 @@ class FusedRegNetBottleneck(regnet.Bottleneck):
             return super().forward(x)
         out = self.se(self.conv2(self.conv1(x)))
         residual = None if self.downsample is None else self.downsample(x)
-        return _end(self, out, last.conv, last.bn, None, residual, self.act3)
+        return _run_end(self, out, last.conv, last.bn, None, residual, self.act3)
 
 
 class FusedDepthwiseSeparableConv(_efficientnet_blocks.DepthwiseSeparableConv):
@@ -81,7 +81,7 @@ class FusedDepthwiseSeparableConv(_efficientnet_blocks.DepthwiseSeparableConv):
         if self.conv_s2d is not None:
             out = self.bn_s2d(self.conv_s2d(out))
         out = self.se(self.aa(self.bn1(self.conv_dw(out))))  # type: ignore[misc]
-        return _end(self, out, self.conv_pw, self.bn2, None, x if self.has_skip else None)
+        return _run_end(self, out, self.conv_pw, self.bn2, None, x if self.has_skip else None)
 
 
 class FusedInvertedResidual(_efficientnet_blocks.InvertedResidual):
@@ -94,7 +94,7 @@ class FusedInvertedResidual(_efficientnet_blocks.InvertedResidual):
             out = self.bn_s2d(self.conv_s2d(out))
         out = self.bn2(self.conv_dw(self.bn1(self.conv_pw(out))))
         out = self.se(self.aa(out))  # type: ignore[misc]
-        return _end(self, out, self.conv_pwl, self.bn3, None, x if self.has_skip else None)
+        return _run_end(self, out, self.conv_pwl, self.bn3, None, x if self.has_skip else None)
 
 
 class FusedEdgeResidual(_efficientnet_blocks.EdgeResidual):
@@ -103,4 +103,4 @@ class FusedEdgeResidual(_efficientnet_blocks.EdgeResidual):
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C_in, H, W)`` to ``(N, C_out, H / stride, W / stride)``."""
         out = self.se(self.aa(self.bn1(self.conv_exp(x))))  # type: ignore[misc]
-        return _end(self, out, self.conv_pwl, self.bn2, None, x if self.has_skip else None)
+        return _run_end(self, out, self.conv_pwl, self.bn2, None, x if self.has_skip else None)

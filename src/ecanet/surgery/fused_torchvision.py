@@ -13,8 +13,8 @@ from ecanet.nn.hooks import called_differently, is_identity
 from ecanet.nn.norms import is_norm
 
 
-def _linear_end(*sequences: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-    """Convolution and norm at the end of nested sequences, the outermost first, or None where they are called else."""
+def _conv_and_norm_at_end(*sequences: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+    """Convolution and norm at the end of nested sequences, the outermost first; None if they are anything else."""
     last = list(sequences[-1]._modules.values())
     if any(called_differently(s) or not isinstance(s, nn.Sequential) for s in sequences):
         return None
@@ -29,7 +29,7 @@ class FusedResBottleneckBlock(ResBottleneckBlock):
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C_in, H, W)`` to ``(N, C_out, H / stride, W / stride)``."""
         *layers, last = self.f
-        end = _linear_end(self.f, last)
+        end = _conv_and_norm_at_end(self.f, last)
         if end is None:
             return super().forward(x)
         residual = x if self.proj is None else self.proj(x)
@@ -38,10 +38,10 @@ class FusedResBottleneckBlock(ResBottleneckBlock):
         return conv_norm_gate_add_act(x, *end, None, residual, self.activation)
 
 
-def _inverted(block: Any, x: Tensor) -> Tensor | None:
-    """The branch of an inverted residual and its addition, or None where the block has to do it itself."""
+def _fused_output(block: Any, x: Tensor) -> Tensor | None:
+    """The output of an inverted residual by the fused tail, or None if the block has to compute it itself."""
     *layers, last = block.block
-    end = _linear_end(block.block, last)
+    end = _conv_and_norm_at_end(block.block, last)
     if end is None or not _drops_nothing(getattr(block, "stochastic_depth", None)):
         return None
     residual = x if block.use_res_connect else None
@@ -61,23 +61,23 @@ class FusedInvertedResidual(InvertedResidual):
 
     def forward(self, input: Tensor) -> Tensor:
         """``(N, C_in, H, W)`` to ``(N, C_out, H / stride, W / stride)``."""
-        out = _inverted(self, input)
+        out = _fused_output(self, input)
         return super().forward(input) if out is None else out
 
 
 class FusedMBConvTail(MBConv):
-    """EfficientNet's block; in training with stochastic depth it is called as it was."""
+    """EfficientNet's block; in training with stochastic depth it runs its own code."""
 
     def forward(self, input: Tensor) -> Tensor:
         """``(N, C_in, H, W)`` to ``(N, C_out, H / stride, W / stride)``."""
-        out = _inverted(self, input)
+        out = _fused_output(self, input)
         return super().forward(input) if out is None else out
 
 
 class FusedMBConvV2Tail(FusedMBConv):
-    """EfficientNetV2's block of early stages; likewise."""
+    """EfficientNetV2's block of early stages; in training with stochastic depth it runs its own code."""
 
     def forward(self, input: Tensor) -> Tensor:
         """``(N, C_in, H, W)`` to ``(N, C_out, H / stride, W / stride)``."""
-        out = _inverted(self, input)
+        out = _fused_output(self, input)
         return super().forward(input) if out is None else out

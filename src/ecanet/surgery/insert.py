@@ -29,8 +29,8 @@ class _Plan(NamedTuple):
     gate: nn.Module
     channels: int
     spatial: torch.Size | None
-    norm: tuple[Tensor, ...]  # what takes the gate's factor; nothing if the gate keeps it
-    runs: bool  # in the dry run, or for all that is known
+    norm: tuple[Tensor, ...]  # the norm's tensors that take the gate's factor; empty if the gate keeps it
+    runs: bool  # whether it ran in the dry run; True if that cannot be told
 
 
 def insert_gates_(
@@ -47,9 +47,9 @@ def insert_gates_(
 ) -> Report:
     """Put a gate after every residual branch (or elsewhere) of a network, in place, without changing its function.
 
-    A gate becomes the child ``gate`` of the module whose output it scales, and nothing else of the network is touched.
-    All keys the network had stay, and state dicts of those keys load as before, strictly; with ``preserve`` they make
-    the gates 1 again. A second call with the same arguments does nothing.
+    A gate becomes the child ``gate`` of the module whose output it scales, and nothing else of the network changes.
+    The network keeps all its keys. State dicts without the gates' keys still load, with ``strict=True``; with
+    ``preserve`` loading one makes the gates 1 again. A second call with the same arguments does nothing.
 
     Args:
         model: Any network of convolutions: torchvision's, timm's, segmentation_models.pytorch's, YOLO's, your own. On
@@ -66,27 +66,27 @@ def insert_gates_(
             ``scale`` in state dicts that says so. False for training from scratch.
         fold: Fold those factors into the norms before the gates, so that the keys are those of the authors' files:
             :func:`ecanet.fold_factors_`.
-        filter_fn: Function of module and name that says which of what ``where`` finds are to get one: it is asked for
-            the residual blocks with ``"block"`` and ``"stage"``, otherwise for the modules that gates follow.
+        filter_fn: Function of module and name that says whether a place that ``where`` finds gets a gate: it is called
+            with the residual block for ``"block"`` and ``"stage"``, otherwise with the module that the gate follows.
         optimizer: Gets the gates' parameters, in the groups of the modules that they follow.
-        input_shape: Of an input that the network takes. It then runs once without data, and without hooks of others, so
-            that channels are known for certain and the report counts multiply-adds. ``"auto"`` fits the network's first
-            convolution: 1024 samples, 224 x 224 pixels or 16 frames of 112 x 112. None, or a network that does not take
-            it: layers tell where they can, and where they cannot it is an error.
+        input_shape: Shape of an input that the network takes. The network then runs once without data and without your
+            hooks, so that channels are known for certain and the report counts multiply-adds. ``"auto"`` fits the
+            network's first convolution: 1024 samples, 224 x 224 pixels or 16 frames of 112 x 112. With None, or if the
+            network does not take it, the layers tell the channels; if they cannot, it is an error.
 
     Returns:
-        What was put where, and what it costs; prints as a table.
+        Which gate was put where, and what it costs; prints as a table.
 
     Raises:
         TypeError: ``model`` is no module, or is compiled, scripted or wrapped for parallel training; other arguments
             of a wrong type.
-        ValueError: nothing is found for ``where`` (the message says what can be named), another gate is there, the
-            gate cannot have that many channels or cannot be neutral, nothing tells how many channels there are,
-            ``input_shape`` is one sample's, with ``fold`` there is no norm that could take a
-            factor, the optimizer has none of the model's parameters. The network is then as it was.
+        ValueError: ``where`` finds nothing (the message says what can be named), another gate is there, the gate
+            cannot have that many channels or cannot be neutral, nothing tells the number of channels, ``input_shape``
+            has no batch dimension, with ``fold`` no norm can take a factor, or the optimizer has none of the model's
+            parameters. The network is then as it was.
 
     Source:
-        Wang et al., ECA-Net, CVPR 2020, arXiv:1910.03151, for the place.
+        Wang et al., ECA-Net, CVPR 2020, arXiv:1910.03151, for the place of the gate.
 
     Example:
         >>> import torchvision
@@ -108,27 +108,21 @@ def insert_gates_(
             raise TypeError(f"{argument} must be True or False, got {value!r}")
     run = dry_run(model, input_shape)
     sites, notes = find_sites(model, where, filter_fn, run)
-    todo, already = _not_yet(sites, gate, kernel_size)
+    todo, already = _without_such_a_gate(sites, gate, kernel_size)
     if already:
         notes.append(f"{already} of these have such a gate already")
-    if run is not None:
-        silent = [site.name for site in todo if site.host not in run.shapes]
-        if run.failed is not None and silent:
-            notes.append(f"the network {run.failed}: multiply-adds are not counted")
-        elif silent and not run.saw_layers():
-            notes.append(
-                f"no layer was seen to run on the input of shape {run.input_shape}, as where code reads their weights "
-                "instead of calling them: multiply-adds are not counted, and no gate may run"
-            )
-        else:
-            notes += [f"{name} did not run on the input of shape {run.input_shape}" for name in silent]
+    notes += _notes_on_what_did_not_run(todo, run)
     registered = names_of(model)
-    count = owners(model)
+    owner_counts = owners(model)
     rows: list[Row] = []
     with all_or_nothing(model, optimizer) as undo:
-        plans = [_plan(model, site, gate, kernel_size, preserve, count if fold else None, run, undo) for site in todo]
+        plans = [
+            _plan(model, site, gate, kernel_size, preserve, owner_counts if fold else None, run, undo) for site in todo
+        ]
         if fold and len({id(plan.gate) for plan in plans}) < len(plans):
-            raise ValueError("fold=True needs a gate of its own for every place, and gate= gave one to several")
+            raise ValueError(
+                "fold=True needs a separate gate for every place, and gate= returned the same one for several"
+            )
         for site, module, channels, spatial, _, runs in plans:
             row = gate_row(f"{site.name}.{GATE}", module, site.name, channels, spatial)
             costs = runs or (run is not None and not run.saw_layers())
@@ -144,18 +138,32 @@ def insert_gates_(
             add_parameters_(optimizer, module, f"{site.name}.{GATE}", site.host)
         if plans:
             keep_loading_(model)
-            _tell_the_library_of(model)
+            _tell_libraries(model)
     return Report("inserted", tuple(rows), tuple(notes))
 
 
-def _tell_the_library_of(model: nn.Module) -> None:
-    """Let those know of gates who build networks anew to train them, or fill in what a file lacks."""
+def _notes_on_what_did_not_run(sites: list[Site], run: DryRun | None) -> list[str]:
+    silent = [] if run is None else [site.name for site in sites if site.host not in run.shapes]
+    if run is None or not silent:
+        return []
+    if run.failed is not None:
+        return [f"the network {run.failed}: multiply-adds are not counted"]
+    if not run.saw_layers():
+        return [
+            f"no layer was seen to run on the input of shape {run.input_shape}, perhaps because code reads their "
+            "weights instead of calling them: multiply-adds are not counted, and it may be that no gate runs"
+        ]
+    return [f"{name} did not run on the input of shape {run.input_shape}" for name in silent]
+
+
+def _tell_libraries(model: nn.Module) -> None:
+    """Tell libraries of gates that rebuild networks to train them, or initialise what a file lacks."""
     if any(cls.__module__.startswith("ultralytics.") for cls in type(model).__mro__):
         ultralytics.keep_gates()
-    transformers.keep_gates()  # where it is imported: the model may be a part of one of its networks
+    transformers.keep_gates()  # if it is imported: the model may be part of one of its networks
 
 
-def _not_yet(sites: list[Site], gate: str | GateFactory, kernel_size: int | str) -> tuple[list[Site], int]:
+def _without_such_a_gate(sites: list[Site], gate: str | GateFactory, kernel_size: int | str) -> tuple[list[Site], int]:
     todo = []
     for site in sites:
         there = attached_gate(site.host)
@@ -179,51 +187,18 @@ def _plan(
     gate: str | GateFactory,
     kernel_size: int | Literal["adaptive"],
     preserve: bool,
-    count: Counter[int] | None,
+    owner_counts: Counter[int] | None,
     run: DryRun | None,
     undo: Undo,
 ) -> _Plan:
-    """Build the gate of one site and see that everything can be done, before anything is."""
-    channels, spatial = site.channels, None
-    seen = run is not None and site.host in run.shapes
-    runs = seen or run is None or run.failed is not None
-    if run is not None and seen:
-        shape = run.shapes[site.host].output
-        if shape is None or len(shape) < 2:
-            got = "no tensor" if shape is None else f"a tensor of shape {tuple(shape)}"
-            raise ValueError(f"a gate cannot follow {site.name}: it returns {got}, and not a map (N, C, *spatial)")
-        if channels is not None and _has_channels_last(site, shape):
-            raise ValueError(
-                f"a gate cannot follow {site.name}: its output {tuple(shape)} has its {channels} channels last, and "
-                "not in dimension 1: name a module that returns (N, C, *spatial)"
-            )
-        if run.failed is None:
-            channels, spatial = shape[1], shape[2:]
-        elif shape[1] == channels:  # an input that may be wrong, and layers, say the same
-            spatial = shape[2:]
-        else:
-            channels = channels if site.certain else certain_channels(site.host)
-    elif not site.certain:
-        channels = certain_channels(site.host)
-    if channels is None and run is not None and run.failed is not None:
-        raise ValueError(
-            f"how many channels there are at {site.name} ({type(site.host).__name__}) cannot be told from its layers, "
-            f"and the network {run.failed}: pass input_shape=, the shape of an input that the network takes, or name "
-            "a convolution or a norm"
-        )
-    module = build_fitting_gate(gate, kernel_size, site.name, site.host, channels, _example(model, site.name), undo)
+    """Build the gate of one site and check all that could fail, before anything of the network changes."""
+    channels, spatial = _channels_and_spatial(site, run)
+    runs = run is None or run.failed is not None or site.host in run.shapes
+    module = build_fitting_gate(
+        gate, kernel_size, site.name, site.host, channels, _nearest_tensor(model, site.name), undo
+    )
     assert channels is not None
-    if hasattr(site.host, GATE):
-        raise ValueError(
-            f"a gate cannot be attached to {site.name}: {type(site.host).__name__} has its own {GATE!r}; "
-            "name another module"
-        )
-    merging = next((n for n, owner in _owners(model, site.name) if merges_branches(owner)), None)
-    if merging is not None:
-        raise ValueError(
-            f"a gate on {site.name} would be lost when {merging or 'the network'} merges its layers for deployment "
-            f"(fuse, reparameterize): {f'name {merging}' if merging else 'do that first'}"
-        )
+    _check_attachable(model, site)
     if preserve:
         try:
             make_identity_(module)
@@ -232,20 +207,77 @@ def _plan(
                 f"preserve=True cannot keep the function: {error}; take another gate, or preserve=False"
             ) from error
     norm: tuple[Tensor, ...] = ()
-    if count is not None and isinstance(module, Gate) and module.factor != 1:
+    if owner_counts is not None and isinstance(module, Gate) and module.factor != 1:
         if not runs:
             raise ValueError(
-                f"fold=True: {site.name} did not run on the input, so nothing tells whether its gate does: leave fold "
-                "out"
+                f"fold=True: {site.name} did not run on the input, so nothing tells whether its gate does: call "
+                "without fold"
             )
-        norm = tensors_to_scale(f"the factor of the gate after {site.name}", site.host, count)
+        norm = tensors_to_scale(f"the factor of the gate after {site.name}", site.host, owner_counts)
     return _Plan(site, module, channels, spatial, norm, runs)
 
 
-def _has_channels_last(site: Site, shape: torch.Size) -> bool:
-    """Whether a module with as many channels as a site's returns them in the last dimension.
+def _channels_and_spatial(site: Site, run: DryRun | None) -> tuple[int | None, torch.Size | None]:
+    """Channels and spatial size of what a site returns, from the dry run or the layers; None for what neither tells.
 
-    Where layers only hint at the channels, a square map that happens to be as wide keeps its gate.
+    Raises:
+        ValueError: it returns no map with its channels in dimension 1, or the run failed and the layers tell nothing.
+    """
+    if run is None:
+        return site.channels if site.certain else certain_channels(site.host), None
+    channels, spatial = site.channels, None
+    if site.host in run.shapes:
+        shape = _shape_of_map(site, run)
+        if run.failed is None:
+            channels, spatial = shape[1], shape[2:]
+        elif shape[1] == channels:  # the input may be a wrong one, but the layers agree with it
+            spatial = shape[2:]
+        elif not site.certain:
+            channels = certain_channels(site.host)
+    elif not site.certain:
+        channels = certain_channels(site.host)
+    if channels is None and run.failed is not None:
+        raise ValueError(
+            f"the number of channels at {site.name} ({type(site.host).__name__}) cannot be told from its layers, "
+            f"and the network {run.failed}: pass input_shape=, the shape of an input that the network takes, or name "
+            "a convolution or a norm"
+        )
+    return channels, spatial
+
+
+def _shape_of_map(site: Site, run: DryRun) -> torch.Size:
+    """The shape that a site returned in the dry run, checked to be ``(N, C, *spatial)``."""
+    shape = run.shapes[site.host].output
+    if shape is None or len(shape) < 2:
+        got = "no tensor" if shape is None else f"a tensor of shape {tuple(shape)}"
+        raise ValueError(f"a gate cannot follow {site.name}: it returns {got}, and not a map (N, C, *spatial)")
+    if site.channels is not None and _has_channels_last(site, shape):
+        raise ValueError(
+            f"a gate cannot follow {site.name}: its output {tuple(shape)} has its {site.channels} channels last, and "
+            "not in dimension 1: name a module that returns (N, C, *spatial)"
+        )
+    return shape
+
+
+def _check_attachable(model: nn.Module, site: Site) -> None:
+    """Raise ValueError if a site has no room for a gate, or would lose it when layers are merged."""
+    if hasattr(site.host, GATE):
+        raise ValueError(
+            f"a gate cannot be attached to {site.name}: {type(site.host).__name__} has its own {GATE!r}; "
+            "name another module"
+        )
+    merging = next((n for n, module in _enclosing_modules(model, site.name) if merges_branches(module)), None)
+    if merging is not None:
+        raise ValueError(
+            f"a gate on {site.name} would be lost when {merging or 'the network'} merges its layers for deployment "
+            f"(fuse, reparameterize): {f'name {merging}' if merging else 'do that first'}"
+        )
+
+
+def _has_channels_last(site: Site, shape: torch.Size) -> bool:
+    """Whether a site returns its channels in the last dimension.
+
+    If the site's channels are only a guess, a square map that happens to be that wide does not count.
     """
     if len(shape) < 3 or shape[1] == site.channels or shape[-1] != site.channels:
         return False
@@ -253,15 +285,15 @@ def _has_channels_last(site: Site, shape: torch.Size) -> bool:
     return known or len(shape) == 3 or len(set(shape[2:])) > 1
 
 
-def _owners(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """Name of each module that the named one is inside of, the innermost first, and the module."""
+def _enclosing_modules(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that contain the named one, the innermost first: name and module."""
     while name:
         name = name.rpartition(".")[0]
         yield name, model.get_submodule(name)
 
 
-def _example(model: nn.Module, name: str) -> Tensor | None:
-    """A tensor of the type and on the device of what a gate follows: the module's own, or of the part around it."""
+def _nearest_tensor(model: nn.Module, name: str) -> Tensor | None:
+    """A tensor with the type and device for a gate: the named module's, or that of the nearest module around it."""
     path = name.split(".")
     for i in range(len(path), -1, -1):
         part = model.get_submodule(".".join(path[:i]))

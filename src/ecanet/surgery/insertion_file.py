@@ -36,7 +36,7 @@ class Insertion:
         kernel_size: For gates that have one; ``"adaptive"`` is Eq. (12).
         preserve: Start with gates that are 1, so that the network computes the same function.
         fold: Fold the gates' factors into the norms before them, so that the keys are those of the authors' files.
-        num_classes: Classes of its head, by default as many as the library gives it.
+        num_classes: Classes of its head, by default the library's number.
         input_size: Height and width in pixels that multiply-adds are counted for; by default the network's own.
         fuse: Run its blocks on the fused tail, too.
     """
@@ -55,12 +55,12 @@ class Insertion:
         """The network, in eval mode, and what was done to it.
 
         Args:
-            weights: A checkpoint of the network without gates, loaded before they come in. It has to fit.
+            weights: A checkpoint of the network without gates, loaded before they are put in. It has to fit.
 
         Raises:
             ImportError: a network of timm without timm installed.
-            OSError: no checkpoint there.
-            ValueError: no such network, the checkpoint does not fit, or as :func:`ecanet.insert_gates_`.
+            OSError: there is no checkpoint there.
+            ValueError: no such network, the checkpoint does not fit, or what :func:`ecanet.insert_gates_` raises.
 
         Example:
             >>> model, (report,) = Insertion("torchvision/resnet18", where="stage").build()
@@ -93,7 +93,8 @@ class Insertion:
 def save(model: nn.Module, insertion: Insertion, path: str | os.PathLike[str]) -> None:
     """Write the weights of a network with gates and the plain values that build it again.
 
-    The file is written beside its place and renamed. :func:`ecanet.models.read_state_dict` reads the weights alone.
+    The file is written under another name and then renamed. :func:`ecanet.models.read_state_dict` reads the weights
+    alone.
 
     Args:
         model: The network that ``insertion`` built, trained since or not.
@@ -123,7 +124,7 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     Raises:
         FileNotFoundError: no such file.
         ImportError: a network of timm without timm installed.
-        ValueError: the file is damaged or something else, or the installed libraries build another network from it.
+        ValueError: the file is damaged, is not such a file, or the installed libraries build another network from it.
 
     Example:
         >>> import tempfile
@@ -164,15 +165,15 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
-#: Longest name of a network or a place, and most places.
-_NAME, _PLACES = 300, 1000
+#: Most characters of the name of a network or a place, and most places.
+_MAX_NAME, _MAX_PLACES = 300, 1000
 
 
 def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file says of an insertion, each field checked: no file, class or function can be named.
+    """The fields of an insertion from a file, each checked: none can name a file, class or function.
 
     Raises:
-        TypeError, ValueError: a field is not known, or a value not what it may be.
+        TypeError, ValueError: a field is not known, or a value is not allowed.
     """
     if "model" not in values:
         raise ValueError("an insertion needs its model")
@@ -181,7 +182,7 @@ def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         if name not in Insertion.__dataclass_fields__:
             raise ValueError(f"an insertion has no {shown(name)}")
-        if name == "model" and not (isinstance(value, str) and len(value) <= _NAME):
+        if name == "model" and not (isinstance(value, str) and len(value) <= _MAX_NAME):
             raise TypeError(f"model must be a name, got {shown(value)}")
         if name in ("preserve", "fold", "fuse") and not isinstance(value, bool):
             raise TypeError(f"{name} must be true or false, got {shown(value)}")
@@ -191,15 +192,15 @@ def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
                 raise TypeError(f"{name} must be a whole number, got {shown(value)}")
         if name == "where":
             places = [value] if isinstance(value, str) else value
-            if not isinstance(places, (list, tuple)) or not 1 <= len(places) <= _PLACES:
-                raise ValueError(f"where must be a name or a list of at most {_PLACES}, got {shown(value)}")
-            if not all(isinstance(place, str) and len(place) <= _NAME for place in places):
-                raise TypeError(f"where must be names of at most {_NAME} characters")
+            if not isinstance(places, (list, tuple)) or not 1 <= len(places) <= _MAX_PLACES:
+                raise ValueError(f"where must be a name or a list of at most {_MAX_PLACES}, got {shown(value)}")
+            if not all(isinstance(place, str) and len(place) <= _MAX_NAME for place in places):
+                raise TypeError(f"where must be names of at most {_MAX_NAME} characters")
     return {**values, "where": tuple(places) if isinstance(places := values.get("where", "block"), list) else places}
 
 
 def _misfit(insertion: Insertion, state: Mapping[str, Tensor]) -> str:
-    """How the weights do not fit the network without gates, told before it takes memory; empty if they do."""
+    """How the weights do not fit the network without gates, found without memory for it; empty if they fit."""
     try:
         with torch.device("meta"):
             own = create_network(insertion.model, insertion.num_classes).state_dict()
@@ -223,7 +224,7 @@ def check_path(path: str | os.PathLike[str]) -> None:
 
 def _load_strictly(model: nn.Module, state: Mapping[str, Any], what: str, hint: str) -> None:
     own = model.state_dict()
-    # Checkpoints from before torch 0.4.1 do not count batches, and torch lets them.
+    # Checkpoints from before torch 0.4.1 have no count of batches, and torch accepts that.
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     problem = describe(missing=missing, **misfits(state, own))
     try:

@@ -15,7 +15,7 @@ def create_network(name: str, num_classes: int | None = None) -> nn.Module:
 
     Args:
         name: ``"torchvision/NAME"`` or ``"timm/NAME"``.
-        num_classes: Classes of its head, by default as many as the library gives it.
+        num_classes: Classes of its head, by default the library's number.
 
     Raises:
         ImportError: a network of timm without timm installed.
@@ -31,7 +31,7 @@ def create_network(name: str, num_classes: int | None = None) -> nn.Module:
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"num_classes must be 1 or more, got {num_classes}")
     head = {} if num_classes is None else {"num_classes": num_classes}
-    return _torchvision(short, head) if library == "torchvision" else _timm(short, head)
+    return _build_of_torchvision(short, head) if library == "torchvision" else _build_of_timm(short, head)
 
 
 def default_input_shape(name: str, model: nn.Module) -> tuple[int, ...]:
@@ -40,27 +40,27 @@ def default_input_shape(name: str, model: nn.Module) -> tuple[int, ...]:
     return (1, *(size or (3, 224, 224)))
 
 
-def _torchvision(name: str, head: dict[str, Any]) -> nn.Module:
+def _build_of_torchvision(name: str, head: dict[str, Any]) -> nn.Module:
     known = torchvision.models.list_models()
     if name not in known:
-        raise _unknown("torchvision", name, known)
+        raise _unknown_name("torchvision", name, known)
     builder = torchvision.models.get_model_builder(name)
-    # A detector's builder downloads its backbone's weights otherwise.
+    # Without this argument a detector's builder downloads its backbone's weights.
     backbone = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
     return builder(weights=None, **backbone, **head)
 
 
-def _timm(name: str, head: dict[str, Any]) -> nn.Module:
+def _build_of_timm(name: str, head: dict[str, Any]) -> nn.Module:
     try:
         import timm
     except ImportError as error:
         raise ImportError(f"timm/{name} needs timm: pip install 'ecanet[timm]'") from error
     if not timm.is_model(name):
-        raise _unknown("timm", name, timm.list_models())
+        raise _unknown_name("timm", name, timm.list_models())
     return timm.create_model(name, pretrained=False, **head)
 
 
-def _unknown(library: str, name: str, known: list[str]) -> ValueError:
+def _unknown_name(library: str, name: str, known: list[str]) -> ValueError:
     close = difflib.get_close_matches(name, known, 4, 0.5)
     listing = f"{'torchvision.models' if library == 'torchvision' else library}.list_models()"
     near = ", ".join(f"{library}/{other}" for other in close)

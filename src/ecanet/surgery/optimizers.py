@@ -1,4 +1,4 @@
-"""A given optimizer follows what surgery does to parameters."""
+"""Keeps an optimizer in step with the parameters that surgery adds and removes."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,8 +15,8 @@ def add_parameters_(optimizer: torch.optim.Optimizer | None, gate: nn.Module, na
     Args:
         optimizer: The optimizer, or None.
         gate: The gate.
-        name: Of the gate in the network, for optimizers that were given names.
-        beside: The module the gate follows; if none of its parameters is in a group, the first group is taken.
+        name: Name of the gate in the network, for optimizers that hold names.
+        beside: The module that the gate follows; if no group has a parameter of it, the first group is taken.
     """
     if optimizer is None:
         return
@@ -31,7 +31,7 @@ def add_parameters_(optimizer: torch.optim.Optimizer | None, gate: nn.Module, na
 
 
 def remove_parameters_(optimizer: torch.optim.Optimizer | None, gone: Iterable[Tensor]) -> None:
-    """Take parameters out of an optimizer's groups and forget what it kept for them."""
+    """Take parameters out of an optimizer's groups and delete their state."""
     if optimizer is None:
         return
     ids = {id(p) for p in gone}
@@ -46,18 +46,18 @@ def remove_parameters_(optimizer: torch.optim.Optimizer | None, gone: Iterable[T
 
 
 def check_optimizer(optimizer: object, model: nn.Module) -> None:
-    """Raise unless it is None or an optimizer of the model's parameters that can get new ones.
+    """Raise unless it is None or an optimizer of the model's parameters that can take new ones.
 
     Raises:
-        TypeError: it is no optimizer, or one that cannot follow.
-        ValueError: none of its parameters is the model's.
+        TypeError: it is no optimizer, or one that cannot take new parameters.
+        ValueError: it has none of the model's parameters.
     """
     if optimizer is None:
         return
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
-    if type(optimizer).__name__ in ("LBFGS", "Muon"):  # one counts its parameters, the other takes matrices alone
-        raise TypeError(f"optimizer: {type(optimizer).__name__} cannot follow: build it after surgery")
+    if type(optimizer).__name__ in ("LBFGS", "Muon"):  # one counts its parameters, the other takes only matrices
+        raise TypeError(f"optimizer: {type(optimizer).__name__} cannot take new parameters: build it after surgery")
     own = {id(parameter) for parameter in model.parameters()}
     if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
         raise ValueError("optimizer has none of the model's parameters: pass the one that trains this model")

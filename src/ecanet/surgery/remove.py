@@ -24,15 +24,15 @@ def remove_gates_(
 ) -> Report:
     """Take out the gates that :func:`ecanet.insert_gates_` put in: the network is the original one, with its keys.
 
-    A neutral gate is 1, so the function stays. A gate that was trained is not: the function changes without it, and the
-    network needs fine-tuning. Nothing but the gates is touched, except with ``fold``.
+    A neutral gate is 1, so the function stays the same. A trained gate is not: without it the function changes, and the
+    network needs fine-tuning. Nothing but the gates changes, except with ``fold``.
 
     Args:
         model: The network.
         force: Take out trained gates, too.
-        fold: Let the norm before a gate take the value of a gate that is another constant than 1, as neutral gates are
-            after :func:`ecanet.fold_factors_`; before a trained gate that was folded, the value it started from.
-        filter_fn: Function of a gate and its name that says whether it is to go.
+        fold: Multiply the norm before a gate by the gate's value if that is a constant other than 1, as neutral gates
+            have after :func:`ecanet.fold_factors_`; for a trained gate, by the value that it had at its start.
+        filter_fn: Function of a gate and its name that says whether to take it out.
         optimizer: Loses the gates' parameters.
 
     Returns:
@@ -59,14 +59,14 @@ def remove_gates_(
         for name, host, gate in attached_gates(model)
         if filter_fn is None or filter_fn(gate, f"{name}.{GATE}" if name else GATE)
     ]
-    constants = {name: _constant(gate) for name, _, gate in wanted}
+    constants = {name: _constant_value(gate) for name, _, gate in wanted}
     lost = [name for name, constant in constants.items() if constant is None or (constant != 1 and not fold)]
     if lost and not force:
         shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
         if all(constants[name] is not None for name in lost):
-            what, remedy = "constant, but not 1", "fold=True lets the norms before them take that"
+            what, remedy = "constant, but not 1", "fold=True multiplies the norms before them by that"
         else:
-            what, remedy = "not constant", "force=True does it all the same"
+            what, remedy = "not constant", "force=True takes them out all the same"
         raise ValueError(
             f"the gates after {shown} are {what}, so taking them out changes what the network computes: {remedy}"
         )
@@ -75,7 +75,7 @@ def remove_gates_(
         count = owners(model)
         for name, host, gate in wanted:
             constant = constants[name]
-            value = _at_the_start(gate) if constant is None else constant
+            value = _value_at_start(gate) if constant is None else constant
             if value != 1:
                 folds[name] = tensors_to_scale(f"the value of the gate after {name}", host, count), value
     rows: list[Row] = []
@@ -98,13 +98,13 @@ def remove_gates_(
     return Report("removed", tuple(rows), (), removed)
 
 
-def _constant(gate: nn.Module) -> float | None:
-    """What a gate is for every input, or None; one without values is what it started from."""
+def _constant_value(gate: nn.Module) -> float | None:
+    """The value that a gate has for every input, or None; on the meta device, its value at the start."""
     if any(t.is_meta for t in (*gate.parameters(), *gate.buffers())):
-        return _at_the_start(gate)
+        return _value_at_start(gate)
     return gate.constant() if isinstance(gate, Gate) else None
 
 
-def _at_the_start(gate: nn.Module) -> float:
-    """What a gate was before it was trained, with the factor it has; 1 where that is not known."""
+def _value_at_start(gate: nn.Module) -> float:
+    """The value of a gate before training, with its present factor; 1 if that is not known."""
     return 0.5 * gate.factor if isinstance(gate, Gate) and gate.starts_as_identity else 1.0

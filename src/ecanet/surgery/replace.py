@@ -1,4 +1,4 @@
-"""Swap the attention that a network has: its own, or gates that were put in."""
+"""Swap the attention of a network: its own, or gates that were put in."""
 
 import copy
 import functools
@@ -25,12 +25,12 @@ from ecanet.surgery.optimizers import add_parameters_, check_optimizer, remove_p
 from ecanet.surgery.replaced_keys import accept_replaced_keys_
 from ecanet.surgery.report import Report, Row, gate_row, parameters_of
 
-#: What YOLO's network reads off its layers: number, where the input comes from, type and number of parameters.
+#: Attributes that YOLO's network reads off its layers: index, source of the input, type and number of parameters.
 _YOLO_ROW = ("i", "f", "type", "np")
 
 
 #: Where a module keeps the hooks on its calls.
-_HOOKS = (
+_CALL_HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -70,18 +70,18 @@ def replace_gates_(
 ) -> Report:
     """Swap every attention module of a network for a gate: squeeze-and-excitation for ECA, and back.
 
-    Found are gates of this library wherever they are, and squeeze-and-excitation, ECA and their kin of torchvision and
-    timm (:data:`ecanet.surgery.ATTENTION`). The new gate takes the old one's place and name, and hooks on its calls.
-    State dicts with the old one's keys still load: what they hold for it is left out. A neutral gate is swapped for a
-    neutral one of the same value, so the function stays; one that was trained cannot be: its factor stays, and the
-    network needs fine-tuning. What is such a gate already stays.
+    It finds this library's gates wherever they are, and squeeze-and-excitation, ECA and the like of torchvision and
+    timm (:data:`ecanet.surgery.ATTENTION`). The new gate takes the place and name of the old one, and the hooks on its
+    calls. State dicts with the old one's keys still load: its values in them are ignored. A neutral gate becomes a
+    neutral one of the same value, so the function stays the same. For a trained gate only the factor stays: the network
+    needs fine-tuning. Attention that is such a gate already stays.
 
     Args:
         model: The network.
-        gate: A name in :data:`ecanet.nn.GATES`, a class or function of the number of channels; or names of attention
-            modules and what to put there, such as ``replaced`` of an earlier report, which puts everything back.
+        gate: A name in :data:`ecanet.nn.GATES`, or a class or function of the number of channels; or a mapping from
+            names of attention modules to new modules, such as ``replaced`` of an earlier report, which undoes that.
         kernel_size: For gates that have one; ``"adaptive"`` is Eq. (12).
-        filter_fn: Function of an attention module and its name that says whether it is to be swapped.
+        filter_fn: Function of an attention module and its name that says whether to swap it.
         optimizer: Loses the old gates' parameters and gets the new ones'.
         input_shape: As in :func:`ecanet.insert_gates_`.
 
@@ -113,17 +113,17 @@ def replace_gates_(
     notes: list[str] = []
     with all_or_nothing(model, optimizer) as undo:
         if isinstance(gate, Mapping):
-            swaps = list(_put_back(dict(found), gate, undo))
+            swaps = list(_plan_named_swaps(dict(found), gate, undo))
         else:
-            swaps = _swaps(model, found, gate, kernel_size, filter_fn, input_shape, undo)
+            swaps = _plan_swaps(model, found, gate, kernel_size, filter_fn, input_shape, undo)
         for name, old, new, channels, spatial in swaps:
             row = gate_row(name, new, name.removesuffix(f".{GATE}"), channels, spatial)
             before = gate_row(name, old, "", channels, spatial).multiply_adds
             madds = None if row.multiply_adds is None or before is None else row.multiply_adds - before
             rows.append(row._replace(parameters=row.parameters - parameters_of(old), multiply_adds=madds))
         for name, old, new, _, _ in swaps:
-            notes += _hand_on_hooks_(name, old, new)
-            notes += _left_behind(name, old, new)
+            notes += _move_hooks_(name, old, new)
+            notes += _notes_on_lost_changes(name, old, new)
             _install_(model, registered[old], old, new)
             remove_parameters_(optimizer, old.parameters())
             parent = model.get_submodule(name.rpartition(".")[0])
@@ -137,7 +137,7 @@ def replace_gates_(
 
 
 def attention_in(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every attention module of a network by name; what is inside of one does not count."""
+    """Every attention module of a network by name; attention inside attention does not count."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name and is_attention(module) and not name.startswith(inside):
@@ -146,7 +146,7 @@ def attention_in(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def channels_of(model: nn.Module, name: str, attention: nn.Module) -> int | None:
-    """Number of channels that an attention module scales: its layers tell, or the layer registered before it."""
+    """Number of channels that an attention module scales, from its layers or the layer registered before it."""
     if isinstance(attention, Gate):
         return attention.channels
     path = ATTENTION.get(class_with_forward(attention))
@@ -162,7 +162,7 @@ def channels_of(model: nn.Module, name: str, attention: nn.Module) -> int | None
     return None
 
 
-def _swaps(
+def _plan_swaps(
     model: nn.Module,
     found: list[tuple[str, nn.Module]],
     gate: str | GateFactory,
@@ -180,10 +180,10 @@ def _swaps(
     if not wanted:
         raise ValueError(f"filter_fn refuses all of the {len(found)} attention modules")
     run = dry_run(model, input_shape)
-    return [s for name, old in wanted if (s := _swap(model, name, old, gate, kernel_size, run, undo)) is not None]
+    return [s for name, old in wanted if (s := _plan_swap(model, name, old, gate, kernel_size, run, undo)) is not None]
 
 
-def _swap(
+def _plan_swap(
     model: nn.Module,
     name: str,
     old: nn.Module,
@@ -220,23 +220,23 @@ def _can_be_identity(gate: Gate) -> bool:
 
 
 def _make_constant_(name: str, gate: nn.Module, constant: float) -> None:
-    """Keep the function where the old gate was neutral."""
+    """Make the new gate the constant that the old one was, so that the function stays the same."""
     try:
         make_identity_(gate)
     except ValueError as error:
         raise ValueError(
-            f"{name} is neutral, and what takes its place has to be: {error}; take another gate"
+            f"{name} is neutral, and a gate in its place has to be, too: {error}; take another gate"
         ) from error
     if isinstance(gate, Gate):
         gate.factor *= constant
     elif constant != 1:
         raise ValueError(
-            f"{name} is {constant:g}, and a {type(gate).__name__} has no factor to be that; take another gate"
+            f"{name} is {constant:g}, and a {type(gate).__name__} has no factor for that; take another gate"
         )
 
 
-def _put_back(found: dict[str, nn.Module], modules: Mapping[str, nn.Module], undo: Undo) -> Iterator[_Swap]:
-    for name, module in modules.items():  # all of it, before any of them is touched
+def _plan_named_swaps(found: dict[str, nn.Module], modules: Mapping[str, nn.Module], undo: Undo) -> Iterator[_Swap]:
+    for name, module in modules.items():  # check all before any is changed
         if name not in found:
             raise ValueError(
                 f"gate names {name!r}, where the network has no attention: it has {', '.join(found) or 'none'}"
@@ -256,19 +256,19 @@ def _install_(model: nn.Module, names: list[str], old: nn.Module, new: nn.Module
     for name in names:
         parent_name, _, child = name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        parent._modules[child] = new  # the hook that calls a gate that is attached stays where it is among others
+        parent._modules[child] = new  # the order of the parent's hooks stays
         if child == GATE and attached_gate(parent) is not None:
             setattr(new, ATTACHED, True)
             vars(old).pop(ATTACHED, None)
 
 
-def _hand_on_hooks_(name: str, old: nn.Module, new: nn.Module) -> Iterator[str]:
-    """Give the new gate the hooks that somebody put on the old one; what cannot move is told.
+def _move_hooks_(name: str, old: nn.Module, new: nn.Module) -> Iterator[str]:
+    """Give the new gate the hooks on the old one's calls, and return notes on those that cannot move.
 
-    The handles of hooks hold the dictionaries, so the new gate gets these and not copies: a handle still removes its
-    hook. Pruning and its kin hook a module for the sake of its weights, which stay behind.
+    A hook's handle refers to the dictionary that holds it, so the new gate gets the dictionary and not a copy: the
+    handle still removes its hook. Hooks of pruning and the like act on the old weights, so they do not move.
     """
-    for attribute in _HOOKS:
+    for attribute in _CALL_HOOKS:
         theirs, own = vars(old)[attribute], vars(new)[attribute]
         if theirs is own or not theirs:
             continue
@@ -283,26 +283,26 @@ def _hand_on_hooks_(name: str, old: nn.Module, new: nn.Module) -> Iterator[str]:
         yield f"left behind: hooks inside {type(old).__name__} {name}, on {', '.join(inner)}"
 
 
-def _left_behind(name: str, old: nn.Module, new: nn.Module) -> Iterator[str]:
-    """What somebody made of the old gate, other than hooks on its calls, that the new one does not have."""
+def _notes_on_lost_changes(name: str, old: nn.Module, new: nn.Module) -> Iterator[str]:
+    """Notes on other changes to the old gate that the new one does not have, such as frozen parameters."""
     what = f"{type(old).__name__} {name}"
     for part, layer in old.named_modules():
-        if any(_is_of_others(hook) for hooks in _STATE_DICT_HOOKS for hook in _values(vars(layer).get(hooks))):
+        if any(_is_foreign(hook) for hooks in _STATE_DICT_HOOKS for hook in _hooks_in(vars(layer).get(hooks))):
             yield f"left behind: the hooks on state dicts of {what}{f', on {part}' if part else ''}"
     own = [key for key, value in vars(old).items() if callable(value) and callable(getattr(type(old), key, None))]
     if own:
-        yield f"left behind: what {what} has in place of its class's {', '.join(own)}"
+        yield f"left behind: the {', '.join(own)} that {what} has in place of its class's"
     frozen = [p for p in old.parameters() if not p.requires_grad]
     if frozen and any(p.requires_grad for p in new.parameters()):
         some = "" if len(frozen) == len(list(old.parameters())) else " in part"
         yield f"{what} was frozen{some}, and the {type(new).__name__} in its place is not"
 
 
-def _values(hooks: Any) -> Iterable[Any]:
+def _hooks_in(hooks: Any) -> Iterable[Any]:
     return hooks.values() if isinstance(hooks, dict) else hooks or ()
 
 
-def _is_of_others(hook: Any) -> bool:
+def _is_foreign(hook: Any) -> bool:
     """Whether a hook on state dicts is neither this library's nor torch's."""
     hook = getattr(hook, "hook", hook)
     while isinstance(hook, functools.partial):

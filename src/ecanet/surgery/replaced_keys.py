@@ -1,22 +1,22 @@
-"""A gate in another module's place loads that module's state dicts: what they hold for it is left out."""
+"""A gate in another module's place loads that module's state dicts and ignores its values in them."""
 
 from typing import Any
 
 from torch import nn
 
-#: Set on a module that took another one's place: the keys that one had.
+#: Attribute of a module that took another one's place: the keys of that one.
 REPLACED_KEYS = "replaced_keys"
 
 
 def accept_replaced_keys_(new: nn.Module, old: nn.Module) -> None:
-    """Let a module pass over the keys of the one whose place it takes, whose values are of no use any more."""
+    """Let a module ignore the keys of the one that it replaces when it loads a state dict."""
     known = getattr(new, REPLACED_KEYS, ())
     setattr(new, REPLACED_KEYS, tuple(sorted({*known, *getattr(old, REPLACED_KEYS, ()), *old.state_dict()})))
-    new.register_load_state_dict_pre_hook(_keep_own)
+    new.register_load_state_dict_pre_hook(_put_own_values)
 
 
-def _keep_own(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """The hook: where a state dict holds the other one's values, the module's own take their place."""
+def _put_own_values(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Hook that puts the module's own values into a state dict in place of the replaced module's."""
     own = module.state_dict()
     found = [prefix + key for key in getattr(module, REPLACED_KEYS) if prefix + key in state]
     is_own = all(prefix + key in state and state[prefix + key].shape == value.shape for key, value in own.items())

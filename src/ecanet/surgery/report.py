@@ -20,12 +20,12 @@ class Row(NamedTuple):
 
     Attributes:
         name: Its name in the network.
-        gate: Its class; empty for a tail without a gate.
-        where: After what: the module whose output the gate scales.
-        channels: Number of channels, or None where nothing tells.
-        kernel_size: k, or None for a gate that has none.
-        parameters: Parameters added; negative for what was taken out.
-        multiply_adds: Added for one sample, or None where the size of the map is not known.
+        gate: The gate's class; empty for a tail without a gate.
+        where: Name of the module whose output the gate scales.
+        channels: Number of channels, or None if it is not known.
+        kernel_size: k, or None for a gate without it.
+        parameters: Parameters added; negative if they were taken out.
+        multiply_adds: Multiply-adds added for one sample, or None if the size of the map is not known.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Report:
     Attributes:
         done: What was done, for the last line: ``"inserted"``, ``"replaced"``, ``"removed"`` or ``"fused"``.
         rows: One for each gate or tail.
-        notes: What a reader should know: what was left out and why, what was there already.
+        notes: What else to know: what was left out and why, what was there already.
         replaced: Modules that are no longer part of the network, by name.
     """
 
@@ -60,7 +60,7 @@ class Report:
 
     @property
     def multiply_adds(self) -> int | None:
-        """Multiply-adds added for one sample, or None where a row does not know."""
+        """Multiply-adds added for one sample, or None if they are not known for a row."""
         known = [row.multiply_adds for row in self.rows if row.multiply_adds is not None]
         return sum(known) if len(known) == len(self.rows) else None
 
@@ -113,7 +113,7 @@ def gate_row(name: str, gate: nn.Module, where: str, channels: int | None, spati
         gate: The gate.
         where: The name of the module before it.
         channels: Number of channels C.
-        spatial: Size of the map, or None where that is not known.
+        spatial: Size of the map, or None if it is not known.
     """
     size = getattr(gate, "kernel_size", None)
     return Row(
@@ -128,16 +128,16 @@ def gate_row(name: str, gate: nn.Module, where: str, channels: int | None, spati
 
 
 def _multiply_adds(attention: nn.Module, channels: int | None, spatial: Sequence[int] | None) -> int | None:
-    """As :func:`ecanet.inspect.multiply_adds` counts: C S for squeeze and scaling, and what is inside."""
+    """Counted as by :func:`ecanet.inspect.multiply_adds`: C S for squeeze and scaling, plus the layers inside."""
     if channels is None or spatial is None:
         return None
     like = example_tensor(attention)
     counter = FlopCounterMode(display=False)
     try:
         twin = twin_of(attention)
-        with counter, running_without_data(twin):  # the counter hooks all modules, too, and needs none of that
+        with counter, running_without_data(twin):  # the counter's hooks on modules are not needed
             twin(torch.zeros((1, channels, *spatial), dtype=like.dtype, device=like.device))
-    except Exception:  # somebody else's module, which may want data, or cannot be copied
+    except Exception:  # a module of another library may need data, or cannot be copied
         return None
     inside = elementwise_products(attention) if isinstance(attention, Gate) else 0
     return channels * math.prod(spatial) + counter.get_total_flops() // 2 + inside

@@ -1,4 +1,4 @@
-"""Training on Lightning: recipes, data, checkpoints that survive a kill."""
+"""Training on Lightning: recipes, data, and checkpoints that survive a killed run."""
 
 try:
     import lightning  # noqa: F401

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read without unpickling code, enough to build the network again."""
+"""Checkpoints: written completely or not at all, read without unpickling code, enough to rebuild the network."""
 
 import math
 import os
@@ -23,13 +23,13 @@ ABOUT = "ecanet"
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target and renames, so that a kill or a full disk leaves the old checkpoint as it was."""
+    """Writes a temporary file and renames it: after a kill or with a full disk the old checkpoint is intact."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write a checkpoint, or leave what was there.
+        """Write a checkpoint, or leave the old one.
 
         Raises:
-            OSError: it could not be written; names the file and what to do.
+            OSError: it cannot be written; the message names the file and says what to do.
         """
         try:
             safe_save(checkpoint, path)
@@ -41,7 +41,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: damaged, or not a checkpoint of this library; names the file.
+            ValueError: it is damaged, or not a checkpoint of this library; the message names it.
         """
         return read_checkpoint(path, map_location)
 
@@ -51,7 +51,7 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = None) -> d
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: damaged, or not one of this library's; names the file.
+        ValueError: it is damaged, or not a checkpoint of this library; the message names it.
     """
     checkpoint = safe_load(path, map_location or "cpu")
     if not isinstance(checkpoint, dict) or ABOUT not in checkpoint:
@@ -65,11 +65,11 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = None) -> d
 class SaveCheckpoints(Checkpoint):
     """Writes ``last.ckpt`` after every epoch, ``best.ckpt`` when validation top-1 rose.
 
-    Lightning's ModelCheckpoint writes its last only when it also writes a best.
+    Lightning's ModelCheckpoint writes its last checkpoint only when it also writes a best one.
 
     Args:
-        folder: Where to write; checked before every write.
-        every_steps: Write ``last.ckpt`` every so many steps within an epoch as well.
+        folder: Folder to write into; checked before every write.
+        every_steps: Within an epoch, also write ``last.ckpt`` after every this many steps.
     """
 
     def __init__(self, folder: RunFolder, every_steps: int | None = None) -> None:
@@ -79,18 +79,18 @@ class SaveCheckpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Within the epoch; its last step is left to the epoch's end, which comes with the validation."""
+        """Save within the epoch, except at its last step: the end of the epoch saves after the validation."""
         if self.every_steps and trainer.global_step % self.every_steps == 0 and not trainer.is_last_batch:
             check_finite(float(outputs["loss"]), trainer)
             self._save(trainer, "last.ckpt")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """After the validation."""
+        """Save after the validation."""
         check_finite(float(trainer.callback_metrics["train/loss_epoch"]), trainer)
         top1 = float(trainer.callback_metrics["val/top1"])
         if top1 > self.best:
             self.best = top1
-            # Before the last: a run killed between the two repeats the epoch and writes the same best again.
+            # Best comes before last: a run killed between the two repeats the epoch and writes the same best again.
             self._save(trainer, "best.ckpt")
         self._save(trainer, "last.ckpt")
 
@@ -103,7 +103,7 @@ class SaveCheckpoints(Checkpoint):
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Go on from there."""
+        """Set the best top-1 of the run that is resumed."""
         self.best = state_dict["best"]
 
 
@@ -131,8 +131,8 @@ class TrainedNetwork:
         classes: Class names in label order.
         mean: Mean of each channel of pixels in 0..1.
         std: Standard deviation of each.
-        recipe: Of the recipe it was trained by what the network is and what it sees, as plain values.
-        history: One record an epoch.
+        recipe: The parts of its recipe that define the network and its input, as plain values.
+        history: One record for each epoch.
     """
 
     network: nn.Module
@@ -143,7 +143,7 @@ class TrainedNetwork:
     history: list[dict[str, float]]
 
     def normalise(self, images: Tensor) -> Tensor:
-        """What the network was trained to see, float32, from uint8 images ``(N, 3, H, W)``."""
+        """The network's input, float32, from uint8 images ``(N, 3, H, W)``."""
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
         return (images.float() / 255 - mean) / std
 
@@ -152,7 +152,7 @@ def load_trained(path: str | os.PathLike[str]) -> TrainedNetwork:
     """Build the network of a checkpoint again.
 
     Args:
-        path: A checkpoint, or a run's folder: then its ``best.ckpt``.
+        path: A checkpoint, or a run's folder, which means its ``best.ckpt``.
 
     Raises:
         FileNotFoundError: no such file.
@@ -172,7 +172,7 @@ def load_trained(path: str | os.PathLike[str]) -> TrainedNetwork:
     options: dict[str, Any] = config.options
     if options.get("blocks", 1) * len(options.get("widths", ())) > len(state):
         raise ValueError(f"the weights in {path} do not fit the network that it describes, which has more blocks")
-    with torch.device("meta"):  # no memory is taken for sizes that the file only claims
+    with torch.device("meta"):  # the file may claim any size: take no memory before the check
         own = build_network(config, classes).state_dict()
     missing = [key for key in own if key not in state]
     if found := describe(missing=missing, **misfits(state, own)):
@@ -184,23 +184,23 @@ def load_trained(path: str | os.PathLike[str]) -> TrainedNetwork:
     )
 
 
-#: Most classes, longest class name and most epochs that a checkpoint may tell of.
-_CLASSES, _NAME, _EPOCHS = 100_000, 200, 1_000_000
+#: Most classes, characters of a class name and epochs in a checkpoint.
+_MAX_CLASSES, _MAX_NAME, _MAX_EPOCHS = 100_000, 200, 1_000_000
 
 
 def check_about(about: object, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a checkpoint says of its network, each part checked; what steers a machine is left out.
+    """What a checkpoint says about its network, each part checked; settings for the machine are left out.
 
     Args:
-        about: What stands under :data:`ABOUT`.
+        about: The checkpoint's entry :data:`ABOUT`.
         path: The file, for errors.
 
     Returns:
-        ``classes``, ``mean``, ``std``, ``history`` and of the ``recipe`` what the network is (``model``) and what it
-        sees (``image_size``, ``resize`` and ``source`` of ``data``), without paths, downloads, processes and devices.
+        ``classes``, ``mean``, ``std``, ``history`` and ``recipe``. Of the recipe, it keeps ``model`` and of ``data``
+        the keys ``image_size``, ``resize`` and ``source``: no paths, downloads, processes or devices.
 
     Raises:
-        ValueError: a part is missing or no such thing; names the file and the part.
+        ValueError: a part is missing or wrong; the message names the file and the part.
     """
     try:
         if not isinstance(about, dict):
@@ -209,17 +209,17 @@ def check_about(about: object, path: str | os.PathLike[str]) -> dict[str, Any]:
         if not isinstance(recipe, dict) or not all(isinstance(recipe.get(k), dict) for k in ("model", "data")):
             raise TypeError("it must hold its recipe with the blocks model and data")
         classes, history = about.get("classes"), about.get("history")
-        if not isinstance(classes, list) or not 1 <= len(classes) <= _CLASSES:
-            raise ValueError(f"classes must be a list of 1 to {_CLASSES:,} names")
-        if not all(isinstance(name, str) and len(name) <= _NAME for name in classes):
-            raise ValueError(f"classes must be names of at most {_NAME} characters")
+        if not isinstance(classes, list) or not 1 <= len(classes) <= _MAX_CLASSES:
+            raise ValueError(f"classes must be a list of 1 to {_MAX_CLASSES:,} names")
+        if not all(isinstance(name, str) and len(name) <= _MAX_NAME for name in classes):
+            raise ValueError(f"classes must be names of at most {_MAX_NAME} characters")
         for name, low in (("mean", -1e3), ("std", 1e-6)):
             values = about.get(name)
             if not isinstance(values, list) or len(values) != 3:
                 raise ValueError(f"{name} must be three numbers")
             for value in values:
                 check_number(value, name, low, 1e3)
-        if not isinstance(history, list) or len(history) > _EPOCHS or not all(isinstance(r, dict) for r in history):
+        if not isinstance(history, list) or len(history) > _MAX_EPOCHS or not all(isinstance(r, dict) for r in history):
             raise ValueError("history must be a list with a record for each epoch")
         model = recipe["model"]
         if unknown := [key for key in model if key not in ModelConfig.__dataclass_fields__]:
@@ -228,18 +228,18 @@ def check_about(about: object, path: str | os.PathLike[str]) -> dict[str, Any]:
         if weights is not None and not isinstance(weights, str):
             raise TypeError(f"recipe.model.weights must be a text or null, got {shown(weights)}")
         ModelConfig(**model)
-        sees = {key: recipe["data"].get(key) for key in ("source", "image_size", "resize")}
-        DataConfig(**(sees | {"root": Path() if sees["source"] == "image_folder" else None}))
+        input_settings = {key: recipe["data"].get(key) for key in ("source", "image_size", "resize")}
+        DataConfig(**(input_settings | {"root": Path() if input_settings["source"] == "image_folder" else None}))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged, or no checkpoint that `ecanet fit` wrote: {shown(str(error), 300)}"
         ) from error
     kept = {key: about[key] for key in ("classes", "mean", "std", "history")}
-    return {**kept, "recipe": {"model": model, "data": sees}}
+    return {**kept, "recipe": {"model": model, "data": input_settings}}
 
 
 def as_it_started(config: ModelConfig) -> ModelConfig:
-    """The same network without the file it started from: plain weights make gates start neutral."""
+    """The same network without its initial weights file; as with that file, its gates start neutral."""
     return replace(config, weights=None, neutral=config.neutral or config.weights is not None)
 
 
@@ -247,8 +247,8 @@ def build_network(config: ModelConfig, num_classes: int) -> nn.Module:
     """The network of a recipe's ``model`` block.
 
     Raises:
-        TypeError: ``options`` holds something the network does not take.
-        ValueError: as the network.
+        TypeError: ``options`` has an argument that the network does not take.
+        ValueError: as the network's class or function raises it.
     """
     try:
         return build_model(

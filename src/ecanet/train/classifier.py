@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from ecanet.train.config import OptimConfig
 from ecanet.train.data.loading import mix_seed
 
-_STEP = 3
+_STEP_STREAM = 3
 Batch = tuple[Tensor, Tensor]
 
 
@@ -28,7 +28,7 @@ class Classifier(L.LightningModule):
         mean: Mean of each channel of pixels in 0..1.
         std: Standard deviation of each.
         optim: The recipe's ``optim`` block.
-        steps_per_epoch: Optimiser steps an epoch.
+        steps_per_epoch: Optimiser steps in an epoch.
         seed: Seed of dropout and mixup.
         channels_last: Memory format of images and convolutions.
     """
@@ -55,7 +55,7 @@ class Classifier(L.LightningModule):
         self.seed = seed
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
-        self.mixing = _mixing(self.optim, num_classes)
+        self.mixing = _mixup_and_cutmix(self.optim, num_classes)
         top_k = {f"val/top{k}": MulticlassAccuracy(num_classes, k, average="micro") for k in {1, min(5, num_classes)}}
         self.val_accuracy = MetricCollection(top_k)  # type: ignore[arg-type]
         self.val_loss = MeanMetric(nan_strategy="ignore")
@@ -66,8 +66,8 @@ class Classifier(L.LightningModule):
         return self.network(pixels.contiguous(memory_format=self.memory_format))
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Tie dropout and mixup to seed, step and process, so that a resumed run draws what a whole one would."""
-        torch.manual_seed(mix_seed(self.seed, _STEP, self.trainer.global_step, self.trainer.global_rank))
+        """Seed dropout and mixup by seed, step and process, so that a resumed run draws the same numbers."""
+        torch.manual_seed(mix_seed(self.seed, _STEP_STREAM, self.trainer.global_step, self.trainer.global_rank))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch."""
@@ -80,7 +80,7 @@ class Classifier(L.LightningModule):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Count one batch."""
+        """Add one batch to the metrics."""
         images, labels = batch
         logits = self(images).float()
         self.val_accuracy.update(logits, labels)
@@ -111,7 +111,7 @@ class Classifier(L.LightningModule):
 
 
 def learning_rate_factor(optim: OptimConfig, epoch: float) -> float:
-    """What the learning rate is multiplied by after so many epochs, fractions included.
+    """The factor of the learning rate after a number of epochs, which may be a fraction.
 
     Args:
         optim: The recipe's ``optim`` block.
@@ -133,7 +133,7 @@ def learning_rate_factor(optim: OptimConfig, epoch: float) -> float:
     return 1.0
 
 
-def _mixing(optim: OptimConfig, num_classes: int) -> v2.Transform | None:
+def _mixup_and_cutmix(optim: OptimConfig, num_classes: int) -> v2.Transform | None:
     kinds: list[v2.Transform] = []
     if optim.mixup:
         kinds.append(v2.MixUp(alpha=optim.mixup, num_classes=num_classes))

@@ -8,9 +8,9 @@ from typing import Any, Literal, TypeAlias
 from ecanet.models.arguments import OPTIONS, check_arguments
 from ecanet.untrusted import check_number, shown
 
-#: What an option of a network may be.
+#: Types that an option of a network may have.
 Scalar: TypeAlias = bool | int | float | str | None
-#: Of Lightning's, those that resume to the same bits and whose processes end together.
+#: Lightning's strategies that resume to the same bits and whose processes end together.
 _STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
 
@@ -22,7 +22,7 @@ class ModelConfig:
     Args:
         name: A network of ecanet.models: eca_resnet18, -34, -50, -101, -152, eca_mobilenet_v2, small_eca_resnet.
         gate: eca, eca_ns, se, se_var1, se_var2, se_var3, se_gc1, se_gc2, se_gc3, or null for none.
-        kernel_size: adaptive, released, an odd integer, or a list with one a stage.
+        kernel_size: adaptive, released, an odd integer, or a list with one for each stage.
         neutral: Start as the network without gates, with gates that are 1.
         weights: A plain network's weights to start from: a file, or the name of torchvision's.
         options: Further arguments of the network, such as widths or dropout.
@@ -58,8 +58,8 @@ class DataConfig:
             image_size.
         augment: crop (pad by an eighth, crop, flip), resized_crop (scale and aspect ratio, flip), none, or auto: crop
             for Fashion-MNIST, resized_crop for folders.
-        batch_size: Images a step and process.
-        workers: Processes that load data, a training process each.
+        batch_size: Images for each step and process.
+        workers: Processes that load data, for each training process.
     """
 
     source: Literal["embedded", "fashion_mnist", "image_folder"] = "embedded"
@@ -100,15 +100,15 @@ class OptimConfig:
 
     Args:
         epochs: Passes over the training images.
-        lr: Learning rate at its highest.
+        lr: Highest learning rate.
         momentum: Momentum.
-        nesterov: Nesterov's form of it.
+        nesterov: Whether momentum is Nesterov's.
         weight_decay: L2 penalty on every parameter, as in the paper's recipes.
         schedule: step (times gamma every step_epochs), exponential (times gamma every epoch), cosine (to 0), constant.
-        step_epochs: For step.
-        gamma: For step and exponential.
+        step_epochs: Epochs of a step, for the schedule step.
+        gamma: Factor of the learning rate, for step and exponential.
         warmup_epochs: Epochs of linear increase at the start; may be a fraction.
-        label_smoothing: Share of the target spread over all classes.
+        label_smoothing: Share of the target that is spread over all classes.
         mixup: Alpha of mixup; 0 is off.
         cutmix: Alpha of cutmix; 0 is off. With both on, each step draws one of them.
         clip_norm: Highest norm of the gradient; null is off.
@@ -164,14 +164,14 @@ class TrainerConfig:
     Args:
         seed: Seed of the weights, the order of the images, augmentation, dropout and mixup.
         accelerator: auto, cpu, gpu, mps.
-        devices: How many, or auto.
-        nodes: Machines.
+        devices: Number of devices, or auto.
+        nodes: Number of machines.
         strategy: auto, ddp, ddp_find_unused_parameters_true or ddp_find_unused_parameters_false; with more than two
             processes a run with the last one is not resumed to the same bits.
         precision: 32-true, bf16-mixed, 16-mixed, 64-true, ...
         channels_last: Memory format of images and convolutions.
-        checkpoint_steps: Write last.ckpt every so many steps within an epoch as well; null is at every epoch's end.
-        log_steps: Log the training loss every so many steps.
+        checkpoint_steps: Within an epoch, also write last.ckpt after every this many steps; null: at its end only.
+        log_steps: Log the training loss after every this many steps.
     """
 
     seed: int = 0
@@ -196,9 +196,9 @@ class TrainerConfig:
             )
         if self.strategy not in _STRATEGIES:
             why = (
-                "it shares out weights, which are too few here to be worth it, and its checkpoints would be parts"
+                "it splits weights among processes, which does not pay for so few, and its checkpoints would be partial"
                 if self.strategy.startswith(("fsdp", "deepspeed", "model_parallel"))
-                else "it is none that ends, saves and resumes with all processes"
+                else "with it, not all processes end, save and resume together"
             )
             raise ValueError(
                 f"trainer.strategy must be one of {', '.join(_STRATEGIES)}, got {shown(self.strategy)!r}: {why}; "
@@ -230,7 +230,7 @@ def to_plain(value: Any) -> Any:
 
 
 def _check_ranges(config: Any, block: str, **ranges: tuple[float, float]) -> None:
-    """Raise unless each of these fields is a finite number from here to there, or None."""
+    """Raise unless each of these fields is a finite number within its limits, or None."""
     for name, (low, high) in ranges.items():
         value = getattr(config, name)
         if value is not None:

@@ -1,4 +1,4 @@
-"""Train a recipe, resume it, validate it, predict with it."""
+"""Train by a recipe, resume a run, validate and predict with a trained network."""
 
 import contextlib
 import itertools
@@ -46,15 +46,16 @@ from ecanet.untrusted import check_file, listed, shown
 
 @dataclass
 class FitResult:
-    """What a finished training run comes to.
+    """The result of a finished training run.
 
     Attributes:
         top1: Validation top-1 after the last epoch, in per cent.
         best_top1: The highest of all epochs.
-        history: One record an epoch: ``epoch``, ``val/top1``, ``val/top5`` (with fewer than 5 classes ``val/topN``),
-            ``val/loss``, ``train/loss``, ``seconds``. The last two are the first process's, since the last start.
-        folder: Where best.ckpt, last.ckpt and the logs are; None if nothing was written.
-        versions: Of ecanet and torch, and the kind of device; more than one where the run went on with others.
+        history: One record for each epoch: ``epoch``, ``val/top1``, ``val/top5`` (with fewer than 5 classes
+            ``val/topN``), ``val/loss``, ``train/loss``, ``seconds``. The last two are those of the first process since
+            its last start.
+        folder: Folder of best.ckpt, last.ckpt and the logs; None if nothing was written.
+        versions: Versions of ecanet and torch, and the kind of device; several if they changed during the run.
     """
 
     top1: float
@@ -73,13 +74,14 @@ def fit(
 ) -> FitResult:
     """Train a network by a recipe.
 
-    The same recipe gives the same weights bit for bit on the same machine and versions, whether or not it was killed
-    and resumed in between.
+    On the same machine and versions the same recipe gives the same weights bit for bit, even if the run is killed and
+    resumed in between.
 
     Args:
         recipe: Network, data, optimisation and machine.
         out: Folder for best.ckpt, last.ckpt, recipe.json and logs (CSV and TensorBoard); None writes nothing.
-        resume: Go on from ``out/last.ckpt``; without one start from the beginning. More ``optim.epochs`` extend a run.
+        resume: Go on from ``out/last.ckpt``; if there is none, start from the beginning. A larger ``optim.epochs``
+            extends a run.
         progress: Show progress bars.
         on_epoch: Called with every epoch's record.
 
@@ -87,15 +89,15 @@ def fit(
         Accuracies and the record of each epoch.
 
     Raises:
-        FileExistsError: ``out`` holds a run already and ``resume`` is False.
-        ValueError: wrong data or configuration, or a run to resume that cannot go on exactly: another recipe, another
-            number of processes, other pictures.
+        FileExistsError: ``out`` already holds a run and ``resume`` is False.
+        ValueError: data or configuration are wrong, or a run cannot be resumed exactly: another recipe, another number
+            of processes, other pictures.
         BlockingIOError: another run is writing into ``out``.
-        OSError: a checkpoint cannot be written, and the last one is intact; or ``out`` was removed during the run.
-        RuntimeError: another process of the run ended; says how to go on.
+        OSError: a checkpoint cannot be written (the last one is intact), or ``out`` was removed during the run.
+        RuntimeError: another process of the run ended; the message says how to go on.
 
     Warns:
-        UserWarning: the run goes on with other versions than it began with.
+        UserWarning: the run goes on with other versions than it started with.
 
     Example:
         >>> fit(Recipe(optim=OptimConfig(epochs=1)), out="runs/try").top1  # doctest: +SKIP
@@ -115,29 +117,29 @@ def _fit(
     on_epoch: Callable[[dict[str, float]], None] | None,
 ) -> FitResult:
     network_config = recipe.model
-    if resumed is not None:  # the file that the run started from may be gone; that there was one is kept on record
+    if resumed is not None:  # the weights file it started from may be gone; the recipe still names it
         recipe = replace(recipe, model=replace(recipe.model, weights=resumed.recipe["model"].get("weights")))
         network_config = as_it_started(recipe.model)
     history = _History(recipe, resumed, on_epoch)
     callbacks: list[Callback] = [history]
     if recipe.optim.ema is not None:
-        # Buffers too: BatchNorm's statistics are averages of the same kind.
+        # It averages buffers, too: BatchNorm's statistics are such averages themselves.
         callbacks.append(EMAWeightAveraging(decay=recipe.optim.ema))
     if progress:
         callbacks.append(_ProgressBar())
     if folder:
         callbacks.append(SaveCheckpoints(folder, recipe.trainer.checkpoint_steps))
     try:
-        trainer = _trainer(recipe, callbacks, _loggers(folder.path) if folder else [], progress)
+        trainer = _build_trainer(recipe, callbacks, _build_loggers(folder.path) if folder else [], progress)
     except MisconfigurationException as error:
         raise ValueError(f"the trainer block does not fit this machine: {error}") from error
     _check_launcher(trainer)
     together = EndTogether(trainer, lambda: how_to_go_on(folder.path) if folder else "run the same command again")
     trainer.callbacks.append(together)  # type: ignore[attr-defined]
     try:
-        # Reading the pictures may take long: another process may end meanwhile.
+        # Reading the pictures may take long, and another process may end meanwhile.
         with folder.errors_named() if folder else contextlib.nullcontext(), together:
-            # The global generators, for the initial weights and Lightning's workers.
+            # This seeds the global generators, for the initial weights and Lightning's workers.
             L.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
             data = history.data = ImageData(recipe.data, recipe.trainer.seed)
             history.made_by = made_by(trainer, data, resumed)
@@ -162,7 +164,7 @@ def _fit(
             print(f"Interrupted: {how_to_go_on(folder.path)}.", flush=True)
         if isinstance(interrupted, KeyboardInterrupt):
             raise
-        # Into which Lightning turns Ctrl-C, and SIGTERM with exit status 0.
+        # Lightning turns Ctrl-C into SystemExit, and SIGTERM into one with exit status 0.
         raise SystemExit(interrupted.code or 128 + signal.SIGTERM) from interrupted
     records = history.records
     best = max(record["val/top1"] for record in records)
@@ -170,7 +172,7 @@ def _fit(
     return FitResult(records[-1]["val/top1"], best, records, folder.path if folder else None, versions)
 
 
-def _trainer(
+def _build_trainer(
     recipe: Recipe, callbacks: list[Callback], loggers: list[Logger], progress: bool, strategy: str | None = None
 ) -> L.Trainer:
     config = recipe.trainer
@@ -193,37 +195,37 @@ def _trainer(
         log_every_n_steps=config.log_steps,
     )
     if trainer.world_size > 2 and strategy is None and config.strategy in ("auto", "ddp"):
-        # Else DDP sorts its buckets anew after the first step, and where a gradient lies in them decides in which order
-        # three or more are added up: a resumed run, whose first step is another one, would get other bits.
-        return _trainer(recipe, callbacks, loggers, progress, "ddp_find_unused_parameters_true")
+        # Otherwise DDP reorders its buckets after the first step. A gradient's place in them decides the order in which
+        # three or more are summed: a resumed run, which starts at another step, would get other bits.
+        return _build_trainer(recipe, callbacks, loggers, progress, "ddp_find_unused_parameters_true")
     return trainer
 
 
 def _check_launcher(trainer: L.Trainer) -> None:
-    """Raise where Lightning would train in processes that are copies of this one, as it does in notebooks."""
+    """Raise if Lightning would train in copies of this process, as it does in notebooks."""
     launcher = trainer.strategy.launcher
     if launcher is not None and hasattr(launcher, "_start_method"):
         raise ValueError(
-            f"trainer.devices={trainer.num_devices} needs a script or the command line, where each process begins by "
-            "itself: in a notebook use trainer.devices=1"
+            f"trainer.devices={trainer.num_devices} needs a script or the command line, where each process starts "
+            "from the beginning: in a notebook use trainer.devices=1"
         )
 
 
-def _loggers(folder: Path) -> list[Logger]:
-    # A folder of its own for every start of the run: a resumed one appends nothing to, and deletes nothing of, another.
+def _build_loggers(folder: Path) -> list[Logger]:
+    # Every start of the run gets its own folder, so that a resumed run leaves the earlier logs as they are.
     sessions = (f"session_{i}" for i in itertools.count())
     name = next(session for session in sessions if not (folder / "logs" / session).exists())
     return [CSVLogger(folder, "logs", name), TensorBoardLogger(folder, "logs", name)]
 
 
 class _quiet_lightning:  # noqa: N801
-    """Keeps out of sight Lightning's advertisements, advice that does not apply here, and loaders' tracebacks."""
+    """Hides Lightning's advertisements, advice that does not apply here, and tracebacks of loading processes."""
 
     _irrelevant = (
         "does not have many workers",  # images in memory need none
         "The number of training batches",  # small data
         "You defined a `validation_step` but have no `val_dataloader`",
-        "find_unused_parameters=True was specified in DDP constructor",  # for what else it does
+        "find_unused_parameters=True was specified in DDP constructor",  # it is set for the order of the buckets
         "Experiment logs directory",
         "Checkpoint directory",
         "You're resuming from a checkpoint that ended before the epoch ended",  # ImageData takes care of it
@@ -245,12 +247,12 @@ class _quiet_lightning:  # noqa: N801
             logger.setLevel(level)
         self._catch.__exit__(None, None, None)
         if isinstance(error, (OSError, TypeError, ValueError)) and str(error).startswith("Caught "):
-            # From a loading process torch raises the same type, and puts the traceback into the message.
+            # torch raises an error of a loading process again, with the traceback in its message.
             raise type(error)(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
 
 
 class _History(Callback):
-    """Collects one record an epoch and puts it, with all that rebuilds the network, into every checkpoint."""
+    """Collects a record of each epoch; writes the records and all that rebuilds the network into every checkpoint."""
 
     def __init__(
         self,
@@ -265,15 +267,15 @@ class _History(Callback):
         self._start = 0.0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See that every process does the same: they would wait for one another for ever, or mix up the classes."""
+        """Check that all processes have the same data and recipe: otherwise they would hang or mix up the classes."""
         images = {"training images": self.data.training_images, "validation images": self.data.validation_images}
         _check_same(trainer, {**images, "classes": list(self.data.classes)}, "pictures (data.root)")
         _check_same(trainer, what_decides(to_plain(self.recipe)), "command")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See that every process begins at the same step, and give the first one its learning rate."""
+        """Check that all processes start at the same step; set the learning rate of an extended run's first step."""
         _check_same(trainer, {"step": trainer.global_step}, "--out, on a file system that they share")
-        if self.resumed is not None and self.resumed.is_extended:  # the rate was computed for another end
+        if self.resumed is not None and self.resumed.is_extended:  # its rate was computed for fewer epochs
             for config in trainer.lr_scheduler_configs:
                 scheduler: Any = config.scheduler
                 for group, base, factor in zip(
@@ -311,17 +313,17 @@ class _History(Callback):
         self.records = checkpoint[ABOUT]["history"]
 
 
-def _check_same(trainer: L.Trainer, mine: dict[str, Any], what: str) -> None:
-    """Raise ValueError where a process has other values than the first one."""
-    first = trainer.strategy.broadcast(mine)
+def _check_same(trainer: L.Trainer, own: dict[str, Any], what: str) -> None:
+    """Raise ValueError if a process has other values than the first one."""
+    first = trainer.strategy.broadcast(own)
     for name, value in first.items():
-        if value != mine[name]:
-            others = f"{shown(repr(mine[name]), 200)}, and the first one {shown(repr(value), 200)}"
+        if value != own[name]:
+            others = f"{shown(repr(own[name]), 200)}, and the first one {shown(repr(value), 200)}"
             raise ValueError(f"process {trainer.global_rank} has {name} {others}: all need the same {what}")
 
 
 class _ProgressBar(TQDMProgressBar):
-    """Lightning's bar of the epoch, with the time left of the whole run."""
+    """Lightning's progress bar of an epoch, with the time left for the whole run."""
 
     _begun = 0.0
     _first_step = 0
@@ -345,16 +347,16 @@ def validate(run: str | Path, data: DataConfig | None = None, accelerator: str =
     """Validation top-1, top-5 (per cent) and loss of a trained network.
 
     Args:
-        run: A run's folder (then its best.ckpt), or a checkpoint.
-        data: Other data than the run's own; its classes must be the same.
+        run: A run's folder, which means its best.ckpt, or a checkpoint.
+        data: Data to use in place of the run's own; it must have the same classes.
         accelerator: Lightning's accelerator.
 
     Returns:
         ``val/top1``, ``val/top5`` (``val/topN`` with N < 5 classes), ``val/loss``.
 
     Raises:
-        FileNotFoundError: no checkpoint, or no data.
-        ValueError: other classes than the network was trained on.
+        FileNotFoundError: there is no checkpoint, or no data.
+        ValueError: the data has other classes than the network.
     """
     trained = load_trained(run)
     run = Path(run)
@@ -371,12 +373,12 @@ def validate(run: str | Path, data: DataConfig | None = None, accelerator: str =
 
 @dataclass
 class Prediction:
-    """The classes a network finds most probable for one image.
+    """The most probable classes of one image.
 
     Attributes:
         image: The file.
-        classes: Names, the most probable first.
-        probabilities: Of these, in 0..1.
+        classes: Names of the classes, the most probable first.
+        probabilities: Their probabilities, in 0..1.
     """
 
     image: Path
@@ -390,21 +392,21 @@ def predict(
     """Classify image files.
 
     Args:
-        run: A run's folder (then its best.ckpt), or a checkpoint.
-        images: Image files, and folders whose images are taken, subfolders included.
-        top: How many classes to name for an image.
-        batch_size: Images a step.
+        run: A run's folder, which means its best.ckpt, or a checkpoint.
+        images: Image files, and folders, which mean all images in them and their subfolders.
+        top: Number of classes to name for an image.
+        batch_size: Images in a batch.
         accelerator: Lightning's accelerator.
 
     Raises:
-        FileNotFoundError: no checkpoint, no such image, or no image in a folder.
-        ValueError: a file is not an image that can be read; names it.
+        FileNotFoundError: there is no checkpoint, no such image, or no image in a folder.
+        ValueError: a file is not an image that can be read; the message names it.
     """
     if top < 1:
         raise ValueError(f"top must be 1 or more, got {top}")
     files = _image_files(images)
     trained = load_trained(run)
-    pictures = Plain(_Files(files), test_transform(data_of(trained, source="image_folder", root=Path())))
+    pictures = Plain(_ImageFiles(files), test_transform(data_of(trained, source="image_folder", root=Path())))
     classifier = Classifier(trained.network, len(trained.classes), trained.mean, trained.std)
     loader = DataLoader(pictures, batch_size, collate_fn=_images_only)
     with _quiet_lightning(), contextlib.redirect_stdout(sys.stderr):  # the bar: stdout is for results
@@ -418,16 +420,16 @@ def predict(
     ]
 
 
-#: Largest ``recipe.json``; those that are written here have 2 kB.
-_LARGEST_RECIPE = 2**16
+#: Largest ``recipe.json``, in bytes; those of this library have 2 kB.
+_MAX_RECIPE_BYTES = 2**16
 
 
 def _root_of(folder: Path) -> dict[str, Path]:
-    """Where the recipe in a run's folder says that the pictures are, if there is a folder."""
+    """The folder of pictures that the recipe in a run's folder names, if it exists."""
     path = folder / "recipe.json"
     if not path.is_file():
         return {}
-    check_file(path, _LARGEST_RECIPE)
+    check_file(path, _MAX_RECIPE_BYTES)
     try:
         root = json.loads(path.read_text(encoding="utf-8"))["data"]["root"]
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
@@ -436,14 +438,14 @@ def _root_of(folder: Path) -> dict[str, Path]:
 
 
 def data_of(trained: TrainedNetwork, **changes: Any) -> DataConfig:
-    """Pictures as a network saw them in training; where they are is for the caller to say, not for its checkpoint.
+    """The pictures as a network saw them in training. Their folder comes from the caller, not from its checkpoint.
 
     Raises:
-        ValueError: it was trained on a folder, and none is given.
+        ValueError: it was trained on a folder of images, and none is given.
     """
     stored = dict(trained.recipe["data"])
     if changes.get("source") == "image_folder" and stored["source"] != "image_folder":
-        # Files of the size the network saw: no margin to crop away.
+        # The files are resized to what the network saw, without a margin to crop.
         size = stored["image_size"] or 28
         changes |= {"image_size": size, "resize": size}
     wanted = stored | changes
@@ -467,7 +469,7 @@ def _evaluation_trainer(accelerator: str) -> L.Trainer:
     )
 
 
-class _Files(Dataset[tuple[Tensor, int]]):
+class _ImageFiles(Dataset[tuple[Tensor, int]]):
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = files
 

@@ -1,7 +1,7 @@
-"""The processes of a run end together: what is left of a run that lost one waits for it in a collective, for ever.
+"""Ends all processes of a run together: if one is lost, the others would wait for it in a collective for ever.
 
-Lightning starts them and, on a CPU or a GPU, they meet in collectives of gloo or NCCL. There the main thread hears of
-nothing: not of a signal, and with NCCL not of a process that died. A thread beside it does.
+Lightning starts the processes. They communicate by collectives of gloo (CPU) or NCCL (GPU). While the main thread waits
+in a collective, it handles no signals and, with NCCL, does not notice that a process died. A second thread does.
 """
 
 import atexit
@@ -21,40 +21,39 @@ import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import Callback
 
-#: Names the process that started this one, which may be gone before this one can ask for it.
+#: Environment variable with the id of the process that started this one: it may have ended before this one can ask.
 _PARENT = "ECANET_PARENT_PROCESS"
-#: Seconds between two looks; for the main thread to end by itself, after a signal or another process's end.
+#: Seconds between two checks; seconds that the main thread has to end by itself after a signal or a lost process.
 _PAUSE, _PATIENCE = 0.1, 3.0
-#: Seconds for those that were told to end; to leave Python after another process was lost, or this one told to end.
+#: Seconds that child processes have to end after a signal; seconds that this process then has to leave Python.
 _LEAVE, _EXIT = 2.0, 3.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-#: What gloo and NCCL say where the other end is gone.
+#: Parts of gloo's and NCCL's messages if the other end of a connection is gone.
 _GONE = ("closed by peer", "reset by peer", "Broken pipe", "NCCL communicator was aborted", "remote process exited")
 
-#: What this process started, and what started this one: for its next run, for which Lightning starts nothing anew.
+#: The children and the parent of this process, kept for its next run: for that one Lightning starts no new processes.
 _children: list[Popen[bytes]] = []
 _parent: int | None = None
 
-if hasattr(os, "register_at_fork"):  # a loading process that is told to end must not tell this one
+if hasattr(os, "register_at_fork"):  # a signal to a loading process must not reach this one
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
 
 class EndTogether(Callback):
-    """While the context lasts, the end of one process of a run is the end of all, within seconds.
+    """While the context lasts, all processes of a run end within seconds after one ends.
 
-    Where this process is told to end (SIGTERM, SIGINT), those that it started are told, too. Where one of them ends
-    before its time, or the one that started this one, this one ends. It does so by an exception in its main thread, or
-    where that waits in a collective, without one.
+    If this process gets SIGTERM or SIGINT, it passes the signal on to its children. If a child or the parent ends too
+    early, this process ends: by an exception in its main thread or, if that waits in a collective, without one.
 
     Args:
-        trainer: Of a run; for a single process nothing is done.
-        how_to_go_on: What to tell the user.
+        trainer: The run's trainer; with a single process nothing is done.
+        how_to_go_on: Returns the end of the error message: how to go on with the run.
     """
 
     def __init__(self, trainer: L.Trainer, how_to_go_on: Callable[[], str]) -> None:
         self._trainer, self._how_to_go_on = trainer, how_to_go_on
-        self._several = trainer.world_size > 1
-        self._started = [process for process in _children if process.poll() is None]
+        self._has_several = trainer.world_size > 1
+        self._children_of_run = [process for process in _children if process.poll() is None]
         self._stop = threading.Event()
         self._wakeup: tuple[int, int, int] | None = None
         self._handler: Any = None
@@ -66,13 +65,14 @@ class EndTogether(Callback):
         self._parent = _parent if launched else None
 
     def __enter__(self) -> "EndTogether":
-        if not self._several:
+        if not self._has_several:
             return self
-        if (lost := self._who_is_lost()) is not None:
+        if (lost := self._lost_process()) is not None:
             raise RuntimeError(f"{lost}: {self._how_to_go_on()}")
         os.environ[_PARENT] = str(os.getpid())
         if os.name == "posix" and threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGTERM, _leave)  # those that it is about to start would not hear
+            # By default SIGTERM would end this process and leave the children that it is about to start.
+            self._handler = signal.signal(signal.SIGTERM, _raise_exit)
             reading, writing = os.pipe()
             for end in (reading, writing):
                 os.set_blocking(end, False)
@@ -82,12 +82,12 @@ class EndTogether(Callback):
         return self
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take SIGTERM back from Lightning, whose handler starts a collective in the middle of another."""
+        """Replace Lightning's handler of SIGTERM, which starts a collective in the middle of another one."""
         if self._wakeup is not None:
-            signal.signal(signal.SIGTERM, _leave)
+            signal.signal(signal.SIGTERM, _raise_exit)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not self._several:
+        if not self._has_several:
             return
         try:
             if error is None:
@@ -95,13 +95,13 @@ class EndTogether(Callback):
             else:
                 self._end_all(error)
         finally:
-            self._take_over()
-            self._end_watch()
-            _children[:] = self._started
+            self._take_children()
+            self._stop_watching()
+            _children[:] = self._children_of_run
             os.environ.pop(_PARENT, None)
 
     def _wait_for_all(self) -> None:
-        """Until all are here, the end of one is the end of all."""
+        """Wait until all processes are done; until then, the end of one ends all."""
         try:
             if torch.distributed.is_initialized():
                 torch.distributed.barrier()
@@ -110,87 +110,87 @@ class EndTogether(Callback):
             raise
 
     def _end_all(self, error: BaseException) -> None:
-        """End those that this process started, those that answer nothing by SIGKILL.
+        """End the child processes, by SIGKILL if they do not react.
 
         Raises:
-            RuntimeError: the error is the echo of another process's end.
+            RuntimeError: the error was caused by the end of another process.
         """
-        self._take_over()
+        self._take_children()
         try:
-            lost = self._behind(error)
+            lost = self._cause_of(error)
             if (lost or isinstance(error, (SystemExit, KeyboardInterrupt))) and hasattr(signal, "setitimer"):
-                atexit.register(_leave_in_time)
-            self._tell(signal.SIGTERM)
-            self._wait(_LEAVE)
-        finally:  # at once where another signal came meanwhile
-            self._tell(signal.SIGKILL)
+                atexit.register(_limit_time_to_leave)
+            self._send_to_children(signal.SIGTERM)
+            self._wait_for_children(_LEAVE)
+        finally:  # at once if another signal interrupts the wait
+            self._send_to_children(signal.SIGKILL)
         if lost is not None:
             raise RuntimeError(f"{lost}: {self._how_to_go_on()}") from error
 
-    def _end_watch(self) -> None:
+    def _stop_watching(self) -> None:
         self._stop.set()
         self._thread.join()
         if self._wakeup is not None:
             reading, writing, before = self._wakeup
-            if self._handler is not None:  # which Python did not set
+            if self._handler is not None:  # None: the handler was not set by Python
                 signal.signal(signal.SIGTERM, self._handler)
             signal.set_wakeup_fd(before)
             os.close(reading)
             os.close(writing)
 
-    def _behind(self, error: BaseException) -> str | None:
-        """What became of another process of the run, where an error of this one is the echo of that."""
+    def _cause_of(self, error: BaseException) -> str | None:
+        """How another process of the run ended if that caused an error of this one, or None."""
         says_so = isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in _GONE)
-        if not says_so or isinstance(error, OSError):  # of a file or a connection of the user's
+        if not says_so or isinstance(error, OSError):  # an OSError is about the user's files or connections
             return None
-        deadline = time.monotonic() + 1  # the end of a connection is heard of before the end of a process
-        while (lost := self._who_is_lost()) is None and time.monotonic() < deadline:
+        deadline = time.monotonic() + 1  # a connection ends before its process does
+        while (lost := self._lost_process()) is None and time.monotonic() < deadline:
             time.sleep(_PAUSE)
         return lost or "another process of this run ended, or cannot be reached"
 
-    def _who_is_lost(self) -> str | None:
-        self._take_over()
-        for process in self._started:
+    def _lost_process(self) -> str | None:
+        self._take_children()
+        for process in self._children_of_run:
             if process.poll():
-                return f"another process of this run ended {_how(process.returncode)}"
+                return f"another process of this run ended {_how_it_ended(process.returncode)}"
         if self._parent is not None and os.getppid() != self._parent:
             return "the first process of this run ended"
         return None
 
-    def _take_over(self) -> None:
-        """Take those that Lightning started from it: it would end this process by SIGKILL, without a word."""
+    def _take_children(self) -> None:
+        """Take the child processes over from Lightning, which would end this process by SIGKILL without a message."""
         started = getattr(self._trainer.strategy.launcher, "procs", None)
         if started and isinstance(started[0], Popen):
-            self._started = [*started]
+            self._children_of_run = [*started]
             started.clear()
 
-    def _tell(self, signum: int) -> None:
-        for process in self._started:
+    def _send_to_children(self, signum: int) -> None:
+        for process in self._children_of_run:
             with contextlib.suppress(OSError):
                 process.send_signal(signum)
 
-    def _wait(self, seconds: float) -> None:
+    def _wait_for_children(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        for process in self._started:
+        for process in self._children_of_run:
             with contextlib.suppress(TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
 
     def _watch(self) -> None:
         deadline, reason, code = float("inf"), "", 1
         while not self._stop.wait(_PAUSE):
-            if not reason and (signum := self._signalled()) is not None:
-                self._take_over()
-                self._tell(signum)
+            if not reason and (signum := self._received_signal()) is not None:
+                self._take_children()
+                self._send_to_children(signum)
                 deadline, reason, code = time.monotonic() + _PATIENCE, "this run was told to end", 128 + signum
-            if not reason and (lost := self._who_is_lost()) is not None:
+            if not reason and (lost := self._lost_process()) is not None:
                 deadline, reason = time.monotonic() + _PATIENCE, lost
             if time.monotonic() > deadline:
-                self._tell(signal.SIGKILL)
-                # The main thread waits in a collective for what will not come, and cannot be woken.
+                self._send_to_children(signal.SIGKILL)
+                # The main thread waits in a collective that never ends, and nothing can interrupt it.
                 print(f"ecanet: {reason}: {self._how_to_go_on()}", file=sys.stderr, flush=True)
                 os._exit(code)
 
-    def _signalled(self) -> int | None:
+    def _received_signal(self) -> int | None:
         if self._wakeup is None:
             return None
         try:
@@ -200,19 +200,19 @@ class EndTogether(Callback):
         return next((signum for signum in _SIGNALS if signum in seen), None)
 
 
-def _how(status: int) -> str:
-    """A process ended, as :attr:`Popen.returncode` says it."""
+def _how_it_ended(status: int) -> str:
+    """How a process ended, from its :attr:`Popen.returncode`."""
     if status > 0:
         return f"with exit status {status} (what it said stands above)"
-    names = {each.value: each.name for each in signal.Signals}  # which those for real time lack
+    names = {each.value: each.name for each in signal.Signals}  # real-time signals have no name
     return f"by {names.get(-status, f'signal {-status}')}"
 
 
-def _leave_in_time() -> None:
-    """Have the system end this process: at its end, a collective that was begun is waited for."""
+def _limit_time_to_leave() -> None:
+    """Let the system end this process if it cannot leave Python, which waits for a collective that has started."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, _EXIT)
 
 
-def _leave(signum: int, frame: FrameType | None) -> Any:
+def _raise_exit(signum: int, frame: FrameType | None) -> Any:
     raise SystemExit(128 + signum)

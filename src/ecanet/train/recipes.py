@@ -1,4 +1,4 @@
-"""Recipes: YAML from anywhere, read as data."""
+"""Recipes: YAML from any source, read as data only."""
 
 import json
 import os
@@ -13,9 +13,9 @@ from ecanet.train.config import Recipe
 from ecanet.untrusted import check_file, check_plain, listed, shown
 
 #: Largest file, in bytes; the recipes of this repository have 1 kB.
-_LARGEST = 2**16
-#: Blocks, their keys, ``options``, a list: nothing in a recipe is nested as deep.
-_DEEPEST = 8
+_MAX_BYTES = 2**16
+#: Deepest nesting; a recipe has 4 levels: blocks, their keys, ``options``, a list.
+_MAX_DEPTH = 8
 #: Names of the fields of each block.
 _BLOCKS = {name: [f.name for f in fields(block)] for name, block in get_type_hints(Recipe).items()}
 
@@ -35,37 +35,37 @@ for _tag, _pattern, _first in (
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 
-#: Fields that are texts: paths, and names of which the block says which there are.
+#: Fields that may be text: paths, and names that the block checks.
 _TEXTS = {
     *("model.name", "model.gate", "model.kernel_size", "model.weights", "data.source", "data.root", "data.augment"),
     *("optim.schedule", "trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.precision"),
 }
-#: A text that is a name or a path, and no YAML of its own, which a parser could read once more.
+#: A text that is a name or a path, and not YAML that a parser could read a second time.
 _NO_YAML = re.compile(r"[^\[\]{}&*!|>\n]*")
 
 
 def read_recipe(path: str | Path) -> dict[str, dict[str, Any]]:
     """Read a recipe: blocks of names and plain values.
 
-    Nothing in it is built, called or followed. Anchors, tags and ``class_path`` are refused before anything is made of
-    them, and so is what is nested deeper or larger than a recipe can be.
+    Nothing in it is built, called or followed. Anchors, tags and ``class_path`` are refused before they have an effect,
+    and so is a file that is larger or nested deeper than a recipe can be.
 
     Args:
         path: The file.
 
     Returns:
-        ``model``, ``data``, ``optim`` and ``trainer``, as far as they are there.
+        The blocks among ``model``, ``data``, ``optim`` and ``trainer`` that it has.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no recipe; names the file, and what in it is wrong.
+        ValueError: it is no recipe; the message names the file and the mistake.
 
     Example:
         >>> read_recipe("recipes/small/fashion_mnist.yaml")["optim"]["lr"]  # doctest: +SKIP
         0.1
     """
     path = Path(path)
-    check_file(path, _LARGEST)
+    check_file(path, _MAX_BYTES)
     try:
         text = path.read_text(encoding="utf-8")
         _check_events(text)
@@ -78,7 +78,7 @@ def read_recipe(path: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def _check_events(text: str) -> None:
-    """Raise ValueError for what could make more of a file than it is, while nothing is made of it yet."""
+    """Raise ValueError for YAML that could expand or build objects, before anything is built."""
     depth = documents = 0
     for event in yaml.parse(text, _Loader):
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
@@ -87,8 +87,8 @@ def _check_events(text: str) -> None:
             raise ValueError(f"line {event.start_mark.line + 1} has a tag, {shown(event.tag)}: write a plain value")
         documents += isinstance(event, yaml.DocumentStartEvent)
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > _DEEPEST:
-            raise ValueError(f"line {event.start_mark.line + 1} is nested deeper than {_DEEPEST} levels")
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"line {event.start_mark.line + 1} is nested deeper than {_MAX_DEPTH} levels")
         if documents > 1:
             raise ValueError("it holds more than one document")
 
@@ -98,14 +98,14 @@ def _check_blocks(recipe: object, source: str) -> None:
         raise ValueError(f"{source} is no recipe: it must hold the blocks {', '.join(_BLOCKS)}, got {shown(recipe)}")
     for block, values in recipe.items():
         if block == "class_path":
-            raise ValueError(_class_path(source))
+            raise ValueError(_no_class_path(source))
         if block not in _BLOCKS:
             raise ValueError(f"{source}: {shown(block)} is no block of a recipe, which are {', '.join(_BLOCKS)}")
         if not isinstance(values, dict):
             raise ValueError(f"{source}: {block} must hold names and values, got {shown(values)}")
         known = _BLOCKS[block]
         if "class_path" in values:
-            raise ValueError(_class_path(f"{source}: {block}"))
+            raise ValueError(_no_class_path(f"{source}: {block}"))
         if unknown := [name for name in values if name not in known]:
             raise ValueError(f"{source}: {block} has no {listed(map(str, unknown), 5)}; it has {', '.join(known)}")
         for name, value in values.items():
@@ -113,46 +113,46 @@ def _check_blocks(recipe: object, source: str) -> None:
             if name == "options":
                 _check_options(value, where)
                 continue
-            _check_plain(value, where)
+            _check_plain_value(value, where)
             if isinstance(value, str) and not (f"{block}.{name}" in _TEXTS and _NO_YAML.fullmatch(value)):
-                raise ValueError(f"{where} must be no such text, got {shown(value)!r}")
+                raise ValueError(f"{where} cannot be this text, got {shown(value)!r}")
 
 
 def _check_options(options: object, where: str) -> None:
     if not isinstance(options, dict):
         raise ValueError(f"{where} must hold names and values, got {shown(options)}")
     if "class_path" in options:
-        raise ValueError(_class_path(where))
+        raise ValueError(_no_class_path(where))
     for option, setting in options.items():
         if not isinstance(option, str):
             raise ValueError(f"{where} must have names for its values, got {shown(option)}")
-        _check_plain(setting, f"{where}.{shown(option)}")
+        _check_plain_value(setting, f"{where}.{shown(option)}")
         if isinstance(setting, str):
             raise ValueError(f"{where}.{shown(option)} must be a number, true or false, got {shown(setting)!r}")
 
 
-def _check_plain(value: object, where: str) -> None:
+def _check_plain_value(value: object, where: str) -> None:
     if any(isinstance(v, dict) and "class_path" in v for v in (value if isinstance(value, list) else [value])):
-        raise ValueError(_class_path(where))
+        raise ValueError(_no_class_path(where))
     try:
         check_plain(value, where)
     except TypeError as error:
         raise ValueError(str(error)) from error
 
 
-def _class_path(where: str) -> str:
+def _no_class_path(where: str) -> str:
     return f"{where} holds class_path: a recipe names no classes, and none is built from one"
 
 
 def with_own_recipe(args: list[str], out: str | Path) -> list[str]:
-    """A command line that says ``--resume`` and no recipe, with the recipe of the run that it goes on with.
+    """A command line with the recipe of the run to resume, if it says ``--resume`` and names no recipe.
 
     Args:
-        args: The command line, as :func:`with_recipes_read` gives it; what follows a recipe wins over it.
-        out: Folder of a run where it does not say ``--out``.
+        args: The command line, as :func:`with_recipes_read` returns it; options after a recipe override it.
+        out: Folder of the run if the command line does not say ``--out``.
 
     Raises:
-        OSError, ValueError: there is a run, and its recipe is gone, cannot be read or is none.
+        OSError, ValueError: there is a run, and its recipe is missing, cannot be read or is no recipe.
     """
     words = [word.partition("=")[0] for word in args]
     if "--resume" not in words or "--config" in words:
@@ -163,26 +163,26 @@ def with_own_recipe(args: list[str], out: str | Path) -> list[str]:
             out = value if equals else following
     own, last = Path(out) / "recipe.json", Path(out) / "last.ckpt"
     options = tuple(f"--{block}." for block in _BLOCKS)
-    begins_or_says_it_all = not os.path.lexists(last) or any(word.startswith(options) for word in words)
-    if begins_or_says_it_all and not os.path.lexists(own):
+    needs_no_own_recipe = not os.path.lexists(last) or any(word.startswith(options) for word in words)
+    if needs_no_own_recipe and not os.path.lexists(own):
         return args
     try:
         return ["--config", json.dumps(read_recipe(own)), *args]
     except (OSError, ValueError) as error:
         raise type(error)(
-            f"{error}; it should say by what recipe the run there was begun: give that recipe by --config"
+            f"{error}; it should hold the recipe of the run there: pass that recipe with --config"
         ) from error
 
 
-#: What the parser would read as a file of its own.
+#: Options whose value the parser would read as a file.
 _WHOLE_BLOCKS = tuple(f"--{block}" for block in _BLOCKS)
 
 
 def with_recipes_read(args: list[str]) -> list[str]:
-    """A command line whose ``--config FILE`` became what the file says, checked; options are left to the parser.
+    """A command line with the checked contents of the file in place of ``--config FILE``; the parser checks options.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`read_recipe`; or an option names a class.
+        FileNotFoundError, ValueError: as in :func:`read_recipe`; or an option names a class.
     """
     result: list[str] = []
     words = iter(args)

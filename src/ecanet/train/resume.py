@@ -1,4 +1,4 @@
-"""Whether a run goes on from its last checkpoint: exactly, or not at all."""
+"""Decides whether a run can go on from its last checkpoint. It goes on exactly, or not at all."""
 
 import math
 import os
@@ -18,11 +18,11 @@ from ecanet.train.config import Recipe, to_plain
 from ecanet.train.data.loading import ImageData
 from ecanet.untrusted import check_number, shown
 
-#: Keys that may change between a run and its resumption without changing what is computed; how many processes there
-#: are in all is looked at by itself.
+#: Keys that may change when a run is resumed, since they do not change what is computed. The total number of processes
+#: is checked separately.
 _FREE_TO_CHANGE = {"data.root", "data.download", "data.verify", "data.workers", "trainer.log_steps"}
 _FREE_TO_CHANGE |= {"trainer.checkpoint_steps", "model.weights", "trainer.devices", "trainer.nodes"}
-#: What the result depends on beside the recipe, as far as it is a number.
+#: The numbers besides the recipe that the result depends on.
 _COUNTS = ("processes", "batch_size", "images")
 
 
@@ -32,11 +32,11 @@ class Resumed:
 
     Attributes:
         path: The file.
-        recipe: What the run was begun with, as plain values.
+        recipe: The recipe that the run was started with, as plain values.
         classes: Its classes.
-        made_by: ``processes``, ``batch_size``, ``images`` and ``versions``: what else its result depends on.
-        is_finished: Whether it has done the epochs of that recipe.
-        is_extended: Whether it is to do more.
+        made_by: What else its result depends on: ``processes``, ``batch_size``, ``images`` and ``versions``.
+        is_finished: Whether it has done all epochs of that recipe.
+        is_extended: Whether it has to do more epochs than that.
     """
 
     path: Path
@@ -48,27 +48,27 @@ class Resumed:
 
 
 def last_state(recipe: Recipe, last: Path, resume: bool) -> Resumed | None:
-    """What a run goes on from, or None for one that begins.
+    """The checkpoint that a run goes on from, or None for a new run.
 
     Args:
-        recipe: Of the run.
+        recipe: The run's recipe.
         last: Path of its last checkpoint.
         resume: Whether it may go on.
 
     Raises:
         FileExistsError: there is a checkpoint, and ``resume`` is False.
-        FileNotFoundError: it is a link to what is not there.
-        ValueError: the checkpoint is damaged, or of a run by another recipe.
+        FileNotFoundError: it is a link to a file that does not exist.
+        ValueError: the checkpoint is damaged, or belongs to a run by another recipe.
     """
     if not os.path.lexists(last):
         return None
     if not resume:
         raise FileExistsError(
-            f"{last.parent} holds a training run already: add --resume to go on with it, or choose another --out"
+            f"{last.parent} already holds a training run: add --resume to go on with it, or choose another --out"
         )
     if not last.exists():
         raise FileNotFoundError(
-            f"{last} is a link to {shown(os.readlink(last), 200)}, which is not there: bring that back, or choose "
+            f"{last} is a link to {shown(os.readlink(last), 200)}, which does not exist: restore that, or choose "
             "another --out"
         )
     checkpoint = read_checkpoint(last)
@@ -81,8 +81,8 @@ def last_state(recipe: Recipe, last: Path, resume: bool) -> Resumed | None:
     if changed:
         what = ", ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in changed)
         raise ValueError(
-            f"cannot resume {last.parent} with another recipe ({shown(what, 1000)}): give the one that it was begun "
-            "with, or start anew in another --out"
+            f"cannot resume {last.parent} with another recipe ({shown(what, 1000)}): use the one that it was started "
+            "with, or start again in another --out"
         )
     done = len(about["history"])
     _check_epochs(last.parent, done, epochs, recipe)
@@ -92,7 +92,7 @@ def last_state(recipe: Recipe, last: Path, resume: bool) -> Resumed | None:
 
 
 def _check_epochs(folder: Path, done: int, before: int, recipe: Recipe) -> None:
-    """Raise where a run cannot do as many epochs as its recipe now says."""
+    """Raise ValueError if a run cannot have the number of epochs that its recipe now says."""
     now = recipe.optim.epochs
     if now == before:
         return
@@ -100,21 +100,21 @@ def _check_epochs(folder: Path, done: int, before: int, recipe: Recipe) -> None:
         raise ValueError(f"cannot resume {folder} with optim.epochs={now}: it has done {done} already")
     if recipe.optim.schedule == "cosine" and done < before:
         raise ValueError(
-            f"cannot resume {folder} with optim.epochs={now}: it has done {done} of {before} epochs of a cosine, whose "
-            f"learning rates would be others. Let it finish with optim.epochs={before}; then it can be extended"
+            f"cannot resume {folder} with optim.epochs={now}: it has done {done} of {before} epochs of a cosine, and "
+            f"its learning rates would change. Let it finish with optim.epochs={before}; then it can be extended"
         )
 
 
 def made_by(trainer: L.Trainer, data: ImageData, resumed: Resumed | None) -> dict[str, Any]:
-    """What the result of a run depends on beside its recipe.
+    """What the result of a run depends on besides its recipe.
 
     Args:
-        trainer: Of the run.
+        trainer: The run's trainer.
         data: Its pictures.
-        resumed: What it goes on from.
+        resumed: The checkpoint that it goes on from.
 
     Returns:
-        ``processes``; ``batch_size`` of each; ``images`` to train on; ``versions``, the ones now at the end.
+        ``processes``; ``batch_size`` of each; ``images``, the number to train on; ``versions``, the present ones last.
 
     Raises:
         ValueError: the run would go on with another number of processes, or other pictures.
@@ -137,16 +137,16 @@ def made_by(trainer: L.Trainer, data: ImageData, resumed: Resumed | None) -> dic
     processes, size = before["processes"], before["batch_size"]
     if trainer.world_size != processes:
         raise ValueError(
-            f"cannot resume {folder} on {_count(trainer.world_size, 'process')}: it was begun on "
+            f"cannot resume {folder} on {_count(trainer.world_size, 'process')}: it was started on "
             f"{_count(processes, 'process')} of {_count(size, 'image')} a step each, and batches, their statistics and "
-            f"learning rates would be others. Go on with {processes} (--trainer.devices times --trainer.nodes), or "
-            "start anew in another --out"
+            f"learning rates would change. Go on with {processes} (--trainer.devices times --trainer.nodes), or "
+            "start again in another --out"
         )
     if images != before["images"] or list(data.classes) != resumed.classes:
         raise ValueError(
-            f"cannot resume {folder} with other pictures: it was begun with {before['images']:,} to train on, of "
+            f"cannot resume {folder} with other pictures: it was started with {before['images']:,} to train on, of "
             f"{_count(len(resumed.classes), 'class')}, and now there are {images:,} of "
-            f"{_count(len(data.classes), 'class')}, or classes of other names. Start anew in another --out"
+            f"{_count(len(data.classes), 'class')}, or the classes have other names. Start again in another --out"
         )
     if versions == before["versions"][-1]:
         return before
@@ -154,8 +154,8 @@ def made_by(trainer: L.Trainer, data: ImageData, resumed: Resumed | None) -> dic
         each = before["versions"][-1], versions
         was, is_now = (", ".join(f"{shown(k)} {shown(v)}" for k, v in of.items()) for of in each)
         warnings.warn(
-            f"{folder} was trained with {was} and goes on with {is_now}: to the same end, but not to the same bits. "
-            "Its checkpoints name both",
+            f"{folder} was trained with {was} and goes on with {is_now}: the result is equivalent, but not the "
+            "same to the bit. Its checkpoints name both",
             stacklevel=2,
         )
     return {**now, "versions": [*before["versions"], versions]}
@@ -167,27 +167,27 @@ def _count(number: int, what: str) -> str:
 
 
 def what_decides(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Of a recipe as plain values, by ``block.key``, what the result depends on."""
+    """The values of a recipe that the result depends on, by ``block.key``; the recipe is given as plain values."""
     flat = {f"{block}.{key}": value for block, values in recipe.items() for key, value in values.items()}
     return {key: value for key, value in flat.items() if key not in _FREE_TO_CHANGE}
 
 
 def check_resumable(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Look at what a run would take from a checkpoint.
+    """Check what a run would take from a checkpoint.
 
     Raises:
-        ValueError: a part is missing or of another kind; names the file.
+        ValueError: a part is missing or wrong; the message names the file.
     """
     check_about(checkpoint[ABOUT], path)
     try:
-        problem = _problem_for_resuming(checkpoint)
+        problem = _problem_with_checkpoint(checkpoint)
     except (TypeError, ValueError) as error:
         problem = str(error)
     if problem is not None:
-        raise ValueError(f"{path} cannot be gone on from, {problem}: start anew in another --out")
+        raise ValueError(f"{path} cannot be resumed, {problem}: start again in another --out")
 
 
-def _problem_for_resuming(checkpoint: dict[str, Any]) -> str | None:
+def _problem_with_checkpoint(checkpoint: dict[str, Any]) -> str | None:
     recipe, weights = checkpoint[ABOUT]["recipe"], checkpoint.get("state_dict")
     if not all(isinstance(recipe.get(block), dict) for block in ("model", "data", "optim", "trainer")):
         return "its recipe lacks a block"
@@ -201,9 +201,9 @@ def _problem_for_resuming(checkpoint: dict[str, Any]) -> str | None:
         return "it does not say how far it got"
     loops, callbacks = checkpoint.get("loops"), checkpoint.get("callbacks")
     if not isinstance(loops, dict) or not all(isinstance(loop, dict) for loop in loops.values()):
-        return "its loops are none"
+        return "its loops are not valid"
     if not isinstance(callbacks, dict) or not all(isinstance(state, dict) for state in callbacks.values()):
-        return "its callbacks are none"
+        return "its callbacks are not valid"
     best = callbacks.get(SaveCheckpoints.__qualname__, {"best": 0.0}).get("best")
     if isinstance(best, bool) or not isinstance(best, (int, float)) or not math.isfinite(best):
         return f"its best accuracy is {shown(best)}"
@@ -214,7 +214,7 @@ def _problem_for_resuming(checkpoint: dict[str, Any]) -> str | None:
             return "its optimizer has no state"
         tensors = [t for values in held.values() for t in values.values() if isinstance(t, Tensor)]
         if any(t.dim() and t.shape not in shapes for t in tensors):
-            return "its optimizer's state is of other weights"
+            return "its optimizer's state belongs to other weights"
     return None
 
 
@@ -229,5 +229,5 @@ def _problem_with_made_by(made_by: object) -> str | None:
     for each in versions:
         texts = [*each, *each.values()] if isinstance(each, dict) else [None]
         if len(texts) > 20 or not all(isinstance(text, str) and len(text) <= 80 for text in texts):
-            return "its versions are none"
+            return "its versions are not valid"
     return None

@@ -1,4 +1,4 @@
-"""The folder of a run: one run in it at a time, and the same folder from beginning to end."""
+"""The folder of a run: only one run uses it at a time, and it must stay the same folder until the end."""
 
 import contextlib
 import errno
@@ -16,12 +16,12 @@ except ImportError:  # Windows
     fcntl = None
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-#: Open folders whose locks this process holds.
+#: Handles of the open folders that this process has locked.
 _held: set[int] = set()
 
 
 def _close_held() -> None:
-    # A lock lives as long as any process has its file open, and loading processes outlive a killed run for seconds.
+    # A lock lasts while any process has its file open, and loading processes live for seconds after a killed run.
     for handle in _held:
         os.close(handle)
     _held.clear()
@@ -31,16 +31,15 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_held)
 
 
-#: What a run writes into its folder, one process at a time.
+#: Files that a run writes into its folder, one process at a time.
 WRITTEN = ("best.ckpt", "last.ckpt", "recipe.json")
 
 
 class RunFolder:
     """A run's output folder, made and locked while the context lasts.
 
-    The lock is on the folder itself and ends with the process, however that ends. It is seen by the processes of this
-    machine; there is none where the system or the file system has no such locks, as on Windows. A folder that stays
-    empty is removed again.
+    The lock is on the folder itself and ends with the process, however that ends. Processes of this machine see it. On
+    systems or file systems without such locks, such as Windows, there is no lock. A folder that stays empty is removed.
 
     Args:
         path: The folder.
@@ -48,7 +47,7 @@ class RunFolder:
 
     Raises:
         BlockingIOError: another run is writing into the folder.
-        NotADirectoryError: it is a file.
+        NotADirectoryError: the path is a file.
     """
 
     def __init__(self, path: Path, first: bool = True) -> None:
@@ -78,7 +77,7 @@ class RunFolder:
         except BlockingIOError as error:
             os.close(handle)
             raise BlockingIOError(
-                f"another run is writing into {self.path}: wait for its end, or choose another --out"
+                f"another run is writing into {self.path}: wait until it ends, or choose another --out"
             ) from error
         except OSError:  # a file system without locks
             os.close(handle)
@@ -88,14 +87,14 @@ class RunFolder:
 
     def __exit__(self, *exc: object) -> None:
         for path in self._made:
-            with contextlib.suppress(OSError):  # one that holds something stays
+            with contextlib.suppress(OSError):  # a folder that is not empty stays
                 path.rmdir()
         if self._handle in _held:
             _held.remove(self._handle)
             os.close(self._handle)
 
     def check(self) -> None:
-        """See that the folder is still the one that the run began in.
+        """Check that the folder is still the one that the run started in.
 
         Raises:
             FileNotFoundError: it was removed, moved or replaced.
@@ -107,21 +106,21 @@ class RunFolder:
             )
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a small file at once: another process reads the old one or the new one, whole.
+        """Write a small file in one step: another process reads either the old or the new one.
 
         Args:
-            name: Of the file.
-            text: What it will hold.
+            name: Name of the file.
+            text: Its contents.
         """
         write_whole(self.path / name, text)
 
     @contextlib.contextmanager
     def errors_named(self) -> Iterator[None]:
-        """Let errors of writing say which folder they are about.
+        """Add the folder to errors of writing.
 
         Raises:
             FileNotFoundError: the folder was removed meanwhile.
-            OSError: what was raised, with the folder and what to do where it said neither.
+            OSError: the error, with the folder and the remedy added if the disk is full and it names no folder.
         """
         try:
             yield
@@ -143,8 +142,8 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def remedy(error: OSError, folder: Path) -> str:
-    """What to do after an error of writing into a run's folder."""
-    first = "free some space" if error.errno in _FULL else "mend that"
+    """What to do after a failed write into a run's folder."""
+    first = "free some space" if error.errno in _FULL else "fix that"
     return f"{first}; {how_to_go_on(folder)}"
 
 

@@ -1,4 +1,4 @@
-"""What a layer, or a piece of code, does to every value alone, told from what it makes of numbers."""
+"""What a layer or a piece of code does to the values of a map, told from what it returns for known numbers."""
 
 import inspect
 import operator
@@ -14,17 +14,17 @@ from ecanet.networks.running import example_tensor, without_hooks_on_all_modules
 from ecanet.nn.norms import is_norm
 from ecanet.surgery.find.layers import CONVOLUTIONS, is_activation, is_attention, is_transparent
 
-#: "scaling" is ``a x + b`` with a and b of each channel, as of a layer scale, or of a norm outside training; "mixing"
-#: returns a map of the same shape whose values depend on several.
+#: "scaling" is ``a x + b`` with one a and b for each channel, such as a layer scale or a norm in eval mode; "mixing"
+#: returns a map of the same shape in which a value depends on several values of the input.
 Kind: TypeAlias = Literal["activation", "identity", "scaling", "mixing", "pooling", "other"]
 
 _LIBRARIES = ("torch.nn.", "torchvision.ops.", "timm.layers.")
-#: These make more of a value than itself.
-_LAYERS = (*CONVOLUTIONS, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
-#: A map of three channels, where nothing says how many there are.
-_SHAPE = (2, 3, 4, 4)
-#: Most values of one parameter of a layer that is tried: more is no parameter of a channel.
-_MOST = 8192
+#: Layers that combine several values into one.
+_COMBINING_LAYERS = (*CONVOLUTIONS, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
+#: Shape of the map that a step is tried on. The channels are those of its parameters if it has any.
+_TRIAL_SHAPE = (2, 3, 4, 4)
+#: A layer with a larger parameter is not tried: one value for each channel is less than that.
+_MAX_PARAMETER_SIZE = 8192
 _DROPOUTS: frozenset[Any] = frozenset(
     {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
 )
@@ -34,10 +34,10 @@ class Piece(NamedTuple):
     """A piece of a module's code that computes one tensor from another.
 
     Attributes:
-        module: Whose code it is.
-        entry: What it is computed from.
-        nodes: What is computed, in order.
-        end: Which of them is the result: the last, or the entry where that was written into.
+        module: The module whose code it is.
+        entry: The node that it is computed from.
+        nodes: The nodes that compute it, in order.
+        end: The node that is the result: the last one, or the entry if the code writes into it.
     """
 
     module: nn.Module
@@ -46,12 +46,12 @@ class Piece(NamedTuple):
     end: fx.Node
 
     def name(self) -> str:
-        """Of the last function in it."""
+        """Name of the last function in it."""
         target = self.nodes[-1].target
         return target.rpartition(".")[2] if isinstance(target, str) else getattr(target, "__name__", str(target))
 
     def as_module(self) -> nn.Module:
-        """A module that does the same, as outside training."""
+        """A module that does the same in eval mode."""
         graph = fx.Graph()
         copies = {self.entry: graph.placeholder("x")}
 
@@ -66,11 +66,11 @@ class Piece(NamedTuple):
             elif "training" in copied(node).kwargs:
                 copied(node).update_kwarg("training", False)
         graph.output(copied(self.end))
-        return _Code(fx.GraphModule(self.module, graph))
+        return _RunsGraph(fx.GraphModule(self.module, graph))
 
 
-class _Code(nn.Module):
-    """Runs a graph, which called as a module prints its errors."""
+class _RunsGraph(nn.Module):
+    """Runs a graph by its ``forward``: a graph that is called as a module prints its errors."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__()
@@ -81,15 +81,15 @@ class _Code(nn.Module):
 
 
 def next_piece(module: nn.Module, node: fx.Node, passed: Collection[fx.Node] = ()) -> Piece | None:
-    """The least code after a node that is computed from it alone, and that all code after it goes through.
+    """The shortest piece of code that is computed from a node alone and returns all that later code uses of it.
 
-    ``x * sigmoid(x)`` is one; so is ``relu_(x)``, whatever becomes of what it returns. None where other tensors come
-    in, or layers with weights.
+    ``x * sigmoid(x)`` is one; so is ``relu_(x)``, whether or not its result is used. None if the code uses other
+    tensors or layers with weights.
 
     Args:
-        module: Whose code it is.
-        node: Of it.
-        passed: What reads the node and does not count.
+        module: The module whose code it is.
+        node: A node of that code.
+        passed: Readers of the node that do not count.
     """
     users = [user for user in node.users if user not in passed]
     if users and not users[0].users and _writes(module, users[0]):
@@ -100,7 +100,9 @@ def next_piece(module: nn.Module, node: fx.Node, passed: Collection[fx.Node] = (
         sources = [n for n in following.all_input_nodes if not _is_constant(n)]
         if following not in passed and any(n is node or n in inside for n in sources):
             child = module.get_submodule(str(following.target)) if following.op == "call_module" else None
-            if not all(n is node or n in inside for n in sources) or (child is not None and _has_layers(child)):
+            if not all(n is node or n in inside for n in sources) or (
+                child is not None and _has_combining_layers(child)
+            ):
                 return None
             inside.append(following)
             if all(user in inside or user in passed for n in (node, *inside[:-1]) for user in n.users):
@@ -110,7 +112,7 @@ def next_piece(module: nn.Module, node: fx.Node, passed: Collection[fx.Node] = (
 
 
 def live_users(module: nn.Module, node: fx.Node) -> list[fx.Node]:
-    """Who reads a node, without those that write into it and return nothing that is read."""
+    """The readers of a node, without those that write into it and whose result nothing reads."""
     return [user for user in node.users if user.users or user.op == "output" or not _writes(module, user)]
 
 
@@ -123,14 +125,14 @@ def _writes(module: nn.Module, node: fx.Node) -> bool:
         return False
     return (
         node.kwargs.get("inplace") is True
-        or (node.op == "call_function" and _is_told_to_write(node))
+        or (node.op == "call_function" and _has_positional_inplace(node))
         or (name.endswith("_") and not name.endswith("__"))
         or node.target in (operator.imul, operator.iadd, operator.isub, operator.itruediv)
     )
 
 
-def _is_told_to_write(node: fx.Node) -> bool:
-    """Whether a function got ``inplace=True`` by its place among the arguments."""
+def _has_positional_inplace(node: fx.Node) -> bool:
+    """Whether a function got ``inplace=True`` as a positional argument."""
     try:
         names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -150,12 +152,12 @@ def _is_constant(node: fx.Node) -> bool:
     return True
 
 
-def _has_layers(module: nn.Module) -> bool:
-    return any(isinstance(part, _LAYERS) or is_norm(part) or is_attention(part) for part in module.modules())
+def _has_combining_layers(module: nn.Module) -> bool:
+    return any(isinstance(part, _COMBINING_LAYERS) or is_norm(part) or is_attention(part) for part in module.modules())
 
 
 def acts(module: nn.Module) -> bool:
-    """Whether a module is an activation: torch's, timm's, or one that works on every value alone."""
+    """Whether a module is an activation: torch's, timm's, or any that computes each value from one value."""
     return kind_of(module) == "activation"
 
 
@@ -164,17 +166,17 @@ def kind_of(step: nn.Module | Piece, shape: Sequence[int] | None = None) -> Kind
 
     Args:
         step: The module, or the code.
-        shape: Of maps that it takes; by default ``(2, C, 4, 4)``, C of its own parameters.
+        shape: Shape of the maps that it takes; by default ``(2, C, 4, 4)``, with C read off its parameters.
     """
-    return _judge(step, shape)[0]
+    return _kind_and_reason(step, shape)[0]
 
 
 def why_unknown(step: nn.Module | Piece, shape: Sequence[int]) -> str | None:
-    """Why nobody can tell what a layer of somebody's own does, or None."""
-    return _judge(step, shape)[1]
+    """Why it cannot be told what a custom layer does, or None."""
+    return _kind_and_reason(step, shape)[1]
 
 
-def _judge(step: nn.Module | Piece, shape: Sequence[int] | None) -> tuple[Kind, str | None]:
+def _kind_and_reason(step: nn.Module | Piece, shape: Sequence[int] | None) -> tuple[Kind, str | None]:
     if isinstance(step, Piece):
         try:
             step = step.as_module()
@@ -184,20 +186,20 @@ def _judge(step: nn.Module | Piece, shape: Sequence[int] | None) -> tuple[Kind, 
         return "identity", None
     if is_activation(step):
         return "activation", None
-    if type(step).__module__.startswith(_LIBRARIES) or _has_layers(step):
+    if type(step).__module__.startswith(_LIBRARIES) or _has_combining_layers(step):
         return "other", None
     own = list(_tensors(step))
-    if any(t.numel() > _MOST for t in own):
+    if any(t.numel() > _MAX_PARAMETER_SIZE for t in own):
         return "other", None
     if any(t.is_meta for t in own):
         return "other", "its weights have no values"
     shape = (
-        (*_SHAPE[:1], max([t.numel() for t in own if t.numel() > 1], default=3), *_SHAPE[2:])
+        (*_TRIAL_SHAPE[:1], max([t.numel() for t in own if t.numel() > 1], default=3), *_TRIAL_SHAPE[2:])
         if shape is None
         else shape
     )
     try:
-        return _kind(step, tuple(shape)), None
+        return _kind_from_outputs(step, tuple(shape)), None
     except Exception as error:
         return "other", _first_line(error)
 
@@ -211,8 +213,8 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers()
 
 
-def _kind(module: nn.Module, shape: tuple[int, ...]) -> Kind:
-    """From four calls: on numbers, on these in another order, on some others among them, and with other weights."""
+def _kind_from_outputs(module: nn.Module, shape: tuple[int, ...]) -> Kind:
+    """Tell the kind from four calls: on known numbers, in another order, with some changed, and with other weights."""
     n, channels = shape[:2]
     places = n * torch.Size(shape[2:]).numel()
     line = torch.linspace(-4, 4, places)
@@ -234,12 +236,12 @@ def _kind(module: nn.Module, shape: tuple[int, ...]) -> Kind:
         return "other"
     order = torch.arange(places) * 35 % places  # places is a power of 2
     changed = (torch.arange(places)[:, None] * 7 + torch.arange(channels) * 3) % 5 < 2
-    again = values_of(module, as_map(x[order]))
-    elsewhere = values_of(module, as_map(torch.where(changed, 2.5 - x, x)))
-    if again is None or elsewhere is None:
+    reordered = values_of(module, as_map(x[order]))
+    partly_changed = values_of(module, as_map(torch.where(changed, 2.5 - x, x)))
+    if reordered is None or partly_changed is None:
         return "other"
-    y, again, elsewhere = (as_values(t).float() for t in (y, again, elsewhere))
-    if not _same(again, y[order]) or not _same(elsewhere[~changed], y[~changed]):
+    y, reordered, partly_changed = (as_values(t).float() for t in (y, reordered, partly_changed))
+    if not _same(reordered, y[order]) or not _same(partly_changed[~changed], y[~changed]):
         return "mixing"
     tried = [y]
     if _is_straight(y, where) and next(module.parameters(), None) is not None:  # as a PReLU whose slope is still 1
@@ -255,19 +257,19 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _is_straight(y: Tensor, where: Tensor) -> bool:
-    """Whether values ``(places, C)`` of numbers on a line are on a line in every channel; NaN is on none."""
+    """Whether outputs ``(places, C)`` for evenly spaced inputs are on a line in every channel; NaN is on none."""
     line = torch.empty_like(y).scatter_(0, where, y)
     bend = line[2:] - 2 * line[1:-1] + line[:-2]
     return bool((bend.abs() <= 1e-3 * (line.amax(0) - line.amin(0)) / len(line) + 1e-5 * line.abs().amax()).all())
 
 
 def values_of(call: Any, x: Tensor, *, other_weights: bool = False) -> Tensor | None:
-    """What a module or a function makes of numbers, without hooks and outside training; None if that is no tensor.
+    """What a module or a function returns for a map, in eval mode and without hooks; None if that is no tensor.
 
     Args:
         call: The module or function.
         x: The map.
-        other_weights: Draw the weights at random, for what does not show with those it has.
+        other_weights: Draw the weights at random: the present ones may hide what the module does.
     """
     like, x = x, x.clone()
     twin = None

@@ -1,8 +1,8 @@
 """Residual blocks of any network, and where their branches end.
 
-Blocks whose code does not show it are in :data:`BLOCKS`. All others are found by what they are: :mod:`torch.fx` traces
-the code of each module, its children as they are, and an addition of something computed by convolutions to something
-computed by fewer is a residual block.
+Blocks whose code does not show it are in :data:`BLOCKS`. All others are found by their code: :mod:`torch.fx` traces
+each module without looking into its children. If the code adds two tensors, and one of them is computed by more
+convolutions than the other, the module is a residual block.
 """
 
 import operator
@@ -35,7 +35,7 @@ from ecanet.surgery.find.traces import (
     trace,
 )
 
-#: Where the branch of a block ends, by the class of the block: for what adds no residual, or not always.
+#: Where the branch of a block ends, by the class of the block: for blocks that never or not always add a residual.
 BLOCKS: dict[str, str] = {
     "torchvision.models.mobilenetv2.InvertedResidual": "conv.-1",
     "torchvision.models.mobilenetv3.InvertedResidual": "block.-1",
@@ -53,14 +53,14 @@ BLOCKS: dict[str, str] = {
     "timm.models.rexnet.LinearBottleneck": "conv_pwl",
     "segmentation_models_pytorch.encoders._efficientnet.MBConvBlock": "_bn2",
 }
-#: What these return is joined to other channels: a gate after the whole block would see something else.
+#: The output of these is concatenated with other channels: a gate after the whole block would scale those too.
 JOINED = ("torchvision.models.densenet._DenseLayer", "timm.models.densenet.DenseLayer")
 
-#: What these return has other channels than their branch, which is joined inside.
+#: These concatenate their branch with other channels, so that their output has more channels than the branch.
 WIDER = ("torchvision.models.shufflenetv2.InvertedResidual",)
 
 _ADDITIONS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
-#: What is scaled channel by channel, or dropped at random, is a branch still.
+#: Operations on a branch that leave it a branch: scaling of channels, dropout.
 _SCALINGS: tuple[Any, ...] = (*MULTIPLICATIONS, F.dropout, F.dropout2d)
 
 
@@ -70,8 +70,8 @@ class Branch(NamedTuple):
     Attributes:
         block: Name of the block.
         end: Name of the module that the branch ends with.
-        channels: Of what that module returns, or None where its layers do not tell.
-        why_not: If a gate cannot be put there, the reason.
+        channels: Number of channels that this module returns, or None if its layers do not tell.
+        why_not: The reason if a gate cannot be put there.
     """
 
     block: str
@@ -87,22 +87,22 @@ def find_blocks(
 
     Args:
         model: The network.
-        shapes: Of a dry run, if there was one.
+        shapes: Shapes from a dry run, if there was one.
 
     Returns:
-        The blocks, and why other modules were not looked into, by name.
+        The blocks, and for each module that could not be searched the reason, by name.
     """
     found: list[Branch] = []
-    unread: dict[str, str] = {}
-    _search(model, "", found, unread, set(), shapes or {})
-    return found, unread
+    not_searched: dict[str, str] = {}
+    _find_in(model, "", found, not_searched, set(), shapes or {})
+    return found, not_searched
 
 
-def _search(
+def _find_in(
     module: nn.Module,
     name: str,
     found: list[Branch],
-    unread: dict[str, str],
+    not_searched: dict[str, str],
     seen: set[nn.Module],
     shapes: Mapping[nn.Module, Shapes],
 ) -> None:
@@ -110,25 +110,25 @@ def _search(
         return
     seen.add(module)
     if merges_branches(module):
-        if count_convolutions(module) > 1:  # a lone convolution, such as YOLO's, is no block
-            unread[name] = MERGES
+        if count_convolutions(module) > 1:  # a single convolution, such as YOLO's, is no block
+            not_searched[name] = MERGES
         return
     if name and looks_like_attention(module, shapes):
         graph = trace(module)
         if isinstance(graph, str):
-            unread[name] = cannot_trace(graph)
+            not_searched[name] = cannot_trace(graph)
         return
     if (cls := class_with_forward(module)) in BLOCKS:
         found.append(_known_block(module, name, BLOCKS[cls], shapes))
         return
     before = len(found)
     for child_name, child in module.named_children():
-        _search(child, f"{name}.{child_name}" if name else child_name, found, unread, seen, shapes)
+        _find_in(child, f"{name}.{child_name}" if name else child_name, found, not_searched, seen, shapes)
     if len(found) > before or type(module) in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
-        return  # the innermost are the blocks: a skip around many of them is none
+        return  # only the innermost count: a skip connection around several blocks makes no block
     graph = trace(module)
     if isinstance(graph, str):
-        unread[name] = cannot_trace(graph)
+        not_searched[name] = cannot_trace(graph)
     else:
         found.extend(_residual_branches(module, name, graph, shapes))
 
@@ -155,7 +155,7 @@ def _branch(
 
 
 def _last_norm(module: nn.Module, name: str) -> tuple[nn.Module | None, str]:
-    """The norm that a module returns the output of, or None."""
+    """The norm whose output a module returns, and its name; None if there is none."""
     while not is_norm(module):
         if folds_later(module):
             return None, name
@@ -190,23 +190,25 @@ def _residual_branches(
     additions = {
         node: pair for node in graph.nodes if (pair := _branch_and_shortcut(module, node, ancestors)) is not None
     }
-    # What is added on the way along a branch, as Res2Net adds groups of channels, belongs to that branch.
+    # An addition within a branch, such as Res2Net's of groups of channels, belongs to that branch.
     inside = {n for branch, shortcut in additions.values() for n in ancestors[branch] - ancestors[shortcut]}
     for node, (branch, _) in additions.items():
         if node not in inside:
-            yield _end_of(module, name, branch, shapes)
+            yield _branch_of(module, name, branch, shapes)
 
 
 def _branch_and_shortcut(
     module: nn.Module, addition: fx.Node, ancestors: dict[fx.Node, set[fx.Node]]
 ) -> tuple[fx.Node, fx.Node] | None:
-    """Of two addends the one with more convolutions, and the other; None for what is no residual block."""
+    """Of two addends the one with more convolutions, then the other; None if this is no residual addition."""
     if addition.target not in _ADDITIONS or len(addition.all_input_nodes) != 2 or len(addition.args) != 2:
         return None
     first, second = addition.all_input_nodes
     common = ancestors[first] & ancestors[second]
-    given = any(n.op == "placeholder" and n.args == (None,) for n in (first, second))  # shortcut=None: may be handed in
-    if not given and (not common or all(n.op == "placeholder" and _is_taken_apart(n) for n in common)):
+    given = any(
+        n.op == "placeholder" and n.args == (None,) for n in (first, second)
+    )  # shortcut=None: the caller may pass it
+    if not given and (not common or all(n.op == "placeholder" and _is_indexed(n) for n in common)):
         return None
     counts = [
         sum(count_convolutions(module.get_submodule(str(n.target))) for n in nodes if n.op == "call_module")
@@ -217,12 +219,12 @@ def _branch_and_shortcut(
     return (first, second) if counts[0] > counts[1] else (second, first)
 
 
-def _is_taken_apart(placeholder: fx.Node) -> bool:
+def _is_indexed(placeholder: fx.Node) -> bool:
     return any(user.target is operator.getitem for user in placeholder.users)
 
 
-def _end_of(module: nn.Module, name: str, node: fx.Node, shapes: Mapping[nn.Module, Shapes]) -> Branch:
-    """The module that a branch ends with, from the node that is added."""
+def _branch_of(module: nn.Module, name: str, node: fx.Node, shapes: Mapping[nn.Module, Shapes]) -> Branch:
+    """The branch that ends in a node, with the last module of it."""
     passed: str | None = None
     prefix = f"{name}." if name else ""
     while True:
@@ -244,9 +246,9 @@ def _end_of(module: nn.Module, name: str, node: fx.Node, shapes: Mapping[nn.Modu
         if len(tensors) != 1:
             break
         node = tensors[0]
-    if passed is not None:  # a dropped-path module, say, behind a permutation
+    if passed is not None:  # for example, a DropPath after a permutation
         return Branch(name, prefix + passed, _channels_before(module, node))
-    return Branch(name, name, None, f"its branch ends in {node.target}, which is no module: name one that precedes it")
+    return Branch(name, name, None, f"its branch ends in {node.target}, which is no module: name a module before it")
 
 
 def _is_weight(node: fx.Node) -> bool:
@@ -255,7 +257,7 @@ def _is_weight(node: fx.Node) -> bool:
 
 
 def _channels_before(module: nn.Module, node: fx.Node) -> int | None:
-    """Channels of a node: of the nearest module before it that tells."""
+    """Channels of a node, read off the nearest module before it that tells them."""
     while node.all_input_nodes or node.op == "call_module":
         if node.op == "call_module":
             channels = out_channels(module.get_submodule(str(node.target)))

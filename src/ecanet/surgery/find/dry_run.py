@@ -1,4 +1,4 @@
-"""What a network's modules take and return, from one call without data."""
+"""The shapes that a network's modules take and return, from one call without data."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from ecanet.surgery.find.layers import CONVOLUTIONS
 
 
 class Shapes(NamedTuple):
-    """What went into a module and what came out in a dry run; None for what is no tensor."""
+    """Shapes of a module's input and output in a dry run; None for what is no tensor."""
 
     input: torch.Size | None
     output: torch.Size | None
@@ -24,10 +24,10 @@ class DryRun(NamedTuple):
     """What is known of a network from calling it without data.
 
     Attributes:
-        input_shape: Of the input.
-        shapes: At the first call of each module that ran.
-        failed: Why the call came to no end, as what the network "does not" or "cannot"; None if it did. The shapes
-            then are those of an input that the network need not take.
+        input_shape: Shape of the input.
+        shapes: Shapes at the first call of each module that ran.
+        failed: Why the call did not finish, as a phrase that follows "the network"; None if it did. If it did not, the
+            shapes may come from an input that the network does not take.
     """
 
     input_shape: tuple[int, ...]
@@ -35,11 +35,11 @@ class DryRun(NamedTuple):
     failed: str | None
 
     def saw_layers(self) -> bool:
-        """Whether any module without children ran: a network may compute with their weights alone."""
+        """Whether any module without children ran: code may use the weights of its layers without calling them."""
         return any(next(module.children(), None) is None for module in self.shapes)
 
 
-#: Positions of a map in each dimension, by the number of dimensions: of sounds, pictures and films.
+#: Spatial size of an input by the number of spatial dimensions: of sound, pictures and video.
 _SIZES = {1: (1024,), 2: (224, 224), 3: (16, 112, 112)}
 _PICTURE = (1, 3, *_SIZES[2])
 
@@ -47,16 +47,17 @@ _PICTURE = (1, 3, *_SIZES[2])
 def dry_run(model: nn.Module, input_shape: Sequence[int] | Literal["auto"] | None) -> DryRun | None:
     """Shapes at the first call of each module when the model runs on an input without data.
 
-    A copy runs, without the hooks of others, on the network's own parameters, which nothing writes into: what a network
-    keeps from a run stays out of it. Where the copy's code calls the network, the run ends before that does anything.
+    A copy of the network runs, on the network's own parameters, without hooks of the user's. Nothing writes into the
+    parameters, and state that the code stores goes into the copy. If the copy's code calls the network itself, the run
+    stops before that call does anything.
 
     Args:
         model: The network.
-        input_shape: Of one tensor; ``"auto"`` for one that fits the network's first convolution, or a picture; None for
-            no run.
+        input_shape: Shape of the one tensor that it takes; ``"auto"`` for one that fits the network's first
+            convolution, or else a picture; None for no run.
 
     Raises:
-        ValueError: a convolution takes an input of that shape for one sample without a batch.
+        ValueError: a convolution would read an input of that shape as one sample without a batch dimension.
     """
     if input_shape is None:
         return None
@@ -64,8 +65,8 @@ def dry_run(model: nn.Module, input_shape: Sequence[int] | Literal["auto"] | Non
         run = _run(model, tuple(input_shape))
         if run.failed == _UNBATCHED:
             raise ValueError(
-                f"input_shape={tuple(input_shape)} has the dimensions of one sample for a convolution of the network, "
-                "which would take its channels for a batch: give (N, C, *spatial)"
+                f"input_shape={tuple(input_shape)} has too few dimensions: a convolution of the network would read it "
+                "as one sample and its channels as a batch: give (N, C, *spatial)"
             )
         return run
     first = next((m for m in model.modules() if isinstance(m, CONVOLUTIONS[:3])), None)
@@ -78,19 +79,19 @@ def dry_run(model: nn.Module, input_shape: Sequence[int] | Literal["auto"] | Non
     return max(runs, key=lambda run: len(run.shapes))
 
 
-_UNBATCHED = "a convolution takes it for one sample without a batch"
+_UNBATCHED = "a convolution reads it as one sample without a batch dimension"
 
 
 class _UnbatchedError(Exception):
-    """Holds the shape that a convolution took for one sample."""
+    """Holds the shape that a convolution would read as one sample."""
 
 
 class _CallsTheNetworkError(BaseException):
-    """Holds the name of the module that a copy called: of no ``except Exception`` in the network's code."""
+    """Holds the name of the module that a copy called. No ``except Exception`` in the network's code catches it."""
 
 
 @contextmanager
-def _not_calling(model: nn.Module) -> Iterator[None]:
+def _no_calls_of(model: nn.Module) -> Iterator[None]:
     names = {module: f"the network's {name}" if name else "the network" for name, module in model.named_modules()}
 
     def refuse(module: nn.Module, args: Any) -> None:
@@ -116,31 +117,31 @@ def _run(model: nn.Module, input_shape: tuple[int, ...]) -> DryRun:
     def shape_of(value: Any) -> torch.Size | None:
         return value.shape if isinstance(value, Tensor) else None
 
-    def see_as(module: nn.Module) -> Callable[..., None]:
-        def see(_: nn.Module, args: Any, output: Any) -> None:
+    def recorder_for(module: nn.Module) -> Callable[..., None]:
+        def record(_: nn.Module, args: Any, output: Any) -> None:
             seen.setdefault(module, Shapes(shape_of(args[0]) if args else None, shape_of(output)))
 
-        return see
+        return record
 
     example = example_tensor(model)
     try:
         twin = twin_of(model)
-    except Exception as error:  # it holds a lock, say, or a file
+    except Exception as error:  # for example, it holds a lock or a file
         return DryRun(input_shape, {}, f"cannot be copied for a run without data ({_first_line(error)})")
     try:
         originals = dict(zip(twin.modules(), model.modules(), strict=True))
         for copied, original in originals.items():
             if isinstance(copied, CONVOLUTIONS):
                 copied.register_forward_pre_hook(_refuse_unbatched)
-            copied.register_forward_hook(see_as(original))
-        with running_without_data(twin), _not_calling(model):
+            copied.register_forward_hook(recorder_for(original))
+        with running_without_data(twin), _no_calls_of(model):
             twin(torch.zeros(input_shape, dtype=example.dtype, device=example.device))
     except _UnbatchedError as error:
         does_not_run = f"does not run on an input of shape {input_shape}"
         return DryRun(input_shape, {}, _UNBATCHED if error.args == (input_shape,) else does_not_run)
     except _CallsTheNetworkError as error:
         return DryRun(input_shape, {}, f"cannot be run on a copy, which calls {error} itself")
-    except Exception as error:  # it wants another input, or looks at values, as YOLO's head does
+    except Exception as error:  # it takes another input, or reads values, as YOLO's head does
         return DryRun(input_shape, seen, f"does not run on an input of shape {input_shape} ({_first_line(error)})")
     return DryRun(input_shape, seen, None)
 

@@ -1,4 +1,4 @@
-"""Groups of convolution, norm and activation, as plain networks (VGG, U-Net) and YOLO are made of."""
+"""Groups of convolution, norm and activation, the units of plain networks (VGG, U-Net) and of YOLO."""
 
 from collections.abc import Iterator, Mapping
 from itertools import takewhile
@@ -24,11 +24,11 @@ from ecanet.surgery.find.traces import (
 
 
 class Groups(NamedTuple):
-    """Where groups are complete.
+    """Where groups end.
 
     Attributes:
-        ends: Name of the module after which each is, and its channels.
-        left_out: What was passed over, and why.
+        ends: For each group the name of the module that ends it, and its number of channels.
+        left_out: What was left out, and why.
     """
 
     ends: dict[str, int]
@@ -36,40 +36,40 @@ class Groups(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """One of the calls that follow one another.
+    """One call in a chain of calls.
 
     Attributes:
-        name: Of the module that is called; empty for a piece of code.
+        name: Name of the module that is called; empty for a piece of code.
         what: The module or the code.
-        again: Whether it is called elsewhere, too.
+        is_shared: Whether it is called elsewhere, too.
     """
 
     name: str
     what: nn.Module | Piece
-    again: bool = False
+    is_shared: bool = False
 
 
 def find_groups(
     model: nn.Module, names: dict[nn.Module, list[str]], shapes: Mapping[nn.Module, Shapes] | None = None
 ) -> Groups:
-    """The module after which each group of convolution, optional norm and activation is complete: name and channels.
+    """The module that ends each group of convolution, optional norm and activation: name and channels.
 
-    It is the activation; the norm before it where the activation is code or a module that several groups share
-    (a gate is positive, so before a ReLU it scales the same); the module that holds the group and nothing else where
-    there is one, such as YOLO's ``Conv``. What a sequence computes of globally pooled features is no map and no group;
-    nor is anything inside attention, or what a sigmoid or a tanh makes the network's output.
+    This is the activation. If the activation is code, or a module that several groups share, it is the norm before it
+    (a gate is positive, so it scales the same before a ReLU). If a module holds the group and nothing else, such as
+    YOLO's ``Conv``, it is that module. No group are layers after a global pooling, layers inside attention, and a
+    convolution whose sigmoid or tanh makes the network's output.
 
     Args:
         model: The network.
         names: Its modules' names, as :func:`ecanet.surgery.find.layers.names_of` gives them.
-        shapes: Of a dry run, if there was one.
+        shapes: Shapes from a dry run, if there was one.
     """
     groups = Groups({}, [])
-    _search(model, "", True, names, shapes or {}, groups)
+    _find_in(model, "", True, names, shapes or {}, groups)
     return groups
 
 
-def _search(
+def _find_in(
     module: nn.Module,
     name: str,
     is_output: bool,
@@ -77,56 +77,81 @@ def _search(
     shapes: Mapping[nn.Module, Shapes],
     groups: Groups,
 ) -> None:
-    """Look for groups in a module; ``is_output``: no layer of the network with weights may follow it."""
+    """Find groups in a module and its children; ``is_output``: no layer with weights follows it in the network."""
     if name and looks_like_attention(module, shapes):
-        if any(isinstance(part, CONVOLUTIONS) for part in module.modules()):
-            graph = "" if is_attention(module) else trace(module)
-            doubt = f", for all that is known: {cannot_trace(graph)}" if graph and isinstance(graph, str) else ""
-            groups.left_out.append(f"{name} is attention ({type(module).__name__}){doubt}")
-        return
-    if name and merges_branches(module):
+        _leave_out_attention(module, name, groups)
+    elif name and merges_branches(module):
         _add_if_a_group(module, name, is_output, names, groups)
-        return
-    prefix = f"{name}." if name else ""
-    if is_sequence(module):
-        layers = list(_before_global_pooling(module))
-        steps = [_Step(layer_name, layer, len(names[layer]) > 1) for layer_name, layer in layers]
-        for i, (_, layer) in enumerate(layers):
-            if isinstance(layer, CONVOLUTIONS):
-                last = is_output and not any(_has_weights(later) for _, later in layers[i + 1 :])
-                _add(prefix, _group(prefix, steps[i:], groups), last, groups)
-        for i, (layer_name, layer) in enumerate(layers):
-            last = is_output and not any(_has_weights(later) for _, later in layers[i + 1 :])
-            _search(layer, prefix + layer_name, last, names, shapes, groups)
-        return
-    graph = trace(module) if count_convolutions(module) else ""
-    if isinstance(graph, str):
-        if graph and any(isinstance(child, CONVOLUTIONS) for child in module.children()):
-            groups.left_out.append(f"{name or 'the network itself'}: {cannot_trace(graph)}")
-        inside: set[fx.Node] = set()
-        last_nodes = None
+    elif is_sequence(module):
+        _find_in_sequence(module, name, is_output, names, shapes, groups)
     else:
-        inside = factors_of(module, graph)
-        last_nodes = _without_layers_after(module, graph)
-        if _in_graph(module, name, graph, inside, last_nodes if is_output else set(), names, groups):
+        _find_in_code_and_children(module, name, is_output, names, shapes, groups)
+
+
+def _leave_out_attention(module: nn.Module, name: str, groups: Groups) -> None:
+    if not any(isinstance(part, CONVOLUTIONS) for part in module.modules()):
+        return
+    graph = "" if is_attention(module) else trace(module)
+    if graph and isinstance(graph, str):
+        groups.left_out.append(
+            f"{name} is attention ({type(module).__name__}), as far as can be told: {cannot_trace(graph)}"
+        )
+    else:
+        groups.left_out.append(f"{name} is attention ({type(module).__name__})")
+
+
+def _find_in_sequence(
+    module: nn.Module,
+    name: str,
+    is_output: bool,
+    names: dict[nn.Module, list[str]],
+    shapes: Mapping[nn.Module, Shapes],
+    groups: Groups,
+) -> None:
+    prefix = f"{name}." if name else ""
+    layers = list(_before_global_pooling(module))
+    steps = [_Step(layer_name, layer, len(names[layer]) > 1) for layer_name, layer in layers]
+    is_last = [is_output and not any(_has_weights(later) for _, later in layers[i + 1 :]) for i in range(len(layers))]
+    for i, (_, layer) in enumerate(layers):
+        if isinstance(layer, CONVOLUTIONS):
+            _add(prefix, _group(prefix, steps[i:], groups), is_last[i], groups)
+    for (layer_name, layer), last in zip(layers, is_last, strict=True):
+        _find_in(layer, prefix + layer_name, last, names, shapes, groups)
+
+
+def _find_in_code_and_children(
+    module: nn.Module,
+    name: str,
+    is_output: bool,
+    names: dict[nn.Module, list[str]],
+    shapes: Mapping[nn.Module, Shapes],
+    groups: Groups,
+) -> None:
+    prefix = f"{name}." if name else ""
+    graph = trace(module) if count_convolutions(module) else ""
+    in_attention: set[str] = set()  # names of children
+    last_children: set[str] | None = None  # None: any may be the last
+    if not isinstance(graph, str):
+        factors, last_nodes = factors_of(module, graph), _without_layers_after(module, graph)
+        if _add_groups_in_code(module, name, graph, factors, last_nodes if is_output else set(), names, groups):
             return
-    factors = {str(node.target) for node in inside if node.op == "call_module"}
+        in_attention = {str(node.target) for node in factors if node.op == "call_module"}
+        last_children = {str(node.target).split(".")[0] for node in last_nodes}
+    elif graph and any(isinstance(child, CONVOLUTIONS) for child in module.children()):
+        groups.left_out.append(f"{name or 'the network itself'}: {cannot_trace(graph)}")
     for child_name, child in module.named_children():
-        if child_name in factors:
+        if child_name in in_attention:
             if any(isinstance(part, CONVOLUTIONS) for part in child.modules()):
                 groups.left_out.append(f"{prefix}{child_name} is part of attention in {name or 'the network'}'s code")
-            continue
-        if isinstance(graph, str) and graph and _may_be_a_factor(child, shapes):
+        elif isinstance(graph, str) and graph and _may_be_a_factor(child, shapes):
             groups.left_out.append(f"{prefix}{child_name} may be part of attention: {cannot_trace(graph)}")
-            continue
-        last = is_output and (
-            last_nodes is None or any(str(node.target).split(".")[0] == child_name for node in last_nodes)
-        )
-        _search(child, prefix + child_name, last, names, shapes, groups)
+        else:
+            last = is_output and (last_children is None or child_name in last_children)
+            _find_in(child, prefix + child_name, last, names, shapes, groups)
 
 
 def _may_be_a_factor(child: nn.Module, shapes: Mapping[nn.Module, Shapes]) -> bool:
-    """Whether code that cannot be traced may scale a map by what a child computes: one channel, or squashed."""
+    """Whether code that cannot be traced may scale a map by a child's output: it has one channel or is bounded."""
     if not is_sequence(child) or not any(isinstance(part, CONVOLUTIONS) for part in child.modules()):
         return False
     seen = shapes.get(child)
@@ -137,12 +162,12 @@ def _may_be_a_factor(child: nn.Module, shapes: Mapping[nn.Module, Shapes]) -> bo
 def _add_if_a_group(
     module: nn.Module, name: str, is_output: bool, names: dict[nn.Module, list[str]], groups: Groups
 ) -> None:
-    """Add what merges its layers later if it is one group, such as YOLO's ``Conv``: a gate stays behind it only."""
+    """Add a module that can merge its layers if it is one group, such as YOLO's ``Conv``: a gate is safe after it."""
     graph = trace(module)
     alone = Groups({}, [])
     if not isinstance(graph, str):
         last_nodes = _without_layers_after(module, graph) if is_output else set()
-        if _in_graph(module, name, graph, factors_of(module, graph), last_nodes, names, alone):
+        if _add_groups_in_code(module, name, graph, factors_of(module, graph), last_nodes, names, alone):
             groups.ends.update(alone.ends)
             groups.left_out.extend(alone.left_out)
             return
@@ -150,7 +175,7 @@ def _add_if_a_group(
         groups.left_out.append(f"{name}: {MERGES}")
 
 
-def _in_graph(
+def _add_groups_in_code(
     module: nn.Module,
     name: str,
     graph: fx.Graph,
@@ -159,7 +184,7 @@ def _in_graph(
     names: dict[nn.Module, list[str]],
     groups: Groups,
 ) -> bool:
-    """Add the groups that a module's code shows; whether the module itself is one."""
+    """Add the groups that a module's code shows; return whether the module as a whole is one."""
     calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     prefix = f"{name}." if name else ""
     for node in graph.nodes:
@@ -169,7 +194,7 @@ def _in_graph(
         for i, step in enumerate(own):
             if not isinstance(step.what, CONVOLUTIONS):
                 continue
-            following = [(n, s) for call, n in _after(module, node) for s in _steps(module, call, calls, names)]
+            following = [(n, s) for call, n in _chain_after(module, node) for s in _steps(module, call, calls, names)]
             group = _group(prefix, [*own[i:], *(s for _, s in following)], groups)
             if group is None:
                 continue
@@ -185,14 +210,14 @@ def _in_graph(
 
 
 class _Group(NamedTuple):
-    end: str  # name of the module after which it is complete
+    end: str  # name of the module that ends it
     length: int  # number of its steps
     act: nn.Module | Piece
-    shape: tuple[int, ...]  # of maps that the activation takes
+    shape: tuple[int, ...]  # of the maps that the activation takes
 
 
 def _group(prefix: str, steps: list[_Step], groups: Groups) -> _Group | None:
-    """The group that starts with the convolution that is the first step, or None without an activation."""
+    """The group that starts with the first step, a convolution; None if no activation ends it."""
     convolution: Any = steps[0].what
     shape = (2, convolution.out_channels, *(4 for _ in convolution.kernel_size))
     end, seen_norm = steps[0].name, False
@@ -207,31 +232,31 @@ def _group(prefix: str, steps: list[_Step], groups: Groups) -> _Group | None:
         else:
             kind = kind_of(step.what, shape)
             if kind == "scaling" and isinstance(step.what, nn.Module) and any(True for _ in step.what.parameters()):
-                end, seen_norm = step.name, True  # a norm of one's own, say
+                end, seen_norm = step.name, True  # for example, a custom norm
         if kind == "mixing" and mixing is None:
             mixing = step.what
         elif kind == "activation" and mixing is not None:
             groups.left_out.append(
-                f"{prefix}{end}: {_called(mixing)} between it and {_called(step.what)} is no norm that is known"
+                f"{prefix}{end}: {_label(mixing)} between it and {_label(step.what)} is not a known norm"
             )
             return None
         elif kind == "activation":
-            return _Group(end if step.again or not step.name else step.name, i, step.what, shape)
+            return _Group(end if step.is_shared or not step.name else step.name, i, step.what, shape)
         elif kind in ("pooling", "other"):
             why = why_unknown(step.what, shape)
             if why is not None:
                 groups.left_out.append(
-                    f"{prefix}{end}: whether {_called(step.what)} behind it is an activation cannot be told ({why})"
+                    f"{prefix}{end}: whether {_label(step.what)} behind it is an activation cannot be told ({why})"
                 )
             break
     if isinstance(mixing, nn.Module):
         groups.left_out.append(
-            f"{prefix}{end}: {_called(mixing)} behind it works on several values at a time, as no activation does"
+            f"{prefix}{end}: {_label(mixing)} behind it works on several values at a time: it is no activation"
         )
     return None
 
 
-def _called(act: nn.Module | Piece) -> str:
+def _label(act: nn.Module | Piece) -> str:
     return act.name() if isinstance(act, Piece) else type(act).__name__
 
 
@@ -243,7 +268,7 @@ def _add(prefix: str, group: _Group | None, last: bool, groups: Groups) -> None:
 def _is_the_output(group: _Group, name: str, last: bool, groups: Groups) -> bool:
     if not (last and squashes(group.act, group.shape)):
         return False
-    groups.left_out.append(f"{name}: its {_called(group.act)} makes the network's output")
+    groups.left_out.append(f"{name}: its {_label(group.act)} makes the network's output")
     return True
 
 
@@ -252,7 +277,7 @@ def _before_global_pooling(module: nn.Module) -> Iterator[tuple[str, nn.Module]]
 
 
 def _is_pooled(module: nn.Module, node: fx.Node) -> bool:
-    """Whether a node works on what a global pooling returned, and on nothing else."""
+    """Whether a node works on the output of a global pooling alone."""
     while len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
         child = called(module, node)
@@ -268,7 +293,7 @@ def _has_weights(layer: nn.Module) -> bool:
 def _steps(
     module: nn.Module, call: fx.Node | Piece, calls: list[str], names: dict[nn.Module, list[str]]
 ) -> list[_Step]:
-    """What a node calls, layer by layer if it is a sequence."""
+    """The steps of a call; one for each layer if it calls a sequence."""
     if isinstance(call, Piece):
         return [_Step("", call)]
     child = module.get_submodule(str(call.target))
@@ -279,10 +304,11 @@ def _steps(
     return [_Step(f"{call.target}.{name}", layer, several or len(names[layer]) > 1) for name, layer in layers]
 
 
-def _after(module: nn.Module, node: fx.Node) -> Iterator[tuple[fx.Node | Piece, fx.Node]]:
-    """The calls of modules and pieces of code that follow one another, and the node of what each returns.
+def _chain_after(module: nn.Module, node: fx.Node) -> Iterator[tuple[fx.Node | Piece, fx.Node]]:
+    """The chain of modules and pieces of code after a node, each with the node of its result.
 
-    Each is computed from the one before alone, which nothing else reads. What writes into its input leaves that node.
+    Each uses the result of the one before alone, and nothing else reads that. Code that writes into its input has the
+    input's node as its result.
     """
     passed: set[fx.Node] = set()
     while True:
@@ -309,7 +335,7 @@ def _is_returned(module: nn.Module, node: fx.Node) -> bool:
 
 
 def _without_layers_after(module: nn.Module, graph: fx.Graph) -> set[fx.Node]:
-    """The nodes after which no layer with weights comes in a module's code."""
+    """The nodes of a module's code that no layer with weights follows."""
     found: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if all(

@@ -1,4 +1,4 @@
-"""What a layer of somebody else's network is: activation, attention, something that passes through."""
+"""What a layer of any network is: activation, attention, convolution, or one that returns its input."""
 
 from typing import Any
 
@@ -36,10 +36,10 @@ ACTIVATION_FUNCTIONS: frozenset[Any] = frozenset(
     }
 )
 
-#: Whose convolutions and norms return as many channels as they say.
+#: Packages whose convolutions and norms return as many channels as their attributes say.
 _KNOWN_LAYERS = ("torch.nn.modules.", "torchvision.ops.misc.", "timm.layers.")
 
-#: Attention that scales channels, by class: the layer that tells the number of channels, or None where none does.
+#: Attention that scales channels, by class, with the layer that tells the number of channels, or None if none does.
 ATTENTION: dict[str, str | None] = {
     "torchvision.ops.misc.SqueezeExcitation": "fc1",
     "timm.layers.squeeze_excite.SEModule": "fc1",
@@ -58,7 +58,7 @@ ATTENTION: dict[str, str | None] = {
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether the module scales channels by what it sees: a gate of ours, or one of :data:`ATTENTION`."""
+    """Whether the module is channel attention: one of this library's gates, or one of :data:`ATTENTION`."""
     return isinstance(module, Gate) or class_with_forward(module) in ATTENTION
 
 
@@ -68,24 +68,24 @@ def is_activation(module: nn.Module) -> bool:
 
 
 def is_transparent(module: nn.Module) -> bool:
-    """Whether what a module returns is its input, but for what is dropped at random in training."""
+    """Whether a module returns its input, apart from what it drops at random in training."""
     return isinstance(module, _TRANSPARENT) or type(module).__name__ in ("DropPath", "DropBlock2d") or is_empty(module)
 
 
 def is_empty(module: nn.Module | None) -> bool:
-    """Whether it is a sequence of nothing, which returns its input."""
+    """Whether it is None or an empty sequence, which returns its input."""
     return module is None or (type(module) is nn.Sequential and not len(module))
 
 
 def count_convolutions(module: nn.Module) -> int:
-    """Convolutions of feature maps in the module: those inside attention do not count."""
+    """Number of convolutions in the module, without those inside attention."""
     if is_attention(module):
         return 0
     return int(isinstance(module, CONVOLUTIONS)) + sum(count_convolutions(child) for child in module.children())
 
 
 def out_channels(module: nn.Module) -> int | None:
-    """Channels of what a module returns, read off its last layer that has a say; None if none has."""
+    """Number of channels that a module returns, read off its last layer that tells it; None if none does."""
     if is_attention(module):
         return None
     for attribute in ("out_channels", "num_features", "num_channels", "out_features"):
@@ -99,7 +99,7 @@ def out_channels(module: nn.Module) -> int | None:
 
 
 def certain_channels(module: nn.Module) -> int | None:
-    """Channels of what a module returns, where its class leaves no doubt: a convolution, a norm, a sequence of them."""
+    """Number of channels that a module returns if its class leaves no doubt: a convolution, a norm, a sequence."""
     if type(module).__module__.startswith(_KNOWN_LAYERS) and (isinstance(module, CONVOLUTIONS) or is_norm(module)):
         return out_channels(module)
     if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
@@ -125,16 +125,16 @@ def resolve(module: nn.Module, path: str) -> tuple[str, nn.Module]:
 
 
 def folds_later(module: nn.Module) -> bool:
-    """Whether the module can merge its layers for deployment: a gate that is attached to one of them would be lost."""
+    """Whether the module can merge its layers for deployment, which would lose a gate that is attached to one."""
     return hasattr(module, "fuse") or merges_branches(module)
 
 
-#: Why a part that can is passed over.
+#: Why a module that can merge its layers is left out.
 MERGES = "it can merge its layers for deployment (fuse, reparameterize), and a gate inside would be lost"
 
 
 def merges_branches(module: nn.Module) -> bool:
-    """Whether the module can become one convolution for deployment, as RepVGG's: no gate can be inside."""
+    """Whether the module can become one convolution for deployment, as RepVGG's can: no gate can be inside it."""
     return any(hasattr(module, name) for name in ("forward_fuse", "reparameterize", "switch_to_deploy"))
 
 

@@ -26,10 +26,10 @@ class Site(NamedTuple):
     """A module whose output a gate is to scale.
 
     Attributes:
-        name: Of the module.
+        name: Name of the module.
         host: The module.
-        channels: Of its output, as far as its layers tell, or None.
-        certain: Whether the network's code shows that the layers are right.
+        channels: Number of channels of its output, or None if its layers do not tell.
+        certain: Whether the network's code shows that this number is right.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Site(NamedTuple):
 def find_sites(
     model: nn.Module, where: Where, filter_fn: FilterFn | None, run: DryRun | None
 ) -> tuple[list[Site], list[str]]:
-    """The modules that gates are to be attached to, in the order of registration.
+    """The modules to attach gates to, in the order of registration.
 
     Args:
         model: The network.
@@ -53,7 +53,7 @@ def find_sites(
         The sites, and notes on what was left out.
 
     Raises:
-        TypeError: ``where`` is none of the things it may be.
+        TypeError: ``where`` has a wrong type.
         ValueError: nothing is found; the message says what can be named instead.
     """
     if where in ("block", "stage"):
@@ -64,7 +64,7 @@ def find_sites(
     if where == "conv":
         groups = find_groups(model, names, {} if run is None else run.shapes)
         if run is not None:
-            for name in _pooled(model, groups.ends, run):
+            for name in _pooled_at_any_size(model, groups.ends, run):
                 del groups.ends[name]
                 groups.left_out.append(f"{name}: it works on features that are pooled to one position")
         found, notes = {**groups.ends}, [f"left out: {what}" for what in groups.left_out]
@@ -74,11 +74,11 @@ def find_sites(
                 f"where='conv' finds no convolution with an activation behind it{more}; {_what_to_name(model)}"
             )
     else:
-        found = dict.fromkeys(_named(model, where))
+        found = dict.fromkeys(_names_matching(model, where))
     modules = dict(model.named_modules(remove_duplicate=False))
     sites: dict[nn.Module, Site] = {}
     if not found:
-        raise ValueError(f"where={where!r} names nothing but gates that are there; {_what_to_name(model)}")
+        raise ValueError(f"where={where!r} names only gates that are already there; {_what_to_name(model)}")
     for name, channels in found.items():
         if filter_fn is not None and not filter_fn(modules[name], name):
             continue
@@ -89,23 +89,23 @@ def find_sites(
     return list(sites.values()), notes
 
 
-def _pooled(model: nn.Module, names: Iterable[str], run: DryRun) -> list[str]:
-    """The modules that return one position whatever the size of the input, and not because strides came to that."""
+def _pooled_at_any_size(model: nn.Module, names: Iterable[str], run: DryRun) -> list[str]:
+    """The modules that return one position for any size of the input, and not only because strides shrink this one."""
 
-    def among(names: Iterable[str], run: DryRun) -> list[str]:
+    def pooled_in(names: Iterable[str], run: DryRun) -> list[str]:
         shapes = [(name, run.shapes.get(_site(model, name, None).host)) for name in names]
         return [name for name, shape in shapes if shape is not None and is_pooled(shape.output)]
 
-    pooled = among(names, run)
+    pooled = pooled_in(names, run)
     if not pooled or math.prod(run.input_shape[2:]) == 1:
         return []
     larger = dry_run(model, (*run.input_shape[:2], *(4 * size for size in run.input_shape[2:])))
     if larger is None or larger.failed is not None:
         return pooled
-    return among(pooled, larger)
+    return pooled_in(pooled, larger)
 
 
-def _named(model: nn.Module, where: object) -> list[str]:
+def _names_matching(model: nn.Module, where: object) -> list[str]:
     gates = tuple(f"{f'{name}.' if name else ''}{GATE}." for name, _, _ in attached_gates(model))
     every = [n for n, _ in model.named_modules(remove_duplicate=False) if n and not f"{n}.".startswith(gates)]
     if callable(where):
@@ -138,7 +138,7 @@ def _named(model: nn.Module, where: object) -> list[str]:
 
 
 def _what_to_name(model: nn.Module) -> str:
-    """Modules a user could name, for an error."""
+    """Modules that a user can name, as the end of an error message."""
     useful = [n for n, m in model.named_modules() if n and not isinstance(m, CONTAINERS) and out_channels(m)]
     shown = ", ".join([*useful[:4], "...", *useful[-4:]] if len(useful) > 9 else useful)
     return f"modules that can be named: {shown}" if useful else "it has no convolution or norm"
@@ -171,7 +171,9 @@ def _at_blocks(
     notes = unread + [f"left out: {branch.block}: {branch.why_not}" for branch in wanted if branch.why_not is not None]
     if not possible:
         more = f", and {len(wanted) - 1} more such blocks" if len(wanted) > 1 else ""
-        raise ValueError(f"where='block' can put a gate nowhere in {type(model).__name__}: {notes[len(unread)]}{more}")
+        raise ValueError(
+            f"where='block' finds no place for a gate in {type(model).__name__}: {notes[len(unread)]}{more}"
+        )
     sites: dict[nn.Module, Site] = {}
     for branch in possible:
         site = _site(model, branch.end, branch.channels)
@@ -180,14 +182,14 @@ def _at_blocks(
 
 
 def _at_stages(model: nn.Module, branches: list[Branch]) -> list[Site]:
-    """After the last of the blocks that follow one another with as many channels."""
+    """The last block of each stage; a stage is a run of blocks with the same parent and number of channels."""
     last: list[Branch] = []
     for branch in branches:
         block = model.get_submodule(branch.block)
         if class_with_forward(block) in JOINED:
             raise ValueError(
-                f"where='stage' does not work with {type(block).__name__}, whose output is joined to that of others: "
-                "use where='block', or name modules"
+                f"where='stage' does not work with {type(block).__name__}, whose output is concatenated with that of "
+                "others: use where='block', or name modules"
             )
         if not branch.block or isinstance(block, CONTAINERS):
             raise ValueError(
@@ -205,11 +207,9 @@ def _stage(branch: Branch) -> tuple[str, int | None]:
 
 
 def _site(model: nn.Module, name: str, channels: int | None) -> Site:
-    """The module to hang a gate on for the output of the one that is named."""
+    """The site for a named module; for a sequence that is its last layer."""
     host = model.get_submodule(name)
-    while (
-        isinstance(host, nn.Sequential) and type(host).forward is nn.Sequential.forward
-    ):  # it returns what its last does
+    while isinstance(host, nn.Sequential) and type(host).forward is nn.Sequential.forward:
         last = next((key for key, child in reversed(host._modules.items()) if not is_empty(child)), None)
         if last is None:
             break

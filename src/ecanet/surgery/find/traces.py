@@ -1,4 +1,4 @@
-"""What the code of one module shows: its graph, attention in it, and what squashes or pools."""
+"""What the code of one module shows: its graph, the attention in it, and which steps squash or pool."""
 
 import inspect
 import math
@@ -19,9 +19,17 @@ MULTIPLICATIONS: tuple[Any, ...] = (
     *("mul", "mul_", "multiply", "multiply_"),
 )
 _DIVISIONS: tuple[Any, ...] = (operator.truediv, operator.itruediv, torch.div, torch.divide, torch.true_divide, "div")
-#: What multiplies the last two of its tensors.
-_OTHER_PRODUCTS: tuple[Any, ...] = (torch.einsum, torch.addcmul, torch.lerp, "addcmul", "addcmul_", "lerp", "lerp_")
-_PARTS: tuple[Any, ...] = (operator.getitem, torch.chunk, torch.split, torch.tensor_split, "chunk", "split")
+#: These multiply the last two of their tensors.
+_PRODUCTS_OF_LAST_TWO: tuple[Any, ...] = (
+    torch.einsum,
+    torch.addcmul,
+    torch.lerp,
+    "addcmul",
+    "addcmul_",
+    "lerp",
+    "lerp_",
+)
+_SELECTIONS: tuple[Any, ...] = (operator.getitem, torch.chunk, torch.split, torch.tensor_split, "chunk", "split")
 _CLAMPS: tuple[Any, ...] = (torch.clamp, torch.clip, "clamp", "clamp_", "clip", "clip_")
 _SQUASHING = (nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Hardtanh, nn.Softsign, nn.LogSigmoid, nn.Softmax, nn.Softmax2d)
 _SOFTMAX: frozenset[Any] = frozenset({torch.softmax, F.softmax, "softmax"})
@@ -29,8 +37,8 @@ _SQUASHING_FUNCTIONS: frozenset[Any] = _SOFTMAX | {
     *(torch.sigmoid, torch.tanh, F.sigmoid, F.tanh, F.hardsigmoid),
     *("sigmoid", "sigmoid_", "tanh", "tanh_"),
 }
-#: Of maps that an activation is tried on.
-_SHAPE = (2, 3, 4, 4)
+#: Shape of the map that an activation is tried on.
+_TRIAL_SHAPE = (2, 3, 4, 4)
 _POOLS = (
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
     *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
@@ -59,31 +67,31 @@ class ChildrenAsTheyAre(fx.Tracer):
 def trace(module: nn.Module) -> fx.Graph | str:
     """The graph of one module's own code, or why there is none.
 
-    Arguments have their defaults where these are flags, numbers or None, so that code that asks for them is followed as
-    it usually runs.
+    Arguments whose default is a flag, a number or None keep it, so that the graph follows the branches of the code that
+    run by default.
     """
     try:
         parameters = inspect.signature(type(module).forward).parameters.values()
         usual = {p.name: p.default for p in parameters if p.default is None or isinstance(p.default, (bool, int, str))}
         if usual:
             return ChildrenAsTheyAre().trace(_stand_in(module), concrete_args=usual)
-    except Exception:  # it needs one of them
+    except Exception:  # the code needs one of these arguments
         pass
     try:
         return ChildrenAsTheyAre().trace(_stand_in(module))
-    except Exception as error:  # whatever the module's code does with a proxy
+    except Exception as error:  # a module's code may do anything with a proxy
         return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def cannot_trace(why: str) -> str:
-    """What :func:`trace` returned in place of a graph, for a report."""
+    """The reason that :func:`trace` returned in place of a graph, as a report says it."""
     return f"torch.fx cannot trace its code ({why})"
 
 
 def _stand_in(module: nn.Module) -> nn.Module:
-    """A module of the same class, children and attributes, in which code may leave what it was traced with.
+    """A module of the same class, children and attributes: what its code stores during tracing stays in this one.
 
-    It has no hooks on its calls: the graph is that of its own code, without a gate that is attached to it.
+    It has no hooks on its calls, so that the graph is that of its own code, without a gate that is attached to it.
     """
     twin = object.__new__(type(module))
     own = vars(module).items()
@@ -106,16 +114,17 @@ def ancestors_in(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
 
 
 def factor_in(module: nn.Module, node: fx.Node, ancestors: dict[fx.Node, set[fx.Node]]) -> set[fx.Node] | None:
-    """Of a product of x and something computed from x that squashes or pools it, the nodes of that; None for others.
+    """The nodes that compute the factor if a node is attention, or None.
 
-    That is what attention is, whatever its class: ``x * sigmoid(fc(x.mean((2, 3))))``. Both may be computed from the
-    same map, as in GhostNetV2; then layers with weights and a sigmoid at their end tell the factor.
+    Attention, whatever its class, is a product of x and a factor that pools or squashes x:
+    ``x * sigmoid(fc(x.mean((2, 3))))``. Both may be computed from the same map, as in GhostNetV2; then the factor is
+    the one that has layers with weights and ends in a sigmoid.
     """
-    pairs = list(_products(node))
+    pairs = list(_maps_and_factors(node))
     for x, factor in pairs:
         inside = ancestors[factor] - ancestors[x]
-        enough = _has_weights if node.target in _DIVISIONS else _has_layers  # x / x.norm() is none
-        direct = bool(_unscaled(x) & ancestors[factor]) and enough(module, inside)
+        enough = _has_weights if node.target in _DIVISIONS else _has_weights_or_pools  # x / x.norm() is none
+        direct = bool(_origins(x) & ancestors[factor]) and enough(module, inside)
         if direct and any(_squashes_or_pools(module, n) for n in inside):
             return inside
     for x, factor in reversed(pairs):
@@ -125,11 +134,11 @@ def factor_in(module: nn.Module, node: fx.Node, ancestors: dict[fx.Node, set[fx.
     return None
 
 
-def _products(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """What a node multiplies, as a map and its factor, in both orders; for a division the divisor is the factor."""
+def _maps_and_factors(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """The pairs (map, factor) that a node may multiply: both orders of a product; of a division, the divisor last."""
     tensors = node.all_input_nodes
     if (node.target in (*MULTIPLICATIONS, *_DIVISIONS) and len(tensors) == 2) or (
-        node.target in _OTHER_PRODUCTS and len(tensors) >= 2
+        node.target in _PRODUCTS_OF_LAST_TWO and len(tensors) >= 2
     ):
         first, second = tensors[-2:]
         yield first, second
@@ -137,16 +146,16 @@ def _products(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
             yield second, first
 
 
-def _unscaled(node: fx.Node) -> set[fx.Node]:
-    """A node, what it is a product of, as a map may be scaled several times, and what it is a part of."""
+def _origins(node: fx.Node) -> set[fx.Node]:
+    """A node and all that it is a product or a part of: a map may be scaled several times."""
     found = {node}
-    if node.target in MULTIPLICATIONS or node.target in _PARTS:
-        found.update(*map(_unscaled, node.all_input_nodes))
+    if node.target in MULTIPLICATIONS or node.target in _SELECTIONS:
+        found.update(*map(_origins, node.all_input_nodes))
     return found
 
 
-def _has_layers(module: nn.Module, nodes: set[fx.Node]) -> bool:
-    """Whether there is more than an activation, such as ``x * sigmoid(x)`` is."""
+def _has_weights_or_pools(module: nn.Module, nodes: set[fx.Node]) -> bool:
+    """Whether nodes use weights or pool; those of an activation such as ``x * sigmoid(x)`` do neither."""
     children = [child for node in nodes if (child := called(module, node)) is not None]
     return _has_weights(module, nodes) or (
         any(_pools(child) for child in children) or any(node.target in _POOLING_FUNCTIONS for node in nodes)
@@ -167,21 +176,21 @@ def _squashes_or_pools(module: nn.Module, node: fx.Node) -> bool:
     child = called(module, node)
     if child is None:
         return node.target in _POOLING_FUNCTIONS or _node_squashes(node)
-    return _pools(child) or any(squashes(part) or _code_squashes(part) for part in child.modules())
+    return _pools(child) or any(squashes(part) or _code_squashes_or_pools(part) for part in child.modules())
 
 
 def _node_squashes(node: fx.Node) -> bool:
-    """Whether a function does, ``clamp`` with two bounds and ``1 / (1 + exp(-x))`` included."""
+    """Whether a function squashes: ``clamp`` with two bounds and ``1 / (1 + exp(-x))`` do, too."""
     if node.target in _CLAMPS:
         bounds = [*node.args[1:], *node.kwargs.values()]
         return len(bounds) == 2 and None not in bounds
-    if node.target in (torch.exp, "exp"):  # where it is divided by
+    if node.target in (torch.exp, "exp"):  # of a divisor
         above = [user for user in node.users if user.target in (operator.add, torch.add, "add")]
         return any(user.target in (*_DIVISIONS, torch.reciprocal, "reciprocal") for n in above for user in n.users)
     return squashes(node.target)
 
 
-def _code_squashes(part: nn.Module) -> bool:
+def _code_squashes_or_pools(part: nn.Module) -> bool:
     if type(part).__module__.startswith("torch.nn.") or next(part.children(), None) is None:
         return False
     graph = trace(part)
@@ -191,7 +200,7 @@ def _code_squashes(part: nn.Module) -> bool:
 
 
 def _ends_as_factors_do(module: nn.Module, node: fx.Node) -> bool:
-    """Whether the last that happens to values, but for their place, leaves them between 0 and 1."""
+    """Whether the last step that changes values, and not only moves them, leaves them between 0 and 1."""
     while True:
         child = called(module, node)
         if child is not None and is_sequence(child):
@@ -206,17 +215,17 @@ def _ends_as_factors_do(module: nn.Module, node: fx.Node) -> bool:
 
 
 def factors_of(module: nn.Module, graph: fx.Graph) -> set[fx.Node]:
-    """Nodes of a module's code that serve attention in it alone."""
+    """The nodes of a module's code that only compute factors of attention."""
     ancestors = ancestors_in(graph)
     return set().union(*(factor_in(module, node, ancestors) or () for node in graph.nodes))
 
 
 def looks_like_attention(module: nn.Module, shapes: Mapping[nn.Module, Shapes] | None = None) -> bool:
-    """Whether a module scales what it gets by something that it computes of it: attention, known here or not.
+    """Whether a module scales its input by a factor that it computes from it: attention, of a known class or not.
 
     Args:
         module: The module.
-        shapes: Of a dry run, if there was one: they tell where the code cannot be traced.
+        shapes: Shapes from a dry run, if there was one; they are used if the code cannot be traced.
     """
     if is_attention(module):
         return True
@@ -233,10 +242,11 @@ def looks_like_attention(module: nn.Module, shapes: Mapping[nn.Module, Shapes] |
 
 
 def _may_be_attention(module: nn.Module, shapes: Mapping[nn.Module, Shapes]) -> bool:
-    """Of code that cannot be traced: whether it returns what has its input's shape, and its layers only a factor.
+    """Whether a module whose code cannot be traced may be attention.
 
-    A layer computes a factor if what it returns has one position or one channel; all may be factors where a sigmoid
-    is inside and they look at no neighbours.
+    Its output must have its input's shape, and its layers must look as if they computed a factor: some return one
+    position or one channel, and the others fewer channels than the input has; or all layers are pointwise, and a
+    sigmoid is inside.
     """
     own = shapes.get(module)
     if own is not None and (own.input is None or own.input != own.output or is_pooled(own.output)):
@@ -255,22 +265,22 @@ def _may_be_attention(module: nn.Module, shapes: Mapping[nn.Module, Shapes]) -> 
 
 
 def is_pooled(shape: torch.Size | None) -> bool:
-    """Whether there is one position left of a map (N, C, *spatial)."""
+    """Whether a map (N, C, *spatial) has one position."""
     return shape is not None and shape[2:].numel() == 1
 
 
 def squashes(step: Any, shape: Sequence[int] | None = None) -> bool:
-    """Whether an activation, module, function or code, has bounds on both sides, as outputs and factors have.
+    """Whether an activation (module, function or code) is bounded on both sides, as those of outputs and factors are.
 
     Args:
         step: The activation.
-        shape: Of maps that it takes, if that is known.
+        shape: Shape of the maps that it takes, if that is known.
     """
     return isinstance(step, _SQUASHING) or _bounds(step, shape) is not None
 
 
 def _bounds(step: Any, shape: Sequence[int] | None = None) -> tuple[float, float] | None:
-    """The least and the greatest value of an activation, from what it does to numbers; None if it has none."""
+    """The least and greatest value of an activation, from what it returns for numbers; None if it is unbounded."""
     if isinstance(step, (nn.Softmax, nn.Softmax2d)) or step in _SOFTMAX:
         return 0.0, 1.0
     if isinstance(step, Piece):
@@ -283,11 +293,11 @@ def _bounds(step: Any, shape: Sequence[int] | None = None) -> tuple[float, float
         call = getattr(Tensor, step) if isinstance(step, str) else step
     else:
         return None
-    shape = _SHAPE if shape is None else shape
+    shape = _TRIAL_SHAPE if shape is None else shape
     ends = [torch.linspace(-end, end, math.prod(shape)).reshape(*shape) for end in (100.0, 1000.0)]
     try:
         near, far = (values_of(call, x) for x in ends)
-    except Exception:  # it wants something else
+    except Exception:  # it does not take such a map
         return None
     if near is None or far is None:
         return None

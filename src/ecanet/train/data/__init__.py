@@ -1,4 +1,4 @@
-"""Where pictures come from."""
+"""Sources of pictures."""
 
 from ecanet.train.data.pictures import read_image
 from ecanet.train.data.sources import (

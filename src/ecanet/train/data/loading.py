@@ -1,7 +1,7 @@
-"""From pictures to batches, in an order and with an augmentation that depend on seed, epoch and index alone.
+"""Makes batches of pictures. Order and augmentation depend only on seed, epoch and index.
 
-That is what lets a killed run go on to the very weights an uninterrupted one reaches: no state of a random generator
-has to survive, whatever the number of loading processes.
+A killed run can therefore reach exactly the weights of an uninterrupted one, with any number of loading processes: no
+state of a random generator has to be saved.
 """
 
 from collections.abc import Callable, Iterator, Sized
@@ -16,15 +16,16 @@ from torchvision.transforms import InterpolationMode, v2
 from ecanet.train.config import DataConfig
 from ecanet.train.data.sources import Splits, embedded, fashion_mnist, image_folder
 
+#: Numbers that keep the seeds of the two uses apart.
 _SHUFFLE, _AUGMENT = 1, 2
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-#: Mean and standard deviation of Fashion-MNIST's training pixels, the same grey in all three channels.
+#: Mean and standard deviation of Fashion-MNIST's training pixels, which are grey: the same in all three channels.
 FASHION_MEAN, FASHION_STD = (0.2860,) * 3, (0.3530,) * 3
 
 
 def mix_seed(*numbers: int) -> int:
-    """One 63-bit seed from several integers; every one of them changes all of it.
+    """One 63-bit seed from several integers, each of which influences every bit.
 
     Example:
         >>> mix_seed(0, 1) != mix_seed(1, 0)
@@ -40,21 +41,21 @@ def mix_seed(*numbers: int) -> int:
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """Keys ``(epoch, index)``, shuffled anew every epoch by seed and epoch, one process's share of them.
+    """The keys ``(epoch, index)`` of one process, shuffled by seed and epoch.
 
-    With several processes every one gets the same number of keys: the first few are repeated at the end. A last batch
-    of a single image is left out, as BatchNorm cannot train on one; which image that is changes with the epoch.
+    All processes get the same number of keys: the first few keys are repeated at the end if needed. A last batch with a
+    single image is left out, as BatchNorm cannot train on it; which image that is changes with the epoch.
 
     Args:
         length: Number of images.
         seed: Seed of the order.
-        batch_size: Images a batch.
-        rank: This process.
+        batch_size: Images in a batch.
+        rank: Index of this process.
         world: Number of processes.
 
     Attributes:
         epoch: Set by Lightning before each epoch.
-        skip: Keys to leave out at the start of the next epoch only, because a killed run has used them.
+        skip: Number of keys to leave out at the start of the next epoch only: a killed run has already used them.
     """
 
     def __init__(self, length: int, seed: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
@@ -65,11 +66,11 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.skip = 0
 
     def __len__(self) -> int:
-        """Keys an epoch and process."""
+        """Number of keys for one epoch and process."""
         return self.share
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass."""
+        """Choose the order of the next pass by its epoch."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -82,7 +83,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
 
 class Augmented(Dataset[tuple[Tensor, int]]):
-    """Images by key ``(epoch, index)``, each augmented from a seed of its own.
+    """Images by key ``(epoch, index)``, each augmented with its own seed.
 
     Args:
         images: Dataset of ``(uint8 image (C, H, W), label)``.
@@ -104,13 +105,13 @@ class Augmented(Dataset[tuple[Tensor, int]]):
         state = generator.get_state()
         generator.manual_seed(mix_seed(self.seed, _AUGMENT, epoch, index))
         try:
-            return _rgb(self.transform(image)), label
+            return _as_rgb(self.transform(image)), label
         finally:
             generator.set_state(state)
 
 
 class Plain(Dataset[tuple[Tensor, int]]):
-    """Images by index through a transform without chance."""
+    """Images by index, through a transform that draws no random numbers."""
 
     def __init__(self, images: Dataset[Any], transform: Callable[[Tensor], Tensor]) -> None:
         self.images, self.transform = images, transform
@@ -122,7 +123,7 @@ class Plain(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """One image."""
         image, label = self.images[index]
-        return _rgb(self.transform(image)), label
+        return _as_rgb(self.transform(image)), label
 
 
 class ImageData(L.LightningDataModule):
@@ -138,7 +139,7 @@ class ImageData(L.LightningDataModule):
         std: Standard deviation of each.
 
     Raises:
-        FileNotFoundError, ValueError: what is wrong with the data, by file: see :mod:`ecanet.train.data.sources`.
+        FileNotFoundError, ValueError: the data is missing or wrong: see :mod:`ecanet.train.data.sources`.
     """
 
     def __init__(self, config: DataConfig, seed: int = 0) -> None:
@@ -160,18 +161,18 @@ class ImageData(L.LightningDataModule):
         """How many images there are to validate on."""
         return _length(self.splits.val)
 
-    def _order(self, rank: int, world: int) -> EpochSampler:
+    def _build_sampler(self, rank: int, world: int) -> EpochSampler:
         return EpochSampler(self.training_images, self.seed, self.config.batch_size, rank, world)
 
     def steps_per_epoch(self, world: int) -> int:
-        """Training steps an epoch, with so many processes."""
-        return -(-len(self._order(0, world)) // self.config.batch_size)
+        """Training steps in an epoch with ``world`` processes."""
+        return -(-len(self._build_sampler(0, world)) // self.config.batch_size)
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         """Batches of ``(uint8 images (N, 3, H, W), labels (N,))``."""
         trainer = self.trainer
         assert trainer is not None
-        self._sampler = self._order(trainer.global_rank, trainer.world_size)
+        self._sampler = self._build_sampler(trainer.global_rank, trainer.world_size)
         epochs, batches = divmod(self._resume_at["batches"], self.steps_per_epoch(trainer.world_size))
         self._sampler.epoch = self._resume_at["epoch"] + epochs
         self._sampler.skip = batches * self.config.batch_size
@@ -179,7 +180,7 @@ class ImageData(L.LightningDataModule):
         return DataLoader(images, sampler=self._sampler, **self._options())
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
-        """Batches of ``(uint8 images (N, 3, H, W), labels (N,))``; every image once, whatever the processes."""
+        """Batches of ``(uint8 images (N, 3, H, W), labels (N,))``; every image once over all processes."""
         trainer = self.trainer
         share = range(self.validation_images)
         if trainer is not None:
@@ -187,13 +188,13 @@ class ImageData(L.LightningDataModule):
         return DataLoader(Plain(self.splits.val, test_transform(self.config)), sampler=list(share), **self._options())
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many of its batches have been trained on; the loader itself is ahead of that."""
+        """The epoch, and how many of its batches have been trained on; the loader may have read more."""
         assert self.trainer is not None
         progress = vars(self.trainer.fit_loop.epoch_loop.batch_progress.current)
         return {"epoch": self._sampler.epoch, "batches": int(progress["processed"])}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from there: Lightning calls this before it asks for the loader."""
+        """Set where to go on; Lightning calls this before it asks for the loader."""
         self._resume_at = state_dict
 
     def _options(self) -> dict[str, Any]:
@@ -245,7 +246,7 @@ def _image_size(config: DataConfig) -> int:
     return config.image_size or (224 if config.source == "image_folder" else 28)
 
 
-def _rgb(image: Tensor) -> Tensor:
+def _as_rgb(image: Tensor) -> Tensor:
     return image.expand(3, -1, -1) if image.shape[0] == 1 else image
 
 

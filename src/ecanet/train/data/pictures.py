@@ -1,4 +1,4 @@
-"""Image files: found below a folder, and decoded within bounds of memory and time, whatever they say of themselves."""
+"""Finds image files below a folder, and decodes them within limits of memory and time, whatever they contain."""
 
 import io
 import os
@@ -21,19 +21,19 @@ from ecanet.untrusted import shown
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 #: The most pixels of an image: 8192 x 8192.
 MAX_PIXELS = 2**26
-#: The most pixels of a WebP image: 5792 x 5792. Its decoder keeps several copies.
+#: The most pixels of a WebP image: 5792 x 5792. The decoder of WebP keeps several copies.
 MAX_WEBP_PIXELS = 2**25
-#: The most pixels where PIL's decoder is written in Python: run-length encoded BMP, PPM of text or an odd range.
+#: The most pixels if PIL's decoder is written in Python: run-length encoded BMP, PPM as text or with an odd range.
 MAX_SLOW_PIXELS = 2**23
-#: How many times the shorter side an image's longer side may be. A resize to the shorter side multiplies by its square.
+#: The largest ratio of an image's sides, longer to shorter: enlarged by its shorter side, a long image grows too large.
 MAX_RATIO = 64
-#: The most bytes of an image file are so many a pixel, and a mebibyte.
+#: An image file may have this many bytes for each of the most pixels, and a mebibyte.
 BYTES_PER_PIXEL = 4
-#: The most reads that decode a file; a header may be made of millions of parts of a few bytes.
+#: The most reads for decoding a file: a header may consist of millions of parts of a few bytes.
 MAX_READS = 2**19
-#: The most numbers in an entry of a TIFF's directory: as many tiles of 16 x 16 pixels are in the largest image.
+#: The most numbers in an entry of a TIFF's directory: the number of tiles of 16 x 16 pixels in the largest image.
 MAX_TIFF_NUMBERS = 2**18
-#: The most scans of a progressive JPEG, each a pass over all its pixels; encoders make some ten.
+#: The most scans of a progressive JPEG: each is a pass over all pixels, and encoders make about ten.
 MAX_SCANS = 100
 
 _PIXELS_AT_A_TIME = 2**20
@@ -42,10 +42,10 @@ _PIXELS_AT_A_TIME = 2**20
 def image_files(folder: str | Path) -> Iterator[str]:
     """Image files below a folder, by suffix; names that start with a dot are left out.
 
-    Links to folders are followed, but every folder is gone through once, and none that holds ``folder``.
+    Links to folders are followed, but each folder is searched only once, and never one that contains ``folder``.
 
     Raises:
-        OSError: a folder cannot be listed; names it.
+        OSError: a folder cannot be listed; the message names it.
     """
     seen = {_identity(path) for path in Path(folder).resolve().parents}
     todo = [os.fspath(folder)]
@@ -54,7 +54,7 @@ def image_files(folder: str | Path) -> Iterator[str]:
         for entry in _entries(todo.pop(), seen):
             if entry.name.startswith("."):
                 continue
-            # A link in a circle is no folder for isdir, an error for is_dir.
+            # For a circular link isdir returns False, and is_dir raises an error.
             if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                 below.append(entry.path)
             elif entry.name.lower().endswith(IMG_EXTENSIONS):
@@ -63,7 +63,7 @@ def image_files(folder: str | Path) -> Iterator[str]:
 
 
 def _entries(folder: str, seen: set[tuple[int, int]]) -> list[os.DirEntry[str]]:
-    """What is in a folder, the first time."""
+    """The entries of a folder at its first visit; none later."""
     try:
         if (identity := _identity(folder)) in seen:
             return []
@@ -82,8 +82,8 @@ def _identity(path: str | Path) -> tuple[int, int]:
 def read_image(path: str | Path) -> Tensor:
     """Decode one image file to RGB.
 
-    Of 16-bit pixels the upper 8 bits are kept. Transparency is dropped and EXIF orientation not applied, as in
-    torchvision. Of a file with several images the first is taken.
+    16-bit pixels keep their upper 8 bits. Transparency is dropped and EXIF orientation not applied, as in torchvision.
+    If a file has several images, the first is taken.
 
     Args:
         path: A file of one of :data:`FORMATS`, of at most :data:`MAX_PIXELS` (:data:`MAX_WEBP_PIXELS`,
@@ -105,16 +105,16 @@ def read_image(path: str | Path) -> Tensor:
         pixels = _decode(path)
     except FileNotFoundError:
         raise
-    except Exception as error:  # PIL's decoders let out many kinds: OSError, SyntaxError, struct.error, IndexError ...
+    except Exception as error:  # PIL raises many: OSError, SyntaxError, struct.error, IndexError ...
         raise ValueError(
             f"cannot read the image '{shown(path, 300)}': {what_is_wrong(error)}. Remove or replace it; "
-            "image_folder(root, verify=True), on the command line --data.verify true, finds all of a folder"
+            "image_folder(root, verify=True), on the command line --data.verify true, lists all such files in a folder"
         ) from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def what_is_wrong(error: BaseException) -> str:
-    """What a decoder's error says, on one line."""
+    """A decoder's error in one line."""
     if isinstance(error, MemoryError):
         return "there is not enough memory for it"
     if isinstance(error, (OSError, ValueError)) and str(error):
@@ -125,12 +125,12 @@ def what_is_wrong(error: BaseException) -> str:
 def _decode(path: str | Path) -> np.ndarray:
     """RGB uint8 ``(H, W, 3)``."""
     status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for its writer
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe waits for its writer
         raise ValueError("it is a folder, pipe, socket or device, not a file")
-    if not status.st_size:  # as have the files of /proc, some of which are pipes
+    if not status.st_size:  # files of /proc have size 0, and some act like pipes
         raise ValueError("it is empty")
     _check_bytes(status.st_size, MAX_PIXELS)
-    with _Counted(io.FileIO(path)) as file, _opened(file) as image:
+    with _ReadLimited(io.FileIO(path)) as file, _open_image(file) as image:
         if any(tile[0] in Image.DECODERS for tile in image.tile):
             _check_size(*image.size, MAX_SLOW_PIXELS)
             file.left = MAX_SLOW_PIXELS  # it reads byte by byte
@@ -141,8 +141,8 @@ def _decode(path: str | Path) -> np.ndarray:
         return _rgb_pixels(image)
 
 
-class _Counted(io.BufferedReader):
-    """A file that may be read from so many times."""
+class _ReadLimited(io.BufferedReader):
+    """A file that allows a limited number of reads."""
 
     left = MAX_READS
 
@@ -153,15 +153,15 @@ class _Counted(io.BufferedReader):
         return super().read(size)
 
 
-def _opened(file: IO[bytes]) -> ImageFile.ImageFile:
-    """As ``Image.open``, without its warning about large images: their size is judged here."""
+def _open_image(file: IO[bytes]) -> ImageFile.ImageFile:
+    """Like ``Image.open``, but without its warning about large images: sizes are checked here."""
     Image.init()
     head = file.read(32)
     file.seek(0)
     if head[:4] == b"RIFF":  # PIL reserves memory for the image when it opens it
         _check_size(*_webp_size(head), MAX_WEBP_PIXELS)
         _check_bytes(os.fstat(file.fileno()).st_size, MAX_WEBP_PIXELS)
-    elif head[:4] in _TIFFS:  # PIL makes Python's numbers of all that a directory holds
+    elif head[:4] in _TIFFS:  # PIL turns all values of a directory into Python's numbers
         _check_directory(file, *_TIFFS[head[:4]])
         file.seek(0)
     for name in FORMATS:
@@ -172,7 +172,7 @@ def _opened(file: IO[bytes]) -> ImageFile.ImageFile:
 
 
 def _webp_size(head: bytes) -> tuple[int, int]:
-    """Width and height that a WebP file's first chunk says."""
+    """Width and height from the first chunk of a WebP file."""
     # https://developers.google.com/speed/webp/docs/riff_container, RFC 6386 9.1
     kind = head[12:16]
     if kind == b"VP8X":
@@ -199,13 +199,13 @@ def _check_size(width: int, height: int, most: int = MAX_PIXELS) -> None:
         )
 
 
-#: How a TIFF begins, and the formats of its directory's place and length, of an entry, and of the entry's first fields.
+#: By a TIFF's first bytes: byte order, and the layouts of the directory's offset, of its length and of an entry.
 _TIFFS = {
     start: (order, *sizes)
     for order, starts in (("<", (b"II*\0", b"II+\0")), (">", (b"MM\0*", b"MM\0+")))
     for start, sizes in zip(starts, (("4xI", "H", "HHI4x"), ("8xQ", "Q", "HHQ8x")), strict=True)
 }
-_TIFF_BYTES = (1, 2, 6, 7)  # types of entries that stay bytes
+_TIFF_BYTES = (1, 2, 6, 7)  # types of entries that PIL keeps as bytes
 
 
 def _check_directory(file: IO[bytes], order: str, place: str, length: str, entry: str) -> None:
@@ -226,7 +226,7 @@ def _check_directory(file: IO[bytes], order: str, place: str, length: str, entry
 
 
 def _check_tile(image: Image.Image) -> None:
-    """A TIFF's tile may be larger than its image, and is decoded whole."""
+    """Check the tile size of a TIFF: a tile may be larger than the image, and is decoded completely."""
     tags = getattr(image, "tag_v2", {})
     width, height = tags.get(TiffImagePlugin.TILEWIDTH, 1), tags.get(TiffImagePlugin.TILELENGTH, 1)
     if width * height > MAX_PIXELS:
@@ -234,11 +234,11 @@ def _check_tile(image: Image.Image) -> None:
 
 
 def _check_scans(file: IO[bytes]) -> None:
-    """Count a progressive JPEG's scans; a few bytes make one, and each costs a pass over the image."""
+    """Count the scans of a progressive JPEG: a scan may have only a few bytes, but costs a pass over the image."""
     file.seek(0)
     data, place, scans = file.read(), 0, 0
-    # Markers other than RST; all but SOI and EOI begin a segment with its length. Between the segments of a scan, 0xFF
-    # is followed by zero or RST alone.
+    # Find all markers except RST. All but SOI and EOI start a segment, which begins with its length. In the data of a
+    # scan, only zero or RST can follow 0xFF.
     marker = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
     while (found := marker.search(data, place)) and found[0] != b"\xff\xd9":
         place = found.end()
@@ -258,11 +258,11 @@ def _rgb_pixels(image: Image.Image) -> np.ndarray:
     rows = max(1, _PIXELS_AT_A_TIME // image.width)
     for top in range(0, image.height, rows):  # PIL's conversions make several copies
         bottom = min(top + rows, image.height)
-        rgb[top:bottom] = _rgb_part(image.crop((0, top, image.width, bottom)))
+        rgb[top:bottom] = _rows_as_rgb(image.crop((0, top, image.width, bottom)))
     return rgb
 
 
-def _rgb_part(image: Image.Image) -> np.ndarray:
+def _rows_as_rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):
         # PIL's own conversion would clip at 255 instead of scaling.
         wide = np.asarray(image)  # (H, W)
@@ -270,6 +270,6 @@ def _rgb_part(image: Image.Image) -> np.ndarray:
             raise ValueError("its pixels exceed 16 bits; save it with 8 bits a channel")
         return (wide >> 8).astype(np.uint8)[..., None]
     if image.mode == "P":
-        # Straight to RGB, PIL warns about palettes with transparency.
+        # A direct conversion to RGB would warn about palettes with transparency.
         image = image.convert("RGBA")
     return np.asarray(image.convert("RGB"))

@@ -1,6 +1,6 @@
-"""Pictures with class labels: Fashion-MNIST, a part of it kept in the package, and a folder of images.
+"""Pictures with class labels: Fashion-MNIST, a part of it in this package, and a folder of images.
 
-Every source gives :class:`Splits`, and finds what is wrong with its files before any training.
+Every source returns :class:`Splits`, and checks its files before any training.
 """
 
 import gzip
@@ -56,7 +56,7 @@ _FETCH_AGAIN = "replace it with a complete copy"
 
 
 class Splits(NamedTuple):
-    """What every source gives.
+    """Training and validation images with their classes.
 
     Attributes:
         train: Map-style dataset with a length: ``train[i]`` is ``(uint8 image (C, H, W), label)``.
@@ -78,7 +78,7 @@ class TensorImages(Dataset[tuple[Tensor, int]]):
 
     Raises:
         TypeError: wrong type of values.
-        ValueError: wrong rank, or not one label an image.
+        ValueError: wrong rank, or not one label for each image.
 
     Example:
         >>> image, label = TensorImages(torch.zeros(5, 1, 28, 28, dtype=torch.uint8), torch.arange(5))[3]
@@ -94,7 +94,7 @@ class TensorImages(Dataset[tuple[Tensor, int]]):
             raise ValueError(f"images must be (N, C, H, W), got shape {tuple(images.shape)}")
         if labels.shape != images.shape[:1]:
             raise ValueError(
-                f"labels must be (N,) with N={images.shape[0]}, one an image, got shape {tuple(labels.shape)}"
+                f"labels must be (N,) with N={images.shape[0]}, one for each image, got shape {tuple(labels.shape)}"
             )
         self.images, self.labels = images, labels
 
@@ -108,7 +108,7 @@ class TensorImages(Dataset[tuple[Tensor, int]]):
 
 
 class FolderImages(Dataset[tuple[Tensor, int]]):
-    """Image files, decoded each time they are asked for.
+    """Image files, decoded at every access.
 
     Args:
         samples: Pairs of file and label.
@@ -128,18 +128,18 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
 
 
 def read_idx(path: str | Path) -> Tensor:
-    """Read one idx file of unsigned bytes, gzip-compressed or plain: the format of MNIST and its kin.
+    """Read one idx file of unsigned bytes, gzip-compressed or plain: the format of MNIST and similar data sets.
 
     Args:
-        path: The file; whether it is compressed is seen from its contents.
+        path: The file; its contents tell whether it is compressed.
 
     Returns:
-        uint8, of the shape that the file's header says.
+        uint8, with the shape in the file's header.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: damaged, not an idx file, of another type than unsigned byte, or of more than
-            :data:`MAX_IDX_VALUES`.
+        ValueError: it is damaged, is not an idx file, has another type than unsigned byte, or more than
+            :data:`MAX_IDX_VALUES` values.
 
     Source:
         The format: http://yann.lecun.com/exdb/mnist. Bytes 0, 0, type, number of dimensions; each dimension as a
@@ -157,9 +157,9 @@ def read_idx(path: str | Path) -> Tensor:
     try:
         with gzip.open(path) if compressed else path.open("rb") as contents:
             values = _read_array(contents, path)
-            rest = len(contents.read(_CHUNK))  # of a compressed file, this also checks the sum at its end
+            rest = len(contents.read(_CHUNK))  # this also checks the checksum of a compressed file
     except (OSError, EOFError, zlib.error) as error:
-        what = "is not a sound gzip file" if compressed else "cannot be read"
+        what = "is not a valid gzip file" if compressed else "cannot be read"
         raise ValueError(f"{str(path)!r} {what} ({error}): {_FETCH_AGAIN}") from error
     if rest:
         raise ValueError(
@@ -170,7 +170,7 @@ def read_idx(path: str | Path) -> Tensor:
 
 
 def _read_array(file: BufferedIOBase, path: Path) -> Tensor:
-    """The idx array that comes next in a file, of which no more is read or decompressed."""
+    """The next idx array of a file; nothing after it is read or decompressed."""
     header = file.read(4)  # 0, 0, type, number of dimensions
     if len(header) == 4 and (header[:2] != b"\0\0" or header[3] == 0):
         raise ValueError(f"{str(path)!r} is not an idx file, it starts with {header!r}: {_FETCH_AGAIN}")
@@ -188,10 +188,10 @@ def _read_array(file: BufferedIOBase, path: Path) -> Tensor:
     shape = tuple(int.from_bytes(sizes[i : i + 4], "big") for i in range(0, len(sizes), 4))
     if math.prod(max(size, 1) for size in shape) > MAX_IDX_VALUES:
         raise ValueError(
-            f"{str(path)!r} says in its header that it has {shape} values: only up to {MAX_IDX_VALUES:,} can be read"
+            f"{str(path)!r} has {shape} values according to its header: only up to {MAX_IDX_VALUES:,} can be read"
         )
     values = np.empty(shape, np.uint8)
-    there = _fill(values.reshape(-1), file)
+    there = _read_into(values.reshape(-1), file)
     if there < values.size:
         raise ValueError(
             f"{str(path)!r} is truncated, its header says {shape} values but {there} are there: {_FETCH_AGAIN}"
@@ -199,8 +199,8 @@ def _read_array(file: BufferedIOBase, path: Path) -> Tensor:
     return torch.from_numpy(values)
 
 
-def _fill(values: np.ndarray, file: BufferedIOBase) -> int:
-    """Read until all values are there or the file ends, a chunk at a time; how many there are."""
+def _read_into(values: np.ndarray, file: BufferedIOBase) -> int:
+    """Read values in chunks until all are filled or the file ends; return how many were read."""
     filled = 0
     while filled < len(values) and (chunk := file.read(min(_CHUNK, len(values) - filled))):
         values[filled : filled + len(chunk)] = np.frombuffer(chunk, np.uint8)
@@ -212,9 +212,9 @@ def fashion_mnist(root: str | Path | None = None, download: bool = False) -> Spl
     """Fashion-MNIST from its four original files: 60,000 training and 10,000 test pictures, 28 x 28, 10 classes.
 
     Args:
-        root: Folder of the files, compressed or plain, or of torchvision's ``FashionMNIST/raw``. Without it, the
-            folder of Debian's package dataset-fashion-mnist.
-        download: Let torchvision download what is not there into ``root``.
+        root: Folder of the files, compressed or plain, or of torchvision's ``FashionMNIST/raw``. By default the folder
+            of Debian's package dataset-fashion-mnist.
+        download: Let torchvision download missing files into ``root``.
 
     Returns:
         Images ``(1, 28, 28)``; ``val`` is the test set.
@@ -244,11 +244,11 @@ def fashion_mnist(root: str | Path | None = None, download: bool = False) -> Spl
 
 
 def _fashion_files(base: Path) -> list[Path]:
-    """The four files, from ``base`` or from where torchvision puts them under it."""
+    """The four files, from ``base`` or from the folder below it that torchvision uses."""
     folders = (base, base / "FashionMNIST" / "raw")
     missing: list[str] = []
     for folder in folders:
-        # Both are there after torchvision's download; the plain one needs no decompression.
+        # After torchvision's download both exist; the plain one needs no decompression.
         found = {
             name: path
             for name in _FASHION_FILES
@@ -288,9 +288,9 @@ def _fashion_split(images_path: Path, labels_path: Path) -> TensorImages:
 def embedded() -> Splits:
     """The part of Fashion-MNIST in this package: 8,000 training and 2,000 test pictures, stratified.
 
-    The first 800 pictures of each class of the training set and the first 200 of each class of the test set, in the
-    original order; ``scripts/make_embedded_data.py`` made the file. MIT licence, in ``FASHION_MNIST_LICENSE`` beside
-    it.
+    It has the first 800 pictures of each class of the training set and the first 200 of each class of the test set, in
+    the original order. ``scripts/make_embedded_data.py`` made the file. Its MIT licence is in ``FASHION_MNIST_LICENSE``
+    in the same folder.
 
     Returns:
         Images ``(1, 28, 28)``; ``val`` is from the test set.
@@ -312,15 +312,15 @@ def embedded() -> Splits:
 def image_folder(root: str | Path, verify: bool = False) -> Splits:
     """Images in ``root/train/<class>/`` and ``root/val/<class>/``, at any depth below.
 
-    Labels are the places of the class names in the sorted list of train's folders, for val too. Files are taken by
-    suffix, that of torchvision's ``IMG_EXTENSIONS`` in any case; names that start with a dot are left out.
+    A label is the index of the class name in the sorted list of train's folders, for val, too. Files count by their
+    suffix, one of torchvision's ``IMG_EXTENSIONS`` in upper or lower case; names that start with a dot are left out.
 
     Args:
         root: The folder.
         verify: Decode every image now, and list all that cannot be read.
 
     Returns:
-        Images ``(3, H, W)``, each of its own size.
+        Images ``(3, H, W)``, each in its own size.
 
     Raises:
         FileNotFoundError: ``root/train`` or ``root/val`` is missing.
@@ -336,13 +336,13 @@ def image_folder(root: str | Path, verify: bool = False) -> Splits:
     train_classes, val_classes = _class_names(train), _class_names(val)
     if lacking := sorted(set(train_classes) - set(val_classes)):
         raise ValueError(
-            f"{str(val)!r} lacks classes of {str(train)!r}: {_first(map(repr, lacking))}. Add folders with validation "
-            "images for them, or remove them from train"
+            f"{str(val)!r} lacks classes of {str(train)!r}: {_list_first(map(repr, lacking))}. Add folders with "
+            "validation images for them, or remove them from train"
         )
     if unknown := sorted(set(val_classes) - set(train_classes)):
         raise ValueError(
-            f"{str(val)!r} has classes that {str(train)!r} lacks: {_first(map(repr, unknown))}. Remove them, or add "
-            "training images for them"
+            f"{str(val)!r} has classes that {str(train)!r} lacks: {_list_first(map(repr, unknown))}. Remove them, or "
+            "add training images for them"
         )
     train_samples, val_samples = _samples(train, train_classes), _samples(val, train_classes)
     if len(train_classes) < 2:
@@ -363,7 +363,9 @@ def _class_names(split: Path) -> list[str]:
     top = split.resolve()
     for name in names:
         if (split / name).resolve() in (top, *top.parents):
-            raise ValueError(f"the class folder {str(split / name)!r} is a link to a folder that holds it: remove it")
+            raise ValueError(
+                f"the class folder {str(split / name)!r} is a link to a folder that contains it: remove it"
+            )
     return names
 
 
@@ -386,20 +388,20 @@ def _verify(paths: Sequence[str]) -> None:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("verify=True needs tqdm: pip install 'ecanet[train]'", name="tqdm") from error
     bad: list[str] = []
-    chunk = 4096  # a pool queues all that it is given, and ImageNet has over a million files
+    chunk = 4096  # a pool queues all its tasks at once, and ImageNet has over a million files
     with ThreadPoolExecutor() as pool, tqdm(total=len(paths), desc="verifying images", unit="image") as bar:
         for start in range(0, len(paths), chunk):
-            for problem in pool.map(_problem, paths[start : start + chunk]):
+            for problem in pool.map(_problem_with_image, paths[start : start + chunk]):
                 bar.update()
                 if problem is not None:
                     bad.append(problem)
     if bad:
-        listed = _first(bad, separator="\n  ")
+        listed = _list_first(bad, separator="\n  ")
         raise ValueError(f"{len(bad)} of {len(paths)} images cannot be read, remove or replace them:\n  {listed}")
 
 
-def _problem(path: str) -> str | None:
-    """What is wrong with an image file, None if nothing."""
+def _problem_with_image(path: str) -> str | None:
+    """What is wrong with an image file, or None."""
     try:
         read_image(path)
     except (OSError, ValueError) as error:
@@ -407,8 +409,8 @@ def _problem(path: str) -> str | None:
     return None
 
 
-def _first(items: Iterable[str], separator: str = ", ") -> str:
-    """The first 20, and how many more."""
+def _list_first(items: Iterable[str], separator: str = ", ") -> str:
+    """The first 20 items, and how many more there are."""
     shown = list(items)
     more = [f"and {len(shown) - 20} more"] if len(shown) > 20 else []
     return separator.join(shown[:20] + more)

@@ -87,7 +87,11 @@ def _is_alive(process: str) -> bool:
 def second_of(first: int) -> int | None:
     """The second process of a run, once its first has started it."""
     listed = subprocess.run(["pgrep", "-P", str(first)], capture_output=True, text=True, check=False).stdout
-    return int(listed.split()[0]) if listed.split() else None
+    for child in map(int, listed.split()):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if b"LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):  # not a helper of an import
+                return child
+    return None
 
 
 @dataclass

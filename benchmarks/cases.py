@@ -179,7 +179,7 @@ class _GateOp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor, eps: float) -> tuple[Tensor, ...]:
-        means, mean, var = torch.ops.ecanet.batch_moments(x)
+        means, mean, var, _ = torch.ops.ecanet.batch_moments(x)
         norm_and_band = mean, var, weight, bias, eps, kernel.reshape(-1), False
         _, gate, scale, shift = torch.ops.ecanet.eca_coefficients(means, *norm_and_band)
         ctx.save_for_backward(x, means, mean, var, weight, bias, kernel, gate)
@@ -191,7 +191,8 @@ class _GateOp(torch.autograd.Function):
     def backward(ctx: Any, grad_scale: Tensor, grad_shift: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, means, mean, var, weight, bias, kernel, gate = ctx.saved_tensors
         positions = x.shape[2:].numel()
-        offset, grad_weight, grad_bias, grad_kernel, grad_mean, grad_var = torch.ops.ecanet.eca_coefficients_backward(
+        backward = torch.ops.ecanet.eca_coefficients_backward
+        offset, grad_weight, grad_bias, grad_kernel, grad_mean, grad_var, _ = backward(
             grad_shift, grad_scale - mean * grad_shift, means, gate, None,
             mean, var, weight, bias, ctx.eps, kernel.reshape(-1), False, positions,
         )  # fmt: skip

@@ -117,7 +117,8 @@ struct InputGradArgs {
   ActGrad<T> act_grad;
   const T* x;            // or null, with slope
   const Acc<T>* offset;  // (N, C)
-  const Acc<T>* slope;   // (C) or null
+  const Acc<T>* slope;   // (C), or (N, C) if slope_per_sample; or null
+  bool slope_per_sample;
   const Acc<T>* center;  // (C)
   T* out;
   bool streams;          // as in ApplyArgs
@@ -164,11 +165,12 @@ struct CoefficientGradArgs {
   NormArgs<A> norm;
   const A *p, *q, *map_means;        // (N, C)
   const A *gate, *grad_s;        // (N, C) or null
+  const A *m2, *grad_v;          // (N, C); null where the gate sees no variances
   const A* band;                 // (k) or null
   int64_t k;
   bool circular;
   double factor;                 // of the gate
-  A *offset;                     // (N, C)
+  A *offset, *slope;             // (N, C); slope with grad_v
   A *weight, *bias, *band_grad;  // (C), (C), (k)
   A *mean, *var;                 // (C)
   A *a, *ds;                     // (C): room

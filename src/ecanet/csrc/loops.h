@@ -552,7 +552,7 @@ void input_grad_lines(const InputGradArgs<T>& a, int64_t begin, int64_t end) {
     T* out = a.out + line.map;
     const auto scale = Factor<A, last>::at(a.act_grad.scale + line.nc);
     const auto offset = Factor<A, last>::at(a.offset + line.nc);
-    const auto slope = Factor<A, last>::at(with_slope ? a.slope + line.c : nullptr);
+    const auto slope = Factor<A, last>::at(with_slope ? a.slope + (a.slope_per_sample ? line.nc : line.c) : nullptr);
     const auto center = Factor<A, last>::at(with_slope ? a.center + line.c : nullptr);
     if (size >= width<T>) {
       write_line<streams>(out, size, [&](int64_t i) __attribute__((always_inline)) {
@@ -721,6 +721,13 @@ void coefficients_backward(const CoefficientGradArgs<A>& g) {
     }
     const A per_position = A(1) / A(g.positions);
     for (int64_t c = 0; c < channels; ++c) g.offset[at + c] = ds[c] * a[c] * per_position;
+    for (int64_t c = 0; g.grad_v && c < channels; ++c) {
+      const A slope = A(2) * a[c] * per_position * g.grad_v[at + c];
+      const A away = map_means[c] - (mean ? mean[c] : A(0));
+      g.sum_a[c] += double(slope * g.m2[at + c]);
+      g.slope[at + c] = slope * a[c];
+      g.offset[at + c] -= slope * a[c] * away;
+    }
   }
   for (int64_t c = 0; c < channels; ++c) {
     const double variance = g.norm.var ? double(g.norm.var[c]) + g.norm.eps : 1.0;

@@ -271,21 +271,23 @@ std::tuple<Tensor, Tensor> moments(const Tensor& input) {
   return {mean, m2};
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_moments(const Tensor& input) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_moments(const Tensor& input, bool needs_m2) {
   const Map map = map_of(input);
   const Tensor x = ordered(input, map);
   const Tensor map_means = new_small(x, map.samples, map.channels);
   const Tensor mean = new_small(x, map.channels), var = new_small(x, map.channels);
+  const Tensor m2 = new_small(x, needs_m2 ? map.samples : 0, map.channels);
   const std::vector<double> found = moments_of(x, map);
   dispatch(map_means, [&](auto t) {
     using A = Acc<decltype(t)>;
     const int64_t nc = map.samples * map.channels;
     std::copy(found.begin(), found.begin() + nc, out<A>(map_means));
+    if (needs_m2) std::copy(found.begin() + nc, found.end(), out<A>(m2));
     std::vector<double> room(2 * map.channels);
     kernels<A>().statistics({map.samples, map.channels, map.positions, found.data(), found.data() + nc, room.data(),
                              room.data() + map.channels, out<A>(mean), out<A>(var)});
   });
-  return {map_means, mean, var};
+  return {map_means, mean, var, m2};
 }
 
 // ---- apply ---------------------------------------------------------------------------------------------------------
@@ -409,12 +411,13 @@ Tensor input_backward(const Tensor& grad, const Tensor& input, const Tensor& sca
   const Upstream upstream(grad, x, map, scale, shift, saved, act);
   const Tensor u = small(offset, x, map.samples, map.channels, "offset");
   Optional v;
-  if (slope) v = small(*slope, x, map.channels, "slope");
+  const bool per_sample = slope && slope->dim() == 2;
+  if (slope) v = per_sample ? small(*slope, x, map.samples, map.channels, "slope") : small(*slope, x, map.channels, "slope");
   dispatch(x, [&](auto t) {
     using T = decltype(t);
     const InputGradArgs<T> args{map,         upstream.args<T>(act), in<T>(x),      in<Acc<T>>(u),
-                                in<Acc<T>>(v), in<Acc<T>>(c),         out<T>(result),
-                                streams<T>(map)};
+                                in<Acc<T>>(v), per_sample,            in<Acc<T>>(c),
+                                out<T>(result), streams<T>(map)};
     parallel_backwards(map.lines(), map.line_size(), [&](int64_t b, int64_t e) { kernels<T>().input_grad(args, b, e); });
   });
   return result;
@@ -474,17 +477,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> eca_coefficients(const Tensor& map_me
   return {s, gate, scale, shift};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> eca_coefficients_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> eca_coefficients_backward(
     const Tensor& p, const Tensor& q, const Tensor& map_means, const Optional& gate, const Optional& grad_s,
     const Optional& mean, const Optional& var, const Optional& weight, const Optional& bias, double eps,
-    const Optional& kernel, bool circular, int64_t positions, double factor) {
+    const Optional& kernel, bool circular, int64_t positions, double factor, const Optional& m2,
+    const Optional& grad_v) {
   STD_TORCH_CHECK(map_means.dim() == 2, "ecanet: map_means must have shape (N, C); got ", shape_of(map_means));
   const int64_t samples = map_means.size(0), channels = map_means.size(1);
   const Tensor m = small(map_means, map_means, samples, channels, "map_means");
   const Tensor pp = small(p, m, samples, channels, "p"), qq = small(q, m, samples, channels, "q");
   const Norm norm(m, channels, mean, var, weight, bias, eps);
   const Optional w = kernel_of(kernel, m, channels, circular);
-  Optional g, ds;
+  STD_TORCH_CHECK(!grad_v || m2, "ecanet: grad_v needs m2; got m2=None");
+  Optional g, ds, squares, dv;
+  if (grad_v) {
+    squares = small(*m2, m, samples, channels, "m2");
+    dv = small(*grad_v, m, samples, channels, "grad_v");
+  }
   if (gate) g = small(*gate, m, samples, channels, "gate");
   if (grad_s) ds = small(*grad_s, m, samples, channels, "grad_s");
   STD_TORCH_CHECK(!w || g, "ecanet: a kernel needs its gate; got gate=None");
@@ -492,6 +501,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> eca_coefficients_back
   const Tensor offset = new_small(m, samples, channels), grad_kernel = new_small(m, k);
   const Tensor grad_weight = new_small(m, channels), grad_bias = new_small(m, channels);
   const Tensor grad_mean = new_small(m, channels), grad_var = new_small(m, channels);
+  const Tensor slope = new_small(m, dv ? samples : 0, channels);
   dispatch(m, [&](auto t) {
     using A = Acc<decltype(t)>;
     const int64_t padded = channels + std::max<int64_t>(k, 1) - 1;
@@ -499,12 +509,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> eca_coefficients_back
     std::vector<double> sums(2 * channels);
     A* const r = room.data();
     kernels<A>().coefficients_backward({samples, channels, positions, norm.args<A>(), in<A>(pp), in<A>(qq), in<A>(m),
-                                        in<A>(g), in<A>(ds), in<A>(w), k, circular, factor, out<A>(offset),
+                                        in<A>(g), in<A>(ds), in<A>(squares), in<A>(dv), in<A>(w), k, circular, factor,
+                                        out<A>(offset), out<A>(slope),
                                         out<A>(grad_weight), out<A>(grad_bias), out<A>(grad_kernel), out<A>(grad_mean),
                                         out<A>(grad_var), r, r + channels, r + 2 * channels, r + 2 * channels + padded, sums.data(),
                                         sums.data() + channels});
   });
-  return {offset, grad_weight, grad_bias, grad_kernel, grad_mean, grad_var};
+  return {offset, grad_weight, grad_bias, grad_kernel, grad_mean, grad_var, slope};
 }
 
 // ---- squeeze, gate and apply in one --------------------------------------------------------------------------------

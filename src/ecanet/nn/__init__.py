@@ -6,6 +6,7 @@ from ecanet.nn.folding import fold_factors_
 from ecanet.nn.gate import Gate, LinearGate
 from ecanet.nn.keep import ultralytics as _ultralytics
 from ecanet.nn.kernel_size import adaptive_kernel_size
+from ecanet.nn.moments import GCT, GRN, SRM, MomentGate
 from ecanet.nn.se import SE, SEGroup, SEVar1, SEVar2, SEVar3, se_gc2, se_gc3
 from ecanet.nn.tail.functional import conv_norm_gate_add_act, norm_gate_add_act
 from ecanet.nn.tail.plan import explain
@@ -14,11 +15,15 @@ __all__ = [
     "ECA",
     "ECANS",
     "GATES",
+    "GCT",
+    "GRN",
     "SE",
+    "SRM",
     "Gate",
     "GateFactory",
     "GateSpec",
     "LinearGate",
+    "MomentGate",
     "SEGroup",
     "SEVar1",
     "SEVar2",

@@ -8,12 +8,13 @@ from torch import nn
 
 from ecanet.nn.eca import ECA, ECANS
 from ecanet.nn.gate import Gate
+from ecanet.nn.moments import GCT, GRN, SRM
 from ecanet.nn.se import SE, SEGroup, SEVar1, SEVar2, SEVar3, se_gc2, se_gc3
 
 GateFactory = Callable[..., nn.Module]
 GateSpec = str | GateFactory | None
 
-#: Every gate of the paper's Table 2 by name.
+#: Every gate by name: the modules of the paper's Table 2, and gates of means and variances.
 GATES: dict[str, GateFactory] = {
     "eca": ECA,
     "eca_ns": ECANS,
@@ -24,6 +25,9 @@ GATES: dict[str, GateFactory] = {
     "se_gc1": SEGroup,
     "se_gc2": se_gc2,
     "se_gc3": se_gc3,
+    "srm": SRM,
+    "gct": GCT,
+    "grn": GRN,
 }
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ecanet.nn.gate import Gate, LinearGate, call_on_means, is_plain, is_zero
+from ecanet.nn.gate import Gate, LinearGate, call_on_means, has_own_maths, is_plain, is_zero
 from ecanet.nn.kernel_size import adaptive_kernel_size, check_channels, check_kernel_size
 from ecanet.nn.tail.maths import GateMaths
 from ecanet.ops import reference
@@ -135,12 +135,12 @@ class ECA(_BandGate):
         """ECA's own maths, whose derivative the kernels know, unless the gate was changed."""
         own, cls = self.__dict__, type(self)
         conv = own["_modules"].get("conv")  # attribute access on a module takes as long as a small map
-        changed = (cls.gate, cls.scaled, cls.logits) != _KNOWN_METHODS
-        if changed or "logits" in own or "gate" in own or "scaled" in own:
+        changed = (cls.scale_and_shift, cls.gate, cls.scaled, cls.logits) != _KNOWN_METHODS
+        if changed or has_own_maths(own):
             return super().maths()
         if not self._can_read_weight(conv):
             return None
-        return GateMaths(self.gate, (conv._parameters["weight"],), True, self.circular, self.factor)
+        return GateMaths(self.scale_and_shift, (conv._parameters["weight"],), True, self.circular, self.factor)
 
     def weights_on_means(self) -> tuple[Tensor, ...]:
         """The kernel."""
@@ -152,7 +152,7 @@ class ECA(_BandGate):
 
 
 #: The methods that the kernels implement.
-_KNOWN_METHODS = Gate.gate, Gate.scaled, ECA.logits
+_KNOWN_METHODS = Gate.scale_and_shift, Gate.gate, Gate.scaled, ECA.logits
 
 
 class ECANS(_BandGate):

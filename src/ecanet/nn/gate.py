@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from ecanet.nn.events import GATE_GETS_FACTOR
 from ecanet.nn.hooks import called_differently
 from ecanet.nn.kernel_size import check_channels
 from ecanet.nn.tail import eager
-from ecanet.nn.tail.maths import GateMaths
+from ecanet.nn.tail.maths import GateMaths, ScaleAndShift, Statistics
 from ecanet.ops import reference
 from ecanet.ops.backend import PLAIN_TENSORS, decide
 from ecanet.ops.kernels import KERNELS
@@ -67,6 +67,21 @@ def call_on_means(layers: Callable[[Tensor], Tensor], s: Tensor, like: nn.Module
         return layers(s.to(dtype)).to(s.dtype)
 
 
+def has_own_maths(own: dict[str, Any]) -> bool:
+    """Whether somebody put another method on a gate itself, so that its class does not tell its values.
+
+    Args:
+        own: The gate's ``__dict__``.
+    """
+    return "logits" in own or "gate" in own or "scaled" in own or "scale_and_shift" in own
+
+
+def has_plain_tensors(module: nn.Module) -> bool:
+    """Whether every parameter is a plain tensor, and none is hidden in an attribute."""
+    held = module._parameters.values()
+    return all(p is None or type(p) in PLAIN_TENSORS for p in held) and not _has_unregistered_weights(module)
+
+
 def is_zero(layer: nn.Module, cls: type[nn.Module]) -> bool:
     """Whether a linear layer is known to return zeros for every input."""
     if not isinstance(layer, cls) or type(layer).forward is not cls.forward or "forward" in vars(layer):
@@ -95,13 +110,15 @@ class Gate(nn.Module, ABC):
     """A channel-attention module: ``x * factor * sigmoid(logits(channel means of x))``.
 
     A subclass defines its logits; everything else is here. The modules of the paper's Table 2 differ only in their
-    logits.
+    logits. A gate of another form overrides :meth:`scale_and_shift`; one that sees variances as well is an
+    :class:`ecanet.nn.MomentGate`.
 
     Args:
         channels: Number of channels C.
         factor: Multiplies every gate value. 2 undoes the sigmoid of 0: :meth:`make_identity_`.
 
     Attributes:
+        needs_variances: Whether :meth:`scale_and_shift` wants the variances of the map's channels.
         channels: Number of channels C.
         scale: The factor as it is stored in files, a tensor without dimensions. It is None if the factor is 1, so that
             such a gate has the keys of the authors' module. It is not used in computations; if it is replaced or
@@ -114,6 +131,7 @@ class Gate(nn.Module, ABC):
         ValueError: ``channels`` below 1, or ``factor`` not finite and above 0.
     """
 
+    needs_variances: ClassVar[bool] = False
     scale: Tensor | None
 
     def __init__(self, channels: int, *, factor: float = 1.0) -> None:
@@ -210,6 +228,31 @@ class Gate(nn.Module, ABC):
         """
         return self.scaled(torch.sigmoid(self.logits(reference.check_means(s, self.channels))))
 
+    def scale_and_shift(self, statistics: Statistics) -> ScaleAndShift:
+        """What a map is multiplied by, and what is added to it: ``out = scale * x + shift``.
+
+        Args:
+            statistics: Of the map, in the type to compute in; with variances where :attr:`needs_variances` is true.
+
+        Returns:
+            The scale ``(N, C)``, times :attr:`factor`, and the shift ``(N, C)``, or None for no shift.
+        """
+        return self.gate(statistics.means), None
+
+    def statistics(self, x: Tensor) -> Statistics:
+        """What :meth:`scale_and_shift` wants to know of a map.
+
+        Args:
+            x: As :meth:`forward` takes it.
+
+        Raises:
+            TypeError, ValueError: as :meth:`forward`.
+        """
+        means = reference.squeeze(x, self.channels)
+        if not self.needs_variances:
+            return Statistics(means)
+        return Statistics(means, reference.variances(x), reference.positions(x))
+
     def scaled(self, g: Tensor) -> Tensor:
         """Gates times :attr:`factor`, for a subclass with a :meth:`gate` of its own."""
         factor = self.factor
@@ -232,16 +275,17 @@ class Gate(nn.Module, ABC):
         name = decide(x).name
         if name in KERNELS and x.shape[1] == self.channels and (maths := self.maths()) is not None:
             return eager.norm_gate_add_act(name, x, None, maths, None, 0)
-        return reference.scale(x, self.gate(reference.squeeze(x, self.channels)))
+        scale, shift = self.scale_and_shift(self.statistics(x))
+        return reference.scale(x, scale) if shift is None else reference.apply(x, scale, shift, None, 0)
 
     def maths(self) -> GateMaths | None:
-        """The gate as the fused kernels use it: a function of the channel means, and the parameters it depends on.
+        """The gate as the fused kernels use it: a function of a map's statistics, and the parameters it depends on.
 
         None if autograd has to go through the gate itself: its layers are hooked, sharded or wrapped, or a method of
         this instance was replaced.
         """
         own = self.__dict__
-        if "logits" in own or "gate" in own or "scaled" in own:
+        if has_own_maths(own):
             return None
         parameters: dict[int, Tensor] = {}  # shared parameters count once
         for module in self.modules():
@@ -255,7 +299,7 @@ class Gate(nn.Module, ABC):
                 parameters[id(parameter)] = parameter
         if not parameters and any(_has_unregistered_weights(module) for module in self.modules()):
             return None
-        return GateMaths(self.gate, tuple(parameters.values()))
+        return GateMaths(self.scale_and_shift, tuple(parameters.values()), needs_variances=self.needs_variances)
 
     @torch.no_grad()
     def make_neutral_(self) -> float:
@@ -320,6 +364,9 @@ class Gate(nn.Module, ABC):
         is_lost = scale is not None and not _is_factor(scale, self._factor)
         return is_lost or not all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
 
+    #: The gate's value without its factor where :meth:`is_neutral`.
+    neutral_value: ClassVar[float] = 0.5
+
     def constant(self) -> float | None:
         """The gate's value if its weights make it the same for every input, as neutral weights do; otherwise None.
 
@@ -331,7 +378,7 @@ class Gate(nn.Module, ABC):
         judge: Any = next(c for c in cls.__mro__ if "is_neutral" in vars(c))
         of_judge = (judge.gate, cls.logits if judge.logits is Gate.logits else judge.logits)
         if of_judge == (cls.gate, cls.logits) and "gate" not in own and "logits" not in own:
-            return 0.5 * self.factor
+            return self.neutral_value * self.factor
         # A subclass or instance computes something else from these weights: find out what.
         like = next(iter((*self.parameters(), *self.buffers())))
         with torch.no_grad():

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ecanet.nn.gate import Gate, LinearGate, call_on_means, is_plain, is_zero
+from ecanet.nn.gate import Gate, LinearGate, call_on_means, has_own_maths, is_plain, is_zero
 from ecanet.nn.kernel_size import check_channels
 from ecanet.nn.tail.maths import GateMaths
 from ecanet.ops import reference
@@ -62,13 +62,13 @@ class SE(Gate):
     def maths(self) -> GateMaths | None:
         """The gate with its two weights, unless it was changed."""
         own, cls = self.__dict__, type(self)
-        changed = cls.gate is not Gate.gate or cls.logits is not SE.logits
-        if changed or "logits" in own or "gate" in own:
+        changed = (cls.scale_and_shift, cls.gate, cls.logits) != (Gate.scale_and_shift, Gate.gate, SE.logits)
+        if changed or has_own_maths(own):
             return super().maths()
         fc1, fc2 = own["_modules"].get("fc1"), own["_modules"].get("fc2")
         if not self._can_read_weights(fc1, fc2):
             return None
-        return GateMaths(self.gate, (fc1._parameters["weight"], fc2._parameters["weight"]))
+        return GateMaths(self.scale_and_shift, (fc1._parameters["weight"], fc2._parameters["weight"]))
 
     @torch.no_grad()
     def make_neutral_(self) -> float:

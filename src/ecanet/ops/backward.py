@@ -22,10 +22,11 @@ class Saved(NamedTuple):
         map_means: ``(N, C)``, means of the maps of x.
         norm_mean: ``(C,)`` that the norm takes away, or None without a norm.
         norm_var: ``(C,)``, likewise.
-        norm_scale: ``(N, C)`` of the norm alone, where the gate is no band of ECA.
-        gate: ``(N, C)``, or None.
+        m2: ``(N, C)``, sums of squared deviations of the maps of x, for a gate that sees variances.
+        norm_scale: ``(1, C)`` of the norm alone; set only if the gate is not ECA's.
+        gate: ``(N, C)``, what the gate multiplies the norm's output by, or None.
         scale: ``(N, C)``: ``out = act(scale * x + shift + residual)``.
-        shift: ``(N, C)``.
+        shift: ``(N, C)``; None where the activation's slope does not depend on it.
     """
 
     x: Tensor
@@ -35,10 +36,11 @@ class Saved(NamedTuple):
     map_means: Tensor
     norm_mean: Tensor | None
     norm_var: Tensor | None
+    m2: Tensor | None
     norm_scale: Tensor | None
     gate: Tensor | None
     scale: Tensor
-    shift: Tensor
+    shift: Tensor | None
 
 
 class Upstream(NamedTuple):
@@ -67,6 +69,7 @@ class SmallGradients(NamedTuple):
         kernel: ``(k,)`` of ECA's band; of size 0 without one.
         norm_mean: ``(C,)``.
         norm_var: ``(C,)``.
+        slope: ``(N, C)``, the variances' part of the gradient of x; of size 0 x C for a gate that sees none.
     """
 
     offset: Tensor
@@ -75,12 +78,18 @@ class SmallGradients(NamedTuple):
     kernel: Tensor
     norm_mean: Tensor
     norm_var: Tensor
+    slope: Tensor
 
 
 def for_slope(act: int, out: Tensor, residual: Tensor | None) -> Tensor | None:
     """The map that an activation's slope is read from: its output, or for SiLU and Hardswish what was added before."""
     name = reference.ACTS[act]
     return out if name in ("relu", "relu6") else residual if name is not None else None
+
+
+def needs_shift(act: int) -> bool:
+    """Whether an activation's slope depends on ``scale * x + shift``, as SiLU's and Hardswish's do."""
+    return reference.ACTS[act] in ("silu", "hardswish")
 
 
 def first_pass(ops: Any, saved: Saved, grad: Tensor, act: int, needs_residual: bool) -> Upstream:
@@ -101,7 +110,13 @@ def first_pass(ops: Any, saved: Saved, grad: Tensor, act: int, needs_residual: b
 
 
 def between_passes(
-    ops: Any, saved: Saved, up: Upstream, eps: float, band: tuple[Tensor | None, bool, float], grad_s: Tensor | None
+    ops: Any,
+    saved: Saved,
+    up: Upstream,
+    eps: float,
+    band: tuple[Tensor | None, bool, float],
+    grad_s: Tensor | None = None,
+    grad_v: Tensor | None = None,
 ) -> SmallGradients:
     """From the sums to the gradients of all that is small.
 
@@ -111,27 +126,29 @@ def between_passes(
         up: Of :func:`first_pass`.
         eps: Of the norm.
         band: Kernel ``(k,)``, circular and factor of ECA's gate; without a kernel the gate is another, or none.
-        grad_s: ``(N, C)``, the gradient of another gate's argument: :func:`gradient_of_gate` through that gate.
+        grad_s: ``(N, C)``, gradient of the means that another gate sees: :func:`gradient_at_other_gate`, passed back
+            through that gate.
+        grad_v: ``(N, C)``, likewise of the variances.
     """
     kernel, circular, factor = band
     positions = saved.x.shape[2:].numel()
     return SmallGradients(
         *ops.eca_coefficients_backward(
             up.p, up.q, saved.map_means, saved.gate, grad_s, saved.norm_mean, saved.norm_var, saved.weight, saved.bias,
-            eps, kernel, circular, positions, factor,
+            eps, kernel, circular, positions, factor, saved.m2 if grad_v is not None else None, grad_v,
         )
     )  # fmt: skip
 
 
-def gradient_of_gate(saved: Saved, up: Upstream) -> Tensor:
-    """``(N, C)``: the gradient of a gate that is no band, ``a q + bias p``."""
+def gradient_at_other_gate(saved: Saved, up: Upstream) -> Tensor:
+    """``(N, C)``: gradient of the scale of a gate other than ECA's, ``a q + bias p``; of its shift it is p."""
     assert saved.norm_scale is not None
     grad = saved.norm_scale * up.q
     return grad if saved.bias is None else grad + saved.bias * up.p
 
 
 def second_pass(
-    ops: Any, saved: Saved, up: Upstream, offset: Tensor, batch: tuple[Tensor, Tensor, int | Tensor] | None
+    ops: Any, saved: Saved, up: Upstream, small: SmallGradients, batch: tuple[Tensor, Tensor, int | Tensor] | None
 ) -> Tensor:
     """Read the gradient and x once more, and write the gradient of x.
 
@@ -139,15 +156,16 @@ def second_pass(
         ops: Who computes.
         saved: By the forward pass.
         up: Of :func:`first_pass`.
-        offset: Of :func:`between_passes`.
+        small: Of :func:`between_passes`; its offset and slope are used up.
         batch: Gradients of mean and variance, ``(C,)`` both, and the number of values behind them; None where the
             norm's statistics are given.
     """
-    slope = None
-    if batch is not None:
+    offset, slope = small.offset, small.slope if small.slope.shape[0] else None
+    if batch is not None:  # in place: all of these were just created and are not used elsewhere
         grad_mean, grad_var, count = batch
-        offset.add_(grad_mean / count)  # both are new: nobody else reads them
-        slope = grad_var.mul_(2 / count)
+        offset.add_(grad_mean / count)
+        of_batch = grad_var.mul_(2 / count)
+        slope = of_batch if slope is None else slope.add_(of_batch)
     for_act = saved.for_act if up.act else None
     return ops.input_backward(
         up.grad, saved.x, saved.scale, saved.shift, for_act, up.act, offset, slope, saved.norm_mean

@@ -122,7 +122,7 @@ def _merge_block(rows: int, splits: int) -> tuple[int, int]:
     return at_once, min(power_of_2(rows), max(1, 2048 // at_once), 256)
 
 
-def batch_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def batch_moments(x: Tensor, needs_m2: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Statistics of a batch; see :func:`ecanet.ops.reference.batch_moments`."""
     m = Map.of(x)
     mean, m2, splits, per_split = _partial_moments(m, True, torch.float64)
@@ -131,14 +131,15 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         _merge(m, mean, m2, *whole, splits, per_split, second=True)
         mean, m2, splits, per_split = *whole, 1, m.positions
     map_means, batch_mean, batch_var = m.new(*m.nc), m.new(m.channels), m.new(m.channels)
+    own_m2 = m.new(m.samples if needs_m2 else 0, m.channels)
     channels = min(power_of_2(m.channels), 4)  # 32 bytes, one memory transaction
     _launch(
         "statistics", cdiv(m.channels, channels), x,
-        mean, m2, map_means, batch_mean, batch_var, m.samples, m.channels, m.positions, splits, per_split,
-        SPLITS=power_of_2(splits), SAMPLES=min(power_of_2(m.samples), 512), CHANNELS=channels,
+        mean, m2, map_means, own_m2 if needs_m2 else None, batch_mean, batch_var, m.samples, m.channels, m.positions,
+        splits, per_split, SPLITS=power_of_2(splits), SAMPLES=min(power_of_2(m.samples), 512), CHANNELS=channels,
         INDEX=index_type(mean.numel()), num_warps=8,
     )  # fmt: skip
-    return map_means, batch_mean, batch_var
+    return map_means, batch_mean, batch_var, own_m2
 
 
 def update_running(
@@ -261,13 +262,17 @@ def input_backward(
     m = Map.of(x)
     grad, scale, shift, saved = _upstream(m, grad, scale, shift, saved, act)
     offset = small(offset, x, m.nc, "offset")
-    slope, center = m.small(slope, (m.channels,), "slope"), m.small(center, (m.channels,), "center")
+    per_sample = slope is not None and slope.dim() == 2
+    slope, center = (
+        m.small(slope, m.nc if per_sample else (m.channels,), "slope"),
+        m.small(center, (m.channels,), "center"),
+    )
     out = torch.empty_like(m.x)
     walk = m.walk("elements")
     _launch(
         "input_grad", walk.programs, x,
         grad, m.x, scale, shift, saved, offset, slope, center, out, m.samples, m.channels, m.positions,
-        ACT=act, **walk.constants,
+        ACT=act, PER_SAMPLE=per_sample, **walk.constants,
     )  # fmt: skip
     return out
 
@@ -345,7 +350,9 @@ def eca_coefficients_backward(
     circular: bool,
     positions: int,
     factor: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    m2: Tensor | None = None,
+    grad_v: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Between the two passes of the backward; see :func:`ecanet.ops.reference.eca_coefficients_backward`."""
     samples, channels = nc = _check_means(map_means)
     norm = _Norm.of(map_means, channels, norm_mean, norm_var, weight, bias)
@@ -353,8 +360,10 @@ def eca_coefficients_backward(
     if kernel is not None and gate is None:
         raise RuntimeError("ecanet: a kernel needs its gate; got gate=None")
     p, q = small(p, map_means, nc, "p"), small(q, map_means, nc, "q")
-    gate = None if gate is None else small(gate, map_means, nc, "gate")
-    grad_s = None if grad_s is None else small(grad_s, map_means, nc, "grad_s")
+    if grad_v is not None and m2 is None:
+        raise RuntimeError("ecanet: grad_v needs m2; got m2=None")
+    named = (("gate", gate), ("grad_s", grad_s), ("m2", m2), ("grad_v", grad_v))
+    gate, grad_s, m2, grad_v = (None if t is None else small(t, map_means, nc, name) for name, t in named)
     dtype = reference.accumulation_dtype(map_means.dtype)
 
     def new(*shape: int) -> Tensor:
@@ -366,16 +375,12 @@ def eca_coefficients_backward(
     per_program = cdiv(cdiv(samples, groups), a_time) * a_time
     groups = cdiv(samples, per_program)
     taps = max(power_of_2(k), 1)
-    offset, sum_a, sum_b, kernel_sums = (
-        new(*nc),
-        new(groups, channels),
-        new(groups, channels),
-        new(groups * blocks, taps),
-    )
+    offset, slope = new(*nc), new(0 if grad_v is None else samples, channels)
+    sum_a, sum_b, kernel_sums = new(groups, channels), new(groups, channels), new(groups * blocks, taps)
     _launch(
         "coefficients_backward", groups * blocks, map_means,
-        p, q, map_means.contiguous(), gate, grad_s, *norm, kernel, offset, sum_a, sum_b, kernel_sums,
-        samples, channels, positions, per_program,
+        p, q, map_means.contiguous(), gate, grad_s, m2, grad_v, *norm, kernel, offset, slope, sum_a, sum_b,
+        kernel_sums, samples, channels, positions, per_program,
         eps=eps, factor=factor, K=k, CIRCULAR=circular, SAMPLES=a_time, CHANNELS=block, TAPS=taps,
         INDEX=index_type(map_means.numel()), ACC=type_of_sums(dtype),
     )  # fmt: skip
@@ -388,7 +393,7 @@ def eca_coefficients_backward(
         eps=eps, K=k, GROUPS=power_of_2(groups), CHANNELS=block, PROGRAMS=min(power_of_2(groups * blocks), 256),
         TAPS=taps, ACC=type_of_sums(dtype),
     )  # fmt: skip
-    return offset, grad_weight, grad_bias, grad_kernel, grad_mean, grad_var
+    return offset, grad_weight, grad_bias, grad_kernel, grad_mean, grad_var, slope
 
 
 def norm_eca_add_act(

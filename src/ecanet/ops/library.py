@@ -28,7 +28,7 @@ _FACTOR = "float factor=1.0"
 _SCHEMAS = {
     "squeeze": "(Tensor x) -> Tensor",
     "moments": "(Tensor x) -> (Tensor, Tensor)",
-    "batch_moments": "(Tensor x) -> (Tensor, Tensor, Tensor)",
+    "batch_moments": "(Tensor x, bool needs_m2=False) -> (Tensor, Tensor, Tensor, Tensor)",
     "apply": "(Tensor x, Tensor scale, Tensor? shift, Tensor? residual, int act) -> Tensor",
     "apply_": "(Tensor(a!) x, Tensor scale, Tensor? shift, Tensor? residual, int act) -> ()",
     "apply_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor? shift, Tensor? center, Tensor? saved, int act, "
@@ -37,7 +37,8 @@ _SCHEMAS = {
     "Tensor? slope, Tensor? center) -> Tensor",
     "eca_coefficients": f"(Tensor map_means, {_NORM}, {_BAND}, {_FACTOR}) -> (Tensor, Tensor, Tensor, Tensor)",
     "eca_coefficients_backward": "(Tensor p, Tensor q, Tensor map_means, Tensor? gate, Tensor? grad_s, "
-    f"{_NORM}, {_BAND}, SymInt positions, {_FACTOR}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{_NORM}, {_BAND}, SymInt positions, {_FACTOR}, Tensor? m2=None, Tensor? grad_v=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "batch_norm_eca_add_act": "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, "
     f"{_BAND}, int act, {_FACTOR}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "norm_eca_add_act": f"(Tensor x, Tensor? residual, {_NORM}, {_BAND}, int act, {_FACTOR}) -> Tensor",
@@ -69,7 +70,7 @@ def _batch_norm_eca_add_act(
     factor: float = 1.0,
 ) -> tuple[Tensor, ...]:
     ops = torch.ops.ecanet
-    map_means, mean, var = ops.batch_moments(x)
+    map_means, mean, var, _ = ops.batch_moments(x)
     band = None if kernel is None else kernel.reshape(-1)
     _, gate, scale, shift = ops.eca_coefficients(map_means, mean, var, weight, bias, eps, band, circular, factor)
     return ops.apply(x, scale, shift, residual, act), map_means, mean, var, gate, scale, shift
@@ -110,7 +111,14 @@ def _fake_coefficients_backward(p: Any, q: Any, map_means: Tensor, *rest: Any) -
     n, c = map_means.shape
     kernel = rest[7]
     k = 0 if kernel is None else kernel.numel()
-    return _small(map_means, n, c), *(_small(map_means, size) for size in (c, c, k, c, c))
+    has_grad_v = len(rest) > 12 and rest[12] is not None
+    gradients = (_small(map_means, size) for size in (c, c, k, c, c))
+    return _small(map_means, n, c), *gradients, _small(map_means, n if has_grad_v else 0, c)
+
+
+def _fake_batch_moments(x: Tensor, needs_m2: bool = False) -> Any:
+    n, c = x.shape[:2]
+    return _small(x, n, c), _small(x, c), _small(x, c), _small(x, n if needs_m2 else 0, c)
 
 
 def _fake_batch_norm_eca_add_act(
@@ -123,7 +131,7 @@ def _fake_batch_norm_eca_add_act(
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "squeeze": lambda x: _small(x, *x.shape[:2]),
-    "batch_moments": lambda x: (_small(x, *x.shape[:2]), _small(x, x.shape[1]), _small(x, x.shape[1])),
+    "batch_moments": _fake_batch_moments,
     "moments": lambda x: (_small(x, *x.shape[:2]), _small(x, *x.shape[:2])),
     "apply": lambda x, *_: _like(x),
     "apply_": lambda *_: None,
@@ -269,13 +277,13 @@ def _batch_norm_eca_add_act_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[T
     ops = torch.ops.ecanet
     x, for_act, weight, bias, kernel, map_means, mean, var, gate, scale, shift = ctx.saved_tensors
     gate, flat = (None, None) if kernel is None else (gate, kernel.reshape(-1))
-    saved = Saved(x, for_act, weight, bias, map_means, mean, var, None, gate, scale, shift)
+    saved = Saved(x, for_act, weight, bias, map_means, mean, var, None, None, gate, scale, shift)
     needs_x, needs_residual = ctx.needs_input_grad[:2]
     up = first_pass(ops, saved, grad, ctx.act, needs_residual)
-    small = between_passes(ops, saved, up, ctx.eps, (flat, ctx.circular, ctx.factor), None)
+    small = between_passes(ops, saved, up, ctx.eps, (flat, ctx.circular, ctx.factor))
     batch = small.norm_mean, small.norm_var, x.shape[0] * x.shape[2:].numel()
     return (
-        second_pass(ops, saved, up, small.offset, batch) if needs_x else None,
+        second_pass(ops, saved, up, small, batch) if needs_x else None,
         up.grad if needs_residual else None,
         None if weight is None else small.weight.to(weight.dtype),
         None if bias is None else small.bias.to(bias.dtype),

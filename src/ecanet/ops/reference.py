@@ -9,6 +9,7 @@ The functions are opaque to :mod:`torch.fx` (which torchvision's feature extract
 arguments. Call them as ``reference.squeeze(x, channels)``: fx finds them by their name in this module.
 """
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -68,6 +69,25 @@ def squeeze(x: Tensor, channels: int) -> Tensor:
         )
     dtype = accumulation_dtype(x.dtype)
     return x.to(dtype) if x.dim() == 2 else x.mean(dim=tuple(range(2, x.dim())), dtype=dtype)
+
+
+@torch.fx.wrap
+def variances(x: Tensor) -> Tensor:
+    """Biased variance of every channel over the positions of a map.
+
+    Args:
+        x: Feature map ``(N, C, *spatial)``, floating point; N may be 0.
+
+    Returns:
+        ``(N, C)``, float32 for half types, otherwise in the type of ``x``; 0 for a map of one position.
+    """
+    return moments(x)[1] / positions(x)
+
+
+@torch.fx.wrap
+def positions(x: Tensor) -> int:
+    """The number of positions of a map ``(N, C, *spatial)``; 1 without spatial dimensions."""
+    return math.prod(x.shape[2:])  # while torch.jit traces, these are tensors, and an ONNX file may take other sizes
 
 
 @torch.fx.wrap
@@ -311,7 +331,8 @@ def input_backward(
         saved: As in :func:`apply_backward`.
         act: As in :func:`apply_backward`.
         offset: ``(N, C)``.
-        slope: ``(C,)``, or None if the norm does not use batch statistics.
+        slope: ``(N, C)``, or ``(C,)`` where it is the same for all samples; None for zeros, as where neither the norm
+            uses statistics of the batch nor the gate variances.
         center: ``(C,)`` or None for zeros.
     """
     d = _upstream(grad, x, scale, shift, saved, act)
@@ -322,7 +343,7 @@ def input_backward(
     return g.to(x.dtype)
 
 
-def batch_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def batch_moments(x: Tensor, needs_m2: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean of every map, and mean and biased variance of every channel over the batch.
 
     The kernels read x once and merge the :func:`moments` of the maps in float64 (Chan et al., 1979). Even a mean of
@@ -330,15 +351,18 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Args:
         x: ``(N, C, *spatial)``; mean and var of an empty batch are NaN.
+        needs_m2: Whether somebody wants the maps' own sums of squared deviations, too.
 
     Returns:
-        ``means`` ``(N, C)``, ``mean`` and ``var`` ``(C,)``; float32 for half types.
+        ``map_means`` ``(N, C)``, ``norm_mean`` and ``norm_var`` ``(C,)``, and ``m2`` as :func:`moments` returns it, of
+        size 0 x C unless ``needs_m2``; float32 for half types.
     """
     x = x.to(accumulation_dtype(x.dtype))
     map_means = x.mean(_spatial(x)) if x.dim() > 2 else x.clone()
     batch = (0, *_spatial(x))
     mean = x.mean(batch)
-    return map_means, mean, x.var(batch, correction=0) if x.shape[0] > 0 else mean.clone()
+    m2 = moments(x)[1] if needs_m2 else x.new_empty(0, x.shape[1])
+    return map_means, mean, x.var(batch, correction=0) if x.shape[0] > 0 else mean.clone(), m2
 
 
 def normalise(
@@ -419,12 +443,18 @@ def eca_coefficients_backward(
     circular: bool,
     positions: int,
     factor: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    m2: Tensor | None = None,
+    grad_v: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Between the two passes of the backward: from the sums of d, compute what the second pass adds.
 
     With ``out = g (a (x - mean) + bias)`` and ``s = a (m - mean) + bias``:
     ``dg = a q + bias p``, which gives ``ds`` through the gate; then ``da = sum_n g q + ds (m - mean)``,
     ``dbias = sum_n g p + ds``, ``dmean = -a dbias`` and ``dvar = -da weight / (2 (var + eps)^(3/2))``.
+
+    A gate that sees the variances ``v = a^2 m2 / S`` as well gives dv: ``da`` gets ``sum_n 2 a dv m2 / S`` more, and x
+    gets ``2 a^2 dv / S (x - m)``. The second pass multiplies its slope by ``x - mean``, so ``2 a^2 dv / S (mean - m)``
+    goes into the offset.
 
     Args:
         p: ``(N, C)``, returned by :func:`apply_backward`.
@@ -441,10 +471,13 @@ def eca_coefficients_backward(
         circular: As in :func:`band`.
         positions: S, the number of positions of a map.
         factor: As in :func:`eca_coefficients`.
+        m2: ``(N, C)``, as :func:`moments` returns it; wanted with ``grad_v``.
+        grad_v: ``(N, C)``, dv of a gate that sees variances.
 
     Returns:
-        ``offset`` ``(N, C)``: ds a / S, the squeeze's part of the input's gradient; the gradients of weight and bias,
-        ``(C,)``; that of the kernel, ``(k,)`` (of size 0 without one); those of norm_mean and norm_var, ``(C,)``.
+        ``offset`` ``(N, C)``: ds a / S, the squeeze's part of the input's gradient, and the part of dv; the gradients
+        of weight and bias, ``(C,)``; that of the kernel, ``(k,)`` (of size 0 without one); those of norm_mean and
+        norm_var, ``(C,)``; ``slope`` ``(N, C)``, 2 a^2 dv / S (of size 0 x C without ``grad_v``).
     """
     s, a, _ = normalise(map_means, norm_mean, norm_var, weight, bias, eps)
     beta = torch.zeros_like(a) if bias is None else bias.to(a.dtype)
@@ -459,11 +492,18 @@ def eca_coefficients_backward(
         ds = band(grad_logits, kernel.flip(-1), circular)
     g = torch.ones_like(s) if gate is None else gate
     away = map_means if norm_mean is None else map_means - norm_mean.to(map_means.dtype)
-    grad_a, grad_bias = (g * q + ds * away).sum(0), (g * p + ds).sum(0)
+    grad_a, grad_bias = g * q + ds * away, (g * p + ds).sum(0)
+    offset, slope = ds * a / positions, s.new_empty(0, s.shape[1])
+    if grad_v is not None:
+        assert m2 is not None
+        per_position = 2 * a / positions * grad_v
+        grad_a, slope = grad_a + per_position * m2, per_position * a
+        offset = offset - slope * away
+    grad_a = grad_a.sum(0)
     inverse = torch.ones_like(a) if norm_var is None else torch.rsqrt(norm_var.to(a.dtype) + eps)
     gamma = torch.ones_like(a) if weight is None else weight.to(a.dtype)
     grad_var = -0.5 * gamma * grad_a * inverse**3
-    return ds * a / positions, grad_a * inverse, grad_bias, grad_kernel, -a * grad_bias, grad_var
+    return offset, grad_a * inverse, grad_bias, grad_kernel, -a * grad_bias, grad_var, slope
 
 
 def norm_eca_add_act(

@@ -297,10 +297,12 @@ def add_splits(p, q, p_out, q_out, rows, splits, SPLITS: tl.constexpr, BLOCK: tl
 
 @jit
 def statistics(
-    mean, m2, means_out, mean_out, var_out, samples, channels, positions, splits, per_split,
+    mean, m2, means_out, m2_out, mean_out, var_out, samples, channels, positions, splits, per_split,
     SPLITS: tl.constexpr, SAMPLES: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Means of rows, and mean and biased variance of every channel over the batch; merged in float64.
+
+    The rows' own sums of squared deviations are stored unless the pointer ``m2_out`` is None.
 
     The first mean of the channel is subtracted from all its means. It is one of the values that are summed, so at most
     as many digits are lost as their number has.
@@ -327,6 +329,16 @@ def statistics(
         of_row /= positions
         tl.store(means_out + at, (pivot[None, :] + of_row).to(means_out.dtype.element_ty), exists)
         total += of_row
+        if m2_out is not None:
+            own = tl.zeros((SAMPLES, CHANNELS), tl.float64)
+            for split in tl.static_range(SPLITS):
+                there = exists & (split < splits)
+                count = tl.maximum(tl.minimum(positions - split * per_split, per_split), 0).to(tl.float64)
+                here = split * rows + at
+                away = tl.load(mean + here, there, 0.0).to(tl.float64) - pivot[None, :] - of_row
+                away = tl.where(there, away, 0.0) if SPLITS > 1 else tl.zeros_like(own)
+                own += tl.load(m2 + here, there, 0.0).to(tl.float64) + away * away * count
+            tl.store(m2_out + at, own.to(m2_out.dtype.element_ty), exists)
     shift = tl.sum(total, 0) / samples
     tl.store(mean_out + channel, (pivot + shift).to(mean_out.dtype.element_ty), known)
     variance = tl.maximum(tl.sum(squares, 0) / samples / positions - shift * shift, 0.0, tl.PropagateNan.ALL)
@@ -415,10 +427,10 @@ def reduce(
 @jit
 def input_grad(
     grad, x, scale, shift, saved, offset, slope, center, out, samples, channels, positions,
-    ACT: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr, TOTAL: tl.constexpr, ROWS: tl.constexpr,
-    POSITIONS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
+    ACT: tl.constexpr, PER_SAMPLE: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr, TOTAL: tl.constexpr,
+    ROWS: tl.constexpr, POSITIONS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Second pass of the backward: ``scale * d + offset + slope * (x - center)``."""
+    """Second pass of the backward: ``scale * d + offset + slope * (x - center)``; ``slope`` is (N, C), or (C,)."""
     place, inside, row, after, is_after = _elements(
         tl.program_id(0), samples, channels, positions, ROWS, POSITIONS, LAST, ALIGN, TOTAL, INDEX
     )
@@ -435,7 +447,10 @@ def input_grad(
         channel, next_channel = row % channels, after % channels
         if center is not None:
             value -= _load_per_row(center, channel, next_channel, is_after, POSITIONS, LAST, ALIGN, ACC)
-        g += _load_per_row(slope, channel, next_channel, is_after, POSITIONS, LAST, ALIGN, ACC) * value
+        if PER_SAMPLE:
+            g += _load_per_row(slope, row, after, is_after, POSITIONS, LAST, ALIGN, ACC) * value
+        else:
+            g += _load_per_row(slope, channel, next_channel, is_after, POSITIONS, LAST, ALIGN, ACC) * value
     tl.store(out + place, g.to(out.dtype.element_ty), inside)
 
 
@@ -519,12 +534,12 @@ def _logit_grad(
 
 @jit
 def coefficients_backward(
-    p, q, map_means, gate, grad_s, mean, var, weight, bias, kernel, offset_out, sum_a, sum_b, kernel_sums,
-    samples, channels, positions, per_program,
+    p, q, map_means, gate, grad_s, m2, grad_v, mean, var, weight, bias, kernel, offset_out, slope_out, sum_a, sum_b,
+    kernel_sums, samples, channels, positions, per_program,
     eps: tl.constexpr, factor: tl.constexpr, K: tl.constexpr, CIRCULAR: tl.constexpr, SAMPLES: tl.constexpr,
     CHANNELS: tl.constexpr, TAPS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Offsets ``(N, C)``, and partial sums over samples, from which :func:`finish` computes the other gradients.
+    """Offsets and slopes ``(N, C)``, and partial sums over samples, from which :func:`finish` computes the rest.
 
     ``sum_a`` and ``sum_b`` are ``(groups of samples, C)``, ``kernel_sums`` ``(programs, TAPS)``.
     """
@@ -558,9 +573,16 @@ def coefficients_backward(
         if gate is not None:
             g = tl.load(gate + row + channel, inside, 0.0).to(ACC)
         away = tl.load(map_means + row + channel, inside, 0.0).to(ACC) - middle
-        a_total += tl.where(inside, g * tl.load(q + row + channel, inside, 0.0).to(ACC) + ds * away, 0.0)
+        grad_a = g * tl.load(q + row + channel, inside, 0.0).to(ACC) + ds * away
+        offset = ds * a / positions
+        if grad_v is not None:
+            per_position = tl.load(grad_v + row + channel, inside, 0.0).to(ACC) * 2.0 * a / positions
+            grad_a += per_position * tl.load(m2 + row + channel, inside, 0.0).to(ACC)
+            offset -= per_position * a * away
+            tl.store(slope_out + row + channel, per_position * a, inside)
+        a_total += tl.where(inside, grad_a, 0.0)
         b_total += tl.where(inside, g * tl.load(p + row + channel, inside, 0.0).to(ACC) + ds, 0.0)
-        tl.store(offset_out + row + channel, ds * a / positions, inside)
+        tl.store(offset_out + row + channel, offset, inside)
     at = group * channels + block * CHANNELS + tl.arange(0, CHANNELS)
     known = block * CHANNELS + tl.arange(0, CHANNELS) < channels
     tl.store(sum_a + at, tl.sum(a_total, 0), known)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ecanet.nn.tail.eager import norm_and_band
-from ecanet.nn.tail.maths import GateMaths, NormMaths
+from ecanet.nn.tail.maths import GateMaths, NormMaths, Statistics
 from ecanet.nn.tail.statistics import update_running_statistics
 from ecanet.ops import reference
 from ecanet.ops.statistics import merge_moments
@@ -47,15 +47,20 @@ def formula(
         act: Index in :data:`ecanet.ops.reference.ACTS`.
         map_means: ``(N, C)`` of x where they were found already.
     """
+    positions, m2 = reference.positions(x), None
     if norm is not None and norm.takes_batch_statistics:
         map_means, m2 = reference.moments(x)
         mean, var = merge_moments(map_means, m2, x.shape[2:].numel())
         update_running_statistics(norm.module, mean.detach(), var.detach(), x.shape[0] * x.shape[2:].numel())
         norm = norm._replace(mean=mean, var=var)
+    elif gate.needs_variances:
+        map_means, m2 = reference.moments(x)
     elif map_means is None:
         map_means = reference.squeeze(x, x.shape[1])
     if norm is None:
-        return reference.apply(x, gate.function(map_means), None, residual, act)
+        scale, shift = gate.function(Statistics(map_means, None if m2 is None else m2 / positions, positions))
+        return reference.apply(x, scale, shift, residual, act)
     s, a, b = reference.normalise(map_means, norm.mean, norm.var, norm.weight, norm.bias, norm.eps)
-    g = gate.function(s)
-    return reference.apply(x, g * a, g * b, residual, act)
+    variances = a.square() * m2 / positions if gate.needs_variances and m2 is not None else None
+    scale, shift = gate.function(Statistics(s, variances, positions))
+    return reference.apply(x, scale * a, scale * b if shift is None else scale * b + shift, residual, act)

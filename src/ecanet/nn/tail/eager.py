@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ecanet.nn.tail.gradients_of_gates import GateGraph, gate_backward, run_gate
-from ecanet.nn.tail.maths import NO_BAND, GateMaths, NormMaths
+from ecanet.nn.tail.maths import NO_BAND, GateMaths, NormMaths, Statistics
 from ecanet.nn.tail.second_derivatives import differentiable_backward
 from ecanet.nn.tail.statistics import share_gradients, share_statistics, update_running_statistics
 from ecanet.ops import reference
@@ -24,7 +24,8 @@ from ecanet.ops.backward import (
     between_passes,
     first_pass,
     for_slope,
-    gradient_of_gate,
+    gradient_at_other_gate,
+    needs_shift,
     second_pass,
 )
 from ecanet.ops.kernels import KERNELS, Kernels
@@ -101,17 +102,19 @@ class _Coefficients(NamedTuple):
         norm_mean: ``(C,)``.
         norm_var: ``(C,)``.
         values: So many a channel behind these two, where they are the batch's.
-        norm_scale: ``(N, C)`` of the norm alone, for a gate that is no band.
-        gate: ``(N, C)``.
+        m2: ``(N, C)`` of x, for a gate that sees variances.
+        norm_scale: ``(1, C)`` of the norm alone, for a gate that is not ECA's.
+        gate: ``(N, C)``, its scale.
         scale: ``(N, C)``.
         shift: ``(N, C)``.
-        graph: Of a gate that is no band.
+        graph: Of a gate that is not ECA's and has no closed form.
     """
 
     map_means: Tensor
     norm_mean: Tensor | None
     norm_var: Tensor | None
     values: int | Tensor | None
+    m2: Tensor | None
     norm_scale: Tensor | None
     gate: Tensor | None
     scale: Tensor
@@ -123,15 +126,17 @@ def _coefficients(
     ops: Kernels, x: Tensor, norm: NormMaths | None, gate: GateMaths | None, differentiate: bool
 ) -> _Coefficients:
     """The first pass over x, and the ``(N, C)``-sized maths of norm and gate; running statistics move."""
-    mean = var = weight = bias = count = None
-    eps = 0.0
+    mean = var = weight = bias = count = m2 = None
+    eps, needs_variances = 0.0, gate is not None and gate.needs_variances
     if norm is not None:
         _, mean, var, weight, bias, eps, _ = norm
     if norm is not None and norm.takes_batch_statistics:
-        map_means, mean, var = ops.batch_moments(x)
+        map_means, mean, var, m2 = ops.batch_moments(x, needs_variances)
         count = x.numel() // mean.numel()
         if norm.group is not None:
             mean, var, count = share_statistics(mean, var, count, norm.eps, norm.group)
+    elif needs_variances:
+        map_means, m2 = ops.moments(x)
     elif gate is not None:
         map_means = ops.squeeze(x)
     else:  # nothing looks at them
@@ -140,14 +145,25 @@ def _coefficients(
     s, g, scale, shift = ops.eca_coefficients(map_means, mean, var, weight, bias, eps, kernel, circular, factor)
     graph = norm_scale = None
     if gate is not None and not gate.is_band:
-        graph = run_gate(gate, s, differentiate)
-        norm_scale, g = scale, graph.gate.detach().to(s.dtype)
-        scale, shift = g * scale, g * shift
+        norm_scale = scale[:1].clone()  # all rows are the same
+        g, of_gate, graph = run_gate(gate, _statistics(x, s, norm_scale, m2, gate), differentiate)
+        scale, shift = g * norm_scale, g * shift
+        shift = shift if of_gate is None else shift.add_(of_gate)
     if norm is not None and count is not None:  # after the gate, which may raise
         assert mean is not None
         assert var is not None
         update_running_statistics(norm.module, mean, var, count, ops)
-    return _Coefficients(map_means, mean, var, count, norm_scale, None if gate is None else g, scale, shift, graph)
+    m2 = m2 if needs_variances else None
+    return _Coefficients(map_means, mean, var, count, m2, norm_scale, None if gate is None else g, scale, shift, graph)
+
+
+def _statistics(x: Tensor, s: Tensor, norm_scale: Tensor, m2: Tensor | None, gate: GateMaths) -> Statistics:
+    """What a gate sees of the norm's output, whose means are s."""
+    positions = x.shape[2:].numel()
+    if not gate.needs_variances:
+        return Statistics(s, None, positions)
+    assert m2 is not None
+    return Statistics(s, m2 * (norm_scale.square() / positions), positions)
 
 
 class _NormGateAddAct(torch.autograd.Function):
@@ -173,8 +189,8 @@ class _NormGateAddAct(torch.autograd.Function):
         c = _coefficients(ops, x, norm, gate, differentiate=True)
         out = ops.apply(x, c.scale, c.shift, residual, act)
         ctx.save_for_backward(
-            x, for_slope(act, out, residual), weight, bias, c.map_means, c.norm_mean, c.norm_var, c.norm_scale, c.gate,
-            c.scale, c.shift, *parameters,
+            x, for_slope(act, out, residual), weight, bias, c.map_means, c.norm_mean, c.norm_var, c.m2, c.norm_scale,
+            c.gate, c.scale, c.shift if needs_shift(act) else None, *parameters,
         )  # fmt: skip
         ctx.ops, ctx.norm, ctx.gate, ctx.act, ctx.rest = ops, norm, gate, act, rest
         ctx.values, ctx.graph = c.values, c.graph
@@ -183,7 +199,7 @@ class _NormGateAddAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        saved, parameters = Saved._make(tensors[:11]), tensors[11:]
+        saved, parameters = Saved._make(tensors[:12]), tensors[12:]
         norm, gate = ctx.norm, ctx.gate
         needs_x, needs_residual, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True
@@ -195,11 +211,13 @@ class _NormGateAddAct(torch.autograd.Function):
         of_gate: list[Tensor | None]
         if gate is None or gate.is_band:
             band = NO_BAND if gate is None else (parameters[0], gate.circular, gate.factor)
-            small = between_passes(ctx.ops, saved, up, eps, band, None)
+            small = between_passes(ctx.ops, saved, up, eps, band)
             of_gate = [small.kernel.reshape(kernel.shape) for kernel in parameters]  # one, or none
         else:
-            grad_s, of_gate = gate_backward(ctx.graph, gradient_of_gate(saved, up))
-            small = between_passes(ctx.ops, saved, up, eps, NO_BAND, grad_s)
+            statistics = _statistics_again(saved, gate)
+            grads = gate_backward(gate, ctx.graph, statistics, gradient_at_other_gate(saved, up), up.p)
+            grad_s, grad_v, of_gate = grads
+            small = between_passes(ctx.ops, saved, up, eps, NO_BAND, grad_s, grad_v)
         of_residual = up.grad if needs_residual else None
         of_gate = [_in_type_of(t, g) for t, g in zip(parameters, of_gate, strict=True)]
         if ctx.rest is not None:
@@ -210,9 +228,19 @@ class _NormGateAddAct(torch.autograd.Function):
         grad_x = None
         if needs_x:
             batch = None if ctx.values is None else (small.norm_mean, small.norm_var, ctx.values)
-            grad_x = second_pass(ctx.ops, saved, up, small.offset, batch)
+            grad_x = second_pass(ctx.ops, saved, up, small, batch)
         of_weight, of_bias = _in_type_of(saved.weight, small.weight), _in_type_of(saved.bias, small.bias)
         return grad_x, of_residual, of_weight, of_bias, None, None, None, None, None, *of_gate
+
+
+def _statistics_again(saved: Saved, gate: GateMaths) -> Statistics:
+    """What a gate with a closed form saw, from what was saved; other gates keep it in their graph."""
+    if gate.backward is None:
+        return Statistics(saved.map_means)
+    assert saved.norm_scale is not None
+    s = saved.map_means if saved.norm_mean is None else saved.map_means - saved.norm_mean
+    s = s * saved.norm_scale
+    return _statistics(saved.x, s if saved.bias is None else s + saved.bias, saved.norm_scale, saved.m2, gate)
 
 
 def _in_type_of(t: Tensor | None, grad: Tensor | None) -> Tensor | None:
@@ -261,5 +289,5 @@ def _finish(
     if needs_x:  # else nobody looks at them, nor do processes without a batch
         assert saved.norm_var is not None
         batch = *share_gradients(small.weight, small.bias, saved.norm_var, saved.weight, norm.eps, norm.group), count
-        grad_x = second_pass(ops, saved, up, small.offset, batch)
+        grad_x = second_pass(ops, saved, up, small, batch)
     return grad_x, _in_type_of(saved.weight, small.weight), _in_type_of(saved.bias, small.bias)

@@ -7,68 +7,91 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ecanet.nn.tail.maths import GateMaths
+from ecanet.nn.tail.maths import GateMaths, Statistics
 
 
 class GateGraph(NamedTuple):
     """The graph of a gate that autograd can go back through.
 
     Attributes:
-        s: ``(N, C)``, what it begins with.
-        gate: ``(N, C)``, what it ends with.
+        inputs: Means ``(N, C)``, and variances ``(N, C)`` if the gate sees them: what it begins with.
+        outputs: Scale ``(N, C)``, and shift ``(N, C)`` if there is one: what it ends with.
         leaves: What stands in it for each parameter: an alias, so that hooks on the parameter do not run here as well
             as in the graph outside; or the parameter, where the gate does not read it from a module.
     """
 
-    s: Tensor
-    gate: Tensor
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
     leaves: tuple[Tensor, ...]
 
 
-def run_gate(gate: GateMaths, s: Tensor, differentiate: bool) -> GateGraph:
+def run_gate(gate: GateMaths, statistics: Statistics, differentiate: bool) -> tuple[Tensor, Tensor | None, Any]:
     """Call the gate once; if ``differentiate``, with a graph that no hook on saved tensors takes away.
 
     Args:
-        gate: No band.
-        s: ``(N, C)``, channel means.
+        gate: Not ECA's.
+        statistics: What it sees.
         differentiate: Whether :func:`gate_backward` will be asked.
+
+    Returns:
+        Scale and shift, as the gate returns them and detached, and what :func:`gate_backward` wants.
 
     Raises:
         RuntimeError: the gate depends on a tensor whose gradient nobody would get.
     """
-    with torch.autocast(s.device.type, enabled=False):
-        if not differentiate:
-            g = gate.function(s)
-            if g.requires_grad:
-                _leaves_reached(g, gate.parameters)
-            return GateGraph(s, g, ())
-        leaf = s.detach().requires_grad_()
+    means, variances, positions = statistics
+    with torch.autocast(means.device.type, enabled=False):
+        if gate.backward is not None or not differentiate:
+            scale, shift = gate.function(statistics)
+            if scale.requires_grad and gate.backward is None:
+                _leaves_reached((scale,) if shift is None else (scale, shift), gate.parameters)
+            return _detached(scale, means), _detached(shift, means), None
+        inputs = tuple(t.detach().requires_grad_() for t in (means, variances) if t is not None)
         with (
             torch.enable_grad(),
             torch.autograd.graph.saved_tensors_hooks(_with_version, _of_that_version),
             _aliases(gate) as aliases,
         ):
-            g = gate.function(leaf.clone())  # which may write into what it gets
-    reached = _leaves_reached(g, (leaf, *gate.parameters, *aliases.values()))
+            copies = [t.clone() for t in inputs]  # the gate may write into what it gets
+            scale, shift = gate.function(Statistics(copies[0], copies[1] if variances is not None else None, positions))
+    outputs = (scale,) if shift is None else (scale, shift)
+    reached = _leaves_reached(outputs, (*inputs, *gate.parameters, *aliases.values()))
     leaves = tuple(p if id(p) in reached else aliases.get(id(p), p) for p in gate.parameters)
-    return GateGraph(leaf, g, leaves)
+    return _detached(scale, means), _detached(shift, means), GateGraph(inputs, outputs, leaves)
 
 
-def gate_backward(graph: GateGraph, grad_gate: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Gradients of s and of the gate's parameters, through the graph that :func:`run_gate` made.
+def _detached(t: Any, like: Tensor) -> Any:
+    return None if t is None else t.detach().to(like.dtype)
+
+
+def gate_backward(
+    gate: GateMaths, graph: GateGraph | None, statistics: Statistics, grad_scale: Tensor, grad_shift: Tensor
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+    """Gradients of means, variances and the gate's parameters: in closed form, or through the graph.
 
     Args:
+        gate: Not ECA's.
         graph: Of the forward pass.
-        grad_gate: ``(N, C)``.
+        statistics: Of the forward pass.
+        grad_scale: ``(N, C)``.
+        grad_shift: ``(N, C)``, whether the gate has a shift or not.
     """
-    s, gate, leaves = graph
-    if not gate.requires_grad:
-        return None, [None] * len(leaves)
-    wanted = [s, *(leaf for leaf in leaves if leaf.requires_grad)]
-    grad_s, *found = torch.autograd.grad(gate, wanted, grad_gate.to(gate.dtype), retain_graph=True, allow_unused=True)
-    remaining = iter(found)
+    if gate.backward is not None:
+        with torch.autocast(grad_scale.device.type, enabled=False):
+            means, variances, of_parameters = gate.backward(statistics, grad_scale, grad_shift)
+        return means, variances, list(of_parameters)
+    assert graph is not None
+    leaves = graph.leaves
+    pairs = [(t, g) for t, g in zip(graph.outputs, (grad_scale, grad_shift), strict=False) if t.requires_grad]
+    if not pairs:
+        return None, None, [None] * len(leaves)
+    wanted = [*graph.inputs, *(leaf for leaf in leaves if leaf.requires_grad)]
+    outputs, grads_of_outputs = [t for t, _ in pairs], [g.to(t.dtype) for t, g in pairs]
+    found = torch.autograd.grad(outputs, wanted, grads_of_outputs, retain_graph=True, allow_unused=True)
+    of_inputs = [None if g is None else g.to(grad_scale.dtype) for g in found[: len(graph.inputs)]]
+    remaining = iter(found[len(graph.inputs) :])
     grads = [next(remaining) if leaf.requires_grad else None for leaf in leaves]
-    return None if grad_s is None else grad_s.to(grad_gate.dtype), grads
+    return of_inputs[0], of_inputs[1] if len(of_inputs) > 1 else None, grads
 
 
 @contextlib.contextmanager
@@ -104,12 +127,12 @@ def _of_that_version(saved: tuple[Tensor, int]) -> Tensor:
     return t
 
 
-def _leaves_reached(gate: Tensor, known: tuple[Tensor, ...]) -> set[int]:
+def _leaves_reached(outputs: tuple[Tensor, ...], known: tuple[Tensor, ...]) -> set[int]:
     """Ids of the leaves of a gate's graph; raises where one is not known, whose gradient nobody would get."""
     ids = {id(t) for t in known}
     seen: set[Any] = {t.grad_fn for t in known}  # those may be computed from others
     reached = set()
-    to_do = [gate.grad_fn]
+    to_do = [t.grad_fn for t in outputs]
     while to_do:
         node = to_do.pop()
         if node is None or node in seen:

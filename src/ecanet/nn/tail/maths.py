@@ -33,22 +33,59 @@ class NormMaths(NamedTuple):
         return self.mean is None
 
 
-class GateMaths(NamedTuple):
-    """A gate: a function of the channel means.
+class Statistics(NamedTuple):
+    """What a gate sees of a map ``(N, C, *spatial)``.
 
     Attributes:
-        function: ``(N, C)`` means to ``(N, C)`` gates, the factor included.
+        means: ``(N, C)``, over the positions of each channel; float32 for half types.
+        variances: ``(N, C)``, biased; None for a gate that does not ask for them.
+        positions: S, the number of positions of a map. The sum of squares is ``S (variances + means^2)``.
+    """
+
+    means: Tensor
+    variances: Tensor | None = None
+    positions: int = 1
+
+
+#: The scale of a map, ``(N, C)``, and what is added to it, ``(N, C)`` or None.
+ScaleAndShift = tuple[Tensor, Tensor | None]
+
+
+class GateGradients(NamedTuple):
+    """What a gate's closed form gives back.
+
+    Attributes:
+        means: ``(N, C)``.
+        variances: ``(N, C)``, or None.
+        parameters: One for each of the gate's parameters.
+    """
+
+    means: Tensor
+    variances: Tensor | None
+    parameters: tuple[Tensor, ...]
+
+
+class GateMaths(NamedTuple):
+    """A gate: a function of a map's statistics.
+
+    Attributes:
+        function: From the statistics to scale and shift, the factor included.
         parameters: All that it depends on and that may want a gradient.
         is_band: Whether it is ECA's, of the one kernel in ``parameters``: the kernels compute it themselves.
         circular: Of the band.
         factor: Of the band's gate, for those who compute it themselves.
+        needs_variances: Whether the statistics must hold variances.
+        backward: The gradients in closed form, of the statistics and the gradients of scale and shift; None for a gate
+            that autograd goes through.
     """
 
-    function: Callable[[Tensor], Tensor]
+    function: Callable[[Statistics], ScaleAndShift]
     parameters: tuple[Tensor, ...]
     is_band: bool = False
     circular: bool = False
     factor: float = 1.0
+    needs_variances: bool = False
+    backward: Callable[[Statistics, Tensor, Tensor], GateGradients] | None = None
 
     @property
     def band(self) -> tuple[Tensor | None, bool, float]:

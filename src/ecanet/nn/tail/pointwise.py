@@ -54,8 +54,8 @@ def means_after(conv: nn.Module, x: Tensor, gate: nn.Module) -> Tensor | None:
     Source:
         This library's.
     """
-    if not torch.compiler.is_compiling() or is_exporting():
-        return None
+    if not torch.compiler.is_compiling() or is_exporting() or getattr(gate, "needs_variances", False):
+        return None  # variances do not commute with a convolution
     if (x.is_cpu or isinstance(gate, ECA)) and is_operation_in_graph(x, training=False):
         return None
     if not is_pointwise(conv):

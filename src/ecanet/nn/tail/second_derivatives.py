@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ecanet.nn.tail.maths import GateMaths, NormMaths
+from ecanet.nn.tail.maths import GateMaths, NormMaths, ScaleAndShift, Statistics
 from ecanet.ops import reference
 from ecanet.ops.backward import Saved
 from ecanet.ops.statistics import merge_moments
@@ -56,11 +56,16 @@ def differentiable_backward(
         if norm is not None and norm.takes_batch_statistics:
             mean, var = merge_moments(map_means, m2, x.shape[2:].numel())
         s, a, b = reference.normalise(map_means, mean, var, weight, bias, 0.0 if norm is None else norm.eps)
+        shift = None if norm is None else b.expand_as(s)
         if gate is not None:
             assert saved.gate is not None
-            g = gate_again(gate, s, parameters, saved.gate, what).to(s.dtype)
-            a, b = g * a, g * b
-        out = reference.apply(x, a.expand_as(s), None if norm is None else b.expand_as(s), residual, code)
+            positions = reference.positions(x)
+            statistics = Statistics(s, a.square() * m2 / positions if gate.needs_variances else None, positions)
+            g, of_gate = gate_again(gate, statistics, parameters, saved.gate, what)
+            a, shift = g * a, None if norm is None else g * b
+            if of_gate is not None:
+                shift = of_gate if shift is None else shift + of_gate
+        out = reference.apply(x, a.expand_as(s), shift, residual, code)
     inputs = [x, residual, weight, bias, *parameters]
     wanted = [t for t, needs in zip(inputs, needed, strict=True) if needs and t is not None]
     found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True) if wanted else ())
@@ -84,21 +89,24 @@ def _through_act(for_act: Tensor | None, act: int, grad: Tensor) -> tuple[Tensor
     return grad.masked_fill(blocked, 0), None, 0
 
 
-def gate_again(gate: GateMaths, s: Tensor, parameters: list[Tensor], before: Tensor, what: str) -> Tensor:
-    """The gate once more, in a graph that reaches s and the parameters of the forward pass.
+def gate_again(
+    gate: GateMaths, statistics: Statistics, parameters: list[Tensor], before: Tensor, what: str
+) -> ScaleAndShift:
+    """Scale and shift once more, in a graph that reaches the statistics and the parameters of the forward pass.
 
     Args:
         gate: Any.
-        s: ``(N, C)``, channel means.
+        statistics: What it sees.
         parameters: Those of the forward pass.
-        before: ``(N, C)``, what it was.
+        before: ``(N, C)``, what the scale was.
         what: ``"gate"`` or ``"tail"``, for the error.
 
     Raises:
         RuntimeError: that is another gate than in the forward pass, or calling it leaves a trace.
     """
+    s = statistics.means
     if gate.is_band:
-        return torch.sigmoid(reference.band(s, parameters[0], gate.circular)) * gate.factor
+        return torch.sigmoid(reference.band(s, parameters[0], gate.circular)) * gate.factor, None
     owner = getattr(gate.function, "__self__", None)
     modules = list(owner.modules()) if isinstance(owner, nn.Module) else []
     slots = [(m._parameters, key, p) for m in modules for key, p in m._parameters.items() if p is not None]
@@ -110,7 +118,7 @@ def gate_again(gate: GateMaths, s: Tensor, parameters: list[Tensor], before: Ten
     try:
         for held, key, p in slots:
             held[key] = now[id(p)]  # type: ignore[assignment]
-        again = gate.function(s)
+        again, shift = gate.function(statistics)
     finally:
         for held, key, p in slots:
             held[key] = p
@@ -119,7 +127,7 @@ def gate_again(gate: GateMaths, s: Tensor, parameters: list[Tensor], before: Ten
     close = 1e-9 if before.dtype is torch.float64 else 1e-4
     if not torch.allclose(again.detach().to(before.dtype), before, rtol=close, atol=close, equal_nan=True):
         raise no_second_derivative(what, f"its {type(owner).__name__} gate returns something else when called again")
-    return again
+    return again.to(s.dtype), None if shift is None else shift.to(s.dtype)
 
 
 def _state_of_chance(s: Tensor) -> Tensor:

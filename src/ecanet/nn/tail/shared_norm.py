@@ -80,7 +80,7 @@ class _SharedNorm(torch.autograd.Function):
         if x.numel() == 0:
             mean = var = x.new_zeros(channels, dtype=reference.accumulation_dtype(x.dtype))
         else:
-            _, mean, var = reference.batch_moments(x)
+            _, mean, var, _ = reference.batch_moments(x)
         ctx.group = process_group(norm)
         mean, var, count = share_statistics(mean, var, x.numel() // channels, norm.eps, ctx.group)
         update_running_statistics(norm, mean, var, count)

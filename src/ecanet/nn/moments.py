@@ -1,0 +1,347 @@
+"""Gates of the mean and the variance of every channel: SRM, GCT and GRN.
+
+A map's sum of squares is ``S (v + s^2)``, with mean s, biased variance v and S positions. The pass that finds the means
+finds the variances as well, so these gates cost what ECA costs.
+"""
+
+import copy
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ecanet.nn.gate import Gate, has_own_maths, has_plain_tensors
+from ecanet.nn.tail.maths import GateGradients, GateMaths, ScaleAndShift, Statistics
+from ecanet.nn.tail.shared_norm import call_norm
+from ecanet.ops import reference
+
+
+class MomentGate(Gate):
+    """A gate that sees means and variances: ``out = scale * x + shift``.
+
+    A subclass defines :meth:`scale_and_shift`; everything else is as in :class:`Gate`.
+    """
+
+    needs_variances = True
+    #: Parameters of C values, in whatever shape a checkpoint has them: ``(1, C, 1, 1)`` is loaded, too.
+    per_channel: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def scale_and_shift(self, statistics: Statistics) -> ScaleAndShift:
+        """What a map is multiplied by, and what is added to it."""
+
+    def logits(self, s: Tensor) -> Tensor:
+        """There are none of the means alone.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            f"{type(self).__name__} sees variances as well as means: call scale_and_shift(gate.statistics(x)) instead"
+        )
+
+    def is_neutral(self) -> bool:
+        """Whether the gate is :attr:`neutral_value` times the factor for every map."""
+        return False
+
+    def constant(self) -> float | None:
+        """As :meth:`Gate.constant`."""
+        if any(t.is_meta for t in self.parameters()) or not self.is_neutral():
+            return None
+        like = next(iter((*self.parameters(), *self.buffers())))
+        values = torch.linspace(-2, 2, 2 * self.channels, dtype=reference.accumulation_dtype(like.dtype))
+        means = values.to(like.device).reshape(2, -1)
+        with torch.no_grad():  # in evaluation and in a copy, so that no running statistics change
+            scale, shift = copy.deepcopy(self).eval().scale_and_shift(Statistics(means, means.square(), 4))
+        is_constant = bool((scale == scale[0, 0]).all()) and (shift is None or not bool(shift.any()))
+        return float(scale[0, 0]) if is_constant else None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take parameters of C values in any shape."""
+        for name in self.per_channel:
+            given = state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and given.dim() > 1 and given.numel() == self.channels:
+                state_dict[prefix + name] = given.reshape(self.channels)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class _ClosedFormGate(MomentGate):
+    """A gate that is 1 at its start and knows its own gradient: autograd's graph would cost more than the gate."""
+
+    neutral_value = 1.0
+    #: The parameters that make it 1 when they are 0.
+    zero_for_identity: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def gradients(self, statistics: Statistics, grad_scale: Tensor, grad_shift: Tensor) -> GateGradients:
+        """Gradients of what :meth:`scale_and_shift` computed from the same statistics, in closed form.
+
+        Args:
+            statistics: As there.
+            grad_scale: ``(N, C)``.
+            grad_shift: ``(N, C)``.
+        """
+
+    def maths(self) -> GateMaths | None:
+        """The gate and its closed form, unless it was changed."""
+        cls = type(self)
+        judge = next(c for c in cls.__mro__ if "gradients" in vars(c))
+        if cls.scale_and_shift is not judge.scale_and_shift or cls.scaled is not Gate.scaled:  # type: ignore[attr-defined]
+            return super().maths()
+        if has_own_maths(vars(self)) or not has_plain_tensors(self):
+            return None
+        parameters = tuple(p for p in self._parameters.values() if p is not None)
+        return GateMaths(self.scale_and_shift, parameters, needs_variances=True, backward=self.gradients)
+
+    @torch.no_grad()
+    def make_neutral_(self) -> float:
+        """Make the gate 1 for every map."""
+        for name in self.zero_for_identity:
+            getattr(self, name).zero_()
+        return 1.0
+
+    def is_neutral(self) -> bool:
+        """Whether the gate is 1 for every map."""
+        return not any(getattr(self, name).any() for name in self.zero_for_identity)
+
+
+def _squares(statistics: Statistics) -> Tensor:
+    """The sum of squares over the positions of every map, ``(N, C)``."""
+    means, variances, positions = statistics
+    assert variances is not None
+    return (variances + means.square()) * positions
+
+
+class GCT(_ClosedFormGate):
+    """Gated Channel Transformation: channels compete or cooperate by their l2 norms. 3 C parameters.
+
+    With ``e = alpha sqrt(sum of x^2 + eps)`` per channel:
+    ``out = x (1 + tanh(gamma e / sqrt(mean over channels of e^2 + eps) + beta))``. At its start gamma and beta are 0,
+    and the gate is 1. State dicts of the authors' module, ``(1, C, 1, 1)``, load.
+
+    Args:
+        channels: Number of channels C.
+        eps: Added below both roots.
+        factor: Multiplies every gate value.
+
+    Attributes:
+        alpha: ``(C,)``, 1 at the start.
+        gamma: ``(C,)``, 0 at the start.
+        beta: ``(C,)``, 0 at the start.
+
+    Raises:
+        TypeError: ``channels`` is not an integer, ``eps`` or ``factor`` is not a number.
+        ValueError: ``channels`` below 1, ``eps`` not above 0, ``factor`` not finite and above 0.
+
+    Source:
+        Yang et al., Gated Channel Transformation for Visual Recognition, CVPR 2020, arXiv:1909.11519, Eq. (1) to (5);
+        eps as in the authors' code.
+
+    Example:
+        >>> gct, x = GCT(64), torch.randn(8, 64, 7, 7)
+        >>> torch.equal(gct(x), x)
+        True
+    """
+
+    per_channel = ("alpha", "gamma", "beta")
+    zero_for_identity = ("gamma", "beta")
+
+    def __init__(self, channels: int, *, eps: float = 1e-5, factor: float = 1.0) -> None:
+        super().__init__(channels, factor=factor)
+        self.eps = check_eps(eps)
+        self.alpha, self.gamma, self.beta = (nn.Parameter(torch.empty(channels)) for _ in range(3))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set alpha to 1, and gamma and beta to 0, as the authors do."""
+        nn.init.ones_(self.alpha)
+        nn.init.zeros_(self.gamma)
+        nn.init.zeros_(self.beta)
+        super().reset_parameters()
+
+    def _embedding(self, statistics: Statistics) -> tuple[Tensor, Tensor, Tensor]:
+        """The channels' l2 norms, these times alpha, and the root of the latter's mean square, ``(N, 1)``."""
+        norm = (_squares(statistics) + self.eps).sqrt()
+        e = norm * self.alpha.to(norm.dtype)
+        return norm, e, (e.square().mean(1, keepdim=True) + self.eps).sqrt()
+
+    def scale_and_shift(self, statistics: Statistics) -> ScaleAndShift:
+        """``1 + tanh(gamma e / rms(e) + beta)``, and no shift."""
+        _, e, root = self._embedding(statistics)
+        return self.scaled(1 + torch.tanh(e * self.gamma.to(e.dtype) / root + self.beta.to(e.dtype))), None
+
+    def gradients(self, statistics: Statistics, grad_scale: Tensor, grad_shift: Tensor) -> GateGradients:
+        """See the base class."""
+        norm, e, root = self._embedding(statistics)
+        alpha, gamma = self.alpha.to(e.dtype), self.gamma.to(e.dtype)
+        relative = e / root
+        tanh = torch.tanh(relative * gamma + self.beta.to(e.dtype))
+        at_tanh = self.scaled(grad_scale) * (1 - tanh.square())
+        at_relative = at_tanh * gamma
+        grad_e = (at_relative - relative * (at_relative * relative).mean(1, keepdim=True)) / root
+        per_square = grad_e * alpha * (0.5 * statistics.positions) / norm
+        parameters = (grad_e * norm).sum(0), (at_tanh * relative).sum(0), at_tanh.sum(0)
+        return GateGradients(2 * statistics.means * per_square, per_square, parameters)
+
+    def _arguments(self) -> list[str]:
+        return [f"{self.channels}", *([] if self.eps == 1e-5 else [f"eps={self.eps:g}"])]
+
+
+class GRN(_ClosedFormGate):
+    """Global Response Normalisation of ConvNeXt V2: ``out = x + weight x n + bias``. 2 C parameters.
+
+    n is a channel's l2 norm, divided by the mean of these norms over the channels. At its start weight and bias are 0,
+    and the map passes unchanged. Keys are those of timm's ``GlobalResponseNorm``.
+
+    Args:
+        channels: Number of channels C.
+        eps: Added to the mean of the norms.
+        factor: Multiplies every gate value; not the bias.
+
+    Attributes:
+        weight: ``(C,)``, 0 at the start.
+        bias: ``(C,)``, 0 at the start.
+
+    Raises:
+        TypeError: ``channels`` is not an integer, ``eps`` or ``factor`` is not a number.
+        ValueError: ``channels`` below 1, ``eps`` not above 0, ``factor`` not finite and above 0.
+
+    Source:
+        Woo et al., ConvNeXt V2, CVPR 2023, arXiv:2301.00808, Eq. (1) to (3) and Algorithm 1; eps as in timm.
+
+    Example:
+        >>> grn, x = GRN(64), torch.randn(8, 64, 7, 7)
+        >>> torch.equal(grn(x), x)
+        True
+    """
+
+    per_channel = ("weight", "bias")
+    zero_for_identity = ("weight", "bias")
+
+    def __init__(self, channels: int, *, eps: float = 1e-6, factor: float = 1.0) -> None:
+        super().__init__(channels, factor=factor)
+        self.eps = check_eps(eps)
+        self.weight, self.bias = (nn.Parameter(torch.empty(channels)) for _ in range(2))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set weight and bias to 0, as the authors do."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+        super().reset_parameters()
+
+    def _relative(self, statistics: Statistics) -> tuple[Tensor, Tensor, Tensor]:
+        """The channels' l2 norms, these divided by their mean, and that mean with eps, ``(N, 1)``."""
+        squares = _squares(statistics)
+        some = squares > 0  # a root has no slope at 0: torch's norm of zeros has the gradient 0, and so has this one
+        norm = squares.where(some, 1).sqrt().where(some, 0) if squares.requires_grad else squares.sqrt()
+        mean = norm.mean(1, keepdim=True) + self.eps
+        return norm, norm / mean, mean
+
+    def scale_and_shift(self, statistics: Statistics) -> ScaleAndShift:
+        """``1 + weight n``, and the bias."""
+        _, relative, _ = self._relative(statistics)
+        scale = self.scaled(1 + self.weight.to(relative.dtype) * relative)
+        return scale, self.bias.to(relative.dtype).expand_as(scale)
+
+    def gradients(self, statistics: Statistics, grad_scale: Tensor, grad_shift: Tensor) -> GateGradients:
+        """See the base class."""
+        norm, relative, mean = self._relative(statistics)
+        grad_scale = self.scaled(grad_scale)
+        at_relative = grad_scale * self.weight.to(norm.dtype)
+        grad_norm = (at_relative - (at_relative * relative).mean(1, keepdim=True)) / mean
+        per_square = (grad_norm * (0.5 * statistics.positions) / norm).where(norm > 0, 0)
+        parameters = (grad_scale * relative).sum(0), grad_shift.sum(0)
+        return GateGradients(2 * statistics.means * per_square, per_square, parameters)
+
+    def _arguments(self) -> list[str]:
+        return [f"{self.channels}", *([] if self.eps == 1e-6 else [f"eps={self.eps:g}"])]
+
+
+class SRM(MomentGate):
+    """Style-based Recalibration: ``sigmoid(bn(cfc[:, 0] mean + cfc[:, 1] deviation))`` per channel. 4 C parameters.
+
+    ``bn`` is a BatchNorm over the batch's N values a channel: in training it wants more than one sample, and several
+    processes share its statistics when it is converted to SyncBatchNorm. The deviation is
+    ``sqrt(variance S / (S - 1) + eps)``, as in the authors' code: unbiased (for a map of one position, 0).
+
+    Args:
+        channels: Number of channels C.
+        eps: Added to the variance.
+        factor: Multiplies every gate value; 2 undoes the sigmoid of 0.
+
+    Attributes:
+        cfc: ``(C, 2)``, 0 at the start, as the authors have it.
+        bn: A BatchNorm1d of C channels.
+
+    Raises:
+        TypeError: ``channels`` is not an integer, ``eps`` or ``factor`` is not a number.
+        ValueError: ``channels`` below 1, ``eps`` not above 0, ``factor`` not finite and above 0; torch's own, in
+            training on one sample.
+
+    Source:
+        Lee et al., SRM: A Style-based Recalibration Module for Convolutional Neural Networks, ICCV 2019,
+        arXiv:1903.10829, Eq. (1) to (6); the deviation, eps and the start as in the authors' code.
+
+    Example:
+        >>> srm = SRM(64)
+        >>> srm(torch.randn(8, 64, 7, 7)).shape
+        torch.Size([8, 64, 7, 7])
+    """
+
+    def __init__(self, channels: int, *, eps: float = 1e-5, factor: float = 1.0) -> None:
+        super().__init__(channels, factor=factor)
+        self.eps = check_eps(eps)
+        self.cfc = nn.Parameter(torch.empty(channels, 2))
+        self.bn = nn.BatchNorm1d(channels)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set cfc to 0 and reset the BatchNorm, as the authors do."""
+        nn.init.zeros_(self.cfc)
+        super().reset_parameters()
+
+    def scale_and_shift(self, statistics: Statistics) -> ScaleAndShift:
+        """The sigmoid of the normalised styles, and no shift."""
+        means, variances, positions = statistics
+        assert variances is not None
+        others: Any = positions - 1
+        others = others.clamp(min=1) if isinstance(others, Tensor) else max(others, 1)  # torch.jit traces tensors
+        deviations = (variances * (positions / others) + self.eps).sqrt()
+        cfc = self.cfc.to(means.dtype)
+        styles = means * cfc[:, 0] + deviations * cfc[:, 1]
+        with reference.no_autocast(means.device.type):
+            normalised = call_norm(self.bn, styles.to(self.bn.weight.dtype)).to(means.dtype)
+        return self.scaled(torch.sigmoid(normalised)), None
+
+    @torch.no_grad()
+    def make_neutral_(self) -> float:
+        """Set cfc, the norm's bias and its running mean to 0; every gate value becomes 1/2."""
+        self.cfc.zero_()
+        for t in (self.bn.bias, self.bn.running_mean):
+            if t is not None:
+                t.zero_()
+        return 0.5
+
+    def is_neutral(self) -> bool:
+        """Whether cfc, the norm's bias and its running mean are 0."""
+        tensors = (self.cfc, getattr(self.bn, "bias", None), getattr(self.bn, "running_mean", None))
+        return not any(t.any() for t in tensors if isinstance(t, Tensor))
+
+    def _arguments(self) -> list[str]:
+        return [f"{self.channels}", *([] if self.eps == 1e-5 else [f"eps={self.eps:g}"])]
+
+
+def check_eps(eps: float) -> float:
+    """A small number that is added below a root or a fraction, as a float.
+
+    Raises:
+        TypeError: ``eps`` is not a number.
+        ValueError: ``eps`` is not finite and above 0.
+    """
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"eps must be a number, got {eps!r}")
+    if not 0 < eps < float("inf"):
+        raise ValueError(f"eps must be finite and above 0, got {eps!r}: such as 1e-5")
+    return float(eps)

@@ -97,9 +97,10 @@ def naive_input_backward(
     return g + over_positions(slope, x) * away
 
 
-def naive_batch_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def naive_batch_moments(x: Tensor, needs_m2: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     values = x.double().transpose(0, 1).flatten(1)
-    return naive_squeeze(x), values.mean(1), values.var(1, correction=0)
+    means, m2 = naive_moments(x)
+    return means, values.mean(1), values.var(1, correction=0), m2 if needs_m2 else m2[:0]
 
 
 def naive_norm(means: Tensor, mean: Any, var: Any, weight: Any, bias: Any, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,8 +149,14 @@ def naive_coefficients_backward(
     circular: bool,
     positions: int,
     factor: float,
+    m2: Any = None,
+    grad_v: Any = None,
 ) -> tuple[Tensor, ...]:
-    """By autograd: the sum of d (scale x + shift), with p = sum d and q = sum d (x - mean), plus grad_s s."""
+    """By autograd: the sum of d (scale x + shift), with p = sum d and q = sum d (x - mean), plus grad_s s + grad_v v.
+
+    A map of S positions, its mean and its m2 give x the gradient ``g_mean / S + 2 g_m2 (x - its mean)``, which is
+    written as ``offset + slope (x - mean)``.
+    """
     ones = torch.ones(means.shape[1], dtype=torch.float64)
     leaves = {
         "means": means,
@@ -158,6 +165,7 @@ def naive_coefficients_backward(
         "kernel": ones[:0] if kernel is None else kernel,
         "mean": 0 * ones if mean is None else mean,
         "var": ones - eps if var is None else var,
+        "m2": torch.zeros_like(means) if m2 is None else m2,
     }
     leaf = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
     dx = q.double() + leaf["mean"].detach() * p.double()
@@ -177,8 +185,14 @@ def naive_coefficients_backward(
     loss = (scale * dx + shift * p.double()).sum() + leaf["kernel"].sum() * 0 + s.sum() * 0
     if grad_s is not None:
         loss = loss + (s * grad_s.double()).sum()
+    slope, _, _ = naive_norm(leaf["means"], leaf["mean"], leaf["var"], leaf["weight"], leaf["bias"], eps)
+    variances = slope**2 * leaf["m2"] / positions
+    loss = loss + (variances * (0 if grad_v is None else grad_v.double())).sum()
     found = dict(zip(leaf, torch.autograd.grad(loss, list(leaf.values())), strict=True))
-    return found["means"] / positions, *(found[name] for name in ("weight", "bias", "kernel", "mean", "var"))
+    of_x = 2 * found["m2"]
+    offset = found["means"] / positions + of_x * (leaf["mean"] - leaf["means"]).detach()
+    small = (found[name] for name in ("weight", "bias", "kernel", "mean", "var"))
+    return offset, *small, of_x[:0] if grad_v is None else of_x
 
 
 def naive_norm_eca_add_act(x: Tensor, residual: Any, *norm_and_band: Any) -> Tensor:
@@ -224,18 +238,20 @@ class Options(NamedTuple):
     circular: bool = False
     gate: bool = True
     factor: float = 1.0
+    variances: bool = False  # whether a gate sees them
 
 
 EVERY_ACT = [Options(act) for act in ACTS]
 FEW = [Options(RELU), Options(SILU, residual=False, d=False)]
 WITH_AND_WITHOUT = [
-    Options(act, shift, residual, center, slope, d)
+    Options(act, shift, residual, center, slope, d, variances=variances)
     for act in ACTS
-    for shift, residual, center, slope, d in [
-        (True, True, True, True, True),
-        (False, False, False, False, False),
-        (True, False, True, False, True),
-        (False, True, False, True, False),
+    for shift, residual, center, slope, d, variances in [
+        (True, True, True, True, True, False),
+        (False, False, False, False, False, False),
+        (True, False, True, False, True, False),
+        (False, True, False, True, False, True),
+        (True, True, True, True, True, True),
     ]
 ]
 NORMS_AND_BANDS = [
@@ -256,13 +272,16 @@ NORMS_AND_BANDS = [
         )
     ),
     Options(kernel=None, gate=False),
+    *(Options(kernel=None, variances=True, norm=norm) for norm in ("affine", "statistics", "none")),
     *EVERY_ACT,
 ]
 
 
 def every_option(name: str) -> list[Options]:
     """All that make a difference to the operation."""
-    if name in ("squeeze", "moments", "batch_moments"):
+    if name == "batch_moments":
+        return [Options(), Options(variances=True)]
+    if name in ("squeeze", "moments"):
         return [Options()]
     return NORMS_AND_BANDS if name.startswith("eca") else WITH_AND_WITHOUT
 
@@ -305,8 +324,10 @@ def arguments(
         return random_small(c, dtype=dtype) if wanted else None
 
     match name.rstrip("_"):
-        case "squeeze" | "moments" | "batch_moments":
+        case "squeeze" | "moments":
             return [map_()]
+        case "batch_moments":
+            return [map_(), o.variances]
         case "apply":
             return [map_(), factor(), factor() if o.shift else None, map_() if o.residual else None, o.act]
         case "apply_backward":
@@ -314,7 +335,7 @@ def arguments(
             return [map_(), map_(), factor(), shift, channel(o.center), saved(), o.act, o.d]
         case "input_backward":
             shift = factor() if o.shift else None
-            slope = channel(o.slope)
+            slope = factor() if o.variances and o.slope else channel(o.slope)
             return [map_(), map_(), factor(), shift, saved(), o.act, factor(), slope, channel(o.center)]
         case "eca_coefficients":
             return [factor(), *norm_and_band(c, small, o), o.factor]
@@ -325,7 +346,9 @@ def arguments(
             gate = naive_coefficients(means, *norm_band, o.factor)[1].to(small) if with_band else factor().sigmoid()
             gate = gate if o.gate else None
             grad_s = factor() if o.gate and not with_band else None
-            return [factor(), factor(), means, gate, grad_s, *norm_band, 49, o.factor]
+            sees = o.variances and not with_band
+            of_variances = [factor().square(), factor()] if sees else [None, None]
+            return [factor(), factor(), means, gate, grad_s, *norm_band, 49, o.factor, *of_variances]
         case "norm_eca_add_act":
             return [map_(), map_() if o.residual else None, *norm_and_band(c, dtype, o), o.act, o.factor]
     raise AssertionError(name)

@@ -204,7 +204,8 @@ def test_an_empty_batch_is_an_empty_result(name, dtype) -> None:
         for outputs in (op.call(name, args), op.call_reference(name, args)):
             if name == "batch_moments":  # of nothing
                 assert outputs[0].numel() == 0
-                assert all(t.shape == (5,) and t.isnan().all() for t in outputs[1:])
+                assert all(t.shape == (5,) and t.isnan().all() for t in outputs[1:3])
+                assert outputs[3].shape == (0, 5)
             elif name == "eca_coefficients_backward":
                 assert outputs[0].shape == (0, 5)
                 assert all(not t.any() for t in outputs[1:])
@@ -287,7 +288,7 @@ def differentiable(name: str, args: list[Any]) -> tuple[Callable[..., Any], list
 GRADIENT_OPTIONS = {
     "squeeze": [op.Options()],
     "moments": [op.Options()],
-    "batch_moments": [op.Options()],
+    "batch_moments": [op.Options(), op.Options(variances=True)],
     "eca_coefficients": [
         op.Options(factor=2.5),
         op.Options(norm="none", circular=True),
@@ -296,6 +297,7 @@ GRADIENT_OPTIONS = {
     "eca_coefficients_backward": [
         op.Options(factor=2.5),
         op.Options(kernel=None),
+        op.Options(kernel=None, variances=True),
         op.Options(norm="none", circular=True),
     ],
     "norm_eca_add_act": [*op.EVERY_ACT, op.Options(residual=False, norm="none", factor=2.5), op.Options(kernel=None)],
@@ -557,7 +559,7 @@ def test_a_mean_of_10000_deviations_costs_no_more_digits_than_in_torch(shape, me
     want_mean, want_var = x.double().mean((0, 2, 3)), x.double().var((0, 2, 3), correction=0)
     _, torch_mean, torch_inverse = torch.native_batch_norm(x, None, None, None, None, True, 0.1, 0.0)
     torch_var = torch_inverse.double() ** -2
-    _, mean, var = op.call("batch_moments", [x])
+    _, mean, var, _ = op.call("batch_moments", [x])
 
     def error(got: Tensor, want: Tensor) -> float:
         return ((got.double() - want) / want).abs().max().item()
@@ -593,7 +595,7 @@ def test_the_statistics_of_a_batch_overflow_where_their_type_does(make, size) ->
     x = torch.randn(make((2, 3, 9, 11), torch.float32).shape).sign() * size
     x[0, 0, 0, 0] = size / 3
     x = x.contiguous(memory_format=torch.channels_last if make is op.channels_last else torch.contiguous_format)
-    _, mean, var = op.call("batch_moments", [x])
+    _, mean, var, _ = op.call("batch_moments", [x])
     op.assert_close(mean / size, x.double().mean((0, 2, 3)) / size, 1e-6)
     want_var = x.double().var((0, 2, 3), correction=0).float()
     assert torch.equal(var.isinf(), want_var.isinf())
@@ -693,8 +695,18 @@ NO_NORM = (None, None, None, None, 0.0)
         ),
         (
             "input_backward",
-            [X, X, ONES, None, None, op.NONE, ONES, ONES, None],
-            r"slope must have shape \(3\).* got \(2, 3\)",
+            [X, X, ONES, None, None, op.NONE, ONES, C[:2], None],
+            r"slope must have shape \(3\).* got \(2\)",
+        ),
+        (
+            "input_backward",
+            [X, X, ONES, None, None, op.NONE, ONES, ONES.T, None],
+            r"slope must have shape \(2, 3\).* got \(3, 2\)",
+        ),
+        (
+            "eca_coefficients_backward",
+            [ONES, ONES, ONES, None, None, *NO_NORM, None, False, 16, 1.0, None, ONES],
+            "grad_v needs m2; got m2=None",
         ),
         ("eca_coefficients", [X, *NO_NORM, C, False], r"map_means must have shape \(N, C\); got \(2, 3, 4, 4\)"),
         (

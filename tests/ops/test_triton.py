@@ -253,7 +253,7 @@ def test_a_mean_of_10000_deviations_costs_no_more_digits_than_in_torch(shape, ma
     x = (1e4 + make(shape, torch.float64)).float()
     want_mean, want_var = x.double().mean((0, 2, 3)), x.double().var((0, 2, 3), correction=0)
     _, torch_mean, torch_inverse = torch.native_batch_norm(x, None, None, None, None, True, 0.1, 0.0)
-    _, mean, var = checks.launch("batch_moments", [x])
+    _, mean, var, _ = checks.launch("batch_moments", [x])
 
     def error(got: Tensor, want: Tensor) -> float:
         return ((got.double() - want) / want).abs().max().item()
@@ -282,7 +282,8 @@ MISTAKES = [
     ("apply_", [X, ONES, None, None, 5], "act must be 0 to 4, got 5"),
     ("apply_backward", [X, X, ONES, None, None, None, op.RELU, True], "ReLU and ReLU6 need saved=out; got None"),
     ("apply_backward", [X, X, ONES, None, ONES, None, op.NONE, True], r"center must have shape \(3\)"),
-    ("input_backward", [X, X, ONES, None, None, op.NONE, ONES, ONES, None], r"slope must have shape \(3\)"),
+    ("input_backward", [X, X, ONES, None, None, op.NONE, ONES, C[:2], None], r"slope must have shape \(3\)"),
+    ("input_backward", [X, X, ONES, None, None, op.NONE, ONES, ONES.T, None], r"slope must have shape \(2, 3\)"),
     ("eca_coefficients", [X, *NO_NORM, C, False], r"map_means must have shape \(N, C\)"),
     (
         "eca_coefficients",
@@ -295,6 +296,11 @@ MISTAKES = [
         "eca_coefficients_backward",
         [ONES, ONES, ONES, None, None, *NO_NORM, C, False, 16],
         "needs its gate; got gate=None",
+    ),
+    (
+        "eca_coefficients_backward",
+        [ONES, ONES, ONES, None, None, *NO_NORM, None, False, 16, 1.0, None, ONES],
+        "grad_v needs m2; got m2=None",
     ),
     ("norm_eca_add_act_", [X, None, *NO_NORM, C, False, 7], "act must be 0 to 4, got 7"),
 ]

@@ -51,11 +51,13 @@ def launches(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> list[Lau
         gpu.squeeze(x)
         gpu.moments(x)
         gpu.batch_moments(x)
+        gpu.batch_moments(x, True)
         gpu.apply(x, means, means, x, op.RELU)
         gpu.apply(x, means, None, None, op.SILU)
         gpu.apply_backward(x, x, means, None, channel, x, op.RELU, True)
         gpu.apply_backward(x, x, means, means, None, None, op.SILU, False)
         gpu.input_backward(x, x, means, None, None, 0, means, channel, channel)
+        gpu.input_backward(x, x, means, None, x, op.RELU, means, means, channel)
         gpu.input_backward(x, x, means, means, x, op.SILU, means, None, None)
         gpu.eca_coefficients(means, *norm, k, False)
         gpu.eca_coefficients(means, *no_norm, k, k.numel() <= c)
@@ -63,6 +65,7 @@ def launches(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> list[Lau
         backward = means, means, means
         gpu.eca_coefficients_backward(*backward, means, None, *norm, k, False, 49)
         gpu.eca_coefficients_backward(*backward, means, means, *norm, None, False, 49)
+        gpu.eca_coefficients_backward(*backward, means, means, *norm, None, False, 49, 1.0, means, means)
         gpu.eca_coefficients_backward(*backward, None, None, *no_norm, None, False, 49)
         gpu.update_running(channel, channel, channel, channel, 0.1, 49)
     return seen

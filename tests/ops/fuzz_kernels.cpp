@@ -477,13 +477,13 @@ void fuzz_input_grad(const Kernels<T>& kernels, Random& random) {
   const Act act = random_act(random);
   describe(map, range, int(act));
   const Gradient<T> g(random, map, act);
-  const bool with_slope = random.chance(2), streams = random.chance(2);
-  Buffer<A> offset(random, map.samples * map.channels), slope(random, map.channels);
+  const bool with_slope = random.chance(2), per_sample = random.chance(2), streams = random.chance(2);
+  Buffer<A> offset(random, map.samples * map.channels), slope(random, (per_sample ? map.samples : 1) * map.channels);
   offset.fill(random);
   slope.fill(random);
   Buffer<T> out(random, elements(map));
   kernels.input_grad({map, g.args(), g.x.get_if(with_slope || g.needs_input), offset.get(), slope.get_if(with_slope),
-                      g.center.get(), out.get(), streams},
+                      per_sample, g.center.get(), out.get(), streams},
                      range.begin, range.end);
   for (int64_t i = 0; i < out.size(); ++i) {
     if (!within(range, line_of(map, i))) {
@@ -491,7 +491,7 @@ void fuzz_input_grad(const Kernels<T>& kernels, Random& random) {
       continue;
     }
     const int64_t nc = nc_of(map, i), c = nc % map.channels;
-    const double first = g.d(i) * g.scale[nc], third = with_slope ? slope[c] * (g.x[i] - g.center[c]) : 0;
+    const double first = g.d(i) * g.scale[nc], third = with_slope ? slope[per_sample ? nc : c] * (g.x[i] - g.center[c]) : 0;
     const double want = first + offset[nc] + third;
     const double terms = std::fabs(first) + std::fabs(offset[nc]) + std::fabs(third);
     check("out", i, out[i], want,
@@ -634,15 +634,15 @@ void fuzz_coefficients_backward(const Kernels<T>& kernels, Random& random) {
   const Norm<A> norm(random, channels);
   const Band band(random, channels);
   const bool with_band = random.chance(2), with_gate = with_band || random.chance(2);
-  const bool with_grad_s = with_gate && !with_band;
+  const bool with_grad_s = with_gate && !with_band, with_grad_v = with_grad_s && random.chance(2);
   const double factor = random.chance(2) ? 1 : 2.5;
   const int64_t k = with_band ? band.k : 0, room = channels + (with_band ? k - 1 : 0);
   Buffer<A> p(random, nc), q(random, nc), means(random, nc), gate(random, nc), grad_s(random, nc), taps(random, k),
-      offset(random, nc), weight(random, channels), bias(random, channels), band_grad(random, k),
+      m2(random, nc), grad_v(random, nc), offset(random, nc), slope(random, nc), weight(random, channels), bias(random, channels), band_grad(random, k),
       mean(random, channels), var(random, channels), a(random, channels), ds(random, channels), padded(random, room),
       logits(random, room);
   Buffer<double> sum_a(random, channels), sum_b(random, channels);
-  for (Buffer<A>* t : {&p, &q, &means, &grad_s, &taps}) t->fill(random);
+  for (Buffer<A>* t : {&p, &q, &means, &grad_s, &m2, &grad_v, &taps}) t->fill(random);
   for (int64_t i = 0; i < nc; ++i) gate.put(i, random.uniform());
   padded.zero();
   logits.zero();
@@ -657,11 +657,14 @@ void fuzz_coefficients_backward(const Kernels<T>& kernels, Random& random) {
                                  means.get(),
                                  gate.get_if(with_gate),
                                  grad_s.get_if(with_grad_s),
+                                 m2.get_if(with_grad_v),
+                                 grad_v.get_if(with_grad_v),
                                  taps.get_if(with_band),
                                  k,
                                  band.circular,
                                  factor,
                                  offset.get(),
+                                 slope.get_if(with_grad_v),
                                  weight.get(),
                                  bias.get(),
                                  band_grad.get(),
@@ -695,10 +698,14 @@ void fuzz_coefficients_backward(const Kernels<T>& kernels, Random& random) {
     for (int64_t n = 0; n < samples; ++n) {
       const int64_t i = n * channels + c;
       const double g = with_gate ? gate[i] : 1, dsi = want_ds[size_t(i)], away = means[i] - norm.m(c);
-      check("offset", i, offset[i], dsi * norm.a(c) / double(positions), 100 * loosely<A>);
-      da += g * q[i] + dsi * away;
+      const double dv = with_grad_v ? 2 * norm.a(c) * grad_v[i] / double(positions) : 0;  // of a m2, per position
+      const double want_slope = dv * norm.a(c), from_s = dsi * norm.a(c) / double(positions);
+      if (with_grad_v) check("slope", i, slope[i], want_slope, 100 * loosely<A> * (1 + std::fabs(want_slope)));
+      const double terms = 1 + std::fabs(from_s) + std::fabs(want_slope * away);
+      check("offset", i, offset[i], from_s - want_slope * away, 100 * loosely<A> * terms);
+      da += g * q[i] + dsi * away + dv * m2[i];
       db += g * p[i] + dsi;
-      size += std::fabs(g * q[i]) + std::fabs(dsi) * (1 + std::fabs(away)) + std::fabs(g * p[i]);
+      size += std::fabs(g * q[i]) + std::fabs(dv * m2[i]) + std::fabs(dsi) * (1 + std::fabs(away)) + std::fabs(g * p[i]);
     }
     const double inverse = norm.inverse(c), gamma = norm.gamma(c), cube = inverse * inverse * inverse;
     check("weight", c, weight[c], da * inverse, 10 * loosely<A> * size * inverse);

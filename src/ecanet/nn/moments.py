@@ -74,12 +74,15 @@ class _ClosedFormGate(MomentGate):
     zero_for_identity: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
-    def gradients(self, statistics: Statistics, grad_scale: Tensor, grad_shift: Tensor) -> GateGradients:
+    def gradients(
+        self, statistics: Statistics, parameters: tuple[Tensor, ...], grad_scale: Tensor, grad_shift: Tensor
+    ) -> GateGradients:
         """Gradients of what :meth:`scale_and_shift` computed from the same statistics, in closed form.
 
         Args:
             statistics: As there.
-            grad_scale: ``(N, C)``.
+            parameters: Those of the forward pass, in the order of ``parameters()``; the gate may have others by now.
+            grad_scale: ``(N, C)``, gradient of the scale without the factor.
             grad_shift: ``(N, C)``.
         """
 
@@ -92,7 +95,9 @@ class _ClosedFormGate(MomentGate):
         if has_own_maths(vars(self)) or not has_plain_tensors(self):
             return None
         parameters = tuple(p for p in self._parameters.values() if p is not None)
-        return GateMaths(self.scale_and_shift, parameters, needs_variances=True, backward=self.gradients)
+        return GateMaths(
+            self.scale_and_shift, parameters, factor=self.factor, needs_variances=True, backward=self.gradients
+        )
 
     @torch.no_grad()
     def make_neutral_(self) -> float:
@@ -160,29 +165,30 @@ class GCT(_ClosedFormGate):
         nn.init.zeros_(self.beta)
         super().reset_parameters()
 
-    def _embedding(self, statistics: Statistics) -> tuple[Tensor, Tensor, Tensor]:
+    def _embedding(self, statistics: Statistics, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The channels' l2 norms, these times alpha, and the root of the latter's mean square, ``(N, 1)``."""
         norm = (_squares(statistics) + self.eps).sqrt()
-        e = norm * self.alpha.to(norm.dtype)
+        e = norm * alpha.to(norm.dtype)
         return norm, e, (e.square().mean(1, keepdim=True) + self.eps).sqrt()
 
     def scale_and_shift(self, statistics: Statistics) -> ScaleAndShift:
         """``1 + tanh(gamma e / rms(e) + beta)``, and no shift."""
-        _, e, root = self._embedding(statistics)
+        _, e, root = self._embedding(statistics, self.alpha)
         return self.scaled(1 + torch.tanh(e * self.gamma.to(e.dtype) / root + self.beta.to(e.dtype))), None
 
-    def gradients(self, statistics: Statistics, grad_scale: Tensor, grad_shift: Tensor) -> GateGradients:
+    def gradients(
+        self, statistics: Statistics, parameters: tuple[Tensor, ...], grad_scale: Tensor, grad_shift: Tensor
+    ) -> GateGradients:
         """See the base class."""
-        norm, e, root = self._embedding(statistics)
-        alpha, gamma = self.alpha.to(e.dtype), self.gamma.to(e.dtype)
+        alpha, gamma, beta = (t.to(grad_scale.dtype) for t in parameters)
+        norm, e, root = self._embedding(statistics, alpha)
         relative = e / root
-        tanh = torch.tanh(relative * gamma + self.beta.to(e.dtype))
-        at_tanh = self.scaled(grad_scale) * (1 - tanh.square())
+        at_tanh = grad_scale * (1 - torch.tanh(relative * gamma + beta).square())
         at_relative = at_tanh * gamma
         grad_e = (at_relative - relative * (at_relative * relative).mean(1, keepdim=True)) / root
         per_square = grad_e * alpha * (0.5 * statistics.positions) / norm
-        parameters = (grad_e * norm).sum(0), (at_tanh * relative).sum(0), at_tanh.sum(0)
-        return GateGradients(2 * statistics.means * per_square, per_square, parameters)
+        of_parameters = (grad_e * norm).sum(0), (at_tanh * relative).sum(0), at_tanh.sum(0)
+        return GateGradients(2 * statistics.means * per_square, per_square, of_parameters)
 
     def _arguments(self) -> list[str]:
         return [f"{self.channels}", *([] if self.eps == 1e-5 else [f"eps={self.eps:g}"])]
@@ -245,15 +251,16 @@ class GRN(_ClosedFormGate):
         scale = self.scaled(1 + self.weight.to(relative.dtype) * relative)
         return scale, self.bias.to(relative.dtype).expand_as(scale)
 
-    def gradients(self, statistics: Statistics, grad_scale: Tensor, grad_shift: Tensor) -> GateGradients:
+    def gradients(
+        self, statistics: Statistics, parameters: tuple[Tensor, ...], grad_scale: Tensor, grad_shift: Tensor
+    ) -> GateGradients:
         """See the base class."""
         norm, relative, mean = self._relative(statistics)
-        grad_scale = self.scaled(grad_scale)
-        at_relative = grad_scale * self.weight.to(norm.dtype)
+        at_relative = grad_scale * parameters[0].to(norm.dtype)
         grad_norm = (at_relative - (at_relative * relative).mean(1, keepdim=True)) / mean
         per_square = (grad_norm * (0.5 * statistics.positions) / norm).where(norm > 0, 0)
-        parameters = (grad_scale * relative).sum(0), grad_shift.sum(0)
-        return GateGradients(2 * statistics.means * per_square, per_square, parameters)
+        of_parameters = (grad_scale * relative).sum(0), grad_shift.sum(0)
+        return GateGradients(2 * statistics.means * per_square, per_square, of_parameters)
 
     def _arguments(self) -> list[str]:
         return [f"{self.channels}", *([] if self.eps == 1e-6 else [f"eps={self.eps:g}"])]

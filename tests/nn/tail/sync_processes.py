@@ -30,6 +30,9 @@ CASES: dict[str, dict[str, Any]] = {
     "cumulative average": {"gate": "eca", "act": "relu", "samples": (3, 1), "norm": {"momentum": None}},
     "not affine": {"gate": "se", "act": "relu", "samples": (2, 1), "norm": {"affine": False}},
     "channels last": {"gate": "eca", "act": "relu", "samples": (2, 3), "last": True},
+    "variances": {"gate": "gct", "act": "relu", "samples": (2, 1), "last": True},
+    "variances and a shift": {"gate": "grn", "act": "silu", "samples": (1, 2)},
+    "a gate that shares statistics": {"gate": "srm", "act": "relu", "samples": (3, 2)},
     "frozen layers before": {"gate": "eca", "act": "relu", "samples": (2, 1), "needs_x": False},
     "an empty batch": {"gate": "eca", "act": "relu", "samples": (3, 0)},
     "an empty batch, no gate": {"gate": None, "act": "silu", "samples": (0, 3), "last": True},
@@ -54,6 +57,10 @@ def training_step(name: str, sync: bool, rank: int | None = None, device: str = 
     norm_type = nn.SyncBatchNorm if sync else nn.BatchNorm2d if case["size"] else nn.BatchNorm1d
     norm = norm_type(C, **case["norm"]).double().to(device)
     gate = None if case["gate"] is None else build_gate(case["gate"], C).double().to(device)
+    if gate is not None:
+        for i, t in enumerate(gate.parameters()):  # a start as the identity would hide what is wrong
+            t.data.add_(torch.linspace(-0.5, 0.5, t.numel(), dtype=t.dtype).reshape(t.shape).roll(i, 0))
+        gate = nn.SyncBatchNorm.convert_sync_batchnorm(gate) if sync else gate
     if gate is not None and case["is_attached"]:
         attach_(norm, gate)
         gate = None

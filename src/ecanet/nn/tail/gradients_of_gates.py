@@ -65,7 +65,12 @@ def _detached(t: Any, like: Tensor) -> Any:
 
 
 def gate_backward(
-    gate: GateMaths, graph: GateGraph | None, statistics: Statistics, grad_scale: Tensor, grad_shift: Tensor
+    gate: GateMaths,
+    graph: GateGraph | None,
+    statistics: Statistics,
+    parameters: tuple[Tensor, ...],
+    grad_scale: Tensor,
+    grad_shift: Tensor,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
     """Gradients of means, variances and the gate's parameters: in closed form, or through the graph.
 
@@ -73,12 +78,14 @@ def gate_backward(
         gate: Not ECA's.
         graph: Of the forward pass.
         statistics: Of the forward pass.
+        parameters: Of the forward pass.
         grad_scale: ``(N, C)``.
         grad_shift: ``(N, C)``, whether the gate has a shift or not.
     """
     if gate.backward is not None:
         with torch.autocast(grad_scale.device.type, enabled=False):
-            means, variances, of_parameters = gate.backward(statistics, grad_scale, grad_shift)
+            scaled = grad_scale if gate.factor == 1 else grad_scale * gate.factor
+            means, variances, of_parameters = gate.backward(statistics, parameters, scaled, grad_shift)
         return means, variances, list(of_parameters)
     assert graph is not None
     leaves = graph.leaves

@@ -73,10 +73,10 @@ class GateMaths(NamedTuple):
         parameters: All that it depends on and that may want a gradient.
         is_band: Whether it is ECA's, of the one kernel in ``parameters``: the kernels compute it themselves.
         circular: Of the band.
-        factor: Of the band's gate, for those who compute it themselves.
+        factor: Of the gate, for those who compute it or its gradients themselves.
         needs_variances: Whether the statistics must hold variances.
-        backward: The gradients in closed form, of the statistics and the gradients of scale and shift; None for a gate
-            that autograd goes through.
+        backward: The gradients in closed form, from the statistics, the parameters, and the gradients of the scale
+            without its factor and of the shift; None for a gate that autograd goes through.
     """
 
     function: Callable[[Statistics], ScaleAndShift]
@@ -85,7 +85,7 @@ class GateMaths(NamedTuple):
     circular: bool = False
     factor: float = 1.0
     needs_variances: bool = False
-    backward: Callable[[Statistics, Tensor, Tensor], GateGradients] | None = None
+    backward: Callable[[Statistics, tuple[Tensor, ...], Tensor, Tensor], GateGradients] | None = None
 
     @property
     def band(self) -> tuple[Tensor | None, bool, float]:

@@ -11,13 +11,14 @@ import torch._inductor.config
 
 from benchmarks import results, run
 from benchmarks.cases import Case, map_cases
+from benchmarks.gates import gate_cases
 from benchmarks.machine import describe
 from benchmarks.measure import fault_of_environment
 from benchmarks.networks import network_cases
 from benchmarks.report import show
 from ecanet.ops import cpu
 
-GROUPS = ("op", "module", "inference", "training", "network", "surgery")
+GROUPS = ("op", "module", "inference", "training", "network", "surgery", "gates")
 _QUICK_ROUNDS = 3
 #: A training step of ResNet-50 takes seconds.
 _BUSY = 0.3
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _cases(args: argparse.Namespace) -> list[Case]:
-    cases = [*map_cases(args.quick, args.compile), *network_cases(args.quick, args.compile)]
+    cases = [*map_cases(args.quick, args.compile), *network_cases(args.quick, args.compile), *gate_cases(args.quick)]
     return [case for case in cases if case.group in args.only and args.matching in case.key]
 
 

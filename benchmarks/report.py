@@ -12,9 +12,11 @@ def show(document: results.Document, plot: Path | None) -> None:
     """Print the tables, and draw the picture where a file is named."""
     print(report(document))
     if plot:
+        from benchmarks.gates import draw_gates, measured_gates
         from benchmarks.picture import draw
 
-        draw(document).savefig(plot)
+        gates_alone = measured_gates(document["cases"]) and all(key.startswith("gates/") for key in document["cases"])
+        (draw_gates if gates_alone else draw)(document).savefig(plot)
 
 
 def show_again(

@@ -56,6 +56,15 @@ CPU_TARGETS = (
     Target("network/training", "ecanet compiled", "no gate compiled", 1.02, each_format=True),
     Target("network/memory", "ecanet", "no gate", 1.02, each_format=True),
     Target("network/inference", "ecanet optimised", "no gate optimised", 1.02, each_format=True),
+    *(
+        target
+        for gate, limit in (("gct", 1.0), ("grn", 1.0), ("srm", 1.1))
+        for target in (
+            Target(f"gates/{gate}", "ecanet", "no gate", limit),
+            Target(f"gates/{gate}", "ecanet", "plain", 1 / 2),
+            Target(f"gates/{gate}-saved", "ecanet", "no gate", 1.02),
+        )
+    ),
 )
 
 

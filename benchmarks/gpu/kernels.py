@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.cases import MEMORY_FORMATS, OPS, STAGES, Case, On, Work, op_arguments
 from benchmarks.measure import Competitor
-from ecanet.ops import gpu, gpu_maps, reference
+from ecanet.ops import coefficients, gpu, gpu_maps, reference
 
 #: Maps of 103 and 205 MB in bfloat16: ResNet-50's stages, and the largest map of a stem.
 SHAPES = (*((128, *stage) for stage in STAGES[:2]), *((512, *stage) for stage in STAGES[2:]), (128, 64, 112, 112))
@@ -119,7 +119,7 @@ def _small(name: str, on: On, shape: tuple[int, int], only: Collection[str] | No
     norm_and_band = means.mean(0), torch.ones_like(weight), weight, bias, 1e-5, kernel, False
     arguments: tuple[Any, ...] = (means, *norm_and_band)
     if name == "eca_coefficients_backward":
-        gate, positions = reference.eca_coefficients(*arguments)[1], 49
+        gate, positions = coefficients.eca_coefficients(*arguments)[1], 49
         arguments = (p, q, means, gate, None, *norm_and_band, positions)
     competitors = {
         where: Competitor(partial(getattr(module, name), *arguments), torch.no_grad)

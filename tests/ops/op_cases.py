@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv1d
 
-from ecanet.ops import reference
+from ecanet.ops import coefficients, reference
 
 NONE, RELU, RELU6, SILU, HARDSWISH = range(5)
 ACTS = (NONE, RELU, RELU6, SILU, HARDSWISH)
@@ -429,7 +429,9 @@ def call_reference(name: str, args: list[Any]) -> Any:
     """The function of the same name; of an in-place operation, the one that is out of place."""
     if name == "squeeze":
         return reference.squeeze(args[0], args[0].shape[1])
-    return getattr(reference, name.rstrip("_"))(*args)
+    name = name.rstrip("_")
+    module = reference if hasattr(reference, name) else coefficients
+    return getattr(module, name)(*args)
 
 
 def without_data(a: Any) -> Any:

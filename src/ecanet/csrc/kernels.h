@@ -1,6 +1,6 @@
 // What the loops over feature maps are called with. No torch here: the loops can be built, read and fuzzed alone.
 //
-// Names follow ecanet/ops/reference.py, which says the same in plain PyTorch.
+// Names follow ecanet/ops/reference.py and coefficients.py, which say the same in plain PyTorch.
 #pragma once
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))

@@ -1,5 +1,6 @@
 // The operations of ecanet.ops on the CPU: implementations only. Their schemas, what they return without data, and
-// their derivatives are in ecanet/ops/library.py; plain PyTorch that says the same is in ecanet/ops/reference.py.
+// their derivatives are in ecanet/ops/library.py; plain PyTorch that says the same is in ecanet/ops/reference.py
+// and ecanet/ops/coefficients.py.
 //
 // Written against libtorch's stable ABI, so that one binary serves every torch from 2.10 on.
 #include <torch/csrc/stable/library.h>

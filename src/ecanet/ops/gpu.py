@@ -1,6 +1,7 @@
 """Launches the Triton kernels: the operations on a GPU, or on the CPU in Triton's interpreter.
 
-Arguments and results are those of :mod:`ecanet.ops.reference`; :mod:`ecanet.ops.gpu_maps` says how a map is walked.
+Arguments and results are those of :mod:`ecanet.ops.reference` and :mod:`ecanet.ops.coefficients`;
+:mod:`ecanet.ops.gpu_maps` says how a map is walked.
 """
 
 import functools
@@ -318,7 +319,7 @@ def eca_coefficients(
     circular: bool,
     factor: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """From means to scale and shift; see :func:`ecanet.ops.reference.eca_coefficients`."""
+    """From means to scale and shift; see :func:`ecanet.ops.coefficients.eca_coefficients`."""
     samples, channels = _check_means(map_means)
     norm = _Norm.of(map_means, channels, norm_mean, norm_var, weight, bias)
     kernel, k = _check_kernel(kernel, channels, circular)
@@ -353,7 +354,7 @@ def eca_coefficients_backward(
     m2: Tensor | None = None,
     grad_v: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Between the two passes of the backward; see :func:`ecanet.ops.reference.eca_coefficients_backward`."""
+    """Between the two passes of the backward; see :func:`ecanet.ops.coefficients.eca_coefficients_backward`."""
     samples, channels = nc = _check_means(map_means)
     norm = _Norm.of(map_means, channels, norm_mean, norm_var, weight, bias)
     kernel, k = _check_kernel(kernel, channels, circular)
@@ -409,7 +410,7 @@ def norm_eca_add_act(
     act: int,
     factor: float = 1.0,
 ) -> Tensor:
-    """Norm with given statistics, ECA, residual and activation; see :func:`ecanet.ops.reference.norm_eca_add_act`."""
+    """Norm with given statistics, ECA, residual and activation; see :mod:`ecanet.ops.coefficients`."""
     scale, shift = _scale_and_shift(x, norm_mean, norm_var, weight, bias, eps, kernel, circular, factor)
     return apply(x, scale, shift, residual, act)
 

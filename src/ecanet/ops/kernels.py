@@ -1,7 +1,8 @@
 """The kernels as eager code calls them, one object for each make: ``KERNELS["cpu"].apply(...)``.
 
-Names and arguments are those of :mod:`ecanet.ops.reference`. They are called below autograd: what they compute is
-differentiated by the caller or not at all. A compiler's graph gets ``torch.ops.ecanet`` instead.
+Names and arguments are those of :mod:`ecanet.ops.reference` and :mod:`ecanet.ops.coefficients`. They are called below
+autograd: what they compute is differentiated by the caller or not at all. A compiler's graph gets ``torch.ops.ecanet``
+instead.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,8 @@
 """Registers the operations with torch: schemas, fakes (shapes without data), derivatives and the fallback.
 
-``torch.ops.ecanet.NAME`` takes the arguments of ``ecanet.ops.reference.NAME``. That function runs where nothing faster
-is registered: the C++ library adds implementations for the CPU, :mod:`ecanet.ops.gpu` those for GPUs.
+``torch.ops.ecanet.NAME`` takes the arguments of ``NAME`` in :mod:`ecanet.ops.reference`, or in
+:mod:`ecanet.ops.coefficients` for what comes between the passes over a map. That function runs where nothing faster is
+registered: the C++ library adds implementations for the CPU, :mod:`ecanet.ops.gpu` those for GPUs.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ecanet.ops import cpu, gpu, reference
+from ecanet.ops import coefficients, cpu, gpu, reference
 from ecanet.ops.backward import Saved, between_passes, first_pass, for_slope, second_pass
 from ecanet.ops.gpu_maps import dense
 from ecanet.private_torch import (
@@ -79,9 +80,12 @@ def _batch_norm_eca_add_act(
 _REFERENCES: dict[str, Callable[..., Any]] = {
     "squeeze": _squeeze,
     "apply_": _in_place(reference.apply),
-    "norm_eca_add_act_": _in_place(reference.norm_eca_add_act),
+    "norm_eca_add_act_": _in_place(coefficients.norm_eca_add_act),
     "batch_norm_eca_add_act": _batch_norm_eca_add_act,
     **{name: getattr(reference, name) for name in _SCHEMAS if hasattr(reference, name) and name != "squeeze"},
+    "eca_coefficients": coefficients.eca_coefficients,
+    "eca_coefficients_backward": coefficients.eca_coefficients_backward,
+    "norm_eca_add_act": coefficients.norm_eca_add_act,
 }
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from ecanet.nn.tail.eager import norm_and_band
 from ecanet.nn.tail.maths import GateMaths, NormMaths, Statistics
 from ecanet.nn.tail.statistics import update_running_statistics
-from ecanet.ops import reference
+from ecanet.ops import coefficients, reference
 from ecanet.ops.statistics import merge_moments
 
 
@@ -60,7 +60,7 @@ def formula(
     if norm is None:
         scale, shift = gate.function(Statistics(map_means, None if m2 is None else m2 / positions, positions))
         return reference.apply(x, scale, shift, residual, act)
-    s, a, b = reference.normalise(map_means, norm.mean, norm.var, norm.weight, norm.bias, norm.eps)
+    s, a, b = coefficients.normalise(map_means, norm.mean, norm.var, norm.weight, norm.bias, norm.eps)
     variances = a.square() * m2 / positions if gate.needs_variances and m2 is not None else None
     scale, shift = gate.function(Statistics(s, variances, positions))
     return reference.apply(x, scale * a, scale * b if shift is None else scale * b + shift, residual, act)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ecanet.nn.tail.maths import GateMaths, NormMaths, ScaleAndShift, Statistics
-from ecanet.ops import reference
+from ecanet.ops import coefficients, reference
 from ecanet.ops.backward import Saved
 from ecanet.ops.statistics import merge_moments
 
@@ -55,7 +55,7 @@ def differentiable_backward(
         mean, var = saved.norm_mean, saved.norm_var
         if norm is not None and norm.takes_batch_statistics:
             mean, var = merge_moments(map_means, m2, x.shape[2:].numel())
-        s, a, b = reference.normalise(map_means, mean, var, weight, bias, 0.0 if norm is None else norm.eps)
+        s, a, b = coefficients.normalise(map_means, mean, var, weight, bias, 0.0 if norm is None else norm.eps)
         shift = None if norm is None else b.expand_as(s)
         if gate is not None:
             assert saved.gate is not None

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from ecanet.nn.tail import compiled, eager
 from ecanet.nn.tail.plan import Plan, plan
-from ecanet.nn.tail.pointwise import has_means_before, means_before
+from ecanet.nn.tail.pointwise import means_before
 from ecanet.nn.tail.reading import check_arguments, same_kind
 from ecanet.nn.tail.shared_norm import call_with_our_forward
 from ecanet.ops import reference
@@ -109,10 +109,12 @@ def conv_norm_gate_add_act(
     """
     if not isinstance(conv, nn.Module):
         raise TypeError(f"conv must be a module, got {type(conv).__name__}")
+    # Before the convolution, next to what writes x; a compiler drops means that the plan does not take.
+    means = means_before(conv, x)
     y = conv(x)
     check_arguments(y, norm, gate, act)
-    made = plan(y, norm, gate, residual, act, has_means_before(conv, x))
-    return follow(made, y, norm, gate, residual, act, means_before(conv, x) if made.takes_means else None)
+    made = plan(y, norm, gate, residual, act, means is not None)
+    return follow(made, y, norm, gate, residual, act, means if made.takes_means else None)
 
 
 def follow(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ecanet.nn.hooks import called_differently
 from ecanet.ops import reference
+from ecanet.private_torch import is_exporting
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: Convolutions with larger matrices have small maps, which are read as quickly as the matrix. The size of the map is
@@ -31,29 +32,14 @@ def is_pointwise(layer: nn.Module) -> bool:
     return all_ones and conv.groups == 1 and (isinstance(conv.padding, str) or not any(conv.padding))
 
 
-def has_means_before(conv: nn.Module, x: Tensor) -> bool:
-    """Whether a compiler's graph better computes the channel means of ``conv(x)`` from x.
+def means_before(conv: nn.Module, x: Tensor) -> Tensor | None:
+    """Channel means of ``conv(x)`` from those of x, for a compiler's graph.
 
-    Not where the convolution looks at more than one position or has a large matrix, nor where a gradient is wanted.
+    None where they are better found from the output: where the convolution looks at more than one position or has a
+    large matrix, where a gradient is needed, and where nobody compiles or somebody exports.
 
     Args:
         conv: Any module.
-        x: What it is called on, ``(N, C_in, *spatial)``.
-    """
-    if not torch.compiler.is_compiling() or not is_pointwise(conv):
-        return False
-    weight: Any = conv.weight
-    if x.dim() != weight.dim() or weight.numel() > _LARGEST_MATRIX:
-        return False
-    read = (x, weight, conv.bias)
-    return not (torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in read))
-
-
-def means_before(conv: Any, x: Tensor) -> Tensor:
-    """Channel means of ``conv(x)``, from those of x.
-
-    Args:
-        conv: A convolution that :func:`is_pointwise`.
         x: What it is called on, ``(N, C_in, *spatial)``.
 
     Returns:
@@ -65,7 +51,14 @@ def means_before(conv: Any, x: Tensor) -> Tensor:
     Source:
         This library's.
     """
-    weight, bias = conv.weight, conv.bias
+    if not torch.compiler.is_compiling() or is_exporting() or not is_pointwise(conv):
+        return None
+    weight: Any = conv.weight
+    bias: Any = conv.bias
+    if x.dim() != weight.dim() or weight.numel() > _LARGEST_MATRIX:
+        return None
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return None
     means = reference.squeeze(x, weight.shape[1])
     with reference.no_autocast(x.device.type):
         return F.linear(means, weight.flatten(1).to(means.dtype), None if bias is None else bias.to(means.dtype))

@@ -166,5 +166,6 @@ def _read_frozen(norm: FrozenBatchNorm2d, x: Tensor) -> NormMaths | str:
 
 def _counts_without_counter(norm: Any) -> bool:
     """Whether torch would fail where the number of batches, taken away, is counted."""
-    counter = norm._buffers.get("num_batches_tracked")
-    return counter is None and norm.track_running_stats and type(norm) is nn.SyncBatchNorm
+    if type(norm) is not nn.SyncBatchNorm:
+        return False
+    return norm.track_running_stats and norm._buffers.get("num_batches_tracked") is None

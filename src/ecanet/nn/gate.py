@@ -47,7 +47,6 @@ def is_plain(layer: nn.Module, cls: type[nn.Module], shape: tuple[int, ...]) -> 
         and parameters.get("bias") is None
         and not called_differently(layer)
         and "bias" not in own
-        and "_conv_forward" not in own
     )
 
 
@@ -271,11 +270,21 @@ class Gate(nn.Module, ABC):
         Raises:
             TypeError: ``x`` is not floating point.
             ValueError: wrong rank or number of channels, or a spatial size of 0.
+            RuntimeError: the backend asked for by :func:`ecanet.backend` cannot run, or a subclass computes with a
+                tensor that requires a gradient and is not among its ``parameters()``.
         """
         name = decide(x).name
         if name in KERNELS and x.shape[1] == self.channels and (maths := self.maths()) is not None:
             return eager.norm_gate_add_act(name, x, None, maths, None, 0)
-        scale, shift = self.scale_and_shift(self.statistics(x))
+        statistics = self.statistics(x)
+        s = statistics.means
+        if isinstance(s, Tensor) and s.device.type != "meta" and torch.is_autocast_enabled(s.device.type):
+            with reference.no_autocast(s.device.type):  # as the kernels' gates: layers of a subclass would be rounded
+                return self._applied(x, statistics)
+        return self._applied(x, statistics)
+
+    def _applied(self, x: Tensor, statistics: Statistics) -> Tensor:
+        scale, shift = self.scale_and_shift(statistics)
         return reference.scale(x, scale) if shift is None else reference.apply(x, scale, shift, None, 0)
 
     def maths(self) -> GateMaths | None:

@@ -11,12 +11,12 @@ from ecanet.ops.statistics import merge_moments
 
 
 def operation(x: Tensor, norm: NormMaths, gate: GateMaths, residual: Tensor | None, act: int) -> Tensor:
-    """The tail as one operation; the gate is ECA's band.
+    """The tail as one operation. The gate is ECA's band.
 
     Args:
         x: ``(N, C, *spatial)``, not empty.
-        norm: A BatchNorm, of given statistics only where no gradient is wanted.
-        gate: Of one kernel.
+        norm: A BatchNorm. One of given statistics has no gradient here.
+        gate: A band.
         residual: Shape and type of ``x``, or None.
         act: Index in :data:`ecanet.ops.reference.ACTS`.
     """
@@ -29,7 +29,7 @@ def operation(x: Tensor, norm: NormMaths, gate: GateMaths, residual: Tensor | No
         return out
     if x.is_cuda:
         return torch.ops.ecanet.norm_eca_add_act(x, residual, *norm_and_band(norm, gate), act, gate.factor)
-    out = x.clone()  # which a compiler leaves out where nobody else reads x: the operation then writes over it
+    out = x.clone()  # a compiler leaves the copy out if nobody else reads x: the operation then writes over x
     torch.ops.ecanet.norm_eca_add_act_(out, residual, *norm_and_band(norm, gate), act, gate.factor)
     return out
 
@@ -37,7 +37,7 @@ def operation(x: Tensor, norm: NormMaths, gate: GateMaths, residual: Tensor | No
 def formula(
     x: Tensor, norm: NormMaths | None, gate: GateMaths, residual: Tensor | None, act: int, map_means: Tensor | None
 ) -> Tensor:
-    """The tail in plain PyTorch: with its means at hand one pass, when a compiler has fused it.
+    """The tail in plain PyTorch. If the means are known, a compiler fuses it into one pass.
 
     Args:
         x: ``(N, C, *spatial)``.
@@ -45,7 +45,7 @@ def formula(
         gate: A gate.
         residual: Shape and type of ``x``, or None.
         act: Index in :data:`ecanet.ops.reference.ACTS`.
-        map_means: ``(N, C)`` of x where they were found already.
+        map_means: ``(N, C)``, the means of the maps of x, or None if they have to be computed.
     """
     positions, m2 = reference.positions(x), None
     if norm is not None and norm.takes_batch_statistics:
@@ -57,10 +57,13 @@ def formula(
         map_means, m2 = reference.moments(x)
     elif map_means is None:
         map_means = reference.squeeze(x, x.shape[1])
-    if norm is None:
-        scale, shift = gate.function(Statistics(map_means, None if m2 is None else m2 / positions, positions))
+    s, a, b = map_means, None, None
+    variances = None if m2 is None or not gate.needs_variances else m2 / positions
+    if norm is not None:
+        s, a, b = coefficients.normalise(map_means, norm.mean, norm.var, norm.weight, norm.bias, norm.eps)
+        variances = None if variances is None else variances * a.square()
+    with reference.no_autocast(x.device.type):
+        scale, shift = gate.function(Statistics(s, variances, positions))
+    if a is None or b is None:
         return reference.apply(x, scale, shift, residual, act)
-    s, a, b = coefficients.normalise(map_means, norm.mean, norm.var, norm.weight, norm.bias, norm.eps)
-    variances = a.square() * m2 / positions if gate.needs_variances and m2 is not None else None
-    scale, shift = gate.function(Statistics(s, variances, positions))
     return reference.apply(x, scale * a, scale * b if shift is None else scale * b + shift, residual, act)

@@ -1,4 +1,4 @@
-"""A gate that is no band of ECA has a small graph of its own: ``(N, C)``-sized, made in the forward pass."""
+"""The gradient of a gate that is no band of ECA: the forward pass makes a small graph, whose tensors are ``(N, C)``."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ecanet.nn.tail.maths import GateMaths, Statistics
+from ecanet.nn.tail.maths import GateMaths, ScaleAndShift, Statistics
 
 
 class GateGraph(NamedTuple):
@@ -16,8 +16,8 @@ class GateGraph(NamedTuple):
     Attributes:
         inputs: Means ``(N, C)``, and variances ``(N, C)`` if the gate sees them: what it begins with.
         outputs: Scale ``(N, C)``, and shift ``(N, C)`` if there is one: what it ends with.
-        leaves: What stands in it for each parameter: an alias, so that hooks on the parameter do not run here as well
-            as in the graph outside; or the parameter, where the gate does not read it from a module.
+        leaves: The leaf for each parameter. It is an alias, since hooks on the parameter run in the graph outside and
+            must not run twice; or the parameter itself, if the gate does not read it from a module.
     """
 
     inputs: tuple[Tensor, ...]
@@ -25,11 +25,13 @@ class GateGraph(NamedTuple):
     leaves: tuple[Tensor, ...]
 
 
-def run_gate(gate: GateMaths, statistics: Statistics, differentiate: bool) -> tuple[Tensor, Tensor | None, Any]:
-    """Call the gate once; if ``differentiate``, with a graph that no hook on saved tensors takes away.
+def run_gate(
+    gate: GateMaths, statistics: Statistics, differentiate: bool
+) -> tuple[Tensor, Tensor | None, GateGraph | None]:
+    """Call the gate once, outside autocast; if ``differentiate``, with a graph. Hooks on saved tensors do not reach it.
 
     Args:
-        gate: Not ECA's.
+        gate: A gate that is no band.
         statistics: What it sees.
         differentiate: Whether :func:`gate_backward` will be asked.
 
@@ -37,31 +39,33 @@ def run_gate(gate: GateMaths, statistics: Statistics, differentiate: bool) -> tu
         Scale and shift, as the gate returns them and detached, and what :func:`gate_backward` wants.
 
     Raises:
-        RuntimeError: the gate depends on a tensor whose gradient nobody would get.
+        RuntimeError: the gate depends on a tensor that requires a gradient and is none of its parameters, or it returns
+            another shape.
     """
     means, variances, positions = statistics
     with torch.autocast(means.device.type, enabled=False):
         if gate.backward is not None or not differentiate:
-            scale, shift = gate.function(statistics)
-            if scale.requires_grad and gate.backward is None:
-                _leaves_reached((scale,) if shift is None else (scale, shift), gate.parameters)
-            return _detached(scale, means), _detached(shift, means), None
+            outputs = _for_every_map(gate.function(statistics), means)
+            if gate.backward is None and any(t.requires_grad for t in outputs):
+                _leaves_reached(outputs, gate.parameters)
+            return *_detached(outputs, means), None
         inputs = tuple(t.detach().requires_grad_() for t in (means, variances) if t is not None)
         with (
             torch.enable_grad(),
             torch.autograd.graph.saved_tensors_hooks(_with_version, _of_that_version),
             _aliases(gate) as aliases,
         ):
-            copies = [t.clone() for t in inputs]  # the gate may write into what it gets
-            scale, shift = gate.function(Statistics(copies[0], copies[1] if variances is not None else None, positions))
-    outputs = (scale,) if shift is None else (scale, shift)
+            seen = [t.clone() for t in inputs]  # clones, for the gate may write into them
+            seen_variances = None if variances is None else seen[1]
+            outputs = _for_every_map(gate.function(Statistics(seen[0], seen_variances, positions)), means)
     reached = _leaves_reached(outputs, (*inputs, *gate.parameters, *aliases.values()))
     leaves = tuple(p if id(p) in reached else aliases.get(id(p), p) for p in gate.parameters)
-    return _detached(scale, means), _detached(shift, means), GateGraph(inputs, outputs, leaves)
+    return *_detached(outputs, means), GateGraph(inputs, outputs, leaves)
 
 
-def _detached(t: Any, like: Tensor) -> Any:
-    return None if t is None else t.detach().to(like.dtype)
+def _detached(outputs: tuple[Tensor, ...], like: Tensor) -> ScaleAndShift:
+    scale, *shift = (t.detach().to(like.dtype) for t in outputs)
+    return scale, shift[0] if shift else None
 
 
 def gate_backward(
@@ -101,9 +105,27 @@ def gate_backward(
     return of_inputs[0], of_inputs[1] if len(of_inputs) > 1 else None, grads
 
 
+def _for_every_map(outputs: ScaleAndShift, s: Tensor) -> tuple[Tensor, ...]:
+    """Scale, and shift if there is one; expanded to ``(N, C)`` where they are the same for all samples or channels."""
+    expanded = []
+    for what, t in zip(("gate", "shift"), outputs, strict=True):
+        if t is None:
+            continue
+        if t.shape != s.shape:
+            try:
+                t = t.expand_as(s).contiguous()
+            except RuntimeError as error:
+                got = f"got {tuple(t.shape)}"
+                raise RuntimeError(
+                    f"a {what} must have the shape {tuple(s.shape)} or one that expands to it, {got}"
+                ) from error
+        expanded.append(t)
+    return tuple(expanded)
+
+
 @contextlib.contextmanager
 def _aliases(gate: GateMaths) -> Iterator[dict[int, Tensor]]:
-    """While it lasts, the gate's modules hold aliases of their parameters; by the ids of these."""
+    """Lend the gate's modules aliases of their parameters. Gives the aliases, by the ids of the parameters."""
     owner = getattr(gate.function, "__self__", None)
     modules = owner.modules() if isinstance(owner, nn.Module) else ()
     slots: list[tuple[dict[str, Any], str, Tensor]] = [
@@ -120,7 +142,7 @@ def _aliases(gate: GateMaths) -> Iterator[dict[int, Tensor]]:
 
 
 def _with_version(t: Tensor) -> tuple[Tensor, int]:
-    # Detached: an output that an operation saves, as sigmoid does, would keep the graph that keeps it.
+    # Detached: sigmoid saves its output, and with its graph the output would keep itself alive.
     return t.detach(), t._version
 
 
@@ -135,9 +157,9 @@ def _of_that_version(saved: tuple[Tensor, int]) -> Tensor:
 
 
 def _leaves_reached(outputs: tuple[Tensor, ...], known: tuple[Tensor, ...]) -> set[int]:
-    """Ids of the leaves of a gate's graph; raises where one is not known, whose gradient nobody would get."""
+    """Ids of the leaves of a gate's graph. Raises if one is not known: nobody would get its gradient."""
     ids = {id(t) for t in known}
-    seen: set[Any] = {t.grad_fn for t in known}  # those may be computed from others
+    seen: set[Any] = {t.grad_fn for t in known}  # parameters may be computed from others: the search ends there
     reached = set()
     to_do = [t.grad_fn for t in outputs]
     while to_do:

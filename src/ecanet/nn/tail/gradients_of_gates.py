@@ -108,17 +108,15 @@ def gate_backward(
 def _for_every_map(outputs: ScaleAndShift, s: Tensor) -> tuple[Tensor, ...]:
     """Scale, and shift if there is one; expanded to ``(N, C)`` where they are the same for all samples or channels."""
     expanded = []
-    for what, t in zip(("gate", "shift"), outputs, strict=True):
+    for what, t in zip(("scale", "shift"), outputs, strict=True):
         if t is None:
             continue
         if t.shape != s.shape:
             try:
                 t = t.expand_as(s).contiguous()
             except RuntimeError as error:
-                got = f"got {tuple(t.shape)}"
-                raise RuntimeError(
-                    f"a {what} must have the shape {tuple(s.shape)} or one that expands to it, {got}"
-                ) from error
+                wanted, got = f"the shape {tuple(s.shape)} or what expands to it", f"got {tuple(t.shape)}"
+                raise RuntimeError(f"a gate must return {wanted}, as its {what}; {got}") from error
         expanded.append(t)
     return tuple(expanded)
 

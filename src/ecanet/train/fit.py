@@ -246,9 +246,18 @@ class _quiet_lightning:  # noqa: N801
         for logger, level in zip(self._loggers, self._levels, strict=True):
             logger.setLevel(level)
         self._catch.__exit__(None, None, None)
-        if isinstance(error, (OSError, TypeError, ValueError)) and str(error).startswith("Caught "):
+        kinds = (OSError, TypeError, ValueError, RuntimeError, LookupError, ArithmeticError)
+        if isinstance(error, kinds) and str(error).startswith("Caught "):
             # torch raises an error of a loading process again, with the traceback in its message.
-            raise type(error)(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
+            raise type(error)(_without_traceback(str(error))) from error
+
+
+def _without_traceback(text: str) -> str:
+    """The message of an error at the end of its traceback."""
+    lines = text.strip().splitlines()
+    last_frame = max((i for i, line in enumerate(lines) if line.startswith('  File "')), default=0)
+    message = itertools.dropwhile(lambda line: line.startswith("  "), lines[last_frame:])
+    return "\n".join(message).partition(": ")[2]
 
 
 class _History(Callback):

@@ -94,6 +94,8 @@ def fit(
             of processes, other pictures.
         BlockingIOError: another run is writing into ``out``.
         OSError: a checkpoint cannot be written (the last one is intact), or ``out`` was removed during the run.
+        KeyboardInterrupt: Ctrl-C; a printed line says how to go on.
+        SystemExit: SIGTERM, with status 143; likewise.
         RuntimeError: another process of the run ended; the message says how to go on.
 
     Warns:
@@ -164,7 +166,9 @@ def _fit(
             print(f"Interrupted: {how_to_go_on(folder.path)}.", flush=True)
         if isinstance(interrupted, KeyboardInterrupt):
             raise
-        # Lightning turns Ctrl-C into SystemExit, and SIGTERM into one with exit status 0.
+        # Lightning turns Ctrl-C into SystemExit(1), and SIGTERM into one with exit status 0.
+        if isinstance(interrupted.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from interrupted
         raise SystemExit(interrupted.code or 128 + signal.SIGTERM) from interrupted
     records = history.records
     best = max(record["val/top1"] for record in records)

@@ -55,7 +55,8 @@ class FitResult:
             ``val/topN``), ``val/loss``, ``train/loss``, ``seconds``. The last two are those of the first process since
             its last start.
         folder: Folder of best.ckpt, last.ckpt and the logs; None if nothing was written.
-        versions: Versions of ecanet and torch, and the kind of device; several if they changed during the run.
+        versions: Versions of ecanet and torch, the kind of device, whose kernels ran, and the threads of a CPU; several
+            if they changed during the run.
     """
 
     top1: float
@@ -99,7 +100,7 @@ def fit(
         RuntimeError: another process of the run ended; the message says how to go on.
 
     Warns:
-        UserWarning: the run goes on with other versions than it started with.
+        UserWarning: the run goes on with other versions, kernels or threads than it started with.
 
     Example:
         >>> fit(Recipe(optim=OptimConfig(epochs=1)), out="runs/try").top1  # doctest: +SKIP

@@ -74,17 +74,17 @@ EAGER: dict[str, tuple[Callable[[], dict[str, Any]], str, str]] = {
     ),
     "a hook on a norm that a gate is attached to": (
         lambda: arguments(norm=hooked(with_attached_gate()), gate=None),
-        "the C++ kernels (residual, relu); called: norm, gate",
+        "the modules (norm, gate, residual, relu)",
         "the norm is called: it has a hook",
     ),
     "a gate of somebody else": (
         lambda: arguments(gate=nn.Identity()),
-        "the C++ kernels (norm, residual, relu); called: gate",
-        "the gate is called: it is no Gate",
+        "the C++ kernels (norm); called: gate; afterwards: residual, relu",
+        "the gate is called: it is no Gate of this library but an Identity",
     ),
     "a hook on the gate": (
         lambda: arguments(gate=hooked(SE(C))),
-        "the C++ kernels (norm, residual, relu); called: gate",
+        "the C++ kernels (norm); called: gate; afterwards: residual, relu",
         "the gate is called: it has a hook",
     ),
     "a residual that is broadcast, or of another type": (
@@ -148,21 +148,22 @@ COMPILED: dict[str, tuple[Callable[[], dict[str, Any]], str, str]] = {
     "compiled: SyncBatchNorm": (
         lambda: arguments(norm=nn.SyncBatchNorm(C)),
         "the modules (norm, gate, residual, relu)",
-        "torch.compile",
+        "the norm is called: torch.compile gets torch's SyncBatchNorm with its collectives",
     ),
 }
+Build = Callable[[], nn.Module]
 #: Name in the docs: type of x, norm and gate, who computes on the CPU, and on a GPU.
-ON_CPU_AND_GPU: dict[str, tuple[torch.dtype, nn.Module | None, nn.Module, str, str]] = {
+ON_CPU_AND_GPU: dict[str, tuple[torch.dtype, Build | None, nn.Module, str, str]] = {
     "compiled: another gate, given statistics": (
         torch.float32,
-        nn.BatchNorm2d(C).eval(),
+        lambda: nn.BatchNorm2d(C).eval(),
         SE(C),
         "the modules (norm, gate, relu)",
         "a formula in a compiler's graph (norm, gate, relu)",
     ),
     "compiled: ECA, given statistics, with a gradient": (
         torch.float32,
-        nn.BatchNorm2d(C).eval(),
+        lambda: nn.BatchNorm2d(C).eval(),
         ECA(C),
         "the modules (norm, gate, relu)",
         "a formula in a compiler's graph (norm, gate, relu)",
@@ -176,7 +177,7 @@ ON_CPU_AND_GPU: dict[str, tuple[torch.dtype, nn.Module | None, nn.Module, str, s
     ),
     "compiled: half precision on a GPU": (
         torch.float16,
-        nn.BatchNorm2d(C),
+        lambda: nn.BatchNorm2d(C),
         ECA(C),
         "one operation in a compiler's graph (norm, gate, relu)",
         "one operation in a compiler's graph (norm, gate, relu)",
@@ -199,6 +200,109 @@ def test_who_computes_and_why(name) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("a hook on a norm that a gate is attached to", "the C++ kernels (residual, relu); called: norm, gate"),
+        ("a gate of somebody else", "the C++ kernels (norm, residual, relu); called: gate"),
+        ("a hook on the gate", "the C++ kernels (norm, residual, relu); called: gate"),
+    ],
+)
+def test_without_gradients_the_kernels_add_and_activate_after_a_gate_that_is_called(name, line) -> None:
+    build, with_gradients, _ = EAGER[name]
+    given = build()
+    with torch.no_grad():
+        assert explain(**given).startswith(f"{line}: ")
+    assert explain(**given).startswith(f"{with_gradients}: ")
+
+
+def without_forward(module: nn.Module) -> nn.Module:
+    vars(module)["forward"] = module.forward
+    return module
+
+
+class BatchNormWithItsOwnCall(nn.BatchNorm2d):
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().__call__(x)
+
+
+class GateWithItsOwnCall(ECA):
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().__call__(x)
+
+
+class GateWithItsOwnForward(ECA):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def with_tensor(norm: nn.Module, name: str, tensor: Any) -> nn.Module:
+    setattr(norm, name, nn.Parameter(tensor) if name in ("weight", "bias") else tensor)
+    return norm
+
+
+#: What is passed, and why it is called, to the end of the line.
+REASONS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
+    "a forward of an instance": (
+        lambda: arguments(norm=without_forward(nn.BatchNorm2d(C))),
+        "the norm is called: it has a forward of its own, which is not its class's",
+    ),
+    "a parametrized norm": (
+        lambda: arguments(norm=nn.utils.parametrize.register_parametrization(nn.BatchNorm2d(C), "weight", nn.Tanh())),
+        "the norm is called: it is parametrized: its weight or bias is computed from other tensors",
+    ),
+    "a subclass of a norm": (
+        lambda: arguments(norm=BatchNormWithItsOwnCall(C)),
+        "the norm is called: it is a BatchNormWithItsOwnCall, whose __call__ is not torch's",
+    ),
+    "a norm of another kind": (
+        lambda: arguments(norm=nn.InstanceNorm2d(C)),
+        "the norm is called: it is no BatchNorm of torch but an InstanceNorm2d",
+    ),
+    "a gate with its own call": (
+        lambda: arguments(gate=GateWithItsOwnCall(C)),
+        "the gate is called: it is a GateWithItsOwnCall, whose __call__ is not torch's",
+    ),
+    "a gate with its own forward": (
+        lambda: arguments(gate=GateWithItsOwnForward(C)),
+        "the gate is called: it is a GateWithItsOwnForward, whose forward is not that of a Gate",
+    ),
+    "statistics of another size": (
+        lambda: arguments(norm=with_tensor(nn.BatchNorm2d(C), "running_mean", torch.zeros(C + 1))),
+        f"the norm is called: it has a tensor of shape ({C + 1},) on cpu, not ({C},) on cpu",
+    ),
+    "statistics elsewhere": (
+        lambda: arguments(norm=with_tensor(nn.BatchNorm2d(C), "running_var", torch.zeros(C, device="meta"))),
+        f"the norm is called: it has a tensor of shape ({C},) on meta, not ({C},) on cpu",
+    ),
+    "a weight with operations of its own": (
+        lambda: arguments(norm=with_tensor(nn.BatchNorm2d(C), "weight", torch.ones(C).as_subclass(OwnTensor))),
+        "the norm is called: it has a OwnTensor, which sees every operation",
+    ),
+    "no eps": (
+        lambda: arguments(norm=nn.BatchNorm2d(C, eps=0.0)),
+        "the norm is called: it has an eps of 0.0, which torch may refuse",
+    ),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", REASONS)
+def test_the_reason_why_a_module_is_called_says_what_it_is(name) -> None:
+    build, why = REASONS[name]
+    assert explain(**build()).endswith(why)
+
+
+@needs_kernels
+def test_a_hook_on_all_modules_is_not_said_to_be_the_norms() -> None:
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert "the norm is called: it is seen by a hook on all modules" in explain(**arguments())
+    finally:
+        handle.remove()
+
+
+@needs_kernels
 @pytest.mark.parametrize("name", COMPILED)
 def test_who_computes_under_a_compiler_and_why(name) -> None:
     build, line, why = COMPILED[name]
@@ -214,9 +318,10 @@ def test_who_computes_under_a_compiler_on_either_device(name, monkeypatch) -> No
     monkeypatch.setattr(gpu, "IS_COMPLETE", True)
     dtype, norm, gate, *lines = ON_CPU_AND_GPU[name]
     for device, line in zip(("cpu", "cuda"), lines, strict=True):
-        with FakeTensorMode(), torch.set_grad_enabled("gradient" in name):
-            x = torch.empty(2, C, 3, 4, dtype=dtype, device=device)
-            assert explain(x, norm, gate, act="relu", compiled=True).startswith(f"{line}: ")
+        with FakeTensorMode(), torch.device(device), torch.set_grad_enabled("gradient" in name):
+            x = torch.empty(2, C, 3, 4, dtype=dtype)
+            said = explain(x, None if norm is None else norm(), gate, act="relu", compiled=True)
+            assert said.startswith(f"{line}: ")
 
 
 @needs_kernels

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.ops import FrozenBatchNorm2d
 
 import ecanet
@@ -17,6 +18,7 @@ from ecanet.models.mobilenetv2 import GatedInvertedResidual
 from ecanet.models.resnet import GatedBottleneck
 from ecanet.nn import ECA, SE, conv_norm_gate_add_act
 from ecanet.nn.tail.pointwise import is_pointwise
+from ecanet.ops import gpu
 
 CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
@@ -148,6 +150,18 @@ def test_maps_of_many_sizes_need_no_more_graphs_than_one_by_one() -> None:
         for samples, height, width in [(n, 3 * n + 1, 40 - 2 * n) for n in range(2, 14)]:
             run(torch.randn(samples, 8, height, width), torch.randn(samples, 32, height, width))
     assert len(graphs.seen) == 1
+
+
+@pytest.mark.parametrize("name", ["no norm", "se"])
+def test_on_a_gpu_a_formula_does_not_read_the_output_for_its_means(name, monkeypatch) -> None:
+    """Fake tensors stand for those of a GPU, which need not be there."""
+    monkeypatch.setattr(gpu, "IS_COMPLETE", True)
+    graphs = Graphs()
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
+        branch = BRANCHES[name]().eval()
+        x, residual = torch.empty(2, 8, 6, 7), torch.empty(2, 32, 6, 7)
+        torch.compile(branch, fullgraph=True, backend=graphs)(x, residual)
+    assert graphs.averaged() == [8]
 
 
 def with_hook(layer: nn.Module) -> nn.Module:

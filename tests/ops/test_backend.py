@@ -274,6 +274,45 @@ def test_compiled_functions_follow_the_choice() -> None:
     assert number(x).item() == 1
 
 
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("what", ["tail", "gate"])
+@pytest.mark.parametrize("name", ["cpu", "triton"])
+def test_what_cannot_run_is_refused_compiled_as_in_eager_code(
+    name: str, what: str, fullgraph: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "_choice", name)  # as ECANET_BACKEND sets it
+    monkeypatch.setattr(cpu, "_reason", "the one thing that is missing")
+    monkeypatch.setattr(gpu, "why_not", lambda: "the one thing that is missing")
+    norm, gate, x = torch.nn.BatchNorm2d(8), ecanet.ECA(8), torch.randn(2, 8, 3, 3)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return gate(x) if what == "gate" else ecanet.nn.norm_gate_add_act(x, norm, gate, x, "relu")
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=fullgraph, backend="eager")
+    refusal = f"backend '{name}' cannot run: the one thing that is missing"
+    for call in (run, compiled, lambda x: ecanet.nn.explain(x, norm, gate, compiled=True)):
+        with pytest.raises(RuntimeError, match=refusal):
+            call(x)
+    torch._dynamo.reset()
+    torch.vmap(gate)(x[None])  # plain PyTorch, whatever was asked for
+    torch.compile(torch.vmap(gate), backend="eager")(x[None])
+    torch._dynamo.reset()
+    monkeypatch.setattr(backends, "_choice", "auto")
+    compiled(x)
+
+
+@pytest.mark.usefixtures("loaded")
+def test_a_type_the_kernels_do_not_take_is_refused_compiled_as_in_eager_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, x = ecanet.ECA(8), torch.randn(2, 8, 3, 3, device="meta")
+    torch._dynamo.reset()
+    compiled = torch.compile(gate, backend="eager")
+    with backend("cpu"):
+        for call in (gate, compiled):
+            with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run: .* this one is on meta"):
+                call(x)
+
+
 # --- the environment ----------------------------------------------------------------------------------------------
 
 

@@ -47,7 +47,6 @@ def is_plain(layer: nn.Module, cls: type[nn.Module], shape: tuple[int, ...]) -> 
         and parameters.get("bias") is None
         and not called_differently(layer)
         and "bias" not in own
-        and "_conv_forward" not in own
     )
 
 
@@ -228,11 +227,17 @@ class Gate(nn.Module, ABC):
         Raises:
             TypeError: ``x`` is not floating point.
             ValueError: wrong rank or number of channels, or a spatial size of 0.
+            RuntimeError: the backend asked for by :func:`ecanet.backend` cannot run, or a subclass computes with a
+                tensor that requires a gradient and is not among its ``parameters()``.
         """
         name = decide(x).name
         if name in KERNELS and x.shape[1] == self.channels and (maths := self.maths()) is not None:
             return eager.norm_gate_add_act(name, x, None, maths, None, 0)
-        return reference.scale(x, self.gate(reference.squeeze(x, self.channels)))
+        s = reference.squeeze(x, self.channels)
+        if isinstance(s, Tensor) and s.device.type != "meta" and torch.is_autocast_enabled(s.device.type):
+            with reference.no_autocast(s.device.type):  # as the kernels' gates: layers of a subclass would be rounded
+                return reference.scale(x, self.gate(s))
+        return reference.scale(x, self.gate(s))
 
     def maths(self) -> GateMaths | None:
         """The gate as the fused kernels use it: a function of the channel means, and the parameters it depends on.

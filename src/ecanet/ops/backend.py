@@ -16,7 +16,14 @@ from torch.compiler import is_compiling
 
 from ecanet.ops import cpu, gpu
 from ecanet.ops.gpu_maps import DTYPES as GPU_DTYPES
-from ecanet.private_torch import are_transforms_active, is_forward_ad_on, is_tracing, why_no_kernels
+from ecanet.private_torch import (
+    FakeTensor,
+    FunctionalTensor,
+    are_transforms_active,
+    is_forward_ad_on,
+    is_tracing,
+    why_no_kernels,
+)
 
 NAMES = ("auto", "reference", "cpu", "triton")
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -157,16 +164,18 @@ class Decision(NamedTuple):
     Attributes:
         name: ``"cpu"`` or ``"triton"``, the kernels; ``"reference"``, plain PyTorch; ``"compiler"``, what it makes.
         why: In a few words.
+        is_watched: Whether somebody wants to see plain PyTorch: :func:`watched_by`.
     """
 
     name: str
     why: str
+    is_watched: bool = False
 
 
 _CPP = Decision("cpu", "x is on the CPU")
 _TRITON = Decision("triton", "x is on a GPU, or Triton's interpreter was asked for")
-#: Whoever traces gets a formula or an operation: :func:`is_operation_in_graph`.
-COMPILER = Decision("compiler", "torch.compile or torch.export traces")
+#: What it gets, a formula or an operation: :func:`is_operation_in_graph`.
+_COMPILER = Decision("compiler", "torch.compile or torch.export traces")
 _NOT_A_MAP = Decision("reference", "x is empty or has no shape (N, C, *spatial) with 0 to 3 spatial dimensions")
 
 
@@ -180,15 +189,42 @@ def decide(x: Tensor) -> Decision:
         RuntimeError: the backend asked for by :func:`ecanet.backend` cannot run.
     """
     if is_compiling():
-        return COMPILER
+        return decide_in_graph(x)
     if (watcher := watched_by(x)) is not None:
-        return Decision("reference", why_no_kernels() or watcher)
+        return Decision("reference", why_no_kernels() or watcher, is_watched=True)
     name = choose(x)
     if name == "reference":
         return Decision(name, _why_reference(x))
     if not 2 <= x.dim() <= 5 or x.numel() == 0:
         return _NOT_A_MAP
     return _CPP if name == "cpu" else _TRITON
+
+
+def decide_in_graph(x: Tensor) -> Decision:
+    """Who computes on a feature map in a compiler's graph: what the compiler makes. Refused as by :func:`decide`.
+
+    Args:
+        x: A map.
+
+    Raises:
+        RuntimeError: the backend asked for by :func:`ecanet.backend` cannot run.
+    """
+    if _choice in ("cpu", "triton") and (type(x) in PLAIN_TENSORS or isinstance(x, (FakeTensor, FunctionalTensor))):
+        reason = _reason_before_compiling(_choice, x.device.type, x.dtype)
+        if reason is not None:
+            raise RuntimeError(_refusal(_choice, reason))
+    return _COMPILER
+
+
+@torch.compiler.assume_constant_result
+def _reason_before_compiling(name: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """None if the kernels asked for can run on such a tensor, or somebody looks on; else why not.
+
+    It runs while a compiler traces, which cannot trace it: it looks at the machine.
+    """
+    if are_transforms_active() or is_forward_ad_on():
+        return None
+    return cpu_reason(device_type, dtype) if name == "cpu" else triton_reason(device_type, dtype)
 
 
 def watched_by(x: Tensor) -> str | None:

@@ -14,6 +14,13 @@ from ecanet.nn import ECA, SE, norm_gate_add_act
 
 X = torch.randn(2, C, 3, 3)
 
+
+def norm_with(name: str, tensor: torch.Tensor, training: bool = True) -> nn.Module:
+    norm = nn.BatchNorm2d(C).train(training)
+    setattr(norm, name, nn.Parameter(tensor) if name in ("weight", "bias") else tensor)
+    return norm
+
+
 MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a name for the norm": ({"norm": "batch"}, TypeError, "norm must be a module or None, got str"),
     "a class for the norm": ({"norm": nn.BatchNorm2d}, TypeError, "norm must be a module or None, got type"),
@@ -38,6 +45,22 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "integers": ({"x": X.long()}, TypeError, "x must be floating point, got torch.int64"),
     "type of the norm": ({"norm": nn.BatchNorm2d(C), "x": X.double()}, RuntimeError, "dtype|[Ee]xpected|type"),
     "in evaluation, too": ({"norm": nn.BatchNorm2d(C).double().eval()}, RuntimeError, "dtype|[Ee]xpected|type"),
+    "no eps": ({"norm": nn.BatchNorm2d(C, eps=0.0)}, ValueError, r"eps must be positive during training, but got 0\.0"),
+    "eps below 0": ({"norm": nn.BatchNorm2d(C, eps=-1e-3).eval()}, ValueError, "eps must be non-negative, but got"),
+    **{
+        f"{name} of {size} channels, {'training' if training else 'evaluation'}": (
+            {"norm": norm_with(name, torch.ones(size), training)},
+            RuntimeError,
+            f"{name} should contain {C} elements not {size}",
+        )
+        for name in ("running_mean", "running_var", "weight", "bias")
+        for size, training in ((C + 1, True), (C + 1, False), (1, True))
+    },
+    "running_mean elsewhere": (
+        {"norm": norm_with("running_mean", torch.ones(C, device="meta")), "gate": ECA(C)},
+        RuntimeError,
+        "device meta is not on the expected device cpu",
+    ),
     "size of the residual": ({"residual": torch.randn(2, C, 3, 2)}, RuntimeError, "must match the size"),
     "behind a gate": ({"residual": torch.randn(2, C, 3, 2), "gate": ECA(C)}, RuntimeError, "must match the size"),
 }

@@ -322,3 +322,51 @@ def test_weights_changed_between_forward_and_backward_are_an_error() -> None:
             next(gate.parameters()).mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             out.sum().backward()
+
+
+class GateOfAnyShape(Gate):
+    """The same for all samples, all channels or both."""
+
+    def __init__(self, channels: int, make: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__(channels)
+        self.weight = nn.Parameter(torch.randn(channels))
+        self.make = make
+
+    def logits(self, s: Tensor) -> Tensor:
+        return self.make(s, self.weight)
+
+
+ANY_SHAPE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "(1, C)": lambda s, weight: weight[None],
+    "(C,)": lambda s, weight: weight,
+    "(N, 1)": lambda s, weight: (s * weight).mean(1, keepdim=True),
+    "(1, 1)": lambda s, weight: (s * weight).mean()[None, None],
+    "()": lambda s, weight: weight[0],
+}
+
+
+@pytest.mark.parametrize("name", ANY_SHAPE)
+def test_a_gate_may_be_the_same_for_all_samples_or_channels(name) -> None:
+    for norm in (nn.BatchNorm2d(C), nn.BatchNorm2d(C).eval(), None):
+        tail = Tail(norm, GateOfAnyShape(C, ANY_SHAPE[name]), "relu").double()
+        x = feature_map(3, C, 5, 4, dtype=torch.float64)
+        assert_as_one_after_another(tail, x, x)
+        with torch.no_grad():
+            torch.testing.assert_close(tail(x), plain(tail)(x))
+        x.requires_grad_()
+        firsts = [torch.autograd.grad(t(x).square().sum(), x, create_graph=True)[0] for t in (tail, plain(tail))]
+        got, want = (torch.autograd.grad(first.square().sum(), x)[0] for first in firsts)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@needs_kernels
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("make", [lambda s, w: torch.cat([w, w]), lambda s, w: s[:, None] * w], ids=["2 C", "3 axes"])
+def test_a_gate_of_another_shape_is_refused(make, grad) -> None:
+    x, gate = feature_map(3, C, 5, 4), GateOfAnyShape(C, make)
+    if cpu.why_not() is None:
+        with (
+            torch.set_grad_enabled(grad),
+            pytest.raises(RuntimeError, match=rf"must return the shape \(3, {C}\) or what"),
+        ):
+            norm_gate_add_act(x, nn.BatchNorm2d(C), gate)

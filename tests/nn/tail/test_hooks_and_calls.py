@@ -10,7 +10,8 @@ from torch.nn.modules import module as module_hooks
 from torchvision.ops import FrozenBatchNorm2d
 
 import ecanet
-from ecanet.nn import ECA, SE, norm_gate_add_act
+from ecanet.nn import ECA, SE, Gate, norm_gate_add_act
+from ecanet.nn.tail import shared_norm
 from tests.kernels_here import needs_kernels
 
 
@@ -129,3 +130,70 @@ def test_a_hook_that_changes_the_output_of_the_norm_is_obeyed() -> None:
     norm, gate, x = nn.BatchNorm2d(C), ECA(C), feature_map(3, C, 5, 4)
     norm.register_forward_hook(lambda module, args, out: out + 1)
     torch.testing.assert_close(norm_gate_add_act(x, norm, gate), gate(norm(x)))
+
+
+class NormWithItsOwnCall(nn.BatchNorm2d):
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * super().__call__(x)
+
+
+class ECAWithItsOwnCall(ECA):
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * super().__call__(x)
+
+
+@pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("norm", "gate"),
+    [(NormWithItsOwnCall(C), SE(C)), (nn.BatchNorm2d(C), ECAWithItsOwnCall(C))],
+    ids=["norm", "gate"],
+)
+def test_the_call_of_a_class_is_obeyed(norm, gate, compiles) -> None:
+    x = feature_map(3, C, 5, 4)
+    torch._dynamo.reset()
+    run = torch.compile(norm_gate_add_act, backend="eager") if compiles else norm_gate_add_act
+    torch.testing.assert_close(run(x, norm, gate, x, "relu"), torch.relu(gate(norm(x)) + x))
+
+
+REPLACED: dict[str, tuple[type, str, Any, Any]] = {
+    "forward of the norm": (nn.BatchNorm2d, "forward", nn.BatchNorm2d, ECA),
+    "call of the norm": (nn.BatchNorm2d, "__call__", nn.BatchNorm2d, ECA),
+    "forward of the frozen norm": (FrozenBatchNorm2d, "forward", FrozenBatchNorm2d, SE),
+    "forward of the activation": (nn.ReLU, "forward", nn.BatchNorm2d, ECA),
+    "forward of every gate": (Gate, "forward", nn.BatchNorm2d, SE),
+    "call of the gate": (ECA, "__call__", nn.BatchNorm2d, ECA),
+    "forward of the layer inside ECA": (nn.Conv1d, "forward", nn.BatchNorm2d, ECA),
+    "maths of the layer inside ECA": (nn.Conv1d, "_conv_forward", nn.BatchNorm2d, ECA),
+    "forward of the layers inside SE": (nn.Linear, "forward", nn.BatchNorm2d, SE),
+}
+
+
+@pytest.mark.parametrize(("cls", "method", "norm", "gate"), REPLACED.values(), ids=REPLACED)
+def test_a_method_that_somebody_puts_into_a_class_runs(cls, method, norm, gate, monkeypatch) -> None:
+    x, tail = feature_map(3, C, 5, 4), Tail(norm(C), gate(C), nn.ReLU())
+    before, original, calls = tail(x, x), getattr(cls, method), []
+
+    def instead(self: nn.Module, *args: Any) -> Any:
+        calls.append(method)
+        return original(self, *args) - 1
+
+    monkeypatch.setattr(cls, method, instead)
+    got = tail(x, x)
+    assert calls
+    assert not torch.allclose(got, before)
+    assert_equal({"out": got}, {"out": plain(tail)(x, x)}, TOLERANCE[torch.float32])
+
+
+def test_a_forward_that_somebody_puts_into_timms_norm_runs(monkeypatch) -> None:
+    norm_act = pytest.importorskip("timm.layers.norm_act")
+    x, norm, gate = feature_map(3, C, 5, 4), norm_act.BatchNormAct2d(C, apply_act=False), ECA(C)
+    monkeypatch.setattr(norm_act.BatchNormAct2d, "forward", lambda self, x: x - 1)
+    torch.testing.assert_close(norm_gate_add_act(x, norm, gate), gate(x - 1))
+
+
+def test_a_forward_that_somebody_puts_into_sync_batch_norm_is_not_ours(monkeypatch) -> None:
+    monkeypatch.setattr(shared_norm, "process_group", lambda norm: "some processes")
+    norm, x = nn.SyncBatchNorm(C), torch.randn(2, C, 3, 3)
+    assert shared_norm.needs_our_forward(norm, x)
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", lambda self, x: x)
+    assert not shared_norm.needs_our_forward(norm, x)

@@ -1,5 +1,6 @@
 """The tail in smaller types, under autocast and in mixed precision."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -21,7 +22,7 @@ from tails import (
 from torch import Tensor, nn
 
 import ecanet
-from ecanet.nn import ECA
+from ecanet.nn import ECA, Gate
 
 
 @pytest.mark.parametrize("weights", ["of the type of x", "of float32"])
@@ -75,6 +76,34 @@ def test_autocast_does_not_reach_the_gate(gate) -> None:
     torch.testing.assert_close(got, want)
     grads = [torch.autograd.grad(out.square().sum(), inputs) for out in (got, want)]
     torch.testing.assert_close(*grads)
+
+
+class GateThatAutocastWouldRound(Gate):
+    """Linear, by a function that autocast rounds."""
+
+    def __init__(self, channels: int, rounds: bool = False) -> None:
+        super().__init__(channels)
+        self.weight = nn.Parameter(torch.randn(channels, channels))
+        self.rounds = rounds
+
+    def logits(self, s: Tensor) -> Tensor:
+        with torch.autocast(s.device.type, torch.bfloat16) if self.rounds else contextlib.nullcontext():
+            return nn.functional.linear(s, self.weight)
+
+
+@pytest.mark.parametrize("how", ["eager", "reference", "compiled"])
+@pytest.mark.parametrize("rounds", [False, True], ids=["", "its own autocast"])
+def test_autocast_reaches_a_gate_of_ones_own_only_from_within(rounds, how) -> None:
+    torch._dynamo.reset()
+    tail = Tail(nn.BatchNorm2d(C), GateThatAutocastWouldRound(C, rounds), "relu")
+    run = torch.compile(tail, backend="eager") if how == "compiled" else tail
+    x = feature_map(3, C, 5, 4).requires_grad_()
+    want = plain(tail)(x, x)
+    with torch.autocast("cpu", torch.bfloat16), ecanet.backend("reference" if how == "reference" else "auto"):
+        got = run(x, x)
+    assert relative_error(got, want) <= TOLERANCE[torch.float32]
+    grads = [torch.autograd.grad(out.square().sum(), x)[0] for out in (got, want)]
+    assert relative_error(*grads) <= TOLERANCE[torch.bfloat16 if rounds else torch.float32]
 
 
 def train_in_float16(

@@ -24,7 +24,8 @@ from tails import (
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from ecanet.nn import ECA, SE, norm_gate_add_act
+from ecanet.nn import ECA, SE, explain, norm_gate_add_act
+from tests.kernels_here import needs_kernels
 
 NORMS: dict[str, Callable[[], nn.Module | None]] = {
     "none": lambda: None,
@@ -180,6 +181,28 @@ def test_every_residual(name, make, layout) -> None:
         other, dout = plain(tail), torch.randn(x.shape)
         residual = make(x)
         assert_equal(step(tail, x, residual, dout), step(other, x, residual, dout), TOLERANCE[torch.float32])
+
+
+@needs_kernels
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_a_parameter_is_a_residual_as_any_tensor(act) -> None:
+    x, dout = feature_map(3, C, 5, 4), torch.randn(3, C, 5, 4)
+    tail = Tail(nn.BatchNorm2d(C), ECA(C), act)
+    residual = nn.Parameter(torch.randn(x.shape))
+    assert "(norm, gate, residual, " in explain(x, tail.norm, tail.gate, residual, act)
+    got = torch.autograd.grad(tail(x, residual), residual, dout)
+    want = torch.autograd.grad(plain(tail)(x, residual), residual, dout)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_a_weight_of_another_shape_that_torch_takes_is_taken(name, training) -> None:
+    norm, x = nn.BatchNorm2d(C).train(training), feature_map(3, C, 5, 4)
+    setattr(norm, name, nn.Parameter(torch.randn(1, C)))
+    tail = Tail(norm, ECA(C), "relu")
+    want = plain(tail)(x, x)  # torch has no gradients of it
+    torch.testing.assert_close(tail(x, x), want)
 
 
 @pytest.mark.parametrize("gate", [None, "eca", "se"], ids=str)

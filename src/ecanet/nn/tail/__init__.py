@@ -1,12 +1,13 @@
 """The end of a residual branch: norm, gate, addition of the residual, activation.
 
-``functional.py`` has what users call. A call makes one plan (``plan.py``: who computes, and with what) and follows it:
-the modules themselves, the kernels (``eager.py``), or what a compiler's graph gets (``compiled.py``).
+Users call the functions of ``functional.py``. A call makes one plan (``plan.py``): it says who computes, and with what.
+That is the modules themselves, the kernels (``eager.py``), or what a compiler's graph gets (``compiled.py``).
 
-    maths.py               what the tail knows of a norm and of a gate
-    reading.py             how it is read off modules, or why a module has to be called
-    gradients_of_gates.py  the small graph of a gate that is no band of ECA, and a gate for second derivatives
+    maths.py               what norm and gate compute: tensors, numbers and a function
+    reading.py             reads that off the modules, or says why a module has to be called
+    gradients_of_gates.py  autograd's graph of a gate that is no band of ECA
+    second_derivatives.py  the backward in operations that can be differentiated again
     statistics.py          running statistics; statistics that several processes share
-    shared_norm.py         a norm that is called and shares its statistics on a CPU
-    pointwise.py           the squeeze of a 1 x 1 convolution's output, from its input
+    shared_norm.py         a SyncBatchNorm that is called on a CPU
+    pointwise.py           computes the means of a 1 x 1 convolution's output from its input
 """

@@ -11,12 +11,12 @@ from ecanet.ops.statistics import merge_moments
 
 
 def operation(x: Tensor, norm: NormMaths, gate: GateMaths, residual: Tensor | None, act: int) -> Tensor:
-    """The tail as one operation; the gate is ECA's band.
+    """The tail as one operation. The gate is ECA's band.
 
     Args:
         x: ``(N, C, *spatial)``, not empty.
-        norm: A BatchNorm, of given statistics only where no gradient is wanted.
-        gate: Of one kernel.
+        norm: A BatchNorm. One of given statistics has no gradient here.
+        gate: A band.
         residual: Shape and type of ``x``, or None.
         act: Index in :data:`ecanet.ops.reference.ACTS`.
     """
@@ -29,7 +29,7 @@ def operation(x: Tensor, norm: NormMaths, gate: GateMaths, residual: Tensor | No
         return out
     if x.is_cuda:
         return torch.ops.ecanet.norm_eca_add_act(x, residual, *norm_and_band(norm, gate), act, gate.factor)
-    out = x.clone()  # which a compiler leaves out where nobody else reads x: the operation then writes over it
+    out = x.clone()  # a compiler leaves the copy out if nobody else reads x: the operation then writes over x
     torch.ops.ecanet.norm_eca_add_act_(out, residual, *norm_and_band(norm, gate), act, gate.factor)
     return out
 
@@ -37,7 +37,7 @@ def operation(x: Tensor, norm: NormMaths, gate: GateMaths, residual: Tensor | No
 def formula(
     x: Tensor, norm: NormMaths | None, gate: GateMaths, residual: Tensor | None, act: int, map_means: Tensor | None
 ) -> Tensor:
-    """The tail in plain PyTorch: with its means at hand one pass, when a compiler has fused it.
+    """The tail in plain PyTorch. If the means are known, a compiler fuses it into one pass.
 
     Args:
         x: ``(N, C, *spatial)``.
@@ -45,7 +45,7 @@ def formula(
         gate: A gate.
         residual: Shape and type of ``x``, or None.
         act: Index in :data:`ecanet.ops.reference.ACTS`.
-        map_means: ``(N, C)`` of x where they were found already.
+        map_means: ``(N, C)``, the means of the maps of x, or None if they have to be computed.
     """
     if norm is not None and norm.takes_batch_statistics:
         map_means, m2 = reference.moments(x)
@@ -54,8 +54,11 @@ def formula(
         norm = norm._replace(mean=mean, var=var)
     elif map_means is None:
         map_means = reference.squeeze(x, x.shape[1])
-    if norm is None:
-        return reference.apply(x, gate.function(map_means), None, residual, act)
-    s, a, b = reference.normalise(map_means, norm.mean, norm.var, norm.weight, norm.bias, norm.eps)
-    g = gate.function(s)
+    s, a, b = map_means, None, None
+    if norm is not None:
+        s, a, b = reference.normalise(map_means, norm.mean, norm.var, norm.weight, norm.bias, norm.eps)
+    with reference.no_autocast(x.device.type):
+        g = gate.function(s)
+    if a is None or b is None:
+        return reference.apply(x, g, None, residual, act)
     return reference.apply(x, g * a, g * b, residual, act)

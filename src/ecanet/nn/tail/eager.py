@@ -1,8 +1,11 @@
-"""The tail by the kernels, now: forward, backward, and in place for inference.
+"""The tail in eager code: the kernels run forward, backward, and in place for inference.
 
-``y = a x + b`` is the norm and ``s = a m + b`` the means of its output, m being those of x; so ``out = act(g y +
-residual) = act(scale x + shift + residual)`` with ``(N, C)``-sized ``scale = g a`` and ``shift = g b``: one pass over
-x for its moments, one for out. The backward takes two passes, too (:mod:`ecanet.ops.backward`).
+The norm is ``y = a x + b``. If m are the means of x, those of y are ``s = a m + b``. With the gate ``g = G(s)``::
+
+    out = act(g y + residual) = act(scale x + shift + residual)        scale = g a        shift = g b
+
+Scale and shift are ``(N, C)``. One pass over x finds its moments, and another computes out. The backward takes two
+passes as well (:mod:`ecanet.ops.backward`).
 """
 
 from collections.abc import Callable
@@ -36,29 +39,27 @@ def norm_gate_add_act(
     """``act(gate(norm(x)) + residual)`` by the kernels.
 
     Args:
-        backend: Whose kernels: a key of :data:`ecanet.ops.kernels.KERNELS`.
+        backend: Which kernels run: a key of :data:`ecanet.ops.kernels.KERNELS`.
         x: ``(N, C, *spatial)``, not empty.
         norm: A BatchNorm, or None.
         gate: A gate, or None.
         residual: Shape and type of ``x``, or None.
         act: Index in :data:`ecanet.ops.reference.ACTS`.
     """
+    if norm is None and gate is None and residual is None and act == 0:
+        return x
     weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
     parameters = () if gate is None else gate.parameters
     ops = KERNELS[backend]
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, residual, weight, bias, *parameters)
     ):
-        if norm is None and gate is None:  # no use for x in the backward, so torch's own operations save less
-            return reference.activate(x if residual is None else x + residual, act)
         rest = None
         if norm is not None and norm.group is not None:
             rest = _RestOfTheBackward()
             x = _WaitForTheOthers.apply(x, weight, bias, rest)
         return _NormGateAddAct.apply(x, residual, weight, bias, ops, norm, gate, act, rest, *parameters)
     if (gate is None or gate.is_band) and (norm is None or not norm.takes_batch_statistics):
-        if norm is None and gate is None and residual is None and act == 0:
-            return x
         return ops.norm_eca_add_act(x, residual, *norm_and_band(norm, gate), act, 1.0 if gate is None else gate.factor)
     c = _coefficients(ops, x, norm, gate, differentiate=False)
     return ops.apply(x, c.scale, c.shift, residual, act)
@@ -86,7 +87,7 @@ def gate_add_act_(backend: str, x: Tensor, gate: GateMaths | None, residual: Ten
 
 
 def norm_and_band(norm: NormMaths | None, gate: GateMaths | None) -> tuple[Any, ...]:
-    """A norm of given statistics and a band, or none, as the operations take them: mean to eps, kernel, circular."""
+    """The arguments of an operation from ``mean`` to ``circular``: a norm of given statistics and a band, or none."""
     kernel, circular, _ = NO_BAND if gate is None else gate.band
     if norm is None:
         return None, None, None, None, 0.0, kernel, circular
@@ -94,18 +95,18 @@ def norm_and_band(norm: NormMaths | None, gate: GateMaths | None) -> tuple[Any, 
 
 
 class _Coefficients(NamedTuple):
-    """What follows from the means of the maps.
+    """What the first pass over x and the ``(N, C)``-sized maths give.
 
     Attributes:
-        map_means: ``(N, C)`` of x.
-        norm_mean: ``(C,)``.
-        norm_var: ``(C,)``.
-        values: So many a channel behind these two, where they are the batch's.
-        norm_scale: ``(N, C)`` of the norm alone, for a gate that is no band.
-        gate: ``(N, C)``.
-        scale: ``(N, C)``.
+        map_means: ``(N, C)``, the means of the maps of x.
+        norm_mean: ``(C,)``, the mean that the norm subtracts, or None without a norm.
+        norm_var: ``(C,)``, its variance, likewise.
+        values: Number of values in a channel, if mean and variance are those of the batch.
+        norm_scale: ``(N, C)``, the scale of the norm alone, if the gate is no band.
+        gate: ``(N, C)``, or None without a gate.
+        scale: ``(N, C)``: ``out = act(scale * x + shift + residual)``.
         shift: ``(N, C)``.
-        graph: Of a gate that is no band.
+        graph: Autograd's graph of a gate that is no band.
     """
 
     map_means: Tensor
@@ -122,7 +123,7 @@ class _Coefficients(NamedTuple):
 def _coefficients(
     ops: Kernels, x: Tensor, norm: NormMaths | None, gate: GateMaths | None, differentiate: bool
 ) -> _Coefficients:
-    """The first pass over x, and the ``(N, C)``-sized maths of norm and gate; running statistics move."""
+    """Run the first pass over x and the ``(N, C)``-sized maths of norm and gate; update the running statistics."""
     mean = var = weight = bias = count = None
     eps = 0.0
     if norm is not None:
@@ -134,7 +135,7 @@ def _coefficients(
             mean, var, count = share_statistics(mean, var, count, norm.eps, norm.group)
     elif gate is not None:
         map_means = ops.squeeze(x)
-    else:  # nothing looks at them
+    else:  # nothing reads them
         map_means = x.new_zeros(x.shape[:2], dtype=reference.accumulation_dtype(x.dtype))
     kernel, circular, factor = NO_BAND if gate is None else gate.band
     s, g, scale, shift = ops.eca_coefficients(map_means, mean, var, weight, bias, eps, kernel, circular, factor)
@@ -151,9 +152,10 @@ def _coefficients(
 
 
 class _NormGateAddAct(torch.autograd.Function):
-    """Saves x, and out (or the residual, for SiLU and Hardswish), as norm and activation alone do.
+    """Norm, gate, residual and activation as one node of autograd's graph.
 
-    With ``rest``, x comes from :class:`_WaitForTheOthers`, and so do the gradients of x, weight and bias.
+    It saves x and out, as norm and activation alone do. For SiLU and Hardswish it saves the residual and not out. With
+    ``rest``, :class:`_WaitForTheOthers` computes the gradients of x, weight and bias.
     """
 
     @staticmethod
@@ -223,7 +225,7 @@ _Finish = Callable[[bool], tuple[Tensor | None, Tensor | None, Tensor | None]]
 
 
 class _RestOfTheBackward:
-    """What is left of a backward until other processes have been heard, for :class:`_WaitForTheOthers`."""
+    """Holds the part of a backward that needs the sums of other processes, until :class:`_WaitForTheOthers` runs it."""
 
     finish: _Finish
 
@@ -231,8 +233,8 @@ class _RestOfTheBackward:
 class _WaitForTheOthers(torch.autograd.Function):
     """The part of a tail's backward that waits for other processes, as a node of its own.
 
-    A norm that is called is one, too: gradients of gate and residual are there before its collective, those of x and
-    the norm after. DistributedDataParallel starts collectives of its own as gradients come.
+    As with a norm that is called, the gradients of gate and residual are complete before its collective, and those of
+    x and the norm after it. This order counts: DistributedDataParallel starts its own collectives as gradients come.
     """
 
     @staticmethod
@@ -258,7 +260,7 @@ def _finish(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, with the sums of all processes."""
     grad_x = None
-    if needs_x:  # else nobody looks at them, nor do processes without a batch
+    if needs_x:  # otherwise nobody takes part in the collective, nor do processes without a batch
         assert saved.norm_var is not None
         batch = *share_gradients(small.weight, small.bias, saved.norm_var, saved.weight, norm.eps, norm.group), count
         grad_x = second_pass(ops, saved, up, small.offset, batch)

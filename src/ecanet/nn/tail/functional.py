@@ -1,13 +1,12 @@
-"""What users call: norm, gate, addition of the residual and activation at once, and the convolution before them."""
+"""The functions that users call: norm, gate, residual and activation at once, without the convolution or with it."""
 
 from torch import Tensor, nn
 
-from ecanet.nn.attached import attached_gate
 from ecanet.nn.tail import compiled, eager
 from ecanet.nn.tail.plan import Plan, plan
-from ecanet.nn.tail.pointwise import means_after
+from ecanet.nn.tail.pointwise import means_before
 from ecanet.nn.tail.reading import check_arguments, same_kind
-from ecanet.nn.tail.shared_norm import call_norm
+from ecanet.nn.tail.shared_norm import call_with_our_forward
 from ecanet.ops import reference
 
 
@@ -20,19 +19,19 @@ def norm_gate_add_act(
 ) -> Tensor:
     """``act(gate(norm(x)) + residual)``, in the passes over the data that ``act(norm(x) + residual)`` takes.
 
-    The same values, gradients and running statistics as calling the modules one after another. The squeeze of the
-    gate rides on the norm's own pass, because the means of ``a x + b`` follow from those of x::
+    Values, gradients and running statistics are those of the modules called one after another. The gate's squeeze needs
+    no pass of its own, because the means of ``a x + b`` follow from those of x, which the norm computes::
 
         A[n, c] = gate[n, c] * a[c]        B[n, c] = gate[n, c] * b[c]
         out = act(A x + B + residual)
 
     The fused kernels run for a BatchNorm (in training or not, SyncBatchNorm, torchvision's FrozenBatchNorm2d) and a
-    subclass of :class:`ecanet.nn.Gate`. Other modules are called, and what is left is fused. A module that somebody
-    put a hook on, or that :mod:`torch.fx` or a transform of :mod:`torch.func` looks at, is called too: hooks fire,
-    graphs show the modules. A gate attached to the norm (:func:`ecanet.insert_gates_`) counts as ``gate``. Under
-    :func:`torch.compile` the kernels of ECA are an operation of the graph; for other gates, and where no kernels are,
-    the same formulas in plain PyTorch let Inductor fuse them. :func:`conv_norm_gate_add_act` takes the convolution
-    before the norm along. :func:`explain` says who computes some arguments, and why.
+    subclass of :class:`ecanet.nn.Gate`. Other modules are called, and the rest is fused. A module with a hook is
+    called, so that the hook fires. Under :mod:`torch.fx` and the transforms of :mod:`torch.func` all modules are
+    called. A gate attached to the norm (:func:`ecanet.insert_gates_`) counts as ``gate``. Under :func:`torch.compile`
+    the tail with ECA is one operation of the graph. With other gates, and without kernels, Inductor fuses the same
+    formulas in plain PyTorch. :func:`conv_norm_gate_add_act` includes the convolution before the norm.
+    :func:`explain` says who computes a call, and why.
 
     Args:
         x: ``(N, C, *spatial)`` with 0 to 3 spatial dimensions.
@@ -47,7 +46,9 @@ def norm_gate_add_act(
     Raises:
         TypeError: ``x`` is not floating point, or ``norm``, ``gate`` or ``act`` is no module.
         ValueError: unknown ``act``, or what the modules raise: wrong number of channels, a batch of one value.
-        RuntimeError: the backend asked for by :func:`ecanet.backend` cannot run.
+        RuntimeError: the backend asked for by :func:`ecanet.backend` cannot run, or the gate computes with a tensor
+            that requires a gradient and is not among its ``parameters()``. In the backward: x was written to since, or
+            with ``"silu"`` or ``"hardswish"`` the residual, which is read again for the slope.
 
     Source:
         The identity above is this library's; moments are merged as by Chan, Golub and LeVeque, 1979.
@@ -74,8 +75,8 @@ def conv_norm_gate_add_act(
 ) -> Tensor:
     """``norm_gate_add_act(conv(x), norm, gate, residual, act)``, with a squeeze that need not read ``conv(x)``.
 
-    The same values, to rounding. Where :func:`torch.compile` gets formulas for inference, the means that the gate wants
-    of a 1 x 1 convolution's output are found from its input (:mod:`ecanet.nn.tail.pointwise`): norm, gate, addition and
+    The same values, to rounding. For inference, where :func:`torch.compile` gets a formula, the gate's means of a 1 x 1
+    convolution's output are computed from its input (:mod:`ecanet.nn.tail.pointwise`). Norm, gate, addition and
     activation then take the one pass over ``conv(x)`` that norm, addition and activation take.
 
     Args:
@@ -108,11 +109,12 @@ def conv_norm_gate_add_act(
     """
     if not isinstance(conv, nn.Module):
         raise TypeError(f"conv must be a module, got {type(conv).__name__}")
-    asks = attached_gate(norm) if gate is None and norm is not None else gate
-    means = None if asks is None else means_after(conv, x, asks)  # before the convolution: next to what writes x
+    # Before the convolution, next to what writes x; a compiler drops means that the plan does not take.
+    means = means_before(conv, x)
     y = conv(x)
     check_arguments(y, norm, gate, act)
-    return follow(plan(y, norm, gate, residual, act, means is not None), y, norm, gate, residual, act, means)
+    made = plan(y, norm, gate, residual, act, means is not None)
+    return follow(made, y, norm, gate, residual, act, means if made.takes_means else None)
 
 
 def follow(
@@ -124,7 +126,7 @@ def follow(
     act: str | nn.Module | None,
     map_means: Tensor | None = None,
 ) -> Tensor:
-    """Compute what a plan was made for.
+    """Compute a tail as its plan says.
 
     Args:
         made: By :func:`ecanet.nn.tail.plan.plan`, of the same arguments.
@@ -133,10 +135,10 @@ def follow(
         gate: As above.
         residual: As above.
         act: As above.
-        map_means: ``(N, C)`` of x, where a compiler has found them already.
+        map_means: ``(N, C)``, the means of x, if the plan takes them.
     """
     if made.who == "modules":
-        return _call_all(x, norm, gate, residual, act)
+        return _activate(_add(_call(made, x, norm, gate), residual), act)
     inside = residual if made.adds else None
     code = 0 if made.act is None else made.act
     if made.who == "kernels":
@@ -144,7 +146,8 @@ def follow(
         if made.calls_norm or made.calls_gate:
             y = _call_some(made, x, norm, gate)
             if not same_kind(y, x):  # the plan was made for maps like x
-                return _call_all(y, None, None if made.calls_gate else gate, residual, act)
+                y = y if made.calls_gate or gate is None else gate(y)
+                return _activate(_add(y, residual), act)
         of_norm = None if made.calls_gate else made.norm  # then it is in y already
         y = eager.norm_gate_add_act(made.backend, y, of_norm, made.gate, inside, code)
     else:
@@ -154,34 +157,26 @@ def follow(
             y = compiled.operation(x, made.norm, made.gate, inside, code)
         else:
             y = compiled.formula(x, made.norm, made.gate, inside, code, map_means)
-    y = y if residual is None or made.adds else y + residual
+    y = y if made.adds else _add(y, residual)
     return y if made.act is not None else _activate(y, act)
+
+
+def _call(made: Plan, x: Tensor, norm: nn.Module | None, gate: nn.Module | None) -> Tensor:
+    """Norm and gate, called."""
+    if norm is not None:
+        x = call_with_our_forward(norm, x) if made.norm_is_ours else norm(x)
+    return x if gate is None else gate(x)
 
 
 def _call_some(made: Plan, x: Tensor, norm: nn.Module | None, gate: nn.Module | None) -> Tensor:
     """What comes before the first thing that the kernels take over again: the norm, and the gate where it is called."""
-    if made.calls_norm:
-        assert norm is not None
-        x = call_norm(norm, x)
-    elif made.norm is not None:  # and the gate is called
+    if not made.calls_norm and made.norm is not None:  # and the gate is called
         x = eager.norm_gate_add_act(made.backend, x, made.norm, None, None, 0)
-    if not made.calls_gate:
-        return x
-    assert gate is not None
-    return gate(x)
+    return _call(made, x, norm if made.calls_norm else None, gate if made.calls_gate else None)
 
 
-def _call_all(
-    x: Tensor, norm: nn.Module | None, gate: nn.Module | None, residual: Tensor | None, act: str | nn.Module | None
-) -> Tensor:
-    """The modules one after another."""
-    if norm is not None:
-        x = call_norm(norm, x)
-    if gate is not None:
-        x = gate(x)
-    if residual is not None:
-        x = x + residual
-    return _activate(x, act)
+def _add(y: Tensor, residual: Tensor | None) -> Tensor:
+    return y if residual is None else y + residual
 
 
 def _activate(y: Tensor, act: str | nn.Module | None) -> Tensor:

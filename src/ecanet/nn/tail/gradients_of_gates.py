@@ -1,4 +1,4 @@
-"""A gate that is no band of ECA has a small graph of its own: ``(N, C)``-sized, made in the forward pass."""
+"""The gradient of a gate that is no band of ECA: the forward pass makes a small graph, whose tensors are ``(N, C)``."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,8 +16,8 @@ class GateGraph(NamedTuple):
     Attributes:
         s: ``(N, C)``, what it begins with.
         gate: ``(N, C)``, what it ends with.
-        leaves: What stands in it for each parameter: an alias, so that hooks on the parameter do not run here as well
-            as in the graph outside; or the parameter, where the gate does not read it from a module.
+        leaves: The leaf for each parameter. It is an alias, since hooks on the parameter run in the graph outside and
+            must not run twice; or the parameter itself, if the gate does not read it from a module.
     """
 
     s: Tensor
@@ -26,19 +26,20 @@ class GateGraph(NamedTuple):
 
 
 def run_gate(gate: GateMaths, s: Tensor, differentiate: bool) -> GateGraph:
-    """Call the gate once; if ``differentiate``, with a graph that no hook on saved tensors takes away.
+    """Call the gate once, outside autocast; if ``differentiate``, with a graph. Hooks on saved tensors do not reach it.
 
     Args:
-        gate: No band.
+        gate: A gate that is no band.
         s: ``(N, C)``, channel means.
         differentiate: Whether :func:`gate_backward` will be asked.
 
     Raises:
-        RuntimeError: the gate depends on a tensor whose gradient nobody would get.
+        RuntimeError: the gate depends on a tensor that requires a gradient and is none of its parameters, or it returns
+            another shape.
     """
     with torch.autocast(s.device.type, enabled=False):
         if not differentiate:
-            g = gate.function(s)
+            g = _for_every_map(gate.function(s), s)
             if g.requires_grad:
                 _leaves_reached(g, gate.parameters)
             return GateGraph(s, g, ())
@@ -48,7 +49,7 @@ def run_gate(gate: GateMaths, s: Tensor, differentiate: bool) -> GateGraph:
             torch.autograd.graph.saved_tensors_hooks(_with_version, _of_that_version),
             _aliases(gate) as aliases,
         ):
-            g = gate.function(leaf.clone())  # which may write into what it gets
+            g = _for_every_map(gate.function(leaf.clone()), s)  # a clone, for the gate may write into it
     reached = _leaves_reached(g, (leaf, *gate.parameters, *aliases.values()))
     leaves = tuple(p if id(p) in reached else aliases.get(id(p), p) for p in gate.parameters)
     return GateGraph(leaf, g, leaves)
@@ -71,9 +72,20 @@ def gate_backward(graph: GateGraph, grad_gate: Tensor) -> tuple[Tensor | None, l
     return None if grad_s is None else grad_s.to(grad_gate.dtype), grads
 
 
+def _for_every_map(g: Tensor, s: Tensor) -> Tensor:
+    """Expand a gate that is the same for all samples or channels to ``(N, C)``."""
+    if g.shape == s.shape:
+        return g
+    try:
+        return g.expand_as(s).contiguous()
+    except RuntimeError as error:
+        got = f"got {tuple(g.shape)}"
+        raise RuntimeError(f"a gate must return the shape {tuple(s.shape)} or what expands to it, {got}") from error
+
+
 @contextlib.contextmanager
 def _aliases(gate: GateMaths) -> Iterator[dict[int, Tensor]]:
-    """While it lasts, the gate's modules hold aliases of their parameters; by the ids of these."""
+    """Lend the gate's modules aliases of their parameters. Gives the aliases, by the ids of the parameters."""
     owner = getattr(gate.function, "__self__", None)
     modules = owner.modules() if isinstance(owner, nn.Module) else ()
     slots: list[tuple[dict[str, Any], str, Tensor]] = [
@@ -90,7 +102,7 @@ def _aliases(gate: GateMaths) -> Iterator[dict[int, Tensor]]:
 
 
 def _with_version(t: Tensor) -> tuple[Tensor, int]:
-    # Detached: an output that an operation saves, as sigmoid does, would keep the graph that keeps it.
+    # Detached: sigmoid saves its output, and with its graph the output would keep itself alive.
     return t.detach(), t._version
 
 
@@ -105,9 +117,9 @@ def _of_that_version(saved: tuple[Tensor, int]) -> Tensor:
 
 
 def _leaves_reached(gate: Tensor, known: tuple[Tensor, ...]) -> set[int]:
-    """Ids of the leaves of a gate's graph; raises where one is not known, whose gradient nobody would get."""
+    """Ids of the leaves of a gate's graph. Raises if one is not known: nobody would get its gradient."""
     ids = {id(t) for t in known}
-    seen: set[Any] = {t.grad_fn for t in known}  # those may be computed from others
+    seen: set[Any] = {t.grad_fn for t in known}  # parameters may be computed from others: the search ends there
     reached = set()
     to_do = [gate.grad_fn]
     while to_do:

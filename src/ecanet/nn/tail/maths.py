@@ -1,4 +1,4 @@
-"""What the tail knows of a norm and of a gate: tensors, numbers and a function, no modules to be called."""
+"""What a norm and a gate compute: tensors, numbers and a function. No module has to be called."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,16 +7,16 @@ from torch import Tensor, nn
 
 
 class NormMaths(NamedTuple):
-    """A BatchNorm; without ``mean`` and ``var`` it takes those of the batch.
+    """A BatchNorm. Without ``mean`` and ``var`` it takes those of the batch.
 
     Attributes:
-        module: Whose running statistics move.
-        mean: ``(C,)``, given, as in evaluation.
-        var: ``(C,)``, biased, given.
+        module: The norm itself, for its running statistics.
+        mean: ``(C,)`` in evaluation; None where that of the batch is taken.
+        var: ``(C,)``, biased, likewise.
         weight: ``(C,)`` or None for ones.
         bias: ``(C,)`` or None for zeros.
         eps: Added to the variance.
-        group: Processes whose batches count as one.
+        group: The processes that share their statistics, or None.
     """
 
     module: nn.Module
@@ -37,11 +37,11 @@ class GateMaths(NamedTuple):
     """A gate: a function of the channel means.
 
     Attributes:
-        function: ``(N, C)`` means to ``(N, C)`` gates, the factor included.
-        parameters: All that it depends on and that may want a gradient.
-        is_band: Whether it is ECA's, of the one kernel in ``parameters``: the kernels compute it themselves.
-        circular: Of the band.
-        factor: Of the band's gate, for those who compute it themselves.
+        function: Computes ``(N, C)`` gates from ``(N, C)`` means. The factor is in it.
+        parameters: Every tensor that the function depends on and that may need a gradient.
+        is_band: Whether it is ECA's band, and ``parameters`` its one weight: the kernels then compute it themselves.
+        circular: Whether the band wraps around.
+        factor: The factor of a band's gate, for the kernels.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -52,9 +52,9 @@ class GateMaths(NamedTuple):
 
     @property
     def band(self) -> tuple[Tensor | None, bool, float]:
-        """Kernel, circular and factor as the operations take them; no kernel where the gate is no band."""
+        """Weight, circular and factor as the operations take them. The weight is None if the gate is no band."""
         return (self.parameters[0], self.circular, self.factor) if self.is_band else NO_BAND
 
 
-#: Kernel, circular and factor where there is no gate, or one that the kernels do not compute.
+#: Weight, circular and factor where there is no gate, or one that the kernels do not compute.
 NO_BAND: tuple[Tensor | None, bool, float] = (None, False, 1.0)

@@ -1,4 +1,4 @@
-"""One plan for each call of the tail: who computes, and with what. Everything after follows it."""
+"""A call of the tail makes one plan: who computes, and with what. Everything after follows it."""
 
 from typing import Literal, NamedTuple
 
@@ -8,10 +8,13 @@ from torch import Tensor, nn
 from ecanet.nn.attached import attached_gate
 from ecanet.nn.tail.maths import GateMaths, NormMaths
 from ecanet.nn.tail.reading import check_arguments, read_act, read_gate, read_norm, same_kind
-from ecanet.ops.backend import COMPILER, Decision, decide, is_operation_in_graph
+from ecanet.nn.tail.shared_norm import needs_our_forward
+from ecanet.ops.backend import Decision, decide, decide_in_graph, is_operation_in_graph
 from ecanet.private_torch import is_exporting
 
 Who = Literal["modules", "kernels", "operation", "formula"]
+
+_TORCH_KEEPS_LESS = "without norm and gate, torch's own operations keep less for the backward"
 
 
 class Plan(NamedTuple):
@@ -21,13 +24,15 @@ class Plan(NamedTuple):
         who: The ``modules``, called one after another; the ``kernels``, now; one ``operation`` in a compiler's graph;
             the ``formula`` in plain PyTorch, which a compiler fuses.
         why: In a few words.
-        backend: Whose kernels: a key of :data:`ecanet.ops.kernels.KERNELS`.
-        norm: What is inside, or None for no norm, or one that is called.
-        gate: Likewise.
-        calls_norm: Whether the norm is called before, with a gate that is attached to it.
+        backend: Which kernels run: a key of :data:`ecanet.ops.kernels.KERNELS`.
+        norm: The norm that is computed inside; None if there is none, or if it is called.
+        gate: The gate, likewise.
+        calls_norm: Whether the norm is called first. A gate that is attached to it then runs with it.
         calls_gate: Whether the gate is called, after the norm.
-        adds: Whether the residual is added inside; otherwise afterwards.
-        act: Index of the activation inside, in :data:`ecanet.ops.reference.ACTS`; None where it comes afterwards.
+        adds: Whether the residual is added inside. Otherwise it is added afterwards.
+        act: Index in :data:`ecanet.ops.reference.ACTS` of the activation inside; None if it comes afterwards.
+        norm_is_ours: Whether a SyncBatchNorm that is called has our ``forward``.
+        takes_means: Whether the formula takes means of x that are computed from the input of a convolution.
     """
 
     who: Who
@@ -39,6 +44,8 @@ class Plan(NamedTuple):
     calls_gate: bool = False
     adds: bool = True
     act: int | None = None
+    norm_is_ours: bool = False
+    takes_means: bool = False
 
 
 def plan(
@@ -47,7 +54,7 @@ def plan(
     gate: nn.Module | None,
     residual: Tensor | None,
     act: str | nn.Module | None,
-    knows_means: bool = False,
+    has_means: bool = False,
 ) -> Plan:
     """Decide who computes ``act(gate(norm(x)) + residual)``.
 
@@ -57,13 +64,13 @@ def plan(
         gate: As above.
         residual: As above.
         act: As above.
-        knows_means: Whether the channel means of x were found already.
+        has_means: Whether the channel means of x can be computed without reading x.
 
     Raises:
         ValueError: as the norm itself, for a map of another rank than it takes.
         RuntimeError: the backend asked for by :func:`ecanet.backend` cannot run.
     """
-    return _plan(decide(x), x, norm, gate, residual, act, knows_means)
+    return _plan(decide(x), x, norm, gate, residual, act, has_means)
 
 
 def _plan(
@@ -73,32 +80,50 @@ def _plan(
     gate: nn.Module | None,
     residual: Tensor | None,
     act: str | nn.Module | None,
-    knows_means: bool,
+    has_means: bool,
 ) -> Plan:
-    if decision.name == "reference" or (decision.name == "compiler" and isinstance(norm, nn.SyncBatchNorm)):
-        return Plan("modules", decision.why)
+    if decision.name == "reference":
+        made = Plan("modules", decision.why)
+    elif decision.name == "compiler":
+        made = _in_graph(x, norm, gate, residual, act, has_means)
+    else:
+        made = _with_kernels(decision, x, norm, gate, residual, act)
+    if (made.calls_norm or made.who == "modules") and isinstance(norm, nn.SyncBatchNorm) and not decision.is_watched:
+        return made._replace(norm_is_ours=needs_our_forward(norm, x))
+    return made
+
+
+def _with_kernels(
+    decision: Decision,
+    x: Tensor,
+    norm: nn.Module | None,
+    gate: nn.Module | None,
+    residual: Tensor | None,
+    act: str | nn.Module | None,
+) -> Plan:
+    """What the kernels take over in eager code."""
     of_norm, of_gate = _read(norm, gate, x)
-    if norm is None and gate is None and torch.is_grad_enabled():
-        return Plan("modules", "without norm and gate, torch's own operations keep less for the backward")
-    adds = residual is None or same_kind(residual, x)
-    code = read_act(act) if adds else None
-    if decision.name == "compiler":
-        return _in_graph(x, of_norm, of_gate, adds, code, knows_means)
-    why = decision.why
-    calls_norm, calls_gate = isinstance(of_norm, str), isinstance(of_gate, str)
+    why, calls_norm, calls_gate = decision.why, isinstance(of_norm, str), isinstance(of_gate, str)
     if calls_norm or calls_gate:
         why = _why_called(of_norm, of_gate)
-    return Plan(
-        "kernels", why, decision.name,
-        None if isinstance(of_norm, str) else of_norm, None if isinstance(of_gate, str) else of_gate,
-        calls_norm, calls_gate, adds, code,
-    )  # fmt: skip
+    norm_inside = None if isinstance(of_norm, str) else of_norm
+    gate_inside = None if isinstance(of_gate, str) else of_gate
+    adds = residual is None or same_kind(residual, x)
+    code = read_act(act) if adds else None
+    if gate_inside is None and (norm_inside is None or calls_gate) and torch.is_grad_enabled():
+        if norm_inside is None:
+            return Plan("modules", why if calls_norm or calls_gate else _TORCH_KEEPS_LESS)
+        adds, code = residual is None, None
+    return Plan("kernels", why, decision.name, norm_inside, gate_inside, calls_norm, calls_gate, adds, code)
 
 
 def _read(
     norm: nn.Module | None, gate: nn.Module | None, x: Tensor
 ) -> tuple[NormMaths | str | None, GateMaths | str | None]:
-    """Both, or why one is called; of a gate that is attached to the norm, if the kernels can take the two."""
+    """What norm and gate compute, or why one is called.
+
+    A gate that is attached to the norm counts as the gate, unless one of the two has to be called.
+    """
     if gate is None and norm is not None and (attached := attached_gate(norm)) is not None:
         of_gate = read_gate(attached, x)
         if isinstance(of_gate, str):
@@ -115,37 +140,42 @@ def _why_called(of_norm: NormMaths | str | None, of_gate: GateMaths | str | None
 
 def _in_graph(
     x: Tensor,
-    of_norm: NormMaths | str | None,
-    of_gate: GateMaths | str | None,
-    adds: bool,
-    code: int | None,
-    knows_means: bool,
+    norm: nn.Module | None,
+    gate: nn.Module | None,
+    residual: Tensor | None,
+    act: str | nn.Module | None,
+    has_means: bool,
 ) -> Plan:
-    """What a compiler gets."""
+    """What a compiler's graph gets."""
+    if isinstance(norm, nn.SyncBatchNorm):
+        return Plan("modules", "the norm is called: torch.compile gets torch's SyncBatchNorm with its collectives")
+    of_norm, of_gate = _read(norm, gate, x)
     if isinstance(of_norm, str) or isinstance(of_gate, str):
         return Plan("modules", _why_called(of_norm, of_gate))
     if x.numel() == 0:
         return Plan("modules", "x is empty")
     if of_gate is None:
         return Plan("modules", "there is no gate: a compiler fuses the rest as well")
+    adds = residual is None or same_kind(residual, x)
+    code = read_act(act) if adds else None
     training = of_norm is not None and of_norm.takes_batch_statistics
-    if (
-        of_norm is not None
-        and of_gate.is_band
-        and not is_exporting()
-        and (training or not torch.is_grad_enabled())
-        and is_operation_in_graph(x, training)
-    ):
-        return Plan(
-            "operation", "the kernels are faster than what Inductor makes", "", of_norm, of_gate, adds=adds, act=code
-        )
+    if of_norm is not None and _is_operation(x, of_gate, training):
+        why = "the kernels are faster than what Inductor makes"
+        return Plan("operation", why, norm=of_norm, gate=of_gate, adds=adds, act=code)
     if training:
         why = "Inductor fuses it: statistics of the batch give the gate's means"
-        return Plan("formula", why, "", of_norm, of_gate, adds=adds, act=None)
-    if knows_means or (x.is_cuda and not is_exporting()):
+        return Plan("formula", why, norm=of_norm, gate=of_gate, adds=adds)
+    takes_means = has_means and not (x.is_cpu and is_operation_in_graph(x, training))
+    if (takes_means or x.is_cuda) and not is_exporting():
         why = "Inductor fuses it: one pass over x after its means"
-        return Plan("formula", why, "", of_norm, of_gate, adds=adds, act=code)
+        return Plan("formula", why, norm=of_norm, gate=of_gate, adds=adds, act=code, takes_means=takes_means)
     return Plan("modules", "a compiler fuses them as well, and what is exported must run without this library")
+
+
+def _is_operation(x: Tensor, gate: GateMaths, training: bool) -> bool:
+    """Whether a graph gets norm and gate as one operation. One for given statistics has no backward in the graph."""
+    differentiable = training or not torch.is_grad_enabled()
+    return gate.is_band and differentiable and not is_exporting() and is_operation_in_graph(x, training)
 
 
 def explain(
@@ -157,10 +187,10 @@ def explain(
     *,
     compiled: bool = False,
 ) -> str:
-    """Say in one line who computes :func:`ecanet.nn.norm_gate_add_act` of these arguments now, and why.
+    """Say in one line who would compute :func:`ecanet.nn.norm_gate_add_act` of these arguments now, and why.
 
     Args:
-        x: As that function takes it. Nothing is computed.
+        x: As that function takes it. It is not computed on.
         norm: As above.
         gate: As above.
         residual: As above.
@@ -174,10 +204,11 @@ def explain(
         >>> from ecanet.nn import ECA, explain
         >>> x = torch.randn(8, 64, 7, 7)
         >>> print(explain(x, nn.GroupNorm(8, 64), ECA(64), x, "relu", compiled=True))
-        the modules (norm, gate, residual, relu): the norm is called: it is no BatchNorm of torch
+        the modules (norm, gate, residual, relu): the norm is called: it is no BatchNorm of torch but a GroupNorm
     """
     check_arguments(x, norm, gate, act)
-    made = _plan(COMPILER if compiled else decide(x), x, norm, gate, residual, act, knows_means=False)
+    decision = decide_in_graph(x) if compiled else decide(x)
+    made = _plan(decision, x, norm, gate, residual, act, has_means=False)
     is_attached = gate is None and norm is not None and attached_gate(norm) is not None
     called = made.calls_gate or (is_attached and made.calls_norm)
     places = {

@@ -1,8 +1,8 @@
-"""The squeeze of a 1 x 1 convolution's output, from its input, in what a compiler writes.
+"""The channel means of a 1 x 1 convolution's output, computed from its input, for a compiler's graph.
 
 A mean over positions commutes with a convolution that looks at one position: ``mean(W u + b) = W mean(u) + b``. In a
-network u comes from a norm and an activation, and the kernel that torch.compile writes for these sums up what it
-writes: the squeeze then reads no map at all (``python -m benchmarks.traffic``).
+network, u comes from a norm and an activation. The kernel that torch.compile writes for these also sums up u. So the
+squeeze reads no map at all (``python -m benchmarks.traffic``).
 """
 
 from typing import Any
@@ -11,15 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ecanet.nn.eca import ECA
 from ecanet.nn.hooks import called_differently
 from ecanet.ops import reference
-from ecanet.ops.backend import is_operation_in_graph
 from ecanet.private_torch import is_exporting
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-#: Larger matrices stand behind small maps, which are as soon read. No size of the map is asked for: with dynamic shapes
-#: every question is one more reason to compile again.
+#: Convolutions with larger matrices have small maps, which are read as quickly as the matrix. The size of the map is
+#: not asked for: with dynamic shapes that would be one more reason to compile again.
 _LARGEST_MATRIX = 2**20
 
 
@@ -28,22 +26,21 @@ def is_pointwise(layer: nn.Module) -> bool:
     if type(layer) not in _CONVOLUTIONS:
         return False
     conv: Any = layer
-    if called_differently(conv) or "_conv_forward" in conv.__dict__:
+    if called_differently(conv):
         return False
     all_ones = all(size == 1 for size in (*conv.kernel_size, *conv.stride))
     return all_ones and conv.groups == 1 and (isinstance(conv.padding, str) or not any(conv.padding))
 
 
-def means_after(conv: nn.Module, x: Tensor, gate: nn.Module) -> Tensor | None:
-    """Channel means of ``conv(x)``, or None where they are better found from the output.
+def means_before(conv: nn.Module, x: Tensor) -> Tensor | None:
+    """Channel means of ``conv(x)`` from those of x, for a compiler's graph.
 
-    That is where the convolution looks at more than one position or has a large matrix, where a gradient is asked for,
-    and where no compiler looks on, or one that gets the tail as one operation.
+    None where they are better found from the output: where the convolution looks at more than one position or has a
+    large matrix, where a gradient is needed, and where nobody compiles or somebody exports.
 
     Args:
-        conv: What is called.
+        conv: Any module.
         x: What it is called on, ``(N, C_in, *spatial)``.
-        gate: What asks for them.
 
     Returns:
         ``(N, C_out)``, float32 for half types.
@@ -54,11 +51,7 @@ def means_after(conv: nn.Module, x: Tensor, gate: nn.Module) -> Tensor | None:
     Source:
         This library's.
     """
-    if not torch.compiler.is_compiling() or is_exporting():
-        return None
-    if (x.is_cpu or isinstance(gate, ECA)) and is_operation_in_graph(x, training=False):
-        return None
-    if not is_pointwise(conv):
+    if not torch.compiler.is_compiling() or is_exporting() or not is_pointwise(conv):
         return None
     weight: Any = conv.weight
     bias: Any = conv.bias

@@ -1,21 +1,25 @@
-"""What the tail knows of a norm, a gate and an activation is read off the modules; or why one has to be called."""
+"""What a norm, a gate and an activation compute, read off the modules; or why a module has to be called."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torchvision.ops import FrozenBatchNorm2d
 
 from ecanet.nn.gate import Gate
-from ecanet.nn.hooks import called_differently, is_identity
+from ecanet.nn.hooks import called_differently, is_identity, why_called
 from ecanet.nn.tail.maths import GateMaths, NormMaths
 from ecanet.nn.tail.statistics import process_group
 from ecanet.ops import reference
-from ecanet.private_torch import BatchNormBase, check_rank
+from ecanet.ops.backend import PLAIN_TENSORS
+from ecanet.private_torch import BatchNormBase, FakeTensor, FunctionalTensor, check_rank
 
 #: In the order of reference.ACTS.
 _ACT_MODULES: tuple[type[nn.Module], ...] = (nn.Identity, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+#: As it was at import: somebody may put another function there.
+_FORWARD_OF_GATES = Gate.forward
 
 
 def check_arguments(x: object, norm: object, gate: object, act: object) -> None:
@@ -48,20 +52,24 @@ def read_act(act: str | nn.Module | None) -> int | None:
 def same_kind(t: Tensor, x: Tensor) -> bool:
     """Whether the kernels can take t beside x, or in its place: same shape, type and device."""
     return (
-        type(t) is Tensor and t.layout is torch.strided and (t.shape, t.dtype, t.device) == (x.shape, x.dtype, x.device)
+        type(t) in PLAIN_TENSORS
+        and t.layout is torch.strided
+        and (t.shape, t.dtype, t.device) == (x.shape, x.dtype, x.device)
     )
 
 
 def read_gate(gate: nn.Module, x: Tensor) -> GateMaths | str:
     """What the kernels need of the gate, or why it has to be called."""
-    if not isinstance(gate, Gate) or type(gate).forward is not Gate.forward:
-        return "is no Gate of this library, or has a forward of its own"
-    if called_differently(gate):
-        return "has a hook"
+    if not isinstance(gate, Gate):
+        return f"is no Gate of this library but {_name(gate)}"
+    if type(gate).forward is not _FORWARD_OF_GATES:
+        return f"is {_name(gate)}, whose forward is not that of a Gate"
+    if (why := why_called(gate)) is not None:
+        return why
     if gate.channels != x.shape[1]:
         return f"has {gate.channels} channels and x {x.shape[1]}"
     maths = gate.maths()
-    return "is changed inside, so that autograd has to go through it" if maths is None else maths
+    return "has changed layers or methods, which autograd has to go through" if maths is None else maths
 
 
 def read_norm(norm: nn.Module, x: Tensor, known_hooks: int = 0) -> NormMaths | str:
@@ -70,53 +78,94 @@ def read_norm(norm: nn.Module, x: Tensor, known_hooks: int = 0) -> NormMaths | s
     Args:
         norm: Any module.
         x: What it is called on.
-        known_hooks: So many forward hooks on it are known and accounted for.
+        known_hooks: Number of forward hooks on it that the caller already accounts for.
 
     Raises:
         ValueError: as the norm itself, for a map of another rank than it takes.
     """
-    if called_differently(norm, known_hooks):
-        return "has a hook"
+    if (why := why_called(norm, known_hooks)) is not None:
+        return why
     if type(norm) is FrozenBatchNorm2d:
         return _read_frozen(norm, x)
-    if not isinstance(norm, BatchNormBase) or not (type(norm) in _BATCH_NORMS or _is_plain_of_timm(norm)):
-        return "is no BatchNorm of torch"
-    if not check_rank(norm, x):
+    if type(norm) not in _BATCH_NORMS and (why := _why_no_batch_norm(norm)) is not None:
+        return why
+    of_norm: Any = norm
+    if not check_rank(of_norm, x):
         return "cannot be asked which ranks it takes"
-    if norm.num_features != x.shape[1]:
-        return f"has {norm.num_features} channels and x {x.shape[1]}"
-    buffers = norm._buffers  # a look-up in which takes a part of an attribute's time
+    channels = x.shape[1]
+    if of_norm.num_features != channels:
+        return f"has {of_norm.num_features} channels and x {channels}"
+    parameters, buffers = of_norm._parameters, of_norm._buffers  # a look-up takes a part of an attribute's time
+    weight, bias = (
+        (parameters["weight"], parameters["bias"])
+        if "weight" in parameters and "bias" in parameters
+        else (of_norm.weight, of_norm.bias)
+    )
     mean, var = buffers.get("running_mean"), buffers.get("running_var")
-    types = (x.dtype, reference.accumulation_dtype(x.dtype))
-    if not all(t is None or t.dtype in types for t in (norm.weight, norm.bias, mean, var)):
-        return f"has tensors of other types than {x.dtype}"
-    if (mean is None) != (var is None) or _counts_without_counter(norm):
+    if (why := _why_unfit((weight, bias, mean, var), x)) is not None:
+        return why
+    if (mean is None) != (var is None) or _counts_without_counter(of_norm):
         return "lacks a running statistic"
-    if not norm.training and mean is not None:
-        return NormMaths(norm, mean, var, norm.weight, norm.bias, norm.eps)
+    if not of_norm.eps > 0:
+        return f"has an eps of {of_norm.eps}, which torch may refuse"
+    if mean is not None and not of_norm.training:
+        return NormMaths(norm, mean, var, weight, bias, of_norm.eps)
     group = process_group(norm)
-    if group is None and x.numel() == x.shape[1]:
+    if group is None and x.numel() == channels:
         return "refuses one value a channel"
-    return NormMaths(norm, None, None, norm.weight, norm.bias, norm.eps, group)
+    return NormMaths(norm, None, None, weight, bias, of_norm.eps, group)
+
+
+def _name(module: nn.Module) -> str:
+    name = type(module).__name__
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+
+
+def _why_unfit(tensors: tuple[Tensor | None, ...], x: Tensor) -> str | None:
+    """Why the kernels cannot take weight, bias, mean and variance of a norm beside x; None if they can."""
+    size, dtype, device = (x.shape[1],), x.dtype, x.device
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) not in PLAIN_TENSORS and not isinstance(t, (FakeTensor, FunctionalTensor)):
+            return f"has a {type(t).__name__}, which sees every operation"
+        if t.dtype != dtype and t.dtype != reference.accumulation_dtype(dtype):
+            return f"has tensors of other types than {dtype}"
+        if t.shape != size or t.device != device:
+            return f"has a tensor of shape {tuple(t.shape)} on {t.device}, not ({size[0]},) on {device}"
+    return None
+
+
+def _why_no_batch_norm(norm: nn.Module) -> str | None:
+    """Why a norm is not computed as torch's BatchNorm is; None if it is: timm's, without its activation."""
+    if not isinstance(norm, BatchNormBase):
+        return f"is no BatchNorm of torch but {_name(norm)}"
+    if is_parametrized(norm):
+        return "is parametrized: its weight or bias is computed from other tensors"
+    cls = type(norm)
+    if cls.__qualname__ != "BatchNormAct2d" or not cls.__module__.startswith("timm."):
+        return f"is {_name(norm)}, which may compute something else than torch's BatchNorm"
+    forward: Any = cls.forward
+    if (forward.__module__, forward.__qualname__) != (cls.__module__, "BatchNormAct2d.forward"):
+        return f"is a {cls.__name__}, whose forward somebody replaced"
+    inside = [name for name in ("drop", "act") if not is_identity(norm._modules.get(name))]
+    return f"is {_name(norm)} with {' and '.join(inside)} inside" if inside else None
 
 
 def _read_frozen(norm: FrozenBatchNorm2d, x: Tensor) -> NormMaths | str:
-    mean: Any = norm.running_mean
-    if x.dim() != 4 or mean is None or mean.numel() != x.shape[1]:
+    tensors: tuple[Any, ...] = norm.running_mean, norm.running_var, norm.weight, norm.bias
+    mean, var, weight, bias = tensors
+    if x.dim() != 4 or mean is None:
         return "does not fit x"
-    if mean.dtype != x.dtype:
+    if any(t is not None and t.dtype != x.dtype for t in tensors):
         return f"has {mean.dtype} tensors and returns the larger of two types"
-    return NormMaths(norm, mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+    if (why := _why_unfit(tensors, x)) is not None:
+        return why
+    return NormMaths(norm, mean, var, weight, bias, norm.eps)
 
 
 def _counts_without_counter(norm: Any) -> bool:
     """Whether torch would fail where the number of batches, taken away, is counted."""
-    counter = norm._buffers.get("num_batches_tracked")
-    return counter is None and norm.track_running_stats and type(norm) is nn.SyncBatchNorm
-
-
-def _is_plain_of_timm(norm: nn.Module) -> bool:
-    """Whether it is timm's BatchNorm with room for an activation, and has none."""
-    if type(norm).__qualname__ != "BatchNormAct2d" or not type(norm).__module__.startswith("timm."):
+    if type(norm) is not nn.SyncBatchNorm:
         return False
-    return all(is_identity(norm._modules.get(name)) for name in ("drop", "act"))
+    return norm.track_running_stats and norm._buffers.get("num_batches_tracked") is None

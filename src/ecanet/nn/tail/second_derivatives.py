@@ -1,4 +1,4 @@
-"""The backward of the tail in operations that can be differentiated again: through the formulas in plain PyTorch."""
+"""The backward of the tail in plain PyTorch, which can be differentiated again."""
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ OTHER_PROCESSES = "its norm shares statistics with other processes"
 
 
 def no_second_derivative(what: str, why: str) -> RuntimeError:
-    """The error of a ``gate`` or a ``tail`` that cannot be differentiated twice, and the remedy."""
+    """An error: ``what`` (a gate or a tail) cannot be differentiated twice, why, and what to do."""
     return RuntimeError(
         f"this fused {what} cannot be differentiated twice (create_graph=True), for {why}: run its forward pass under "
         "ecanet.backend('reference')"
@@ -31,13 +31,13 @@ def differentiable_backward(
     """Gradients of x, residual, weight, bias and the gate's parameters, with a graph.
 
     Args:
-        saved: By the forward pass.
-        parameters: Of the gate, as they were.
-        norm: Of the forward pass.
-        gate: Of the forward pass.
+        saved: What the forward pass saved.
+        parameters: The gate's parameters in the forward pass.
+        norm: The norm of the forward pass.
+        gate: The gate of the forward pass.
         act: Index in :data:`ecanet.ops.reference.ACTS`.
-        grad: Of out.
-        needed: Which of them.
+        grad: Gradient of out.
+        needed: Whether each of the gradients is needed.
 
     Raises:
         RuntimeError: the tail shares its statistics with other processes, or its gate cannot be called once more.
@@ -46,7 +46,7 @@ def differentiable_backward(
     if norm is not None and norm.group is not None:
         raise no_second_derivative("tail", OTHER_PROCESSES)
     grad, residual, code = _through_act(saved.for_act, act, grad)
-    # Aliases: one of these may be computed from another, and what is asked for is how out depends on each alone.
+    # Aliases, since one of these may be computed from another, and each gradient is for itself.
     x = saved.x.view_as(saved.x)
     residual, weight, bias = (None if t is None else t.view_as(t) for t in (residual, saved.weight, saved.bias))
     parameters = [t.view_as(t) for t in parameters]
@@ -73,7 +73,7 @@ def differentiable_backward(
 
 
 def _through_act(for_act: Tensor | None, act: int, grad: Tensor) -> tuple[Tensor, Tensor | None, int]:
-    """Gradient, residual and activation that are left: around out ReLU's slope is constant."""
+    """Go back through ReLU or ReLU6, whose slope is known. Returns gradient, residual and activation that are left."""
     if act == 0:
         return grad, None, 0
     name = reference.ACTS[act]
@@ -85,17 +85,17 @@ def _through_act(for_act: Tensor | None, act: int, grad: Tensor) -> tuple[Tensor
 
 
 def gate_again(gate: GateMaths, s: Tensor, parameters: list[Tensor], before: Tensor, what: str) -> Tensor:
-    """The gate once more, in a graph that reaches s and the parameters of the forward pass.
+    """Call the gate once more, in a graph that reaches s and the parameters of the forward pass.
 
     Args:
-        gate: Any.
+        gate: A gate, a band or not.
         s: ``(N, C)``, channel means.
         parameters: Those of the forward pass.
-        before: ``(N, C)``, what it was.
+        before: ``(N, C)``, the gate's values in the forward pass.
         what: ``"gate"`` or ``"tail"``, for the error.
 
     Raises:
-        RuntimeError: that is another gate than in the forward pass, or calling it leaves a trace.
+        RuntimeError: the gate returns something else than in the forward pass, or calling it has other effects.
     """
     if gate.is_band:
         return torch.sigmoid(reference.band(s, parameters[0], gate.circular)) * gate.factor
@@ -114,7 +114,7 @@ def gate_again(gate: GateMaths, s: Tensor, parameters: list[Tensor], before: Ten
     finally:
         for held, key, p in slots:
             held[key] = p
-    if not torch.equal(chance, _state_of_chance(s)):  # at a neutral start its value does not show that
+    if not torch.equal(chance, _state_of_chance(s)):  # a neutral gate returns the same whatever it draws
         raise no_second_derivative(what, f"its {type(owner).__name__} gate draws random numbers")
     close = 1e-9 if before.dtype is torch.float64 else 1e-4
     if not torch.allclose(again.detach().to(before.dtype), before, rtol=close, atol=close, equal_nan=True):

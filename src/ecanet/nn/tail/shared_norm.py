@@ -1,4 +1,4 @@
-"""Calling a norm, hooks and all; a SyncBatchNorm that is called speaks the protocol of the others, on a CPU too."""
+"""A SyncBatchNorm that is called on a CPU: it takes part in the same collectives as the kernels in other processes."""
 
 from typing import Any
 
@@ -9,25 +9,41 @@ from ecanet.nn.hooks import called_differently
 from ecanet.nn.tail.second_derivatives import OTHER_PROCESSES, no_second_derivative
 from ecanet.nn.tail.statistics import process_group, share_gradients, share_statistics, update_running_statistics
 from ecanet.ops import reference
-from ecanet.ops.backend import watched_by
 from ecanet.private_torch import check_rank
 
+#: As it was at import: somebody may put another function there.
+_FORWARD_OF_TORCH = nn.SyncBatchNorm.forward
 
-def call_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """``norm(x)``, hooks and all.
 
-    Torch's SyncBatchNorm takes no map on a CPU, and sends an empty batch of a half type in another type than its peers
-    send theirs: there its ``forward`` is ours, with the same collectives.
+def needs_our_forward(norm: nn.SyncBatchNorm, x: Tensor) -> bool:
+    """Whether torch's own forward would fail, or leave the protocol.
+
+    It takes no map on a CPU, and sends an empty batch of a half type in another type than its peers send theirs.
 
     Args:
-        norm: Any module.
+        norm: A SyncBatchNorm that is called.
         x: What it is called on.
     """
-    if not (isinstance(norm, nn.SyncBatchNorm) and _is_ours(norm, x)):
-        return norm(x)
-    own = vars(norm)
+    return (
+        type(norm).forward is _FORWARD_OF_TORCH  # a subclass may be a parametrized one
+        and isinstance(vars(norm).get("forward"), _SharedForward | None)
+        and isinstance(x, Tensor)  # torch.fx has others
+        and (x.is_cpu or (not torch.compiler.is_compiling() and x.numel() == 0))
+        and process_group(norm) is not None
+    )
+
+
+def call_with_our_forward(norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(x)``, hooks and all, with a ``forward`` that has the same collectives as torch's.
+
+    Args:
+        norm: A SyncBatchNorm that :func:`needs_our_forward`.
+        x: What it is called on.
+    """
+    assert isinstance(norm, nn.SyncBatchNorm)
     if not called_differently(norm):
         return _SharedForward(norm)(x)
+    own = vars(norm)
     if not getattr(own.get("forward"), "is_running", False):
         own["forward"] = _SharedForward(norm)  # so that the call runs every hook, which see the module itself
     try:
@@ -36,22 +52,10 @@ def call_norm(norm: nn.Module, x: Tensor) -> Tensor:
         own.pop("forward", None)
 
 
-def _is_ours(norm: nn.SyncBatchNorm, x: Tensor) -> bool:
-    """Whether torch's own forward would fail, or leave the protocol."""
-    return (
-        type(norm).forward is nn.SyncBatchNorm.forward  # a subclass may be a parametrised one
-        and isinstance(vars(norm).get("forward"), _SharedForward | None)
-        and isinstance(x, Tensor)  # torch.fx has others
-        and (x.is_cpu or (not torch.compiler.is_compiling() and x.numel() == 0))
-        and watched_by(x) is None
-        and process_group(norm) is not None
-    )
-
-
 class _SharedForward:
-    """``forward`` of a SyncBatchNorm while hooks run around it.
+    """The ``forward`` of a SyncBatchNorm during one call, so that its hooks run around it.
 
-    One in a copy of the norm, which a hook made, goes away at the copy's first call.
+    A hook may copy the norm meanwhile. In the copy this object takes itself away at the first call.
     """
 
     def __init__(self, norm: nn.SyncBatchNorm) -> None:
@@ -72,7 +76,7 @@ class _SharedForward:
 
 
 class _SharedNorm(torch.autograd.Function):
-    """The norm in plain PyTorch, with the collectives of the kernels' tail; an empty batch takes part with zeros."""
+    """The norm in plain PyTorch, with the collectives of the kernels. An empty batch takes part with zeros."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: nn.SyncBatchNorm) -> Tensor:

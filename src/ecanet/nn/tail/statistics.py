@@ -1,13 +1,14 @@
 """Running statistics, and the statistics of a batch that several processes share.
 
-These share them by the protocol of :class:`torch.nn.SyncBatchNorm`. Which collective a process takes part in must
-depend on nothing that is its own: not on a hook, on the backend, on a library that is missing there. So kernels, plain
-PyTorch and torch's module on a GPU all send the same::
+Processes share them by the protocol of :class:`torch.nn.SyncBatchNorm`. Every process has to take part in the same
+collectives, whatever hooks, backend or library it has. So kernels, plain PyTorch and torch's module on a GPU all send
+the same::
 
     forward     all_gather  mean, 1 / sqrt(var + eps), count      2 C + 1 numbers
-    backward    all_reduce  sum dy, sum dy (x - mean)             2 C numbers, where the input wants a gradient
+    backward    all_reduce  sum dy, sum dy (x - mean)             2 C numbers, if the input needs a gradient
 
-with dy the gradient of the norm's output; float32, and float64 for maps in float64. An empty batch sends zeros.
+Here dy is the gradient of the norm's output. The numbers are float32, and float64 for maps in float64. An empty batch
+sends zeros.
 
 Source: ``torch/nn/modules/_functions.py``, class SyncBatchNorm.
 """
@@ -23,7 +24,7 @@ from ecanet.private_torch import name_of_backend
 
 
 def process_group(norm: nn.Module) -> Any:
-    """The processes whose batches a norm in training counts as one, or None for this one alone."""
+    """The processes that a norm in training shares its statistics with, or None if there are no others."""
     if not (isinstance(norm, nn.SyncBatchNorm) and norm.training and dist.is_available() and dist.is_initialized()):
         return None
     group = norm.process_group or dist.group.WORLD
@@ -31,25 +32,25 @@ def process_group(norm: nn.Module) -> Any:
 
 
 def share_statistics(mean: Tensor, var: Tensor, count: int, eps: float, group: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, biased variance and number of values a channel of all processes, from those of this one.
+    """Compute mean, biased variance and number of values in a channel over all processes.
 
     Args:
-        mean: ``(C,)``; anything where ``count`` is 0.
-        var: ``(C,)``, biased; likewise.
-        count: Values a channel in this process.
+        mean: ``(C,)`` of this process; ignored if ``count`` is 0.
+        var: ``(C,)`` of this process, biased; likewise.
+        count: Number of values in a channel in this process.
         eps: Of the norm.
         group: The processes.
 
     Returns:
-        ``(C,)``, ``(C,)`` and ``(1,)``; where no process has a value, zeros.
+        ``(C,)``, ``(C,)`` and ``(1,)``; zeros if no process has a value.
     """
     channels = mean.numel()
     if count == 0:
         mine = mean.new_zeros(2 * channels + 1)
-    else:  # full: no copy that a GPU would wait for
+    else:  # new_full, since a copy from the CPU would wait for the GPU
         mine = torch.cat([mean, torch.rsqrt(var + eps), mean.new_full((1,), count)])
     world = dist.get_world_size(group)
-    if name_of_backend(group) == "gloo":  # as torch asks: the two calls are different collectives
+    if name_of_backend(group) == "gloo":  # torch asks the same: the two calls are different collectives
         parts = [torch.empty_like(mine) for _ in range(world)]
         dist.all_gather(parts, mine, group=group)
         gathered = torch.stack(parts)
@@ -73,11 +74,9 @@ def share_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the shared mean and variance, from this process's gradients of weight and bias.
 
-    These are ``sum dy (x - mean) / sqrt(var + eps)`` and ``sum dy``.
-
     Args:
-        grad_weight: ``(C,)``, of this process; zeros where its batch is empty.
-        grad_bias: ``(C,)``, likewise.
+        grad_weight: ``(C,)``, ``sum dy (x - mean) / sqrt(var + eps)`` of this process; zeros if its batch is empty.
+        grad_bias: ``(C,)``, ``sum dy`` of this process, likewise.
         var: ``(C,)`` of all processes.
         weight: ``(C,)`` or None for ones.
         eps: Of the norm.
@@ -95,14 +94,14 @@ def share_gradients(
 
 
 def update_running_statistics(norm: Any, mean: Tensor, var: Tensor, count: int | Tensor, ops: Any = statistics) -> None:
-    """What torch's BatchNorm does with the statistics of a batch.
+    """Move running statistics by those of a batch, as torch's BatchNorm does.
 
     Args:
-        norm: A BatchNorm; nothing happens to one that keeps no statistics or is in evaluation.
+        norm: A BatchNorm. Nothing happens if it keeps no statistics or is in evaluation.
         mean: ``(C,)`` of the batch.
         var: ``(C,)`` of the batch, biased.
-        count: Values a channel.
-        ops: Who computes; a compiler fuses plain PyTorch.
+        count: Number of values in a channel.
+        ops: Kernels, or plain PyTorch for a compiler.
     """
     if not (norm.training and norm.track_running_stats):
         return
@@ -112,7 +111,7 @@ def update_running_statistics(norm: Any, mean: Tensor, var: Tensor, count: int |
             norm.num_batches_tracked.add_(1)
             if momentum is None:  # cumulative average
                 momentum = 1.0 / norm.num_batches_tracked.to(mean.dtype)
-        if norm._buffers.get("running_mean") is None:  # somebody took them away: torch counts the batch, and trains
+        if norm._buffers.get("running_mean") is None:  # taken away: torch still counts the batch
             return
-        momentum = 0.0 if momentum is None else momentum  # torch takes this one, too
+        momentum = 0.0 if momentum is None else momentum  # torch too takes None for 0 here
         ops.update_running(norm.running_mean, norm.running_var, mean, var, momentum, count)

@@ -281,16 +281,22 @@ def _run(verb: str, args: Sequence[str]) -> None:
         run(plain.parse_args(list(args)))
         return
     try:
-        from jsonargparse import ArgumentParser
+        from jsonargparse import ArgumentParser, set_loader
     except ImportError as error:
         raise ImportError("the command line needs jsonargparse: pip install 'ecanet[train]'") from error
-    from ecanet.train.recipes import with_own_recipe, with_recipes_read
+    from ecanet.train.recipes import NOT_PLAIN, load_plain, with_own_recipe, with_recipes_read
 
     words = with_recipes_read(list(args))
     if verb == "fit":
         words = with_own_recipe(words, _FIT_OUT)
+    set_loader("plain", load_plain, NOT_PLAIN)
     # No abbreviations: an option under another name would be read without a check.
-    parser: Any = ArgumentParser(prog=f"ecanet {verb}", description=f"{what} Example: {example}", allow_abbrev=False)
+    parser: Any = ArgumentParser(
+        prog=f"ecanet {verb}",
+        description=f"{what} Example: {example}",
+        allow_abbrev=False,
+        parser_mode="plain",
+    )
     run = add(parser)
     run(parser.instantiate(parser.parse_args(words)))
 

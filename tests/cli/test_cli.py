@@ -57,6 +57,22 @@ def test_resume_alone_takes_the_recipe_of_the_folder_and_more_epochs_extend_it(r
     assert (recipe["model"]["gate"], recipe["optim"]["epochs"]) == ("se", 5)
 
 
+@pytest.mark.parametrize(
+    "name", ["a&b [x] {y", "a: [&a [1], *a]", "null", "# 1", "\N{CAMERA}", "a\nb", "\udcff"], ids=ascii
+)
+def test_resume_alone_finds_pictures_in_a_folder_of_any_name(name: str, image_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / name).symlink_to(image_folder)
+    words = ["--data.source=image_folder", f"--data.root={tmp_path / name}", "--data.image_size=12", "--data.resize=12"]
+    words += ['--model.options={"widths": [4], "blocks": 1}', "--trainer.accelerator=cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        for root in (f"./{name}", str(tmp_path / name)):
+            out = ["--out", str(tmp_path / ("out" if root.startswith(".") else "absolute"))]
+            main(["fit", *words, f"--data.root={root}", *out, "--optim.epochs=1"])
+            main(["fit", *out, "--resume", "--optim.epochs=2"])
+            assert len(load_trained(Path(out[1]) / "last.ckpt").history) == 2
+
+
 def test_resume_with_a_recipe_takes_that_one(run: Path) -> None:
     config = str(run.parent / "recipe.yaml")
     with pytest.raises(SystemExit, match=r"optim\.lr: 0\.05 then, 0\.5 now"):

@@ -81,6 +81,8 @@ HOSTILE = {
     "an option that is a class": ("model: {options: {norm_layer: torch.nn.Module}}", "norm_layer must be a number"),
     "YAML in a text": ("model: {options: '{a: &a [1], b: *a}'}", "model.options must hold names and values"),
     "YAML in a kernel size": ("model: {kernel_size: '[&a [1], *a]'}", "model.kernel_size cannot be this text"),
+    "YAML in a path": ("data: {source: image_folder, root: '{a: &a [1], b: *a}'}", "no folder '{a: &a [1], b"),
+    "YAML in a path of weights": ("model: {weights: '{a: &a [1], b: *a}'}", "{a: &a [1], b: *a}"),
     "YAML in a number": ("optim: {step_epochs: '[1, 2]'}", "optim.step_epochs cannot be this text"),
     "a class in a text": ("model: {options: '{widths: {class_path: os.system}}'}", "model.options must hold names"),
     "a number of minutes": ("optim: {lr: " + "1:" * 300 + "1.5}", "optim.lr cannot be this text"),

@@ -167,6 +167,15 @@ def test_wrong_arguments_are_named(
         compare({name: tiny() for name in names}, seeds, tmp_path)
 
 
+@pytest.mark.parametrize("changes", [{"devices": 2}, {"devices": -1}, {"nodes": 2}], ids=str)
+def test_a_recipe_for_several_devices_is_refused_before_anything_runs(tiny, tmp_path, changes) -> None:
+    recipe = tiny()
+    recipe = replace(recipe, trainer=replace(recipe.trainer, **changes))
+    with pytest.raises(ValueError, match=r"entries\['ECA'\] must train on one device, got trainer\.devices="):
+        compare({"none": tiny(), "ECA": recipe}, [0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def comparison_of(**top1: list[float]) -> Comparison:
     return Comparison(
         {name: [Run(name, i, value, [], Path()) for i, value in enumerate(values)] for name, values in top1.items()}

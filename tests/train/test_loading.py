@@ -138,3 +138,22 @@ def test_corrupt_image_stops_training_with_its_name_and_loses_nothing(
         fit(longer, out, progress=False, on_epoch=damage)
     (root / "train" / "boot" / "07.png").write_bytes((image_folder / "train" / "boot" / "07.png").read_bytes())
     assert len(fit(longer, out, resume=True, progress=False).history) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (RuntimeError("it broke\nbadly"), "it broke\nbadly"),
+        (KeyError("a key"), "'a key'"),
+        (ValueError("two\nlines"), "two\nlines"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_an_error_of_a_loading_process_comes_without_its_traceback(tiny, monkeypatch, error, says) -> None:
+    def fail(self: Augmented, key: tuple[int, int]) -> None:
+        raise error
+
+    monkeypatch.setattr(Augmented, "__getitem__", fail)
+    with pytest.raises(type(error)) as raised:
+        fit(tiny(workers=1, epochs=1), None, progress=False)
+    assert raised.value.args == (says,)

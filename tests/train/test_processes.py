@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ecanet.cli import main
+from ecanet.train.processes import EndTogether
 from tests.train import kill_runs
 from tests.train.kill_runs import BOUND, GOES_ON
 
@@ -115,22 +117,31 @@ main(sys.argv[1:])
 
 
 @pytest.mark.parametrize(
-    ("fault", "signals", "says"),
+    ("fault", "signals", "code", "says"),
     [
         (
             "if rank == 1: at_step_5(fail)",
             [],
+            1,
             r"ecanet fit, process 1: ValueError: of the second alone\n[^$]*status 1 ",
         ),
         (
             "if rank == 1: loading.read_splits = one_fewer",
             [],
+            1,
             "ecanet fit, process 1: ValueError: process 1 has training",
         ),
-        ("if rank == 1: loading.read_splits = rest", [(0, signal.SIGKILL)], "the first process of this run ended"),
-        ("if rank == 0: at_step_5(rest)", [(1, signal.SIGSTOP), *[(0, signal.SIGTERM)] * 2], "last save"),
-        ("if rank == 1: at_step_5(rest)", [(1, 40)], "another process of this run ended by signal 40: "),
-        ("if rank == 1: at_step_5(rest)", [(None, signal.SIGINT)], "Interrupted"),
+        (
+            "if rank == 1: loading.read_splits = rest",
+            [(0, signal.SIGKILL)],
+            -signal.SIGKILL,
+            "the first process of this run ended",
+        ),
+        ("if rank == 0: at_step_5(rest)", [(1, signal.SIGSTOP), *[(0, signal.SIGTERM)] * 2], 143, "last save"),
+        ("if rank == 1: at_step_5(rest)", [(1, 40)], 1, "another process of this run ended by signal 40: "),
+        ("if rank == 1: at_step_5(rest)", [(None, signal.SIGINT)], 130, "^Interrupted: [^\n]*--resume\\.$"),
+        ("if rank == 0: at_step_5(rest)", [(None, signal.SIGINT)], 130, "^Interrupted: [^\n]*--resume\\.$"),
+        ("if rank == 0: at_step_5(rest)", [(0, signal.SIGTERM)], 143, "^Interrupted: [^\n]*--resume\\.$"),
     ],
     ids=[
         "an error of the second",
@@ -138,10 +149,12 @@ main(sys.argv[1:])
         "KILL while the second reads pictures",
         "TERM twice",
         "a signal without a name",
-        "Ctrl-C",
+        "Ctrl-C while the first waits for the second",
+        "Ctrl-C while the second waits for the first",
+        "TERM to the first while it does something else",
     ],
 )
-def test_nothing_stays_of_a_run_and_it_says_what_was_wrong(fault, signals, says, pictures, tmp_path) -> None:
+def test_nothing_stays_of_a_run_and_it_says_what_was_wrong(fault, signals, code, says, pictures, tmp_path) -> None:
     script = tmp_path / "faulty.py"
     script.write_text(FAULTY.replace("{fault}", fault))
     words = kill_runs.command(pictures, tmp_path / "out", 2)
@@ -153,7 +166,7 @@ def test_nothing_stays_of_a_run_and_it_says_what_was_wrong(fault, signals, says,
         os.killpg(run.pid, signum) if rank is None else os.kill(processes[rank], signum)
     end = kill_runs.end_of(run)
     assert end.seconds < BOUND
-    assert end.code != 0
+    assert end.code == code, end.output
     assert re.search(says, end.output), end.output
     assert GOES_ON.search(end.output), end.output
 
@@ -178,3 +191,19 @@ print("done")
     done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stdout.count("done")) == (0, 2), done.stderr[-2000:]
     assert all((tmp_path / name / "last.ckpt").exists() for name in "ab")
+
+
+def test_every_process_that_was_started_is_known_even_if_somebody_looks_between_two_starts() -> None:
+    """Lightning starts them one by one, while another thread already looks after the first ones."""
+    started: list[subprocess.Popen[bytes]] = []
+    launcher, environment = SimpleNamespace(procs=started), SimpleNamespace(creates_processes_externally=False)
+    strategy = SimpleNamespace(launcher=launcher, cluster_environment=environment)
+    together = EndTogether(SimpleNamespace(world_size=4, strategy=strategy), lambda: "")  # type: ignore[arg-type]
+    ends = [subprocess.Popen([sys.executable, "-c", f"raise SystemExit({code})"]) for code in (3, 0, 0)]
+    for process in ends:
+        process.wait(60)
+        started.append(process)
+        lost = together._lost_process()
+        assert lost is not None
+        assert "exit status 3" in lost
+    assert started == []

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 import ecanet
 from ecanet.inspect import gates
+from ecanet.ops.backend import choose
 from ecanet.train import Recipe, TrainerConfig, fit
 from ecanet.train.checkpoint import SafeCheckpointIO, build_network, load_trained, read_checkpoint
 from ecanet.train.classifier import Classifier, learning_rate_factor
@@ -129,9 +130,13 @@ fit(Recipe(*(kind(**block) for kind, block in blocks)), sys.argv[2], progress=Fa
 """
 
 
-@pytest.mark.parametrize("killer", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    ("killer", "status"),
+    [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)],
+    ids=lambda s: getattr(s, "name", ""),
+)
 def test_killed_process_resumes_to_the_same_bits(
-    tiny: Callable[..., Recipe], tmp_path: Path, killer: signal.Signals
+    tiny: Callable[..., Recipe], tmp_path: Path, killer: signal.Signals, status: int
 ) -> None:
     recipe = tiny(checkpoint_steps=None)
     fit(recipe, tmp_path / "whole", progress=False)
@@ -151,7 +156,7 @@ def test_killed_process_resumes_to_the_same_bits(
             time.sleep(0.01)
     process.send_signal(killer)
     rest, _ = process.communicate(timeout=60)
-    assert process.returncode != 0
+    assert process.returncode == status
     assert read_checkpoint(tmp_path / "killed" / "last.ckpt")["global_step"] < 24
     if killer != signal.SIGKILL:
         assert "go on with the same command and --resume" in "".join(lines) + rest
@@ -331,6 +336,29 @@ def test_a_run_that_goes_on_with_another_version_says_so_and_names_both(tiny, tm
     assert result.versions == stamped
     again = fit(tiny(), tmp_path, resume=True, progress=False)  # finished: nothing is said, nothing computed
     assert again.versions == stamped
+
+
+@pytest.mark.parametrize("what", ["kernels", "threads"])
+def test_a_run_that_goes_on_with_other_kernels_or_threads_says_so_and_names_both(tiny, tmp_path, what) -> None:
+    def stop(record: dict[str, float]) -> None:
+        if record["epoch"] == 2:
+            raise KilledError
+
+    recipe, threads = tiny(), torch.get_num_threads()
+    with ecanet.backend("reference"), pytest.raises(KilledError):
+        fit(recipe, tmp_path, progress=False, on_epoch=stop)
+    try:
+        if what == "threads":
+            torch.set_num_threads(threads + 1)
+        with ecanet.backend("auto" if what == "kernels" else "reference"):
+            if what == "kernels" and choose(torch.empty(0)) == "reference":
+                pytest.skip("the kernels are not built")
+            with pytest.warns(UserWarning, match=f"{what} (reference|{threads}).* and goes on with .* {what} "):
+                fit(recipe, tmp_path, resume=True, progress=False)
+    finally:
+        torch.set_num_threads(threads)
+    first, last = read_checkpoint(tmp_path / "last.ckpt")["ecanet"]["made_by"]["versions"]
+    assert [key for key in first if first[key] != last[key]] == [what]
 
 
 def test_what_a_checkpoint_says_of_versions_is_shown_without_escape_codes(tiny, tmp_path, monkeypatch) -> None:

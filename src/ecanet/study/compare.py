@@ -143,7 +143,7 @@ def compare(
     ecanet, it warns, and its file names all of them.
 
     Args:
-        entries: Recipes by name, the baseline first; their own seeds are not used.
+        entries: Recipes by name, the baseline first, each for one device; their own seeds are not used.
         seeds: Seeds, at least one.
         out: Folder for the results.
         workers: Runs at a time, each in its own process with one thread. By default one for each core, or one in all on
@@ -154,8 +154,8 @@ def compare(
         All runs.
 
     Raises:
-        ValueError: no entry, no or repeated seeds, names that give the same file, or results in ``out`` that are
-            damaged or by another recipe.
+        ValueError: no entry, no or repeated seeds, names that give the same file, a recipe for several devices, or
+            results in ``out`` that are damaged or by another recipe.
         Exception: the error of a run that failed; the finished ones are kept.
     """
     _check_entries_and_seeds(entries, seeds)
@@ -166,7 +166,7 @@ def compare(
         _Job(
             name,
             seed,
-            replace(recipe, trainer=replace(recipe.trainer, seed=seed)),
+            replace(recipe, trainer=replace(recipe.trainer, seed=seed, devices=1)),
             folder / f"{_slug(name)}-seed{seed}",
         )
         for seed in seeds
@@ -189,6 +189,13 @@ def _check_entries_and_seeds(entries: Mapping[str, Recipe], seeds: Sequence[int]
         raise ValueError("entries must name at least one recipe, got none")
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds must be one or more different integers, got {list(seeds)}")
+    for name, recipe in entries.items():
+        devices, nodes = recipe.trainer.devices, recipe.trainer.nodes
+        if devices not in ("auto", 1) or nodes != 1:  # Lightning would start the whole comparison once more for each
+            raise ValueError(
+                f"entries[{name!r}] must train on one device, got trainer.devices={devices}, trainer.nodes={nodes}: "
+                "several runs at a time keep the others busy, with workers"
+            )
     slugs = [_slug(name) for name in entries]
     if len(set(slugs)) != len(slugs):
         raise ValueError(f"entries need names that differ in letters and digits, got {list(entries)}")

@@ -55,7 +55,8 @@ class FitResult:
             ``val/topN``), ``val/loss``, ``train/loss``, ``seconds``. The last two are those of the first process since
             its last start.
         folder: Folder of best.ckpt, last.ckpt and the logs; None if nothing was written.
-        versions: Versions of ecanet and torch, and the kind of device; several if they changed during the run.
+        versions: Versions of ecanet and torch, the kind of device, whose kernels ran, and the threads of a CPU; several
+            if they changed during the run.
     """
 
     top1: float
@@ -94,10 +95,12 @@ def fit(
             of processes, other pictures.
         BlockingIOError: another run is writing into ``out``.
         OSError: a checkpoint cannot be written (the last one is intact), or ``out`` was removed during the run.
+        KeyboardInterrupt: Ctrl-C; a printed line says how to go on.
+        SystemExit: SIGTERM, with status 143; likewise.
         RuntimeError: another process of the run ended; the message says how to go on.
 
     Warns:
-        UserWarning: the run goes on with other versions than it started with.
+        UserWarning: the run goes on with other versions, kernels or threads than it started with.
 
     Example:
         >>> fit(Recipe(optim=OptimConfig(epochs=1)), out="runs/try").top1  # doctest: +SKIP
@@ -164,7 +167,9 @@ def _fit(
             print(f"Interrupted: {how_to_go_on(folder.path)}.", flush=True)
         if isinstance(interrupted, KeyboardInterrupt):
             raise
-        # Lightning turns Ctrl-C into SystemExit, and SIGTERM into one with exit status 0.
+        # Lightning turns Ctrl-C into SystemExit(1), and SIGTERM into one with exit status 0.
+        if isinstance(interrupted.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from interrupted
         raise SystemExit(interrupted.code or 128 + signal.SIGTERM) from interrupted
     records = history.records
     best = max(record["val/top1"] for record in records)
@@ -246,9 +251,18 @@ class _quiet_lightning:  # noqa: N801
         for logger, level in zip(self._loggers, self._levels, strict=True):
             logger.setLevel(level)
         self._catch.__exit__(None, None, None)
-        if isinstance(error, (OSError, TypeError, ValueError)) and str(error).startswith("Caught "):
+        kinds = (OSError, TypeError, ValueError, RuntimeError, LookupError, ArithmeticError)
+        if isinstance(error, kinds) and str(error).startswith("Caught "):
             # torch raises an error of a loading process again, with the traceback in its message.
-            raise type(error)(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
+            raise type(error)(_without_traceback(str(error))) from error
+
+
+def _without_traceback(text: str) -> str:
+    """The message of an error at the end of its traceback."""
+    lines = text.strip().splitlines()
+    last_frame = max((i for i, line in enumerate(lines) if line.startswith('  File "')), default=0)
+    message = itertools.dropwhile(lambda line: line.startswith("  "), lines[last_frame:])
+    return "\n".join(message).partition(": ")[2]
 
 
 class _History(Callback):

@@ -6,6 +6,7 @@ in a collective, it handles no signals and, with NCCL, does not notice that a pr
 
 import atexit
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -19,14 +20,15 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.utilities import distributed as connections
 from lightning.pytorch.callbacks import Callback
 
 #: Environment variable with the id of the process that started this one: it may have ended before this one can ask.
 _PARENT = "ECANET_PARENT_PROCESS"
 #: Seconds between two checks; seconds that the main thread has to end by itself after a signal or a lost process.
 _PAUSE, _PATIENCE = 0.1, 3.0
-#: Seconds that child processes have to end after a signal; seconds that this process then has to leave Python.
-_LEAVE, _EXIT = 2.0, 3.0
+#: Seconds that child processes have to end after a signal.
+_LEAVE = 2.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 #: Parts of gloo's and NCCL's messages if the other end of a connection is gone.
 _GONE = ("closed by peer", "reset by peer", "Broken pipe", "NCCL communicator was aborted", "remote process exited")
@@ -54,8 +56,9 @@ class EndTogether(Callback):
         self._trainer, self._how_to_go_on = trainer, how_to_go_on
         self._has_several = trainer.world_size > 1
         self._children_of_run = [process for process in _children if process.poll() is None]
-        self._stop = threading.Event()
+        self._stop, self._lock = threading.Event(), threading.Lock()
         self._wakeup: tuple[int, int, int] | None = None
+        self._signal: signal.Signals | None = None
         self._handler: Any = None
         environment = getattr(trainer.strategy, "cluster_environment", None)
         launched = isinstance(environment, LightningEnvironment) and environment.creates_processes_externally
@@ -113,17 +116,28 @@ class EndTogether(Callback):
         """End the child processes, by SIGKILL if they do not react.
 
         Raises:
+            KeyboardInterrupt: this process got SIGINT, whatever error that led to.
+            SystemExit: it got SIGTERM, likewise.
             RuntimeError: the error was caused by the end of another process.
         """
+        if self._parent is not None and self._wakeup is not None:
+            for signum in _SIGNALS:  # it ends already: the first process passes on what the terminal sent to both
+                signal.signal(signum, signal.SIG_IGN)
+            self._handler = None
         self._take_children()
         try:
-            lost = self._cause_of(error)
-            if (lost or isinstance(error, (SystemExit, KeyboardInterrupt))) and hasattr(signal, "setitimer"):
-                atexit.register(_limit_time_to_leave)
+            told = self._told_to_end()
+            lost = None if told else self._cause_of(error)
+            if told or lost or isinstance(error, (SystemExit, KeyboardInterrupt)):
+                _leave_soon()
             self._send_to_children(signal.SIGTERM)
             self._wait_for_children(_LEAVE)
         finally:  # at once if another signal interrupts the wait
             self._send_to_children(signal.SIGKILL)
+        if told == signal.SIGINT:
+            raise KeyboardInterrupt from error
+        if told == signal.SIGTERM:
+            raise SystemExit(128 + told) from error
         if lost is not None:
             raise RuntimeError(f"{lost}: {self._how_to_go_on()}") from error
 
@@ -132,7 +146,7 @@ class EndTogether(Callback):
         self._thread.join()
         if self._wakeup is not None:
             reading, writing, before = self._wakeup
-            if self._handler is not None:  # None: the handler was not set by Python
+            if self._handler is not None:  # None: the handler was not set by Python, or this process ends
                 signal.signal(signal.SIGTERM, self._handler)
             signal.set_wakeup_fd(before)
             os.close(reading)
@@ -160,9 +174,9 @@ class EndTogether(Callback):
     def _take_children(self) -> None:
         """Take the child processes over from Lightning, which would end this process by SIGKILL without a message."""
         started = getattr(self._trainer.strategy.launcher, "procs", None)
-        if started and isinstance(started[0], Popen):
-            self._children_of_run = [*started]
-            started.clear()
+        with self._lock:  # both threads come here, while Lightning may still start the next one
+            while started and isinstance(started[0], Popen):
+                self._children_of_run.append(started.pop(0))
 
     def _send_to_children(self, signum: int) -> None:
         for process in self._children_of_run:
@@ -178,7 +192,7 @@ class EndTogether(Callback):
     def _watch(self) -> None:
         deadline, reason, code = float("inf"), "", 1
         while not self._stop.wait(_PAUSE):
-            if not reason and (signum := self._received_signal()) is not None:
+            if not reason and (signum := self._told_to_end()) is not None:
                 self._take_children()
                 self._send_to_children(signum)
                 deadline, reason, code = time.monotonic() + _PATIENCE, "this run was told to end", 128 + signum
@@ -190,14 +204,14 @@ class EndTogether(Callback):
                 print(f"ecanet: {reason}: {self._how_to_go_on()}", file=sys.stderr, flush=True)
                 os._exit(code)
 
-    def _received_signal(self) -> int | None:
-        if self._wakeup is None:
-            return None
-        try:
-            seen = os.read(self._wakeup[0], 4096)
-        except BlockingIOError:
-            return None
-        return next((signum for signum in _SIGNALS if signum in seen), None)
+    def _told_to_end(self) -> signal.Signals | None:
+        """The first signal that this process got."""
+        with self._lock:
+            if self._signal is None and self._wakeup is not None:
+                with contextlib.suppress(BlockingIOError):
+                    seen = os.read(self._wakeup[0], 4096)
+                    self._signal = next((signum for signum in _SIGNALS if signum in seen), None)
+            return self._signal
 
 
 def _how_it_ended(status: int) -> str:
@@ -208,10 +222,11 @@ def _how_it_ended(status: int) -> str:
     return f"by {names.get(-status, f'signal {-status}')}"
 
 
-def _limit_time_to_leave() -> None:
-    """Let the system end this process if it cannot leave Python, which waits for a collective that has started."""
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, _EXIT)
+def _leave_soon() -> None:
+    """Let this process leave Python without what takes long or for ever there, and with its own exit status."""
+    if (destroy := getattr(connections, "_destroy_dist_connection", None)) is not None:
+        atexit.unregister(destroy)  # Lightning's, for NCCL: it would wait for collectives that have started
+    atexit.register(gc.freeze)  # Python looks for garbage in all of torch otherwise: seconds on a busy machine
 
 
 def _raise_exit(signum: int, frame: FrameType | None) -> Any:

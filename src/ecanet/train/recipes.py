@@ -40,8 +40,32 @@ _TEXTS = {
     *("model.name", "model.gate", "model.kernel_size", "model.weights", "data.source", "data.root", "data.augment"),
     *("optim.schedule", "trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.precision"),
 }
-#: A text that is a name or a path, and not YAML that a parser could read a second time.
+#: Of these the ones that may be any text: a folder or a file may have any name.
+_PATHS = {"data.root", "model.weights"}
+#: A text that is a name, and not YAML that the parser could read a second time.
 _NO_YAML = re.compile(r"[^\[\]{}&*!|>\n]*")
+
+
+def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
+    """A text; a pair of surrogates, as JSON writes a character beyond 16 bits, is one character."""
+    return loader.construct_scalar(node).encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+
+
+_Loader.add_constructor("tag:yaml.org,2002:str", _text)
+
+
+def load_plain(text: str) -> Any:
+    """Plain values from YAML without anchors, tags and deep nesting.
+
+    Raises:
+        yaml.YAMLError, ValueError, ArithmeticError, RecursionError: it is something else.
+    """
+    _check_events(text)
+    return yaml.load(text, _Loader)
+
+
+#: What :func:`load_plain` raises.
+NOT_PLAIN = (yaml.YAMLError, ValueError, ArithmeticError, RecursionError)
 
 
 def read_recipe(path: str | Path) -> dict[str, dict[str, Any]]:
@@ -67,10 +91,8 @@ def read_recipe(path: str | Path) -> dict[str, dict[str, Any]]:
     path = Path(path)
     check_file(path, _MAX_BYTES)
     try:
-        text = path.read_text(encoding="utf-8")
-        _check_events(text)
-        recipe = yaml.load(text, _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, ArithmeticError, RecursionError) as error:
+        recipe = load_plain(path.read_text(encoding="utf-8"))
+    except NOT_PLAIN as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{shown(str(path), 200)} is no recipe: {shown(reason, 300)}") from error
     _check_blocks(recipe, shown(str(path), 200))
@@ -114,7 +136,8 @@ def _check_blocks(recipe: object, source: str) -> None:
                 _check_options(value, where)
                 continue
             _check_plain_value(value, where)
-            if isinstance(value, str) and not (f"{block}.{name}" in _TEXTS and _NO_YAML.fullmatch(value)):
+            key = f"{block}.{name}"
+            if isinstance(value, str) and key not in _PATHS and not (key in _TEXTS and _NO_YAML.fullmatch(value)):
                 raise ValueError(f"{where} cannot be this text, got {shown(value)!r}")
 
 
@@ -167,7 +190,7 @@ def with_own_recipe(args: list[str], out: str | Path) -> list[str]:
     if needs_no_own_recipe and not os.path.lexists(own):
         return args
     try:
-        return ["--config", json.dumps(read_recipe(own)), *args]
+        return ["--config", _for_parser(read_recipe(own)), *args]
     except (OSError, ValueError) as error:
         raise type(error)(
             f"{error}; it should hold the recipe of the run there: pass that recipe with --config"
@@ -195,5 +218,13 @@ def with_recipes_read(args: list[str]) -> list[str]:
         if name != "--config" or (not equals and (value := next(words, "")) == ""):
             result.append(word)
             continue
-        result += ["--config", json.dumps(read_recipe(value))]
+        result += ["--config", _for_parser(read_recipe(value))]
     return result
+
+
+def _for_parser(recipe: dict[str, dict[str, Any]]) -> str:
+    """A recipe as JSON whose folder the parser, which reads texts again as YAML, takes for no number and no null."""
+    root = recipe.get("data", {}).get("root")
+    if isinstance(root, str):
+        recipe = recipe | {"data": recipe["data"] | {"root": os.path.join(".", root)}}
+    return json.dumps(recipe)

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 import ecanet
+from ecanet.ops.backend import choose
 from ecanet.train.checkpoint import ABOUT, SaveCheckpoints, check_about, read_checkpoint
 from ecanet.train.config import Recipe, to_plain
 from ecanet.train.data.loading import ImageData
@@ -114,21 +115,27 @@ def made_by(trainer: L.Trainer, data: ImageData, resumed: Resumed | None) -> dic
         resumed: The checkpoint that it goes on from.
 
     Returns:
-        ``processes``; ``batch_size`` of each; ``images``, the number to train on; ``versions``, the present ones last.
+        ``processes``; ``batch_size`` of each; ``images``, the number to train on; ``versions``, the present ones last,
+        with the kind of device, whose kernels run, and the threads of a CPU.
 
     Raises:
         ValueError: the run would go on with another number of processes, or other pictures.
+        RuntimeError: the kernels that ``ECANET_BACKEND`` asks for cannot run.
 
     Warns:
-        UserWarning: it goes on with other versions.
+        UserWarning: it goes on with other versions, kernels or threads.
     """
     images = data.training_images
     now = {"processes": trainer.world_size, "batch_size": data.config.batch_size, "images": images}
+    device = trainer.strategy.root_device
     versions = {
         "ecanet": ecanet.__version__,
         "torch": str(torch.__version__),
-        "device": trainer.strategy.root_device.type,
+        "device": device.type,
+        "kernels": choose(torch.empty(0, device=device)),
     }
+    if device.type == "cpu":  # they decide the order in which numbers are added
+        versions["threads"] = str(torch.get_num_threads())
     if resumed is None:
         return {**now, "versions": [versions]}
     folder, before = resumed.path.parent, resumed.made_by

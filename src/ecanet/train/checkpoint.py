@@ -63,7 +63,7 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = None) -> d
 
 
 class SaveCheckpoints(Checkpoint):
-    """Writes ``last.ckpt`` after every epoch, ``best.ckpt`` when validation top-1 rose.
+    """Writes ``last.ckpt`` after every epoch, and ``best.ckpt`` whenever validation top-1 has risen.
 
     Lightning's ModelCheckpoint writes its last checkpoint only when it also writes a best one.
 
@@ -184,7 +184,7 @@ def load_trained(path: str | os.PathLike[str]) -> TrainedNetwork:
     )
 
 
-#: Most classes, characters of a class name and epochs in a checkpoint.
+#: Limits on classes, characters of a class name and epochs.
 _MAX_CLASSES, _MAX_NAME, _MAX_EPOCHS = 100_000, 200, 1_000_000
 
 
@@ -196,8 +196,8 @@ def check_about(about: object, path: str | os.PathLike[str]) -> dict[str, Any]:
         path: The file, for errors.
 
     Returns:
-        ``classes``, ``mean``, ``std``, ``history`` and ``recipe``. Of the recipe, it keeps ``model`` and of ``data``
-        the keys ``image_size``, ``resize`` and ``source``: no paths, downloads, processes or devices.
+        ``classes``, ``mean``, ``std``, ``history`` and ``recipe``. From the recipe it keeps ``model``, and these keys
+        of ``data``: ``image_size``, ``resize`` and ``source``; no paths, downloads, processes or devices.
 
     Raises:
         ValueError: a part is missing or wrong; the message names the file and the part.
@@ -239,7 +239,7 @@ def check_about(about: object, path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def as_it_started(config: ModelConfig) -> ModelConfig:
-    """The same network without its initial weights file; as with that file, its gates start neutral."""
+    """The same network without its initial weights file. Its gates start neutral, as they do with that file."""
     return replace(config, weights=None, neutral=config.neutral or config.weights is not None)
 
 

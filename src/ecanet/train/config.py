@@ -10,7 +10,7 @@ from ecanet.untrusted import check_number, shown
 
 #: Types that an option of a network may have.
 Scalar: TypeAlias = bool | int | float | str | None
-#: Lightning's strategies that resume to the same bits and whose processes end together.
+#: Strategies with which a resumed run gives the same bits and all processes end together.
 _STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
 
@@ -170,7 +170,8 @@ class TrainerConfig:
             processes a run with the last one is not resumed to the same bits.
         precision: 32-true, bf16-mixed, 16-mixed, 64-true, ...
         channels_last: Memory format of images and convolutions.
-        checkpoint_steps: Within an epoch, also write last.ckpt after every this many steps; null: at its end only.
+        checkpoint_steps: Within an epoch, also write last.ckpt after every this many steps; null: only at the end of
+            the epoch.
         log_steps: Log the training loss after every this many steps.
     """
 

@@ -123,7 +123,7 @@ def _fit(
     history = _History(recipe, resumed, on_epoch)
     callbacks: list[Callback] = [history]
     if recipe.optim.ema is not None:
-        # It averages buffers, too: BatchNorm's statistics are such averages themselves.
+        # The average covers buffers too; BatchNorm's statistics are averages anyway.
         callbacks.append(EMAWeightAveraging(decay=recipe.optim.ema))
     if progress:
         callbacks.append(_ProgressBar())
@@ -195,8 +195,8 @@ def _build_trainer(
         log_every_n_steps=config.log_steps,
     )
     if trainer.world_size > 2 and strategy is None and config.strategy in ("auto", "ddp"):
-        # Otherwise DDP reorders its buckets after the first step. A gradient's place in them decides the order in which
-        # three or more are summed: a resumed run, which starts at another step, would get other bits.
+        # Otherwise DDP reorders its buckets after the first step. The order in which three or more gradients are summed
+        # would differ in a resumed run, and so would the bits.
         return _build_trainer(recipe, callbacks, loggers, progress, "ddp_find_unused_parameters_true")
     return trainer
 
@@ -365,7 +365,8 @@ def validate(run: str | Path, data: DataConfig | None = None, accelerator: str =
         theirs, own = listed(images.classes, 10), listed(trained.classes, 10)
         raise ValueError(f"the data's classes ({theirs}) are not the network's ({own})")
     classifier = Classifier(trained.network, len(trained.classes), trained.mean, trained.std)
-    with _quiet_lightning(), contextlib.redirect_stdout(sys.stderr):  # the bar: stdout is for results
+    # The progress bar goes to stderr, results to stdout.
+    with _quiet_lightning(), contextlib.redirect_stdout(sys.stderr):
         trainer = _evaluation_trainer(accelerator)
         (metrics,) = trainer.validate(classifier, datamodule=images, verbose=False)
     return dict(metrics)
@@ -409,7 +410,8 @@ def predict(
     pictures = Plain(_ImageFiles(files), test_transform(data_of(trained, source="image_folder", root=Path())))
     classifier = Classifier(trained.network, len(trained.classes), trained.mean, trained.std)
     loader = DataLoader(pictures, batch_size, collate_fn=_images_only)
-    with _quiet_lightning(), contextlib.redirect_stdout(sys.stderr):  # the bar: stdout is for results
+    # The progress bar goes to stderr, results to stdout.
+    with _quiet_lightning(), contextlib.redirect_stdout(sys.stderr):
         batches = _evaluation_trainer(accelerator).predict(classifier, loader)
     assert batches is not None
     probabilities = torch.cat([batch for batch in batches if isinstance(batch, Tensor)])
@@ -420,7 +422,7 @@ def predict(
     ]
 
 
-#: Largest ``recipe.json``, in bytes; those of this library have 2 kB.
+#: Limit on the size of ``recipe.json``, in bytes; those of this library have 2 kB.
 _MAX_RECIPE_BYTES = 2**16
 
 

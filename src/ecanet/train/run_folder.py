@@ -21,7 +21,7 @@ _held: set[int] = set()
 
 
 def _close_held() -> None:
-    # A lock lasts while any process has its file open, and loading processes live for seconds after a killed run.
+    # A lock lasts while any process has the folder open, and loading processes outlive a killed run by seconds.
     for handle in _held:
         os.close(handle)
     _held.clear()
@@ -116,7 +116,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def errors_named(self) -> Iterator[None]:
-        """Add the folder to errors of writing.
+        """Add the folder's name to errors raised while writing.
 
         Raises:
             FileNotFoundError: the folder was removed meanwhile.

@@ -1,8 +1,8 @@
 """Residual blocks of any network, and where their branches end.
 
-Blocks whose code does not show it are in :data:`BLOCKS`. All others are found by their code: :mod:`torch.fx` traces
-each module without looking into its children. If the code adds two tensors, and one of them is computed by more
-convolutions than the other, the module is a residual block.
+Blocks whose code does not show where the branch ends are in :data:`BLOCKS`. All others are found by their code:
+:mod:`torch.fx` traces each module without looking into its children. If the code adds two tensors, and one of them is
+computed by more convolutions than the other, the module is a residual block.
 """
 
 import operator
@@ -35,7 +35,7 @@ from ecanet.surgery.find.traces import (
     trace,
 )
 
-#: Where the branch of a block ends, by the class of the block: for blocks that never or not always add a residual.
+#: Where the branch of a block ends, by class name: for blocks that add a residual only sometimes or never.
 BLOCKS: dict[str, str] = {
     "torchvision.models.mobilenetv2.InvertedResidual": "conv.-1",
     "torchvision.models.mobilenetv3.InvertedResidual": "block.-1",
@@ -190,7 +190,7 @@ def _residual_branches(
     additions = {
         node: pair for node in graph.nodes if (pair := _branch_and_shortcut(module, node, ancestors)) is not None
     }
-    # An addition within a branch, such as Res2Net's of groups of channels, belongs to that branch.
+    # An addition within a branch, such as between Res2Net's channel groups, belongs to that branch.
     inside = {n for branch, shortcut in additions.values() for n in ancestors[branch] - ancestors[shortcut]}
     for node, (branch, _) in additions.items():
         if node not in inside:
@@ -200,14 +200,13 @@ def _residual_branches(
 def _branch_and_shortcut(
     module: nn.Module, addition: fx.Node, ancestors: dict[fx.Node, set[fx.Node]]
 ) -> tuple[fx.Node, fx.Node] | None:
-    """Of two addends the one with more convolutions, then the other; None if this is no residual addition."""
+    """The two addends, the one with more convolutions first; None if this is no residual addition."""
     if addition.target not in _ADDITIONS or len(addition.all_input_nodes) != 2 or len(addition.args) != 2:
         return None
     first, second = addition.all_input_nodes
     common = ancestors[first] & ancestors[second]
-    given = any(
-        n.op == "placeholder" and n.args == (None,) for n in (first, second)
-    )  # shortcut=None: the caller may pass it
+    # An argument with the default None: the caller may pass a shortcut.
+    given = any(n.op == "placeholder" and n.args == (None,) for n in (first, second))
     if not given and (not common or all(n.op == "placeholder" and _is_indexed(n) for n in common)):
         return None
     counts = [

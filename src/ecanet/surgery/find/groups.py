@@ -56,8 +56,10 @@ def find_groups(
 
     This is the activation. If the activation is code, or a module that several groups share, it is the norm before it
     (a gate is positive, so it scales the same before a ReLU). If a module holds the group and nothing else, such as
-    YOLO's ``Conv``, it is that module. No group are layers after a global pooling, layers inside attention, and a
-    convolution whose sigmoid or tanh makes the network's output.
+    YOLO's ``Conv``, it is that module.
+
+    Not groups: layers after a global pooling, layers inside attention, and a convolution whose sigmoid or tanh makes
+    the network's output.
 
     Args:
         model: The network.
@@ -307,8 +309,8 @@ def _steps(
 def _chain_after(module: nn.Module, node: fx.Node) -> Iterator[tuple[fx.Node | Piece, fx.Node]]:
     """The chain of modules and pieces of code after a node, each with the node of its result.
 
-    Each uses the result of the one before alone, and nothing else reads that. Code that writes into its input has the
-    input's node as its result.
+    Each uses only the result of the one before, and nothing else uses that result. Code that writes into its input has
+    the input's node as its result.
     """
     passed: set[fx.Node] = set()
     while True:

@@ -90,7 +90,7 @@ def find_sites(
 
 
 def _pooled_at_any_size(model: nn.Module, names: Iterable[str], run: DryRun) -> list[str]:
-    """The modules that return one position for any size of the input, and not only because strides shrink this one."""
+    """The modules that return one position whatever the input size, not just for this input because of strides."""
 
     def pooled_in(names: Iterable[str], run: DryRun) -> list[str]:
         shapes = [(name, run.shapes.get(_site(model, name, None).host)) for name in names]

@@ -19,7 +19,7 @@ MULTIPLICATIONS: tuple[Any, ...] = (
     *("mul", "mul_", "multiply", "multiply_"),
 )
 _DIVISIONS: tuple[Any, ...] = (operator.truediv, operator.itruediv, torch.div, torch.divide, torch.true_divide, "div")
-#: These multiply the last two of their tensors.
+#: These multiply their last two tensor arguments.
 _PRODUCTS_OF_LAST_TWO: tuple[Any, ...] = (
     torch.einsum,
     torch.addcmul,
@@ -57,18 +57,18 @@ _POOLING_FUNCTIONS = _ADAPTIVE | _REDUCTIONS | {F.avg_pool1d, F.avg_pool2d, F.av
 
 
 class ChildrenAsTheyAre(fx.Tracer):
-    """Traces the code of one module; its children are not looked into."""
+    """Traces the code of one module, without looking into its children."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Always."""
+        """Treat every child as a leaf."""
         return True
 
 
 def trace(module: nn.Module) -> fx.Graph | str:
     """The graph of one module's own code, or why there is none.
 
-    Arguments whose default is a flag, a number or None keep it, so that the graph follows the branches of the code that
-    run by default.
+    An argument whose default is a flag, a number or None keeps that default, so that the graph follows the default
+    branches.
     """
     try:
         parameters = inspect.signature(type(module).forward).parameters.values()
@@ -89,7 +89,7 @@ def cannot_trace(why: str) -> str:
 
 
 def _stand_in(module: nn.Module) -> nn.Module:
-    """A module of the same class, children and attributes: what its code stores during tracing stays in this one.
+    """A copy with the same class, children and attributes, which receives whatever the code stores during tracing.
 
     It has no hooks on its calls, so that the graph is that of its own code, without a gate that is attached to it.
     """
@@ -123,7 +123,7 @@ def factor_in(module: nn.Module, node: fx.Node, ancestors: dict[fx.Node, set[fx.
     pairs = list(_maps_and_factors(node))
     for x, factor in pairs:
         inside = ancestors[factor] - ancestors[x]
-        enough = _has_weights if node.target in _DIVISIONS else _has_weights_or_pools  # x / x.norm() is none
+        enough = _has_weights if node.target in _DIVISIONS else _has_weights_or_pools  # x / x.norm() is not attention
         direct = bool(_origins(x) & ancestors[factor]) and enough(module, inside)
         if direct and any(_squashes_or_pools(module, n) for n in inside):
             return inside
@@ -135,7 +135,7 @@ def factor_in(module: nn.Module, node: fx.Node, ancestors: dict[fx.Node, set[fx.
 
 
 def _maps_and_factors(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """The pairs (map, factor) that a node may multiply: both orders of a product; of a division, the divisor last."""
+    """The possible (map, factor) pairs: both orders of a product; in a division the divisor is the factor."""
     tensors = node.all_input_nodes
     if (node.target in (*MULTIPLICATIONS, *_DIVISIONS) and len(tensors) == 2) or (
         node.target in _PRODUCTS_OF_LAST_TWO and len(tensors) >= 2
@@ -184,7 +184,7 @@ def _node_squashes(node: fx.Node) -> bool:
     if node.target in _CLAMPS:
         bounds = [*node.args[1:], *node.kwargs.values()]
         return len(bounds) == 2 and None not in bounds
-    if node.target in (torch.exp, "exp"):  # of a divisor
+    if node.target in (torch.exp, "exp"):  # exp in a divisor, as in 1 / (1 + exp(-x))
         above = [user for user in node.users if user.target in (operator.add, torch.add, "add")]
         return any(user.target in (*_DIVISIONS, torch.reciprocal, "reciprocal") for n in above for user in n.users)
     return squashes(node.target)
@@ -200,7 +200,7 @@ def _code_squashes_or_pools(part: nn.Module) -> bool:
 
 
 def _ends_as_factors_do(module: nn.Module, node: fx.Node) -> bool:
-    """Whether the last step that changes values, and not only moves them, leaves them between 0 and 1."""
+    """Whether the last step that changes values (rather than moving them) leaves them between 0 and 1."""
     while True:
         child = called(module, node)
         if child is not None and is_sequence(child):
@@ -324,7 +324,7 @@ def _is_one(size: Any) -> bool:
 
 
 def in_order(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Layers of a sequence and of the sequences in it, as they run."""
+    """Layers of nested sequences, in the order in which they run."""
     for name, child in module._modules.items():
         if child is None:
             continue

@@ -28,7 +28,7 @@ from ecanet.train.classifier import Classifier
 from ecanet.train.data import image_folder as read_folder
 from ecanet.train.data.pictures import image_files
 from ecanet.train.fit import predict
-from ecanet.train.run_folder import WRITTEN, RunFolder
+from ecanet.train.run_folder import FILES_OF_A_RUN, RunFolder
 
 CIRCLES: dict[str, Callable[[Path], None]] = {
     "link to its own folder": lambda cat: (cat / "a").symlink_to("."),
@@ -256,13 +256,13 @@ def test_what_a_killed_write_left_is_removed(tmp_path: Path, monkeypatch: pytest
             with pytest.raises(KeyboardInterrupt):
                 safe_save({}, tmp_path / name)
     assert len(list(tmp_path.iterdir())) == 2
-    remove_partial_files(tmp_path, WRITTEN)
+    remove_partial_files(tmp_path, FILES_OF_A_RUN)
     assert not list(tmp_path.iterdir())
 
 
 def test_own_number_in_an_earlier_life_is_removed(tmp_path: Path) -> None:
     leave(tmp_path / f".last.ckpt.{os.getpid()}.partial")
-    remove_partial_files(tmp_path, WRITTEN)
+    remove_partial_files(tmp_path, FILES_OF_A_RUN)
     assert not list(tmp_path.iterdir())
 
 
@@ -289,7 +289,7 @@ def test_own_number_in_an_earlier_life_is_removed(tmp_path: Path) -> None:
 )
 def test_what_others_made_stays(tmp_path: Path, name: str) -> None:
     path = leave(tmp_path / name.format(pid=dead_process()))
-    remove_partial_files(tmp_path, WRITTEN)
+    remove_partial_files(tmp_path, FILES_OF_A_RUN)
     assert path.read_bytes() == b"half"
 
 
@@ -299,7 +299,7 @@ def test_links_folders_and_files_of_living_processes_stay(tmp_path: Path) -> Non
     link.symlink_to(target)
     folder.mkdir()
     alive = [leave(tmp_path / f".last.ckpt.{number}.partial") for number in (1, os.getppid())]
-    remove_partial_files(tmp_path, WRITTEN)
+    remove_partial_files(tmp_path, FILES_OF_A_RUN)
     assert link.is_symlink()
     assert folder.is_dir()
     assert all(path.exists() for path in (target, *alive))

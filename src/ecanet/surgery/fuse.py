@@ -9,9 +9,9 @@ from ecanet.networks.checks import check_model
 from ecanet.nn.attached import attached_gate
 from ecanet.nn.norms import qualified_name
 from ecanet.nn.undo import all_or_nothing
-from ecanet.surgery.attention import as_gate
 from ecanet.surgery.find.layers import out_channels, resolve
 from ecanet.surgery.report import Report, Row
+from ecanet.surgery.timm_attention import as_gate
 
 
 class FusedBlock(NamedTuple):

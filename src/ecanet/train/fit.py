@@ -26,13 +26,13 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ecanet.files.atomic import remove_partial_files
 from ecanet.train.checkpoint import (
-    ABOUT,
+    ABOUT_KEY,
     SafeCheckpointIO,
     SaveCheckpoints,
     TrainedNetwork,
-    as_it_started,
     build_network,
     load_trained,
+    without_weights_file,
 )
 from ecanet.train.classifier import Classifier
 from ecanet.train.config import DataConfig, Recipe, to_plain
@@ -40,7 +40,7 @@ from ecanet.train.data.loading import ImageData, Plain, test_transform
 from ecanet.train.data.pictures import image_files, read_image
 from ecanet.train.processes import EndTogether
 from ecanet.train.resume import Resumed, last_state, made_by, what_decides
-from ecanet.train.run_folder import WRITTEN, RunFolder, how_to_go_on
+from ecanet.train.run_folder import FILES_OF_A_RUN, RunFolder, how_to_go_on
 from ecanet.untrusted import check_file, listed, shown
 
 
@@ -119,7 +119,7 @@ def _fit(
     network_config = recipe.model
     if resumed is not None:  # the weights file it started from may be gone; the recipe still names it
         recipe = replace(recipe, model=replace(recipe.model, weights=resumed.recipe["model"].get("weights")))
-        network_config = as_it_started(recipe.model)
+        network_config = without_weights_file(recipe.model)
     history = _History(recipe, resumed, on_epoch)
     callbacks: list[Callback] = [history]
     if recipe.optim.ema is not None:
@@ -156,8 +156,8 @@ def _fit(
                 recipe.trainer.channels_last,
             )
             if folder and trainer.is_global_zero:
-                remove_partial_files(folder.path, WRITTEN)
-                folder.write_text("recipe.json", json.dumps(to_plain(recipe), indent=2) + "\n")
+                remove_partial_files(folder.path, FILES_OF_A_RUN)
+                folder.write_file("recipe.json", json.dumps(to_plain(recipe), indent=2) + "\n")
             trainer.fit(classifier, datamodule=data, ckpt_path=None if resumed is None else resumed.path)
     except (KeyboardInterrupt, SystemExit) as interrupted:
         if folder and trainer.is_global_zero:
@@ -300,7 +300,7 @@ class _History(Callback):
             self.on_epoch(record)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[ABOUT] = {
+        checkpoint[ABOUT_KEY] = {
             "recipe": to_plain(self.recipe),
             "classes": list(self.data.classes),
             "mean": list(self.data.mean),
@@ -310,7 +310,7 @@ class _History(Callback):
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.records = checkpoint[ABOUT]["history"]
+        self.records = checkpoint[ABOUT_KEY]["history"]
 
 
 def _check_same(trainer: L.Trainer, own: dict[str, Any], what: str) -> None:

@@ -31,8 +31,8 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_held)
 
 
-#: Files that a run writes into its folder, one process at a time.
-WRITTEN = ("best.ckpt", "last.ckpt", "recipe.json")
+#: Files that a run writes into its folder. What a killed run leaves of them is removed when the next one starts.
+FILES_OF_A_RUN = ("best.ckpt", "last.ckpt", "recipe.json")
 
 
 class RunFolder:
@@ -105,13 +105,14 @@ class RunFolder:
                 "it: run the same command again, or move the folder back and add --resume"
             )
 
-    def write_text(self, name: str, text: str) -> None:
+    def write_file(self, name: str, text: str) -> None:
         """Write a small file in one step: another process reads either the old or the new one.
 
         Args:
-            name: Name of the file.
+            name: Name of the file, one of :data:`FILES_OF_A_RUN`.
             text: Its contents.
         """
+        assert name in FILES_OF_A_RUN, f"{name} is not in FILES_OF_A_RUN, so what a killed run leaves of it would stay"
         write_whole(self.path / name, text)
 
     @contextlib.contextmanager

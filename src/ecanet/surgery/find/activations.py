@@ -111,7 +111,7 @@ def next_piece(module: nn.Module, node: fx.Node, passed: Collection[fx.Node] = (
     return None
 
 
-def live_users(module: nn.Module, node: fx.Node) -> list[fx.Node]:
+def readers_of(module: nn.Module, node: fx.Node) -> list[fx.Node]:
     """The users of a node, except those that only write into it and whose result is unused."""
     return [user for user in node.users if user.users or user.op == "output" or not _writes(module, user)]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from ecanet.models.arguments import OPTIONS, check_arguments
+from ecanet.nn import GATES
 from ecanet.untrusted import check_number, shown
 
 #: Types that an option of a network may have.
@@ -20,8 +21,8 @@ class ModelConfig:
     """The network.
 
     Args:
-        name: A network of ecanet.models: eca_resnet18, -34, -50, -101, -152, eca_mobilenet_v2, small_eca_resnet.
-        gate: eca, eca_ns, se, se_var1, se_var2, se_var3, se_gc1, se_gc2, se_gc3, or null for none.
+        name: A network of ecanet.models: NETWORKS.
+        gate: GATES, or null for none.
         kernel_size: adaptive, released, an odd integer, or a list with one for each stage.
         neutral: Start as the network without gates, with gates that are 1.
         weights: A plain network's weights to start from: a file, or the name of torchvision's.
@@ -41,6 +42,11 @@ class ModelConfig:
         own = {"gate": self.gate, "kernel_size": self.kernel_size, "neutral": self.neutral}
         check_arguments(own, "model", tuple(own))
         check_arguments(self.options, "model.options", OPTIONS[self.name])
+
+
+# `ecanet fit --help` reads the docstring.
+for _what, _known in (("NETWORKS", OPTIONS), ("GATES", GATES)):
+    ModelConfig.__doc__ = (ModelConfig.__doc__ or "").replace(_what, ", ".join(_known))
 
 
 @dataclass

@@ -81,7 +81,7 @@ def insert_gates_(
         TypeError: ``model`` is no module, or is compiled, scripted or wrapped for parallel training; other arguments
             of a wrong type.
         ValueError: ``where`` finds nothing (the message says what can be named), another gate is there, the gate
-            cannot have that many channels or cannot be neutral, nothing tells the number of channels, ``input_shape``
+            cannot have that many channels or cannot be neutral, the number of channels is unknown, ``input_shape``
             has no batch dimension, with ``fold`` no norm can take a factor, or the optimizer has none of the model's
             parameters. The network is then as it was.
 
@@ -221,7 +221,7 @@ def _channels_and_spatial(site: Site, run: DryRun | None) -> tuple[int | None, t
     """Channels and spatial size of a site's output, from the dry run or the layers; None where neither knows.
 
     Raises:
-        ValueError: it returns no map with its channels in dimension 1, or the run failed and the layers tell nothing.
+        ValueError: it returns no map with its channels in dimension 1, or the run failed and the layers do not show it.
     """
     if run is None:
         return site.channels if site.certain else certain_channels(site.host), None
@@ -260,7 +260,7 @@ def _shape_of_map(site: Site, run: DryRun) -> torch.Size:
 
 
 def _check_attachable(model: nn.Module, site: Site) -> None:
-    """Raise ValueError if a site has no room for a gate, or would lose it when layers are merged."""
+    """Raise ValueError if a gate cannot be attached to a site, or would be lost when layers are merged."""
     if hasattr(site.host, GATE):
         raise ValueError(
             f"a gate cannot be attached to {site.name}: {type(site.host).__name__} has its own {GATE!r}; "

@@ -166,13 +166,13 @@ def kind_of(step: nn.Module | Piece, shape: Sequence[int] | None = None) -> Kind
 
     Args:
         step: The module, or the code.
-        shape: Shape of the maps that it takes; by default ``(2, C, 4, 4)``, with C read off its parameters.
+        shape: Shape of the maps that it takes; by default ``(2, C, 4, 4)``, with C read from its parameters.
     """
     return _kind_and_reason(step, shape)[0]
 
 
 def why_unknown(step: nn.Module | Piece, shape: Sequence[int]) -> str | None:
-    """Why it cannot be told what a custom layer does, or None."""
+    """Why it is unknown what a custom layer does; None if it is known."""
     return _kind_and_reason(step, shape)[1]
 
 

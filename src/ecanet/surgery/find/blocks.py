@@ -70,7 +70,7 @@ class Branch(NamedTuple):
     Attributes:
         block: Name of the block.
         end: Name of the module that the branch ends with.
-        channels: Number of channels that this module returns, or None if its layers do not tell.
+        channels: Number of channels that this module returns, or None if its layers do not show it.
         why_not: The reason if a gate cannot be put there.
     """
 
@@ -257,7 +257,7 @@ def _is_weight(node: fx.Node) -> bool:
 
 
 def _channels_before(module: nn.Module, node: fx.Node) -> int | None:
-    """Channels of a node, read off the nearest module before it that tells them."""
+    """Channels of a node, read from the nearest module before it that has a number of channels."""
     while node.all_input_nodes or node.op == "call_module":
         if node.op == "call_module":
             channels = out_channels(module.get_submodule(str(node.target)))

@@ -14,7 +14,7 @@ from ecanet.surgery.find.layers import CONVOLUTIONS
 
 
 class Shapes(NamedTuple):
-    """Shapes of a module's input and output in a dry run; None for what is no tensor."""
+    """Shapes of a module's input and output in a dry run; None where it is no tensor."""
 
     input: torch.Size | None
     output: torch.Size | None

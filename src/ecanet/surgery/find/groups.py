@@ -274,7 +274,7 @@ def _before_global_pooling(module: nn.Module) -> Iterator[tuple[str, nn.Module]]
 
 
 def _is_pooled(module: nn.Module, node: fx.Node) -> bool:
-    """Whether a node works on the output of a global pooling alone."""
+    """Whether all that a node works on has gone through a global pooling."""
     while len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
         child = called(module, node)

@@ -28,7 +28,7 @@ class Site(NamedTuple):
     Attributes:
         name: Name of the module.
         host: The module.
-        channels: Number of channels of its output, or None if its layers do not tell.
+        channels: Number of channels of its output, or None if its layers do not show it.
         certain: Whether the network's code shows that this number is right.
     """
 

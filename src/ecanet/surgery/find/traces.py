@@ -148,7 +148,7 @@ def _maps_and_multipliers(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
 
 
 def _origins(node: fx.Node) -> set[fx.Node]:
-    """A node and all that it is a product or a part of: a map may be scaled several times."""
+    """A node, and what it is a product or a slice of, step by step: a map may be scaled several times."""
     found = {node}
     if node.target in MULTIPLICATIONS or node.target in _SELECTIONS:
         found.update(*map(_origins, node.all_input_nodes))
@@ -271,7 +271,7 @@ def is_pooled(shape: torch.Size | None) -> bool:
 
 
 def squashes(step: Any, shape: Sequence[int] | None = None) -> bool:
-    """Whether an activation (module, function or code) is bounded on both sides, as at outputs and multipliers.
+    """Whether an activation (module, function or code) is bounded on both sides, as a sigmoid is.
 
     Args:
         step: The activation.

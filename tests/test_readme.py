@@ -18,6 +18,7 @@ import pytest
 from benchmarks.measure import geometric_mean
 from benchmarks.tables import ratio, value
 from ecanet import cli
+from ecanet.nn import GATES, build_gate
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -166,6 +167,13 @@ def test_every_public_name_of_ecanet_in_running_text_exists(page: Path) -> None:
             if not hasattr(found, part):
                 importlib.import_module(f"{found.__name__}.{part}")
             found = getattr(found, part)
+
+
+def test_the_readme_has_a_row_for_every_gate_and_names_its_class() -> None:
+    _, _, table = README.read_text().partition("## Gates\n")
+    rows = re.findall(r"^\| (`.*?) \| `(\w+)\(", table.partition("\n## ")[0], re.MULTILINE)
+    named = {name: cls for names, cls in rows for name in re.findall(r"`(\w+)`", names)}
+    assert named == {name: type(build_gate(name, 64)).__name__ for name in GATES}
 
 
 # --- numbers ---

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -68,6 +69,7 @@ def _add_validate(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
 
 
 def _add_predict(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
+    from ecanet.files.atomic import write_whole
     from ecanet.train.fit import predict
     from ecanet.untrusted import shown
 
@@ -87,13 +89,17 @@ def _add_predict(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
                     + ", ".join(f"{shown(name)} {100 * value:.1f} %" for name, value in ranked)
                 )
             return
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("w", newline="", errors="surrogateescape") as file:
-            writer = csv.writer(file)
-            writer.writerow(["image", "rank", "class", "probability"])
-            for p in predictions:
-                for rank, (name, value) in enumerate(zip(p.classes, p.probabilities, strict=True), start=1):
-                    writer.writerow([p.image, rank, name, f"{value:.6f}"])
+        table = io.StringIO(newline="")
+        writer = csv.writer(table)
+        writer.writerow(["image", "rank", "class", "probability"])
+        for p in predictions:
+            for rank, (name, value) in enumerate(zip(p.classes, p.probabilities, strict=True), start=1):
+                writer.writerow([p.image, rank, name, f"{value:.6f}"])
+        content = table.getvalue().encode(errors="surrogateescape")
+        if args.out.exists() and not args.out.is_file():  # a pipe or a device, such as /dev/stdout
+            args.out.write_bytes(content)
+        else:
+            write_whole(args.out.resolve(), content)  # through a link, which stays
         print(f"wrote {args.out}: {len(predictions)} images")
 
     return run
@@ -212,7 +218,7 @@ _VERBS: dict[str, tuple[str, str, "Callable[[ArgumentParser], Callable[[Namespac
     "validate": ("Top-1 and top-5 of a trained network.", "ecanet validate runs/fashion", _add_validate),
     "predict": ("Classify image files.", "ecanet predict runs/fashion photo.png --top 3", _add_predict),
     "demo": (
-        "Train a small ResNet with no gate, SE and ECA on embedded pictures; table and pictures in 5 minutes.",
+        "Train a small ResNet with no gate, SE and ECA on embedded pictures; prints a table and draws pictures.",
         "ecanet demo --seeds 3 --out runs/demo",
         _add_demo,
     ),

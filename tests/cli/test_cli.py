@@ -1,17 +1,21 @@
 """The command line: what a user types, and what it says when something is wrong."""
 
 import csv
+import errno
 import json
 import os
 import shutil
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
 import yaml
 
 from ecanet.cli import main
+from ecanet.models.arguments import OPTIONS
+from ecanet.nn import GATES
 from ecanet.train import load_trained
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
@@ -130,6 +134,45 @@ def test_predict_writes_a_table(run: Path, image_folder: Path, tmp_path: Path) -
     assert len(rows) == 18 * 2
     assert {row["class"] for row in rows} <= {"bag", "boot", "coat"}
     assert all(float(a["probability"]) >= float(b["probability"]) for a, b in zip(rows[::2], rows[1::2], strict=True))
+
+
+def test_the_table_of_a_prediction_that_cannot_be_written_leaves_the_old_one(
+    run: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("old")
+
+    def full(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit, match="No space left on device"):
+        main(["predict", str(run), str(image_folder / "val"), "--out", str(table)])
+    assert table.read_text() == "old"
+    assert os.listdir(tmp_path) == ["table.csv"]
+
+
+def test_the_table_of_a_prediction_goes_through_links_and_into_pipes(
+    run: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    link, pipe, file = tmp_path / "link.csv", tmp_path / "pipe", tmp_path / "table.csv"
+    link.symlink_to(file)
+    os.mkfifo(pipe)
+    reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for out in (link, pipe):
+        main(["predict", str(run), str(image_folder / "val" / "bag"), "--out", str(out)])
+    assert link.is_symlink()
+    assert pipe.is_fifo()
+    assert os.read(reading, 2**16) == file.read_bytes()
+    os.close(reading)
+
+
+def test_the_help_of_fit_names_every_network_and_every_gate(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"A network of ecanet.models: {', '.join(OPTIONS)}." in said
+    assert f"{', '.join(GATES)}, or null for none." in said
 
 
 @pytest.mark.parametrize("verb", ["fit", "validate", "predict", "demo"])

@@ -78,6 +78,17 @@ def test_layers(layer: nn.Module, shape: tuple[int, ...], expected: int) -> None
     assert multiply_adds(layer, shape) == expected
 
 
+class Mine(Gate):
+    """A gate that the library does not know: two weights for each channel, a factor and a bias."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, factor=2)
+        self.first, self.second = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.ones(channels))
+
+    def logits(self, s: Tensor) -> Tensor:
+        return 3 * (s * self.first + s.clone().mul_(self.second)) + self.first
+
+
 GATES = [
     (ECA(32, 3), 3 * 32),
     (ECA(32, 5, circular=True), 5 * 32),
@@ -93,6 +104,7 @@ GATES = [
     (SEGroup(32, groups=4), 32 * 32 // 4),
     (SEGroup(32, groups=32), 32),
     (se_gc2(32), 16 * 32),
+    (Mine(32), 2 * 32),
 ]
 
 
@@ -150,6 +162,13 @@ def test_the_model_stays_as_it_was() -> None:
     assert hooks(model) == 0
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_hooks_of_a_gate_are_called_once_and_its_layers_counted_once() -> None:
+    gate, calls = ECA(8, 3), []
+    gate.conv.register_forward_hook(lambda *_: calls.append(1))
+    assert multiply_adds(gate, (1, 8, 5)) == 8 * 5 + 3 * 8
+    assert calls == [1]
 
 
 def test_the_random_generators_stay_as_they_were(device: torch.device) -> None:

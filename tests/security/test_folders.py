@@ -20,7 +20,7 @@ from hostile_pictures import NO_FILES, symlink_to
 from PIL import Image
 
 from ecanet.cli import main
-from ecanet.files.atomic import remove_partial_files
+from ecanet.files.atomic import remove_partial_files, write_whole
 from ecanet.files.state_dicts import safe_save
 from ecanet.train import Recipe, fit
 from ecanet.train.checkpoint import SafeCheckpointIO
@@ -28,7 +28,7 @@ from ecanet.train.classifier import Classifier
 from ecanet.train.data import image_folder as read_folder
 from ecanet.train.data.pictures import image_files
 from ecanet.train.fit import predict
-from ecanet.train.run_folder import WRITTEN, RunFolder
+from ecanet.train.run_folder import FILES_OF_A_RUN, RunFolder
 
 CIRCLES: dict[str, Callable[[Path], None]] = {
     "link to its own folder": lambda cat: (cat / "a").symlink_to("."),
@@ -256,14 +256,36 @@ def test_what_a_killed_write_left_is_removed(tmp_path: Path, monkeypatch: pytest
             with pytest.raises(KeyboardInterrupt):
                 safe_save({}, tmp_path / name)
     assert len(list(tmp_path.iterdir())) == 2
-    remove_partial_files(tmp_path, WRITTEN)
+    remove_partial_files(tmp_path, FILES_OF_A_RUN)
     assert not list(tmp_path.iterdir())
 
 
 def test_own_number_in_an_earlier_life_is_removed(tmp_path: Path) -> None:
     leave(tmp_path / f".last.ckpt.{os.getpid()}.partial")
-    remove_partial_files(tmp_path, WRITTEN)
+    remove_partial_files(tmp_path, FILES_OF_A_RUN)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_pipe_or_a_device_is_refused_and_stays_one(tmp_path: Path) -> None:
+    pipe, link = tmp_path / "last.ckpt", tmp_path / "best.ckpt"
+    os.mkfifo(pipe)
+    link.symlink_to("/dev/null")
+    for path in (pipe, link):
+        with pytest.raises(OSError, match=rf"it is a device or a pipe, not a regular file.*{path.name}"):
+            write_whole(path, "text")
+        with pytest.raises(OSError, match=rf"cannot write the checkpoint .*{path.name}.*it is a device or a pipe"):
+            safe_save({}, path)
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_run_writes_no_file_whose_remains_would_stay(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_file("recipe.json", "{}")
+    with pytest.raises(AssertionError, match=r"notes\.txt is not in FILES_OF_A_RUN"):
+        folder.write_file("notes.txt", "")
+    assert os.listdir(tmp_path) == ["recipe.json"]
 
 
 @pytest.mark.parametrize(
@@ -289,7 +311,7 @@ def test_own_number_in_an_earlier_life_is_removed(tmp_path: Path) -> None:
 )
 def test_what_others_made_stays(tmp_path: Path, name: str) -> None:
     path = leave(tmp_path / name.format(pid=dead_process()))
-    remove_partial_files(tmp_path, WRITTEN)
+    remove_partial_files(tmp_path, FILES_OF_A_RUN)
     assert path.read_bytes() == b"half"
 
 
@@ -299,7 +321,7 @@ def test_links_folders_and_files_of_living_processes_stay(tmp_path: Path) -> Non
     link.symlink_to(target)
     folder.mkdir()
     alive = [leave(tmp_path / f".last.ckpt.{number}.partial") for number in (1, os.getppid())]
-    remove_partial_files(tmp_path, WRITTEN)
+    remove_partial_files(tmp_path, FILES_OF_A_RUN)
     assert link.is_symlink()
     assert folder.is_dir()
     assert all(path.exists() for path in (target, *alive))

@@ -1,13 +1,19 @@
 """The demonstration runs from end to end on one seed and one epoch, and its pictures are pictures."""
 
+import errno
+import io
 import json
+import os
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
 from PIL import Image
 
-from ecanet.study.demo import demo, demo_recipes
+from ecanet.study.compare import Comparison
+from ecanet.study.demo import demo, demo_recipes, draw
 from ecanet.study.report import measure_costs
 from ecanet.train import build_network
 
@@ -39,15 +45,39 @@ def test_costs_are_those_of_the_gates() -> None:
     assert all(cost.seconds > 0 for cost in costs.values())
 
 
-def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    comparison = demo(tmp_path, seeds=1, epochs=1)
-    said = capsys.readouterr().out
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path, str]:
+    """The comparison of a demonstration, its folder, and what it printed."""
+    folder, said = tmp_path_factory.mktemp("demo"), io.StringIO()
+    with redirect_stdout(said):
+        comparison = demo(folder, seeds=1, epochs=1)
+    return comparison, folder, said.getvalue()
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(
+    made: tuple[Comparison, Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comparison, folder, _ = made
+
+    def full(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = {path.name: path.read_bytes() for path in folder.glob("*.png")}
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        draw(comparison, folder)
+    assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == before
+    assert not list(folder.glob(".*.partial"))
+
+
+def test_demo(made: tuple[Comparison, Path, str]) -> None:
+    comparison, folder, said = made
     for entry in demo_recipes():
         assert 30 < comparison.mean(entry) < 100, "ten classes: chance is 10 %"
         assert entry in said
     assert "One seed gives no spread" in said
-    assert json.loads((tmp_path / "summary.json").read_text())["ECA"]["cost"]["parameters"] == 9
+    assert json.loads((folder / "summary.json").read_text())["ECA"]["cost"]["parameters"] == 9
     for name in ("training_curves", "matrices", "kernel_sizes", "gates_per_class"):
-        with Image.open(tmp_path / f"{name}.png") as image:
+        with Image.open(folder / f"{name}.png") as image:
             assert image.width > 600
             assert len(image.convert("RGB").getcolors(2**24)) > 10

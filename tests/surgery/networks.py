@@ -5,6 +5,11 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from ecanet.nn import GATES, build_gate
+
+#: Gates that can start neutral. One without weights, as SE-Var1, has nothing that could be set to 0.
+GATES_WITH_WEIGHTS = [name for name in GATES if any(True for _ in build_gate(name, 64).parameters())]
+
 
 def build(name: str) -> nn.Module:
     """``torchvision/NAME`` or ``timm/NAME``, with norms, biases and scales as training leaves them, in eval mode."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from scripts.make_surgery_table import PAGE, class_tables, row
-from tests.surgery.architectures import ARCHITECTURES
+from tests.surgery.architectures import ARCHITECTURES, OK
 
 SOME = (
     "torchvision/resnet18",
@@ -30,6 +30,13 @@ def test_every_architecture_has_its_row_and_there_are_enough() -> None:
     listed = re.findall(r"^\| (\w+/\w+) \| (\w+) \|", table, re.MULTILINE)
     assert listed == [(a.name, a.where) for a in ARCHITECTURES]
     assert len(listed) >= 40
+
+
+def test_the_numbers_of_architectures_in_the_pages_are_those_of_the_table() -> None:
+    gated = [a for a in ARCHITECTURES if a.expected == OK]
+    assert f"In the {len(gated)} architectures below that take gates" in " ".join(PAGE.read_text().split())
+    readme = " ".join((PAGE.parents[1] / "README.md").read_text().split())
+    assert f"[What happens in {len(ARCHITECTURES)} architectures, and what is refused](docs/surgery.md)" in readme
 
 
 def test_the_classes_are_those_of_the_code() -> None:

@@ -5,13 +5,12 @@ import copy
 import pytest
 import torch
 import torchvision
-from networks import assert_same_state, build, images, randomise_, relative_difference
+from networks import GATES_WITH_WEIGHTS, assert_same_state, build, images, randomise_, relative_difference
 from torch import Tensor, nn
 
 import ecanet
 from ecanet import ECA, fold_factors_, insert_gates_, remove_gates_, replace_gates_
 from ecanet.inspect import gates
-from ecanet.nn import GATES
 
 
 def resnet18() -> nn.Module:
@@ -104,7 +103,7 @@ def test_folded_gates_are_replaced_by_gates_of_their_value() -> None:
     assert {gate.factor for gate in gates(model).values()} == {1.0}
 
 
-@pytest.mark.parametrize("gate", sorted(set(GATES) - {"se_var1"}))
+@pytest.mark.parametrize("gate", GATES_WITH_WEIGHTS)
 def test_other_factors(gate) -> None:
     model, x = resnet18().double(), images(dtype=torch.float64)
     insert_gates_(model, gate)

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from networks import assert_same_state, build, images, randomise_, relative_difference
+from networks import GATES_WITH_WEIGHTS, assert_same_state, build, images, randomise_, relative_difference
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torchvision.ops import FrozenBatchNorm2d
@@ -16,7 +16,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import ecanet
 from ecanet import ECA, insert_gates_, remove_gates_
 from ecanet.inspect import gates, multiply_adds, parameters
-from ecanet.nn import GATES, SE
+from ecanet.nn import SE
 
 
 def resnet18() -> nn.Module:
@@ -122,7 +122,7 @@ class TestWhere:
 
 
 class TestFunction:
-    @pytest.mark.parametrize("name", sorted(set(GATES) - {"se_var1"}))
+    @pytest.mark.parametrize("name", GATES_WITH_WEIGHTS)
     def test_every_gate_with_weights_preserves_it(self, name) -> None:
         model, x = resnet18(), images()
         before = model(x)

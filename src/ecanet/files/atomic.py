@@ -1,6 +1,7 @@
 """Files are written whole or not at all: after a kill or on a full disk, the old file is still there."""
 
 import contextlib
+import errno
 import os
 import re
 import stat
@@ -14,16 +15,19 @@ def write_whole(path: str | os.PathLike[str], content: bytes | memoryview | str)
     """Write a temporary file beside ``path``, flush it to disk, and rename it to ``path``.
 
     A concurrent reader sees the old file or the new one, always whole. A kill leaves a file named
-    ``.NAME.PROCESS.partial``, which :func:`remove_partial_files` removes.
+    ``.NAME.PROCESS.partial``, which :func:`remove_partial_files` removes. A link is replaced, not followed.
 
     Args:
         path: The file; its folder is created if needed.
         content: Bytes, or text to be written as UTF-8.
 
     Raises:
-        OSError: it could not be written; the temporary file is removed.
+        OSError: it could not be written; the temporary file is removed. Or it is a device or a pipe, whose place a
+            renamed file would take.
     """
     target = Path(path)
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise OSError(errno.EEXIST, "it is a device or a pipe, not a regular file", str(target))
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

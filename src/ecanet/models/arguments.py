@@ -53,7 +53,7 @@ def _kernel_size(value: Any, what: str) -> None:
 
 _bool = _one_of(True, False)
 
-#: The check of each argument, for every network that has it. None accepts a file, class or function.
+#: The check of each argument, for every network that has it. No check accepts a file, class or function.
 CHECKS: dict[str, _Check] = {
     "depth": _one_of(18, 34, 50, 101, 152),
     "gate": _one_of(*GATES, "none", None),

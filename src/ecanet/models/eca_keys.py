@@ -8,7 +8,7 @@ from ecanet.files.state_dicts import StateDict
 def eca_kernel_sizes(state: StateDict) -> dict[str, int]:
     """Kernel size of every ECA weight, by the name of its block."""
     # No other tensor of these networks has the shape (1, 1, k).
-    # Removed from the key: the gate's name, which is "eca" in the ResNets and its index in "conv" in MobileNetV2.
+    # The gate's name is removed from the key: "eca" in the ResNets, its index in "conv" in MobileNetV2.
     return {
         re.sub(r"\.[^.]+\.conv\.weight$", "", key): value.shape[-1]
         for key, value in state.items()

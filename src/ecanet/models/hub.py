@@ -68,7 +68,8 @@ class HubModel(
         """Initialise the gates as ``config`` says.
 
         Raises:
-            ValueError: a gate cannot be neutral, its factor cannot be folded, or ``factor`` is not a neutral gate's.
+            ValueError: a gate cannot be neutral, its factor cannot be folded, or ``factor`` is not the one that
+                neutral gates need.
         """
         given = self.config["factor"]
         if self.config["neutral"]:
@@ -83,7 +84,7 @@ class HubModel(
     def _record_factor(self, **changes: Any) -> None:
         """Record the gates' common factor in ``config`` (None if they differ), together with other changes.
 
-        Whether factors were folded or unfolded after construction follows from it: neutral gates have a known factor.
+        Because neutral gates have a known factor, this also shows whether factors were folded later.
         """
         factors = {gate.factor for _, gate in self.gated_norms() if isinstance(gate, Gate)}
         config = {**self.config, **changes, "factor": factors.pop() if len(factors) == 1 else None}

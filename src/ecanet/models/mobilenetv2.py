@@ -25,7 +25,7 @@ class GatedInvertedResidual(InvertedResidual):
     has_gate = False
 
     def append_gate(self, gate: nn.Module) -> None:
-        """Put the gate behind the last norm."""
+        """Put the gate after the last norm."""
         self.conv.append(gate)
         self.has_gate = True
 

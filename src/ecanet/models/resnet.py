@@ -100,8 +100,8 @@ class ECAResNet(_GatedStages, ResNet):
         kernel_size: For gates that have one: ``"adaptive"`` (Eq. 12), ``"released"`` (as in the released weights), an
             odd integer, or one for each of the 4 stages. Ignored without a gate.
         num_classes: Outputs of the classifier.
-        neutral: Start as the plain network, with gates that are 1 (of factor 2, if they end in a sigmoid). Plain state
-            dicts then load strictly, and the network computes what the plain one does.
+        neutral: Start as the plain network, with gates that are 1 (with factor 2 for gates that end in a sigmoid).
+            Plain state dicts then load strictly, and the network computes what the plain one does.
         factor: Multiplies every gate value; by default 1, or with ``neutral`` the factor that it needs.
         fold: Fold the gates' factors into the norms before them: :func:`ecanet.fold_factors_`.
         kwargs: torchvision's: ``zero_init_residual``, ``groups``, ``width_per_group``,

@@ -325,7 +325,7 @@ def _pretrained_cfg(first_conv: str, classifier: str) -> dict[str, Any] | Pretra
     }
 
 
-#: timm's registry reads this name. No entry has an address of weights, because none are hosted.
+#: timm's registry reads this name. No entry has a URL, because no weights are hosted.
 default_cfgs = generate_default_cfgs(
     {f"eca_resnet{depth}.ecanet": _pretrained_cfg("conv1", "fc") for depth in (18, 34, 50, 101, 152)}
     | {"eca_mobilenet_v2.ecanet": _pretrained_cfg("features.0.0", "classifier.1")}

@@ -15,20 +15,21 @@ from ecanet.ops import reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-LANES = 32  # threads of an NVIDIA warp; they divide the reads of a one-warp program among them
+LANES = 32  # threads of an NVIDIA warp, which share the reads of a one-warp program
 AT_ONCE = 16  # bytes that a thread reads or writes at once
 LONGEST_INT32 = 2**31 - 2**22  # offsets may exceed the last element by up to a tile
 
 
 class Size(NamedTuple):
-    """The size of programs: elements of each map that one holds at a time, its warps, and how many run at a time."""
+    """Size of a program: elements of each map that it holds at a time, its warps, and how many programs run at once."""
 
     elements: int
     warps: int
     programs: int = 2048
 
 
-# By kind of walk, and whether the map is channels last. Measured: python -m benchmarks.gpu --stages kernels,tuning.
+# Keys: the kind of walk, and whether the map is channels last.
+# Measured by python -m benchmarks.gpu --stages kernels,tuning.
 SIZES = {
     ("elements", True): Size(4096, 4),
     ("elements", False): Size(2048, 4),
@@ -125,7 +126,7 @@ def walk_of(
             rows = min(power_of_2(channels), 128, size.elements)
             at_a_time = min(power_of_2(positions), size.elements // rows)
             return Walk(row_blocks(rows) * cdiv(positions, at_a_time), constants(rows, at_a_time))
-        run = min(at_once, power_of_2(positions + 1) // 2)  # not longer than a row
+        run = min(at_once, power_of_2(positions + 1) // 2)  # a run is no longer than a row
         runs = min(power_of_2(cdiv(numel, run)), size.elements // run)
         return Walk(cdiv(numel, runs * run), constants(runs, run))
     if channels_last:  # as many channels as the threads of a warp read at once: each thread sums its own channels
@@ -148,7 +149,7 @@ def walk_of(
 class Map(NamedTuple):
     """A feature map as the kernels see it."""
 
-    x: Tensor  # dense
+    x: Tensor  # contiguous or channels last
     samples: int
     channels: int
     positions: int

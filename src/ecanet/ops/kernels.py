@@ -1,4 +1,4 @@
-"""The kernels as eager code calls them, one object for each make: ``KERNELS["cpu"].apply(...)``.
+"""The kernels as eager code calls them, one object per implementation: ``KERNELS["cpu"].apply(...)``.
 
 Names and arguments are those of :mod:`ecanet.ops.reference` and :mod:`ecanet.ops.coefficients`. They are called below
 autograd: what they compute is differentiated by the caller or not at all. A compiler's graph gets ``torch.ops.ecanet``
@@ -18,8 +18,8 @@ from ecanet.private_torch import BelowAutograd, direct_call
 class CppKernels:
     """The C++ kernels, for the CPU.
 
-    Without autograd's dispatch, which saves the ten microseconds a call that a derivative registered in Python costs:
-    small maps would notice.
+    Calls skip autograd's dispatch. A derivative registered in Python would cost ten microseconds per call, which
+    matters for small maps.
     """
 
     @staticmethod
@@ -62,5 +62,5 @@ class TritonKernels:
 
 Kernels = CppKernels | TritonKernels
 
-#: By the names that :func:`ecanet.ops.backend.choose` returns.
+#: Keys are the names that :func:`ecanet.ops.backend.choose` returns.
 KERNELS: dict[str, Kernels] = {"cpu": CppKernels(), "triton": TritonKernels()}

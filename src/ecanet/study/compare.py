@@ -146,8 +146,8 @@ def compare(
         entries: Recipes by name, the baseline first, each for one device; their own seeds are not used.
         seeds: Seeds, at least one.
         out: Folder for the results.
-        workers: Runs at a time, each in its own process with one thread. By default one for each core, or one in all on
-            a machine with a GPU.
+        workers: Runs at a time, each in its own process with one thread. By default one for each core, or a single run
+            at a time on a machine with a GPU.
         progress: Show a bar with the time left.
 
     Returns:

@@ -1,5 +1,6 @@
 """The demonstration: one small ResNet with no gate, SE, ECA and ECA with a neutral start, on embedded pictures."""
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -113,7 +114,9 @@ def draw(comparison: Comparison, out: Path) -> list[Path]:
         "gates_per_class.png": plot_gates_per_class(values, images.classes),
     }
     for name, figure in figures.items():
-        figure.savefig(out / name)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png")
+        write_whole(out / name, picture.getvalue())
     return [out / name for name in figures]
 
 

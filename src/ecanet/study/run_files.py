@@ -8,7 +8,7 @@ from typing import Any
 
 from ecanet.files.atomic import write_whole
 
-#: Most bytes of a file; a file with thousands of epochs may have this many bytes for each.
+#: Limits on the size of a file, in bytes: for any file, and per epoch for one with thousands of them.
 _MAX_BYTES, _MAX_BYTES_PER_EPOCH = 1_000_000, 1_000
 
 _CHECKSUM = "sha256"
@@ -35,7 +35,7 @@ def read_run(file: Path, epochs: int) -> dict[str, Any]:
         epochs: Epochs of the run, which limit the size of its file.
 
     Raises:
-        ValueError: it is damaged, too large or another file; the message names it and says what to do.
+        ValueError: it is damaged, too large or not such a file; the message names it and says what to do.
     """
     try:
         return _checked(json.loads(_text(file, max(_MAX_BYTES, _MAX_BYTES_PER_EPOCH * epochs))))

@@ -9,9 +9,9 @@ from ecanet.networks.checks import check_model
 from ecanet.nn.attached import attached_gate
 from ecanet.nn.norms import qualified_name
 from ecanet.nn.undo import all_or_nothing
-from ecanet.surgery.attention import as_gate
 from ecanet.surgery.find.layers import out_channels, resolve
 from ecanet.surgery.report import Report, Row
+from ecanet.surgery.timm_attention import as_gate
 
 
 class FusedBlock(NamedTuple):
@@ -28,7 +28,7 @@ class FusedBlock(NamedTuple):
     attention: str | None = None
 
 
-#: By the class of the block.
+#: Known blocks, by class name.
 FUSED: dict[str, FusedBlock] = {
     "torchvision.models.resnet.BasicBlock": FusedBlock("ecanet.models.resnet.GatedBasicBlock", "bn2", "eca"),
     "torchvision.models.resnet.Bottleneck": FusedBlock("ecanet.models.resnet.GatedBottleneck", "bn3", "eca"),
@@ -59,7 +59,7 @@ FUSED: dict[str, FusedBlock] = {
 
 
 def fuse_tails_(model: nn.Module) -> Report:
-    """Let blocks run norm, gate, addition and activation in the passes that norm, addition and activation take.
+    """Let blocks run norm, gate, addition and activation in as few passes over the map as without the gate.
 
     It works on torchvision's and timm's blocks in :data:`ecanet.surgery.FUSED`: with gates that
     :func:`ecanet.insert_gates_` put in, with timm's own ECA and squeeze-and-excitation (``ecaresnet*``,

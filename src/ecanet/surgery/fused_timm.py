@@ -1,4 +1,4 @@
-"""timm's blocks on the fused tail: the modules, keys and values of the classes they derive from."""
+"""timm's blocks on the fused tail: subclasses with the same modules, keys and values."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def _run_end(
     residual: Tensor | None,
     act: Any = None,
 ) -> Tensor:
-    """Convolution, norm, gate, dropping of paths, addition and activation."""
+    """Convolution, norm, gate, stochastic depth, addition and activation."""
     drop = getattr(block, "drop_path", None)
     if residual is None or drop is None or _drops_nothing(drop):
         return conv_norm_gate_add_act(x, conv, norm, gate, residual, act)

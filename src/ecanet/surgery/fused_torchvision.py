@@ -1,4 +1,4 @@
-"""torchvision's blocks on the fused tail: the modules, keys and values of the classes they derive from."""
+"""torchvision's blocks on the fused tail: subclasses with the same modules, keys and values."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ class FusedResBottleneckBlock(ResBottleneckBlock):
 
 
 def _fused_output(block: Any, x: Tensor) -> Tensor | None:
-    """The output of an inverted residual by the fused tail, or None if the block has to compute it itself."""
+    """An inverted residual's output, computed by the fused tail; None if the block must run its own code."""
     *layers, last = block.block
     end = _conv_and_norm_at_end(block.block, last)
     if end is None or not _drops_nothing(getattr(block, "stochastic_depth", None)):

@@ -30,7 +30,7 @@ class _Plan(NamedTuple):
     channels: int
     spatial: torch.Size | None
     norm: tuple[Tensor, ...]  # the norm's tensors that take the gate's factor; empty if the gate keeps it
-    runs: bool  # whether it ran in the dry run; True if that cannot be told
+    runs: bool  # whether it ran in the dry run; True if unknown
 
 
 def insert_gates_(
@@ -62,17 +62,17 @@ def insert_gates_(
             those modules. Or a function of module and name.
         kernel_size: For gates that have one; ``"adaptive"`` is Eq. (12).
         preserve: Start with gates that are 1: the network computes the same function right after, and its parameters
-            get the gradients they got. Such a gate has the factor 2, which undoes the sigmoid of 0, and a buffer
-            ``scale`` in state dicts that says so. False for training from scratch.
+            get the gradients they got. Such a gate has the factor 2, which undoes the sigmoid of 0; the buffer
+            ``scale`` in state dicts records it. False for training from scratch.
         fold: Fold those factors into the norms before the gates, so that the keys are those of the authors' files:
             :func:`ecanet.fold_factors_`.
         filter_fn: Function of module and name that says whether a place that ``where`` finds gets a gate: it is called
             with the residual block for ``"block"`` and ``"stage"``, otherwise with the module that the gate follows.
-        optimizer: Gets the gates' parameters, in the groups of the modules that they follow.
+        optimizer: The gates' parameters are added to it, in the groups of the modules that they follow.
         input_shape: Shape of an input that the network takes. The network then runs once without data and without your
             hooks, so that channels are known for certain and the report counts multiply-adds. ``"auto"`` fits the
             network's first convolution: 1024 samples, 224 x 224 pixels or 16 frames of 112 x 112. With None, or if the
-            network does not take it, the layers tell the channels; if they cannot, it is an error.
+            network rejects the shape, channels are read from the layers; if that fails, an error is raised.
 
     Returns:
         Which gate was put where, and what it costs; prints as a table.
@@ -81,7 +81,7 @@ def insert_gates_(
         TypeError: ``model`` is no module, or is compiled, scripted or wrapped for parallel training; other arguments
             of a wrong type.
         ValueError: ``where`` finds nothing (the message says what can be named), another gate is there, the gate
-            cannot have that many channels or cannot be neutral, nothing tells the number of channels, ``input_shape``
+            cannot have that many channels or cannot be neutral, the number of channels is unknown, ``input_shape``
             has no batch dimension, with ``fold`` no norm can take a factor, or the optimizer has none of the model's
             parameters. The network is then as it was.
 
@@ -157,7 +157,7 @@ def _notes_on_what_did_not_run(sites: list[Site], run: DryRun | None) -> list[st
 
 
 def _tell_libraries(model: nn.Module) -> None:
-    """Tell libraries of gates that rebuild networks to train them, or initialise what a file lacks."""
+    """Make libraries that rebuild networks, for training or to fill in what a file lacks, keep the gates."""
     if any(cls.__module__.startswith("ultralytics.") for cls in type(model).__mro__):
         ultralytics.keep_gates()
     transformers.keep_gates()  # if it is imported: the model may be part of one of its networks
@@ -218,10 +218,10 @@ def _plan(
 
 
 def _channels_and_spatial(site: Site, run: DryRun | None) -> tuple[int | None, torch.Size | None]:
-    """Channels and spatial size of what a site returns, from the dry run or the layers; None for what neither tells.
+    """Channels and spatial size of a site's output, from the dry run or the layers; None where neither knows.
 
     Raises:
-        ValueError: it returns no map with its channels in dimension 1, or the run failed and the layers tell nothing.
+        ValueError: it returns no map with its channels in dimension 1, or the run failed and the layers do not show it.
     """
     if run is None:
         return site.channels if site.certain else certain_channels(site.host), None
@@ -260,7 +260,7 @@ def _shape_of_map(site: Site, run: DryRun) -> torch.Size:
 
 
 def _check_attachable(model: nn.Module, site: Site) -> None:
-    """Raise ValueError if a site has no room for a gate, or would lose it when layers are merged."""
+    """Raise ValueError if a gate cannot be attached to a site, or would be lost when layers are merged."""
     if hasattr(site.host, GATE):
         raise ValueError(
             f"a gate cannot be attached to {site.name}: {type(site.host).__name__} has its own {GATE!r}; "

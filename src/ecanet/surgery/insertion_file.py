@@ -165,7 +165,7 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
-#: Most characters of the name of a network or a place, and most places.
+#: Limits: characters in a network's or place's name, and number of places.
 _MAX_NAME, _MAX_PLACES = 300, 1000
 
 
@@ -200,7 +200,7 @@ def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _misfit(insertion: Insertion, state: Mapping[str, Tensor]) -> str:
-    """How the weights do not fit the network without gates, found without memory for it; empty if they fit."""
+    """Describe how the weights differ from the network without gates, without allocating it; empty if they fit."""
     try:
         with torch.device("meta"):
             own = create_network(insertion.model, insertion.num_classes).state_dict()

@@ -35,7 +35,7 @@ def create_network(name: str, num_classes: int | None = None) -> nn.Module:
 
 
 def default_input_shape(name: str, model: nn.Module) -> tuple[int, ...]:
-    """Shape of one picture as a network takes it: timm says so for its own, 224 x 224 pixels for torchvision's."""
+    """Shape of one picture: as timm gives it for its networks, 224 x 224 pixels for torchvision's."""
     size = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224)) if name.startswith("timm/") else None
     return (1, *(size or (3, 224, 224)))
 

@@ -56,7 +56,7 @@ def check_optimizer(optimizer: object, model: nn.Module) -> None:
         return
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
-    if type(optimizer).__name__ in ("LBFGS", "Muon"):  # one counts its parameters, the other takes only matrices
+    if type(optimizer).__name__ in ("LBFGS", "Muon"):  # LBFGS fixes its number of parameters; Muon takes only matrices
         raise TypeError(f"optimizer: {type(optimizer).__name__} cannot take new parameters: build it after surgery")
     own = {id(parameter) for parameter in model.parameters()}
     if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):

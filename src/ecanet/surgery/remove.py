@@ -30,13 +30,13 @@ def remove_gates_(
     Args:
         model: The network.
         force: Take out trained gates, too.
-        fold: Multiply the norm before a gate by the gate's value if that is a constant other than 1, as neutral gates
-            have after :func:`ecanet.fold_factors_`; for a trained gate, by the value that it had at its start.
+        fold: If a gate is a constant other than 1 (a neutral gate after :func:`ecanet.fold_factors_`), multiply the
+            norm before it by that constant; for a trained gate, by its initial value.
         filter_fn: Function of a gate and its name that says whether to take it out.
-        optimizer: Loses the gates' parameters.
+        optimizer: The gates' parameters are removed from it.
 
     Returns:
-        What was removed; ``replaced`` holds the gates by name. Without gates, nothing.
+        What was removed; ``replaced`` holds the gates by name. Empty if there are no gates.
 
     Raises:
         TypeError: ``model`` is no module, or is compiled, scripted or wrapped for parallel training.

@@ -74,7 +74,7 @@ def replace_gates_(
     timm (:data:`ecanet.surgery.ATTENTION`). The new gate takes the place and name of the old one, and the hooks on its
     calls. State dicts with the old one's keys still load: its values in them are ignored. A neutral gate becomes a
     neutral one of the same value, so the function stays the same. For a trained gate only the factor stays: the network
-    needs fine-tuning. Attention that is such a gate already stays.
+    needs fine-tuning. Attention that already is such a gate is left alone.
 
     Args:
         model: The network.
@@ -82,7 +82,7 @@ def replace_gates_(
             names of attention modules to new modules, such as ``replaced`` of an earlier report, which undoes that.
         kernel_size: For gates that have one; ``"adaptive"`` is Eq. (12).
         filter_fn: Function of an attention module and its name that says whether to swap it.
-        optimizer: Loses the old gates' parameters and gets the new ones'.
+        optimizer: The old gates' parameters are removed from it, and the new ones' added.
         input_shape: As in :func:`ecanet.insert_gates_`.
 
     Returns:

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-#: Attribute of a module that took another one's place: the keys of that one.
+#: Attribute of a replacement: the keys of the module that it replaced.
 REPLACED_KEYS = "replaced_keys"
 
 

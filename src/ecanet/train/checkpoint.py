@@ -19,7 +19,7 @@ from ecanet.train.run_folder import RunFolder, remedy
 from ecanet.untrusted import check_number, listed, shown
 
 #: The key under which a checkpoint says what it is.
-ABOUT = "ecanet"
+ABOUT_KEY = "ecanet"
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -54,7 +54,7 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = None) -> d
         ValueError: it is damaged, or not a checkpoint of this library; the message names it.
     """
     checkpoint = safe_load(path, map_location or "cpu")
-    if not isinstance(checkpoint, dict) or ABOUT not in checkpoint:
+    if not isinstance(checkpoint, dict) or ABOUT_KEY not in checkpoint:
         raise ValueError(
             f"{path} is a checkpoint, but not one that `ecanet fit` wrote: "
             "for the authors' weights use ecanet.models.load_official"
@@ -63,7 +63,7 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = None) -> d
 
 
 class SaveCheckpoints(Checkpoint):
-    """Writes ``last.ckpt`` after every epoch, ``best.ckpt`` when validation top-1 rose.
+    """Writes ``last.ckpt`` after every epoch, and ``best.ckpt`` whenever validation top-1 has risen.
 
     Lightning's ModelCheckpoint writes its last checkpoint only when it also writes a best one.
 
@@ -164,8 +164,8 @@ def load_trained(path: str | os.PathLike[str]) -> TrainedNetwork:
     path = Path(path)
     path = path / "best.ckpt" if path.is_dir() else path
     checkpoint = read_checkpoint(path)
-    about = check_about(checkpoint[ABOUT], path)
-    config, classes = as_it_started(ModelConfig(**about["recipe"]["model"])), len(about["classes"])
+    about = check_about(checkpoint[ABOUT_KEY], path)
+    config, classes = without_weights_file(ModelConfig(**about["recipe"]["model"])), len(about["classes"])
     held = checkpoint.get("state_dict")
     mine = {k: v for k, v in held.items() if str(k).startswith("network.")} if isinstance(held, dict) else held
     state = state_dict_in(mine, str(path))
@@ -184,7 +184,7 @@ def load_trained(path: str | os.PathLike[str]) -> TrainedNetwork:
     )
 
 
-#: Most classes, characters of a class name and epochs in a checkpoint.
+#: Limits on classes, characters of a class name and epochs.
 _MAX_CLASSES, _MAX_NAME, _MAX_EPOCHS = 100_000, 200, 1_000_000
 
 
@@ -192,12 +192,12 @@ def check_about(about: object, path: str | os.PathLike[str]) -> dict[str, Any]:
     """What a checkpoint says about its network, each part checked; settings for the machine are left out.
 
     Args:
-        about: The checkpoint's entry :data:`ABOUT`.
+        about: The checkpoint's entry :data:`ABOUT_KEY`.
         path: The file, for errors.
 
     Returns:
-        ``classes``, ``mean``, ``std``, ``history`` and ``recipe``. Of the recipe, it keeps ``model`` and of ``data``
-        the keys ``image_size``, ``resize`` and ``source``: no paths, downloads, processes or devices.
+        ``classes``, ``mean``, ``std``, ``history`` and ``recipe``. From the recipe it keeps ``model``, and these keys
+        of ``data``: ``image_size``, ``resize`` and ``source``; no paths, downloads, processes or devices.
 
     Raises:
         ValueError: a part is missing or wrong; the message names the file and the part.
@@ -238,8 +238,8 @@ def check_about(about: object, path: str | os.PathLike[str]) -> dict[str, Any]:
     return {**kept, "recipe": {"model": model, "data": input_settings}}
 
 
-def as_it_started(config: ModelConfig) -> ModelConfig:
-    """The same network without its initial weights file; as with that file, its gates start neutral."""
+def without_weights_file(config: ModelConfig) -> ModelConfig:
+    """The same network without its initial weights file. Its gates start neutral, as they do with that file."""
     return replace(config, weights=None, neutral=config.neutral or config.weights is not None)
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from ecanet.models.arguments import OPTIONS, check_arguments
+from ecanet.nn import GATES
 from ecanet.untrusted import check_number, shown
 
 #: Types that an option of a network may have.
 Scalar: TypeAlias = bool | int | float | str | None
-#: Lightning's strategies that resume to the same bits and whose processes end together.
+#: Strategies with which a resumed run gives the same bits and all processes end together.
 _STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
 
@@ -20,8 +21,8 @@ class ModelConfig:
     """The network.
 
     Args:
-        name: A network of ecanet.models: eca_resnet18, -34, -50, -101, -152, eca_mobilenet_v2, small_eca_resnet.
-        gate: eca, eca_ns, se, se_var1, se_var2, se_var3, se_gc1, se_gc2, se_gc3, or null for none.
+        name: A network of ecanet.models: NETWORKS.
+        gate: GATES, or null for none.
         kernel_size: adaptive, released, an odd integer, or a list with one for each stage.
         neutral: Start as the network without gates, with gates that are 1.
         weights: A plain network's weights to start from: a file, or the name of torchvision's.
@@ -41,6 +42,11 @@ class ModelConfig:
         own = {"gate": self.gate, "kernel_size": self.kernel_size, "neutral": self.neutral}
         check_arguments(own, "model", tuple(own))
         check_arguments(self.options, "model.options", OPTIONS[self.name])
+
+
+# `ecanet fit --help` reads the docstring.
+for _what, _known in (("NETWORKS", OPTIONS), ("GATES", GATES)):
+    ModelConfig.__doc__ = (ModelConfig.__doc__ or "").replace(_what, ", ".join(_known))
 
 
 @dataclass
@@ -170,7 +176,8 @@ class TrainerConfig:
             processes a run with the last one is not resumed to the same bits.
         precision: 32-true, bf16-mixed, 16-mixed, 64-true, ...
         channels_last: Memory format of images and convolutions.
-        checkpoint_steps: Within an epoch, also write last.ckpt after every this many steps; null: at its end only.
+        checkpoint_steps: Within an epoch, also write last.ckpt after every this many steps; null: only at the end of
+            the epoch.
         log_steps: Log the training loss after every this many steps.
     """
 

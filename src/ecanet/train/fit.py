@@ -26,13 +26,13 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ecanet.files.atomic import remove_partial_files
 from ecanet.train.checkpoint import (
-    ABOUT,
+    ABOUT_KEY,
     SafeCheckpointIO,
     SaveCheckpoints,
     TrainedNetwork,
-    as_it_started,
     build_network,
     load_trained,
+    without_weights_file,
 )
 from ecanet.train.classifier import Classifier
 from ecanet.train.config import DataConfig, Recipe, to_plain
@@ -40,7 +40,7 @@ from ecanet.train.data.loading import ImageData, Plain, test_transform
 from ecanet.train.data.pictures import image_files, read_image
 from ecanet.train.processes import EndTogether
 from ecanet.train.resume import Resumed, last_state, made_by, what_decides
-from ecanet.train.run_folder import WRITTEN, RunFolder, how_to_go_on
+from ecanet.train.run_folder import FILES_OF_A_RUN, RunFolder, how_to_go_on
 from ecanet.untrusted import check_file, listed, shown
 
 
@@ -122,11 +122,11 @@ def _fit(
     network_config = recipe.model
     if resumed is not None:  # the weights file it started from may be gone; the recipe still names it
         recipe = replace(recipe, model=replace(recipe.model, weights=resumed.recipe["model"].get("weights")))
-        network_config = as_it_started(recipe.model)
+        network_config = without_weights_file(recipe.model)
     history = _History(recipe, resumed, on_epoch)
     callbacks: list[Callback] = [history]
     if recipe.optim.ema is not None:
-        # It averages buffers, too: BatchNorm's statistics are such averages themselves.
+        # The average covers buffers too; BatchNorm's statistics are averages anyway.
         callbacks.append(EMAWeightAveraging(decay=recipe.optim.ema))
     if progress:
         callbacks.append(_ProgressBar())
@@ -159,8 +159,8 @@ def _fit(
                 recipe.trainer.channels_last,
             )
             if folder and trainer.is_global_zero:
-                remove_partial_files(folder.path, WRITTEN)
-                folder.write_text("recipe.json", json.dumps(to_plain(recipe), indent=2) + "\n")
+                remove_partial_files(folder.path, FILES_OF_A_RUN)
+                folder.write_file("recipe.json", json.dumps(to_plain(recipe), indent=2) + "\n")
             trainer.fit(classifier, datamodule=data, ckpt_path=None if resumed is None else resumed.path)
     except (KeyboardInterrupt, SystemExit) as interrupted:
         if folder and trainer.is_global_zero:
@@ -200,8 +200,8 @@ def _build_trainer(
         log_every_n_steps=config.log_steps,
     )
     if trainer.world_size > 2 and strategy is None and config.strategy in ("auto", "ddp"):
-        # Otherwise DDP reorders its buckets after the first step. A gradient's place in them decides the order in which
-        # three or more are summed: a resumed run, which starts at another step, would get other bits.
+        # Otherwise DDP reorders its buckets after the first step. The order in which three or more gradients are summed
+        # would differ in a resumed run, and so would the bits.
         return _build_trainer(recipe, callbacks, loggers, progress, "ddp_find_unused_parameters_true")
     return trainer
 
@@ -314,7 +314,7 @@ class _History(Callback):
             self.on_epoch(record)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[ABOUT] = {
+        checkpoint[ABOUT_KEY] = {
             "recipe": to_plain(self.recipe),
             "classes": list(self.data.classes),
             "mean": list(self.data.mean),
@@ -324,7 +324,7 @@ class _History(Callback):
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.records = checkpoint[ABOUT]["history"]
+        self.records = checkpoint[ABOUT_KEY]["history"]
 
 
 def _check_same(trainer: L.Trainer, own: dict[str, Any], what: str) -> None:
@@ -379,7 +379,8 @@ def validate(run: str | Path, data: DataConfig | None = None, accelerator: str =
         theirs, own = listed(images.classes, 10), listed(trained.classes, 10)
         raise ValueError(f"the data's classes ({theirs}) are not the network's ({own})")
     classifier = Classifier(trained.network, len(trained.classes), trained.mean, trained.std)
-    with _quiet_lightning(), contextlib.redirect_stdout(sys.stderr):  # the bar: stdout is for results
+    # The progress bar goes to stderr, results to stdout.
+    with _quiet_lightning(), contextlib.redirect_stdout(sys.stderr):
         trainer = _evaluation_trainer(accelerator)
         (metrics,) = trainer.validate(classifier, datamodule=images, verbose=False)
     return dict(metrics)
@@ -423,7 +424,8 @@ def predict(
     pictures = Plain(_ImageFiles(files), test_transform(data_of(trained, source="image_folder", root=Path())))
     classifier = Classifier(trained.network, len(trained.classes), trained.mean, trained.std)
     loader = DataLoader(pictures, batch_size, collate_fn=_images_only)
-    with _quiet_lightning(), contextlib.redirect_stdout(sys.stderr):  # the bar: stdout is for results
+    # The progress bar goes to stderr, results to stdout.
+    with _quiet_lightning(), contextlib.redirect_stdout(sys.stderr):
         batches = _evaluation_trainer(accelerator).predict(classifier, loader)
     assert batches is not None
     probabilities = torch.cat([batch for batch in batches if isinstance(batch, Tensor)])
@@ -434,7 +436,7 @@ def predict(
     ]
 
 
-#: Largest ``recipe.json``, in bytes; those of this library have 2 kB.
+#: Limit on the size of ``recipe.json``, in bytes; those of this library have 2 kB.
 _MAX_RECIPE_BYTES = 2**16
 
 

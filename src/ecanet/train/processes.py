@@ -1,4 +1,4 @@
-"""Ends all processes of a run together: if one is lost, the others would wait for it in a collective for ever.
+"""Ends all processes of a run together: if one is lost, the others would wait for it in a collective forever.
 
 Lightning starts the processes. They communicate by collectives of gloo (CPU) or NCCL (GPU). While the main thread waits
 in a collective, it handles no signals and, with NCCL, does not notice that a process died. A second thread does.
@@ -23,7 +23,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.utilities import distributed as connections
 from lightning.pytorch.callbacks import Callback
 
-#: Environment variable with the id of the process that started this one: it may have ended before this one can ask.
+#: Environment variable with the parent's id, since the parent may have ended before this process can ask.
 _PARENT = "ECANET_PARENT_PROCESS"
 #: Seconds between two checks; seconds that the main thread has to end by itself after a signal or a lost process.
 _PAUSE, _PATIENCE = 0.1, 3.0
@@ -33,7 +33,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 #: Parts of gloo's and NCCL's messages if the other end of a connection is gone.
 _GONE = ("closed by peer", "reset by peer", "Broken pipe", "NCCL communicator was aborted", "remote process exited")
 
-#: The children and the parent of this process, kept for its next run: for that one Lightning starts no new processes.
+#: The children and the parent of this process, kept for the next run, for which Lightning starts no new ones.
 _children: list[Popen[bytes]] = []
 _parent: int | None = None
 
@@ -45,7 +45,7 @@ class EndTogether(Callback):
     """While the context lasts, all processes of a run end within seconds after one ends.
 
     If this process gets SIGTERM or SIGINT, it passes the signal on to its children. If a child or the parent ends too
-    early, this process ends: by an exception in its main thread or, if that waits in a collective, without one.
+    early, this process ends: by an exception in its main thread, or immediately if that thread waits in a collective.
 
     Args:
         trainer: The run's trainer; with a single process nothing is done.

@@ -12,16 +12,16 @@ import yaml
 from ecanet.train.config import Recipe
 from ecanet.untrusted import check_file, check_plain, listed, shown
 
-#: Largest file, in bytes; the recipes of this repository have 1 kB.
+#: Limit on a file's size, in bytes; the recipes of this repository have 1 kB.
 _MAX_BYTES = 2**16
-#: Deepest nesting; a recipe has 4 levels: blocks, their keys, ``options``, a list.
+#: Limit on nesting; a recipe has 4 levels: blocks, their keys, ``options``, a list.
 _MAX_DEPTH = 8
 #: Names of the fields of each block.
 _BLOCKS = {name: [f.name for f in fields(block)] for name, block in get_type_hints(Recipe).items()}
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the scalars of YAML 1.2: 1e-4 is a number, 1:30 and 2001-01-01 are texts."""
+    """PyYAML's safe loader with the scalars of YAML 1.2: 1e-4 is a number, 1:30 and 2001-01-01 are strings."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
@@ -168,7 +168,7 @@ def _no_class_path(where: str) -> str:
 
 
 def with_own_recipe(args: list[str], out: str | Path) -> list[str]:
-    """A command line with the recipe of the run to resume, if it says ``--resume`` and names no recipe.
+    """Put the recipe of the run to resume into a command line that says ``--resume`` and names no recipe.
 
     Args:
         args: The command line, as :func:`with_recipes_read` returns it; options after a recipe override it.

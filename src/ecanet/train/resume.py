@@ -14,15 +14,15 @@ from torch import Tensor
 
 import ecanet
 from ecanet.ops.backend import choose
-from ecanet.train.checkpoint import ABOUT, SaveCheckpoints, check_about, read_checkpoint
+from ecanet.train.checkpoint import ABOUT_KEY, SaveCheckpoints, check_about, read_checkpoint
 from ecanet.train.config import Recipe, to_plain
 from ecanet.train.data.loading import ImageData
 from ecanet.untrusted import check_number, shown
 
 #: Keys that may change when a run is resumed, since they do not change what is computed. The total number of processes
 #: is checked separately.
-_FREE_TO_CHANGE = {"data.root", "data.download", "data.verify", "data.workers", "trainer.log_steps"}
-_FREE_TO_CHANGE |= {"trainer.checkpoint_steps", "model.weights", "trainer.devices", "trainer.nodes"}
+_WITHOUT_EFFECT = {"data.root", "data.download", "data.verify", "data.workers", "trainer.log_steps"}
+_WITHOUT_EFFECT |= {"trainer.checkpoint_steps", "model.weights", "trainer.devices", "trainer.nodes"}
 #: The numbers besides the recipe that the result depends on.
 _COUNTS = ("processes", "batch_size", "images")
 
@@ -74,7 +74,7 @@ def last_state(recipe: Recipe, last: Path, resume: bool) -> Resumed | None:
         )
     checkpoint = read_checkpoint(last)
     check_resumable(checkpoint, last)
-    about = checkpoint[ABOUT]
+    about = checkpoint[ABOUT_KEY]
     before, now = what_decides(about["recipe"]), what_decides(to_plain(recipe))
     epochs = before.pop("optim.epochs")
     del now["optim.epochs"]
@@ -176,7 +176,7 @@ def _count(number: int, what: str) -> str:
 def what_decides(recipe: dict[str, Any]) -> dict[str, Any]:
     """The values of a recipe that the result depends on, by ``block.key``; the recipe is given as plain values."""
     flat = {f"{block}.{key}": value for block, values in recipe.items() for key, value in values.items()}
-    return {key: value for key, value in flat.items() if key not in _FREE_TO_CHANGE}
+    return {key: value for key, value in flat.items() if key not in _WITHOUT_EFFECT}
 
 
 def check_resumable(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -185,7 +185,7 @@ def check_resumable(checkpoint: dict[str, Any], path: str | os.PathLike[str]) ->
     Raises:
         ValueError: a part is missing or wrong; the message names the file.
     """
-    check_about(checkpoint[ABOUT], path)
+    check_about(checkpoint[ABOUT_KEY], path)
     try:
         problem = _problem_with_checkpoint(checkpoint)
     except (TypeError, ValueError) as error:
@@ -195,11 +195,11 @@ def check_resumable(checkpoint: dict[str, Any], path: str | os.PathLike[str]) ->
 
 
 def _problem_with_checkpoint(checkpoint: dict[str, Any]) -> str | None:
-    recipe, weights = checkpoint[ABOUT]["recipe"], checkpoint.get("state_dict")
+    recipe, weights = checkpoint[ABOUT_KEY]["recipe"], checkpoint.get("state_dict")
     if not all(isinstance(recipe.get(block), dict) for block in ("model", "data", "optim", "trainer")):
         return "its recipe lacks a block"
     check_number(recipe["optim"].get("epochs"), "its optim.epochs", 1, 1e6)
-    problem = _problem_with_made_by(checkpoint[ABOUT].get("made_by"))
+    problem = _problem_with_made_by(checkpoint[ABOUT_KEY].get("made_by"))
     if problem is not None:
         return problem
     if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):

@@ -21,7 +21,7 @@ _held: set[int] = set()
 
 
 def _close_held() -> None:
-    # A lock lasts while any process has its file open, and loading processes live for seconds after a killed run.
+    # A lock lasts while any process has the folder open, and loading processes outlive a killed run by seconds.
     for handle in _held:
         os.close(handle)
     _held.clear()
@@ -31,8 +31,8 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_held)
 
 
-#: Files that a run writes into its folder, one process at a time.
-WRITTEN = ("best.ckpt", "last.ckpt", "recipe.json")
+#: Files that a run writes into its folder. What a killed run leaves of them is removed when the next one starts.
+FILES_OF_A_RUN = ("best.ckpt", "last.ckpt", "recipe.json")
 
 
 class RunFolder:
@@ -105,18 +105,19 @@ class RunFolder:
                 "it: run the same command again, or move the folder back and add --resume"
             )
 
-    def write_text(self, name: str, text: str) -> None:
+    def write_file(self, name: str, text: str) -> None:
         """Write a small file in one step: another process reads either the old or the new one.
 
         Args:
-            name: Name of the file.
+            name: Name of the file, one of :data:`FILES_OF_A_RUN`.
             text: Its contents.
         """
+        assert name in FILES_OF_A_RUN, f"{name} is not in FILES_OF_A_RUN, so what a killed run leaves of it would stay"
         write_whole(self.path / name, text)
 
     @contextlib.contextmanager
     def errors_named(self) -> Iterator[None]:
-        """Add the folder to errors of writing.
+        """Add the folder's name to errors raised while writing.
 
         Raises:
             FileNotFoundError: the folder was removed meanwhile.

@@ -1,4 +1,4 @@
-"""What a layer or a piece of code does to the values of a map, told from what it returns for known numbers."""
+"""What a layer or a piece of code does to the values of a map, found by running it on known numbers."""
 
 import inspect
 import operator
@@ -23,7 +23,7 @@ _LIBRARIES = ("torch.nn.", "torchvision.ops.", "timm.layers.")
 _COMBINING_LAYERS = (*CONVOLUTIONS, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
 #: Shape of the map that a step is tried on. The channels are those of its parameters if it has any.
 _TRIAL_SHAPE = (2, 3, 4, 4)
-#: A layer with a larger parameter is not tried: one value for each channel is less than that.
+#: Layers with a larger parameter are not tried: a parameter with one value per channel is smaller.
 _MAX_PARAMETER_SIZE = 8192
 _DROPOUTS: frozenset[Any] = frozenset(
     {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
@@ -70,7 +70,7 @@ class Piece(NamedTuple):
 
 
 class _RunsGraph(nn.Module):
-    """Runs a graph by its ``forward``: a graph that is called as a module prints its errors."""
+    """Runs a graph through its ``forward``. Called as a module, a graph would print its errors."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class _RunsGraph(nn.Module):
 
 
 def next_piece(module: nn.Module, node: fx.Node, passed: Collection[fx.Node] = ()) -> Piece | None:
-    """The shortest piece of code that is computed from a node alone and returns all that later code uses of it.
+    """The shortest piece of code that depends on a node alone, and whose result is all that later code uses of it.
 
     ``x * sigmoid(x)`` is one; so is ``relu_(x)``, whether or not its result is used. None if the code uses other
     tensors or layers with weights.
@@ -89,7 +89,7 @@ def next_piece(module: nn.Module, node: fx.Node, passed: Collection[fx.Node] = (
     Args:
         module: The module whose code it is.
         node: A node of that code.
-        passed: Readers of the node that do not count.
+        passed: Users of the node to ignore.
     """
     users = [user for user in node.users if user not in passed]
     if users and not users[0].users and _writes(module, users[0]):
@@ -111,8 +111,8 @@ def next_piece(module: nn.Module, node: fx.Node, passed: Collection[fx.Node] = (
     return None
 
 
-def live_users(module: nn.Module, node: fx.Node) -> list[fx.Node]:
-    """The readers of a node, without those that write into it and whose result nothing reads."""
+def readers_of(module: nn.Module, node: fx.Node) -> list[fx.Node]:
+    """The users of a node, except those that only write into it and whose result is unused."""
     return [user for user in node.users if user.users or user.op == "output" or not _writes(module, user)]
 
 
@@ -166,13 +166,13 @@ def kind_of(step: nn.Module | Piece, shape: Sequence[int] | None = None) -> Kind
 
     Args:
         step: The module, or the code.
-        shape: Shape of the maps that it takes; by default ``(2, C, 4, 4)``, with C read off its parameters.
+        shape: Shape of the maps that it takes; by default ``(2, C, 4, 4)``, with C read from its parameters.
     """
     return _kind_and_reason(step, shape)[0]
 
 
 def why_unknown(step: nn.Module | Piece, shape: Sequence[int]) -> str | None:
-    """Why it cannot be told what a custom layer does, or None."""
+    """Why it is unknown what a custom layer does; None if it is known."""
     return _kind_and_reason(step, shape)[1]
 
 
@@ -214,7 +214,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _kind_from_outputs(module: nn.Module, shape: tuple[int, ...]) -> Kind:
-    """Tell the kind from four calls: on known numbers, in another order, with some changed, and with other weights."""
+    """Find the kind by calls: on known numbers, on the same reordered, with some changed, and with random weights."""
     n, channels = shape[:2]
     places = n * torch.Size(shape[2:]).numel()
     line = torch.linspace(-4, 4, places)
@@ -244,7 +244,8 @@ def _kind_from_outputs(module: nn.Module, shape: tuple[int, ...]) -> Kind:
     if not _same(reordered, y[order]) or not _same(partly_changed[~changed], y[~changed]):
         return "mixing"
     tried = [y]
-    if _is_straight(y, where) and next(module.parameters(), None) is not None:  # as a PReLU whose slope is still 1
+    if _is_straight(y, where) and next(module.parameters(), None) is not None:
+        # It could be a PReLU whose slope is still 1: try other weights.
         other = values_of(module, as_map(x), other_weights=True)
         tried += [] if other is None else [as_values(other).float()]
     if not all(_is_straight(t, where) for t in tried):
@@ -257,7 +258,10 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _is_straight(y: Tensor, where: Tensor) -> bool:
-    """Whether outputs ``(places, C)`` for evenly spaced inputs are on a line in every channel; NaN is on none."""
+    """Whether outputs ``(places, C)`` for evenly spaced inputs are on a line in every channel.
+
+    NaN counts as not on a line.
+    """
     line = torch.empty_like(y).scatter_(0, where, y)
     bend = line[2:] - 2 * line[1:-1] + line[:-2]
     return bool((bend.abs() <= 1e-3 * (line.amax(0) - line.amin(0)) / len(line) + 1e-5 * line.abs().amax()).all())

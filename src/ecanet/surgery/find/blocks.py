@@ -1,8 +1,8 @@
 """Residual blocks of any network, and where their branches end.
 
-Blocks whose code does not show it are in :data:`BLOCKS`. All others are found by their code: :mod:`torch.fx` traces
-each module without looking into its children. If the code adds two tensors, and one of them is computed by more
-convolutions than the other, the module is a residual block.
+Blocks whose code does not show where the branch ends are in :data:`BLOCKS`. All others are found by their code:
+:mod:`torch.fx` traces each module without looking into its children. If the code adds two tensors, and one of them is
+computed by more convolutions than the other, the module is a residual block.
 """
 
 import operator
@@ -30,12 +30,12 @@ from ecanet.surgery.find.traces import (
     MULTIPLICATIONS,
     ancestors_in,
     cannot_trace,
-    factor_in,
     looks_like_attention,
+    multiplier_in,
     trace,
 )
 
-#: Where the branch of a block ends, by the class of the block: for blocks that never or not always add a residual.
+#: Where the branch of a block ends, by class name: for blocks that add a residual only sometimes or never.
 BLOCKS: dict[str, str] = {
     "torchvision.models.mobilenetv2.InvertedResidual": "conv.-1",
     "torchvision.models.mobilenetv3.InvertedResidual": "block.-1",
@@ -53,11 +53,11 @@ BLOCKS: dict[str, str] = {
     "timm.models.rexnet.LinearBottleneck": "conv_pwl",
     "segmentation_models_pytorch.encoders._efficientnet.MBConvBlock": "_bn2",
 }
-#: The output of these is concatenated with other channels: a gate after the whole block would scale those too.
-JOINED = ("torchvision.models.densenet._DenseLayer", "timm.models.densenet.DenseLayer")
+#: Blocks whose output the network concatenates with other channels: a gate after the whole block would scale those too.
+CONCATENATED_LATER = ("torchvision.models.densenet._DenseLayer", "timm.models.densenet.DenseLayer")
 
-#: These concatenate their branch with other channels, so that their output has more channels than the branch.
-WIDER = ("torchvision.models.shufflenetv2.InvertedResidual",)
+#: Blocks that concatenate their branch with other channels, so that they return more channels than the branch has.
+WIDER_THAN_BRANCH = ("torchvision.models.shufflenetv2.InvertedResidual",)
 
 _ADDITIONS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
 #: Operations on a branch that leave it a branch: scaling of channels, dropout.
@@ -70,7 +70,7 @@ class Branch(NamedTuple):
     Attributes:
         block: Name of the block.
         end: Name of the module that the branch ends with.
-        channels: Number of channels that this module returns, or None if its layers do not tell.
+        channels: Number of channels that this module returns, or None if its layers do not show it.
         why_not: The reason if a gate cannot be put there.
     """
 
@@ -78,6 +78,15 @@ class Branch(NamedTuple):
     end: str
     channels: int | None
     why_not: str | None = None
+
+
+class _Search(NamedTuple):
+    """What a search for blocks needs to know, and what it has found and seen so far."""
+
+    shapes: Mapping[nn.Module, Shapes]
+    found: list[Branch]
+    not_searched: dict[str, str]
+    seen: set[nn.Module]
 
 
 def find_blocks(
@@ -92,45 +101,37 @@ def find_blocks(
     Returns:
         The blocks, and for each module that could not be searched the reason, by name.
     """
-    found: list[Branch] = []
-    not_searched: dict[str, str] = {}
-    _find_in(model, "", found, not_searched, set(), shapes or {})
-    return found, not_searched
+    search = _Search(shapes or {}, [], {}, set())
+    _find_in(model, "", search)
+    return search.found, search.not_searched
 
 
-def _find_in(
-    module: nn.Module,
-    name: str,
-    found: list[Branch],
-    not_searched: dict[str, str],
-    seen: set[nn.Module],
-    shapes: Mapping[nn.Module, Shapes],
-) -> None:
-    if module in seen or is_attention(module) or not count_convolutions(module):
+def _find_in(module: nn.Module, name: str, search: _Search) -> None:
+    if module in search.seen or is_attention(module) or not count_convolutions(module):
         return
-    seen.add(module)
+    search.seen.add(module)
     if merges_branches(module):
         if count_convolutions(module) > 1:  # a single convolution, such as YOLO's, is no block
-            not_searched[name] = MERGES
+            search.not_searched[name] = MERGES
         return
-    if name and looks_like_attention(module, shapes):
+    if name and looks_like_attention(module, search.shapes):
         graph = trace(module)
         if isinstance(graph, str):
-            not_searched[name] = cannot_trace(graph)
+            search.not_searched[name] = cannot_trace(graph)
         return
     if (cls := class_with_forward(module)) in BLOCKS:
-        found.append(_known_block(module, name, BLOCKS[cls], shapes))
+        search.found.append(_known_block(module, name, BLOCKS[cls], search.shapes))
         return
-    before = len(found)
+    before = len(search.found)
     for child_name, child in module.named_children():
-        _find_in(child, f"{name}.{child_name}" if name else child_name, found, not_searched, seen, shapes)
-    if len(found) > before or type(module) in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
+        _find_in(child, f"{name}.{child_name}" if name else child_name, search)
+    if len(search.found) > before or type(module) in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
         return  # only the innermost count: a skip connection around several blocks makes no block
     graph = trace(module)
     if isinstance(graph, str):
-        not_searched[name] = cannot_trace(graph)
+        search.not_searched[name] = cannot_trace(graph)
     else:
-        found.extend(_residual_branches(module, name, graph, shapes))
+        search.found.extend(_residual_branches(module, name, graph, search.shapes))
 
 
 def _known_block(block: nn.Module, name: str, path: str, shapes: Mapping[nn.Module, Shapes]) -> Branch:
@@ -190,7 +191,7 @@ def _residual_branches(
     additions = {
         node: pair for node in graph.nodes if (pair := _branch_and_shortcut(module, node, ancestors)) is not None
     }
-    # An addition within a branch, such as Res2Net's of groups of channels, belongs to that branch.
+    # An addition within a branch, such as between Res2Net's channel groups, belongs to that branch.
     inside = {n for branch, shortcut in additions.values() for n in ancestors[branch] - ancestors[shortcut]}
     for node, (branch, _) in additions.items():
         if node not in inside:
@@ -200,14 +201,13 @@ def _residual_branches(
 def _branch_and_shortcut(
     module: nn.Module, addition: fx.Node, ancestors: dict[fx.Node, set[fx.Node]]
 ) -> tuple[fx.Node, fx.Node] | None:
-    """Of two addends the one with more convolutions, then the other; None if this is no residual addition."""
+    """The two addends, the one with more convolutions first; None if this is no residual addition."""
     if addition.target not in _ADDITIONS or len(addition.all_input_nodes) != 2 or len(addition.args) != 2:
         return None
     first, second = addition.all_input_nodes
     common = ancestors[first] & ancestors[second]
-    given = any(
-        n.op == "placeholder" and n.args == (None,) for n in (first, second)
-    )  # shortcut=None: the caller may pass it
+    # An argument with the default None: the caller may pass a shortcut.
+    given = any(n.op == "placeholder" and n.args == (None,) for n in (first, second))
     if not given and (not common or all(n.op == "placeholder" and _is_indexed(n) for n in common)):
         return None
     counts = [
@@ -239,7 +239,7 @@ def _branch_of(module: nn.Module, name: str, node: fx.Node, shapes: Mapping[nn.M
             passed = passed if several else str(node.target)
         elif node.target not in _SCALINGS:
             break
-        if factor_in(module, node, ancestors_in(node.graph)) is not None:
+        if multiplier_in(module, node, ancestors_in(node.graph)) is not None:
             reason = "its branch ends in attention that its own code applies: name the module before that"
             return Branch(name, name, None, reason)
         tensors = [source for source in node.all_input_nodes if source.op != "get_attr" and not _is_weight(source)]
@@ -257,7 +257,7 @@ def _is_weight(node: fx.Node) -> bool:
 
 
 def _channels_before(module: nn.Module, node: fx.Node) -> int | None:
-    """Channels of a node, read off the nearest module before it that tells them."""
+    """Channels of a node, read from the nearest module before it that has a number of channels."""
     while node.all_input_nodes or node.op == "call_module":
         if node.op == "call_module":
             channels = out_channels(module.get_submodule(str(node.target)))

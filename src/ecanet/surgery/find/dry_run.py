@@ -14,7 +14,7 @@ from ecanet.surgery.find.layers import CONVOLUTIONS
 
 
 class Shapes(NamedTuple):
-    """Shapes of a module's input and output in a dry run; None for what is no tensor."""
+    """Shapes of a module's input and output in a dry run; None where it is no tensor."""
 
     input: torch.Size | None
     output: torch.Size | None
@@ -35,7 +35,10 @@ class DryRun(NamedTuple):
     failed: str | None
 
     def saw_layers(self) -> bool:
-        """Whether any module without children ran: code may use the weights of its layers without calling them."""
+        """Whether any module without children ran.
+
+        If not, the code may use the weights of its layers without calling them.
+        """
         return any(next(module.children(), None) is None for module in self.shapes)
 
 
@@ -47,7 +50,7 @@ _PICTURE = (1, 3, *_SIZES[2])
 def dry_run(model: nn.Module, input_shape: Sequence[int] | Literal["auto"] | None) -> DryRun | None:
     """Shapes at the first call of each module when the model runs on an input without data.
 
-    A copy of the network runs, on the network's own parameters, without hooks of the user's. Nothing writes into the
+    A copy of the network runs. It shares the parameters and has none of the user's hooks. Nothing writes into the
     parameters, and state that the code stores goes into the copy. If the copy's code calls the network itself, the run
     stops before that call does anything.
 
@@ -126,7 +129,7 @@ def _run(model: nn.Module, input_shape: tuple[int, ...]) -> DryRun:
     example = example_tensor(model)
     try:
         twin = twin_of(model)
-    except Exception as error:  # for example, it holds a lock or a file
+    except Exception as error:  # it cannot be copied: for example, it holds a lock or a file
         return DryRun(input_shape, {}, f"cannot be copied for a run without data ({_first_line(error)})")
     try:
         originals = dict(zip(twin.modules(), model.modules(), strict=True))

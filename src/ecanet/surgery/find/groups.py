@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 
 from ecanet.nn.norms import activation_inside, is_norm
-from ecanet.surgery.find.activations import Kind, Piece, acts, kind_of, live_users, next_piece, why_unknown
+from ecanet.surgery.find.activations import Kind, Piece, acts, kind_of, next_piece, readers_of, why_unknown
 from ecanet.surgery.find.dry_run import Shapes
 from ecanet.surgery.find.layers import CONVOLUTIONS, MERGES, count_convolutions, is_attention, merges_branches
 from ecanet.surgery.find.traces import (
     called,
     cannot_trace,
-    factors_of,
     in_order,
     is_sequence,
     looks_like_attention,
+    multipliers_of,
     pools_globally,
     squashes,
     trace,
@@ -33,6 +33,35 @@ class Groups(NamedTuple):
 
     ends: dict[str, int]
     left_out: list[str]
+
+
+class _Part(NamedTuple):
+    """A module of the network, with what the search needs to know and where it collects what it finds.
+
+    Attributes:
+        module: The module.
+        name: Its name; empty for the network itself.
+        is_output: Whether no layer with weights follows it in the network.
+        names: The names of all modules.
+        shapes: Shapes from a dry run; empty if there was none.
+        groups: What was found so far.
+    """
+
+    module: nn.Module
+    name: str
+    is_output: bool
+    names: dict[nn.Module, list[str]]
+    shapes: Mapping[nn.Module, Shapes]
+    groups: Groups
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its children start with."""
+        return f"{self.name}." if self.name else ""
+
+    def child(self, name: str, module: nn.Module, is_output: bool) -> "_Part":
+        """A module inside it."""
+        return self._replace(module=module, name=self.prefix + name, is_output=is_output)
 
 
 class _Step(NamedTuple):
@@ -56,8 +85,10 @@ def find_groups(
 
     This is the activation. If the activation is code, or a module that several groups share, it is the norm before it
     (a gate is positive, so it scales the same before a ReLU). If a module holds the group and nothing else, such as
-    YOLO's ``Conv``, it is that module. No group are layers after a global pooling, layers inside attention, and a
-    convolution whose sigmoid or tanh makes the network's output.
+    YOLO's ``Conv``, it is that module.
+
+    Not groups: layers after a global pooling, layers inside attention, and a convolution whose sigmoid or tanh makes
+    the network's output.
 
     Args:
         model: The network.
@@ -65,92 +96,69 @@ def find_groups(
         shapes: Shapes from a dry run, if there was one.
     """
     groups = Groups({}, [])
-    _find_in(model, "", True, names, shapes or {}, groups)
+    _find_in(_Part(model, "", True, names, shapes or {}, groups))
     return groups
 
 
-def _find_in(
-    module: nn.Module,
-    name: str,
-    is_output: bool,
-    names: dict[nn.Module, list[str]],
-    shapes: Mapping[nn.Module, Shapes],
-    groups: Groups,
-) -> None:
-    """Find groups in a module and its children; ``is_output``: no layer with weights follows it in the network."""
-    if name and looks_like_attention(module, shapes):
-        _leave_out_attention(module, name, groups)
-    elif name and merges_branches(module):
-        _add_if_a_group(module, name, is_output, names, groups)
-    elif is_sequence(module):
-        _find_in_sequence(module, name, is_output, names, shapes, groups)
+def _find_in(part: _Part) -> None:
+    """Find groups in a module and its children."""
+    if part.name and looks_like_attention(part.module, part.shapes):
+        _leave_out_attention(part)
+    elif part.name and merges_branches(part.module):
+        _add_if_a_group(part)
+    elif is_sequence(part.module):
+        _find_in_sequence(part)
     else:
-        _find_in_code_and_children(module, name, is_output, names, shapes, groups)
+        _find_in_code_and_children(part)
 
 
-def _leave_out_attention(module: nn.Module, name: str, groups: Groups) -> None:
-    if not any(isinstance(part, CONVOLUTIONS) for part in module.modules()):
+def _leave_out_attention(part: _Part) -> None:
+    module, left_out = part.module, part.groups.left_out
+    if not any(isinstance(layer, CONVOLUTIONS) for layer in module.modules()):
         return
+    what = f"{part.name} is attention ({type(module).__name__})"
     graph = "" if is_attention(module) else trace(module)
-    if graph and isinstance(graph, str):
-        groups.left_out.append(
-            f"{name} is attention ({type(module).__name__}), as far as can be told: {cannot_trace(graph)}"
-        )
-    else:
-        groups.left_out.append(f"{name} is attention ({type(module).__name__})")
+    if isinstance(graph, str) and graph:
+        what += f", as far as can be told: {cannot_trace(graph)}"
+    left_out.append(what)
 
 
-def _find_in_sequence(
-    module: nn.Module,
-    name: str,
-    is_output: bool,
-    names: dict[nn.Module, list[str]],
-    shapes: Mapping[nn.Module, Shapes],
-    groups: Groups,
-) -> None:
-    prefix = f"{name}." if name else ""
-    layers = list(_before_global_pooling(module))
-    steps = [_Step(layer_name, layer, len(names[layer]) > 1) for layer_name, layer in layers]
-    is_last = [is_output and not any(_has_weights(later) for _, later in layers[i + 1 :]) for i in range(len(layers))]
+def _find_in_sequence(part: _Part) -> None:
+    layers = list(_before_global_pooling(part.module))
+    steps = [_Step(name, layer, len(part.names[layer]) > 1) for name, layer in layers]
+    is_last = [
+        part.is_output and not any(_has_weights(later) for _, later in layers[i + 1 :]) for i in range(len(layers))
+    ]
     for i, (_, layer) in enumerate(layers):
         if isinstance(layer, CONVOLUTIONS):
-            _add(prefix, _group(prefix, steps[i:], groups), is_last[i], groups)
-    for (layer_name, layer), last in zip(layers, is_last, strict=True):
-        _find_in(layer, prefix + layer_name, last, names, shapes, groups)
+            _add(part, _group(part, steps[i:]), is_last[i])
+    for (name, layer), last in zip(layers, is_last, strict=True):
+        _find_in(part.child(name, layer, last))
 
 
-def _find_in_code_and_children(
-    module: nn.Module,
-    name: str,
-    is_output: bool,
-    names: dict[nn.Module, list[str]],
-    shapes: Mapping[nn.Module, Shapes],
-    groups: Groups,
-) -> None:
-    prefix = f"{name}." if name else ""
+def _find_in_code_and_children(part: _Part) -> None:
+    module, left_out = part.module, part.groups.left_out
     graph = trace(module) if count_convolutions(module) else ""
     in_attention: set[str] = set()  # names of children
     last_children: set[str] | None = None  # None: any may be the last
     if not isinstance(graph, str):
-        factors, last_nodes = factors_of(module, graph), _without_layers_after(module, graph)
-        if _add_groups_in_code(module, name, graph, factors, last_nodes if is_output else set(), names, groups):
+        if _add_groups_in_code(part, graph):
             return
-        in_attention = {str(node.target) for node in factors if node.op == "call_module"}
-        last_children = {str(node.target).split(".")[0] for node in last_nodes}
+        in_attention = {str(node.target) for node in multipliers_of(module, graph) if node.op == "call_module"}
+        last_children = {str(node.target).split(".")[0] for node in _without_layers_after(module, graph)}
     elif graph and any(isinstance(child, CONVOLUTIONS) for child in module.children()):
-        groups.left_out.append(f"{name or 'the network itself'}: {cannot_trace(graph)}")
-    for child_name, child in module.named_children():
-        if child_name in in_attention:
-            if any(isinstance(part, CONVOLUTIONS) for part in child.modules()):
-                groups.left_out.append(f"{prefix}{child_name} is part of attention in {name or 'the network'}'s code")
-        elif isinstance(graph, str) and graph and _may_be_a_factor(child, shapes):
-            groups.left_out.append(f"{prefix}{child_name} may be part of attention: {cannot_trace(graph)}")
+        left_out.append(f"{part.name or 'the network itself'}: {cannot_trace(graph)}")
+    for name, child in module.named_children():
+        if name in in_attention:
+            if any(isinstance(layer, CONVOLUTIONS) for layer in child.modules()):
+                left_out.append(f"{part.prefix}{name} is part of attention in {part.name or 'the network'}'s code")
+        elif isinstance(graph, str) and graph and _may_be_a_multiplier(child, part.shapes):
+            left_out.append(f"{part.prefix}{name} may be part of attention: {cannot_trace(graph)}")
         else:
-            last = is_output and (last_children is None or child_name in last_children)
-            _find_in(child, prefix + child_name, last, names, shapes, groups)
+            _find_in(part.child(name, child, part.is_output and (last_children is None or name in last_children)))
 
 
-def _may_be_a_factor(child: nn.Module, shapes: Mapping[nn.Module, Shapes]) -> bool:
+def _may_be_a_multiplier(child: nn.Module, shapes: Mapping[nn.Module, Shapes]) -> bool:
     """Whether code that cannot be traced may scale a map by a child's output: it has one channel or is bounded."""
     if not is_sequence(child) or not any(isinstance(part, CONVOLUTIONS) for part in child.modules()):
         return False
@@ -159,53 +167,41 @@ def _may_be_a_factor(child: nn.Module, shapes: Mapping[nn.Module, Shapes]) -> bo
     return one_channel or squashes([layer for _, layer in in_order(child)][-1])
 
 
-def _add_if_a_group(
-    module: nn.Module, name: str, is_output: bool, names: dict[nn.Module, list[str]], groups: Groups
-) -> None:
+def _add_if_a_group(part: _Part) -> None:
     """Add a module that can merge its layers if it is one group, such as YOLO's ``Conv``: a gate is safe after it."""
-    graph = trace(module)
-    alone = Groups({}, [])
-    if not isinstance(graph, str):
-        last_nodes = _without_layers_after(module, graph) if is_output else set()
-        if _add_groups_in_code(module, name, graph, factors_of(module, graph), last_nodes, names, alone):
-            groups.ends.update(alone.ends)
-            groups.left_out.extend(alone.left_out)
-            return
-    if count_convolutions(module):
-        groups.left_out.append(f"{name}: {MERGES}")
+    graph, alone = trace(part.module), part._replace(groups=Groups({}, []))
+    if not isinstance(graph, str) and _add_groups_in_code(alone, graph):
+        part.groups.ends.update(alone.groups.ends)
+        part.groups.left_out.extend(alone.groups.left_out)
+    elif count_convolutions(part.module):
+        part.groups.left_out.append(f"{part.name}: {MERGES}")
 
 
-def _add_groups_in_code(
-    module: nn.Module,
-    name: str,
-    graph: fx.Graph,
-    inside: set[fx.Node],
-    last_nodes: set[fx.Node],
-    names: dict[nn.Module, list[str]],
-    groups: Groups,
-) -> bool:
+def _add_groups_in_code(part: _Part, graph: fx.Graph) -> bool:
     """Add the groups that a module's code shows; return whether the module as a whole is one."""
+    module = part.module
+    inside = multipliers_of(module, graph)
+    last_nodes = _without_layers_after(module, graph) if part.is_output else set()
     calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
-    prefix = f"{name}." if name else ""
     for node in graph.nodes:
         if node in inside or node.op != "call_module" or _is_pooled(module, node):
             continue
-        own = _steps(module, node, calls, names)
+        own = _steps(part, node, calls)
         for i, step in enumerate(own):
             if not isinstance(step.what, CONVOLUTIONS):
                 continue
-            following = [(n, s) for call, n in _chain_after(module, node) for s in _steps(module, call, calls, names)]
-            group = _group(prefix, [*own[i:], *(s for _, s in following)], groups)
+            following = [(n, s) for call, n in _chain_after(module, node) for s in _steps(part, call, calls)]
+            group = _group(part, [*own[i:], *(s for _, s in following)])
             if group is None:
                 continue
             nodes = [node] * len(own[i:]) + [n for n, _ in following]
             end_node = nodes[group.length - 1]
-            only = count_convolutions(module) == 1 and name != ""
+            only = count_convolutions(module) == 1 and part.name != ""
             if only and group.length == len(nodes) and _is_returned(module, end_node):
-                if not _is_the_output(group, name, end_node in last_nodes, groups):
-                    groups.ends[name] = group.shape[1]
+                if not _is_the_output(part, group, part.name, end_node in last_nodes):
+                    part.groups.ends[part.name] = group.shape[1]
                 return True
-            _add(prefix, group, end_node in last_nodes, groups)
+            _add(part, group, end_node in last_nodes)
     return False
 
 
@@ -216,9 +212,10 @@ class _Group(NamedTuple):
     shape: tuple[int, ...]  # of the maps that the activation takes
 
 
-def _group(prefix: str, steps: list[_Step], groups: Groups) -> _Group | None:
+def _group(part: _Part, steps: list[_Step]) -> _Group | None:
     """The group that starts with the first step, a convolution; None if no activation ends it."""
     convolution: Any = steps[0].what
+    left_out = part.groups.left_out
     shape = (2, convolution.out_channels, *(4 for _ in convolution.kernel_size))
     end, seen_norm = steps[0].name, False
     mixing: nn.Module | Piece | None = None
@@ -236,8 +233,8 @@ def _group(prefix: str, steps: list[_Step], groups: Groups) -> _Group | None:
         if kind == "mixing" and mixing is None:
             mixing = step.what
         elif kind == "activation" and mixing is not None:
-            groups.left_out.append(
-                f"{prefix}{end}: {_label(mixing)} between it and {_label(step.what)} is not a known norm"
+            left_out.append(
+                f"{part.prefix}{end}: {_label(mixing)} between it and {_label(step.what)} is not a known norm"
             )
             return None
         elif kind == "activation":
@@ -245,13 +242,13 @@ def _group(prefix: str, steps: list[_Step], groups: Groups) -> _Group | None:
         elif kind in ("pooling", "other"):
             why = why_unknown(step.what, shape)
             if why is not None:
-                groups.left_out.append(
-                    f"{prefix}{end}: whether {_label(step.what)} behind it is an activation cannot be told ({why})"
+                left_out.append(
+                    f"{part.prefix}{end}: whether {_label(step.what)} behind it is an activation cannot be told ({why})"
                 )
             break
     if isinstance(mixing, nn.Module):
-        groups.left_out.append(
-            f"{prefix}{end}: {_label(mixing)} behind it works on several values at a time: it is no activation"
+        left_out.append(
+            f"{part.prefix}{end}: {_label(mixing)} behind it works on several values at a time: it is no activation"
         )
     return None
 
@@ -260,15 +257,15 @@ def _label(act: nn.Module | Piece) -> str:
     return act.name() if isinstance(act, Piece) else type(act).__name__
 
 
-def _add(prefix: str, group: _Group | None, last: bool, groups: Groups) -> None:
-    if group is not None and not _is_the_output(group, prefix + group.end, last, groups):
-        groups.ends[prefix + group.end] = group.shape[1]
+def _add(part: _Part, group: _Group | None, last: bool) -> None:
+    if group is not None and not _is_the_output(part, group, part.prefix + group.end, last):
+        part.groups.ends[part.prefix + group.end] = group.shape[1]
 
 
-def _is_the_output(group: _Group, name: str, last: bool, groups: Groups) -> bool:
+def _is_the_output(part: _Part, group: _Group, name: str, last: bool) -> bool:
     if not (last and squashes(group.act, group.shape)):
         return False
-    groups.left_out.append(f"{name}: its {_label(group.act)} makes the network's output")
+    part.groups.left_out.append(f"{name}: its {_label(group.act)} makes the network's output")
     return True
 
 
@@ -277,7 +274,7 @@ def _before_global_pooling(module: nn.Module) -> Iterator[tuple[str, nn.Module]]
 
 
 def _is_pooled(module: nn.Module, node: fx.Node) -> bool:
-    """Whether a node works on the output of a global pooling alone."""
+    """Whether all that a node works on has gone through a global pooling."""
     while len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
         child = called(module, node)
@@ -290,30 +287,28 @@ def _has_weights(layer: nn.Module) -> bool:
     return next(layer.parameters(), None) is not None and not is_norm(layer) and not acts(layer)
 
 
-def _steps(
-    module: nn.Module, call: fx.Node | Piece, calls: list[str], names: dict[nn.Module, list[str]]
-) -> list[_Step]:
+def _steps(part: _Part, call: fx.Node | Piece, calls: list[str]) -> list[_Step]:
     """The steps of a call; one for each layer if it calls a sequence."""
     if isinstance(call, Piece):
         return [_Step("", call)]
-    child = module.get_submodule(str(call.target))
+    child = part.module.get_submodule(str(call.target))
     several = calls.count(str(call.target)) > 1
     if not is_sequence(child):
-        return [_Step(str(call.target), child, several or len(names[child]) > 1)]
+        return [_Step(str(call.target), child, several or len(part.names[child]) > 1)]
     layers = _before_global_pooling(child)
-    return [_Step(f"{call.target}.{name}", layer, several or len(names[layer]) > 1) for name, layer in layers]
+    return [_Step(f"{call.target}.{name}", layer, several or len(part.names[layer]) > 1) for name, layer in layers]
 
 
 def _chain_after(module: nn.Module, node: fx.Node) -> Iterator[tuple[fx.Node | Piece, fx.Node]]:
     """The chain of modules and pieces of code after a node, each with the node of its result.
 
-    Each uses the result of the one before alone, and nothing else reads that. Code that writes into its input has the
-    input's node as its result.
+    Each uses only the result of the one before, and nothing else uses that result. Code that writes into its input has
+    the input's node as its result.
     """
     passed: set[fx.Node] = set()
     while True:
         readers = [user for user in node.users if user not in passed]
-        if len(readers) == 1 and readers == live_users(module, node) and _calls_alone(readers[0], node):
+        if len(readers) == 1 and readers == readers_of(module, node) and _calls_alone(readers[0], node):
             node = readers[0]
             yield node, node
             continue
@@ -330,7 +325,7 @@ def _calls_alone(call: fx.Node, node: fx.Node) -> bool:
 
 
 def _is_returned(module: nn.Module, node: fx.Node) -> bool:
-    readers = live_users(module, node)
+    readers = readers_of(module, node)
     return len(readers) == 1 and readers[0].op == "output"
 
 

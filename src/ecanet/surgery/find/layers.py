@@ -39,7 +39,7 @@ ACTIVATION_FUNCTIONS: frozenset[Any] = frozenset(
 #: Packages whose convolutions and norms return as many channels as their attributes say.
 _KNOWN_LAYERS = ("torch.nn.modules.", "torchvision.ops.misc.", "timm.layers.")
 
-#: Attention that scales channels, by class, with the layer that tells the number of channels, or None if none does.
+#: Attention that scales channels, by class, and the layer to read the number of channels from; None if none has it.
 ATTENTION: dict[str, str | None] = {
     "torchvision.ops.misc.SqueezeExcitation": "fc1",
     "timm.layers.squeeze_excite.SEModule": "fc1",
@@ -85,7 +85,7 @@ def count_convolutions(module: nn.Module) -> int:
 
 
 def out_channels(module: nn.Module) -> int | None:
-    """Number of channels that a module returns, read off its last layer that tells it; None if none does."""
+    """Number of channels that a module returns, read from its last layer that has one; None if none has."""
     if is_attention(module):
         return None
     for attribute in ("out_channels", "num_features", "num_channels", "out_features"):

@@ -10,7 +10,7 @@ from torch import nn
 
 from ecanet.nn.attached import CONTAINERS, GATE, attached_gates
 from ecanet.nn.norms import class_with_forward
-from ecanet.surgery.find.blocks import JOINED, WIDER, Branch, find_blocks
+from ecanet.surgery.find.blocks import CONCATENATED_LATER, WIDER_THAN_BRANCH, Branch, find_blocks
 from ecanet.surgery.find.dry_run import DryRun, dry_run
 from ecanet.surgery.find.groups import find_groups
 from ecanet.surgery.find.layers import CONVOLUTIONS, MERGES, is_empty, names_of, out_channels
@@ -28,7 +28,7 @@ class Site(NamedTuple):
     Attributes:
         name: Name of the module.
         host: The module.
-        channels: Number of channels of its output, or None if its layers do not tell.
+        channels: Number of channels of its output, or None if its layers do not show it.
         certain: Whether the network's code shows that this number is right.
     """
 
@@ -90,7 +90,7 @@ def find_sites(
 
 
 def _pooled_at_any_size(model: nn.Module, names: Iterable[str], run: DryRun) -> list[str]:
-    """The modules that return one position for any size of the input, and not only because strides shrink this one."""
+    """The modules that return one position whatever the input size, not just for this input because of strides."""
 
     def pooled_in(names: Iterable[str], run: DryRun) -> list[str]:
         shapes = [(name, run.shapes.get(_site(model, name, None).host)) for name in names]
@@ -148,10 +148,10 @@ def _at_blocks(
     model: nn.Module, where: str, filter_fn: FilterFn | None, run: DryRun | None
 ) -> tuple[list[Site], list[str]]:
     shapes = {} if run is None else run.shapes
-    branches, not_read = find_blocks(model, shapes)
+    branches, not_searched = find_blocks(model, shapes)
     if not branches:
-        reasons = "; ".join(f"{name or 'the network itself'}: {why}" for name, why in list(not_read.items())[:3])
-        could_not = f" (not looked into: {reasons})" if not_read else ""
+        reasons = "; ".join(f"{name or 'the network itself'}: {why}" for name, why in list(not_searched.items())[:3])
+        could_not = f" (not looked into: {reasons})" if not_searched else ""
         groups = "try where='conv', or " if find_groups(model, names_of(model), shapes).ends else ""
         raise ValueError(
             f"where={where!r} finds no residual block in {type(model).__name__}{could_not}: {groups}name modules; "
@@ -160,25 +160,23 @@ def _at_blocks(
     wanted = [b for b in branches if filter_fn is None or filter_fn(model.get_submodule(b.block), b.block)]
     if not wanted:
         raise ValueError(f"filter_fn refuses all of the {len(branches)} blocks that where={where!r} finds")
-    unread = [
+    notes = [
         f"not looked into: {name}: {why}"
-        for name, why in not_read.items()
+        for name, why in not_searched.items()
         if why == MERGES or any(isinstance(child, CONVOLUTIONS) for child in model.get_submodule(name).children())
     ]
     if where == "stage":
-        return _at_stages(model, wanted), unread
+        return _at_stages(model, wanted), notes
     possible = [branch for branch in wanted if branch.why_not is None]
-    notes = unread + [f"left out: {branch.block}: {branch.why_not}" for branch in wanted if branch.why_not is not None]
+    left_out = [f"left out: {branch.block}: {branch.why_not}" for branch in wanted if branch.why_not is not None]
     if not possible:
         more = f", and {len(wanted) - 1} more such blocks" if len(wanted) > 1 else ""
-        raise ValueError(
-            f"where='block' finds no place for a gate in {type(model).__name__}: {notes[len(unread)]}{more}"
-        )
+        raise ValueError(f"where='block' finds no place for a gate in {type(model).__name__}: {left_out[0]}{more}")
     sites: dict[nn.Module, Site] = {}
     for branch in possible:
         site = _site(model, branch.end, branch.channels)
         sites.setdefault(site.host, site)
-    return list(sites.values()), notes
+    return list(sites.values()), notes + left_out
 
 
 def _at_stages(model: nn.Module, branches: list[Branch]) -> list[Site]:
@@ -186,7 +184,7 @@ def _at_stages(model: nn.Module, branches: list[Branch]) -> list[Site]:
     last: list[Branch] = []
     for branch in branches:
         block = model.get_submodule(branch.block)
-        if class_with_forward(block) in JOINED:
+        if class_with_forward(block) in CONCATENATED_LATER:
             raise ValueError(
                 f"where='stage' does not work with {type(block).__name__}, whose output is concatenated with that of "
                 "others: use where='block', or name modules"
@@ -198,7 +196,7 @@ def _at_stages(model: nn.Module, branches: list[Branch]) -> list[Site]:
             )
         same = last and _stage(last[-1]) == _stage(branch)
         last[-1:] = [branch] if same else [*last[-1:], branch]
-    wider = [class_with_forward(model.get_submodule(branch.block)) in WIDER for branch in last]
+    wider = [class_with_forward(model.get_submodule(branch.block)) in WIDER_THAN_BRANCH for branch in last]
     return [_site(model, b.block, None if more else b.channels) for b, more in zip(last, wider, strict=True)]
 
 

@@ -19,7 +19,7 @@ MULTIPLICATIONS: tuple[Any, ...] = (
     *("mul", "mul_", "multiply", "multiply_"),
 )
 _DIVISIONS: tuple[Any, ...] = (operator.truediv, operator.itruediv, torch.div, torch.divide, torch.true_divide, "div")
-#: These multiply the last two of their tensors.
+#: These multiply their last two tensor arguments.
 _PRODUCTS_OF_LAST_TWO: tuple[Any, ...] = (
     torch.einsum,
     torch.addcmul,
@@ -56,29 +56,29 @@ _REDUCTIONS: frozenset[Any] = frozenset(
 _POOLING_FUNCTIONS = _ADAPTIVE | _REDUCTIONS | {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.lp_pool2d}
 
 
-class ChildrenAsTheyAre(fx.Tracer):
-    """Traces the code of one module; its children are not looked into."""
+class _ShallowTracer(fx.Tracer):
+    """Traces the code of one module, without looking into its children."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Always."""
+        """Treat every child as a leaf."""
         return True
 
 
 def trace(module: nn.Module) -> fx.Graph | str:
     """The graph of one module's own code, or why there is none.
 
-    Arguments whose default is a flag, a number or None keep it, so that the graph follows the branches of the code that
-    run by default.
+    An argument whose default is a flag, a number or None keeps that default, so that the graph follows the default
+    branches.
     """
     try:
         parameters = inspect.signature(type(module).forward).parameters.values()
         usual = {p.name: p.default for p in parameters if p.default is None or isinstance(p.default, (bool, int, str))}
         if usual:
-            return ChildrenAsTheyAre().trace(_stand_in(module), concrete_args=usual)
+            return _ShallowTracer().trace(_copy_for_tracing(module), concrete_args=usual)
     except Exception:  # the code needs one of these arguments
         pass
     try:
-        return ChildrenAsTheyAre().trace(_stand_in(module))
+        return _ShallowTracer().trace(_copy_for_tracing(module))
     except Exception as error:  # a module's code may do anything with a proxy
         return f"{type(error).__name__}: {error}".splitlines()[0]
 
@@ -88,8 +88,8 @@ def cannot_trace(why: str) -> str:
     return f"torch.fx cannot trace its code ({why})"
 
 
-def _stand_in(module: nn.Module) -> nn.Module:
-    """A module of the same class, children and attributes: what its code stores during tracing stays in this one.
+def _copy_for_tracing(module: nn.Module) -> nn.Module:
+    """A copy with the same class, children and attributes, which receives whatever the code stores during tracing.
 
     It has no hooks on its calls, so that the graph is that of its own code, without a gate that is attached to it.
     """
@@ -113,29 +113,30 @@ def ancestors_in(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
     return found
 
 
-def factor_in(module: nn.Module, node: fx.Node, ancestors: dict[fx.Node, set[fx.Node]]) -> set[fx.Node] | None:
-    """The nodes that compute the factor if a node is attention, or None.
+def multiplier_in(module: nn.Module, node: fx.Node, ancestors: dict[fx.Node, set[fx.Node]]) -> set[fx.Node] | None:
+    """The nodes that compute the multiplier if a node is attention, or None.
 
-    Attention, whatever its class, is a product of x and a factor that pools or squashes x:
-    ``x * sigmoid(fc(x.mean((2, 3))))``. Both may be computed from the same map, as in GhostNetV2; then the factor is
-    the one that has layers with weights and ends in a sigmoid.
+    Attention, whatever its class, is a product of x and a multiplier that pools or squashes x:
+    ``x * sigmoid(fc(x.mean((2, 3))))``. Both may be computed from the same map, as in GhostNetV2; then the
+    multiplier is the one that has layers with weights and ends in a sigmoid.
     """
-    pairs = list(_maps_and_factors(node))
-    for x, factor in pairs:
-        inside = ancestors[factor] - ancestors[x]
-        enough = _has_weights if node.target in _DIVISIONS else _has_weights_or_pools  # x / x.norm() is none
-        direct = bool(_origins(x) & ancestors[factor]) and enough(module, inside)
+    pairs = list(_maps_and_multipliers(node))
+    for x, multiplier in pairs:
+        inside = ancestors[multiplier] - ancestors[x]
+        enough = _has_weights if node.target in _DIVISIONS else _has_weights_or_pools  # x / x.norm() is not attention
+        direct = bool(_origins(x) & ancestors[multiplier]) and enough(module, inside)
         if direct and any(_squashes_or_pools(module, n) for n in inside):
             return inside
-    for x, factor in reversed(pairs):
-        inside = ancestors[factor] - ancestors[x]
-        if ancestors[x] & ancestors[factor] and _has_weights(module, inside) and _ends_as_factors_do(module, factor):
+    for x, multiplier in reversed(pairs):
+        inside = ancestors[multiplier] - ancestors[x]
+        joined = ancestors[x] & ancestors[multiplier]
+        if joined and _has_weights(module, inside) and _is_between_0_and_1(module, multiplier):
             return inside
     return None
 
 
-def _maps_and_factors(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """The pairs (map, factor) that a node may multiply: both orders of a product; of a division, the divisor last."""
+def _maps_and_multipliers(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """The possible (map, multiplier) pairs: both orders of a product; in a division the divisor is the multiplier."""
     tensors = node.all_input_nodes
     if (node.target in (*MULTIPLICATIONS, *_DIVISIONS) and len(tensors) == 2) or (
         node.target in _PRODUCTS_OF_LAST_TWO and len(tensors) >= 2
@@ -147,7 +148,7 @@ def _maps_and_factors(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
 
 
 def _origins(node: fx.Node) -> set[fx.Node]:
-    """A node and all that it is a product or a part of: a map may be scaled several times."""
+    """A node, and what it is a product or a slice of, step by step: a map may be scaled several times."""
     found = {node}
     if node.target in MULTIPLICATIONS or node.target in _SELECTIONS:
         found.update(*map(_origins, node.all_input_nodes))
@@ -184,7 +185,7 @@ def _node_squashes(node: fx.Node) -> bool:
     if node.target in _CLAMPS:
         bounds = [*node.args[1:], *node.kwargs.values()]
         return len(bounds) == 2 and None not in bounds
-    if node.target in (torch.exp, "exp"):  # of a divisor
+    if node.target in (torch.exp, "exp"):  # exp in a divisor, as in 1 / (1 + exp(-x))
         above = [user for user in node.users if user.target in (operator.add, torch.add, "add")]
         return any(user.target in (*_DIVISIONS, torch.reciprocal, "reciprocal") for n in above for user in n.users)
     return squashes(node.target)
@@ -199,8 +200,8 @@ def _code_squashes_or_pools(part: nn.Module) -> bool:
     )
 
 
-def _ends_as_factors_do(module: nn.Module, node: fx.Node) -> bool:
-    """Whether the last step that changes values, and not only moves them, leaves them between 0 and 1."""
+def _is_between_0_and_1(module: nn.Module, node: fx.Node) -> bool:
+    """Whether the last step that changes values (rather than moving them) leaves them between 0 and 1."""
     while True:
         child = called(module, node)
         if child is not None and is_sequence(child):
@@ -214,14 +215,14 @@ def _ends_as_factors_do(module: nn.Module, node: fx.Node) -> bool:
         node = node.all_input_nodes[0]
 
 
-def factors_of(module: nn.Module, graph: fx.Graph) -> set[fx.Node]:
-    """The nodes of a module's code that only compute factors of attention."""
+def multipliers_of(module: nn.Module, graph: fx.Graph) -> set[fx.Node]:
+    """The nodes of a module's code that only compute multipliers of attention."""
     ancestors = ancestors_in(graph)
-    return set().union(*(factor_in(module, node, ancestors) or () for node in graph.nodes))
+    return set().union(*(multiplier_in(module, node, ancestors) or () for node in graph.nodes))
 
 
 def looks_like_attention(module: nn.Module, shapes: Mapping[nn.Module, Shapes] | None = None) -> bool:
-    """Whether a module scales its input by a factor that it computes from it: attention, of a known class or not.
+    """Whether a module scales its input by a multiplier that it computes from it: attention, of a known class or not.
 
     Args:
         module: The module.
@@ -234,7 +235,7 @@ def looks_like_attention(module: nn.Module, shapes: Mapping[nn.Module, Shapes] |
     graph = trace(module)
     if isinstance(graph, str):
         return _may_be_attention(module, shapes or {})
-    inside = factors_of(module, graph)
+    inside = multipliers_of(module, graph)
     if not inside:
         return False
     outside = [called(module, node) for node in graph.nodes if node not in inside]
@@ -244,7 +245,7 @@ def looks_like_attention(module: nn.Module, shapes: Mapping[nn.Module, Shapes] |
 def _may_be_attention(module: nn.Module, shapes: Mapping[nn.Module, Shapes]) -> bool:
     """Whether a module whose code cannot be traced may be attention.
 
-    Its output must have its input's shape, and its layers must look as if they computed a factor: some return one
+    Its output must have its input's shape, and its layers must look as if they computed a multiplier: some return one
     position or one channel, and the others fewer channels than the input has; or all layers are pointwise, and a
     sigmoid is inside.
     """
@@ -270,7 +271,7 @@ def is_pooled(shape: torch.Size | None) -> bool:
 
 
 def squashes(step: Any, shape: Sequence[int] | None = None) -> bool:
-    """Whether an activation (module, function or code) is bounded on both sides, as those of outputs and factors are.
+    """Whether an activation (module, function or code) is bounded on both sides, as a sigmoid is.
 
     Args:
         step: The activation.
@@ -324,7 +325,7 @@ def _is_one(size: Any) -> bool:
 
 
 def in_order(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Layers of a sequence and of the sequences in it, as they run."""
+    """Layers of nested sequences, in the order in which they run."""
     for name, child in module._modules.items():
         if child is None:
             continue

@@ -1,4 +1,4 @@
-"""timm's attention as gates of this library, for the fused tail: the same parameters and keys."""
+"""timm's attention modules as gates of this library, for the fused tail, with the same parameters and keys."""
 
 from typing import Any
 

@@ -113,6 +113,23 @@ def _squares(statistics: Statistics) -> Tensor:
     return (variances + means.square()) * positions
 
 
+@torch.fx.wrap
+def _root(squares: Tensor) -> Tensor:
+    """The square root, with the slope 0 at 0, where it has none: so has torch's norm of zeros."""
+    if not squares.requires_grad:
+        return squares.sqrt()
+    some = squares > 0
+    return squares.where(some, 1).sqrt().where(some, 0)
+
+
+@torch.fx.wrap
+def _unbiased(variances: Tensor, positions: Any) -> Tensor:
+    """Variances of positions that are a sample; 0 for one position. While torch.jit traces, a number is a tensor."""
+    others = positions - 1
+    others = others.clamp(min=1) if isinstance(others, Tensor) else max(others, 1)
+    return variances * (positions / others)
+
+
 class GCT(_ClosedFormGate):
     """Gated Channel Transformation: channels compete or cooperate by their l2 norms. 3 C parameters.
 
@@ -234,8 +251,7 @@ class GRN(_ClosedFormGate):
     def _relative(self, statistics: Statistics) -> tuple[Tensor, Tensor, Tensor]:
         """The channels' l2 norms, these divided by their mean, and that mean with eps, ``(N, 1)``."""
         squares = _squares(statistics)
-        some = squares > 0  # a root has no slope at 0: torch's norm of zeros has the gradient 0, and so has this one
-        norm = squares.where(some, 1).sqrt().where(some, 0) if squares.requires_grad else squares.sqrt()
+        norm = _root(squares)
         mean = norm.mean(1, keepdim=True) + self.eps
         return norm, norm / mean, mean
 
@@ -306,9 +322,7 @@ class SRM(MomentGate):
         """The sigmoid of the normalised styles, and no shift."""
         means, variances, positions = statistics
         assert variances is not None
-        others: Any = positions - 1
-        others = others.clamp(min=1) if isinstance(others, Tensor) else max(others, 1)  # torch.jit traces tensors
-        deviations = (variances * (positions / others) + self.eps).sqrt()
+        deviations = (_unbiased(variances, positions) + self.eps).sqrt()
         cfc = self.cfc.to(means.dtype)
         styles = means * cfc[:, 0] + deviations * cfc[:, 1]
         with reference.no_autocast(means.device.type):

@@ -4,7 +4,6 @@ A map's sum of squares is ``S (v + s^2)``, with mean s, biased variance v and S 
 finds the variances as well, so these gates cost what ECA costs.
 """
 
-import copy
 from abc import abstractmethod
 from typing import Any, ClassVar
 
@@ -44,18 +43,6 @@ class MomentGate(Gate):
     def is_neutral(self) -> bool:
         """Whether the gate is :attr:`neutral_value` times the factor for every map."""
         return False
-
-    def constant(self) -> float | None:
-        """As :meth:`Gate.constant`."""
-        if any(t.is_meta for t in self.parameters()) or not self.is_neutral():
-            return None
-        like = next(iter((*self.parameters(), *self.buffers())))
-        values = torch.linspace(-2, 2, 2 * self.channels, dtype=reference.accumulation_dtype(like.dtype))
-        means = values.to(like.device).reshape(2, -1)
-        with torch.no_grad():  # in evaluation and in a copy, so that no running statistics change
-            scale, shift = copy.deepcopy(self).eval().scale_and_shift(Statistics(means, means.square(), 4))
-        is_constant = bool((scale == scale[0, 0]).all()) and (shift is None or not bool(shift.any()))
-        return float(scale[0, 0]) if is_constant else None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take parameters of C values in any shape."""

@@ -74,7 +74,8 @@ def replace_gates_(
     timm (:data:`ecanet.surgery.ATTENTION`). The new gate takes the place and name of the old one, and the hooks on its
     calls. State dicts with the old one's keys still load: its values in them are ignored. A neutral gate becomes a
     neutral one of the same value, so the function stays the same. For a trained gate only the value at its start stays,
-    such as 1 of factor 2 times the sigmoid of 0: the network needs fine-tuning. Attention that is such a gate already stays.
+    such as 1 of factor 2 times the sigmoid of 0: the network needs fine-tuning. Attention that is such a gate already
+    stays.
 
     Args:
         model: The network.

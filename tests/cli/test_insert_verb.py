@@ -57,6 +57,20 @@ def test_timm_says_what_size_its_networks_take(capsys: pytest.CaptureFixture[str
     assert said_by(["insert", "--model", "timm/test_resnet"], capsys) == f"{report}\n"
 
 
+@pytest.mark.parametrize("gate", ["srm", "gct", "grn"])
+def test_a_file_with_gates_of_moments_builds_the_same_network_again(gate, tmp_path) -> None:
+    file = tmp_path / "model.pt"
+    main([*RESNET, "--gate", gate, "--num-classes", "2", "--fuse", "--save", str(file)])
+    model, _ = Insertion("torchvision/resnet18", gate, num_classes=2, fuse=True).build()
+    loaded = surgery.load(file)
+    kinds = [type(module) for module in model.modules()]
+    assert [type(module) for module in loaded.modules()] == kinds
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    model.load_state_dict(loaded.state_dict())
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(loaded(x), model(x))
+
+
 def test_fuse_adds_its_table(capsys: pytest.CaptureFixture[str]) -> None:
     said = said_by([*RESNET, "--fuse"], capsys)
     assert "8 gates inserted: +36 parameters" in said

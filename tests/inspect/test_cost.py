@@ -7,7 +7,9 @@ from torchvision.models import mobilenet_v2, resnet50
 from torchvision.models.mobilenetv2 import InvertedResidual
 
 from ecanet.inspect import gate_parameters, gates, multiply_adds, parameters
-from ecanet.nn import ECA, ECANS, SE, Gate, SEGroup, SEVar1, SEVar2, SEVar3, se_gc2
+from ecanet.nn import ECA, ECANS, GCT, GRN, SE, SRM, Gate, SEGroup, SEVar1, SEVar2, SEVar3, se_gc2
+from ecanet.nn.tail.maths import ScaleAndShift, Statistics
+from ecanet.surgery.report import gate_row
 
 IMAGE = (1, 3, 224, 224)
 
@@ -78,15 +80,19 @@ def test_layers(layer: nn.Module, shape: tuple[int, ...], expected: int) -> None
     assert multiply_adds(layer, shape) == expected
 
 
-class Mine(Gate):
-    """A gate that the library does not know: two weights for each channel, a factor and a bias."""
+class OfMyOwn(Gate):
+    """A gate that nobody has told the counter of: a matrix product, two element-wise ones and a shift."""
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, factor=2)
-        self.first, self.second = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.ones(channels))
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.fc = nn.Linear(8, 8)
+        self.weight = nn.Parameter(torch.zeros(8))
 
     def logits(self, s: Tensor) -> Tensor:
-        return 3 * (s * self.first + s.clone().mul_(self.second)) + self.first
+        return self.fc(s * self.weight) * s
+
+    def scale_and_shift(self, statistics: Statistics) -> ScaleAndShift:
+        return self.gate(statistics.means), statistics.means
 
 
 GATES = [
@@ -104,7 +110,11 @@ GATES = [
     (SEGroup(32, groups=4), 32 * 32 // 4),
     (SEGroup(32, groups=32), 32),
     (se_gc2(32), 16 * 32),
-    (Mine(32), 2 * 32),
+    (SRM(32), 2 * 32),  # two weights a channel
+    (GCT(32), 4 * 32),  # alpha, gamma and two squares
+    (GRN(32), 2 * 32),  # the weight and a square
+    (OfMyOwn(), 8 * 8 + 2 * 8),
+    (ECA(32, 3, factor=2.0), 3 * 32),
 ]
 
 
@@ -112,8 +122,9 @@ GATES = [
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("spatial", [(5, 7), (6,), (2, 3, 4)], ids=str)
 def test_a_gate_costs_its_map_and_its_matrix(gate: Gate, inside: int, batch: int, spatial: tuple[int, ...]) -> None:
-    positions = torch.Size(spatial).numel()
-    assert multiply_adds(gate, (batch, gate.channels, *spatial)) == batch * (gate.channels * positions + inside)
+    of_map = gate.channels * torch.Size(spatial).numel() * (2 if gate.needs_variances else 1)  # a variance has squares
+    assert multiply_adds(gate, (batch, gate.channels, *spatial)) == batch * (of_map + inside)
+    assert gate_row("gate", gate, "norm", gate.channels, spatial).multiply_adds == of_map + inside  # surgery's report
 
 
 def test_resnet50() -> None:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from ecanet.inspect import (
     RELEASED_KERNELS,
+    gate_responses,
     gate_values,
     gates,
+    plot_gate_responses,
     plot_gates_per_class,
     plot_kernel_sizes,
     plot_matrices,
@@ -23,7 +25,20 @@ from ecanet.inspect import (
 )
 from ecanet.inspect.style import spread
 from ecanet.models import eca_resnet18, eca_resnet50, eca_resnet101, small_eca_resnet
-from ecanet.nn import ECA, ECANS, SE, LinearGate, SEGroup, SEVar1, SEVar2, SEVar3, adaptive_kernel_size
+from ecanet.nn import (
+    ECA,
+    ECANS,
+    GATES,
+    GRN,
+    SE,
+    Gate,
+    LinearGate,
+    SEGroup,
+    SEVar1,
+    SEVar2,
+    SEVar3,
+    adaptive_kernel_size,
+)
 from ecanet.ops import reference
 
 
@@ -347,6 +362,94 @@ def test_gate_values_are_the_means_per_class(device: torch.device) -> None:
         for c in (0, 1, 3):
             torch.testing.assert_close(values[name][c], gate[labels == c].mean(0).cpu().double(), atol=1e-6, rtol=0)
         assert values[name][2].isnan().all()
+
+
+@torch.no_grad()
+def trained(name: str) -> nn.Module:
+    """A small network with a gate whose values differ."""
+    model = small_eca_resnet(name, widths=(32, 64), num_classes=2).eval()
+    for gate in gates(model).values():
+        for parameter in gate.parameters():
+            parameter.normal_(std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_the_values_of_every_gate_are_what_its_maps_are_multiplied_by(name: str) -> None:
+    model, images = trained(name), torch.randn(3, 3, 12, 12)
+    maps: dict[str, tuple[Tensor, Tensor]] = {}
+    handles = [
+        gate.register_forward_hook(lambda _, args, out, key=key: maps.update({key: (args[0], out)}))
+        for key, gate in gates(model).items()
+    ]
+    values = gate_values(model, [(images, torch.tensor([0, 1, 2]))], 3)
+    responses = gate_responses(model, images)
+    for handle in handles:
+        handle.remove()
+    assert list(values) == list(responses) == ["layer1.0.eca", "layer2.0.eca"]
+    for key, (x, out) in maps.items():
+        seen = responses[key]
+        scale, shift = (0 if t is None else t.float()[:, :, None, None] for t in (seen.scales, seen.shifts))
+        torch.testing.assert_close(x * scale + shift, out, rtol=1e-5, atol=1e-5)
+        assert torch.equal(values[key], seen.scales)
+        torch.testing.assert_close(seen.means.float(), x.mean((2, 3)))
+        if seen.deviations is not None:
+            torch.testing.assert_close(seen.deviations.float(), x.std((2, 3), correction=0))
+
+
+def test_responses_are_drawn_against_all_that_a_gate_sees() -> None:
+    grn, eca = trained("grn"), trained("eca")
+    images = torch.randn(3, 3, 12, 12)
+    seen = {**gate_responses(grn, images), "eca": gate_responses(eca, images)["layer1.0.eca"]}
+    figure = plot_gate_responses(seen)
+    panels = [axes for axes in figure.axes if axes.lines]
+    assert [len(axes.lines) for axes in panels] == [2, 2, 2, 2, 1]  # scale and shift; ECA has no shift, and sees means
+    assert panels[0].get_title(loc="left") == "layer1.0.eca: C = 32, 3 maps"
+    for axes, statistic in zip(panels[:2], (seen["layer1.0.eca"].means, seen["layer1.0.eca"].deviations), strict=True):
+        scale, shift = axes.lines
+        assert list(scale.get_xdata()) == list(shift.get_xdata()) == statistic.flatten().tolist()
+        assert list(scale.get_ydata()) == seen["layer1.0.eca"].scales.flatten().tolist()
+        assert list(shift.get_ydata()) == seen["layer1.0.eca"].shifts.flatten().tolist()
+    assert_no_text_overlaps(figure)
+    assert_no_text_overlaps(plot_gate_responses(gate_responses(eca, images)))
+
+
+def test_responses_need_gates_and_known_names() -> None:
+    with pytest.raises(ValueError, match=r"model must have at least one ecanet\.nn\.Gate, ReLU"):
+        gate_responses(nn.ReLU(), torch.randn(1, 3))
+    with pytest.raises(ValueError, match="values must have at least one gate"):
+        plot_gate_responses({})
+    seen = gate_responses(trained("grn"), torch.randn(2, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"names must be among layer1.0.eca, layer2.0.eca, got eca"):
+        plot_gate_responses(seen, names=["eca"])
+
+
+def test_asking_for_responses_leaves_the_model_as_it_was() -> None:
+    model = trained("srm").train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    gate_responses(model, torch.randn(2, 3, 8, 8))
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_gate_that_runs_twice_has_the_samples_of_both_calls() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate: Gate = GRN(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.gate(self.gate(x) + 1)
+
+    seen = gate_responses(Twice(), x := torch.randn(3, 4, 5))["gate"]
+    torch.testing.assert_close(seen.means, torch.cat([x.mean(2), x.mean(2) + 1]).double())
+    assert seen.scales.shape == seen.shifts.shape == seen.deviations.shape == (6, 4)
+
+
+def test_gates_below_zero_are_all_seen() -> None:
+    (axes,) = plot_gates_per_class({"grn": torch.tensor([[-1.5, 2.5]])}, ["cat"]).axes
+    assert axes.get_ylim() == (-2, 3)
+    assert list(axes.get_yticks()) == [-2, 0, 3]
 
 
 def test_gate_values_leave_the_model_as_it_was() -> None:

@@ -22,7 +22,7 @@ from tests.integrations.deepforest_tiles import needs_deepforest, write_yolo
 tasks = pytest.importorskip("ultralytics.nn.tasks", reason="pip install ultralytics-opencv-headless")
 from ultralytics import YOLO  # noqa: E402
 
-NAMES = ("ECA", "ECANS", "SE", "SEVar1", "SEVar2", "SEVar3", "SEGroup", "se_gc2", "se_gc3")
+NAMES = tuple(factory.__name__ for factory in GATES.values())
 SCALES = {"n": [0.5, 0.25, 1024], "s": [0.5, 0.5, 1024], "m": [0.5, 1, 512], "l": [1, 1, 512], "x": [1, 1.5, 512]}
 FILES = ("yolo11n.yaml", "yolo26n.yaml", "yolov8n.yaml")
 

@@ -328,8 +328,9 @@ def test_gradients_reach_every_gate_after_the_load(gate):
         ]
 
     first = untouched()
-    # Behind SE's W2 = 0, W1 waits for one step.
-    assert first == ([f"{i}.fc1.weight" for i in range(2)] if gate == "se" else [])
+    # What is behind a 0, such as W1 behind SE's W2 = 0, waits for one step.
+    waiting = {"se": "fc1.weight", "srm": "bn.weight", "gct": "alpha"}
+    assert first == ([f"{i}.{waiting[gate]}" for i in range(2)] if gate in waiting else [])
     optimizer.step()
     assert untouched() == []
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ecanet.models import SmallECAResNet
+from ecanet.nn import GATES, build_gate
 from ecanet.train import OptimConfig, Recipe, fit, validate
 from ecanet.train.checkpoint import load_trained
 from ecanet.train.classifier import Classifier, learning_rate_factor
@@ -66,6 +67,25 @@ def test_metrics_are_those_of_all_images(tiny: Callable[..., Recipe], tmp_path: 
     assert metrics["val/top1"] == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
     assert metrics["val/loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
     assert metrics["val/top3"] == 100, "three classes"
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_every_gate_trains_an_epoch_in_float32_and_bf16_and_loads_as_it_was_saved(
+    tiny: Callable[..., Recipe], tmp_path: Path, gate: str
+) -> None:
+    for precision in ("32-true", "bf16-mixed"):
+        recipe = tiny(epochs=1, gate=gate, precision=precision, checkpoint_steps=None, lr=0.05)
+        recipe = replace(recipe, model=replace(recipe.model, options={"widths": [16, 32]}))
+        fit(recipe, tmp_path / precision, progress=False)
+        trained = load_trained(tmp_path / precision)
+        for _, gated in trained.network.gated_norms():
+            new = build_gate(gate, gated.channels)
+            pairs = list(zip(gated.parameters(), new.parameters(), strict=True))
+            assert type(gated) is type(new)
+            assert all(t.isfinite().all() for t in gated.state_dict().values())
+            assert not pairs or any(not torch.equal(p, q) for p, q in pairs), "not as at its start"
+        logits = trained.network(torch.randn(4, 3, 12, 12))
+        assert logits.isfinite().all()
 
 
 def test_a_run_that_diverges_stops_before_it_saves(tiny: Callable[..., Recipe], tmp_path: Path) -> None:

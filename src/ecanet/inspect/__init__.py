@@ -4,16 +4,20 @@ from ecanet.inspect.curves import plot_training_curves
 from ecanet.inspect.kernel_plot import RELEASED_KERNELS, plot_kernel_sizes
 from ecanet.inspect.matrices import plot_matrices
 from ecanet.inspect.per_class import gate_values, plot_gates_per_class
+from ecanet.inspect.responses import Responses, gate_responses, plot_gate_responses
 from ecanet.networks.cost import gate_parameters, multiply_adds, parameters
 from ecanet.networks.running import gates
 
 __all__ = [
     "RELEASED_KERNELS",
+    "Responses",
     "gate_parameters",
+    "gate_responses",
     "gate_values",
     "gates",
     "multiply_adds",
     "parameters",
+    "plot_gate_responses",
     "plot_gates_per_class",
     "plot_kernel_sizes",
     "plot_matrices",

@@ -86,7 +86,10 @@ def _check_linear(gates: Mapping[str, LinearGate]) -> None:
         raise ValueError("gates must have at least one entry, such as {'ECA': ECA(64)}, got none")
     for name, gate in gates.items():
         if not isinstance(gate, LinearGate):
-            raise TypeError(f"gates[{name!r}] must be a LinearGate: {type(gate).__name__} has no matrix W")
+            raise TypeError(
+                f"gates[{name!r}] must be a LinearGate: {type(gate).__name__} has no matrix W; plot_gate_responses "
+                "draws it against what it sees"
+            )
 
 
 class _Layout(NamedTuple):

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ecanet.inspect.style import COLOURS, FONT_SIZE, SMALL_FONT_SIZE, new_figure, style_axes
 from ecanet.networks.running import evaluating, example_tensor, gates, observing
 from ecanet.nn import Gate
-from ecanet.ops import reference
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,6 +26,7 @@ def gate_values(
 ) -> dict[str, Tensor]:
     """Mean gate of every channel for every class, for all gates of a model, in one pass over the data.
 
+    A gate's value is what the map is multiplied by; what some gates add as well is not in it.
     The model runs in eval mode and keeps its own mode, weights and statistics. A gate that runs several times in a
     forward pass is averaged over all of them.
 
@@ -59,7 +59,7 @@ def gate_values(
     labels = torch.empty(0)
 
     def add_to_sums(name: str, gate: Gate, x: Tensor) -> None:
-        values = gate.gate(reference.squeeze(x, gate.channels)).cpu().double()
+        values = gate.scale_and_shift(gate.statistics(x))[0].cpu().double()
         if len(values) != len(labels):
             raise ValueError(
                 f"labels must have one entry for each of the {len(values)} maps of {name}, got {len(labels)}"
@@ -126,7 +126,7 @@ def plot_gates_per_class(
         >>> [axes.get_title(loc="left") for axes in plot_gates_per_class(values, ["cat", "dog"]).axes]
         ['layer1.eca: C = 64, spread across classes 0.000', 'layer2.eca: C = 128, spread across classes 0.300']
     """
-    shown = _gates_to_draw(values, names)
+    shown = gates_to_draw(values, names)
     for name in shown:
         if values[name].dim() != 2 or len(values[name]) != len(classes):
             raise ValueError(
@@ -140,9 +140,10 @@ def plot_gates_per_class(
     for axes in panels.flat[len(shown) :]:
         axes.remove()
     colours = _class_colours(len(classes))
-    # A sigmoid is below 1; a gate with a factor, such as a neutral one, can be as large as the factor.
-    largest = max((float(values[name].nan_to_num().max()) for name in shown if values[name].numel()), default=0.0)
-    top = max(1, math.ceil(largest))
+    # A sigmoid is from 0 to 1, or to the gate's factor, such as that of a neutral one; other gates may be below 0.
+    seen = [values[name].nan_to_num() for name in shown if values[name].numel()]
+    top = max(1, math.ceil(max((float(gate.max()) for gate in seen), default=0)))
+    bottom = min(0, math.floor(min((float(gate.min()) for gate in seen), default=0)))
     for position, name in enumerate(shown):
         axes, gate = panels.flat[position], values[name].detach().double().cpu()
         channels = gate.shape[1]
@@ -151,20 +152,20 @@ def plot_gates_per_class(
             axes.set_xlabel(
                 "channel, in ascending order of its mean gate" if by_mean else "channel", fontsize=FONT_SIZE
             )
-        seen = gate[gate.isfinite().all(1)]
+        with_images = gate[gate.isfinite().all(1)]
         if by_mean:
-            gate = gate[:, seen.mean(0).argsort()]
+            gate = gate[:, with_images.mean(0).argsort()]
         # In that order neighbours are unrelated: draw dots, no lines.
         marks = {"linestyle": "", "marker": ".", "markersize": 3 if channels <= 128 else 1.5} if by_mean else {}
         for row, class_name, colour in zip(gate, classes, colours, strict=True):
             label = class_name if row.isfinite().all() else f"{class_name} (no images)"
             width = 1.1 if channels <= 128 else 0.6
             axes.plot(range(1, channels + 1), row.numpy(), color=colour, linewidth=width, label=label, **marks)
-        spread = f"{seen.std(0, correction=0).mean():.3f}" if len(seen) else "unknown"
+        spread = f"{with_images.std(0, correction=0).mean():.3f}" if len(with_images) else "unknown"
         axes.set_title(f"{name}: C = {channels}, spread across classes {spread}", fontsize=SMALL_FONT_SIZE, loc="left")
         axes.set_xlim(1, max(channels, 2))
-        axes.set_ylim(0, top)
-        axes.set_yticks([0, top / 2, top])
+        axes.set_ylim(bottom, top)
+        axes.set_yticks([bottom, 0 if bottom else top / 2, top])
     if len(classes) <= 30:
         handles = panels.flat[0].get_lines()
         legend = figure.legend(
@@ -179,7 +180,8 @@ def plot_gates_per_class(
     return figure
 
 
-def _gates_to_draw(values: Mapping[str, Tensor], names: Sequence[str] | None) -> list[str]:
+def gates_to_draw(values: Mapping[str, Tensor], names: Sequence[str] | None) -> list[str]:
+    """The named gates or, without names and with more than 6 gates, the last of each stage."""
     if names is not None:
         unknown = [name for name in names if name not in values]
         if unknown:

@@ -1,17 +1,17 @@
 """What a model and its gates cost: parameters and multiply-adds."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ecanet.networks.checks import check_input_shape
 from ecanet.networks.running import evaluating, example_tensor, gates, observing, without_hooks_on_all_modules
-from ecanet.nn import Gate
-from ecanet.ops import reference
+from ecanet.ops.backend import backend
 
 
 def parameters(model: nn.Module) -> int:
@@ -43,15 +43,15 @@ def multiply_adds(model: nn.Module, input_shape: Sequence[int]) -> int:
 
     - convolutions, linear layers and matrix products: one per weight and position where it is used, zero padding
       included; this is half of what :class:`torch.utils.flop_counter.FlopCounterMode` counts;
-    - C S for every gate on a map of C channels and S positions: per value, one addition in the squeeze and one
-      multiplication in the scaling make one multiply-add;
-    - inside the gates matrix products and element-wise products: k C for ECA and ECA-NS, C for SE-Var2, C^2 / G for
-      SE-GC and SE-Var3, 2 C (C // r) for SE.
+    - inside the gates, besides these, one for every value of a product of two tensors, of a square, and of a map whose
+      variance is found. On a map of C channels and S positions, every gate scales C S values (per value, one addition
+      in the squeeze and one multiplication in the scaling make one multiply-add), and one that sees variances squares
+      C S more. ECA and ECA-NS add k C, SE-Var2 C, SE-GC and SE-Var3 C^2 / G, SE 2 C (C // r), SRM and GRN 2 C, GCT 4 C.
 
-    Norms, activations, biases, pooling and the additions of residuals are not counted. The totals of the paper's
-    Table 3 are 1 % (ResNet-50) to 11 % (MobileNetV2) higher, about what norms and activations would add. Its
-    differences agree: over the blocks of MobileNetV2, C S adds up to 572,320, which is 0.55 of 2^20, and the paper
-    reports 319.9M with ECA and 319.4M without.
+    Norms, activations, biases, pooling and the additions of residuals are not counted. The totals of the paper's Table
+    3 are 1 % (ResNet-50) to 11 % (MobileNetV2) higher, about what norms and activations would add. Its differences
+    agree: over the blocks of MobileNetV2, C S adds up to 572,320, which is 0.55 of 2^20, and the paper reports 319.9M
+    with ECA and 319.4M without.
 
     The model is left unchanged, with its modes, running statistics and hooks, and so are the random generators.
 
@@ -70,40 +70,50 @@ def multiply_adds(model: nn.Module, input_shape: Sequence[int]) -> int:
         4512
     """
     check_input_shape(input_shape)
-    seen: list[tuple[Gate, torch.Size]] = []
-
-    def see(_: str, gate: Gate, x: Tensor) -> None:
-        seen.append((gate, x.shape))
-
     example = example_tensor(model)
     cuda_devices = [example.device] if example.device.type == "cuda" else []
-    counter = FlopCounterMode(display=False)
     rng = torch.random.fork_rng(devices=cuda_devices)
     # The counter registers global hooks; with these in place, gates would call their layers.
-    with rng, evaluating(model):
-        with observing(model, see), counter, without_hooks_on_all_modules():
-            model(example.new_zeros(input_shape))
-        products = {gate: elementwise_products(gate) for gate, _ in seen}
-    return counter.get_total_flops() // 2 + sum(shape.numel() + shape[0] * products[gate] for gate, shape in seen)
+    with rng, evaluating(model), counting(model) as counter, counter, without_hooks_on_all_modules():
+        model(example.new_zeros(input_shape))
+    return counter.get_total_flops() // 2
 
 
-#: The operations that multiply element by element.
-_PRODUCTS = (torch.ops.aten.mul, torch.ops.aten.mul_)
+@contextmanager
+def counting(model: nn.Module) -> Iterator[FlopCounterMode]:
+    """Make a counter that counts products of single values inside the model's gates, too; these run in plain PyTorch.
+
+    Raises:
+        ValueError: a gate never ran.
+    """
+    running: list[nn.Module] = []
+
+    def inside_gates(products: _Products) -> Callable[..., int]:
+        return lambda *shapes, out_shape, **_: 2 * products(shapes, out_shape) if running else 0
+
+    mapping = {operation: inside_gates(products) for operation, products in _PRODUCTS.items()}
+    with ExitStack() as stack:
+        stack.enter_context(backend("reference"))
+        stack.enter_context(observing(model, lambda *_: running.pop() and None))
+        for gate in gates(model).values():
+            stack.callback(gate.register_forward_pre_hook(lambda gate, _: running.append(gate)).remove)
+        yield FlopCounterMode(display=False, custom_mapping=mapping)
 
 
-def elementwise_products(gate: Gate) -> int:
-    """Multiply-adds per sample in a gate that are element-wise products, which the flop counter alone does not see."""
-    if gate.maths() is None or type(gate).forward is not Gate.forward:  # its layers are called and counted
-        return 0
-    like = example_tensor(gate)
-    means = torch.zeros(1, gate.channels, dtype=reference.accumulation_dtype(like.dtype), device=like.device)
-    counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(_PRODUCTS, _product))
-    with torch.no_grad(), counter, without_hooks_on_all_modules():
-        gate.gate(means)
-    counts = counter.get_flop_counts().get("Global", {})
-    return sum(counts.get(product, 0) for product in _PRODUCTS) // 2
+def _of_two_tensors(shapes: Sequence[Any], out: Any) -> int:
+    return math.prod(out) if all(isinstance(shape, torch.Size) and len(shape) for shape in shapes[:2]) else 0
 
 
-def _product(a: Any, b: Any, *_: Any, out_shape: Any, **__: Any) -> int:
-    """Flops of a product from the shapes of its arguments; none if one of them is a number."""
-    return 2 * math.prod(out_shape) if all(isinstance(shape, torch.Size) and shape for shape in (a, b)) else 0
+def _of_the_map(shapes: Sequence[Any], _: Any) -> int:
+    return math.prod(shapes[0])
+
+
+#: From the shapes of an operation's arguments (others as they are) and of its result to its number of products.
+_Products = Callable[[Sequence[Any], Any], int]
+_PRODUCTS: dict[Any, _Products] = {
+    torch.ops.aten.mul: _of_two_tensors,
+    torch.ops.aten.mul_: _of_two_tensors,
+    torch.ops.aten.pow: lambda arguments, out: math.prod(out) if arguments[1] == 2 else 0,
+    torch.ops.aten.var: _of_the_map,
+    torch.ops.aten.var_mean: _of_the_map,
+}

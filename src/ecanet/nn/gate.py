@@ -345,7 +345,8 @@ class Gate(nn.Module, ABC):
                 f"{type(self).__name__} cannot be made neutral: its weights are computed from others (parametrized); "
                 "torch.nn.utils.parametrize.remove_parametrizations makes them plain"
             )
-        self.factor = 1 / self.make_neutral_()
+        self.neutral_value = self.make_neutral_()
+        self.factor = 1 / self.neutral_value
         self.starts_as_identity = True
         for layer in self.modules():  # the gate is 1 again whichever layer is reset last
             if layer is not self and callable(getattr(type(layer), "reset_parameters", None)):
@@ -373,8 +374,13 @@ class Gate(nn.Module, ABC):
         is_lost = scale is not None and not _is_factor(scale, self._factor)
         return is_lost or not all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
 
-    #: The gate's value without its factor where :meth:`is_neutral`.
-    neutral_value: ClassVar[float] = 0.5
+    #: The gate's value without its factor where :meth:`is_neutral`: what :meth:`make_neutral_` returns.
+    neutral_value: float = 0.5
+
+    @property
+    def value_at_start(self) -> float:
+        """The value from which the gate is trained, with its present factor; on the device ``"meta"``, too."""
+        return self.neutral_value * self.factor
 
     def constant(self) -> float | None:
         """The gate's value if its weights make it the same for every input, as neutral weights do; otherwise None.
@@ -383,17 +389,33 @@ class Gate(nn.Module, ABC):
         """
         if any(weight.is_meta for weight in self.parameters()) or not self.is_neutral():
             return None
-        cls, own = type(self), vars(self)
+        cls = type(self)
         judge: Any = next(c for c in cls.__mro__ if "is_neutral" in vars(c))
-        of_judge = (judge.gate, cls.logits if judge.logits is Gate.logits else judge.logits)
-        if of_judge == (cls.gate, cls.logits) and "gate" not in own and "logits" not in own:
-            return self.neutral_value * self.factor
-        # A subclass or instance computes something else from these weights: find out what.
-        like = next(iter((*self.parameters(), *self.buffers())))
-        with torch.no_grad():
-            means = torch.linspace(-2, 2, 2 * self.channels, dtype=like.dtype, device=like.device)
-            g = self.gate(means.reshape(2, -1))
-        return float(g[0, 0]) if bool((g == g[0, 0]).all()) else None
+        of_judge = (judge.scale_and_shift, judge.gate, cls.logits if judge.logits is Gate.logits else judge.logits)
+        if of_judge == (cls.scale_and_shift, cls.gate, cls.logits) and not has_own_maths(vars(self)):
+            return self.value_at_start
+        scale, shift = self.try_out()  # a subclass or instance computes something else from these weights
+        is_constant = bool((scale == scale[0, 0]).all()) and (shift is None or not bool(shift.any()))
+        return float(scale[0, 0]) if is_constant else None
+
+    @torch.no_grad()
+    def try_out(self) -> ScaleAndShift:
+        """Scale and shift for two samples whose means differ in every channel, in evaluation; the gate stays as it is.
+
+        Returns:
+            ``(2, C)``, and ``(2, C)`` or None.
+        """
+        like = next(iter((*self.parameters(), *self.buffers())), torch.empty(()))
+        dtype = reference.accumulation_dtype(like.dtype)
+        means = torch.linspace(-2, 2, 2 * self.channels, dtype=dtype, device=like.device).reshape(2, -1)
+        statistics = Statistics(means, means.square() if self.needs_variances else None, 4)
+        modes = [(module, module.training) for module in self.modules()]
+        try:
+            self.eval()  # so that running statistics do not move
+            return self.scale_and_shift(statistics)
+        finally:
+            for module, mode in modes:
+                module.training = mode
 
     def is_neutral(self) -> bool:
         """Whether the weights are those that :meth:`make_neutral_` sets."""

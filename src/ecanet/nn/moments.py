@@ -4,7 +4,6 @@ A map's sum of squares is ``S (v + s^2)``, with mean s, biased variance v and S 
 finds the variances as well, so these gates cost what ECA costs.
 """
 
-import copy
 from abc import abstractmethod
 from typing import Any, ClassVar
 
@@ -44,18 +43,6 @@ class MomentGate(Gate):
     def is_neutral(self) -> bool:
         """Whether the gate is :attr:`neutral_value` times the factor for every map."""
         return False
-
-    def constant(self) -> float | None:
-        """As :meth:`Gate.constant`."""
-        if any(t.is_meta for t in self.parameters()) or not self.is_neutral():
-            return None
-        like = next(iter((*self.parameters(), *self.buffers())))
-        values = torch.linspace(-2, 2, 2 * self.channels, dtype=reference.accumulation_dtype(like.dtype))
-        means = values.to(like.device).reshape(2, -1)
-        with torch.no_grad():  # in evaluation and in a copy, so that no running statistics change
-            scale, shift = copy.deepcopy(self).eval().scale_and_shift(Statistics(means, means.square(), 4))
-        is_constant = bool((scale == scale[0, 0]).all()) and (shift is None or not bool(shift.any()))
-        return float(scale[0, 0]) if is_constant else None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take parameters of C values in any shape."""
@@ -116,6 +103,23 @@ def _squares(statistics: Statistics) -> Tensor:
     means, variances, positions = statistics
     assert variances is not None
     return (variances + means.square()) * positions
+
+
+@torch.fx.wrap
+def _root(squares: Tensor) -> Tensor:
+    """The square root, with the slope 0 at 0, where it has none: so has torch's norm of zeros."""
+    if not squares.requires_grad:
+        return squares.sqrt()
+    some = squares > 0
+    return squares.where(some, 1).sqrt().where(some, 0)
+
+
+@torch.fx.wrap
+def _unbiased(variances: Tensor, positions: Any) -> Tensor:
+    """Variances of positions that are a sample; 0 for one position. While torch.jit traces, a number is a tensor."""
+    others = positions - 1
+    others = others.clamp(min=1) if isinstance(others, Tensor) else max(others, 1)
+    return variances * (positions / others)
 
 
 class GCT(_ClosedFormGate):
@@ -240,8 +244,7 @@ class GRN(_ClosedFormGate):
     def _relative(self, statistics: Statistics) -> tuple[Tensor, Tensor, Tensor]:
         """The channels' l2 norms, these divided by their mean, and that mean with eps, ``(N, 1)``."""
         squares = _squares(statistics)
-        some = squares > 0  # a root has no slope at 0: torch's norm of zeros has the gradient 0, and so has this one
-        norm = squares.where(some, 1).sqrt().where(some, 0) if squares.requires_grad else squares.sqrt()
+        norm = _root(squares)
         mean = norm.mean(1, keepdim=True) + self.eps
         return norm, norm / mean, mean
 
@@ -313,9 +316,7 @@ class SRM(MomentGate):
         """The sigmoid of the normalised styles, and no shift."""
         means, variances, positions = statistics
         assert variances is not None
-        others: Any = positions - 1
-        others = others.clamp(min=1) if isinstance(others, Tensor) else max(others, 1)  # torch.jit traces tensors
-        deviations = (variances * (positions / others) + self.eps).sqrt()
+        deviations = (_unbiased(variances, positions) + self.eps).sqrt()
         cfc = self.cfc.to(means.dtype)
         styles = means * cfc[:, 0] + deviations * cfc[:, 1]
         with reference.no_autocast(means.device.type):

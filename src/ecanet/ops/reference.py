@@ -27,7 +27,9 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def no_autocast(device_type: str) -> AbstractContextManager[object]:
     """A context without autocast, so that the maths on ``(N, C)`` keeps its type."""
     # Not torch.amp.is_autocast_available: torch.compile of torch 2.10 cannot trace it.
-    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
+    if not isinstance(device_type, str) or device_type == "meta":  # while torch.fx traces, it is no string
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 @torch.fx.wrap
@@ -236,9 +238,10 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.shape[0] == 0:
         return x.sum(_spatial(x)), x.sum(_spatial(x))
     # Not torch.var_mean: its mean of a map with an infinite value is NaN.
-    return x.mean(_spatial(x)), x.var(_spatial(x), correction=0) * x.shape[2:].numel()
+    return x.mean(_spatial(x)), x.var(_spatial(x), correction=0) * positions(x)
 
 
+@torch.fx.wrap
 def apply(x: Tensor, scale: Tensor, shift: Tensor | None, residual: Tensor | None, act: int) -> Tensor:
     """``act(x * scale + shift + residual)``, computed in float32 for half types and rounded once.
 

@@ -66,7 +66,8 @@ def remove_gates_(
         if all(constants[name] is not None for name in lost):
             what, remedy = "constant, but not 1", "fold=True multiplies the norms before them by that"
         else:
-            what, remedy = "not constant", "force=True takes them out all the same"
+            what = "not constant, and some add a shift" if any(_adds(gate) for _, _, gate in wanted) else "not constant"
+            remedy = "force=True takes them out all the same"
         raise ValueError(
             f"the gates after {shown} are {what}, so taking them out changes what the network computes: {remedy}"
         )
@@ -105,6 +106,12 @@ def _constant_value(gate: nn.Module) -> float | None:
     return gate.constant() if isinstance(gate, Gate) else None
 
 
+def _adds(gate: nn.Module) -> bool:
+    """Whether a gate adds something other than 0 to the map, beside scaling it."""
+    shift = gate.try_out()[1] if isinstance(gate, Gate) and type(gate).forward is Gate.forward else None
+    return shift is not None and bool(shift.any())
+
+
 def _value_at_start(gate: nn.Module) -> float:
     """The value of a gate before training, with its present factor; 1 if that is not known."""
-    return 0.5 * gate.factor if isinstance(gate, Gate) and gate.starts_as_identity else 1.0
+    return gate.value_at_start if isinstance(gate, Gate) and gate.starts_as_identity else 1.0

@@ -73,8 +73,9 @@ def replace_gates_(
     It finds this library's gates wherever they are, and squeeze-and-excitation, ECA and the like of torchvision and
     timm (:data:`ecanet.surgery.ATTENTION`). The new gate takes the place and name of the old one, and the hooks on its
     calls. State dicts with the old one's keys still load: its values in them are ignored. A neutral gate becomes a
-    neutral one of the same value, so the function stays the same. For a trained gate only the factor stays: the network
-    needs fine-tuning. Attention that already is such a gate is left alone.
+    neutral one of the same value, so the function stays the same. For a trained gate only the value at its start stays,
+    such as 1 of factor 2 times the sigmoid of 0: the network needs fine-tuning. Attention that already is such a gate
+    is left alone.
 
     Args:
         model: The network.
@@ -204,7 +205,7 @@ def _plan_swap(
     if constant is not None:
         _make_constant_(name, new, constant)
     elif isinstance(old, Gate) and isinstance(new, Gate):
-        new.factor = old.factor
+        new.factor = old.value_at_start / new.neutral_value
         new.starts_as_identity = old.starts_as_identity and _can_be_identity(new)
     accept_replaced_keys_(new, old)
     vars(new).update({key: value for key, value in vars(old).items() if key in _YOLO_ROW})

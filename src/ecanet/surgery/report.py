@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ecanet.networks.copies import twin_of
-from ecanet.networks.cost import elementwise_products
+from ecanet.networks.cost import counting
 from ecanet.networks.running import example_tensor, running_without_data
 from ecanet.nn import Gate
 
@@ -128,16 +127,15 @@ def gate_row(name: str, gate: nn.Module, where: str, channels: int | None, spati
 
 
 def _multiply_adds(attention: nn.Module, channels: int | None, spatial: Sequence[int] | None) -> int | None:
-    """Counted as by :func:`ecanet.inspect.multiply_adds`: C S for squeeze and scaling, plus the layers inside."""
+    """Counted as by :func:`ecanet.inspect.multiply_adds`; of other attention, C S for scaling and the layers inside."""
     if channels is None or spatial is None:
         return None
     like = example_tensor(attention)
-    counter = FlopCounterMode(display=False)
     try:
         twin = twin_of(attention)
-        with counter, running_without_data(twin):  # the counter's hooks on modules are not needed
+        with counting(twin) as counter, counter, running_without_data(twin):
             twin(torch.zeros((1, channels, *spatial), dtype=like.dtype, device=like.device))
     except Exception:  # a module of another library may need data, or cannot be copied
         return None
-    inside = elementwise_products(attention) if isinstance(attention, Gate) else 0
-    return channels * math.prod(spatial) + counter.get_total_flops() // 2 + inside
+    scaling = 0 if isinstance(attention, Gate) else channels * math.prod(spatial)
+    return scaling + counter.get_total_flops() // 2

@@ -1,0 +1,136 @@
+"""What gates answer to the statistics of the maps that they see: samples and figure."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ecanet.inspect.per_class import gates_to_draw
+from ecanet.inspect.style import COLOURS, FONT_SIZE, SMALL_FONT_SIZE, new_figure, style_axes
+from ecanet.networks.running import evaluating, example_tensor, gates, observing
+from ecanet.nn import Gate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: Most points in a panel; of more, evenly spaced ones are drawn.
+_MOST_POINTS = 4000
+
+
+class Responses(NamedTuple):
+    """What a gate saw and answered, every tensor ``(N, C)`` in float64 on the CPU.
+
+    Attributes:
+        means: Of every channel's map.
+        deviations: Biased standard deviation of every channel's map, or None for a gate that does not see it.
+        scales: What the map was multiplied by.
+        shifts: What was added to it, or None.
+    """
+
+    means: Tensor
+    deviations: Tensor | None
+    scales: Tensor
+    shifts: Tensor | None
+
+
+def gate_responses(model: nn.Module, images: Tensor, device: torch.device | str | None = None) -> dict[str, Responses]:
+    """What every gate of a model sees of some images, and what it answers.
+
+    The model runs once, in eval mode, and keeps its own mode, weights and statistics. Samples of a gate that runs
+    several times in a forward pass follow one another.
+
+    Args:
+        model: Takes the images; it is not moved.
+        images: ``(N, ...)``.
+        device: Device to move the images to; by default that of the model's weights.
+
+    Returns:
+        The samples by the gate's qualified name.
+
+    Raises:
+        ValueError: no gates, or a gate that does not run.
+
+    Example:
+        >>> from ecanet.models import small_eca_resnet
+        >>> seen = gate_responses(small_eca_resnet("gct"), torch.randn(4, 3, 28, 28))
+        >>> seen["layer1.0.eca"].deviations.shape, seen["layer1.0.eca"].scales.unique()
+        (torch.Size([4, 32]), tensor([1.], dtype=torch.float64))
+    """
+    if not gates(model):
+        raise ValueError(f"model must have at least one ecanet.nn.Gate, {type(model).__name__} has none")
+    seen: dict[str, list[Responses]] = {}
+
+    def see(name: str, gate: Gate, x: Tensor) -> None:
+        statistics = gate.statistics(x)
+        scale, shift = gate.scale_and_shift(statistics)
+        deviations = None if statistics.variances is None else statistics.variances.sqrt()
+        tensors = (statistics.means, deviations, scale, shift)
+        seen.setdefault(name, []).append(Responses(*(None if t is None else t.cpu().double() for t in tensors)))
+
+    device = example_tensor(model).device if device is None else device
+    with evaluating(model), observing(model, see):
+        model(images.to(device))
+    return {
+        name: Responses(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*calls, strict=True)))
+        for name, calls in seen.items()
+    }
+
+
+def plot_gate_responses(
+    responses: Mapping[str, Responses],
+    *,
+    names: Sequence[str] | None = None,
+) -> "Figure":
+    """Draw gates against the statistics that they see, a dot for every channel of every sample.
+
+    One row per gate: on the left against the channel's mean, on the right against its standard deviation, where the
+    gate sees that. A gate with a shift has a second colour for it.
+
+    Args:
+        responses: As :func:`gate_responses` returns them.
+        names: Gates to draw. By default all of them or, if there are more than 6, the last of each stage; a stage is a
+            run of gates with the same number of channels.
+
+    Returns:
+        A figure to ``.savefig("responses.png")``.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: no gates, or an unknown name.
+
+    Example:
+        >>> from ecanet.models import small_eca_resnet
+        >>> seen = gate_responses(small_eca_resnet("grn"), torch.randn(4, 3, 28, 28))
+        >>> [axes.get_xlabel() for axes in plot_gate_responses(seen).axes[-2:]]
+        ['mean of the channel', 'standard deviation of the channel']
+    """
+    shown = gates_to_draw({name: seen.scales for name, seen in responses.items()}, names)
+    columns = 2 if any(responses[name].deviations is not None for name in shown) else 1
+    figure = new_figure(height=0.6 + 2.0 * len(shown))
+    panels = figure.subplots(len(shown), columns, squeeze=False, sharey="row")
+    labels = ("mean of the channel", "standard deviation of the channel")
+    for row, name in zip(panels, shown, strict=True):
+        seen = responses[name]
+        for axes, statistic, label in zip(row, (seen.means, seen.deviations), labels, strict=False):
+            if statistic is None:
+                axes.remove()
+                continue
+            last = name == shown[-1]
+            style_axes(axes, label if last else "", "gate value" if axes is row[0] else "")
+            for answers, colour, what in ((seen.scales, COLOURS[0], "scale"), (seen.shifts, COLOURS[1], "shift")):
+                if answers is not None:
+                    step = -(-answers.numel() // _MOST_POINTS)
+                    points = (t.flatten()[::step].numpy() for t in (statistic, answers))
+                    axes.plot(*points, linestyle="", marker=".", markersize=2.5, alpha=0.6, color=colour, label=what)
+        samples, channels = seen.scales.shape
+        title = f"{name}: C = {channels}, {samples} {'map' if samples == 1 else 'maps'}"
+        row[0].set_title(title, fontsize=SMALL_FONT_SIZE, loc="left")
+    if any(responses[name].shifts is not None for name in shown):
+        both = next(row[0] for row, name in zip(panels, shown, strict=True) if responses[name].shifts is not None)
+        legend = figure.legend(
+            handles=both.get_lines(), loc="outside lower center", ncols=2, frameon=False, fontsize=FONT_SIZE
+        )
+        for handle in legend.get_lines():
+            handle.set(markersize=10, alpha=1)
+    return figure

@@ -23,11 +23,15 @@ DOCUMENTED = {
 def first_step(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """What a network in training gives, and the gradients of all it has but gates; dropped at random is the same."""
     torch.manual_seed(0)
-    out = copy.deepcopy(model).train()
-    y = out(x)
+    statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    y = model.train()(x)
     y.square().sum().backward()
     inside = tuple(f"{name}." for name in gates(model))
-    return y.detach(), {name: p.grad for name, p in out.named_parameters() if not name.startswith(inside)}
+    gradients = {name: p.grad for name, p in model.named_parameters() if not name.startswith(inside)}
+    model.eval().zero_grad()
+    for name, buffer in model.named_buffers():
+        buffer.copy_(statistics[name])
+    return y.detach(), gradients
 
 
 def evaluated(model: nn.Module, x: Tensor) -> Tensor:

@@ -1,11 +1,19 @@
 """Tables and picture of a result file: ``python -m benchmarks.report FILE.json [--plot FILE.png]``."""
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import results
 from benchmarks.tables import report
+
+#: What shows a result file, by the command that wrote it.
+SHOWN_BY = {
+    "benchmarks.cpu": "benchmarks.report",
+    "benchmarks.gpu": "benchmarks.report",
+    "benchmarks.finetune": "benchmarks.finetune.report",
+}
 
 
 def show(document: results.Document, plot: Path | None) -> None:
@@ -17,6 +25,22 @@ def show(document: results.Document, plot: Path | None) -> None:
 
         gates_alone = measured_gates(document["cases"]) and all(key.startswith("gates/") for key in document["cases"])
         (draw_gates if gates_alone else draw)(document).savefig(plot)
+
+
+def check_shown_by(module: str, document: results.Document, file: Path) -> None:
+    """Refuse a file of a command whose files are not shown here.
+
+    Raises:
+        ValueError: it names who wrote the file, whose files are shown, and who shows this one.
+    """
+    writer = re.search(r"python -m (\S+)", document.get("command", ""))
+    name = writer[1] if writer else "a command that it does not name"
+    viewer = SHOWN_BY.get(name)
+    if viewer == module:
+        return
+    shown = " and ".join(each for each, by in SHOWN_BY.items() if by == module)
+    remedy = f"; python -m {viewer} {file} shows this one" if viewer else ""
+    raise ValueError(f"{file} was written by {name}: {module} shows files of {shown}{remedy}")
 
 
 def show_again(
@@ -40,6 +64,7 @@ def show_again(
     args = parser.parse_args(argv)
     try:
         document = results.read(args.file)
+        check_shown_by(module, document, args.file)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     show(document, args.plot)

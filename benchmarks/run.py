@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks import results
-from benchmarks.cases import Case, SavedBytes
+from benchmarks.cases import Case, SavedBytes, Work
 from benchmarks.measure import Competitor, check_agreement, kernel_seconds, replayed, take_turns
 from benchmarks.tables import summary
 
@@ -93,14 +93,7 @@ def _measure(case: Case, settings: dict[str, Any], prefix: str) -> dict[str, Any
     work = case.build()
     if isinstance(work, SavedBytes):
         return {"saved_bytes": {name: count() for name, count in work.count.items()}}
-    disagreements = []
-    for names in work.agree:
-        try:
-            check_agreement(work.competitors, names, work.tolerance, work.poison_bytes)
-        except RuntimeError as error:
-            if case.device == "cpu":
-                raise
-            disagreements.append(str(error))  # told as wrong; its time says something all the same, and is lent
+    disagreements = _disagreements(work, case.device)
     checked = {name for names in work.agree for name in names} if not disagreements else set()
     for name, competitor in work.competitors.items():
         if name not in checked:
@@ -130,6 +123,22 @@ def _measure(case: Case, settings: dict[str, Any], prefix: str) -> dict[str, Any
         "page_faults_a_call": {name: float(f"{timing.page_faults:.4g}") for name, timing in timings.items()},
         "seconds": {name: [float(f"{s / work.sets:.4g}") for s in timing.seconds] for name, timing in timings.items()},
     }
+
+
+def _disagreements(work: Work, device: str) -> list[str]:
+    """What competitors that should agree do not agree in: on a CPU an error.
+
+    On a GPU it is told as wrong; its time says something all the same, and is lent.
+    """
+    found = []
+    for names in work.agree:
+        try:
+            check_agreement(work.competitors, names, work.tolerance, work.poison_bytes)
+        except RuntimeError as error:
+            if device == "cpu":
+                raise
+            found.append(str(error))
+    return found
 
 
 def _peak(competitor: Competitor) -> int | None:

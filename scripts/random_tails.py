@@ -27,6 +27,13 @@ ACTS: dict[str | None, tuple[float, ...]] = {  # and where their slope jumps
     "silu": (),
     "hardswish": (-3, 3),
 }
+MODULES_OF_ACTS = {
+    None: nn.Identity(),
+    "relu": nn.ReLU(),
+    "relu6": nn.ReLU6(),
+    "silu": nn.SiLU(),
+    "hardswish": nn.Hardswish(),
+}
 GATE_NAMES = [None, *GATES, "eca circular", "eca_ns circular"]
 NORMS = ["none", "training", "evaluation", "not affine", "no statistics", "cumulative", "frozen"]
 LAYOUTS = ["contiguous", "channels last", "strided"]
@@ -103,6 +110,18 @@ def modules(case: Case) -> tuple[nn.Module | None, nn.Module | None]:
     return tuple(m if m is None else m.to(case.dtype).double() for m in (norm, gate))
 
 
+def residual_of(case: Case, x: Tensor, other: Tensor) -> Tensor | None:
+    """What is added to the branch: nothing, x, or a leaf made of another map."""
+    if case.residual == "none":
+        return None
+    if case.residual == "itself":
+        return x
+    if case.residual == "another map":
+        return other.requires_grad_()
+    values = other.flatten(2).mean(2).to(x.dtype) if x.dim() > 2 else other[:1]
+    return values.reshape(*values.shape, *[1] * (x.dim() - values.dim())).detach().requires_grad_()
+
+
 def run(case: Case, dtype: torch.dtype, fused: bool, dout: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
     """Output, gradients and running statistics; and what went into the activation."""
     torch.manual_seed(case.seed)
@@ -115,15 +134,9 @@ def run(case: Case, dtype: torch.dtype, fused: bool, dout: Tensor | None) -> tup
         x, other = (t.to(memory_format=torch.channels_last) for t in (x, other))
     norm, gate = (m if m is None else copy.deepcopy(m).to(dtype) for m in (norm, gate))
     inputs = {"x": x.requires_grad_()}
-    residual: Tensor | None = None
-    if case.residual == "another map":
-        residual = inputs["residual"] = other.requires_grad_()
-    elif case.residual == "itself":
-        residual = x
-    elif case.residual == "one value a channel":
-        residual = other.flatten(2).mean(2).to(dtype) if x.dim() > 2 else other[:1]
-        residual = inputs["residual"] = residual.reshape(*residual.shape, *[1] * (x.dim() - residual.dim()))
-        residual = inputs["residual"] = residual.detach().requires_grad_()
+    residual = residual_of(case, x, other)
+    if residual is not None and residual is not x:
+        inputs["residual"] = residual
     for kind, module in (("norm", norm), ("gate", gate)):
         if module is not None:
             inputs |= {f"{kind}.{name}": p for name, p in module.named_parameters()}
@@ -138,14 +151,7 @@ def run(case: Case, dtype: torch.dtype, fused: bool, dout: Tensor | None) -> tup
             attach_(norm, gate)
         out = norm_gate_add_act(x, norm, None if attached else gate, residual, case.act)
     else:
-        act = {
-            None: nn.Identity(),
-            "relu": nn.ReLU(),
-            "relu6": nn.ReLU6(),
-            "silu": nn.SiLU(),
-            "hardswish": nn.Hardswish(),
-        }
-        out = act[case.act](before_act)
+        out = MODULES_OF_ACTS[case.act](before_act)
     found = {"output": out.detach()}
     if dout is not None:
         grads = torch.autograd.grad(out, list(inputs.values()), dout.to(out.dtype), allow_unused=True)

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 import ecanet
+from tests import fresh
 
 
 def in_a_fresh_process(code: str) -> Any:
-    """Run code that ends by printing a line of JSON."""
-    command = [sys.executable, "-W", "error", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    """Run code that ends by printing a line of JSON, where torch is there and ecanet is not."""
+    done = fresh.run(code, warnings_are_errors=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -21,7 +21,10 @@ def in_a_fresh_process(code: str) -> Any:
 @pytest.mark.parametrize("argv", [None, ["--help"], ["--version"]], ids=["import", "--help", "--version"])
 def test_torch_is_not_imported_before_it_must(argv) -> None:
     run = "" if argv is None else f"from ecanet.cli import main\nmain({argv})\n"
-    imported = in_a_fresh_process(f"import json, sys, ecanet\n{run}print(json.dumps(sorted(sys.modules)))")
+    code = f"import json, sys, ecanet\n{run}print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    imported = json.loads(done.stdout.splitlines()[-1])
     assert {name.partition(".")[0] for name in imported}.isdisjoint({"torch", "torchvision", "numpy", "lightning"})
 
 

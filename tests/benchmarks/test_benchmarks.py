@@ -22,6 +22,8 @@ pytest.importorskip("timm")
 
 from benchmarks import cases, results, run
 from benchmarks import cpu as benchmark
+from benchmarks import report as report_again
+from benchmarks.finetune import report as finetune_report
 from benchmarks.gpu import __main__ as gpu_benchmark
 from benchmarks.gpu import correctness, kernels, tails
 from benchmarks.gpu import networks as gpu_networks
@@ -170,6 +172,23 @@ def test_quick_run(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = capsys.readouterr().out
     assert output.strip() == report(document)
     assert "training/tail, geometric mean: ecanet / no gate" in output
+
+
+@pytest.mark.parametrize("path", sorted(Path("benchmarks/results").glob("*.json")), ids=lambda path: path.stem)
+def test_a_result_file_is_shown_by_its_command_and_refused_by_others_in_a_line(path, capsys) -> None:
+    writer = path.stem.partition("-")[0]
+    for shown, show in (("cpu gpu", report_again), ("finetune", finetune_report)):
+        if writer in shown:
+            show.main([str(path)])
+            assert capsys.readouterr().out.count("\n") > 5
+            continue
+        with pytest.raises(SystemExit) as refused:
+            show.main([str(path)])
+        assert refused.value.code == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert re.search(rf"{path} was written by benchmarks\.\S*{writer}: ", said)
+        assert f"files of {' and '.join(f'benchmarks.{name}' for name in shown.split())}" in said
+        assert ("shows this one" in said) == (writer in ("cpu", "gpu", "finetune"))
 
 
 @pytest.mark.parametrize("memory_format", cases.MEMORY_FORMATS)

@@ -43,7 +43,8 @@ def document() -> results.Document:
     }
     cases[f"{KEPT}/seed 1"]["train_loss"] = [3.0] * 10 + [2.0] * 10
     cases[f"{PLAIN}/seed 2"] = _case(0, 0, 0)  # a killed run: the other ways are not there yet
-    return {"settings": {"photographs": 20, "held_out": 300, "steps": 20}, "cases": cases}
+    settings = {"photographs": 20, "held_out": 300, "steps": 20}
+    return {"command": "python -m benchmarks.finetune --seeds 3", "settings": settings, "cases": cases}
 
 
 def test_differences_are_paired_by_seed(document: results.Document) -> None:

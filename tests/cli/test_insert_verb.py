@@ -14,6 +14,7 @@ from ecanet import insert_gates_, surgery
 from ecanet.cli import main
 from ecanet.models import read_state_dict
 from ecanet.surgery import Insertion
+from tests import fresh
 
 RESNET = ["insert", "--model", "torchvision/resnet18"]
 
@@ -115,7 +116,8 @@ def test_weights_in_gates_saved_and_loaded_in_a_fresh_process(
     x = torch.randn(2, 3, 64, 64)
     torch.save(x, tmp_path / "x.pt")
     arguments = [str(path) for path in (target, tmp_path / "x.pt", tmp_path / "y.pt")]
-    subprocess.run([sys.executable, "-c", LOAD_IN_A_FRESH_PROCESS, *arguments], check=True)
+    done = fresh.run(LOAD_IN_A_FRESH_PROCESS, *arguments)
+    assert done.returncode == 0, done.stderr
     with torch.no_grad():
         y = torch.load(tmp_path / "y.pt", weights_only=True)
         torch.testing.assert_close(y, plain(x), rtol=1e-4, atol=1e-4)  # float32

@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 import ecanet
 from ecanet.integrations.ultralytics import example, keep_gates, register
 from ecanet.nn import GATES
+from tests import fresh
 from tests.integrations.deepforest_tiles import needs_deepforest, write_yolo
 
 tasks = pytest.importorskip("ultralytics.nn.tasks", reason="pip install ultralytics-opencv-headless")
@@ -62,8 +62,7 @@ def run(model: nn.Module, x: Tensor) -> Tensor:
 
 def in_a_fresh_process(code: str, *args: Any, **env: str) -> Any:
     """Run code that ends by printing a line of JSON, and knows nothing of register() that it does not call."""
-    command = [sys.executable, "-W", "error", "-c", code, *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env})
+    done = fresh.run(code, *args, environment={**os.environ, **env}, warnings_are_errors=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -353,12 +352,18 @@ def test_weights_for_another_scale_bring_no_gates():
 def no_network(monkeypatch) -> Iterator[None]:
     attempts: list[Any] = []
 
+    connect = socket.socket.connect
+
     def refuse(*args: Any, **kwargs: Any) -> Any:
         attempts.append(args)
         raise OSError("no network in tests")
 
+    def connect_here(self: socket.socket, address: Any) -> None:
+        """To a process of this machine alone, such as the server of tests/fresh.py."""
+        return connect(self, address) if self.family == socket.AF_UNIX else refuse(self, address)
+
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket.socket, "connect", connect_here)
     yield
     assert attempts == []
 

@@ -46,40 +46,32 @@ def means(x: Tensor) -> Tensor:
 
 def matrix(gate: nn.Module, weights: Weights) -> Tensor:
     """W of Eq. (4) to (6), written into a matrix of zeros one entry at a time."""
-    C = gate.channels
     zero = torch.zeros((), dtype=torch.float64)
-    W = [[zero] * C for _ in range(C)]
+    W = [[zero] * gate.channels for _ in range(gate.channels)]
+    for i, j, value in _entries(gate, *weights.values()):
+        W[i][j] = value
+    return torch.stack([torch.stack(row) for row in W])
+
+
+def _entries(gate: nn.Module, w: Tensor | None = None) -> list[tuple[int, int, Tensor]]:
+    """Row i, column j and value of every entry of W that is not 0."""
+    C = gate.channels
+    everywhere = [(i, j) for i in range(C) for j in range(C)]
     match gate:
         case ECA():  # Eq. (8): the k weights of the band are the same in every row
-            (w,) = weights.values()
-            for i, j, t in _band(C, w.shape[2], gate.circular):
-                W[i][j] = w[0, 0, t]
+            return [(i, j, w[0, 0, t]) for i, j, t in _band(C, w.shape[2], gate.circular)]
         case ECANS():  # Eq. (6), centred
-            (w,) = weights.values()
-            for i, j, t in _band(C, w.shape[1], gate.circular):
-                W[i][j] = w[i, t]
+            return [(i, j, w[i, t]) for i, j, t in _band(C, w.shape[1], gate.circular)]
         case SEVar1():  # Table 2: the identity
-            for i in range(C):
-                W[i][i] = zero + 1
+            return [(i, i, torch.ones((), dtype=torch.float64)) for i in range(C)]
         case SEVar2():  # Eq. (4): diagonal
-            (w,) = weights.values()
-            for i in range(C):
-                W[i][i] = w[i]
+            return [(i, i, w[i]) for i in range(C)]
         case SEVar3():  # Eq. (4): full
-            (w,) = weights.values()
-            for i in range(C):
-                for j in range(C):
-                    W[i][j] = w[0, i, j]
+            return [(i, j, w[0, i, j]) for i, j in everywhere]
         case SEGroup():  # Eq. (5): G blocks of C / G channels on the diagonal
-            (w,) = weights.values()
             size = C // w.shape[0]
-            for i in range(C):
-                for j in range(C):
-                    if i // size == j // size:
-                        W[i][j] = w[i // size, i % size, j % size]
-        case _:
-            raise AssertionError(f"{gate} has no matrix")
-    return torch.stack([torch.stack(row) for row in W])
+            return [(i, j, w[i // size, i % size, j % size]) for i, j in everywhere if i // size == j // size]
+    raise AssertionError(f"{gate} has no matrix")
 
 
 def _band(channels: int, k: int, circular: bool) -> list[tuple[int, int, int]]:

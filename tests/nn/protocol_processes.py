@@ -1,7 +1,7 @@
 """Processes that train one network together, each in a way of its own: what test_protocol.py compares.
 
-Three of them meet over gloo on the CPU; where there are three GPUs, over NCCL with one each. Torch compares every
-collective before it runs (``TORCH_DISTRIBUTED_DEBUG=DETAIL``), so that a wrong one is an error and no hang.
+Three of them meet over gloo on the CPU; where there are three GPUs, over NCCL with one each. A process that takes part
+in another collective than the others is an error of theirs, at once or after a minute of waiting.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.modules import _functions
@@ -25,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 import ecanet
 from ecanet.nn import build_gate, norm_gate_add_act
 from ecanet.ops import cpu, gpu
+from tests import fresh
 
 C = 4
 DEVICE = "cuda" if torch.cuda.device_count() >= 3 else "cpu"
@@ -263,7 +263,6 @@ def training_step(
 
 def _process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    os.environ["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"
     if sys.platform == "linux":  # not by the machine's name, which need not lead anywhere
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     backend = "nccl" if DEVICE == "cuda" else "gloo"
@@ -283,7 +282,7 @@ def _process(rank: int, folder: str) -> None:
 
 def run_in_processes(folder: Path) -> Iterator[tuple[int, str, tuple[str, ...], list[dict[str, Tensor]]]]:
     """How many processes share the norms, the case, the ways of each, and what each of them saw."""
-    torch.multiprocessing.spawn(_process, args=(str(folder),), nprocs=3)
+    fresh.run_ranks(_process, (str(folder),), 3)
     for world in (2, 3):
         seen = [torch.load(folder / f"{rank} of {world}.pt", weights_only=True) for rank in range(world)]
         for (case, ways), *each in zip(plan(world), *seen, strict=True):

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, fully_shard
 from torch.distributed.fsdp.wrap import CustomPolicy
 
 from ecanet.nn import build_gate, norm_gate_add_act
+from tests import fresh
 
 GATES = ("eca", "se", "eca_ns", "se_var2")
 #: What is a unit of its own, and how.
@@ -100,5 +100,5 @@ def _process(rank: int, folder: str, world_size: int) -> None:
 
 def run_in_processes(folder: Path, world_size: int) -> list[dict[str, list[Tensor]]]:
     """Outputs of the steps, by gate and way, in every process."""
-    torch.multiprocessing.spawn(_process, args=(str(folder), world_size), nprocs=world_size)
+    fresh.run_ranks(_process, (str(folder), world_size), world_size)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]

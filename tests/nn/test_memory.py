@@ -17,6 +17,8 @@ from ecanet.nn import norm_gate_add_act
 from ecanet.nn.attached import attach_
 
 C = 64
+#: A gate of every class, and a circular one: the groups of se_gc1 to se_gc3 differ in their size alone.
+NAMES = [name for name in GATES if name not in ("eca_ns circular", "se_gc1", "se_gc3")]
 STEPS = 30
 MAP = (4, C, 28, 28)  # 0.8 MiB: one that is kept a step comes to 23 MiB
 MOST_MIB = 12
@@ -143,7 +145,7 @@ def assert_nothing_is_kept(run: Callable[[], object], what: str) -> None:
 
 
 def assert_no_gate_keeps_anything(do: Callable[[Step], None]) -> None:
-    steps = {name: Step(name) for name in GATES}
+    steps = {name: Step(name) for name in NAMES}
     try:
         assert_nothing_is_kept(lambda: [do(step) for step in steps.values()], "all gates")
     except AssertionError:  # which of them?
@@ -162,7 +164,7 @@ def test_no_step_in_plain_pytorch_keeps_anything() -> None:
         assert_no_gate_keeps_anything(tail)
 
 
-@pytest.mark.parametrize("name", GATES)
+@pytest.mark.parametrize("name", NAMES)
 def test_no_compiled_step_keeps_anything(name) -> None:
     torch._dynamo.reset()
     step = Step(name)
@@ -175,7 +177,7 @@ def test_no_network_keeps_anything(name) -> None:
     if name == "ecanet":
         net = ecanet.models.small_eca_resnet(gate="se")
     else:
-        net = timm.create_model("seresnet18", num_classes=5)
+        net = timm.create_model("seresnet18", num_classes=5, channels=(32, 32, 64, 64))
         ecanet.fuse_tails_(net)
     x = torch.randn(4, 3, 32, 32)
     assert_nothing_is_kept(lambda: net(x).sum().backward(), name)

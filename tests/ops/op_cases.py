@@ -302,6 +302,13 @@ def norm_and_band(c: int, dtype: torch.dtype, o: Options) -> list[Any]:
     return [mean, var, weight, bias, 1e-3, None if k is None else random_small(k, dtype=dtype), circular]
 
 
+def saved_for_backward(map_: Callable[[], Tensor], o: Options) -> Tensor | None:
+    """Of ReLU and ReLU6 the output, which is often 0 or 6; of others the residual."""
+    if o.act in (RELU, RELU6):
+        return 3 * map_().relu().clamp(max=2)
+    return map_() if o.residual else None
+
+
 def arguments(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, make: Callable[..., Tensor], o: Options
 ) -> list[Any]:
@@ -315,11 +322,6 @@ def arguments(
     def factor() -> Tensor:
         return make((n, c), small)
 
-    def saved() -> Tensor | None:
-        if o.act in (RELU, RELU6):  # the output, which is often 0 or 6
-            return 3 * map_().relu().clamp(max=2)
-        return map_() if o.residual else None
-
     def channel(wanted: bool) -> Tensor | None:
         return random_small(c, dtype=dtype) if wanted else None
 
@@ -332,11 +334,12 @@ def arguments(
             return [map_(), factor(), factor() if o.shift else None, map_() if o.residual else None, o.act]
         case "apply_backward":
             shift = factor() if o.shift else None
-            return [map_(), map_(), factor(), shift, channel(o.center), saved(), o.act, o.d]
+            return [map_(), map_(), factor(), shift, channel(o.center), saved_for_backward(map_, o), o.act, o.d]
         case "input_backward":
             shift = factor() if o.shift else None
             slope = factor() if o.variances and o.slope else channel(o.slope)
-            return [map_(), map_(), factor(), shift, saved(), o.act, factor(), slope, channel(o.center)]
+            saved = saved_for_backward(map_, o)
+            return [map_(), map_(), factor(), shift, saved, o.act, factor(), slope, channel(o.center)]
         case "eca_coefficients":
             return [factor(), *norm_and_band(c, small, o), o.factor]
         case "eca_coefficients_backward":

@@ -6,8 +6,6 @@ import json
 import os
 import pickle
 import random
-import subprocess
-import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -23,6 +21,7 @@ from ecanet.files.state_dicts import safe_load, safe_save
 from ecanet.models import ECAResNet, SmallECAResNet, eca_resnet18, load_official, read_state_dict
 from ecanet.train import fit, load_trained
 from ecanet.train.checkpoint import read_checkpoint
+from tests import fresh
 
 State = dict[str, Any]
 
@@ -462,14 +461,21 @@ INSERTIONS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(("lies", "says"), INSERTIONS.values(), ids=INSERTIONS)
-def test_a_hostile_insertion(lies, says, tmp_path) -> None:
+@pytest.fixture(scope="module")
+def inserted(tmp_path_factory: pytest.TempPathFactory) -> State:
+    """What the file of an insertion holds."""
     insertion = surgery.Insertion("torchvision/shufflenet_v2_x0_5", num_classes=3)
     model, _ = insertion.build()
-    path = tmp_path / "hostile.pt"
+    path = tmp_path_factory.mktemp("inserted") / "honest.pt"
     surgery.save(model, insertion, path)
-    held = torch.load(path, weights_only=True)
-    held["ecanet_insertion"].update(lies)
+    assert surgery.load(path)
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize(("lies", "says"), INSERTIONS.values(), ids=INSERTIONS)
+def test_a_hostile_insertion(lies, says, inserted, tmp_path) -> None:
+    path = tmp_path / "hostile.pt"
+    held = {**inserted, "ecanet_insertion": inserted["ecanet_insertion"] | lies}
     torch.save(held, path)
     with pytest.raises(ValueError, match=says) as refused:
         surgery.load(path)
@@ -500,7 +506,7 @@ def test_memory_and_time_are_bounded(official, tmp_path) -> None:
         "    assert time.monotonic() - start < 10, path\n"
         "print('refused', len(sys.argv) - 1)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, *names], capture_output=True, text=True, timeout=300)
+    done = fresh.run(script, *names, timeout=300)
     assert done.stdout.split() == ["refused", str(len(names))], done.stderr
 
 

@@ -29,6 +29,7 @@ from ecanet.train.data import image_folder as read_folder
 from ecanet.train.data.pictures import image_files
 from ecanet.train.fit import predict
 from ecanet.train.run_folder import FILES_OF_A_RUN, RunFolder
+from tests.fresh import FreshProcess
 
 CIRCLES: dict[str, Callable[[Path], None]] = {
     "link to its own folder": lambda cat: (cat / "a").symlink_to("."),
@@ -340,33 +341,26 @@ with RunFolder(Path(sys.argv[1])):
 
 
 @pytest.fixture
-def holder(tmp_path: Path) -> "Callable[..., subprocess.Popen[str]]":
+def holder(tmp_path: Path) -> Iterator[Callable[..., FreshProcess]]:
     """Starts a process that holds ``tmp_path / "out"``."""
     started = []
 
-    def start(*arguments: str) -> "subprocess.Popen[str]":
-        process = subprocess.Popen(
-            [sys.executable, "-c", HOLD, str(tmp_path / "out"), *arguments],
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+    def start(*arguments: str) -> FreshProcess:
+        process = FreshProcess(HOLD, tmp_path / "out", *arguments)
         started.append(process)
-        assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         return process
 
-    yield start  # type: ignore[misc]
+    yield start
     for process in started:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
+        process.close()
 
 
 def test_second_run_in_a_folder_is_refused_in_one_line(
-    tiny: Callable[..., Recipe], tmp_path: Path, holder: "Callable[..., subprocess.Popen[str]]"
+    tiny: Callable[..., Recipe], tmp_path: Path, holder: Callable[..., FreshProcess]
 ) -> None:
     holder()
     for resume in (False, True):
@@ -376,7 +370,7 @@ def test_second_run_in_a_folder_is_refused_in_one_line(
 
 
 def test_command_line_refuses_a_second_run(
-    tmp_path: Path, holder: "Callable[..., subprocess.Popen[str]]", capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, holder: Callable[..., FreshProcess], capsys: pytest.CaptureFixture[str]
 ) -> None:
     holder()
     with pytest.raises(SystemExit) as stopped:
@@ -388,7 +382,7 @@ def test_command_line_refuses_a_second_run(
 
 @pytest.mark.parametrize("arguments", [(), ("with a loading process",)], ids=["alone", "with a loading process"])
 def test_killed_process_leaves_no_lock(
-    tmp_path: Path, holder: "Callable[..., subprocess.Popen[str]]", arguments: tuple[str, ...]
+    tmp_path: Path, holder: Callable[..., FreshProcess], arguments: tuple[str, ...]
 ) -> None:
     process = holder(*arguments)
     process.kill()
@@ -515,7 +509,7 @@ def test_two_links_are_one_run_folder(tmp_path: Path) -> None:
         pass
 
 
-def test_lock_is_free_right_after_the_run(tmp_path: Path, holder: "Callable[..., subprocess.Popen[str]]") -> None:
+def test_lock_is_free_right_after_the_run(tmp_path: Path, holder: Callable[..., FreshProcess]) -> None:
     process = holder()
     process.send_signal(signal.SIGTERM)
     process.wait()

@@ -19,6 +19,7 @@ import torch
 import ecanet
 from ecanet.ops import build as builder
 from ecanet.ops import cpu
+from tests import fresh
 
 PACKAGE = Path(ecanet.__file__).parent
 MARK = b"ecanet built from " + builder.sources_hash().encode()
@@ -57,8 +58,7 @@ def shared() -> Iterator[Path]:
 
 def run(shared: Path, code: str, *args: object, timeout: float = 60) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(shared / "site")}
-    command = [sys.executable, "-c", code, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, cwd=shared)
+    return fresh.run(code, *args, timeout=timeout, environment=env, cwd=shared)
 
 
 def reasons(shared: Path, *libraries: Path) -> list[str | None]:

@@ -1,8 +1,6 @@
 """Recipes from anywhere: nothing in one is executed, built, followed or believed."""
 
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import pytest
 
 from ecanet.cli import main
 from ecanet.train.recipes import read_recipe
+from tests import fresh
 
 CALL = "{class_path: subprocess.Popen, init_args: {args: [touch, executed]}}"
 
@@ -176,5 +175,5 @@ def test_memory_is_bounded(tmp_path) -> None:
         "    except ValueError: print('refused')\n"
     )
     files = [str(tmp_path / name) for name in ("bomb.yaml", "deep.yaml")]
-    done = subprocess.run([sys.executable, "-c", script, *files], capture_output=True, text=True, timeout=60)
+    done = fresh.run(script, *files)
     assert done.stdout.split() == ["refused", "refused"], done.stderr

@@ -6,7 +6,6 @@ import os
 import pickle
 import pickletools
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import nn
 import ecanet
 import tests.integrations.conftest  # noqa: F401  where Ultralytics writes its settings
 from ecanet.integrations import ultralytics as gates_in_yolo
+from tests import fresh
 
 tasks = pytest.importorskip("ultralytics.nn.tasks", reason="pip install ultralytics-opencv-headless")
 from ultralytics import YOLO  # noqa: E402
@@ -136,8 +136,7 @@ print(json.dumps([counts, changed, drawn]))
 
 
 def in_a_fresh_process(code: str, *args: Any, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", "-c", code, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, timeout=60)
+    return fresh.run(code, *args, environment={**os.environ, **env}, warnings_are_errors=True)
 
 
 @pytest.mark.parametrize("first", FIRST)

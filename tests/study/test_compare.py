@@ -119,7 +119,7 @@ from ecanet.train import *
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
     data = DataConfig("image_folder", root=Path(sys.argv[1]), image_size=12, resize=12, batch_size=8)
-    model, optim = ModelConfig(options={"widths": [8, 16]}), OptimConfig(epochs=40)
+    model, optim = ModelConfig(options={"widths": [8, 16]}), OptimConfig(epochs=10)
     recipe = Recipe(model, data, optim, TrainerConfig(accelerator="cpu"))
     compare({"ECA": recipe}, range(20), sys.argv[2], workers=1, progress=False)
 """

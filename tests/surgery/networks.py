@@ -1,9 +1,30 @@
 """Networks to do surgery on, and what tests ask of them."""
 
+import copy
+import functools
+from typing import Any
+
 import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from ecanet import insert_gates_
+
+
+class NarrowResNet(ResNet):
+    """Torchvision's, no stage wider than 128: gates have the kernel sizes of a ResNet-18, weights are a sixth."""
+
+    def __init__(self, block: Any, blocks: list[int], num_classes: int = 1000) -> None:
+        super().__init__(block, blocks)
+        self.fc = nn.Linear(128 * block.expansion, num_classes)
+
+    def _make_layer(self, block: Any, planes: int, *args: Any, **kwargs: Any) -> nn.Sequential:
+        return super()._make_layer(block, min(planes, 128), *args, **kwargs)
+
+
+NARROW = {"narrow/resnet18": (BasicBlock, [2, 2, 2, 2]), "narrow/resnet50": (Bottleneck, [3, 4, 6, 3])}
 
 from ecanet.nn import GATES, build_gate
 
@@ -12,10 +33,39 @@ GATES_WITH_WEIGHTS = [name for name in GATES if any(True for _ in build_gate(nam
 
 
 def build(name: str) -> nn.Module:
-    """``torchvision/NAME`` or ``timm/NAME``, with norms, biases and scales as training leaves them, in eval mode."""
+    """A network with norms, biases and scales as training leaves them, in eval mode.
+
+    Args:
+        name: ``torchvision/NAME``, ``timm/NAME``, or of :data:`NARROW`: a :class:`NarrowResNet` with its blocks.
+    """
     source, _, model_name = name.partition("/")
-    model = torchvision.models.get_model(model_name) if source == "torchvision" else timm.create_model(model_name)
+    if name in NARROW:
+        model = NarrowResNet(*NARROW[name])
+    elif model_name == "vgg11_bn":  # whose classifier has 124 of its 133 million weights
+        with torch.device("meta"):
+            model = torchvision.models.vgg11_bn()
+        model.features = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["A"], batch_norm=True)
+        model.classifier = nn.Linear(512 * 7 * 7, 10)
+    else:
+        create = torchvision.models.get_model if source == "torchvision" else timm.create_model
+        model = create(model_name)
     return randomise_(model).eval()
+
+
+def resnet18() -> nn.Module:
+    return build("narrow/resnet18")
+
+
+@functools.cache
+def _gated_resnet18() -> nn.Module:
+    model = resnet18()
+    insert_gates_(model)
+    return model
+
+
+def gated_resnet18() -> nn.Module:
+    """With ECA in its blocks: a copy, since insertion takes longer than most of what tests do with it."""
+    return copy.deepcopy(_gated_resnet18())
 
 
 @torch.no_grad()

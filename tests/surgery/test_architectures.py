@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ecanet import insert_gates_, remove_gates_
 from ecanet.inspect import gates
+from ecanet.inspect import parameters as count
 
 #: Gates and parameters by architecture, as the documentation has them.
 DOCUMENTED = {
@@ -20,14 +21,22 @@ DOCUMENTED = {
 }
 
 
+#: With more parameters than these a network takes no step in float64: the others do, and theirs takes half the time.
+LARGE = 10_000_000
+
+
 def first_step(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """What a network in training gives, and the gradients of all it has but gates; dropped at random is the same."""
     torch.manual_seed(0)
-    out = copy.deepcopy(model).train()
-    y = out(x)
+    statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    y = model.train()(x)
     y.square().sum().backward()
     inside = tuple(f"{name}." for name in gates(model))
-    return y.detach(), {name: p.grad for name, p in out.named_parameters() if not name.startswith(inside)}
+    gradients = {name: p.grad for name, p in model.named_parameters() if not name.startswith(inside)}
+    model.eval().zero_grad()
+    for name, buffer in model.named_buffers():
+        buffer.copy_(statistics[name])
+    return y.detach(), gradients
 
 
 def evaluated(model: nn.Module, x: Tensor) -> Tensor:
@@ -37,11 +46,15 @@ def evaluated(model: nn.Module, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a.expected == OK], ids=lambda a: a.name)
 def test_gates_go_in_and_come_out(architecture: Architecture) -> None:
-    """In float32; what the network computes then is the same in both types."""
+    """In float32; what the network computes then is the same in both types, and in training if it is not large."""
     model = build(architecture.name)
     original = copy.deepcopy(model.state_dict())
     pictures = {dtype: images(architecture.size, dtype=dtype) for dtype in (torch.float64, torch.float32)}
-    before = {dtype: (evaluated(model.to(dtype), x), first_step(model, x)) for dtype, x in pictures.items()}
+    trained_in = (torch.float64, torch.float32)[count(model) > LARGE :]
+    before = {
+        dtype: (evaluated(model.to(dtype), x), first_step(model, x) if dtype in trained_in else None)
+        for dtype, x in pictures.items()
+    }
 
     report = insert_gates_(model, where=architecture.where)
 
@@ -50,9 +63,10 @@ def test_gates_go_in_and_come_out(architecture: Architecture) -> None:
     for dtype, x in reversed(pictures.items()):
         out, step = before[dtype]
         assert torch.equal(evaluated(model.to(dtype), x), out)
-        step_with_gates = first_step(model, x)
-        assert torch.equal(step_with_gates[0], step[0])
-        assert_same_state(step_with_gates[1], step[1])
+        if step is not None:
+            step_with_gates = first_step(model, x)
+            assert torch.equal(step_with_gates[0], step[0])
+            assert_same_state(step_with_gates[1], step[1])
 
     model(x).square().sum().backward()
     for name, gate in gates(model).items():

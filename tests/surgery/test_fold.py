@@ -1,11 +1,22 @@
 """fold_factors_: the factor in the norm, with the keys of the authors' files, and back."""
 
 import copy
+import functools
+from collections.abc import Callable
 
 import pytest
 import torch
 import torchvision
-from networks import GATES_WITH_WEIGHTS, assert_same_state, build, images, randomise_, relative_difference
+from networks import (
+    GATES_WITH_WEIGHTS,
+    assert_same_state,
+    build,
+    gated_resnet18,
+    images,
+    randomise_,
+    relative_difference,
+    resnet18,
+)
 from torch import Tensor, nn
 
 import ecanet
@@ -13,8 +24,10 @@ from ecanet import ECA, fold_factors_, insert_gates_, remove_gates_, replace_gat
 from ecanet.inspect import gates
 
 
-def resnet18() -> nn.Module:
-    return build("torchvision/resnet18")
+def copied(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """Of one network that is made once."""
+    once = functools.cache(make)
+    return lambda: copy.deepcopy(once())
 
 
 def train_(model: nn.Module) -> None:
@@ -24,10 +37,10 @@ def train_(model: nn.Module) -> None:
 
 
 NETWORKS = {
-    "inserted": lambda: insert(resnet18()),
-    "MobileNetV2": lambda: insert(build("torchvision/mobilenet_v2")),
-    "ECA-ResNet": lambda: randomise_(ecanet.models.eca_resnet18(neutral=True)).eval(),
-    "ECA-MobileNetV2": lambda: randomise_(ecanet.models.eca_mobilenet_v2(neutral=True)).eval(),
+    "inserted": gated_resnet18,
+    "MobileNetV2": copied(lambda: insert(build("torchvision/mobilenet_v2"))),
+    "ECA-ResNet": copied(lambda: randomise_(ecanet.models.eca_resnet18(neutral=True)).eval()),
+    "ECA-MobileNetV2": copied(lambda: randomise_(ecanet.models.eca_mobilenet_v2(neutral=True)).eval()),
 }
 every_network = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
 

@@ -17,8 +17,8 @@ from ecanet.surgery import FUSED
 from tests.kernels_here import needs_kernels
 
 NETWORKS = {
-    "torchvision/resnet18": 8,
-    "torchvision/resnet50": 16,
+    "narrow/resnet18": 8,
+    "narrow/resnet50": 16,
     "torchvision/mobilenet_v2": 17,
     "torchvision/mobilenet_v3_small": 11,
     "torchvision/efficientnet_b0": 16,
@@ -63,9 +63,7 @@ def test_networks_train_as_before(name) -> None:
     assert_trains_the_same(model, twin)
 
 
-@pytest.mark.parametrize(
-    "name", ["torchvision/resnet18", "torchvision/mobilenet_v2", "timm/resnet10t", "timm/regnety_002"]
-)
+@pytest.mark.parametrize("name", ["narrow/resnet18", "torchvision/mobilenet_v2", "timm/resnet10t", "timm/regnety_002"])
 @pytest.mark.parametrize("first", ["gates", "tails"])
 def test_gates_that_were_put_in_ride_along(name, first) -> None:
     model = build(name)
@@ -84,7 +82,7 @@ def test_gates_that_were_put_in_ride_along(name, first) -> None:
 
 
 def test_gates_come_out_of_fused_blocks() -> None:
-    model, x = build("torchvision/resnet18"), images()
+    model, x = build("narrow/resnet18"), images()
     state, before = copy.deepcopy(model.state_dict()), model(x)
     fuse_tails_(model)
     insert_gates_(model)
@@ -94,12 +92,10 @@ def test_gates_come_out_of_fused_blocks() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize(
-    ("name", "tails"), [("torchvision/resnet18", 8), ("timm/ecaresnet26t", 8), ("timm/seresnet18", 8)]
-)
+@pytest.mark.parametrize(("name", "tails"), [("narrow/resnet18", 8), ("timm/ecaresnet26t", 8), ("timm/seresnet18", 8)])
 def test_the_kernels_run_norm_gate_and_addition_as_one(name, tails, monkeypatch) -> None:
     model = build(name).train()
-    if name.startswith("torchvision"):
+    if name.startswith("narrow"):
         insert_gates_(model)
     fuse_tails_(model)
     seen = []
@@ -146,7 +142,7 @@ def test_stochastic_depth_of_torchvision_is_dropped() -> None:
 
 
 def test_a_second_call_does_nothing() -> None:
-    model = build("torchvision/resnet18")
+    model = build("narrow/resnet18")
     fuse_tails_(model)
     report = fuse_tails_(model)
     assert report.rows == ()
@@ -169,7 +165,7 @@ def test_a_network_without_such_blocks() -> None:
 
 
 def test_a_block_with_a_forward_of_its_own_is_left_out() -> None:
-    model = build("torchvision/resnet18")
+    model = build("narrow/resnet18")
     block = model.layer1[0]
     block.forward = block.forward
     report = fuse_tails_(model)
@@ -203,7 +199,7 @@ def test_fused_classes_derive_from_the_block(block) -> None:
 
 
 def test_compiled_and_optimised() -> None:
-    model, x = build("torchvision/resnet18"), images()
+    model, x = build("narrow/resnet18"), images()
     insert_gates_(model, preserve=False)
     with torch.no_grad():
         want = model(x)

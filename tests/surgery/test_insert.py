@@ -8,7 +8,16 @@ import pytest
 import timm
 import torch
 import torchvision
-from networks import GATES_WITH_WEIGHTS, assert_same_state, build, images, randomise_, relative_difference
+from networks import (
+    GATES_WITH_WEIGHTS,
+    assert_same_state,
+    build,
+    gated_resnet18,
+    images,
+    randomise_,
+    relative_difference,
+    resnet18,
+)
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torchvision.ops import FrozenBatchNorm2d
@@ -17,10 +26,6 @@ import ecanet
 from ecanet import ECA, insert_gates_, remove_gates_
 from ecanet.inspect import gates, multiply_adds, parameters
 from ecanet.nn import SE
-
-
-def resnet18() -> nn.Module:
-    return build("torchvision/resnet18")
 
 
 def vgg() -> nn.Module:
@@ -229,8 +234,7 @@ class TestStateDicts:
         assert new == [f"{host}.gate.{key}" for host in hosts for key in ("scale", "conv.weight")]
 
     def test_a_plain_checkpoint_loads_after_training_and_brings_the_plain_function(self) -> None:
-        model, plain, x = resnet18(), resnet18(), images()
-        insert_gates_(model)
+        model, plain, x = gated_resnet18(), resnet18(), images()
         for gate in gates(model).values():
             nn.init.normal_(gate.conv.weight)
         model.load_state_dict(plain.state_dict())
@@ -264,18 +268,16 @@ class TestStateDicts:
         assert torch.equal(model.layer1[0].bn2.weight, plain.layer1[0].bn2.weight)
 
     def test_a_head_alone_leaves_gates_alone(self) -> None:
-        model = resnet18()
-        insert_gates_(model)
+        model = gated_resnet18()
         for gate in gates(model).values():
             nn.init.normal_(gate.conv.weight)
         state = copy.deepcopy(model.state_dict())
-        head = {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
+        head = {"fc.weight": torch.zeros(1000, 128), "fc.bias": torch.zeros(1000)}
         model.load_state_dict(head, strict=False)
         assert_same_state(model.state_dict(), {**state, **head})
 
     def test_a_checkpoint_that_lacks_more_than_gates_is_refused(self) -> None:
-        model, plain = resnet18(), resnet18()
-        insert_gates_(model)
+        model, plain = gated_resnet18(), resnet18()
         state = plain.state_dict()
         del state["fc.bias"]
         with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"fc.bias\"\."):
@@ -292,8 +294,7 @@ class TestStateDicts:
         "twin", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
     )
     def test_copies_have_gates_of_their_own_and_load_plain_checkpoints(self, twin) -> None:
-        model, plain, x = resnet18(), resnet18(), images()
-        insert_gates_(model)
+        model, plain, x = gated_resnet18(), resnet18(), images()
         copied = twin(model)
         nn.init.ones_(copied.layer1[0].bn2.gate.conv.weight)
         assert not model.layer1[0].bn2.gate.conv.weight.any()
@@ -303,7 +304,7 @@ class TestStateDicts:
 
     def test_on_the_meta_device_and_loaded_later(self) -> None:
         with torch.device("meta"):
-            model = torchvision.models.resnet18()
+            model = resnet18()
         report = insert_gates_(model)
         assert all(parameter.is_meta for parameter in model.parameters())
         assert report.multiply_adds == insert_gates_(resnet18()).multiply_adds
@@ -344,8 +345,7 @@ class TestOptimizer:
 
 class TestTwice:
     def test_a_second_call_does_nothing(self) -> None:
-        model = resnet18()
-        insert_gates_(model)
+        model = gated_resnet18()
         state = copy.deepcopy(model.state_dict())
         report = insert_gates_(model)
         assert report.rows == ()
@@ -353,8 +353,7 @@ class TestTwice:
         assert_same_state(model.state_dict(), state)
 
     def test_another_gate_is_refused(self) -> None:
-        model = resnet18()
-        insert_gates_(model)
+        model = gated_resnet18()
         with pytest.raises(ValueError, match=r"has a gate already, ECA\(64, kernel_size=3\).*replace_gates_ swaps"):
             insert_gates_(model, "se")
 
@@ -516,8 +515,7 @@ class TestDeployment:
             assert relative_difference(ecanet.optimize_for_inference(model)(x), model(x)) < 1e-5
 
     def test_hooks_of_users_still_fire(self) -> None:
-        model, seen = resnet18(), []
-        insert_gates_(model)
+        model, seen = gated_resnet18(), []
         model.layer1[0].bn2.register_forward_hook(lambda module, args, output: seen.append(output.shape))
         model(images())
         assert seen == [(2, 64, 16, 16)]
@@ -586,7 +584,7 @@ class TestDryRun:
 
 
 PLACES = [
-    ("torchvision/resnet18", "block"), ("torchvision/resnet18", "stage"), ("torchvision/resnet18", "conv"),
+    ("narrow/resnet18", "block"), ("narrow/resnet18", "stage"), ("narrow/resnet18", "conv"),
     ("torchvision/shufflenet_v2_x0_5", "block"), ("torchvision/squeezenet1_1", "conv"), ("timm/convnext_atto", "block"),
 ]  # fmt: skip
 
@@ -632,8 +630,7 @@ class TestWhereverGatesHang:
         assert torch.equal(model.eval()(x), plain(x))
 
     def test_a_part_of_the_network_loads_its_own_original_keys(self) -> None:
-        model, plain, x = resnet18(), resnet18(), images()
-        insert_gates_(model)
+        model, plain, x = gated_resnet18(), resnet18(), images()
         for gate in gates(model).values():
             nn.init.normal_(gate.conv.weight)
         for name, part in plain.named_children():

@@ -6,16 +6,12 @@ import pytest
 import timm
 import torch
 import torchvision
-from networks import assert_same_state, build, images, relative_difference
+from networks import assert_same_state, build, gated_resnet18, images, relative_difference, resnet18
 from torch import nn
 
 import ecanet
 from ecanet import ECA, SE, insert_gates_, remove_gates_, replace_gates_
 from ecanet.inspect import gates, parameters
-
-
-def resnet18() -> nn.Module:
-    return build("torchvision/resnet18")
 
 
 def train_(model: nn.Module) -> None:
@@ -40,8 +36,7 @@ class TestRemove:
         assert len(model._load_state_dict_pre_hooks) == hooks
 
     def test_trained_gates_are_refused_and_stay(self) -> None:
-        model, x = resnet18(), images()
-        insert_gates_(model)
+        model, x = gated_resnet18(), images()
         nn.init.ones_(model.layer4[1].bn2.gate.conv.weight)
         before = model(x)
         with pytest.raises(ValueError, match=r"after layer4.1.bn2 are not constant.*force=True"):
@@ -58,8 +53,7 @@ class TestRemove:
         assert torch.equal(model(x), plain(x))
 
     def test_some_can_be_chosen(self) -> None:
-        model = resnet18()
-        insert_gates_(model)
+        model = gated_resnet18()
         assert len(remove_gates_(model, filter_fn=lambda gate, name: name.startswith("layer1")).rows) == 2
         assert len(gates(model)) == 6
 
@@ -200,8 +194,7 @@ class TestReplace:
         assert model(images(dtype=torch.float64)).dtype == torch.float64
 
     def test_a_neutral_gate_needs_one_that_can_be_neutral(self) -> None:
-        model = resnet18()
-        insert_gates_(model)
+        model = gated_resnet18()
         with pytest.raises(ValueError, match=r"layer1.0.bn2.gate is neutral.*take another gate"):
             replace_gates_(model, "se_var1")
 

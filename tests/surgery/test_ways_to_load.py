@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import functools
 import importlib.util
 import math
 import pickle
@@ -13,17 +14,18 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-import torchvision
-from networks import images, randomise_
+from networks import NarrowResNet, images, randomise_
 from safetensors.torch import load_model, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.models.resnet import BasicBlock
 
 import ecanet
 from ecanet import insert_gates_
 from ecanet.inspect import gates
+from tests import fresh
 
 State = dict[str, Tensor]
 
@@ -31,13 +33,21 @@ State = dict[str, Tensor]
 def resnet(seed: int) -> nn.Module:
     """A small ResNet whose norms hold more than ones and zeros."""
     torch.manual_seed(seed)
-    network = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
-    return randomise_(network).eval()
+    return randomise_(NarrowResNet(BasicBlock, [1, 1, 1, 1], num_classes=5)).eval()
+
+
+def inserted(**arguments: Any) -> nn.Module:
+    network = resnet(1)
+    insert_gates_(network, **arguments)
+    return network
+
+
+inserted_once = functools.cache(inserted)
 
 
 def gated(trained: bool = False, **arguments: Any) -> nn.Module:
-    network = resnet(1)
-    insert_gates_(network, **arguments)
+    """A copy of a network with gates: insertion takes longer than all that a test does with it."""
+    network = copy.deepcopy(inserted_once(**arguments))
     if trained:
         train_(network)
     return network
@@ -368,7 +378,7 @@ def test_one_process_loads_and_broadcasts(tmp_path) -> None:
     for gate in gates(source).values():
         gate.factor = 3.0
     torch.save(source.state_dict(), tmp_path / "state.pth")
-    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    fresh.run_ranks(_rank, (str(tmp_path),), 2)
     first, second = (torch.load(tmp_path / f"out{rank}.pth", weights_only=True) for rank in (0, 1))
     assert torch.equal(first, second)
     again = gated()
@@ -444,7 +454,7 @@ def test_the_authors_gates_are_refused_by_neutral_ones_and_loaded_by_others() ->
 
 def test_on_the_meta_device_then_empty_then_reset(plain) -> None:
     with torch.device("meta"):
-        model = gated()
+        model = inserted()
     model = model.to_empty(device="cpu")
     for module in model.modules():
         if hasattr(module, "reset_parameters"):
@@ -456,7 +466,7 @@ def test_on_the_meta_device_then_empty_then_reset(plain) -> None:
 @pytest.mark.parametrize("gate", ["eca", "se", "eca_ns"])
 def test_memory_that_nothing_was_written_into_is_no_weight(gate, plain) -> None:
     with torch.device("meta"):
-        model = gated(gate=gate)
+        model = inserted(gate=gate)
     model.to_empty(device="cpu")
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.detach().fill_(math.nan if tensor.is_floating_point() else 0)

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,24 +72,25 @@ def start(words: Sequence[str]) -> "subprocess.Popen[str]":
     )
 
 
+def _processes() -> Iterator[tuple[int, str, int, int]]:
+    """Number, state, parent and session of every process, as /proc has them."""
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            state, parent, _, session = Path("/proc", name, "stat").read_text().rpartition(")")[2].split()[:4]
+            yield int(name), state, int(parent), int(session)
+
+
 def processes_of(session: int) -> list[int]:
-    """The living processes of a session."""
-    listed = subprocess.run(["pgrep", "-s", str(session)], capture_output=True, text=True, check=False).stdout
-    return [int(line) for line in listed.split() if _is_alive(line)]
-
-
-def _is_alive(process: str) -> bool:
-    """Whether it is there, and not only its exit status."""
-    told = subprocess.run(["ps", "-o", "stat=", "-p", process], capture_output=True, text=True, check=False).stdout
-    return bool(told.strip()) and not told.strip().startswith("Z")
+    """The living processes of a session: there, and not only with their exit status."""
+    return [process for process, state, _, its_session in _processes() if its_session == session and state not in "ZX"]
 
 
 def second_of(first: int) -> int | None:
     """The second process of a run, once its first has started it."""
-    listed = subprocess.run(["pgrep", "-P", str(first)], capture_output=True, text=True, check=False).stdout
-    for child in map(int, listed.split()):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            if b"LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):  # not a helper of an import
+    for child, _, parent, _ in _processes():
+        with contextlib.suppress(OSError):
+            environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0") if parent == first else ()
+            if b"LOCAL_RANK=1" in environment:  # not a helper of an import
                 return child
     return None
 

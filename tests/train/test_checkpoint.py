@@ -1,8 +1,6 @@
 """Checkpoints are written whole or not at all, and read without unpickling code."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 from ecanet.cli import main
 from ecanet.train import Recipe, fit, load_trained
 from ecanet.train.checkpoint import SafeCheckpointIO, read_checkpoint
+from tests import fresh
 
 SAVE_ON_A_FULL_DISK = """
 import resource, signal, sys, torch
@@ -28,9 +27,9 @@ except OSError as error:
 def test_full_disk_names_the_file_and_keeps_the_old_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     SafeCheckpointIO().save_checkpoint({"ecanet": {}, "weights": torch.ones(3)}, path)
-    said = subprocess.run(
-        [sys.executable, "-c", SAVE_ON_A_FULL_DISK, str(path)], capture_output=True, text=True, check=True
-    ).stdout
+    done = fresh.run(SAVE_ON_A_FULL_DISK, path)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout
     assert str(path) in said
     assert "File too large" in said
     assert "--resume" in said
@@ -58,11 +57,7 @@ def test_training_on_a_full_disk_stops_with_the_reason_and_keeps_the_old_checkpo
     main([*command, "--optim.epochs", "2"])
     before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*.ckpt")}
     assert len(before) == 2
-    done = subprocess.run(
-        [sys.executable, "-c", FIT_ON_A_FULL_DISK, *command[:2], str(tmp_path / "full"), *command[3:]],
-        capture_output=True,
-        text=True,
-    )
+    done = fresh.run(FIT_ON_A_FULL_DISK, *command[:2], tmp_path / "full", *command[3:])
     assert done.returncode == 1
     assert str(tmp_path / "full" / "best.ckpt") in done.stderr
     assert "free some space" in done.stderr

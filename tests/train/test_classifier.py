@@ -109,23 +109,3 @@ def test_channels_last_trains_to_the_same_accuracy(tiny: Callable[..., Recipe]) 
     other = replace(recipe, trainer=replace(recipe.trainer, channels_last=True))
     losses = [fit(r, None, progress=False).history[-1]["val/loss"] for r in (recipe, other)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
-
-
-def test_two_processes_train_and_count_every_validation_image_once(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
-    import os
-    import subprocess
-    import sys
-
-    recipe = tiny(epochs=2, mixing=0.0)
-    assert recipe.data.root is not None
-    command = [sys.executable, "-m", "ecanet.cli", "fit", "--out", str(tmp_path / "out"), "--optim.epochs", "2"]
-    command += ["--data.source", "image_folder", "--data.root", str(recipe.data.root), "--data.batch_size", "4"]
-    command += ["--data.image_size", "12", "--data.resize", "12", "--model.options", '{"widths": [8, 16]}']
-    command += ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ECANET_TRACEBACK": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-    assert done.returncode == 0, done.stderr
-    metrics = validate(tmp_path / "out" / "last.ckpt", accelerator="cpu")
-    history = load_trained(tmp_path / "out" / "last.ckpt").history
-    assert history[-1]["val/top1"] == pytest.approx(metrics["val/top1"])
-    assert history[-1]["val/loss"] == pytest.approx(metrics["val/loss"], rel=1e-4)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from ecanet.cli import main
+from ecanet.train import load_trained, validate
 from ecanet.train.processes import EndTogether
 from tests.train import kill_runs
 from tests.train.kill_runs import BOUND, GOES_ON
@@ -34,13 +35,27 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """The weights of a run on two processes that nobody killed."""
+def finished(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run on two processes that nobody killed."""
     out = tmp_path_factory.mktemp("whole") / "out"
     run = kill_runs.start(kill_runs.command(pictures, out, 2))
     said = kill_runs.said(run)
     assert run.returncode == 0, said
-    return kill_runs.weights(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(finished: Path) -> dict[str, torch.Tensor]:
+    """Its weights."""
+    return kill_runs.weights(finished)
+
+
+def test_two_processes_count_every_validation_image_once(finished: Path) -> None:
+    metrics = validate(finished / "last.ckpt", accelerator="cpu")
+    history = load_trained(finished / "last.ckpt").history
+    assert metrics["val/loss"] > 0
+    assert history[-1]["val/top1"] == pytest.approx(metrics["val/top1"])
+    assert history[-1]["val/loss"] == pytest.approx(metrics["val/loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +195,7 @@ recipe = Recipe(
     ModelConfig("small_eca_resnet", options={{"widths": [4, 8], "blocks": 1}}),
     DataConfig("image_folder", root={str(image_folder)!r}, image_size=12, resize=12, batch_size=30),
     OptimConfig(epochs=1),
-    TrainerConfig(accelerator="cpu", devices=2),
+    TrainerConfig(accelerator="cpu", devices=2, strategy="ddp"),
 )
 for name in "ab":
     fit(recipe, {str(tmp_path)!r} + "/" + name, progress=False)

@@ -2,11 +2,8 @@
 
 import json
 import multiprocessing
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +23,7 @@ from ecanet.train.checkpoint import SafeCheckpointIO, build_network, load_traine
 from ecanet.train.classifier import Classifier, learning_rate_factor
 from ecanet.train.config import to_plain
 from ecanet.train.data.loading import Augmented, EpochSampler, read_splits, train_transform
+from tests.fresh import FreshProcess
 
 
 class KilledError(Exception):
@@ -140,19 +138,13 @@ def test_killed_process_resumes_to_the_same_bits(
 ) -> None:
     recipe = tiny(checkpoint_steps=None)
     fit(recipe, tmp_path / "whole", progress=False)
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, json.dumps(to_plain(recipe)), str(tmp_path / "killed")],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert process.stdout is not None
+    process = FreshProcess(SCRIPT, json.dumps(to_plain(recipe)), tmp_path / "killed")
     lines = []
     while "epoch\n" not in lines or not (tmp_path / "killed" / "last.ckpt").exists():
         if line := process.stdout.readline():
             lines.append(line)
         else:
-            assert process.poll() is None, lines
+            assert process.returncode is None, lines
             time.sleep(0.01)
     process.send_signal(killer)
     rest, _ = process.communicate(timeout=60)
@@ -375,7 +367,7 @@ def test_loading_processes_give_the_same_batches_however_they_are_started(tiny) 
     data = Augmented(images, train_transform(recipe.data), 0)
     want = list(DataLoader(data, 8, sampler=order))
     for method in multiprocessing.get_all_start_methods():
-        if method == "forkserver":  # pickles as spawn does
+        if method == "spawn":  # pickles as forkserver does, whose processes need not import torch
             continue
         got = list(DataLoader(data, 8, sampler=order, num_workers=1, multiprocessing_context=method))
         for (pictures, labels), (same_pictures, same_labels) in zip(want, got, strict=True):

@@ -1,0 +1,18 @@
+"""What the tests of studies share."""
+
+import multiprocessing
+
+import pytest
+
+from tests import fresh  # noqa: F401  what the server of forks imports
+
+
+@pytest.fixture(autouse=True)
+def _workers_need_not_import_torch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers get pickles and know nothing of ecanet, as spawned ones; those of killed studies are spawned."""
+    if "capfd" in request.fixturenames:  # what they say would come out of the server
+        return
+    context = multiprocessing.get_context
+    monkeypatch.setattr(
+        multiprocessing, "get_context", lambda method=None: context("forkserver" if method == "spawn" else method)
+    )

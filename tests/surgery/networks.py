@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from ecanet import insert_gates_
+from ecanet.nn import GATES, build_gate
 
 
 class NarrowResNet(ResNet):
@@ -26,7 +27,6 @@ class NarrowResNet(ResNet):
 
 NARROW = {"narrow/resnet18": (BasicBlock, [2, 2, 2, 2]), "narrow/resnet50": (Bottleneck, [3, 4, 6, 3])}
 
-from ecanet.nn import GATES, build_gate
 
 #: Gates that can start neutral. One without weights, as SE-Var1, has nothing that could be set to 0.
 GATES_WITH_WEIGHTS = [name for name in GATES if any(True for _ in build_gate(name, 64).parameters())]

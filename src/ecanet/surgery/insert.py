@@ -62,8 +62,8 @@ def insert_gates_(
             those modules. Or a function of module and name.
         kernel_size: For gates that have one; ``"adaptive"`` is Eq. (12).
         preserve: Start with gates that are 1: the network computes the same function right after, and its parameters
-            get the gradients they got. Such a gate has the factor 2, which undoes the sigmoid of 0, and a buffer
-            ``scale`` in state dicts that says so. False for training from scratch.
+            get the gradients they got. A sigmoid then has the factor 2, which undoes its value at 0, and a buffer
+            ``scale`` in state dicts that says so; GCT and GRN need neither. False for training from scratch.
         fold: Fold those factors into the norms before the gates, so that the keys are those of the authors' files:
             :func:`ecanet.fold_factors_`.
         filter_fn: Function of module and name that says whether a place that ``where`` finds gets a gate: it is called

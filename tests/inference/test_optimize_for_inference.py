@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import ecanet
 from ecanet.inference import InferenceTail, optimize_for_inference
 from ecanet.models import eca_mobilenet_v2, eca_resnet18, eca_resnet50, small_eca_resnet
+from ecanet.nn import GATES, Gate, build_gate
 
 # Largest difference over largest output, float32: folding a norm into a convolution rounds its weights once more.
 TOLERANCE = 1e-5
@@ -49,6 +51,24 @@ def tails(model: nn.Module) -> list[InferenceTail]:
 
 def relative_difference(got: Tensor, want: Tensor) -> float:
     return ((got - want).abs().max() / want.abs().max()).item()
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_every_gate_is_in_a_tail_in_place_and_gives_the_same_outputs(name):
+    gates = partial(build_gate, name)
+    for model in (small_eca_resnet(gates, widths=(32, 64)), torchvision_models.resnet18(num_classes=3)):
+        if isinstance(model, torchvision_models.ResNet):
+            ecanet.insert_gates_(model, gates, preserve=False, input_shape=None)
+        for gate in (module for module in trained_looking(model).modules() if isinstance(module, Gate)):
+            for parameter in gate.parameters():
+                nn.init.uniform_(parameter, -0.5, 0.5)
+        x = torch.randn(2, 3, 32, 32)
+        fast = optimize_for_inference(model)
+        assert all(tail.gate is not None and tail.in_place for tail in tails(fast))
+        assert len(tails(fast)) == sum(isinstance(module, Gate) for module in model.modules())
+        for backend in ("auto", "reference"):
+            with ecanet.backend(backend), torch.no_grad():
+                assert relative_difference(fast(x), model(x)) < TOLERANCE, backend
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "last"])

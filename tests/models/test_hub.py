@@ -13,7 +13,7 @@ from plain_networks import randomise_
 from torch import nn
 
 from ecanet.models import ECAMobileNetV2, ECAResNet, SmallECAResNet
-from ecanet.nn import ECA, SE, se_gc3
+from ecanet.nn import ECA, GATES, SE, se_gc3
 
 SMALL = {"widths": [16, 32], "num_classes": 3}
 
@@ -49,6 +49,20 @@ def test_a_folder_gives_the_network_back(kind, arguments, tmp_path):
     assert json.dumps(back.config) == json.dumps(model.config)
     assert list(back.state_dict()) == list(model.state_dict())
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in back.state_dict().items())
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("gate", [name for name in GATES if name != "se_var1"])
+def test_a_folder_remembers_that_gates_start_as_one_whatever_factor_they_need_for_it(gate, fold, tmp_path):
+    model = SmallECAResNet(gate, neutral=True, fold=fold, **SMALL)
+    model.save_pretrained(tmp_path)
+    back = SmallECAResNet.from_pretrained(tmp_path)
+    has_factor = any(gate.neutral_value != 1 for _, gate in model.gated_norms())
+    assert (back.config["neutral"], back.config["fold"]) == (True, fold and has_factor)
+    for (norm, gate), (_, own) in zip(back.gated_norms(), model.gated_norms(), strict=True):
+        assert gate.starts_as_identity
+        assert gate.factor == own.factor == (1 if fold else 1 / gate.neutral_value)
+        assert (norm.weight * gate.constant() == 1).all()
 
 
 def test_a_folder_is_readable(tmp_path):

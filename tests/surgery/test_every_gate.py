@@ -94,6 +94,21 @@ def test_gates_without_values_come_out_as_what_they_were_at_their_start() -> Non
         assert len(remove_gates_(model).rows) == 1, name
 
 
+def test_a_plain_checkpoint_brings_the_plain_function_to_a_network_that_to_empty_gave_memory_of_any_content() -> None:
+    x = torch.randn(2, 3, 7, 7)
+    for name in NEUTRAL:
+        with torch.device("meta"):
+            model = branch()
+            insert_gates_(model, name, "1", input_shape=None)
+        plain = branch()
+        model.to_empty(device="cpu")
+        with torch.no_grad():
+            for t in (*model.parameters(), *model.buffers()):
+                t.fill_(torch.finfo(t.dtype).max if t.is_floating_point() else 1)
+        model.load_state_dict(plain.state_dict())
+        assert torch.equal(model(x), plain(x)), name
+
+
 def test_any_gate_takes_the_place_of_any_other_and_starts_from_the_same_value() -> None:
     x = torch.randn(2, 3, 7, 7)
     for old in NEUTRAL:

@@ -59,22 +59,26 @@ def gate_responses(model: nn.Module, images: Tensor, device: torch.device | str 
     """
     if not gates(model):
         raise ValueError(f"model must have at least one ecanet.nn.Gate, {type(model).__name__} has none")
-    seen: dict[str, list[Responses]] = {}
+    seen: dict[str, list[tuple[Tensor | None, ...]]] = {}
 
     def see(name: str, gate: Gate, x: Tensor) -> None:
         statistics = gate.statistics(x)
         scale, shift = gate.scale_and_shift(statistics)
         deviations = None if statistics.variances is None else statistics.variances.sqrt()
-        tensors = (statistics.means, deviations, scale, shift)
-        seen.setdefault(name, []).append(Responses(*(None if t is None else t.cpu().double() for t in tensors)))
+        seen.setdefault(name, []).append((statistics.means, deviations, scale, shift))
 
     device = example_tensor(model).device if device is None else device
     with evaluating(model), observing(model, see):
         model(images.to(device))
-    return {
-        name: Responses(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*calls, strict=True)))
-        for name, calls in seen.items()
-    }
+    return {name: _together(calls) for name, calls in seen.items()}
+
+
+def _together(calls: Sequence[tuple[Tensor | None, ...]]) -> Responses:
+    parts = [[t.detach().cpu().double() for t in part if t is not None] for part in zip(*calls, strict=True)]
+    means, deviations, scales, shifts = (torch.cat(part) if part else None for part in parts)
+    assert means is not None
+    assert scales is not None
+    return Responses(means, deviations, scales, shifts)
 
 
 def plot_gate_responses(

@@ -86,11 +86,13 @@ class HubModel(
 
         Because neutral gates have a known factor, this also shows whether factors were folded later.
         """
-        factors = {gate.factor for _, gate in self.gated_norms() if isinstance(gate, Gate)}
+        found = [gate for _, gate in self.gated_norms() if isinstance(gate, Gate)]
+        factors = {gate.factor for gate in found}
         config = {**self.config, **changes, "factor": factors.pop() if len(factors) == 1 else None}
         factor = config["factor"]
         if factor is not None and config["neutral"]:
-            config |= {"fold": factor == 1, "neutral": factor in (1, 2)}
+            needed = 1 / found[0].neutral_value
+            config |= {"fold": factor == 1 != needed, "neutral": factor in (1, needed)}
         elif factor not in (None, 1):
             config["fold"] = False
         self.config = config

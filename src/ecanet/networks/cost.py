@@ -88,13 +88,16 @@ def counting(model: nn.Module) -> Iterator[FlopCounterMode]:
     """
     running: list[nn.Module] = []
 
+    def leave(*_: Any) -> None:
+        running.pop()
+
     def inside_gates(products: _Products) -> Callable[..., int]:
         return lambda *shapes, out_shape, **_: 2 * products(shapes, out_shape) if running else 0
 
     mapping = {operation: inside_gates(products) for operation, products in _PRODUCTS.items()}
     with ExitStack() as stack:
         stack.enter_context(backend("reference"))
-        stack.enter_context(observing(model, lambda *_: running.pop() and None))
+        stack.enter_context(observing(model, leave))
         for gate in gates(model).values():
             stack.callback(gate.register_forward_pre_hook(lambda gate, _: running.append(gate)).remove)
         yield FlopCounterMode(display=False, custom_mapping=mapping)

@@ -90,7 +90,7 @@ def _add_absent_gates(module: nn.Module, state: dict[str, Any], prefix: str, *_:
 def _as_identity(gate: Any, device: torch.device) -> Any:
     """The gate, made 1; if it is on the meta device, a copy with values on ``device`` instead."""
     if isinstance(gate, Gate):
-        if gate.has_no_values():
+        if gate.has_no_values() or gate.scale is None:  # only the factor's buffer tells whether there are values
             gate.reset_parameters()
         gate.make_identity_()
     else:

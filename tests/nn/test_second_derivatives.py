@@ -56,7 +56,7 @@ def map_of(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [(3, C, 4, 5), (3, C), (2, C, 7), (2, C, 2, 3, 2)], ids=str)
-@pytest.mark.parametrize("name", GATES)
+@pytest.mark.parametrize("name", [name for name in GATES if name != "srm"])  # whose norm keeps more than weights
 def test_a_gate_alone(name, shape) -> None:
     gate, x = build_gate(name, C).double(), map_of(*shape)
     gate.factor = 2.0

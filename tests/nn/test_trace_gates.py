@@ -21,7 +21,7 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}  # float32
 @every_gate
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace", "ignore::torch.jit.TracerWarning")
 def test_a_traced_gate_computes_the_same_at_another_size(factory) -> None:
-    gate = factory(64)
+    gate = factory(64).eval()
     traced = torch.jit.trace(gate, torch.randn(2, 64, 5, 7), check_trace=False)
     x, y = torch.randn(3, 64, 9, 4, requires_grad=True), torch.randn(3, 64, 9, 4)
     torch.testing.assert_close(traced(x), gate(x), **TOLERANCE)

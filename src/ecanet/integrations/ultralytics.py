@@ -37,7 +37,8 @@ def register() -> tuple[str, ...]:
 
     Example:
         >>> register()
-        ('ECA', 'ECANS', 'SE', 'SEVar1', 'SEVar2', 'SEVar3', 'SEGroup', 'se_gc2', 'se_gc3')
+        ('ECA', 'ECANS', 'SE', 'SEVar1', 'SEVar2', 'SEVar3', 'SEGroup', 'se_gc2', 'se_gc3', 'ESE', 'SEShift', 'LCT', \
+'GaussianGCT', 'SRM', 'GCT', 'GRN', 'CBAM', 'SimAM')
     """
     names = read_rows()
     # Any file that is loaded can then call these, so only classes that build a module are added.

@@ -4,16 +4,15 @@ A map's sum of squares is ``S (v + s^2)``, with mean s, biased variance v and S 
 finds the variances as well, so these gates cost what ECA costs.
 """
 
-import copy
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ecanet.nn.gate import Gate, has_own_maths, has_plain_tensors
 from ecanet.nn.tail.maths import GateGradients, GateMaths, ScaleAndShift, Statistics
-from ecanet.nn.tail.shared_norm import call_norm
+from ecanet.nn.tail.shared_norm import call_norm_in_type_of
 from ecanet.ops import reference
 
 
@@ -24,8 +23,6 @@ class MomentGate(Gate):
     """
 
     needs_variances = True
-    #: Parameters of C values, in whatever shape a checkpoint has them: ``(1, C, 1, 1)`` is loaded, too.
-    per_channel: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def scale_and_shift(self, statistics: Statistics) -> ScaleAndShift:
@@ -40,30 +37,6 @@ class MomentGate(Gate):
         raise TypeError(
             f"{type(self).__name__} sees variances as well as means: call scale_and_shift(gate.statistics(x)) instead"
         )
-
-    def is_neutral(self) -> bool:
-        """Whether the gate is :attr:`neutral_value` times the factor for every map."""
-        return False
-
-    def constant(self) -> float | None:
-        """As :meth:`Gate.constant`."""
-        if any(t.is_meta for t in self.parameters()) or not self.is_neutral():
-            return None
-        like = next(iter((*self.parameters(), *self.buffers())))
-        values = torch.linspace(-2, 2, 2 * self.channels, dtype=reference.accumulation_dtype(like.dtype))
-        means = values.to(like.device).reshape(2, -1)
-        with torch.no_grad():  # in evaluation and in a copy, so that no running statistics change
-            scale, shift = copy.deepcopy(self).eval().scale_and_shift(Statistics(means, means.square(), 4))
-        is_constant = bool((scale == scale[0, 0]).all()) and (shift is None or not bool(shift.any()))
-        return float(scale[0, 0]) if is_constant else None
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take parameters of C values in any shape."""
-        for name in self.per_channel:
-            given = state_dict.get(prefix + name)
-            if isinstance(given, Tensor) and given.dim() > 1 and given.numel() == self.channels:
-                state_dict[prefix + name] = given.reshape(self.channels)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class _ClosedFormGate(MomentGate):
@@ -144,7 +117,6 @@ class GCT(_ClosedFormGate):
         True
     """
 
-    per_channel = ("alpha", "gamma", "beta")
     zero_for_identity = ("gamma", "beta")
 
     def __init__(self, channels: int, *, eps: float = 1e-5, factor: float = 1.0) -> None:
@@ -184,8 +156,8 @@ class GCT(_ClosedFormGate):
         parameters = (grad_e * norm).sum(0), (at_tanh * relative).sum(0), at_tanh.sum(0)
         return GateGradients(2 * statistics.means * per_square, per_square, parameters)
 
-    def _arguments(self) -> list[str]:
-        return [f"{self.channels}", *([] if self.eps == 1e-5 else [f"eps={self.eps:g}"])]
+    def _options(self) -> list[str]:
+        return [] if self.eps == 1e-5 else [f"eps={self.eps:g}"]
 
 
 class GRN(_ClosedFormGate):
@@ -216,7 +188,6 @@ class GRN(_ClosedFormGate):
         True
     """
 
-    per_channel = ("weight", "bias")
     zero_for_identity = ("weight", "bias")
 
     def __init__(self, channels: int, *, eps: float = 1e-6, factor: float = 1.0) -> None:
@@ -233,9 +204,7 @@ class GRN(_ClosedFormGate):
 
     def _relative(self, statistics: Statistics) -> tuple[Tensor, Tensor, Tensor]:
         """The channels' l2 norms, these divided by their mean, and that mean with eps, ``(N, 1)``."""
-        squares = _squares(statistics)
-        some = squares > 0  # a root has no slope at 0: torch's norm of zeros has the gradient 0, and so has this one
-        norm = squares.where(some, 1).sqrt().where(some, 0) if squares.requires_grad else squares.sqrt()
+        norm = reference.root(_squares(statistics))
         mean = norm.mean(1, keepdim=True) + self.eps
         return norm, norm / mean, mean
 
@@ -255,8 +224,8 @@ class GRN(_ClosedFormGate):
         parameters = (grad_scale * relative).sum(0), grad_shift.sum(0)
         return GateGradients(2 * statistics.means * per_square, per_square, parameters)
 
-    def _arguments(self) -> list[str]:
-        return [f"{self.channels}", *([] if self.eps == 1e-6 else [f"eps={self.eps:g}"])]
+    def _options(self) -> list[str]:
+        return [] if self.eps == 1e-6 else [f"eps={self.eps:g}"]
 
 
 class SRM(MomentGate):
@@ -306,14 +275,10 @@ class SRM(MomentGate):
         """The sigmoid of the normalised styles, and no shift."""
         means, variances, positions = statistics
         assert variances is not None
-        others: Any = positions - 1
-        others = others.clamp(min=1) if isinstance(others, Tensor) else max(others, 1)  # torch.jit traces tensors
-        deviations = (variances * (positions / others) + self.eps).sqrt()
+        deviations = (reference.unbiased(variances, positions) + self.eps).sqrt()
         cfc = self.cfc.to(means.dtype)
         styles = means * cfc[:, 0] + deviations * cfc[:, 1]
-        with reference.no_autocast(means.device.type):
-            normalised = call_norm(self.bn, styles.to(self.bn.weight.dtype)).to(means.dtype)
-        return self.scaled(torch.sigmoid(normalised)), None
+        return self.scaled(self.activate(call_norm_in_type_of(styles, self.bn))), None
 
     @torch.no_grad()
     def make_neutral_(self) -> float:
@@ -329,19 +294,24 @@ class SRM(MomentGate):
         tensors = (self.cfc, getattr(self.bn, "bias", None), getattr(self.bn, "running_mean", None))
         return not any(t.any() for t in tensors if isinstance(t, Tensor))
 
-    def _arguments(self) -> list[str]:
-        return [f"{self.channels}", *([] if self.eps == 1e-5 else [f"eps={self.eps:g}"])]
+    def _options(self) -> list[str]:
+        return [] if self.eps == 1e-5 else [f"eps={self.eps:g}"]
 
 
-def check_eps(eps: float) -> float:
-    """A small number that is added below a root or a fraction, as a float.
+def check_eps(eps: float, name: str = "eps", usual: float = 1e-5) -> float:
+    """A number that is finite and above 0, as a float; such as the small one that is added below a root.
+
+    Args:
+        eps: The number.
+        name: Of the argument.
+        usual: What it usually is.
 
     Raises:
-        TypeError: ``eps`` is not a number.
-        ValueError: ``eps`` is not finite and above 0.
+        TypeError: it is not a number.
+        ValueError: it is not finite and above 0.
     """
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"eps must be a number, got {eps!r}")
+        raise TypeError(f"{name} must be a number, got {eps!r}")
     if not 0 < eps < float("inf"):
-        raise ValueError(f"eps must be finite and above 0, got {eps!r}: such as 1e-5")
+        raise ValueError(f"{name} must be finite and above 0, got {eps!r}: such as {usual:g}")
     return float(eps)

@@ -21,7 +21,7 @@ class ModelConfig:
 
     Args:
         name: A network of ecanet.models: eca_resnet18, -34, -50, -101, -152, eca_mobilenet_v2, small_eca_resnet.
-        gate: eca, eca_ns, se, se_var1, se_var2, se_var3, se_gc1, se_gc2, se_gc3, or null for none.
+        gate: A name that ``ecanet gates`` lists, such as eca, or null for none.
         kernel_size: adaptive, released, an odd integer, or a list with one for each stage.
         neutral: Start as the network without gates, with gates that are 1.
         weights: A plain network's weights to start from: a file, or the name of torchvision's.

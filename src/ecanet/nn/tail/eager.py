@@ -215,8 +215,10 @@ class _NormGateAddAct(torch.autograd.Function):
             of_gate = [small.kernel.reshape(kernel.shape) for kernel in parameters]  # one, or none
         else:
             statistics = _statistics_again(saved, gate)
-            grads = gate_backward(gate, ctx.graph, statistics, gradient_at_other_gate(saved, up), up.p)
-            grad_s, grad_v, of_gate = grads
+            at_gate = gradient_at_other_gate(saved, up)
+            grad_s, grad_v, of_gate = gate_backward(gate, ctx.graph, statistics, at_gate, up.p)
+            if saved.x.shape[2:].numel() == 1:  # the variance of one position is 0, and so is its slope
+                grad_v = None
             small = between_passes(ctx.ops, saved, up, eps, NO_BAND, grad_s, grad_v)
         of_residual = up.grad if needs_residual else None
         of_gate = [_in_type_of(t, g) for t, g in zip(parameters, of_gate, strict=True)]

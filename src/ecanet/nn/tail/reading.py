@@ -54,6 +54,8 @@ def same_kind(t: Tensor, x: Tensor) -> bool:
 
 def read_gate(gate: nn.Module, x: Tensor) -> GateMaths | str:
     """What the kernels need of the gate, or why it has to be called."""
+    if isinstance(gate, Gate) and gate.sees_map:
+        return "needs more of the map than means and variances"
     if not isinstance(gate, Gate) or type(gate).forward is not Gate.forward:
         return "is no Gate of this library, or has a forward of its own"
     if called_differently(gate):

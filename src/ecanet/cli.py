@@ -175,6 +175,18 @@ def _kernel_size(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"{text!r} is neither an odd integer nor adaptive") from None
 
 
+def _add_gates(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
+    from ecanet.nn.describe import describe_gates, listing, table
+
+    parser.add_argument("names", nargs="*", metavar="NAME", help="Only these gates.")
+    parser.add_argument("--markdown", action="store_true", help="Print the table of docs/gates.md.")
+
+    def run(args: "Namespace") -> None:
+        print((table if args.markdown else listing)(describe_gates(args.names or None)))
+
+    return run
+
+
 def _add_build(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
     import torch
 
@@ -227,11 +239,16 @@ _VERBS: dict[str, tuple[str, str, "Callable[[ArgumentParser], Callable[[Namespac
         "ecanet insert --model torchvision/resnet50 --where block --report --save resnet50_eca.pt",
         _add_insert,
     ),
+    "gates": (
+        "Every gate: its formula, parameters, needs, neutral start and source.",
+        "ecanet gates gct grn",
+        _add_gates,
+    ),
     "build": ("Build the C++ kernels for the CPU, in about a minute.", "ecanet build", _add_build),
     "doctor": ("What runs on this machine, what does not, and why.", "ecanet doctor", _add_doctor),
 }
 # These work with torch and torchvision alone.
-_WITHOUT_EXTRAS = ("insert", "build", "doctor")
+_WITHOUT_EXTRAS = ("insert", "gates", "build", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

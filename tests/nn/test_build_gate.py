@@ -6,13 +6,34 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ecanet.nn import ECA, ECANS, GATES, SE, SEGroup, SEVar1, SEVar2, SEVar3, build_gate
+from ecanet.nn import (
+    CBAM,
+    ECA,
+    ECANS,
+    ESE,
+    GATES,
+    GCT,
+    GRN,
+    LCT,
+    SE,
+    SRM,
+    GaussianGCT,
+    SEGroup,
+    SEShift,
+    SEVar1,
+    SEVar2,
+    SEVar3,
+    SimAM,
+    build_gate,
+)
 from ecanet.nn.build import gate_factory, gate_name
+from ecanet.surgery.insertion_file import Insertion
+from ecanet.train.config import ModelConfig
 
 
-def test_the_names_of_table_2() -> None:
+def test_the_names_of_table_2_and_of_other_gates() -> None:
     types = {name: type(build_gate(name, 64)) for name in GATES}
-    table_2 = {
+    known = {
         "eca": ECA,
         "eca_ns": ECANS,
         "se": SE,
@@ -22,8 +43,17 @@ def test_the_names_of_table_2() -> None:
         "se_gc1": SEGroup,
         "se_gc2": SEGroup,
         "se_gc3": SEGroup,
+        "ese": ESE,
+        "se_shift": SEShift,
+        "lct": LCT,
+        "gct_gauss": GaussianGCT,
+        "srm": SRM,
+        "gct": GCT,
+        "grn": GRN,
+        "cbam": CBAM,
+        "simam": SimAM,
     }
-    assert {name: types[name] for name in table_2} == table_2
+    assert types == known
     assert {name: build_gate(name, 64).groups for name in GATES if types[name] is SEGroup} == {
         "se_gc1": 16,
         "se_gc2": 64 // 16,
@@ -38,7 +68,7 @@ def test_kernel_size_reaches_the_gates_that_have_one(name) -> None:
     assert build_gate(name, 64, kernel_size=9).kernel_size == 9
 
 
-@pytest.mark.parametrize("name", ["se", "se_var1", "se_var2", "se_var3", "se_gc1", "se_gc2", "se_gc3"])
+@pytest.mark.parametrize("name", [name for name in GATES if name not in ("eca", "eca_ns")])
 def test_kernel_size_is_refused_by_the_gates_that_have_none(name) -> None:
     with pytest.raises(ValueError, match=f"kernel_size=3 was given, but gate='{name}' has no kernel size: leave it"):
         build_gate(name, 64, kernel_size=3)
@@ -93,12 +123,35 @@ def test_gate_name_leaves_alone_what_has_no_name() -> None:
 # --- wrong arguments ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["ECA", "eca-ns", "cbam", ""])
+@pytest.mark.parametrize("name", ["ECA", "eca-ns", "transformer", ""])
 def test_an_unknown_name_is_answered_with_the_known_ones(name) -> None:
     with pytest.raises(ValueError, match=f"gate must be one of .*got '{name}'") as error:
         build_gate(name, 64)
     for known in GATES:
         assert repr(known) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [("ECA", "eca"), ("eca-ns", "eca_ns"), ("CBMA", "cbam"), ("sim_am", "simam"), ("gctgauss", "gct_gauss")],
+)
+def test_a_name_that_is_almost_right_is_answered_with_the_right_one(wrong, meant) -> None:
+    with pytest.raises(ValueError, match=f"got '{wrong}': did you mean '{meant}'\\?$"):
+        build_gate(wrong, 64)
+
+
+def test_a_name_that_is_like_none_is_not_answered_with_a_guess() -> None:
+    with pytest.raises(ValueError, match=r"got 'transformer'$"):
+        build_gate("transformer", 64)
+
+
+def test_recipes_folders_and_insertion_files_answer_alike() -> None:
+    for build in (
+        lambda: ModelConfig(gate="seshift"),
+        lambda: Insertion("torchvision/resnet18", gate="seshift").build(),
+    ):
+        with pytest.raises(ValueError, match=r"gate must be one of .*seshift.*: did you mean 'se_shift'\?$"):
+            build()
 
 
 @pytest.mark.parametrize("cls", [ECA, nn.Identity])

@@ -1,8 +1,10 @@
 """Gates through torch.compile, torch.export and torch.fx: the same numbers, in one graph."""
 
+import copy
+
 import pytest
 import torch
-from equations import GATES
+from equations import GATES, GATES_OF_MEANS
 
 import ecanet
 from ecanet.ops import reference
@@ -14,13 +16,14 @@ pytestmark = pytest.mark.usefixtures("_nothing_compiled_before")
 @pytest.mark.parametrize("name", GATES)
 def test_compiles_to_one_graph_with_the_same_gradients(name) -> None:
     gate = GATES[name](CHANNELS)
-    compiled = torch.compile(gate, fullgraph=True, backend="aot_eager")
+    twin = copy.deepcopy(gate)  # running statistics of one in the graph count as another's change of it
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, CHANNELS, 3, 3, requires_grad=True)
-    inputs = [x, *gate.parameters()]
     want, got = gate(x), compiled(x)
     torch.testing.assert_close(got, want)
     dout = torch.randn_like(want)
-    for a, b in zip(torch.autograd.grad(got, inputs, dout), torch.autograd.grad(want, inputs, dout), strict=True):
+    grads = (torch.autograd.grad(out, [x, *m.parameters()], dout) for out, m in ((got, twin), (want, gate)))
+    for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -35,7 +38,7 @@ def test_compiles_under_autocast_without_reaching_the_gate(name) -> None:
     torch.testing.assert_close(got, gate.gate(s))
 
 
-@pytest.mark.parametrize("name", ["eca", "eca circular", "eca_ns", "se", "se_gc1"])
+@pytest.mark.parametrize("name", GATES)
 def test_exports_with_dynamic_batch_and_spatial_size(name) -> None:
     gate = GATES[name](CHANNELS).eval()
     n, h, w = (torch.export.Dim(dim) for dim in "nhw")
@@ -49,7 +52,10 @@ def test_fx_traces_to_operations_of_the_library(name) -> None:
     gate = GATES[name](CHANNELS)
     traced = torch.fx.symbolic_trace(gate)
     called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
-    assert {reference.squeeze, reference.check_means, reference.scale} <= set(called)
+    if name in GATES_OF_MEANS:
+        assert {reference.squeeze, reference.check_means, reference.scale} <= set(called)
+    else:  # what depends on rank or size is one operation
+        assert {reference.squeeze, reference.check_map} & set(called)
     for shape in [(2, CHANNELS, 3, 3), (3, CHANNELS, 5)]:  # what was traced fixes neither size nor rank
         x = torch.randn(shape)
         with ecanet.backend("reference"):

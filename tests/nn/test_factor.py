@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from equations import GATES
+from equations import GATES, NEVER_NEUTRAL
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.utils import prune
@@ -27,6 +27,15 @@ def pair(name: str) -> tuple[Gate, Gate]:
     scaled = copy.deepcopy(plain)
     scaled.factor = FACTOR
     return plain, scaled
+
+
+def times_factor(plain: Gate, y: Tensor) -> Tensor:
+    """What the gate with the factor makes of a map: the factor multiplies the scale, and not a shift."""
+    if plain.sees_map:
+        return FACTOR * plain(y)
+    scale, shift = plain.scale_and_shift(plain.statistics(y))
+    out = FACTOR * scale[:, :, None, None] * y
+    return out if shift is None else out + shift[:, :, None, None]
 
 
 def x_and_residual() -> tuple[Tensor, Tensor]:
@@ -72,13 +81,13 @@ WAYS = [by_module, by_tail, attached, after_a_convolution, compiled]
 def test_every_path_multiplies_by_it(way, backend, training) -> None:
     if way is compiled:
         torch._dynamo.reset()
-    for name in GATES if way is not compiled else ("eca", "se", "eca_ns"):
+    for name in GATES if way is not compiled else ("eca", "se", "eca_ns", "eca hard", "se_shift", "grn", "cbam"):
         plain, scaled = pair(name)
         norms = norm().train(training), None
         norms = norms[0], copy.deepcopy(norms[0])
         x, residual = x_and_residual()
         wanted = [x, residual, *norms[0].parameters(), *plain.parameters()]
-        want = torch.relu(FACTOR * plain(norms[0](x)) + residual)
+        want = torch.relu(times_factor(plain, norms[0](x)) + residual)
         dout = torch.randn_like(want)
         want_grads = torch.autograd.grad(want, wanted, dout, allow_unused=True)
         found = [x, residual, *norms[1].parameters(), *scaled.parameters()]
@@ -92,11 +101,11 @@ def test_every_path_multiplies_by_it(way, backend, training) -> None:
 
 def test_frozen_norms_and_tails_that_write_over_their_input() -> None:
     for name in GATES:
-        plain, scaled = pair(name)
+        plain, scaled = (gate.eval() for gate in pair(name))
         frozen = FrozenBatchNorm2d(C).double()
         frozen.weight.uniform_(0.5, 1.5)
         x, residual = (t.detach() for t in x_and_residual())
-        want = torch.relu(FACTOR * plain(frozen(x)) + residual)
+        want = torch.relu(times_factor(plain, frozen(x)) + residual)
         torch.testing.assert_close(by_tail(x, residual, frozen, scaled), want, rtol=1e-10, atol=1e-10)
         with torch.no_grad():
             got = InferenceTail(scaled, 1, in_place=True)(frozen(x), residual)
@@ -122,6 +131,12 @@ def test_eca_stays_in_closed_form() -> None:
     assert (maths.is_band, maths.factor) == (True, FACTOR)
 
 
+def test_with_a_hard_sigmoid_eca_is_fused_like_any_other_gate() -> None:
+    maths = ECA(C, activation="hard_sigmoid", factor=FACTOR).maths()
+    assert maths is not None
+    assert not maths.is_band
+
+
 def test_one_function_compiled_for_gates_of_several_factors() -> None:
     torch._dynamo.reset()
     function = torch.compile(lambda x, norm, gate: norm_gate_add_act(x, norm, gate, x), backend="aot_eager")
@@ -133,10 +148,10 @@ def test_one_function_compiled_for_gates_of_several_factors() -> None:
 
 # --- a gate that is 1 ---------------------------------------------------------------------------------------------
 
-with_weights = pytest.mark.parametrize("name", [name for name in GATES if name != "se_var1"])
+can_be_neutral = pytest.mark.parametrize("name", [name for name in GATES if name not in NEVER_NEUTRAL])
 
 
-@with_weights
+@can_be_neutral
 def test_the_identity_gives_back_what_it_gets_and_its_gradient_bit_for_bit(name) -> None:
     gate = GATES[name](C)
     gate.make_identity_()
@@ -152,7 +167,7 @@ def test_the_identity_gives_back_what_it_gets_and_its_gradient_bit_for_bit(name)
             assert torch.equal(grad, dout)
 
 
-@with_weights
+@can_be_neutral
 @pytest.mark.parametrize("order", ["gate first", "layers first", "gate alone"])
 def test_it_is_one_again_after_to_empty_and_reset_parameters(name, order) -> None:
     gate = GATES[name](C)
@@ -160,25 +175,26 @@ def test_it_is_one_again_after_to_empty_and_reset_parameters(name, order) -> Non
     for twin in (gate, copy.deepcopy(gate), pickle.loads(pickle.dumps(gate))):
         twin.to_empty(device="cpu")
         for t in (*twin.parameters(), *twin.buffers()):
-            t.detach().fill_(math.nan)
+            t.detach().fill_(math.nan if t.is_floating_point() else 7)
         modules = list(twin.modules()) if order != "gate alone" else [twin]
         for module in reversed(modules) if order == "layers first" else modules:
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         x = torch.randn(N, C, 5, 3)
         assert torch.equal(twin(x), x)
-        assert twin.scale == 2
+        assert twin.scale == (None if gate.neutral_value == 1 else 1 / gate.neutral_value)
         assert all(p.isfinite().all() for p in twin.parameters())
 
 
 @pytest.mark.parametrize("name", GATES)
 def test_reset_parameters_draws_other_gates_anew_and_keeps_their_factor(name) -> None:
-    gate = build_gate(name, C, factor=3.0) if " " not in name else GATES[name](C)
-    factor = gate.factor
-    before = {key: value.clone() for key, value in gate.state_dict().items() if key != "scale"}
+    gate = GATES[name](C)
+    gate.factor = 3.0
+    state = gate.state_dict().items()
+    before = {key: value.clone() for key, value in state if key != "scale" and value.is_floating_point()}
     gate.to_empty(device="cpu")
     gate.reset_parameters()
-    assert gate.factor == factor
+    assert gate.factor == 3
     assert all(not torch.equal(gate.state_dict()[key], value) for key, value in before.items())
     assert torch.isfinite(gate(torch.randn(N, C, 2, 2))).all()
 

@@ -9,7 +9,6 @@ from torch.utils.checkpoint import checkpoint
 
 import ecanet
 from ecanet.nn import GATES, Gate, build_gate, norm_gate_add_act
-from ecanet.nn.tail.maths import ScaleAndShift, Statistics
 
 C = 32
 GATES_WITH_WEIGHTS = [name for name in GATES if any(True for _ in build_gate(name, C).parameters())]
@@ -61,11 +60,13 @@ def test_the_weights_are_the_modules_own_again_after_a_call_that_fails(name) -> 
     class FailsError(Exception):
         pass
 
-    def fail(statistics: Statistics) -> ScaleAndShift:
-        type(gate).scale_and_shift(gate, statistics)
+    method = "scale_map" if gate.sees_map else "scale_and_shift"
+
+    def fail(*args: object) -> torch.Tensor:
+        getattr(type(gate), method)(gate, *args)
         raise FailsError
 
-    gate.scale_and_shift = fail
+    setattr(gate, method, fail)
     with pytest.raises(FailsError):
         norm_gate_add_act(torch.randn(2, C, 3, 3), nn.BatchNorm2d(C), gate)
     after = dict(gate.named_parameters())

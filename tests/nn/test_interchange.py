@@ -1,10 +1,13 @@
-"""State dicts go both ways between ECA and every implementation that people have weights from."""
+"""State dicts of every implementation that people have weights from load; ECA's and CBAM's go both ways."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
+from equations import drawn
 from torch import Tensor, nn
 
-from ecanet.nn import ECA
+from ecanet.nn import CBAM, ECA, ESE, GCT, GRN, SRM
 
 
 class Official(nn.Module):
@@ -104,3 +107,84 @@ def test_from_yolo_builds_subclasses() -> None:
         pass
 
     assert type(Mine.from_yolo(64)) is Mine
+
+
+# --- other gates --------------------------------------------------------------------------------------------------
+
+
+class AuthorsGCT(nn.Module):
+    """The layer of the authors' repository, in its l2 mode."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(1, channels, 1, 1))
+        self.gamma = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.beta = nn.Parameter(torch.zeros(1, channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        embedding = (x.pow(2).sum((2, 3), keepdim=True) + 1e-5).pow(0.5) * self.alpha
+        norm = self.gamma / (embedding.pow(2).mean(dim=1, keepdim=True) + 1e-5).pow(0.5)
+        return x * (1 + torch.tanh(embedding * norm + self.beta))
+
+
+class AuthorsSRM(nn.Module):
+    """The layer of the authors' repository."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.cfc = nn.Parameter(torch.zeros(channels, 2))
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(2)
+        style = torch.stack([flat.mean(2), (flat.var(dim=2) + 1e-5).sqrt()], dim=2)
+        z = (style * self.cfc[None]).sum(2)[:, :, None, None]
+        return x * torch.sigmoid(self.bn(z))
+
+
+def timm_layer(file: str, name: str, **arguments: object) -> Callable[[int], nn.Module]:
+    return lambda channels: getattr(pytest.importorskip(f"timm.layers.{file}"), name)(channels, **arguments)
+
+
+OTHERS = {
+    "timm GlobalResponseNorm": (timm_layer("grn", "GlobalResponseNorm", channels_last=False), GRN),
+    "timm EffectiveSEModule": (timm_layer("squeeze_excite", "EffectiveSEModule"), ESE),
+    "timm CbamModule": (timm_layer("cbam", "CbamModule"), CBAM),
+    "GCT of the authors": (AuthorsGCT, GCT),
+    "SRM of the authors": (AuthorsSRM, SRM),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("channels", [16, 24, 100])
+@pytest.mark.parametrize(("other", "ours"), OTHERS.values(), ids=OTHERS)
+def test_their_checkpoints_load_strictly_and_give_their_values(other, ours, channels, training) -> None:
+    theirs, mine = drawn(other(channels)).double().train(training), ours(channels).double().train(training)
+    x = torch.randn(4, channels, 5, 3, dtype=torch.float64) + torch.randn(4, channels, 1, 1, dtype=torch.float64)
+    assert not torch.allclose(mine(x), theirs(x))
+    file = theirs.state_dict()
+    shapes = {key: value.shape for key, value in file.items()}
+    mine.load_state_dict(file, strict=True)
+    torch.testing.assert_close(mine(x), theirs(x), rtol=1e-12, atol=1e-12)
+    assert {key: value.shape for key, value in file.items()} == shapes  # the file is as it was
+    for (key, got), want in zip(mine.named_buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12, msg=key)
+
+
+@pytest.mark.parametrize("channels", [16, 24, 100])
+def test_weights_of_cbam_load_into_timms_module_too(channels) -> None:
+    theirs, mine = timm_layer("cbam", "CbamModule")(channels).eval(), drawn(CBAM(channels)).eval()
+    theirs.load_state_dict(mine.state_dict(), strict=True)
+    x = torch.randn(2, channels, 9, 9)
+    torch.testing.assert_close(theirs(x), mine(x))
+
+
+@pytest.mark.parametrize(
+    ("gate", "key", "shape"),
+    [(GCT(16), "alpha", (1, 32, 1, 1)), (GCT(16), "alpha", (4, 4)), (ESE(16), "fc.weight", (32, 8, 1, 1))],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_weights_of_other_sizes_are_refused(gate, key, shape) -> None:
+    file = {**gate.state_dict(), key: torch.ones(shape)}
+    with pytest.raises(RuntimeError, match=f"size mismatch for {key}"):
+        gate.load_state_dict(file)

@@ -1,59 +1,80 @@
-"""make_neutral_: a gate of exactly one half for every input, from which training goes on."""
+"""make_neutral_: a gate of one exact constant for every input, from which training goes on."""
 
 import pytest
 import torch
-from equations import GATES
+from equations import GATES, NEVER_NEUTRAL
 
-from ecanet.nn import SE, SEVar1
-from ecanet.ops import reference
+from ecanet.nn import ESE, SE, SEShift
 
 CHANNELS = 32
-with_weights = pytest.mark.parametrize("name", [name for name in GATES if name != "se_var1"])
+can_be_neutral = pytest.mark.parametrize("name", [name for name in GATES if name not in NEVER_NEUTRAL])
+#: What neutral weights make of a gate: a sigmoid of 0, two of them, or a gate around 1.
+CONSTANT = {"gct": 1.0, "grn": 1.0, "cbam": 0.25}
 
 
-@with_weights
+@can_be_neutral
 def test_every_gate_is_exactly_the_returned_constant(name) -> None:
     gate = GATES[name](CHANNELS)
-    assert gate.make_neutral_() == 0.5
+    constant = gate.make_neutral_()
+    assert constant == gate.constant() == CONSTANT.get(name, 0.5)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         for scale in (0, 1e-3, 1, 1e4):
             x = (scale * torch.randn(2, CHANNELS, 3, 3)).to(dtype)
-            assert (gate.gate(reference.squeeze(x, CHANNELS)) == 0.5).all()
-            assert torch.equal(gate(x), x * 0.5)
+            if not gate.sees_map:
+                of_x, shift = gate.scale_and_shift(gate.statistics(x))
+                assert (of_x == constant).all()
+                assert shift is None or not shift.any()
+            assert torch.equal(gate(x), x * constant)
 
 
-@with_weights
+@can_be_neutral
 def test_gradients_still_reach_the_weights_and_move_the_gates(name) -> None:
     gate = GATES[name](CHANNELS)
-    gate.make_neutral_()
+    with torch.no_grad():
+        for weight in gate.parameters():
+            weight.abs_()  # with positive means, no hidden channel of SE and its like is silent
+    constant = gate.make_neutral_()
     assert all(weight.requires_grad for weight in gate.parameters())
     x = torch.randn(4, CHANNELS, 3, 3) + 1
-    optimizer = torch.optim.SGD(gate.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(gate.parameters(), lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()
         (gate(x) * torch.randn_like(x)).sum().backward()
         optimizer.step()
     assert all(weight.grad.abs().sum() > 0 for weight in gate.parameters())
-    assert (gate.gate(reference.squeeze(x, CHANNELS)) != 0.5).any()
+    assert (gate(x) != x * constant).any()
+    assert gate.constant() is None
 
 
 def test_the_same_parameters_stay_in_place_for_an_optimizer_that_holds_them() -> None:
     for name, build in GATES.items():
-        if name != "se_var1":
+        if name not in NEVER_NEUTRAL:
             gate = build(CHANNELS)
             before = list(gate.parameters())
             gate.make_neutral_()
             assert all(a is b for a, b in zip(gate.parameters(), before, strict=True))
 
 
-def test_se_keeps_its_first_layer() -> None:
-    gate = SE(CHANNELS)
+@pytest.mark.parametrize("cls", [SE, SEShift])
+def test_se_keeps_its_first_layer(cls) -> None:
+    gate = cls(CHANNELS)
     before = gate.fc1.weight.detach().clone()
     gate.make_neutral_()
     assert torch.equal(gate.fc1.weight, before)
     assert before.abs().sum() > 0
 
 
-def test_se_var1_has_no_weights_that_could_make_it_neutral() -> None:
-    with pytest.raises(ValueError, match=r"SEVar1 cannot be made neutral.*weights"):
-        SEVar1(CHANNELS).make_neutral_()
+def test_a_bias_alone_makes_a_gate_no_constant_one_half() -> None:
+    for gate in (ESE(CHANNELS), SEShift(CHANNELS)):
+        gate.make_neutral_()
+        bias = gate.fc.bias if isinstance(gate, ESE) else gate.fc2.bias
+        torch.nn.init.normal_(bias)
+        assert gate.constant() is None
+
+
+@pytest.mark.parametrize("name", NEVER_NEUTRAL)
+def test_gates_that_no_weights_make_constant_say_so(name) -> None:
+    gate = GATES[name](CHANNELS)
+    with pytest.raises(ValueError, match=rf"{type(gate).__name__} cannot be made neutral.*no choice of its weights"):
+        gate.make_neutral_()
+    assert gate.constant() is None

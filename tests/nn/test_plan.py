@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import ecanet
-from ecanet.nn import ECA, SE, explain, norm_gate_add_act
+from ecanet.nn import CBAM, ECA, SE, explain, norm_gate_add_act
 from ecanet.nn.tail import plan as plans
 from ecanet.nn.tail.shared_norm import _SharedForward
 from ecanet.ops import backend, gpu
@@ -81,6 +81,11 @@ EAGER: dict[str, tuple[Callable[[], dict[str, Any]], str, str]] = {
         lambda: arguments(gate=nn.Identity()),
         "the C++ kernels (norm); called: gate; afterwards: residual, relu",
         "the gate is called: it is no Gate of this library but an Identity",
+    ),
+    "a gate of the map itself: CBAM, SimAM": (
+        lambda: arguments(gate=CBAM(C)),
+        "the C++ kernels (norm, residual, relu); called: gate",
+        "the gate is called: it needs more of the map than means and variances",
     ),
     "a hook on the gate": (
         lambda: arguments(gate=hooked(SE(C))),

@@ -1,13 +1,16 @@
 """A user's mistake gets an error that names the argument, what was given and what would be right."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
-from equations import GATES
+from equations import GATES, GATES_OF_MEANS
 
-from ecanet.nn import ECA, ECANS, SE, SEGroup, SEVar1, SEVar2, SEVar3, se_gc2, se_gc3
+from ecanet.nn import CBAM, ECA, ECANS, LCT, SE, GaussianGCT, SEGroup, SEShift, SimAM, se_gc2, se_gc3
+from ecanet.nn import GATES as NAMED
 
-BUILDERS = [ECA, ECANS, SE, SEVar1, SEVar2, SEVar3, SEGroup, se_gc2, se_gc3, ECA.from_yolo]
+BUILDERS = [*NAMED.values(), ECA.from_yolo]
 
 
 @pytest.mark.parametrize(
@@ -70,8 +73,46 @@ def test_a_circular_band_may_not_overlap_itself(cls) -> None:
     ids=repr,
 )
 def test_groups(groups, error, message) -> None:
+    for cls in (SEGroup, LCT):
+        with pytest.raises(error, match=message):
+            cls(12, groups=groups)
+
+
+@pytest.mark.parametrize("activation", ["relu", "Sigmoid", "", "exp", 3], ids=repr)
+def test_activation(activation) -> None:
+    takers = [name for name, build in NAMED.items() if "activation" in inspect.signature(build).parameters]
+    assert {"eca", "eca_ns", "se", "se_var1", "se_gc2", "ese", "se_shift", "lct", "cbam"} <= {*takers}
+    for name in takers:
+        with pytest.raises(ValueError, match=f"activation must be 'sigmoid' or 'hard_sigmoid', got {activation!r}"):
+            NAMED[name](64, activation=activation)
+
+
+@pytest.mark.parametrize(
+    ("c", "error", "message"),
+    [
+        (0, ValueError, "c must be finite and above 0, got 0: such as 2"),
+        (-2.0, ValueError, r"c must be finite and above 0, got -2\.0"),
+        (float("nan"), ValueError, "c must be finite and above 0, got nan"),
+        (None, TypeError, "c must be a number, got None"),
+        (True, TypeError, "c must be a number, got True"),
+        ("learned", ValueError, "c must be a number or 'learnable', got 'learned'"),
+    ],
+    ids=repr,
+)
+def test_the_width_of_a_gaussian(c, error, message) -> None:
     with pytest.raises(error, match=message):
-        SEGroup(12, groups=groups)
+        GaussianGCT(64, c)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [(0, ValueError, "must be finite and above 0, got 0"), ("1e-4", TypeError, "must be a number, got '1e-4'")],
+    ids=repr,
+)
+def test_small_numbers_below_a_root_or_a_fraction(value, error, message) -> None:
+    for build, name in ((LCT, "eps"), (GaussianGCT, "eps"), (SimAM, "e_lambda")):
+        with pytest.raises(error, match=f"{name} {message}"):
+            build(64, **{name: value})
 
 
 @pytest.mark.parametrize(("build", "size"), [(se_gc2, 16), (se_gc3, 8)], ids=["se_gc2", "se_gc3"])
@@ -91,8 +132,9 @@ def test_groups_of_a_fixed_size(build, size) -> None:
     ids=repr,
 )
 def test_reduction(reduction, error, message) -> None:
-    with pytest.raises(error, match=message):
-        SE(64, reduction)
+    for cls in (SE, SEShift, CBAM):
+        with pytest.raises(error, match=message):
+            cls(64, reduction)
 
 
 # --- feature maps -------------------------------------------------------------------------------------------------
@@ -140,6 +182,16 @@ WRONG_MEANS = {
 
 @pytest.mark.parametrize(("s", "error", "message"), WRONG_MEANS.values(), ids=WRONG_MEANS)
 def test_channel_means_every_gate_refuses(s, error, message) -> None:
-    for build in GATES.values():
+    for name in (*GATES_OF_MEANS, "se_shift"):
         with pytest.raises(error, match=message):
-            build(C).gate(s)
+            GATES[name](C).gate(s)
+
+
+def test_gates_that_need_more_than_means_say_what_to_call_instead() -> None:
+    for name in [name for name in GATES if name not in (*GATES_OF_MEANS, "se_shift")]:
+        gate = GATES[name](C)
+        calls = [gate.gate, gate.logits] + [gate.scale_and_shift] * gate.sees_map
+        instead = "call the module on the map" if gate.sees_map else r"call scale_and_shift\(gate\.statistics\(x\)\)"
+        for call in calls:
+            with pytest.raises(TypeError, match=f"{type(gate).__name__} .*{instead}"):
+                call(torch.zeros(2, C))

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ecanet.nn.build import GATES
+from ecanet.nn.build import GATES, did_you_mean
 from ecanet.untrusted import check_number, listed, shown
 
 _Check = Callable[[Any, str], None]
@@ -51,12 +51,19 @@ def _kernel_size(value: Any, what: str) -> None:
         _number(1, 2**15)(value, what)
 
 
+def _gate(value: Any, what: str) -> None:
+    try:
+        _one_of(*GATES, "none", None)(value, what)
+    except ValueError as error:
+        raise ValueError(f"{error}{did_you_mean(value) if isinstance(value, str) else ''}") from None
+
+
 _bool = _one_of(True, False)
 
 #: The check of each argument, for every network that has it. No check accepts a file, class or function.
 CHECKS: dict[str, _Check] = {
     "depth": _one_of(18, 34, 50, 101, 152),
-    "gate": _one_of(*GATES, "none", None),
+    "gate": _gate,
     "kernel_size": _kernel_size,
     "num_classes": _number(0, 1_000_000),
     "neutral": _bool,

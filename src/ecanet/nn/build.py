@@ -1,20 +1,23 @@
 """From a name, a class or a function to a gate: what every ``gate=`` argument accepts."""
 
+import difflib
 import inspect
 from collections.abc import Callable
 from typing import Literal
 
 from torch import nn
 
+from ecanet.nn.context import LCT, GaussianGCT
 from ecanet.nn.eca import ECA, ECANS
 from ecanet.nn.gate import Gate
+from ecanet.nn.maps import CBAM, SimAM
 from ecanet.nn.moments import GCT, GRN, SRM
-from ecanet.nn.se import SE, SEGroup, SEVar1, SEVar2, SEVar3, se_gc2, se_gc3
+from ecanet.nn.se import ESE, SE, SEGroup, SEShift, SEVar1, SEVar2, SEVar3, se_gc2, se_gc3
 
 GateFactory = Callable[..., nn.Module]
 GateSpec = str | GateFactory | None
 
-#: Every gate by name: the modules of the paper's Table 2, and gates of means and variances.
+#: Every gate by name: the modules of the paper's Table 2, other gates of means, of means and variances, of the map.
 GATES: dict[str, GateFactory] = {
     "eca": ECA,
     "eca_ns": ECANS,
@@ -25,10 +28,43 @@ GATES: dict[str, GateFactory] = {
     "se_gc1": SEGroup,
     "se_gc2": se_gc2,
     "se_gc3": se_gc3,
+    "ese": ESE,
+    "se_shift": SEShift,
+    "lct": LCT,
+    "gct_gauss": GaussianGCT,
     "srm": SRM,
     "gct": GCT,
     "grn": GRN,
+    "cbam": CBAM,
+    "simam": SimAM,
 }
+
+
+def check_gate_name(name: str, others: str = "") -> str:
+    """A name in :data:`GATES`.
+
+    Args:
+        name: What was given.
+        others: What else would be right, for the error.
+
+    Raises:
+        ValueError: unknown name; the message has the names, and the closest.
+    """
+    if name in GATES:
+        return name
+    raise ValueError(f"gate must be one of {', '.join(map(repr, GATES))}{others}, got {name!r}{did_you_mean(name)}")
+
+
+def did_you_mean(name: str) -> str:
+    """The end of an error about an unknown gate: the closest name in :data:`GATES`, or nothing.
+
+    Example:
+        >>> did_you_mean("ECA-NS")
+        ": did you mean 'eca_ns'?"
+    """
+    written = {known.replace("_", ""): known for known in GATES}
+    close = difflib.get_close_matches("".join(c for c in name[:64].lower() if c.isalnum()), written, 1, 0.6)
+    return f": did you mean {written[close[0]]!r}?" if close else ""
 
 
 def gate_factory(gate: str | GateFactory) -> GateFactory:
@@ -46,9 +82,7 @@ def gate_factory(gate: str | GateFactory) -> GateFactory:
         16
     """
     if isinstance(gate, str):
-        if gate not in GATES:
-            raise ValueError(f"gate must be one of {sorted(GATES)}, a class or a function, got {gate!r}")
-        return GATES[gate]
+        return GATES[check_gate_name(gate, ", a class or a function")]
     if isinstance(gate, nn.Module):
         raise TypeError(
             f"gate must be a name, a class or a function of the number of channels, got {type(gate).__name__}(): "

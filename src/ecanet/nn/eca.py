@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ecanet.nn.gate import Gate, LinearGate, call_on_means, has_own_maths, is_plain, is_zero
+from ecanet.nn.gate import Activation, Gate, LinearGate, call_on_means, has_own_maths, is_plain, is_zero
 from ecanet.nn.kernel_size import adaptive_kernel_size, check_channels, check_kernel_size
 from ecanet.nn.tail.maths import GateMaths
 from ecanet.ops import reference
@@ -17,9 +17,14 @@ _ALWAYS_ALLOWED = 255
 
 class _BandGate(LinearGate):
     def __init__(
-        self, channels: int, kernel_size: int | Literal["adaptive"], circular: bool, factor: float = 1.0
+        self,
+        channels: int,
+        kernel_size: int | Literal["adaptive"],
+        circular: bool,
+        activation: Activation | None,
+        factor: float,
     ) -> None:
-        super().__init__(channels, factor=factor)
+        super().__init__(channels, activation=activation, factor=factor)
         if kernel_size == "adaptive":
             kernel_size = adaptive_kernel_size(channels)
         elif isinstance(kernel_size, str):
@@ -38,9 +43,8 @@ class _BandGate(LinearGate):
         self.kernel_size = kernel_size
         self.circular = circular
 
-    def _arguments(self) -> list[str]:
-        circular = ["circular=True"] if self.circular else []
-        return [f"{self.channels}", f"kernel_size={self.kernel_size}", *circular]
+    def _options(self) -> list[str]:
+        return [f"kernel_size={self.kernel_size}", *(["circular=True"] if self.circular else [])]
 
 
 class ECA(_BandGate):
@@ -56,12 +60,14 @@ class ECA(_BandGate):
         kernel_size: k, odd: how many neighbouring channels each gate value depends on. ``"adaptive"`` is
             :func:`~ecanet.nn.adaptive_kernel_size` of C.
         circular: Make the first and the last channel neighbours instead of padding with zeros: channels have no order.
+        activation: ``"sigmoid"`` or ``"hard_sigmoid"``. The kernels' own derivative is the former's; with the latter
+            autograd goes through the gate, as through any other.
         factor: Multiplies every gate value; 2 undoes the sigmoid of 0.
 
     Raises:
         TypeError: ``channels`` or ``kernel_size`` is not an integer, ``factor`` is not a number.
         ValueError: ``kernel_size`` is even or not positive, above both 2 ``channels`` - 1 and 255, or with circular
-            padding above ``channels``; ``factor`` is not finite and above 0.
+            padding above ``channels``; unknown ``activation``; ``factor`` is not finite and above 0.
 
     Source:
         Wang et al., ECA-Net, CVPR 2020, arXiv:1910.03151. The listing in Figure 3 lacks the sigmoid of Eq. (9).
@@ -83,9 +89,10 @@ class ECA(_BandGate):
         kernel_size: int | Literal["adaptive"] = "adaptive",
         *,
         circular: bool = False,
+        activation: Activation = "sigmoid",
         factor: float = 1.0,
     ) -> None:
-        super().__init__(channels, kernel_size, circular, factor)
+        super().__init__(channels, kernel_size, circular, activation, factor)
         k = self.kernel_size
         padding_mode: Literal["circular", "zeros"] = "circular" if circular else "zeros"
         self.conv = nn.Conv1d(1, 1, k, padding=(k - 1) // 2, padding_mode=padding_mode, bias=False)
@@ -135,8 +142,8 @@ class ECA(_BandGate):
         """ECA's own maths, whose derivative the kernels know, unless the gate was changed."""
         own, cls = self.__dict__, type(self)
         conv = own["_modules"].get("conv")  # attribute access on a module takes as long as a small map
-        changed = (cls.scale_and_shift, cls.gate, cls.scaled, cls.logits) != _KNOWN_METHODS
-        if changed or has_own_maths(own):
+        changed = (cls.scale_and_shift, cls.gate, cls.activate, cls.scaled, cls.logits) != _KNOWN_METHODS
+        if changed or has_own_maths(own) or self.activation != "sigmoid":
             return super().maths()
         if not self._can_read_weight(conv):
             return None
@@ -152,7 +159,7 @@ class ECA(_BandGate):
 
 
 #: The methods that the kernels implement.
-_KNOWN_METHODS = Gate.scale_and_shift, Gate.gate, Gate.scaled, ECA.logits
+_KNOWN_METHODS = Gate.scale_and_shift, Gate.gate, Gate.activate, Gate.scaled, ECA.logits
 
 
 class ECANS(_BandGate):
@@ -164,6 +171,7 @@ class ECANS(_BandGate):
         channels: Number of channels C.
         kernel_size: As in :class:`ECA`.
         circular: As in :class:`ECA`.
+        activation: As in :class:`ECA`.
         factor: As in :class:`ECA`.
 
     Raises:
@@ -183,9 +191,10 @@ class ECANS(_BandGate):
         kernel_size: int | Literal["adaptive"] = "adaptive",
         *,
         circular: bool = False,
+        activation: Activation = "sigmoid",
         factor: float = 1.0,
     ) -> None:
-        super().__init__(channels, kernel_size, circular, factor)
+        super().__init__(channels, kernel_size, circular, activation, factor)
         self.weight = nn.Parameter(torch.empty(channels, self.kernel_size))
         self.reset_parameters()
 

@@ -4,9 +4,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.utils.parametrize import is_parametrized
@@ -24,9 +25,18 @@ from ecanet.private_torch import FakeTensor, count_dispatch_modes, is_tracing, i
 #: Relative differences within which a factor counts as the same: rounding of half types, drift of averaged networks.
 _HALF_ROUNDING, _ROUNDING = 2.0**-8, 2.0**-11
 
+#: What turns logits into gate values, as an argument; both are 1/2 at 0.
+Activation = Literal["sigmoid", "hard_sigmoid"]
 
-def is_plain(layer: nn.Module, cls: type[nn.Module], shape: tuple[int, ...]) -> bool:
-    """Whether a layer inside a gate is exactly torch's, so that reading its weight is the same as calling it.
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "hard_sigmoid": lambda logits: F.relu6(logits + 3) / 6,  # torch's own has a float32 1/6, in float64 too
+    "exp": torch.exp,  # of gates that are made with it, and take no other
+}
+
+
+def is_plain(layer: nn.Module, cls: type[nn.Module], shape: tuple[int, ...], bias: bool = False) -> bool:
+    """Whether a layer inside a gate is exactly torch's, so that reading its weights is the same as calling it.
 
     Adapters, sharding, quantisation, pruning and parametrisation wrap layers, hook them or change the kind of their
     tensors. Such a layer is called, and autograd goes through it as through any module.
@@ -34,17 +44,19 @@ def is_plain(layer: nn.Module, cls: type[nn.Module], shape: tuple[int, ...]) -> 
     Args:
         layer: The layer.
         cls: The class that it must be, not a subclass.
-        shape: The shape that its weight must have; it must not have a bias.
+        shape: The shape that its weight must have.
+        bias: Whether it must have a bias, of one value for each output, or must not.
     """
     if type(layer) is not cls:
         return False
     own = layer.__dict__  # attribute access on a module is slow compared with a small map
     parameters = own["_parameters"]
-    weight = parameters.get("weight")
+    weight, held_bias = parameters.get("weight"), parameters.get("bias")
     return (
         type(weight) in PLAIN_TENSORS
         and weight.shape == shape
-        and parameters.get("bias") is None
+        and (held_bias is None) != bias
+        and (held_bias is None or (type(held_bias) in PLAIN_TENSORS and held_bias.shape == shape[:1]))
         and not called_differently(layer)
         and "bias" not in own
     )
@@ -72,7 +84,8 @@ def has_own_maths(own: dict[str, Any]) -> bool:
     Args:
         own: The gate's ``__dict__``.
     """
-    return "logits" in own or "gate" in own or "scaled" in own or "scale_and_shift" in own
+    # Each by itself: this is asked at every call, and a set would look at everything that the gate has.
+    return "logits" in own or "activate" in own or "gate" in own or "scaled" in own or "scale_and_shift" in own
 
 
 def has_plain_tensors(module: nn.Module) -> bool:
@@ -89,6 +102,17 @@ def is_zero(layer: nn.Module, cls: type[nn.Module]) -> bool:
     if is_parametrized(layer):
         weights = [t for t in (layer.weight, layer.bias) if t is not None]
     return bool(weights) and all(type(t) in PLAIN_TENSORS and not t.any() for t in weights)
+
+
+def check_activation(activation: str) -> str:
+    """A gate's activation.
+
+    Raises:
+        ValueError: ``activation`` is neither ``"sigmoid"`` nor ``"hard_sigmoid"``.
+    """
+    if activation not in ("sigmoid", "hard_sigmoid"):
+        raise ValueError(f"activation must be 'sigmoid' or 'hard_sigmoid', got {activation!r}")
+    return activation
 
 
 def check_factor(factor: float) -> float:
@@ -110,14 +134,18 @@ class Gate(nn.Module, ABC):
 
     A subclass defines its logits; everything else is here. The modules of the paper's Table 2 differ only in their
     logits. A gate of another form overrides :meth:`scale_and_shift`; one that sees variances as well is an
-    :class:`ecanet.nn.MomentGate`.
+    :class:`ecanet.nn.MomentGate`, and one that has to see the map itself an :class:`ecanet.nn.MapGate`.
 
     Args:
         channels: Number of channels C.
+        activation: What turns logits into gate values: ``"sigmoid"``, or ``"hard_sigmoid"``, which is
+            ``min(max(l / 6 + 1/2, 0), 1)``. By default that of the class.
         factor: Multiplies every gate value. 2 undoes the sigmoid of 0: :meth:`make_identity_`.
 
     Attributes:
         needs_variances: Whether :meth:`scale_and_shift` wants the variances of the map's channels.
+        sees_map: Whether the gate has no :meth:`scale_and_shift`, because statistics are not enough for it.
+        activation: What turns logits into gate values.
         channels: Number of channels C.
         scale: The factor as it is stored in files, a tensor without dimensions. It is None if the factor is 1, so that
             such a gate has the keys of the authors' module. It is not used in computations; if it is replaced or
@@ -127,16 +155,20 @@ class Gate(nn.Module, ABC):
 
     Raises:
         TypeError: ``channels`` is not an integer, ``factor`` is not a number.
-        ValueError: ``channels`` below 1, or ``factor`` not finite and above 0.
+        ValueError: ``channels`` below 1, unknown ``activation``, or ``factor`` not finite and above 0.
     """
 
     needs_variances: ClassVar[bool] = False
+    sees_map: ClassVar[bool] = False
+    activation: str = "sigmoid"
     scale: Tensor | None
 
-    def __init__(self, channels: int, *, factor: float = 1.0) -> None:
+    def __init__(self, channels: int, *, activation: Activation | None = None, factor: float = 1.0) -> None:
         super().__init__()
         check_channels(channels)
         self.channels = channels
+        if activation is not None:
+            self.activation = check_activation(activation)
         self.starts_as_identity = False
         # Id and version of the ``scale`` that the factor was last read from or written to; whether it was read again.
         self._seen: tuple[int, float] = 0, 0
@@ -146,7 +178,7 @@ class Gate(nn.Module, ABC):
 
     @abstractmethod
     def logits(self, s: Tensor) -> Tensor:
-        """The input of the sigmoid, ``(N, C)``, from channel means ``(N, C)`` in the type to compute in."""
+        """The input of the activation, ``(N, C)``, from channel means ``(N, C)`` in the type to compute in."""
 
     @property
     def factor(self) -> float:
@@ -225,7 +257,11 @@ class Gate(nn.Module, ABC):
             TypeError: ``s`` is not floating point.
             ValueError: ``s`` is not ``(N, C)``.
         """
-        return self.scaled(torch.sigmoid(self.logits(reference.check_means(s, self.channels))))
+        return self.scaled(self.activate(self.logits(reference.check_means(s, self.channels))))
+
+    def activate(self, logits: Tensor) -> Tensor:
+        """Gate values without the factor, from logits."""
+        return _ACTIVATIONS[self.activation](logits)
 
     def scale_and_shift(self, statistics: Statistics) -> ScaleAndShift:
         """What a map is multiplied by, and what is added to it: ``out = scale * x + shift``.
@@ -315,7 +351,7 @@ class Gate(nn.Module, ABC):
         """Set the weights so that the gate is the same constant for every input; it can be trained from there.
 
         Returns:
-            The constant without ``factor``: 1/2, the sigmoid of 0.
+            The constant without ``factor``: 1/2 where it is the sigmoid of 0.
 
         Raises:
             ValueError: the gate has no weights that could make it constant.
@@ -435,7 +471,14 @@ class Gate(nn.Module, ABC):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load the factor along with the weights; weights without their factor are an error, strict or not."""
+        """Load the factor along with the weights; weights without their factor are an error, strict or not.
+
+        Weights may have more or fewer dimensions of size 1, as those of a 1 x 1 convolution do.
+        """
+        for name, weight in self.named_parameters():
+            of_file = state_dict.get(prefix + name)
+            if isinstance(of_file, Tensor) and of_file.shape != weight.shape and _same_but_ones(of_file, weight):
+                state_dict[prefix + name] = of_file.reshape(weight.shape)
         names = {name for name, _ in chain(self.named_parameters(), self.named_buffers())} - {"scale"}
         has_weights = not names or any(prefix + name in state_dict for name in names)
         given = state_dict.get(f"{prefix}scale")
@@ -481,7 +524,12 @@ class Gate(nn.Module, ABC):
 
     def _arguments(self) -> list[str]:
         """Constructor arguments except ``factor``, as ``repr`` shows them."""
-        return [f"{self.channels}"]
+        activation = [] if self.activation == type(self).activation else [f"activation={self.activation!r}"]
+        return [f"{self.channels}", *self._options(), *activation]
+
+    def _options(self) -> list[str]:
+        """Those between the number of channels and the activation."""
+        return []
 
 
 class ResetWithGate:
@@ -499,6 +547,11 @@ class ResetWithGate:
 def _has_unregistered_weights(module: nn.Module) -> bool:
     """Whether a module has an unregistered weight: FullyShardedDataParallel stores its views that way."""
     return any(isinstance(t, Tensor) and t.requires_grad for t in vars(module).values())
+
+
+def _same_but_ones(first: Tensor, second: Tensor) -> bool:
+    """Whether two shapes are the same but for dimensions of size 1."""
+    return [n for n in first.shape if n != 1] == [n for n in second.shape if n != 1]
 
 
 def _version(t: Tensor) -> float:
@@ -534,7 +587,7 @@ class LinearGate(Gate):
     """A gate whose logits are W s for a C x C matrix W: every module of Table 2 except SE."""
 
     def matrix(self) -> Tensor:
-        """The matrix W of Eq. (4) to (6), ``(C, C)``: ``factor * sigmoid(W @ y)`` equals ``gate(y[None])[0]``.
+        """The matrix W of Eq. (4) to (6), ``(C, C)``: ``factor * activation(W @ y)`` equals ``gate(y[None])[0]``.
 
         Differentiable in the gate's weights.
         """

@@ -5,14 +5,14 @@ finds the variances as well, so these gates cost what ECA costs.
 """
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ecanet.nn.gate import Gate, has_own_maths, has_plain_tensors
 from ecanet.nn.tail.maths import GateGradients, GateMaths, ScaleAndShift, Statistics
-from ecanet.nn.tail.shared_norm import call_norm
+from ecanet.nn.tail.shared_norm import call_norm_in_type_of
 from ecanet.ops import reference
 
 
@@ -23,8 +23,6 @@ class MomentGate(Gate):
     """
 
     needs_variances = True
-    #: Parameters of C values, in whatever shape a checkpoint has them: ``(1, C, 1, 1)`` is loaded, too.
-    per_channel: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def scale_and_shift(self, statistics: Statistics) -> ScaleAndShift:
@@ -39,18 +37,6 @@ class MomentGate(Gate):
         raise TypeError(
             f"{type(self).__name__} sees variances as well as means: call scale_and_shift(gate.statistics(x)) instead"
         )
-
-    def is_neutral(self) -> bool:
-        """Whether the gate is :attr:`neutral_value` times the factor for every map."""
-        return False
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take parameters of C values in any shape."""
-        for name in self.per_channel:
-            given = state_dict.get(prefix + name)
-            if isinstance(given, Tensor) and given.dim() > 1 and given.numel() == self.channels:
-                state_dict[prefix + name] = given.reshape(self.channels)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class _ClosedFormGate(MomentGate):
@@ -105,23 +91,6 @@ def _squares(statistics: Statistics) -> Tensor:
     return (variances + means.square()) * positions
 
 
-@torch.fx.wrap
-def _root(squares: Tensor) -> Tensor:
-    """The square root, with the slope 0 at 0, where it has none: so has torch's norm of zeros."""
-    if not squares.requires_grad:
-        return squares.sqrt()
-    some = squares > 0
-    return squares.where(some, 1).sqrt().where(some, 0)
-
-
-@torch.fx.wrap
-def _unbiased(variances: Tensor, positions: Any) -> Tensor:
-    """Variances of positions that are a sample; 0 for one position. While torch.jit traces, a number is a tensor."""
-    others = positions - 1
-    others = others.clamp(min=1) if isinstance(others, Tensor) else max(others, 1)
-    return variances * (positions / others)
-
-
 class GCT(_ClosedFormGate):
     """Gated Channel Transformation: channels compete or cooperate by their l2 norms. 3 C parameters.
 
@@ -153,7 +122,6 @@ class GCT(_ClosedFormGate):
         True
     """
 
-    per_channel = ("alpha", "gamma", "beta")
     zero_for_identity = ("gamma", "beta")
 
     def __init__(self, channels: int, *, eps: float = 1e-5, factor: float = 1.0) -> None:
@@ -194,8 +162,8 @@ class GCT(_ClosedFormGate):
         of_parameters = (grad_e * norm).sum(0), (at_tanh * relative).sum(0), at_tanh.sum(0)
         return GateGradients(2 * statistics.means * per_square, per_square, of_parameters)
 
-    def _arguments(self) -> list[str]:
-        return [f"{self.channels}", *([] if self.eps == 1e-5 else [f"eps={self.eps:g}"])]
+    def _options(self) -> list[str]:
+        return [] if self.eps == 1e-5 else [f"eps={self.eps:g}"]
 
 
 class GRN(_ClosedFormGate):
@@ -226,7 +194,6 @@ class GRN(_ClosedFormGate):
         True
     """
 
-    per_channel = ("weight", "bias")
     zero_for_identity = ("weight", "bias")
 
     def __init__(self, channels: int, *, eps: float = 1e-6, factor: float = 1.0) -> None:
@@ -243,8 +210,7 @@ class GRN(_ClosedFormGate):
 
     def _relative(self, statistics: Statistics) -> tuple[Tensor, Tensor, Tensor]:
         """The channels' l2 norms, these divided by their mean, and that mean with eps, ``(N, 1)``."""
-        squares = _squares(statistics)
-        norm = _root(squares)
+        norm = reference.root(_squares(statistics))
         mean = norm.mean(1, keepdim=True) + self.eps
         return norm, norm / mean, mean
 
@@ -265,8 +231,8 @@ class GRN(_ClosedFormGate):
         of_parameters = (grad_scale * relative).sum(0), grad_shift.sum(0)
         return GateGradients(2 * statistics.means * per_square, per_square, of_parameters)
 
-    def _arguments(self) -> list[str]:
-        return [f"{self.channels}", *([] if self.eps == 1e-6 else [f"eps={self.eps:g}"])]
+    def _options(self) -> list[str]:
+        return [] if self.eps == 1e-6 else [f"eps={self.eps:g}"]
 
 
 class SRM(MomentGate):
@@ -316,12 +282,10 @@ class SRM(MomentGate):
         """The sigmoid of the normalised styles, and no shift."""
         means, variances, positions = statistics
         assert variances is not None
-        deviations = (_unbiased(variances, positions) + self.eps).sqrt()
+        deviations = (reference.unbiased(variances, positions) + self.eps).sqrt()
         cfc = self.cfc.to(means.dtype)
         styles = means * cfc[:, 0] + deviations * cfc[:, 1]
-        with reference.no_autocast(means.device.type):
-            normalised = call_norm(self.bn, styles.to(self.bn.weight.dtype)).to(means.dtype)
-        return self.scaled(torch.sigmoid(normalised)), None
+        return self.scaled(self.activate(call_norm_in_type_of(styles, self.bn))), None
 
     @torch.no_grad()
     def make_neutral_(self) -> float:
@@ -337,19 +301,24 @@ class SRM(MomentGate):
         tensors = (self.cfc, getattr(self.bn, "bias", None), getattr(self.bn, "running_mean", None))
         return not any(t.any() for t in tensors if isinstance(t, Tensor))
 
-    def _arguments(self) -> list[str]:
-        return [f"{self.channels}", *([] if self.eps == 1e-5 else [f"eps={self.eps:g}"])]
+    def _options(self) -> list[str]:
+        return [] if self.eps == 1e-5 else [f"eps={self.eps:g}"]
 
 
-def check_eps(eps: float) -> float:
-    """A small number that is added below a root or a fraction, as a float.
+def check_eps(eps: float, name: str = "eps", usual: float = 1e-5) -> float:
+    """A number that is finite and above 0, as a float; such as the small one that is added below a root.
+
+    Args:
+        eps: The number.
+        name: Of the argument.
+        usual: What it usually is.
 
     Raises:
-        TypeError: ``eps`` is not a number.
-        ValueError: ``eps`` is not finite and above 0.
+        TypeError: it is not a number.
+        ValueError: it is not finite and above 0.
     """
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"eps must be a number, got {eps!r}")
+        raise TypeError(f"{name} must be a number, got {eps!r}")
     if not 0 < eps < float("inf"):
-        raise ValueError(f"eps must be finite and above 0, got {eps!r}: such as 1e-5")
+        raise ValueError(f"{name} must be finite and above 0, got {eps!r}: such as {usual:g}")
     return float(eps)

@@ -51,6 +51,22 @@ def squeeze(x: Tensor, channels: int) -> Tensor:
         >>> squeeze(torch.tensor([[[1.0, 3.0], [2.0, 2.0]]]), channels=2)
         tensor([[2., 2.]])
     """
+    x = check_map(x, channels)
+    dtype = accumulation_dtype(x.dtype)
+    return x.to(dtype) if x.dim() == 2 else x.mean(dim=tuple(range(2, x.dim())), dtype=dtype)
+
+
+@torch.fx.wrap
+def check_map(x: Tensor, channels: int) -> Tensor:
+    """Check a feature map and return it.
+
+    Args:
+        x: As :func:`squeeze` takes it.
+        channels: The C that the caller expects.
+
+    Raises:
+        TypeError, ValueError: as :func:`squeeze`.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor of shape (N, {channels}, *spatial), got {type(x).__name__}")
     if not x.is_floating_point():
@@ -69,8 +85,7 @@ def squeeze(x: Tensor, channels: int) -> Tensor:
         raise ValueError(
             f"x has no spatial position to average over, shape {tuple(x.shape)}: every spatial size must be 1 or more"
         )
-    dtype = accumulation_dtype(x.dtype)
-    return x.to(dtype) if x.dim() == 2 else x.mean(dim=tuple(range(2, x.dim())), dtype=dtype)
+    return x
 
 
 @torch.fx.wrap
@@ -83,7 +98,27 @@ def variances(x: Tensor) -> Tensor:
     Returns:
         ``(N, C)``, float32 for half types, otherwise in the type of ``x``; 0 for a map of one position.
     """
-    return moments(x)[1] / positions(x)
+    x = x.to(accumulation_dtype(x.dtype))
+    if x.dim() == 2:
+        return x - x  # NaN and Inf give NaN
+    return x.var(_spatial(x), correction=0) if x.shape[0] > 0 else x.sum(_spatial(x))
+
+
+@torch.fx.wrap
+def unbiased(variances: Tensor, positions: int) -> Tensor:
+    """Biased variances of so many positions, as they are with Bessel's correction; those of one position stay 0."""
+    others = positions - 1
+    others = others.clamp(min=1) if isinstance(others, Tensor) else max(others, 1)  # torch.jit traces tensors
+    return variances * (positions / others)
+
+
+@torch.fx.wrap
+def root(squares: Tensor) -> Tensor:
+    """A root whose slope at 0 is 0, as that of torch's norm of zeros."""
+    if not squares.requires_grad:
+        return squares.sqrt()
+    some = squares > 0
+    return squares.where(some, 1).sqrt().where(some, 0)
 
 
 @torch.fx.wrap
@@ -201,6 +236,98 @@ def grouped_linear(s: Tensor, weight: Tensor) -> Tensor:
     return blocks.reshape(-1, groups * out)
 
 
+# The parts of gates that see the map itself. What they return is not yet rounded to a half type.
+
+
+@torch.fx.wrap
+def maxima(x: Tensor) -> Tensor:
+    """The largest value of every channel over the positions of a map.
+
+    Args:
+        x: Feature map ``(N, C, *spatial)``; N may be 0.
+
+    Returns:
+        ``(N, C)``, float32 for half types, otherwise in the type of ``x``.
+    """
+    largest = x.amax(_spatial(x)) if x.dim() > 2 else x
+    return largest.to(accumulation_dtype(x.dtype))
+
+
+@torch.fx.wrap
+def scale_exactly(x: Tensor, gate: Tensor) -> Tensor:
+    """Multiply every channel's map by its gate, in the type of the gate.
+
+    Args:
+        x: Feature map ``(N, C, *spatial)``.
+        gate: ``(N, C)``, float32 for half types.
+    """
+    return x.to(gate.dtype) * over_positions(gate, x)
+
+
+@torch.fx.wrap
+def over_channels(x: Tensor) -> Tensor:
+    """Mean and largest value of every position over the channels, as a batch of 2-D maps.
+
+    Args:
+        x: Feature map ``(N, C, *spatial)``. One of one dimension has width 1; one of three is a stack of slices.
+
+    Returns:
+        ``(N, 2, *spatial)`` with 2 spatial dimensions, or ``(N D, 2, H, W)`` for maps of D slices.
+    """
+    both = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
+    if x.dim() == 5:
+        return both.transpose(1, 2).flatten(0, 1)
+    return both.reshape(*both.shape, *(1 for _ in range(4 - x.dim())))
+
+
+@torch.fx.wrap
+def conv_over_positions(x: Tensor, weight: Tensor) -> Tensor:
+    """A convolution of 2-D maps that keeps their size, outside autocast.
+
+    Args:
+        x: ``(N, inputs, H, W)``.
+        weight: ``(outputs, inputs, k, k)``, k odd.
+    """
+    with no_autocast(x.device.type):
+        return F.conv2d(x, weight.to(x.dtype), padding=(weight.shape[2] // 2, weight.shape[3] // 2))
+
+
+@torch.fx.wrap
+def scale_positions(x: Tensor, gate: Tensor) -> Tensor:
+    """Multiply every position of a map by its gate.
+
+    Args:
+        x: Feature map ``(N, C, *spatial)``.
+        gate: One value a position, in the order of :func:`over_channels`.
+    """
+    if x.dim() == 5:
+        return x * gate.reshape(x.shape[0], x.shape[2], 1, *x.shape[3:]).transpose(1, 2)
+    return x * gate.reshape(x.shape[0], 1, *x.shape[2:])
+
+
+@torch.fx.wrap
+def simam(x: Tensor, e_lambda: float) -> Tensor:
+    """SimAM: every value times the sigmoid of how far it is from its channel's mean, squared and relative.
+
+    ``x * sigmoid(d / (4 (sum of d / (S - 1) + e_lambda)) + 1/2)`` with ``d = (x - mean)^2`` and S positions.
+
+    Args:
+        x: Feature map ``(N, C, *spatial)``; for one position d is 0.
+        e_lambda: Added to the variance.
+
+    Returns:
+        The shape of ``x``; float32 for half types.
+    """
+    y = x.to(accumulation_dtype(x.dtype))
+    if x.dim() == 2:
+        return y * torch.sigmoid(torch.full_like(y, 0.5))
+    d = (y - y.mean(_spatial(x), keepdim=True)).square()
+    others = positions(x) - 1
+    others = others.clamp(min=1) if isinstance(others, Tensor) else max(others, 1)  # torch.jit traces tensors
+    variance = d.sum(_spatial(x), keepdim=True) / others
+    return y * torch.sigmoid(d / (4 * (variance + e_lambda)) + 0.5)
+
+
 # The parts of the fused tail: `out = act(scale * x + shift + residual)`, with scale and shift of shape (N, C). The
 # functions below are the plain twins of the operations of the same names in ecanet.ops.
 
@@ -233,12 +360,9 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
         ``mean`` and ``m2``, both ``(N, C)``; float32 for half types.
     """
     x = x.to(accumulation_dtype(x.dtype))
-    if x.dim() == 2:
-        return x.clone(), (x - x)  # NaN and Inf give NaN
-    if x.shape[0] == 0:
-        return x.sum(_spatial(x)), x.sum(_spatial(x))
     # Not torch.var_mean: its mean of a map with an infinite value is NaN.
-    return x.mean(_spatial(x)), x.var(_spatial(x), correction=0) * positions(x)
+    means = x.mean(_spatial(x)) if x.dim() > 2 else x.clone()
+    return means, variances(x) * positions(x)
 
 
 @torch.fx.wrap

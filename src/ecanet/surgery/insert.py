@@ -62,9 +62,9 @@ def insert_gates_(
             those modules. Or a function of module and name.
         kernel_size: For gates that have one; ``"adaptive"`` is Eq. (12).
         preserve: Start with gates that are 1: the network computes the same function right after, and its parameters
-            get the gradients they got. A gate that ends in a sigmoid has the factor 2 for that, which undoes the sigmoid
-            of 0; the buffer ``scale`` in state dicts records it. GCT and GRN need no factor. False for training from
-            scratch.
+            get the gradients they got. For that, a gate that ends in a sigmoid has the factor 2, which undoes the
+            sigmoid of 0; the buffer ``scale`` in state dicts records it. GCT and GRN need no factor. False for training
+            from scratch.
         fold: Fold those factors into the norms before the gates, so that the keys are those of the authors' files:
             :func:`ecanet.fold_factors_`.
         filter_fn: Function of module and name that says whether a place that ``where`` finds gets a gate: it is called

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ecanet.files.state_dicts import describe, misfits, read_state_dict, safe_load, safe_save, state_dict_in
 from ecanet.models.arguments import check_arguments
-from ecanet.nn.build import GATES
+from ecanet.nn.build import check_gate_name
 from ecanet.surgery.fuse import fuse_tails_
 from ecanet.surgery.insert import insert_gates_
 from ecanet.surgery.networks import create_network, default_input_shape
@@ -67,8 +67,7 @@ class Insertion:
             >>> len(report.rows)
             4
         """
-        if self.gate not in GATES:
-            raise ValueError(f"gate must be one of {', '.join(GATES)}, got {self.gate!r}")
+        check_gate_name(self.gate)
         if self.input_size is not None and self.input_size < 1:
             raise ValueError(f"input_size must be 1 or more, got {self.input_size}")
         state = None if weights is None else read_state_dict(weights)

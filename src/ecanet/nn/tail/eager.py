@@ -219,6 +219,8 @@ class _NormGateAddAct(torch.autograd.Function):
             statistics = _statistics_again(saved, gate)
             at_gate = gradient_at_other_gate(saved, up), up.p
             grad_s, grad_v, of_gate = gate_backward(gate, ctx.graph, statistics, parameters, *at_gate)
+            if saved.x.shape[2:].numel() == 1:  # the variance of one position is 0, and so is its slope
+                grad_v = None
             small = between_passes(ctx.ops, saved, up, eps, NO_BAND, grad_s, grad_v)
         of_residual = up.grad if needs_residual else None
         of_gate = [_in_type_of(t, g) for t, g in zip(parameters, of_gate, strict=True)]

@@ -62,6 +62,8 @@ def read_gate(gate: nn.Module, x: Tensor) -> GateMaths | str:
     """What the kernels need of the gate, or why it has to be called."""
     if not isinstance(gate, Gate):
         return f"is no Gate of this library but {_name(gate)}"
+    if gate.sees_map:
+        return "needs more of the map than means and variances"
     if type(gate).forward is not _FORWARD_OF_GATES:
         return f"is {_name(gate)}, whose forward is not that of a Gate"
     if (why := why_called(gate)) is not None:

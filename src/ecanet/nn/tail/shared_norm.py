@@ -64,6 +64,35 @@ def call_norm(norm: nn.Module, x: Tensor) -> Tensor:
     return norm(x)
 
 
+def call_norm_in_type_of(x: Tensor, norm: nn.Module) -> Tensor:
+    """``norm(x)`` in the type of ``x``: the norm's tensors are converted, not x rounded to their type.
+
+    Args:
+        x: What the norm is called on.
+        norm: Any module of floating-point parameters and buffers.
+    """
+    if not isinstance(x, Tensor):  # torch.fx has others
+        return call_norm(norm, x)
+    slots: list[tuple[dict[str, Any], str, Tensor]] = [
+        (held, name, t)
+        for held in (norm._parameters, norm._buffers)
+        for name, t in held.items()
+        if t is not None and t.is_floating_point() and t.dtype != x.dtype
+    ]
+    if not slots:
+        return call_norm(norm, x)
+    converted = [t.to(x.dtype) for _, _, t in slots]
+    try:
+        for (held, name, _), t in zip(slots, converted, strict=True):
+            held[name] = t
+        return call_norm(norm, x)
+    finally:
+        for (held, name, t), now in zip(slots, converted, strict=True):
+            held[name] = t
+            if norm.training and held is norm._buffers:
+                t.copy_(now)
+
+
 class _SharedForward:
     """The ``forward`` of a SyncBatchNorm during one call, so that its hooks run around it.
 

@@ -32,7 +32,7 @@ def fold_factors_(model: nn.Module, *, factor: float = 1.0) -> list[str]:
         TypeError: ``factor`` is not a number.
         ValueError: ``factor`` is not finite and above 0; or there is no norm before a gate; or the norm cannot take a
             factor: it has no weight and bias, its code is unknown, or another module shares its weights; or the gate
-            is trained and has no weights that could compensate (SE-Var1). Nothing is changed then.
+            is trained and has no weights that could compensate (SE-Var1, SRM, GCT, GRN). Nothing is changed then.
 
     Example:
         >>> import torchvision

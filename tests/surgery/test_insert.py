@@ -122,7 +122,7 @@ class TestWhere:
 
 
 class TestFunction:
-    @pytest.mark.parametrize("name", sorted(set(GATES) - {"se_var1"}))
+    @pytest.mark.parametrize("name", sorted(set(GATES) - {"se_var1", "gct_gauss", "simam"}))
     def test_every_gate_with_weights_preserves_it(self, name) -> None:
         model, x = resnet18(), images()
         before = model(x)

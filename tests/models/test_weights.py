@@ -287,7 +287,7 @@ def test_a_file_that_is_not_there(load, tmp_path):
 
 def possible(backbone: str) -> list[str]:
     # SE-Var1 cannot be neutral; SE-GC1 and 2 need multiples of 16 channels and MobileNetV2 has 24.
-    impossible = {"se_var1"} | ({"se_gc1", "se_gc2"} if backbone == "mobilenet_v2" else set())
+    impossible = {"se_var1", "gct_gauss", "simam"} | ({"se_gc1", "se_gc2"} if backbone == "mobilenet_v2" else set())
     return [gate for gate in GATES if gate not in impossible]
 
 

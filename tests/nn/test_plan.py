@@ -84,7 +84,7 @@ EAGER: dict[str, tuple[Callable[[], dict[str, Any]], str, str]] = {
     ),
     "a gate of the map itself: CBAM, SimAM": (
         lambda: arguments(gate=CBAM(C)),
-        "the C++ kernels (norm, residual, relu); called: gate",
+        "the C++ kernels (norm); called: gate; afterwards: residual, relu",
         "the gate is called: it needs more of the map than means and variances",
     ),
     "a hook on the gate": (

@@ -475,7 +475,9 @@ class Gate(nn.Module, ABC):
 
         Weights may have more or fewer dimensions of size 1, as those of a 1 x 1 convolution do.
         """
-        for name, weight in self.named_parameters():
+        own = {prefix + name for name, _ in chain(self.named_parameters(), self.named_buffers())} | {f"{prefix}scale"}
+        is_ours = all(key in own for key in state_dict if key.startswith(prefix))  # not of attention that it replaced
+        for name, weight in self.named_parameters() if is_ours else ():
             of_file = state_dict.get(prefix + name)
             if isinstance(of_file, Tensor) and of_file.shape != weight.shape and _same_but_ones(of_file, weight):
                 state_dict[prefix + name] = of_file.reshape(weight.shape)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchvision
 from networks import (
+    GATES_WITH_WEIGHTS,
     assert_same_state,
     build,
     gated_resnet18,

@@ -29,6 +29,8 @@ def no_autocast(device_type: str) -> AbstractContextManager[object]:
     # Not torch.amp.is_autocast_available: torch.compile of torch 2.10 cannot trace it.
     if not isinstance(device_type, str) or device_type == "meta":  # while torch.fx traces, it is no string
         return nullcontext()
+    if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(device_type):
+        return nullcontext()  # entering a context takes as long as a small map
     return torch.autocast(device_type, enabled=False)
 
 

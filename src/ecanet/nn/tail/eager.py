@@ -146,7 +146,8 @@ def _coefficients(
     s, g, scale, shift = ops.eca_coefficients(map_means, mean, var, weight, bias, eps, kernel, circular, factor)
     graph = norm_scale = None
     if gate is not None and not gate.is_band:
-        norm_scale = scale[:1].clone()  # all rows are the same
+        # All rows are the same; what is kept for the backward must not keep the others.
+        norm_scale = scale[:1].clone() if differentiate else scale
         g, of_gate, graph = run_gate(gate, _statistics(x, s, norm_scale, m2, gate), differentiate)
         scale, shift = g * norm_scale, g * shift
         shift = shift if of_gate is None else shift.add_(of_gate)

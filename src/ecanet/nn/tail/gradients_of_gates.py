@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ecanet.nn.tail.maths import GateMaths, ScaleAndShift, Statistics
+from ecanet.ops import reference
 
 
 class GateGraph(NamedTuple):
@@ -43,7 +44,7 @@ def run_gate(
             another shape.
     """
     means, variances, positions = statistics
-    with torch.autocast(means.device.type, enabled=False):
+    with reference.no_autocast(means.device.type):
         if gate.backward is not None or not differentiate:
             outputs = _for_every_map(gate.function(statistics), means)
             if gate.backward is None and any(t.requires_grad for t in outputs):
@@ -64,7 +65,7 @@ def run_gate(
 
 
 def _detached(outputs: tuple[Tensor, ...], like: Tensor) -> ScaleAndShift:
-    scale, *shift = (t.detach().to(like.dtype) for t in outputs)
+    scale, *shift = (t.detach().to(like.dtype) if t.requires_grad or t.dtype != like.dtype else t for t in outputs)
     return scale, shift[0] if shift else None
 
 
@@ -87,7 +88,7 @@ def gate_backward(
         grad_shift: ``(N, C)``, whether the gate has a shift or not.
     """
     if gate.backward is not None:
-        with torch.autocast(grad_scale.device.type, enabled=False):
+        with reference.no_autocast(grad_scale.device.type):
             scaled = grad_scale if gate.factor == 1 else grad_scale * gate.factor
             means, variances, of_parameters = gate.backward(statistics, parameters, scaled, grad_shift)
         return means, variances, list(of_parameters)
@@ -107,6 +108,9 @@ def gate_backward(
 
 def _for_every_map(outputs: ScaleAndShift, s: Tensor) -> tuple[Tensor, ...]:
     """Scale, and shift if there is one; expanded to ``(N, C)`` where they are the same for all samples or channels."""
+    scale, shift = outputs
+    if scale.shape == s.shape and (shift is None or shift.shape == s.shape):
+        return (scale,) if shift is None else (scale, shift)
     expanded = []
     for what, t in zip(("scale", "shift"), outputs, strict=True):
         if t is None:

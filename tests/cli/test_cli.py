@@ -172,7 +172,7 @@ def test_the_help_of_fit_names_every_network_and_every_gate(capsys: pytest.Captu
         main(["fit", "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert f"A network of ecanet.models: {', '.join(OPTIONS)}." in said
-    assert f"{', '.join(GATES)}, or null for none." in said
+    assert f"{', '.join(GATES)}; or null for none." in said
 
 
 @pytest.mark.parametrize("verb", ["fit", "validate", "predict", "demo"])
@@ -227,7 +227,7 @@ def test_unknown_key_in_a_recipe_is_named(tmp_path: Path, capsys: pytest.Capture
         (["train"], ["unknown verb 'train'", "fit"]),
         (["fit", "--optim.epochs", "0"], ["optim.epochs must be 1 or more, got 0"]),
         (["fit", "--optim.epochs", "many"], ["optim.epochs", "many"]),
-        (["fit", "--model.gate", "cbam"], ["gate must be one of", "cbam"]),
+        (["fit", "--model.gate", "cbm"], ["gate must be one of", "cbm", "did you mean"]),
         (["fit", "--model.name", "resnet50"], ["name must be one of", "resnet50"]),
         (["fit", "--model.kernel_size", "4"], ["kernel_size must be odd", "4"]),
         (["fit", "--data.source", "image_folder"], ["data.root"]),

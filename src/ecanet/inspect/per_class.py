@@ -59,7 +59,7 @@ def gate_values(
     labels = torch.empty(0)
 
     def add_to_sums(name: str, gate: Gate, x: Tensor) -> None:
-        values = gate.scale_and_shift(gate.statistics(x))[0].cpu().double()
+        values = gate.answer(x)[0].cpu().double()
         if len(values) != len(labels):
             raise ValueError(
                 f"labels must have one entry for each of the {len(values)} maps of {name}, got {len(labels)}"

@@ -24,7 +24,7 @@ class Responses(NamedTuple):
     Attributes:
         means: Of every channel's map.
         deviations: Biased standard deviation of every channel's map, or None for a gate that does not see it.
-        scales: What the map was multiplied by.
+        scales: What the map was multiplied by; of a gate of every position, such as CBAM, the mean over positions.
         shifts: What was added to it, or None.
     """
 
@@ -63,7 +63,7 @@ def gate_responses(model: nn.Module, images: Tensor, device: torch.device | str 
 
     def see(name: str, gate: Gate, x: Tensor) -> None:
         statistics = gate.statistics(x)
-        scale, shift = gate.scale_and_shift(statistics)
+        scale, shift = gate.answer(x)
         deviations = None if statistics.variances is None else statistics.variances.sqrt()
         seen.setdefault(name, []).append((statistics.means, deviations, scale, shift))
 

@@ -288,6 +288,17 @@ class Gate(nn.Module, ABC):
             return Statistics(means)
         return Statistics(means, reference.variances(x), reference.positions(x))
 
+    def answer(self, x: Tensor) -> ScaleAndShift:
+        """What a map is multiplied by in every channel, and what is added to it; for those who look at gates.
+
+        Args:
+            x: As :meth:`forward` takes it.
+
+        Raises:
+            TypeError, ValueError: as :meth:`forward`.
+        """
+        return self.scale_and_shift(self.statistics(x))
+
     def scaled(self, g: Tensor) -> Tensor:
         """Gates times :attr:`factor`, for a subclass with a :meth:`gate` of its own."""
         factor = self.factor

@@ -57,6 +57,15 @@ class MapGate(Gate):
         """
         raise TypeError(f"{type(self).__name__} needs more of a map than statistics: call the module on the map")
 
+    def answer(self, x: Tensor) -> ScaleAndShift:
+        """Every channel's mean over its positions of what they are multiplied by, and no shift.
+
+        Positions where x is 0 do not show it and are left out; a channel of zeros is NaN.
+        """
+        x = reference.check_map(x, self.channels).to(reference.accumulation_dtype(x.dtype))
+        ratios = (self.scaled(self.scale_map(x)) / x).reshape(*x.shape[:2], -1)  # 0 / 0 is NaN
+        return ratios.nanmean(2), None
+
     def maths(self) -> GateMaths | None:
         """None: statistics are not enough."""
         return None

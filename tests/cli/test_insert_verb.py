@@ -231,7 +231,7 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
         (["--model", "torchvision/resnet5"], ["torchvision has no 'resnet5'", "torchvision/resnet50"]),
         (["--model", "torchvision/qqqqqq"], ["torchvision has no 'qqqqqq'", "torchvision.models.list_models()"]),
         (["--model", "timm/resnet1x"], ["timm has no 'resnet1x'", "timm/resnet18"]),
-        ([*RESNET[1:], "--gate", "cbm"], ["gate must be one of eca, ", "'cbm'"]),
+        ([*RESNET[1:], "--gate", "cbm"], ["gate must be one of 'eca', ", "'cbm'", "did you mean 'cbam'"]),
         ([*RESNET[1:], "--kernel-size", "4"], ["kernel_size must be odd", "4"]),
         ([*RESNET[1:], "--kernel-size", "wide"], ["--kernel-size", "'wide' is neither an odd integer nor adaptive"]),
         ([*RESNET[1:], "--where", "layer9.bn2"], ["where='layer9.bn2'", "close to it: layer4.1.bn2"]),

@@ -92,7 +92,7 @@ class HubModel(
         factor = config["factor"]
         if factor is not None and config["neutral"]:
             needed = 1 / found[0].neutral_value
-            config |= {"fold": factor == 1 != needed, "neutral": factor in (1, needed)}
+            config |= {"fold": factor == 1 and needed != 1, "neutral": factor in (1, needed)}
         elif factor not in (None, 1):
             config["fold"] = False
         self.config = config

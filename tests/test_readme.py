@@ -22,7 +22,13 @@ from ecanet import cli
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PERFORMANCE = ROOT / "docs/performance.md"
-PAGES = (README, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (
+    README,
+    ROOT / "README.zh-CN.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+)
 #: Pages whose examples other tests run: tests/surgery/test_docs.py, tests/integrations/test_ultralytics.py.
 RUN_ELSEWHERE = ("surgery.md", "yolo.md")
 

@@ -13,7 +13,7 @@ from benchmarks import results
 from benchmarks.cases import MEMORY_FORMATS, QUICK_STAGES, STAGES, Case, FusedTail, On, SavedBytes, Tail, Work
 from benchmarks.measure import Competitor
 from benchmarks.tables import ratio
-from ecanet.inspect.style import COLOURS, DARK, FONT_SIZE, SMALL_FONT_SIZE, new_figure, style_axes
+from ecanet.inspect.style import DARK, FONT_SIZE, IDEAS, SMALL_FONT_SIZE, new_figure, style_axes
 from ecanet.nn import GATES
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def draw_gates(document: results.Document) -> "Figure":
     figure = new_figure(1.3 + 0.42 * len(rows))
     axes = figure.subplots()
     style_axes(axes, xlabel="time of a training step over that without a gate", grid=False)
-    for (of, label), colour, shift in zip(_DRAWN.items(), COLOURS, (0.2, -0.2), strict=False):
+    for (of, label), colour, shift in zip(_DRAWN.items(), (IDEAS["ECA"], IDEAS["plain"]), (0.2, -0.2), strict=True):
         values = [row[1][of] for row in rows]
         bars = axes.barh([i + shift for i in range(len(rows))], values, 0.38, color=colour, label=label)
         axes.bar_label(bars, [f"{v:.2f}" for v in values], padding=3, fontsize=SMALL_FONT_SIZE, color=DARK)

@@ -1,49 +1,40 @@
-"""Figure: the time of every implementation over that of the same network part without a gate."""
+"""Figure: the time of every implementation over that of the same without a gate, operations and whole networks."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import results
 from benchmarks.measure import geometric_mean
 from benchmarks.tables import value
-from ecanet.inspect.style import COLOURS, DARK, FONT_SIZE, SMALL_FONT_SIZE, new_figure, style_axes
+from ecanet.inspect.style import DARK, FONT_SIZE, IDEAS, SMALL_FONT_SIZE, idea_of, new_figure, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.container import BarContainer
     from matplotlib.figure import Figure
 
 #: Case, label, what is 1, and what is compared with it.
 _Group = tuple[str, str, str, tuple[str, ...]]
-_CPU_GROUPS: tuple[_Group, ...] = (
-    ("module/forward", "module\n(1: copying the map)", "clone", ("ecanet", "timm", "plain")),
-    ("inference/tail", "tail, inference\n(1: add, ReLU)", "no gate", ("ecanet", "timm")),
-    ("training/tail", "tail, training\n(1: norm, add, ReLU)", "no gate", ("ecanet", "timm")),
-    ("network/inference", "ResNet-50, inference\n(1: no gate)", "no gate", ("ecanet", "timm")),
-    ("network/inference", "inference, optimised\n(1: no gate)", "no gate optimised", ("ecanet optimised",)),
-    ("network/training", "ResNet-50, training\n(1: no gate)", "no gate", ("ecanet", "timm")),
-    ("network/memory", "training, memory\n(1: no gate)", "no gate", ("ecanet", "timm")),
-)
+_OURS_AND_TIMM = ("ecanet", "timm")
+_CPU_PANELS: dict[str, tuple[_Group, ...]] = {
+    "Whole networks (ResNet-50), 1: no gate": (
+        ("network/training", "training step", "no gate", _OURS_AND_TIMM),
+        ("network/inference", "inference", "no gate", _OURS_AND_TIMM),
+        ("network/inference", "inference,\nboth optimised", "no gate optimised", ("ecanet optimised",)),
+        ("network/memory", "bytes kept for\nthe backward", "no gate", _OURS_AND_TIMM),
+    ),
+    "Operations on one map": (
+        ("training/tail", "tail, training\n1: norm, add, ReLU", "no gate", _OURS_AND_TIMM),
+        ("inference/tail", "tail, inference\n1: add, ReLU", "no gate", _OURS_AND_TIMM),
+        ("module/forward", "module alone\n1: copying the map", "clone", ("ecanet", "timm", "plain")),
+    ),
+}
 #: Against what is compiled, exactly what is named.
 _ON_A_GPU = ("ecanet", "operation compiled", "timm compiled", "SE compiled")
-_GPU_GROUPS: tuple[_Group, ...] = (
-    *(
-        (
-            f"{group}/tail/128x{channels}x{size}x{size}",
-            f"{label}\n{channels} x {size} x {size}\n(1: no gate,\ncompiled)",
-            "no gate compiled",
-            _ON_A_GPU,
-        )
-        for group, label in (("training", "tail,\ntraining"), ("inference", "tail,\ninference"))
-        for channels, size in ((256, 56), (512, 28), (1024, 14), (2048, 7))
-    ),
-    *(
-        (
-            f"network/{network}-{what}-{mode}",
-            f"{label}\n{what}\n{mode}\n(1: no gate)",
-            "no gate",
-            ("ecanet", "timm", "SE"),
-        )
+_GPU_PANELS: dict[str, tuple[_Group, ...]] = {
+    "Whole networks, 1: no gate": tuple(
+        (f"network/{network}-{what}-{mode}", f"{label}\n{what}, {mode}", "no gate", ("ecanet", "timm", "SE"))
         for network, label in (
             ("resnet50", "ResNet-50"),
             ("resnet101", "ResNet-101"),
@@ -54,7 +45,19 @@ _GPU_GROUPS: tuple[_Group, ...] = (
         for what in ("training", "inference")
         for mode in ("eager", "compiled", "graphs")
     ),
-)
+    **{
+        f"Tail of a block, {group}, 1: no gate, compiled": tuple(
+            (
+                f"{group}/tail/128x{channels}x{size}x{size}",
+                f"{channels} x {size} x {size}",
+                "no gate compiled",
+                _ON_A_GPU,
+            )
+            for channels, size in ((256, 56), (512, 28), (1024, 14), (2048, 7))
+        )
+        for group in ("training", "inference")
+    },
+}
 _LABELS = {
     "ecanet": "ecanet",
     "timm": "timm's EcaModule",
@@ -63,55 +66,134 @@ _LABELS = {
     "SE": "squeeze-and-excitation",
     "operation": "ecanet, one operation",
 }
-#: A bar's share, and what a group takes at least, for its label.
-_BAR, _GROUP = 0.16, 0.5
-#: Bars and whiskers above are cut; the number over a bar says how high it is.
-_TOP = 6.0
+#: Inches: a bar with the line below it, the space between groups, title and axis of a panel, title and legend.
+_BAR, _SPACE, _PANEL, _AROUND = 0.26, 0.16, 0.75, 0.75
+
+
+@dataclass(frozen=True)
+class _Bar:
+    """Ratios of one implementation, and where they are drawn, in inches from the top of the panel."""
+
+    name: str
+    ratios: Sequence[float]
+    place: float
 
 
 def draw(document: results.Document) -> "Figure":
-    """Bars: geometric means over the shapes; whiskers: the smallest and the largest; hatched: under torch.compile.
+    """Bars from 1: geometric means over the shapes, on a log axis; below each a line from the smallest to the largest.
+
+    One panel for whole networks and one for operations, each with its own scale; hatched is what runs under
+    torch.compile.
 
     Raises:
         ImportError: matplotlib is missing.
+        ValueError: the file has none of the cases that are drawn.
     """
     cases: Mapping[str, Mapping[str, Any]] = document["cases"]
-    gpu = document["settings"].get("device") == "cuda"
-    groups = [
-        group for group in (_GPU_GROUPS if gpu else _CPU_GROUPS) if any(k.startswith(group[0] + "/") for k in cases)
-    ]
-    width = max(13.0, 1.5 * len(groups))
-    figure = new_figure(4.6, width=width)
-    axes = figure.subplots()
-    style_axes(axes, ylabel="ratio to the same without a gate")
-    position, ticks, shown = 0.0, [], {}
+    panels = _GPU_PANELS if document["settings"].get("device") == "cuda" else _CPU_PANELS
+    found = {title: _bars(cases, groups) for title, groups in panels.items()}
+    found = {title: (bars, ticks) for title, (bars, ticks) in found.items() if bars}
+    if not found:
+        raise ValueError(f"document must have a case of a module, tail or network, got {', '.join(cases) or 'none'}")
+    heights = [bars[-1].place + _BAR + _SPACE for bars, _ in found.values()]
+    figure = new_figure(sum(heights) + _PANEL * len(heights) + _AROUND)
+    rows = figure.subplots(len(heights), 1, squeeze=False, height_ratios=[h + _PANEL for h in heights])[:, 0]
+    shown: dict[str, Any] = {}
+    for axes, (title, (bars, ticks)), height in zip(rows, found.items(), heights, strict=True):
+        style_axes(axes, grid="x")
+        axes.set_title(title, fontsize=FONT_SIZE, loc="left", fontweight="bold")
+        axes.set_ylim(height, 0)
+        axes.set_yticks([place for place, _ in ticks], [label for _, label in ticks])
+        axes.tick_params(axis="y", length=0)
+        _scale(axes, [ratio for bar in bars for ratio in bar.ratios])
+        for bar in bars:
+            _draw_bar(axes, bar)
+            kind = _LABELS[_kind(bar.name)] + (", compiled" if _is_compiled(bar.name) else "")
+            shown.setdefault(kind, axes.patches[-1])
+        axes.axvline(1.0, color=DARK, linewidth=1.2)
+    rows[-1].set_xlabel("ratio to the same without a gate (log scale); left of 1 is less", fontsize=FONT_SIZE)
+    several = any(len(bar.ratios) > 1 for bars, _ in found.values() for bar in bars)
+    told = "\nBar and number: geometric mean over shapes and formats. Thin line below: smallest to largest"
+    figure.suptitle(
+        f"{_where(document)}, {document['settings'].get('dtype', 'float32')}{told * several}",
+        fontsize=SMALL_FONT_SIZE,
+        x=0.01,
+        ha="left",
+    )
+    figure.legend(
+        list(shown.values()), list(shown), loc="outside lower center", ncols=4, fontsize=SMALL_FONT_SIZE, frameon=False
+    )
+    return figure
+
+
+def _bars(
+    cases: Mapping[str, Mapping[str, Any]], groups: Sequence[_Group]
+) -> tuple[list[_Bar], list[tuple[float, str]]]:
+    """Bars of a panel, and place and label of each group."""
+    bars: list[_Bar] = []
+    ticks = []
+    place = _SPACE
     for case, label, one, names in groups:
         keys = [key for key in cases if key.startswith(case + "/")]
         present = _present(cases, keys, one, names)
         if not present:
             continue
-        taken = max(_GROUP, _BAR * len(present))
-        ticks.append((position + taken / 2, label))
-        place = position + (taken - _BAR * (len(present) - 1)) / 2
+        ticks.append((place + _BAR * len(present) / 2, label))
+        space = max(0.0, 2 * 0.17 - _BAR * len(present))  # a label has two lines
+        place += space / 2
         for name in present:
-            bars = _bar(axes, place, name, [value(cases[key], name, one) for key in keys])
-            shown[_LABELS[_kind(name)] + (", compiled" if _is_compiled(name) else "")] = bars.patches[0]
+            bars.append(_Bar(name, [value(cases[key], name, one) for key in keys], place))
             place += _BAR
-        position += taken + _BAR
-    axes.axhline(1.0, color=DARK, linewidth=1.0)
-    axes.set_xticks([tick for tick, _ in ticks], [label for _, label in ticks])
-    axes.set_ylim(0, min(_TOP, axes.get_ylim()[1]))
-    axes.set_title(
-        f"{_where(document)}, {document['settings'].get('dtype', 'float32')}. Bars: geometric mean "
-        "over shapes and memory formats; whiskers: smallest and largest",
-        fontsize=FONT_SIZE,
-        loc="left",
-        pad=14,
+        place += space / 2 + _SPACE
+        ticks[-1] = (place - _SPACE - (space + _BAR * len(present)) / 2, label)
+    return bars, ticks
+
+
+def _scale(axes: "Axes", ratios: Sequence[float]) -> None:
+    """A log axis around 1 with room for numbers, and ticks that are few and round."""
+    low, high = min(1.0, *ratios), max(1.0, *ratios)
+    room = 0.09 * math.log(high / low) + 0.01
+    low, high = low * math.exp(-room), high * math.exp(room)
+    steps = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if high / low < 5 else ()
+    step = next((step for step in steps if (high - low) / step <= 9), None)
+    if step:
+        ticks = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    else:
+        ticks = [2.0**i for i in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    axes.minorticks_off()
+
+
+def _draw_bar(axes: "Axes", bar: _Bar) -> None:
+    mean = geometric_mean(bar.ratios)
+    idea = idea_of(_LABELS[_kind(bar.name)])
+    assert idea is not None
+    axes.barh(
+        bar.place + 0.38 * _BAR,
+        mean - 1,
+        0.62 * _BAR,
+        left=1,
+        color=IDEAS[idea],
+        hatch="///" if _is_compiled(bar.name) else None,
+        edgecolor="white",
+        linewidth=0,
     )
-    handles, labels = list(shown.values()), list(shown)
-    columns = int(width // 2.6)
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=SMALL_FONT_SIZE, frameon=False)
-    return figure
+    below = bar.place + 0.84 * _BAR
+    axes.plot(
+        [min(bar.ratios), max(bar.ratios)], [below, below], color=IDEAS[idea], linewidth=1.3, solid_capstyle="butt"
+    )
+    axes.annotate(
+        f"{mean:.2f}",
+        (mean, bar.place + 0.38 * _BAR),
+        xytext=(4 if mean >= 1 else -4, 0),
+        textcoords="offset points",
+        ha="left" if mean >= 1 else "right",
+        va="center",
+        fontsize=SMALL_FONT_SIZE,
+        color=DARK,
+    )
 
 
 def _where(document: results.Document) -> str:
@@ -134,30 +216,6 @@ def _present(
         return tuple(name for name in names if name in measured)
     wanted = (*(kind for name in names for kind in (name, f"{name} compiled")), f"{one} compiled")
     return tuple(name for name in wanted if one in measured and name in measured)
-
-
-def _bar(axes: "Axes", position: float, name: str, ratios: Sequence[float]) -> "BarContainer":
-    mean, low, high = geometric_mean(ratios), min(ratios), max(ratios)
-    bars = axes.bar(
-        position,
-        mean,
-        _BAR * 0.9,
-        color=COLOURS[list(_LABELS).index(_kind(name))],
-        hatch="///" if _is_compiled(name) else None,
-        edgecolor="white",
-        yerr=[[mean - low], [high - mean]],
-        error_kw={"ecolor": DARK, "elinewidth": 0.8, "capsize": 2},
-    )
-    axes.annotate(
-        f"{mean:.2f}" if mean < _TOP else f"{mean:.3g}",
-        (position, min(high, _TOP)),
-        xytext=(0, 4),
-        textcoords="offset points",
-        ha="center",
-        fontsize=SMALL_FONT_SIZE - 1,
-        color=DARK,
-    )
-    return bars
 
 
 def _kind(name: str) -> str:

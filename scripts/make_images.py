@@ -1,4 +1,4 @@
-"""Draw the README's pictures that need no training: docs/images/matrices.png and kernel_sizes.png.
+"""Draw the pictures of README and docs/eca-explained.md that need neither training nor measurements.
 
 Example: python scripts/make_images.py
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ecanet import ECA, ECANS, SEGroup, SEVar2, SEVar3
-from ecanet.inspect import plot_kernel_sizes, plot_matrices
+from ecanet.inspect import plot_kernel_sizes, plot_matrices, plot_se_and_eca, plot_sliding_kernel, save_animation
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
@@ -23,10 +23,17 @@ def main() -> None:
         "ECA-NS": ECANS(64),
     }
     IMAGES.mkdir(parents=True, exist_ok=True)
-    for name, figure in {"matrices": plot_matrices(gates), "kernel_sizes": plot_kernel_sizes()}.items():
-        path = IMAGES / f"{name}.png"
-        figure.savefig(path, dpi=120)
-        print(f"wrote {path}")
+    figures = {
+        "matrices": plot_matrices(gates),
+        "kernel_sizes": plot_kernel_sizes(),
+        "se_and_eca": plot_se_and_eca(),
+        "sliding_kernel": plot_sliding_kernel(),
+    }
+    for name, figure in figures.items():
+        figure.savefig(IMAGES / f"{name}.png")
+    frames = (plot_sliding_kernel(positions=[i], padding=["zeros"]) for i in range(1, 9))
+    save_animation(frames, IMAGES / "sliding_kernel.gif")
+    print(f"wrote {', '.join(f'{name}.png' for name in figures)} and sliding_kernel.gif into {IMAGES}")
 
 
 if __name__ == "__main__":

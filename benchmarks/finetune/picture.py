@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 from benchmarks import results
 from benchmarks.finetune.runs import KEPT, PLAIN, RANDOM, WAYS
 from benchmarks.finetune.tables import runs_of, summary
-from ecanet.inspect.style import COLOURS, DARK, FONT_SIZE, SMALL_FONT_SIZE, new_figure, style_axes
+from ecanet.inspect.style import DARK, FONT_SIZE, SMALL_FONT_SIZE, looks, new_figure, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = {PLAIN: COLOURS[6], KEPT: COLOURS[0], RANDOM: COLOURS[1]}
+_COLOURS = {way: colour for way, (colour, _) in looks(WAYS).items()}
 #: The yardstick is dashed and on top: where the function is kept, the lines lie on one another.
 _DASHES = {PLAIN: "--", KEPT: "-", RANDOM: "-"}
 _TICKS = {PLAIN: "no\ngate", KEPT: "function\nkept", RANDOM: "random\ngate"}

@@ -1,17 +1,22 @@
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.text import Text
+from PIL import Image
 from torch import Tensor, nn
 
+import ecanet.inspect
 from ecanet.inspect import (
     RELEASED_KERNELS,
     gate_responses,
@@ -21,9 +26,14 @@ from ecanet.inspect import (
     plot_gates_per_class,
     plot_kernel_sizes,
     plot_matrices,
+    plot_se_and_eca,
+    plot_sliding_kernel,
     plot_training_curves,
+    save_animation,
 )
-from ecanet.inspect.style import spread
+from ecanet.inspect.paired import paired_difference
+from ecanet.inspect.sliding import taps
+from ecanet.inspect.style import IDEAS, OTHERS, looks, spread
 from ecanet.models import eca_resnet18, eca_resnet50, eca_resnet101, small_eca_resnet
 from ecanet.nn import (
     ECA,
@@ -40,37 +50,12 @@ from ecanet.nn import (
     adaptive_kernel_size,
 )
 from ecanet.ops import reference
+from tests.inspect.readable import SMALLEST, assert_readable
 
 
 def lines(axes: Axes) -> dict[str, list[float]]:
     """Heights of the lines that have a label."""
     return {line.get_label(): list(line.get_ydata()) for line in axes.lines if not line.get_label().startswith("_")}
-
-
-def assert_no_text_overlaps(figure: Figure) -> None:
-    """No two visible texts of a figure share a pixel, and none is cut off by the figure's edge."""
-    figure.draw_without_rendering()
-    hidden = undrawn_tick_labels(figure)
-    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text() and text not in hidden]
-    boxes = [(text.get_text(), Text.get_window_extent(text)) for text in texts]  # no arrows
-    assert boxes
-    for i, (name, box) in enumerate(boxes):
-        assert figure.bbox.padded(1).contains(box.x0, box.y0), name
-        assert figure.bbox.padded(1).contains(box.x1, box.y1), name
-        for other, other_box in boxes[i + 1 :]:
-            assert not box.padded(-1).overlaps(other_box.padded(-1)), (name, other)
-
-
-def undrawn_tick_labels(figure: Figure) -> set[Text]:
-    """Labels of ticks outside their axis, which matplotlib keeps without drawing them."""
-    return {
-        label
-        for axes in figure.axes
-        for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim()))
-        for tick in axis.get_major_ticks() + axis.get_minor_ticks()
-        if not min(limits) <= tick.get_loc() <= max(limits)
-        for label in (tick.label1, tick.label2)
-    }
 
 
 RUNS = {
@@ -116,13 +101,13 @@ def test_nan_leaves_a_gap() -> None:
 def test_ylim_moves_the_labels_with_the_lines() -> None:
     figure = plot_training_curves(RUNS, ylim=(74.0, 76.0))
     assert figure.axes[0].get_ylim() == (74.0, 76.0)
-    assert_no_text_overlaps(figure)
+    assert_readable(figure)
 
 
 @pytest.mark.parametrize(("names", "epochs"), [(1, 1), (4, 1), (4, 30), (12, 2)])
 def test_curves_that_end_together_have_labels_apart(names: int, epochs: int) -> None:
     together = {f"v{i}": [[70.0 + i / 100] * epochs] for i in range(names)}
-    assert_no_text_overlaps(plot_training_curves({"low": [[0.0] * epochs], **together}))
+    assert_readable(plot_training_curves({"low": [[0.0] * epochs], **together}))
 
 
 @pytest.mark.parametrize(
@@ -138,6 +123,60 @@ def test_curves_that_end_together_have_labels_apart(names: int, epochs: int) -> 
 def test_wrong_curves(curves: dict[str, Sequence[Sequence[float]]], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         plot_training_curves(curves)
+
+
+PAIRED = {
+    "none": [[50.0, 80.0, 85.0, 88.0], [52.0, 82.0, 86.0, 88.5], [54.0, 81.0, 85.0, 89.0]],
+    "SE": [[40.0, 79.0, 84.0, 87.0], [45.0, 80.0, 86.0, 88.0], [44.0, 81.0, 85.5, 87.5]],
+    "ECA, neutral start": [[51.0, 80.0, 85.5, 88.5], [53.0, 82.5, 86.5, 88.0], [50.0, 83.0, 85.0, 90.0]],
+}
+
+
+def test_the_late_epochs_have_a_panel_of_paired_differences_with_their_intervals() -> None:
+    figure = plot_training_curves(PAIRED)
+    _, axes = figure.axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["3", "4"]
+    points = [line.get_ydata()[0] for line in axes.lines if line.get_marker() == "o"]
+    intervals = [
+        list(line.get_ydata()) for line in axes.lines if line.get_linestyle() != "None" and len(line.get_xdata()) == 2
+    ]
+    expected = [
+        paired_difference([run[epoch] - other[epoch] for run, other in zip(PAIRED[name], PAIRED["none"], strict=True)])
+        for name in ("SE", "ECA, neutral start")
+        for epoch in (2, 3)
+    ]
+    assert points == [found.mean for found in expected]
+    assert intervals == [[0, 0], *([found.low, found.high] for found in expected)]  # the first is the line at 0
+    assert axes.get_ylim()[0] < min(found.low for found in expected)
+    assert axes.get_ylim()[1] > max(found.high for found in expected)
+    assert {text.get_text().splitlines()[0] for text in axes.texts} == {"SE", "ECA, neutral start"}
+    se = next(text.get_text() for text in axes.texts if text.get_text().startswith("SE"))
+    assert se == f"SE\n{expected[1].mean:+.2f} ({expected[1].low:+.2f} to {expected[1].high:+.2f})"
+    assert_readable(figure)
+
+
+@pytest.mark.parametrize(
+    ("curves", "epochs", "intervals"),
+    [
+        ({"none": [[1.0]], "ECA": [[2.0]]}, ["1"], 0),
+        ({"none": [[1.0] * 6, [2.0] * 6], "ECA": [[2.0] * 5, [2.0] * 6]}, ["3", "4", "5"], 3),
+        ({"none": [[1.0] * 100] * 2, "ECA": [[2.0] * 100] * 2}, ["51", "67", "84", "100"], 4),
+        ({"none": [[1.0, 1.0]] * 2, "ECA": [[2.0, math.nan]] * 2}, ["2"], 0),
+    ],
+    ids=["one seed", "other lengths", "many epochs", "NaN"],
+)
+def test_which_epochs_have_differences_and_which_of_them_intervals(
+    curves: dict[str, list[list[float]]], epochs: list[str], intervals: int
+) -> None:
+    _, axes = plot_training_curves(curves).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == epochs
+    assert sum(len(line.get_xdata()) == 2 and line.get_marker() == "None" for line in axes.lines) == 1 + intervals
+
+
+def test_runs_that_cannot_be_paired_have_no_differences() -> None:
+    assert len(plot_training_curves({"none": [[1.0], [2.0]], "ECA": [[1.0]]}).axes) == 1
+    _, axes = plot_training_curves({"none": [[1.0]], "ECA": [[1.0]], "SE": [[1.0], [2.0]]}).axes
+    assert [text.get_text() for text in axes.texts] == ["ECA\n+0.00"]
 
 
 @pytest.mark.parametrize("positions", [[1.0, 1.0, 1.0], [3.0, 1.0, 1.2], [0.0, 9.0, 8.9, 8.8], [5.0]], ids=str)
@@ -253,7 +292,7 @@ def test_a_neutral_gate_says_that_it_is_all_zero() -> None:
 
 @pytest.mark.parametrize("channels", [8, 512], ids=str)
 def test_texts_of_matrices_do_not_overlap(channels: int) -> None:
-    assert_no_text_overlaps(plot_matrices(linear_gates(channels)))
+    assert_readable(plot_matrices(linear_gates(channels)))
 
 
 def test_matrices_of_different_sizes() -> None:
@@ -262,11 +301,11 @@ def test_matrices_of_different_sizes() -> None:
         "a": [(8, 8)],
         "b": [(64, 64), (16, 16)],
     }
-    assert_no_text_overlaps(figure)
+    assert_readable(figure)
 
 
 def test_gates_without_a_matrix() -> None:
-    with pytest.raises(TypeError, match=r"gates\['SE'\] must be a LinearGate: SE has no matrix"):
+    with pytest.raises(TypeError, match=r"gates\['SE'\] must be a LinearGate: SE has no matrix W, as its ReLU is not"):
         plot_matrices({"ECA": ECA(8), "SE": SE(8)})
     with pytest.raises(ValueError, match="at least one entry"):
         plot_matrices({})
@@ -323,7 +362,7 @@ def test_kernel_sizes_with_another_slope_and_without_points() -> None:
 
 
 def test_texts_of_kernel_sizes_do_not_overlap() -> None:
-    assert_no_text_overlaps(plot_kernel_sizes())
+    assert_readable(plot_kernel_sizes())
 
 
 @pytest.mark.parametrize("channels", [(0, 8), (8, 8), (16, 8)], ids=str)
@@ -413,8 +452,8 @@ def test_responses_are_drawn_against_all_that_a_gate_sees() -> None:
         assert list(scale.get_xdata()) == list(shift.get_xdata()) == statistic.flatten().tolist()
         assert list(scale.get_ydata()) == seen["layer1.0.eca"].scales.flatten().tolist()
         assert list(shift.get_ydata()) == seen["layer1.0.eca"].shifts.flatten().tolist()
-    assert_no_text_overlaps(figure)
-    assert_no_text_overlaps(plot_gate_responses(gate_responses(eca, images)))
+    assert_readable(figure)
+    assert_readable(plot_gate_responses(gate_responses(eca, images)))
 
 
 def test_responses_need_gates_and_known_names() -> None:
@@ -450,9 +489,10 @@ def test_a_gate_that_runs_twice_has_the_samples_of_both_calls() -> None:
 
 
 def test_gates_below_zero_are_all_seen() -> None:
-    (axes,) = plot_gates_per_class({"grn": torch.tensor([[-1.5, 2.5]])}, ["cat"]).axes
-    assert axes.get_ylim() == (-2, 3)
-    assert list(axes.get_yticks()) == [-2, 0, 3]
+    panel, bar = plot_gates_per_class({"grn": torch.tensor([[-1.5, 2.5]])}, ["cat"]).axes
+    (image,) = panel.images
+    assert image.get_clim() == (-2, 3)
+    assert list(bar.get_xticks()) == [-2, 0, 3]
 
 
 def test_gate_values_leave_the_model_as_it_was() -> None:
@@ -505,52 +545,67 @@ def test_gate_values_without_gates_batches_or_classes() -> None:
 CLASSES = ["cat", "dog", "frog"]
 
 
-def test_gates_per_class_shows_a_line_per_class() -> None:
+def maps(figure: Figure) -> dict[str, np.ndarray]:
+    """The heat map of each gate, classes x channels."""
+    return {axes.get_label(): axes.images[0].get_array() for axes in figure.axes if axes.images}
+
+
+def test_gates_per_class_are_a_heat_map_with_a_row_for_each_class() -> None:
     values = {"a": torch.rand(3, 8), "b": torch.rand(3, 16)}
-    figure = plot_gates_per_class(values, CLASSES)
-    assert len(figure.axes) == 2
-    for axes, (name, gate) in zip(figure.axes, values.items(), strict=True):
-        assert lines(axes) == {c: row.double().tolist() for c, row in zip(CLASSES, gate, strict=True)}
-        assert all(list(line.get_xdata()) == list(range(1, gate.shape[1] + 1)) for line in axes.lines)
+    figure = plot_gates_per_class(values, CLASSES, order="index")
+    assert list(maps(figure)) == list(values)
+    for axes, (name, gate) in zip(figure.axes, values.items(), strict=False):
+        np.testing.assert_array_equal(maps(figure)[name], gate.double())
         deviation = np.std(gate.double().numpy(), axis=0).mean()
         title = f"{name}: C = {gate.shape[1]}, spread across classes {deviation:.3f}"
         assert axes.get_title(loc="left") == title
-        assert axes.get_ylim() == (0, 1)
-    (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == CLASSES
+        assert axes.images[0].get_clim() == (0, 1)
+        assert [label.get_text() for label in axes.get_yticklabels()] == CLASSES
 
 
 def test_gates_of_a_larger_factor_are_all_seen() -> None:
     figure = plot_gates_per_class({"a": 2 * torch.rand(3, 8), "b": torch.full((3, 16), 1.9)}, CLASSES)
-    assert [axes.get_ylim() for axes in figure.axes] == [(0, 2), (0, 2)]
+    assert [axes.images[0].get_clim() for axes in figure.axes if axes.images] == [(0, 2), (0, 2)]
 
 
-def test_gates_per_class_by_mean() -> None:
-    gate = torch.tensor([[0.9, 0.1, 0.5], [0.8, 0.2, 0.3]], dtype=torch.float64)
-    (axes,) = plot_gates_per_class({"a": gate}, CLASSES[:2], by_mean=True).axes
-    assert lines(axes) == {"cat": [0.1, 0.5, 0.9], "dog": [0.2, 0.3, 0.8]}
-    assert axes.get_xlabel() == "channel, in ascending order of its mean gate"
-    assert all(line.get_linestyle() == "None" for line in axes.lines)
+@pytest.mark.parametrize(
+    ("order", "cat", "said"),
+    [
+        ("class", [0.9, 0.7, 0.1, 0.5], "channels, sorted by the class whose gate is largest"),
+        ("mean", [0.1, 0.5, 0.7, 0.9], "channels, in ascending order of their mean gate"),
+        ("index", [0.9, 0.1, 0.5, 0.7], "channel"),
+    ],
+)
+def test_the_order_of_the_channels(order: str, cat: list[float], said: str) -> None:
+    gate = torch.tensor([[0.9, 0.1, 0.5, 0.7], [0.8, 0.9, 0.6, 0.6]], dtype=torch.float64)
+    gate[1, 1] = 0.3 if order == "mean" else 0.9
+    figure = plot_gates_per_class({"a": gate}, CLASSES[:2], order=order)
+    assert maps(figure)["a"][0].tolist() == cat
+    assert figure.axes[0].get_xlabel() == said
 
 
-@pytest.mark.parametrize("by_mean", [False, True])
-def test_classes_without_images(by_mean: bool) -> None:
+def test_an_order_that_there_is_not() -> None:
+    with pytest.raises(ValueError, match="order must be one of 'class', 'mean', 'index', got 'size'"):
+        plot_gates_per_class({"a": torch.rand(3, 4)}, CLASSES, order="size")
+
+
+@pytest.mark.parametrize("order", ["class", "mean", "index"])
+def test_classes_without_images(order: str) -> None:
     gate = torch.tensor([[0.2, 0.4], [math.nan, math.nan], [0.4, 0.8]])
-    figure = plot_gates_per_class({"a": gate}, CLASSES, by_mean=by_mean)
-    assert figure.axes[0].get_title(loc="left").endswith("classes 0.150")
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["cat", "dog (no images)", "frog"]
-    figure.savefig(BytesIO(), format="png")
-
-
-@pytest.mark.parametrize("by_mean", [False, True])
-def test_no_class_has_images(by_mean: bool) -> None:
-    figure = plot_gates_per_class({"a": torch.full((3, 4), math.nan)}, CLASSES, by_mean=by_mean)
-    assert figure.axes[0].get_title(loc="left").endswith("classes unknown")
-    figure.savefig(BytesIO(), format="png")
+    figure = plot_gates_per_class({"a": gate}, CLASSES, order=order)
+    axes = figure.axes[0]
+    assert axes.get_title(loc="left").endswith("classes 0.150")
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog (no images)", "frog"]
+    pixels = axes.images[0].cmap(axes.images[0].norm(np.ma.masked_invalid(maps(figure)["a"])))
+    assert (pixels[1] == 1).all()
+    assert (pixels[[0, 2], :, :3] < 1).any(-1).all()
+    none = plot_gates_per_class({"a": torch.full((3, 4), math.nan)}, CLASSES, order=order)
+    assert none.axes[0].get_title(loc="left").endswith("classes unknown")
+    none.savefig(BytesIO(), format="png")
 
 
 def names_shown(figure: Figure) -> list[str]:
-    return [axes.get_title(loc="left").split(":")[0] for axes in figure.axes]
+    return list(maps(figure))
 
 
 def test_which_gates_are_shown() -> None:
@@ -563,17 +618,12 @@ def test_which_gates_are_shown() -> None:
     assert names_shown(plot_gates_per_class(values, CLASSES[:2], names=chosen)) == chosen
 
 
-@pytest.mark.parametrize(("panels", "classes"), [(1, 1), (3, 10), (5, 25)])
-def test_texts_of_gates_per_class_do_not_overlap(panels: int, classes: int) -> None:
+@pytest.mark.parametrize(("panels", "classes"), [(1, 1), (3, 10), (5, 25), (2, 100)])
+def test_gates_per_class_can_be_read(panels: int, classes: int) -> None:
     values = {f"layer{i}.0.eca": torch.rand(classes, 32) for i in range(panels)}
     figure = plot_gates_per_class(values, [f"class number {c}" for c in range(classes)])
-    colours = {line.get_color() for line in figure.axes[0].lines}
-    assert len(colours) == classes
-    assert_no_text_overlaps(figure)
-
-
-def test_more_classes_than_a_legend_can_name() -> None:
-    assert plot_gates_per_class({"a": torch.rand(31, 2)}, [str(c) for c in range(31)]).legends == []
+    assert 1 <= len(figure.axes[0].get_yticks()) <= 30
+    assert_readable(figure)
 
 
 def test_wrong_values_per_class() -> None:
@@ -593,14 +643,195 @@ def test_from_a_model_to_a_picture() -> None:
     assert buffer.getvalue().startswith(b"\x89PNG")
 
 
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].texts]
+
+
+@pytest.mark.parametrize(("channels", "k", "reduction"), [(256, "adaptive", 16), (16, 3, 4), (2048, 9, 16), (3, 5, 16)])
+def test_se_and_eca_side_by_side_say_the_parameters_that_the_gates_have(
+    channels: int, k: int | str, reduction: int
+) -> None:
+    figure = plot_se_and_eca(channels, k, reduction, spatial=(7, 7))
+    se, eca = SE(channels, reduction), ECA(channels, k)
+    said = " ".join(" ".join(texts(figure)).split())
+    hidden = max(1, channels // reduction)
+    assert f"{hidden} x {channels:,} = {se.fc1.weight.numel():,} parameters" in said
+    assert f"{channels:,} x {hidden} = {se.fc2.weight.numel():,} parameters" in said
+    assert f"{sum(p.numel() for p in se.parameters()):,} parameters in all" in said
+    assert f"{eca.kernel_size} parameters in all" in said
+    assert said.count(f"x: {channels} x 7 x 7") == 4  # in and out, twice
+    assert said.count(f"s: {channels:,} means") == said.count(f"g: {channels:,} gates") == 2
+    assert_readable(figure)
+
+
+def test_widths_in_the_picture_of_se_and_eca_are_to_scale() -> None:
+    axes = plot_se_and_eca(64, 5, 4).axes[0]
+    widths = {round(patch.get_window_extent().width) for patch in axes.patches}
+    whole = max(widths)
+    assert any(width == pytest.approx(whole / 4, abs=3) for width in widths)  # C / r
+    assert any(width == pytest.approx(whole * 5 / 64, abs=3) for width in widths)  # k of C
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"channels": 0}, ValueError, "channels must be 1 or more, got 0"),
+        ({"channels": 8.0}, TypeError, "channels must be an integer"),
+        ({"kernel_size": 4}, ValueError, "kernel_size must be .*odd"),
+        ({"reduction": 0}, ValueError, "reduction must be 1 or more"),
+        ({"spatial": 56}, TypeError, "spatial must be a sequence of integers"),
+        ({"spatial": (7, 0)}, ValueError, "spatial must have sizes of 1 or more"),
+        ({"spatial": ()}, ValueError, "spatial must have sizes of 1 or more"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_wrong_arguments_of_se_and_eca(arguments: dict[str, Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        plot_se_and_eca(**arguments)
+
+
+@pytest.mark.parametrize("circular", [False, True], ids=["zeros", "circular"])
+@pytest.mark.parametrize(("channels", "k"), [(1, 1), (5, 5), (8, 3), (12, 7)])
+def test_the_sliding_kernel_meets_the_means_that_the_rows_of_the_matrix_say(
+    channels: int, k: int, circular: bool
+) -> None:
+    gate = ECA(channels, k, circular=circular)
+    with torch.no_grad():
+        gate.conv.weight.copy_(torch.arange(1.0, k + 1))
+    matrix = gate.matrix().detach()
+    for position in range(1, channels + 1):
+        row = torch.zeros(channels)
+        for weight, channel in enumerate(taps(position, channels, k, circular), start=1):
+            if channel is not None:
+                row[channel - 1] += weight
+        assert torch.equal(row, matrix[position - 1])
+
+
+def test_the_sliding_kernel_shows_three_positions_and_the_padded_ends_of_both_paddings() -> None:
+    figure = plot_sliding_kernel(8, 3)
+    sums = [text for text in texts(figure) if "sigmoid" in text]
+    assert sums == [
+        "g1 = sigmoid(w1 0 + w2 s1 + w3 s2)",
+        "g4 = sigmoid(w1 s3 + w2 s4 + w3 s5)",
+        "g8 = sigmoid(w1 s7 + w2 s8 + w3 0)",
+        "g1 = sigmoid(w1 s8 + w2 s1 + w3 s2)",
+        "g4 = sigmoid(w1 s3 + w2 s4 + w3 s5)",
+        "g8 = sigmoid(w1 s7 + w2 s8 + w3 s1)",
+    ]
+    dashed = [patch for patch in figure.axes[0].patches if patch.get_linestyle() == "--"]
+    assert len(dashed) == 6 * 2
+    one = plot_sliding_kernel(8, 3, positions=[2], padding=["circular"])
+    assert [text for text in texts(one) if "sigmoid" in text] == ["g2 = sigmoid(w1 s1 + w2 s2 + w3 s3)"]
+
+
+@pytest.mark.parametrize(
+    ("channels", "k", "smallest"),
+    [
+        (1, 1, SMALLEST),
+        (2, 3, SMALLEST),
+        (64, "adaptive", SMALLEST),
+        (2048, 9, SMALLEST),
+        (100_000, 7, 5),
+        (40, 79, SMALLEST),
+    ],
+    ids=str,
+)
+def test_the_sliding_kernel_can_be_read_for_any_size(channels: int, k: int | str, smallest: float) -> None:
+    padding = ["zeros"] if isinstance(k, int) and k > channels else ["zeros", "circular"]
+    assert_readable(plot_sliding_kernel(channels, k, padding=padding), smallest)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"channels": 0}, ValueError, "channels must be 1 or more, got 0"),
+        ({"kernel_size": 2}, ValueError, "kernel_size must be .*odd"),
+        ({"channels": 2, "kernel_size": 3}, ValueError, "kernel_size must not exceed channels=2 with circular padding"),
+        ({"padding": "zeros"}, ValueError, "padding must hold 'zeros', 'circular' or both, got 'zeros'"),
+        ({"padding": ["reflect"]}, ValueError, r"padding must hold .*, got \['reflect'\]"),
+        ({"padding": []}, ValueError, "padding must hold"),
+        ({"positions": [0]}, ValueError, r"positions must be channels from 1 to 8, got \[0\]"),
+        ({"positions": [9]}, ValueError, "positions must be channels from 1 to 8"),
+        ({"positions": []}, ValueError, "positions must be channels from 1 to 8"),
+        ({"positions": [1.5]}, ValueError, "positions must be channels from 1 to 8"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_wrong_arguments_of_the_sliding_kernel(arguments: dict[str, Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        plot_sliding_kernel(**{"channels": 8, **arguments})
+
+
+@pytest.mark.parametrize("name", ["kernel.gif", "kernel.apng", "KERNEL.PNG"])
+def test_an_animation_has_every_figure_for_its_time_and_starts_over(name: str, tmp_path: Path) -> None:
+    frames = (plot_sliding_kernel(3, 3, positions=[i], padding=["zeros"]) for i in (1, 2, 3))
+    save_animation(frames, tmp_path / name, seconds=0.25)
+    with Image.open(tmp_path / name) as image:
+        assert image.n_frames == 3
+        assert image.info["loop"] == 0
+        seen = []
+        for frame in range(3):
+            image.seek(frame)
+            assert image.info["duration"] == 250
+            seen.append(np.asarray(image.convert("RGB")))
+    assert all(abs(a.astype(int) - b).max() > 100 for a, b in pairwise(seen))
+    assert seen[0].shape[1] == 900
+
+
+def test_wrong_animations(tmp_path: Path) -> None:
+    figure, larger = plot_sliding_kernel(3, 3, padding=["zeros"]), plot_sliding_kernel(3, 3)
+    for figures, path, seconds, error, match in (
+        ([figure], "kernel.mp4", 1, ValueError, r"path must end in \.gif, \.png or \.apng, got '.*kernel\.mp4'"),
+        ([figure], "kernel.gif", 0, ValueError, "seconds must be above 0 and at most 60, got 0"),
+        ([figure], "kernel.gif", math.nan, ValueError, "seconds must be above 0"),
+        ([figure], "kernel.gif", "1", TypeError, "seconds must be a number, got '1'"),
+        ([], "kernel.gif", 1, ValueError, "figures must hold at least one figure"),
+        (["kernel.png"], "kernel.gif", 1, TypeError, "figures must hold figures of matplotlib, got str"),
+        ([figure, larger], "kernel.gif", 1, ValueError, "figures must have one size: .*number 2"),
+    ):
+        with pytest.raises(error, match=match):
+            save_animation(figures, tmp_path / path, seconds=seconds)
+    assert list(tmp_path.iterdir()) == []
+
+
+#: One picture of every function that draws.
+EXAMPLES: dict[str, Callable[[], Figure]] = {
+    "plot_gate_responses": lambda: plot_gate_responses(gate_responses(trained("grn"), torch.randn(3, 3, 12, 12))),
+    "plot_gates_per_class": lambda: plot_gates_per_class({"a": torch.rand(3, 4)}, CLASSES),
+    "plot_kernel_sizes": plot_kernel_sizes,
+    "plot_matrices": lambda: plot_matrices(linear_gates(32), shared_scale=True),
+    "plot_se_and_eca": plot_se_and_eca,
+    "plot_sliding_kernel": plot_sliding_kernel,
+    "plot_training_curves": lambda: plot_training_curves(PAIRED),
+}
+
+
+def test_every_function_that_draws_is_looked_at() -> None:
+    assert set(EXAMPLES) == {name for name in ecanet.inspect.__all__ if name.startswith("plot_")}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_no_text_overlaps_is_cut_or_tiny_and_colours_come_from_the_one_table(name: str) -> None:
+    assert_readable(EXAMPLES[name]())
+
+
+def test_one_colour_means_one_idea() -> None:
+    names = ["none", "no gate", "SE", "se", "squeeze-and-excitation", "ECA", "ecanet", "eca, k = 3", "timm's EcaModule"]
+    names += ["ECA, neutral start", "ECA, function kept", "ECA, random gate", "plain PyTorch"]
+    ideas = ["none", "none", "SE", "SE", "SE", "ECA", "ECA", "ECA", "timm", "neutral", "neutral", "fresh", "plain"]
+    found = looks(names)
+    assert [found[name][0] for name in names] == [IDEAS[idea] for idea in ideas]
+    assert len(set(found.values())) == len(names), "names with one colour have other dashes"
+    others = looks(["SE-Var2", "ECA-NS", "secant", "mine", *names])
+    assert [others[name][0] for name in ("SE-Var2", "ECA-NS", "secant", "mine")] == list(OTHERS[:4])
+    table = np.array([to_rgb(colour) for colour in (*IDEAS.values(), *OTHERS)])
+    distances = np.linalg.norm(table[:, None] - table, axis=-1) + np.eye(len(table))
+    assert distances.min() > 0.2
+
+
 def test_missing_matplotlib_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    for draw in (
-        lambda: plot_kernel_sizes(),
-        lambda: plot_matrices({"ECA": ECA(8)}),
-        lambda: plot_training_curves(RUNS),
-        lambda: plot_gates_per_class({"a": torch.rand(3, 4)}, CLASSES),
-    ):
+    for draw in EXAMPLES.values():
         with pytest.raises(ImportError, match=r"pip install 'ecanet\[plot\]'"):
             draw()
 

@@ -1,10 +1,12 @@
 """Look inside: what gates cost, what their matrices look like, what they learned. Figures need matplotlib."""
 
+from ecanet.inspect.blocks import plot_se_and_eca
 from ecanet.inspect.curves import plot_training_curves
 from ecanet.inspect.kernel_plot import RELEASED_KERNELS, plot_kernel_sizes
 from ecanet.inspect.matrices import plot_matrices
 from ecanet.inspect.per_class import gate_values, plot_gates_per_class
 from ecanet.inspect.responses import Responses, gate_responses, plot_gate_responses
+from ecanet.inspect.sliding import plot_sliding_kernel, save_animation
 from ecanet.networks.cost import gate_parameters, multiply_adds, parameters
 from ecanet.networks.running import gates
 
@@ -21,5 +23,8 @@ __all__ = [
     "plot_gates_per_class",
     "plot_kernel_sizes",
     "plot_matrices",
+    "plot_se_and_eca",
+    "plot_sliding_kernel",
     "plot_training_curves",
+    "save_animation",
 ]

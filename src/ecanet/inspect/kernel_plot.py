@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ecanet.inspect.style import COLOURS, DARK, FONT_SIZE, LIGHT, SMALL_FONT_SIZE, new_figure, style_axes
+from ecanet.inspect.style import DARK, FONT_SIZE, GREY, LIGHT, OTHERS, SMALL_FONT_SIZE, new_figure, style_axes
 from ecanet.models.stages import RELEASED
 from ecanet.nn import adaptive_kernel_size
 
@@ -68,14 +68,14 @@ def plot_kernel_sizes(
     style_axes(axes, "channels C   (points side by side share one C)", "kernel size k")
     line = [formula(c) for c in range(first, last + 1)]
     label = f"adaptive k, Eq. (12), $\\gamma$ = {gamma:g}, b = {b:g}"
-    axes.plot(range(first, last + 1), line, color="#9A9A9A", linewidth=4, drawstyle="steps-post", label=label)
+    axes.plot(range(first, last + 1), line, color=GREY, linewidth=4, drawstyle="steps-post", label=label)
 
     sharing: dict[tuple[int, int], list[str]] = {}
     for name, kernels in points.items():
         for c, k in kernels.items():
             sharing.setdefault((c, k), []).append(name)
     for i, (name, kernels) in enumerate(points.items()):
-        colour, marker = COLOURS[i % len(COLOURS)], _MARKERS[i % len(_MARKERS)]
+        colour, marker = OTHERS[i % len(OTHERS)], _MARKERS[i % len(_MARKERS)]
         for c, k in kernels.items():
             names = sharing[c, k]
             x = c * 2 ** (0.24 * (names.index(name) - (len(names) - 1) / 2))

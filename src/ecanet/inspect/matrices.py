@@ -7,12 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ecanet.inspect.style import DARK, FONT_SIZE, SMALL_FONT_SIZE, WIDTH, new_figure
-from ecanet.nn import ECA, ECANS, LinearGate, SEGroup, SEVar2
+from ecanet.inspect.style import DARK, FONT_SIZE, SMALL_FONT_SIZE, WIDTH, diverging, new_figure
+from ecanet.nn import ECA, ECANS, SE, LinearGate, SEGroup, SEVar2
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
@@ -31,7 +30,8 @@ def plot_matrices(gates: Mapping[str, LinearGate], *, shared_scale: bool = False
 
     Entries that are zero are white; the smallest weights are grey. From 32 channels on, a second panel below shows
     the first 16. Above 128 channels each cell of the large panel stands for a square of entries and shows the
-    first that is not zero, so that a thin band stays visible.
+    first that is not zero, so that a thin band stays visible. SE is never among them: ``W2 relu(W1 s)`` is not linear
+    in s, so there is no matrix to draw.
 
     Args:
         gates: The gates by the names to show. :func:`~ecanet.inspect.gates` gives those of a model.
@@ -87,9 +87,13 @@ def _check_linear(gates: Mapping[str, LinearGate]) -> None:
     for name, gate in gates.items():
         if not isinstance(gate, LinearGate):
             raise TypeError(
-                f"gates[{name!r}] must be a LinearGate: {type(gate).__name__} has no matrix W; plot_gate_responses "
-                "draws it against what it sees"
+                f"gates[{name!r}] must be a LinearGate: {type(gate).__name__} has no matrix W{_why(gate)}; "
+                "plot_gate_responses draws it against what it sees"
             )
+
+
+def _why(gate: object) -> str:
+    return ", as its ReLU is not linear" if isinstance(gate, SE) else ""
 
 
 class _Layout(NamedTuple):
@@ -179,14 +183,6 @@ def _reduce(matrix: Tensor) -> Tensor:
     return squares.gather(2, (squares != 0).int().argmax(2, keepdim=True)).squeeze(2)
 
 
-def _colours() -> "Colormap":
-    from matplotlib.colors import LinearSegmentedColormap
-
-    stops = ["#08306B", "#2171B5", "#7FB2DA", "#CFCFCF", "#F2A35E", "#D1570F", "#7A2A02"]
-    colours = LinearSegmentedColormap.from_list("blue-grey-orange", stops)
-    return colours.with_extremes(bad="white")
-
-
 def _draw(axes: "Axes", matrix: Tensor, limit: float, name: str) -> "AxesImage":
     import numpy as np
 
@@ -195,7 +191,7 @@ def _draw(axes: "Axes", matrix: Tensor, limit: float, name: str) -> "AxesImage":
     edge = len(shown) * side
     image = axes.imshow(
         np.ma.masked_equal(shown, 0),
-        cmap=_colours(),
+        cmap=diverging(),
         vmin=-(limit or 1),
         vmax=limit or 1,
         interpolation="nearest",

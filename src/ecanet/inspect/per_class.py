@@ -2,20 +2,30 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ecanet.inspect.style import COLOURS, FONT_SIZE, SMALL_FONT_SIZE, new_figure, style_axes
+from ecanet.inspect.style import DARK, FONT_SIZE, SMALL_FONT_SIZE, diverging, new_figure, style_axes
 from ecanet.networks.running import evaluating, example_tensor, gates, observing
 from ecanet.nn import Gate
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 #: If there are more gates than this, only the last of each stage is drawn.
 _MAX_PANELS = 6
+#: Most classes with a name beside their row; inches that a row takes so that names do not touch, and the colour bar.
+_MOST_NAMES, _LINE, _BAR = 30, 0.17, 0.1
+#: How channels can be sorted, and what the axis then says.
+_ORDERS = {
+    "class": "channels, sorted by the class whose gate is largest",
+    "mean": "channels, in ascending order of their mean gate",
+    "index": "channel",
+}
 
 
 def gate_values(
@@ -95,37 +105,41 @@ def plot_gates_per_class(
     classes: Sequence[str],
     *,
     names: Sequence[str] | None = None,
-    by_mean: bool = False,
+    order: Literal["class", "mean", "index"] = "class",
 ) -> "Figure":
-    """Draw the mean gate of every channel, one line per class, one panel per gate.
+    """Draw the mean gate of every channel for every class: a heat map for each gate, a row for each class.
 
-    The spread in a panel's title is the standard deviation across classes, averaged over the channels. It is small if
-    the gate treats all classes alike, as in early stages, and large if it tells them apart. Classes without images
-    (NaN) are left out of the spread and of the panels.
+    All panels have one scale of colours, grey at half the largest value that the gates can have. The spread in a
+    panel's title is the standard deviation across classes, averaged over the channels. It is small if the gate treats
+    all classes alike, as in early stages, and large if it tells them apart. Classes without images (NaN) are white and
+    left out of the spread.
 
     Args:
         values: Means ``(classes, C)`` by the name of the gate, as :func:`gate_values` returns them.
-        classes: Name of every class. About 10 are legible; for fewer, take rows of the values.
+        classes: Name of every class. From 31 on only some are named.
         names: Gates to draw. By default all of them or, if there are more than 6, the last of each stage; a stage is a
             run of gates with the same number of channels.
-        by_mean: Sort the channels of each gate by their mean over the classes, instead of by index. With a few hundred
-            channels or more this is easier to read.
+        order: How the channels of each gate are sorted. ``"class"``: by the class whose gate is largest, then by how
+            large it is, so that the channels a class opens stand together (in noise, too: look at the spread first);
+            ``"mean"``: by their mean over the classes; ``"index"``: not at all.
 
     Returns:
-        A figure to ``.savefig("gates.png")``.
+        A figure to ``.savefig("gates.png")``. The axes of a gate carry its name as label.
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: no gates, an unknown name, or values that are not ``(classes, C)``.
+        ValueError: no gates, an unknown name or order, or values that are not ``(classes, C)``.
 
     Source:
         Hu et al., Squeeze-and-Excitation Networks, CVPR 2018, Figure 5; Wang et al., ECA-Net, arXiv:1910.03151.
 
     Example:
         >>> values = {"layer1.eca": torch.full((2, 64), 0.5), "layer2.eca": torch.tensor([[0.2], [0.8]]).expand(2, 128)}
-        >>> [axes.get_title(loc="left") for axes in plot_gates_per_class(values, ["cat", "dog"]).axes]
+        >>> [axes.get_title(loc="left") for axes in plot_gates_per_class(values, ["cat", "dog"]).axes[:2]]
         ['layer1.eca: C = 64, spread across classes 0.000', 'layer2.eca: C = 128, spread across classes 0.300']
     """
+    if order not in _ORDERS:
+        raise ValueError(f"order must be one of {', '.join(map(repr, _ORDERS))}, got {order!r}")
     shown = gates_to_draw(values, names)
     for name in shown:
         if values[name].dim() != 2 or len(values[name]) != len(classes):
@@ -135,49 +149,64 @@ def plot_gates_per_class(
             )
     columns = 1 if len(shown) <= 4 else 2
     rows = -(-len(shown) // columns)
-    figure = new_figure(height=0.9 + 1.75 * rows)
-    panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    for axes in panels.flat[len(shown) :]:
-        axes.remove()
-    colours = _class_colours(len(classes))
+    side = _LINE * min(max(len(classes), 3), _MOST_NAMES)
+    figure = new_figure(height=0.8 + (side + 0.55) * rows)
+    grid = figure.add_gridspec(rows + 1, columns, height_ratios=[*[side] * rows, _BAR])
+    panels = [figure.add_subplot(grid[divmod(position, columns)]) for position in range(len(shown))]
     # A sigmoid is from 0 to 1, or to the gate's factor, such as that of a neutral one; other gates may be below 0.
     seen = [values[name].nan_to_num() for name in shown if values[name].numel()]
     top = max(1, math.ceil(max((float(gate.max()) for gate in seen), default=0)))
     bottom = min(0, math.floor(min((float(gate.min()) for gate in seen), default=0)))
     for position, name in enumerate(shown):
-        axes, gate = panels.flat[position], values[name].detach().double().cpu()
-        channels = gate.shape[1]
-        style_axes(axes, ylabel="" if position % columns else "gate value")
+        axes = panels[position]
+        image = _draw(axes, name, values[name].detach().double().cpu(), order, bottom, top)
+        if position % columns:
+            axes.set_yticks([])
+        else:
+            _name_rows(axes, classes, values[name])
         if position + columns >= len(shown):
-            axes.set_xlabel(
-                "channel, in ascending order of its mean gate" if by_mean else "channel", fontsize=FONT_SIZE
-            )
-        with_images = gate[gate.isfinite().all(1)]
-        if by_mean:
-            gate = gate[:, with_images.mean(0).argsort()]
-        # In that order neighbours are unrelated: draw dots, no lines.
-        marks = {"linestyle": "", "marker": ".", "markersize": 3 if channels <= 128 else 1.5} if by_mean else {}
-        for row, class_name, colour in zip(gate, classes, colours, strict=True):
-            label = class_name if row.isfinite().all() else f"{class_name} (no images)"
-            width = 1.1 if channels <= 128 else 0.6
-            axes.plot(range(1, channels + 1), row.numpy(), color=colour, linewidth=width, label=label, **marks)
-        spread = f"{with_images.std(0, correction=0).mean():.3f}" if len(with_images) else "unknown"
-        axes.set_title(f"{name}: C = {channels}, spread across classes {spread}", fontsize=SMALL_FONT_SIZE, loc="left")
-        axes.set_xlim(1, max(channels, 2))
-        axes.set_ylim(bottom, top)
-        axes.set_yticks([bottom, 0 if bottom else top / 2, top])
-    if len(classes) <= 30:
-        handles = panels.flat[0].get_lines()
-        legend = figure.legend(
-            handles=handles,
-            loc="outside lower center",
-            ncols=min(len(classes), 5),
-            frameon=False,
-            fontsize=SMALL_FONT_SIZE,
-        )
-        for handle in legend.get_lines():
-            handle.set(linewidth=2.5, linestyle="-", marker="")
+            axes.set_xlabel(_ORDERS[order], fontsize=FONT_SIZE)
+    bar = figure.colorbar(image, cax=figure.add_subplot(grid[-1, :]), orientation="horizontal")
+    bar.set_ticks([bottom, 0 if bottom else top / 2, top])
+    bar.ax.tick_params(colors=DARK, labelsize=SMALL_FONT_SIZE, length=2)
+    bar.set_label("gate value (mean over the images of a class)", fontsize=SMALL_FONT_SIZE)
+    bar.outline.set_visible(False)
     return figure
+
+
+def _draw(axes: "Axes", name: str, gate: Tensor, order: str, bottom: int, top: int) -> "AxesImage":
+    seen = gate[gate.isfinite().all(1)]
+    if len(seen) and order == "class":
+        largest = seen.max(0)
+        gate = gate[
+            :, sorted(range(gate.shape[1]), key=lambda c: (largest.indices[c].item(), -largest.values[c].item()))
+        ]
+    elif len(seen) and order == "mean":
+        gate = gate[:, seen.mean(0).argsort()]
+    channels = gate.shape[1]
+    style_axes(axes, grid="")
+    image = axes.imshow(
+        gate.numpy(),
+        cmap=diverging(),
+        vmin=bottom,
+        vmax=top,
+        interpolation="nearest",
+        aspect="auto",
+        extent=(0.5, channels + 0.5, len(gate) - 0.5, -0.5),
+    )
+    axes.set_label(name)
+    spread = f"{seen.std(0, correction=0).mean():.3f}" if len(seen) else "unknown"
+    axes.set_title(f"{name}: C = {channels}, spread across classes {spread}", fontsize=SMALL_FONT_SIZE, loc="left")
+    axes.set_xticks(sorted({1, channels}))
+    return image
+
+
+def _name_rows(axes: "Axes", classes: Sequence[str], gate: Tensor) -> None:
+    step = -(-len(classes) // _MOST_NAMES)
+    named = range(0, len(classes), step)
+    labels = [classes[i] if gate[i].isfinite().all() else f"{classes[i]} (no images)" for i in named]
+    axes.set_yticks(named, labels, fontsize=SMALL_FONT_SIZE)
+    axes.tick_params(axis="y", length=0)
 
 
 def gates_to_draw(values: Mapping[str, Tensor], names: Sequence[str] | None) -> list[str]:
@@ -196,11 +225,3 @@ def gates_to_draw(values: Mapping[str, Tensor], names: Sequence[str] | None) -> 
     if not shown:
         raise ValueError("values must have at least one gate, got none")
     return shown
-
-
-def _class_colours(classes: int) -> Sequence[object]:
-    if classes <= len(COLOURS):
-        return COLOURS[:classes]
-    from matplotlib import colormaps
-
-    return [colormaps["viridis"](i / (classes - 1)) for i in range(classes)]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ecanet.inspect.per_class import gates_to_draw
-from ecanet.inspect.style import COLOURS, FONT_SIZE, SMALL_FONT_SIZE, new_figure, style_axes
+from ecanet.inspect.style import FONT_SIZE, OTHERS, SMALL_FONT_SIZE, new_figure, style_axes
 from ecanet.networks.running import evaluating, example_tensor, gates, observing
 from ecanet.nn import Gate
 
@@ -122,7 +122,7 @@ def plot_gate_responses(
                 continue
             last = name == shown[-1]
             style_axes(axes, label if last else "", "gate value" if axes is row[0] else "")
-            for answers, colour, what in ((seen.scales, COLOURS[0], "scale"), (seen.shifts, COLOURS[1], "shift")):
+            for answers, colour, what in ((seen.scales, OTHERS[0], "scale"), (seen.shifts, OTHERS[1], "shift")):
                 if answers is not None:
                     step = -(-answers.numel() // _MOST_POINTS)
                     points = (t.flatten()[::step].numpy() for t in (statistic, answers))

@@ -1,29 +1,83 @@
-"""The look that the figures share: one set of colours, figures without pyplot, labels that do not overlap."""
+"""The look that the figures share: one table of colours, figures without pyplot, labels that do not overlap."""
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-#: Okabe and Ito's colour-blind safe colours without yellow, then three of Paul Tol's.
-COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#4D4D4D",
-    "#882255",
-    "#999933",
-    "#332288",
-)
-DARK, LIGHT = "#333333", "#D9D9D9"
+#: One colour for each idea, the same in every picture: Okabe and Ito's, safe for the colour-blind.
+IDEAS = {
+    "none": "#4D4D4D",
+    "ECA": "#0072B2",
+    "SE": "#E69F00",
+    "timm": "#D55E00",
+    "fresh": "#CC79A7",
+    "neutral": "#009E73",
+    "plain": "#56B4E9",
+}
+#: For what is none of these ideas, such as networks: some of Paul Tol's, none of them like a colour above.
+OTHERS = ("#332288", "#882255", "#999933", "#AA4499", "#7A4A1E", "#117733")
+DARK, GREY, LIGHT = "#333333", "#9A9A9A", "#D9D9D9"
+#: From the lowest value over the middle to the highest: weights below, at and above 0, gates below, at and above half.
+DIVERGING = ("#08306B", "#2171B5", "#7FB2DA", "#CFCFCF", "#F2A35E", "#D1570F", "#7A2A02")
+DASHES = ("-", "--", ":", "-.")
 #: Inches; at 200 dots per inch twice the width of a README's column, for sharp text.
 WIDTH, DPI = 9.0, 200
 FONT_SIZE, SMALL_FONT_SIZE = 10, 9
+
+#: How the ideas are called; the first that is found counts.
+_WORDS = {
+    "neutral": r"\bneutral\b|\bfunction kept\b",
+    "fresh": r"\bfresh\b|\brandom\b",
+    "timm": r"\btimm\b",
+    "plain": r"\bplain pytorch\b",
+    "none": r"^none$|\bno (gate|attention)\b|\bwithout\b",
+    "SE": r"\bse\b(?!-)|\bsqueeze-and-excitation\b",
+    "ECA": r"\beca\b(?!-ns)|\becanet\b",
+}
+
+
+def looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and dashes for each name: an idea has its own colour, anything else the next of the others.
+
+    Names with one colour differ by their dashes.
+
+    Example:
+        >>> looks(["none", "ECA", "ECA, k = 9", "ECA, neutral start", "mine"])["ECA, k = 9"]
+        ('#0072B2', '--')
+    """
+    found: dict[str, tuple[str, str]] = {}
+    other = 0
+    for name in names:
+        idea = idea_of(name)
+        if idea is None:
+            colour, other = OTHERS[other % len(OTHERS)], other + 1
+        else:
+            colour = IDEAS[idea]
+        same = sum(taken == colour for taken, _ in found.values())
+        found[name] = colour, DASHES[same % len(DASHES)]
+    return found
+
+
+def idea_of(name: str) -> str | None:
+    """The idea that a name speaks of, or None.
+
+    Example:
+        >>> [idea_of(name) for name in ("no gate", "ecanet", "timm's EcaModule", "SE", "SE-Var2")]
+        ['none', 'ECA', 'timm', 'SE', None]
+    """
+    return next((idea for idea, words in _WORDS.items() if re.search(words, name, re.IGNORECASE)), None)
+
+
+def diverging() -> "Colormap":
+    """The colours of weights and gates, with white for what is not there."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("blue-grey-orange", DIVERGING).with_extremes(bad="white")
 
 
 def new_figure(height: float, width: float = WIDTH, layout: Literal["constrained"] | None = "constrained") -> "Figure":
@@ -39,16 +93,25 @@ def new_figure(height: float, width: float = WIDTH, layout: Literal["constrained
     return Figure(figsize=(width, height), dpi=DPI, layout=layout, facecolor="white")
 
 
-def style_axes(axes: "Axes", xlabel: str = "", ylabel: str = "", grid: bool = True) -> None:
+def style_axes(axes: "Axes", xlabel: str = "", ylabel: str = "", grid: Literal["x", "y", ""] = "y") -> None:
     """Open frame, light grid behind the data, small ticks, labels."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(DARK)
     axes.tick_params(colors=DARK, labelsize=SMALL_FONT_SIZE)
     axes.set_axisbelow(True)
     if grid:
-        axes.grid(axis="y", color=LIGHT, linewidth=0.6)
+        axes.grid(axis=grid, color=LIGHT, linewidth=0.6)
     axes.set_xlabel(xlabel, fontsize=FONT_SIZE)
     axes.set_ylabel(ylabel, fontsize=FONT_SIZE)
+
+
+def bare_axes(figure: "Figure", width: float, height: float) -> "Axes":
+    """Axes without a frame over the whole figure, one unit to the inch, for drawings of boxes and arrows."""
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.set_xlim(0, width)
+    axes.set_ylim(height, 0)  # downwards
+    return axes
 
 
 def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:

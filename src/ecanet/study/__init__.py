@@ -6,7 +6,8 @@ try:
 except ImportError as error:
     raise ImportError(f"ecanet.study needs {error.name}: pip install 'ecanet[train,plot]'") from error
 
-from ecanet.study.compare import Comparison, Difference, Run, compare, paired_difference
+from ecanet.inspect.paired import Difference, paired_difference
+from ecanet.study.compare import Comparison, Run, compare
 from ecanet.study.report import Cost, measure_costs, table, verdict
 
 __all__ = [

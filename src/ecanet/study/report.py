@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ecanet.inspect import gate_parameters, multiply_adds
-from ecanet.study.compare import Comparison, Difference
+from ecanet.inspect.paired import Difference
+from ecanet.study.compare import Comparison
 
 
 @dataclass

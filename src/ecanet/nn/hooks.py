@@ -13,7 +13,6 @@ _KNOWN: tuple[type[nn.Module], ...] = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear,
     nn.Identity, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish,
 )  # fmt: skip
-_CALL = nn.Module.__call__
 #: The methods of classes that the library computes itself, as they were at import: somebody may put others there.
 _METHODS: dict[type, tuple[tuple[str, Callable[..., Any]], ...]] = {
     cls: tuple((name, getattr(cls, name)) for name in ("forward", "_conv_forward") if hasattr(cls, name))
@@ -42,7 +41,7 @@ def why_called(module: nn.Module, known_hooks: int = 0) -> str | None:
     if "forward" in own or "_conv_forward" in own:
         return "has a forward of its own, which is not its class's"
     cls = type(module)
-    if cls.__call__ is not _CALL:
+    if cls.__call__ is not nn.Module.__call__:
         return f"is a {cls.__name__}, whose __call__ is not torch's"
     for name, method in _METHODS.get(cls, ()):
         if getattr(cls, name) is not method:

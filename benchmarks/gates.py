@@ -116,9 +116,12 @@ def draw_gates(document: results.Document) -> "Figure":
     for (of, label), colour, shift in zip(_DRAWN.items(), (IDEAS["ECA"], IDEAS["plain"]), (0.2, -0.2), strict=True):
         values = [row[1][of] for row in rows]
         bars = axes.barh([i + shift for i in range(len(rows))], values, 0.38, color=colour, label=label)
-        axes.bar_label(bars, [f"{v:.2f}" for v in values], padding=3, fontsize=SMALL_FONT_SIZE, color=DARK)
+        labels = axes.bar_label(bars, [f"{v:.2f}" for v in values], padding=3, fontsize=SMALL_FONT_SIZE, color=DARK)
+        for label in labels:  # the line at 1 runs behind it
+            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
     axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=FONT_SIZE)
     axes.axvline(1.0, color=DARK, linewidth=1.0)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_xlim(0, 1.12 * max(max(row[1].values()) for row in rows))
     machine = document["machine"]
     axes.set_title(

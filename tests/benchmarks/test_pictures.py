@@ -8,14 +8,17 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from benchmarks import finetune, picture, results
+from benchmarks import finetune, gates, picture, results
+from benchmarks.cases import MEMORY_FORMATS
 from benchmarks.finetune import picture as finetune_picture
 from benchmarks.measure import geometric_mean
 from benchmarks.tables import value
 from ecanet.inspect.style import IDEAS
+from ecanet.nn import GATES
 from tests.inspect.readable import assert_readable
 
 RESULTS = Path(finetune.__file__).parents[1] / "results"
+DOCS = RESULTS.parents[1] / "docs/gates.md"
 
 
 def drawn(file: str, draw: Callable[[results.Document], Figure] = picture.draw) -> Figure:
@@ -63,6 +66,36 @@ def test_networks_and_operations_have_a_panel_each_with_a_log_axis_and_numbers_o
         side = box.x0 - of_bar.x1 if mean >= 1 else of_bar.x0 - box.x1
         assert 0 < side < 20, "pixels between a bar's end and its number"
         assert of_bar.y0 <= (box.y0 + box.y1) / 2 <= of_bar.y1
+
+
+def test_the_picture_of_all_gates_can_be_read_and_has_their_ratios() -> None:
+    figure = drawn("cpu-1-thread-gates", gates.draw_gates)
+    assert_readable(figure)
+    (axes,) = figure.axes
+    assert {label.get_text() for label in axes.get_yticklabels()} == set(GATES)
+    cases = results.read(RESULTS / "cpu-1-thread-gates.json")["cases"]
+    for name in ("gct", "simam"):
+        mean = geometric_mean([value(c, "ecanet", "no gate") for key, c in cases.items() if f"/{name}/" in key])
+        assert f"{mean:.2f}" in [text.get_text() for text in axes.texts]
+
+
+def test_docs_on_gates_say_what_the_result_file_says() -> None:
+    cases = results.read(RESULTS / "cpu-1-thread-gates.json")["cases"]
+    _, _, said = DOCS.read_text().partition("images/gates_cost.png")
+    said = " ".join(said.split())
+
+    def mean(name: str, of: str) -> str:
+        ratios = [value(case, of, "no gate") for key, case in cases.items() if key.startswith(f"gates/{name}/")]
+        return f"{geometric_mean(ratios):.3f}" if name.endswith("saved") else f"{geometric_mean(ratios):.2f}"
+
+    names = ("grn", "gct", "srm", "eca")
+    fused, plain = ([mean(name, of) for name in names] for of in ("ecanet", "plain"))
+    assert "GRN {}, GCT {}, SRM {}, ECA {}.".format(*fused) in said
+    assert "take {}, {}, {} and {}.".format(*plain) in said
+    smallest = sorted(value(cases[f"gates/grn/8x2048x7x7/{form}"], "ecanet", "no gate") for form in MEMORY_FORMATS)
+    assert "GRN takes {:.2f} to {:.2f} of".format(*smallest) in said
+    assert {mean(f"{name}-saved", "ecanet") for name in names[:3]} == {"1.014"}
+    assert {mean(f"{name}-saved", "ecanet") for name in ("eca", "se", "lct")} == {"1.010"}
 
 
 def test_a_file_without_anything_to_draw_says_so() -> None:

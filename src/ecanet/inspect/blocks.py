@@ -88,7 +88,7 @@ def plot_se_and_eca(
         _row(column, _OUT, _FULL, f"g x: {shape}", column.colour, thick=True)
         plural = "s" * (total != 1)
         words = f"{total:,} parameter{plural} in all"
-        axes.text(column.centre, _HEIGHT - 0.2, words, fontsize=FONT_SIZE, fontweight="bold", ha="center", va="center")
+        axes.text(column.centre - _FULL / 2, _HEIGHT - 0.2, words, fontsize=FONT_SIZE, fontweight="bold", va="center")
     narrow = _FULL * hidden / channels
     _cone(left, (_MEANS + _ROW, _FULL), (_HIDDEN, narrow))
     _row(left, _HIDDEN, narrow, f"{hidden:,} value{'s' * (hidden != 1)}", left.colour)

@@ -201,12 +201,12 @@ def _draw(axes: "Axes", matrix: Tensor, limit: float, name: str) -> "AxesImage":
     axes.spines[:].set(color=DARK, linewidth=0.6)
     axes.set_xlim(0.5, len(matrix) + 0.5)
     axes.set_ylim(len(matrix) + 0.5, 0.5)
-    axes.set_xticks([1, len(matrix)])
+    axes.set_xticks(sorted({1, len(matrix)}))
     if len(matrix) >= 100:  # the numbers of neighbouring panels would touch
         first, last = axes.get_xticklabels()
         first.set_horizontalalignment("left")
         last.set_horizontalalignment("right")
-    axes.set_yticks([1, len(matrix)])
+    axes.set_yticks(sorted({1, len(matrix)}))
     axes.tick_params(colors=DARK, labelsize=SMALL_FONT_SIZE - 1, length=2)
     axes.set_xlabel("channel j", fontsize=SMALL_FONT_SIZE, labelpad=1)
     if not shown.any():

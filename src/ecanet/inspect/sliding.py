@@ -26,6 +26,8 @@ _TITLES = {
 _TITLE, _POSITION, _CELL, _DOWN = 0.5, 1.2, 0.27, 0.3
 #: At most so many means are all shown; of a kernel up to this size all taps are, whatever there is to leave out.
 _ALL_MEANS, _ALL_TAPS = 24, 5
+#: Inches between a gate and its sum; width of a letter relative to its size, at most.
+_BESIDE, _LETTER = 0.12, 0.7
 #: Dots per inch of an animation.
 _ANIMATION_DPI = 100
 
@@ -133,7 +135,7 @@ def _draw_position(axes: "Axes", y: float, position: int, channels: int, k: int,
     shown = _shown(position, channels, k)
     width = min(0.55, (WIDTH - 0.6) / len(shown))
     left = (WIDTH - width * len(shown)) / 2
-    small = min(SMALL_FONT_SIZE, 72 * width / (0.62 * len(f"s{channels}")))  # points; a letter is 0.62 of its size wide
+    small = min(SMALL_FONT_SIZE, 72 * width / (_LETTER * len(f"s{channels}")))  # points
     first = position - k // 2
     inside = [i for i, place in enumerate(shown) if place is not None and first <= place < first + k]
     for i, place in enumerate(shown):
@@ -178,26 +180,29 @@ def _draw_position(axes: "Axes", y: float, position: int, channels: int, k: int,
     axes.add_patch(Rectangle((gate, below), width, _CELL, facecolor=IDEAS["ECA"], edgecolor=DARK, linewidth=0.8))
     middle = below + _CELL / 2
     axes.text(gate + width / 2, middle, f"g{position}", fontsize=small, color="white", ha="center", va="center")
-    right_of_it = gate + width / 2 <= WIDTH / 2
+    to_the_left, to_the_right = gate, WIDTH - gate - width
+    on_the_right = to_the_right >= to_the_left
     axes.text(
-        gate + width + 0.12 if right_of_it else gate - 0.12,
+        gate + width + _BESIDE if on_the_right else gate - _BESIDE,
         middle,
-        _formula(position, taps(position, channels, k, circular)),
+        _formula(position, taps(position, channels, k, circular), max(to_the_left, to_the_right) - 2 * _BESIDE),
         fontsize=SMALL_FONT_SIZE,
-        ha="left" if right_of_it else "right",
+        ha="left" if on_the_right else "right",
         va="center",
     )
 
 
-def _formula(position: int, met: Sequence[int | None]) -> str:
+def _formula(position: int, met: Sequence[int | None], room: float) -> str:
+    """The sum of a gate, without its middle if it has many terms or is longer than so many inches."""
     terms = [f"w{j} {'0' if channel is None else f's{channel}'}" for j, channel in enumerate(met, start=1)]
-    if len(terms) > _ALL_TAPS:
-        terms = [*terms[:2], "...", terms[-1]]
-    return f"g{position} = sigmoid({' + '.join(terms)})"
+    whole = f"g{position} = sigmoid({' + '.join(terms)})"
+    if len(terms) <= _ALL_TAPS and len(whole) * _LETTER * SMALL_FONT_SIZE / 72 <= room:
+        return whole
+    return f"g{position} = sigmoid({' + '.join([*terms[:2], '...', terms[-1]])})"
 
 
 def save_animation(figures: Iterable["Figure"], path: str | Path, *, seconds: float = 0.8) -> None:
-    """Write figures as one moving picture that starts over at its end: GIF, or PNG (APNG), 900 pixels wide by default.
+    """Write figures as one moving picture that starts over at its end: GIF or PNG (APNG), 100 dots per inch.
 
     Args:
         figures: Of one size, in order; each is drawn and then no longer needed.

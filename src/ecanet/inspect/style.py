@@ -32,10 +32,10 @@ FONT_SIZE, SMALL_FONT_SIZE = 10, 9
 #: How the ideas are called; the first that is found counts.
 _WORDS = {
     "neutral": r"\bneutral\b|\bfunction kept\b",
-    "fresh": r"\bfresh\b|\brandom\b",
+    "fresh": r"\bfresh\b|\brandom (gate|start)s?\b",
     "timm": r"\btimm\b",
     "plain": r"\bplain pytorch\b",
-    "none": r"^none$|\bno (gate|attention)\b|\bwithout\b",
+    "none": r"^none$|^(no|without) (a )?(gate|attention)s?\b",
     "SE": r"\bse\b(?!-)|\bsqueeze-and-excitation\b",
     "ECA": r"\beca\b(?!-ns)|\becanet\b",
 }

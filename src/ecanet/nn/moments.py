@@ -5,7 +5,7 @@ finds the variances as well, so these gates cost what ECA costs.
 """
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,8 @@ class _ClosedFormGate(MomentGate):
     """A gate that is 1 at its start and knows its own gradient: autograd's graph would cost more than the gate."""
 
     neutral_value = 1.0
-    #: The parameters that make it 1 when they are 0.
+    #: All parameters, as :meth:`gradients` takes them, and those that make the gate 1 when they are 0.
+    parameter_names: ClassVar[tuple[str, ...]] = ()
     zero_for_identity: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
@@ -54,20 +55,21 @@ class _ClosedFormGate(MomentGate):
 
         Args:
             statistics: As there.
-            parameters: Those of the forward pass, in the order of ``parameters()``; the gate may have others by now.
+            parameters: Those of the forward pass, as in ``parameter_names``; the gate may have others by now.
             grad_scale: ``(N, C)``, gradient of the scale without the factor.
             grad_shift: ``(N, C)``.
         """
 
     def maths(self) -> GateMaths | None:
-        """The gate and its closed form, unless it was changed."""
+        """The gate and its closed form, unless it was changed or has other parameters, as a pruned one has."""
         cls = type(self)
-        judge = next(c for c in cls.__mro__ if "gradients" in vars(c))
-        if cls.scale_and_shift is not judge.scale_and_shift or cls.scaled is not Gate.scaled:  # type: ignore[attr-defined]
+        judge: Any = next(c for c in cls.__mro__ if "gradients" in vars(c))
+        is_known = cls.scale_and_shift is judge.scale_and_shift and cls.scaled is Gate.scaled
+        if not is_known or tuple(self._parameters) != self.parameter_names:
             return super().maths()
         if has_own_maths(vars(self)) or not has_plain_tensors(self):
             return None
-        parameters = tuple(p for p in self._parameters.values() if p is not None)
+        parameters: Any = tuple(self._parameters.values())
         return GateMaths(
             self.scale_and_shift, parameters, factor=self.factor, needs_variances=True, backward=self.gradients
         )
@@ -122,6 +124,7 @@ class GCT(_ClosedFormGate):
         True
     """
 
+    parameter_names = ("alpha", "gamma", "beta")
     zero_for_identity = ("gamma", "beta")
 
     def __init__(self, channels: int, *, eps: float = 1e-5, factor: float = 1.0) -> None:
@@ -194,7 +197,7 @@ class GRN(_ClosedFormGate):
         True
     """
 
-    zero_for_identity = ("weight", "bias")
+    parameter_names = zero_for_identity = ("weight", "bias")
 
     def __init__(self, channels: int, *, eps: float = 1e-6, factor: float = 1.0) -> None:
         super().__init__(channels, factor=factor)
@@ -227,7 +230,7 @@ class GRN(_ClosedFormGate):
         norm, relative, mean = self._relative(statistics)
         at_relative = grad_scale * parameters[0].to(norm.dtype)
         grad_norm = (at_relative - (at_relative * relative).mean(1, keepdim=True)) / mean
-        per_square = (grad_norm * (0.5 * statistics.positions) / norm).where(norm > 0, 0)
+        per_square = (grad_norm * (0.5 * statistics.positions) / norm).where(norm != 0, 0)
         of_parameters = (grad_scale * relative).sum(0), grad_shift.sum(0)
         return GateGradients(2 * statistics.means * per_square, per_square, of_parameters)
 

@@ -119,7 +119,7 @@ def root(squares: Tensor) -> Tensor:
     """A root whose slope at 0 is 0, as that of torch's norm of zeros."""
     if not squares.requires_grad:
         return squares.sqrt()
-    some = squares > 0
+    some = squares != 0  # NaN stays NaN
     return squares.where(some, 1).sqrt().where(some, 0)
 
 

@@ -9,6 +9,7 @@ import torch
 from tails import C, Tail, assert_as_one_after_another, build, feature_map, randomise_, relative_error
 from torch import Tensor, nn
 from torch.autograd import gradcheck
+from torch.nn.utils import parametrize, prune
 
 import ecanet
 from ecanet.nn import GCT, GRN, SRM, MomentGate, norm_gate_add_act
@@ -60,6 +61,18 @@ def test_maps_of_zeros_have_the_gradient_of_the_modules_and_no_nan(name) -> None
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_grn_passes_a_nan_to_all_channels_of_its_sample_whether_gradients_are_on_or_not(backend) -> None:
+    gate, x = randomise_(GRN(C)), feature_map(3, C, 5, 4)
+    x[1, 2, 0, 0] = float("nan")
+    want = torch.tensor([False, True, False])[:, None, None, None].expand_as(x)
+    with ecanet.backend(backend):
+        for leaf in (x, x.clone().requires_grad_()):
+            assert torch.equal(gate(leaf).isnan(), want)
+        gate(leaf).sum().backward()
+    assert torch.equal(leaf.grad.isnan(), want)
+
+
 @pytest.mark.parametrize("act", [None, "relu", "silu"])
 @pytest.mark.parametrize("name", CLOSED_FORMS)
 def test_a_gate_that_starts_as_the_identity_changes_no_bit_of_a_fused_tail(name, act) -> None:
@@ -104,6 +117,36 @@ def test_the_gradient_is_that_of_the_parameters_of_the_forward_pass(name) -> Non
         next(gate.parameters()).mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+class Halved(nn.Module):
+    """What makes a weight of another."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 0.5 * weight
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gate_whose_weights_are_computed_from_others_has_the_gradients_of_the_modules(name, is_frozen) -> None:
+    """A pruned or parametrized weight stands in another place among the parameters, or in none."""
+    x = feature_map(3, C, 5, 4, dtype=torch.float64)
+    for key, _ in build(name).named_parameters(recurse=False):
+        for change in (
+            lambda gate, key: prune.random_unstructured(gate, key, amount=0.4),
+            lambda gate, key: parametrize.register_parametrization(gate, key, Halved()),
+        ):
+            gate = randomise_(build(name)).double().requires_grad_(not is_frozen)
+            change(gate, key)
+            found = []
+            for backend in ("auto", "reference"):
+                leaf = x.clone().requires_grad_()
+                with ecanet.backend(backend):
+                    out = norm_gate_add_act(gate(leaf), None, gate, leaf, "relu")
+                leaves = [leaf, *(p for p in gate.parameters() if p.requires_grad)]
+                found.append([out, *torch.autograd.grad(out.square().sum(), leaves, retain_graph=True)])
+            for got, want in zip(*found, strict=True):
+                assert relative_error(got, want) < 1e-12
 
 
 @pytest.mark.parametrize("name", CLOSED_FORMS)

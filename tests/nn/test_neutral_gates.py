@@ -3,6 +3,7 @@
 import pytest
 import torch
 from equations import GATES, NEVER_NEUTRAL
+from torch.nn.utils import prune
 
 from ecanet.nn import ESE, SE, SEShift
 
@@ -53,6 +54,21 @@ def test_the_same_parameters_stay_in_place_for_an_optimizer_that_holds_them() ->
             before = list(gate.parameters())
             gate.make_neutral_()
             assert all(a is b for a, b in zip(gate.parameters(), before, strict=True))
+
+
+@can_be_neutral
+def test_a_gate_with_pruned_weights_is_neutral_at_its_next_call_too(name) -> None:
+    """The call computes a pruned weight anew from the parameter behind it."""
+    x = torch.randn(2, CHANNELS, 3, 3)
+    for key, _ in GATES[name](CHANNELS).named_parameters():
+        gate = GATES[name](CHANNELS)
+        with torch.no_grad():
+            for weight in gate.parameters():
+                torch.nn.init.normal_(weight)
+        layer, _, weight_name = key.rpartition(".")
+        prune.random_unstructured(gate.get_submodule(layer), weight_name, amount=0.25)
+        constant = gate.make_neutral_()
+        assert torch.equal(gate(x), x * constant)
 
 
 @pytest.mark.parametrize("cls", [SE, SEShift])

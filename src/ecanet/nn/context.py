@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ecanet.nn.gate import Activation, Gate
+from ecanet.nn.gate import Activation, Gate, zero_
 from ecanet.nn.moments import check_eps
 from ecanet.nn.se import check_groups
 from ecanet.ops import reference
@@ -78,8 +78,7 @@ class LCT(Gate):
     @torch.no_grad()
     def make_neutral_(self) -> float:
         """Set w and b to 0; every gate value becomes 1/2."""
-        self.w.zero_()
-        self.b.zero_()
+        zero_(self, "w", "b")
         return 0.5
 
     def is_neutral(self) -> bool:

@@ -104,6 +104,14 @@ def is_zero(layer: nn.Module, cls: type[nn.Module]) -> bool:
     return bool(weights) and all(type(t) in PLAIN_TENSORS and not t.any() for t in weights)
 
 
+def zero_(module: nn.Module, *names: str) -> None:
+    """Write zeros into weights of a module; if one is pruned, into the parameter that it is computed from, too."""
+    for name in names:
+        for t in (getattr(module, name, None), getattr(module, f"{name}_orig", None)):
+            if t is not None:
+                t.zero_()
+
+
 def check_activation(activation: str) -> str:
     """A gate's activation.
 

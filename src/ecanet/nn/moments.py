@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ecanet.nn.gate import Gate, has_own_maths, has_plain_tensors
+from ecanet.nn.gate import Gate, has_own_maths, has_plain_tensors, zero_
 from ecanet.nn.tail.maths import GateGradients, GateMaths, ScaleAndShift, Statistics
 from ecanet.nn.tail.shared_norm import call_norm_in_type_of
 from ecanet.ops import reference
@@ -77,8 +77,7 @@ class _ClosedFormGate(MomentGate):
     @torch.no_grad()
     def make_neutral_(self) -> float:
         """Make the gate 1 for every map."""
-        for name in self.zero_for_identity:
-            getattr(self, name).zero_()
+        zero_(self, *self.zero_for_identity)
         return 1.0
 
     def is_neutral(self) -> bool:
@@ -293,10 +292,8 @@ class SRM(MomentGate):
     @torch.no_grad()
     def make_neutral_(self) -> float:
         """Set cfc, the norm's bias and its running mean to 0; every gate value becomes 1/2."""
-        self.cfc.zero_()
-        for t in (self.bn.bias, self.bn.running_mean):
-            if t is not None:
-                t.zero_()
+        zero_(self, "cfc")
+        zero_(self.bn, "bias", "running_mean")
         return 0.5
 
     def is_neutral(self) -> bool:

@@ -9,12 +9,17 @@ from benchmarks.tables import report
 
 
 def show(document: results.Document, plot: Path | None) -> None:
-    """Print the tables, and draw the picture where a file is named."""
+    """Print the tables, and draw the picture where a file is named and there is something to draw."""
     print(report(document))
     if plot:
         from benchmarks.picture import draw
 
-        draw(document).savefig(plot)
+        try:
+            figure = draw(document)
+        except ValueError as error:
+            print(f"no picture {plot}: {error}")
+        else:
+            figure.savefig(plot)
 
 
 def show_again(

@@ -8,7 +8,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from benchmarks import finetune, picture, results
+from benchmarks import finetune, picture, report, results
 from benchmarks.finetune import picture as finetune_picture
 from benchmarks.measure import geometric_mean
 from benchmarks.tables import value
@@ -65,6 +65,12 @@ def test_networks_and_operations_have_a_panel_each_with_a_log_axis_and_numbers_o
         assert of_bar.y0 <= (box.y0 + box.y1) / 2 <= of_bar.y1
 
 
-def test_a_file_without_anything_to_draw_says_so() -> None:
-    with pytest.raises(ValueError, match="document must have a case of a module, tail or network, got op/squeeze"):
-        picture.draw({"cases": {"op/squeeze/8x8": {}}, "settings": {}, "machine": {}})
+def test_a_file_without_anything_to_draw_has_its_tables_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, plot = RESULTS / "gpu-h200-2-tuning.json", tmp_path / "none.png"
+    with pytest.raises(ValueError, match="document must have a case of a module, tail or network, got tuning/"):
+        picture.draw(results.read(file))
+    report.main([str(file), "--plot", str(plot)])
+    assert f"no picture {plot}: document must have a case" in capsys.readouterr().out
+    assert not plot.exists()

@@ -94,7 +94,8 @@ def draw(document: results.Document) -> "Figure":
     found = {title: _bars(cases, groups) for title, groups in panels.items()}
     found = {title: (bars, ticks) for title, (bars, ticks) in found.items() if bars}
     if not found:
-        raise ValueError(f"document must have a case of a module, tail or network, got {', '.join(cases) or 'none'}")
+        groups = sorted({"/".join(key.split("/")[:2]) for key in cases})
+        raise ValueError(f"document must have a case of a module, tail or network, got {', '.join(groups) or 'none'}")
     heights = [bars[-1].place + _BAR + _SPACE for bars, _ in found.values()]
     figure = new_figure(sum(heights) + _PANEL * len(heights) + _AROUND)
     rows = figure.subplots(len(heights), 1, squeeze=False, height_ratios=[h + _PANEL for h in heights])[:, 0]

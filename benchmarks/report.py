@@ -17,14 +17,20 @@ SHOWN_BY = {
 
 
 def show(document: results.Document, plot: Path | None) -> None:
-    """Print the tables, and draw the picture where a file is named."""
+    """Print the tables, and draw the picture where a file is named and there is something to draw."""
     print(report(document))
     if plot:
         from benchmarks.gates import draw_gates, measured_gates
         from benchmarks.picture import draw
 
-        gates_alone = measured_gates(document["cases"]) and all(key.startswith("gates/") for key in document["cases"])
-        (draw_gates if gates_alone else draw)(document).savefig(plot)
+        cases = document["cases"]
+        of_gates_alone = measured_gates(cases) and all(key.startswith("gates/") for key in cases)
+        try:
+            figure = (draw_gates if of_gates_alone else draw)(document)
+        except ValueError as error:
+            print(f"no picture {plot}: {error}")
+        else:
+            figure.savefig(plot)
 
 
 def check_shown_by(module: str, document: results.Document, file: Path) -> None:

@@ -8,7 +8,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from benchmarks import finetune, gates, picture, results
+from benchmarks import finetune, gates, picture, report, results
 from benchmarks.cases import MEMORY_FORMATS
 from benchmarks.finetune import picture as finetune_picture
 from benchmarks.measure import geometric_mean
@@ -98,6 +98,12 @@ def test_docs_on_gates_say_what_the_result_file_says() -> None:
     assert {mean(f"{name}-saved", "ecanet") for name in ("eca", "se", "lct")} == {"1.010"}
 
 
-def test_a_file_without_anything_to_draw_says_so() -> None:
-    with pytest.raises(ValueError, match="document must have a case of a module, tail or network, got op/squeeze"):
-        picture.draw({"cases": {"op/squeeze/8x8": {}}, "settings": {}, "machine": {}})
+def test_a_file_without_anything_to_draw_has_its_tables_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, plot = RESULTS / "gpu-h200-2-tuning.json", tmp_path / "none.png"
+    with pytest.raises(ValueError, match="document must have a case of a module, tail or network, got tuning/"):
+        picture.draw(results.read(file))
+    report.main([str(file), "--plot", str(plot)])
+    assert f"no picture {plot}: document must have a case" in capsys.readouterr().out
+    assert not plot.exists()

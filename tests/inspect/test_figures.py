@@ -659,8 +659,8 @@ def test_se_and_eca_side_by_side_say_the_parameters_that_the_gates_have(
         se, eca = SE(channels, reduction), ECA(channels, k)
     said = " ".join(" ".join(texts(figure)).split())
     hidden = max(1, channels // reduction)
-    assert f"{hidden} x {channels:,} = {se.fc1.weight.numel():,} parameters" in said
-    assert f"{channels:,} x {hidden} = {se.fc2.weight.numel():,} parameters" in said
+    assert f"{hidden:,} x {channels:,} = {se.fc1.weight.numel():,} parameters" in said
+    assert f"{channels:,} x {hidden:,} = {se.fc2.weight.numel():,} parameters" in said
     assert f"{sum(p.numel() for p in se.parameters()):,} parameters in all" in said
     assert f"{eca.kernel_size} parameters in all" in said
     assert said.count(f"x: {channels} x 7 x 7") == 4  # in and out, twice

@@ -85,6 +85,7 @@ def test_a_gate_that_starts_as_the_identity_changes_no_bit_of_a_fused_tail(name,
         assert torch.equal(got, want)
 
 
+@needs_kernels
 @pytest.mark.parametrize("name", [*NAMES, "eca"])
 def test_the_backward_of_a_tail_keeps_x_and_out_and_little_more(name) -> None:
     tail, x = Tail(nn.BatchNorm2d(C), build(name), "relu"), feature_map(4, C, 20, 20).requires_grad_()

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.cases import MEMORY_FORMATS, OPS, STAGES, Case, On, Work, op_arguments
 from benchmarks.measure import Competitor
-from ecanet.ops import coefficients, gpu, gpu_maps, reference
+from ecanet.ops import coefficients, gpu, gpu_maps
 
 #: Maps of 103 and 205 MB in bfloat16: ResNet-50's stages, and the largest map of a stem.
 SHAPES = (*((128, *stage) for stage in STAGES[:2]), *((512, *stage) for stage in STAGES[2:]), (128, 64, 112, 112))
@@ -123,7 +123,7 @@ def _small(name: str, on: On, shape: tuple[int, int], only: Collection[str] | No
         arguments = (p, q, means, gate, None, *norm_and_band, positions)
     competitors = {
         where: Competitor(partial(getattr(module, name), *arguments), torch.no_grad)
-        for where, module in (("ecanet", gpu), ("plain", reference))
+        for where, module in (("ecanet", gpu), ("plain", coefficients))
         if only is None or where in only
     }
     return Work(competitors, () if only else (("plain", "ecanet"),), On().tolerance, replayed=True)

@@ -352,8 +352,6 @@ def check_groups(groups: int, channels: int) -> int:
 
 def _apply(layer: nn.Linear, s: Tensor) -> Tensor:
     """A plain layer in the type of ``s``, ``(N, inputs)`` to ``(N, outputs)``."""
-    parameters = layer._parameters  # attribute access on a module is slow compared with a small map
-    weight, bias = parameters["weight"], parameters["bias"]
-    assert weight is not None
-    out = reference.grouped_linear(s, weight.unsqueeze(0))
+    out = reference.grouped_linear(s, layer.weight.unsqueeze(0))
+    bias = layer.bias
     return out if bias is None else out + bias.to(s.dtype)

@@ -79,3 +79,8 @@ def test_a_gate_that_somebody_added_is_listed_by_the_first_line_of_its_docstring
 
 def test_the_page_has_the_table_that_the_command_prints() -> None:
     assert table(describe_gates()) in DOCS.read_text(), "ecanet gates --markdown prints it"
+
+
+def test_one_name_that_is_no_list_is_not_taken_apart_into_letters() -> None:
+    with pytest.raises(TypeError, match=r"names must be a list of names of gates, got 'grn': write \['grn'\]"):
+        describe_gates("grn")

@@ -135,6 +135,7 @@ def describe_gates(names: Sequence[str] | None = None) -> list[GateDescription]:
         names: Names in :data:`ecanet.nn.GATES`; by default all of them.
 
     Raises:
+        TypeError: ``names`` is one string.
         ValueError: unknown name.
 
     Example:
@@ -142,6 +143,8 @@ def describe_gates(names: Sequence[str] | None = None) -> list[GateDescription]:
         >>> grn.formula, grn.parameters, grn.needs, grn.neutral_start
         ('x + w x |x| / mean(|x|) + b', 512, 'means, variances', 'w = b = 0')
     """
+    if isinstance(names, str):
+        raise TypeError(f"names must be a list of names of gates, got {names!r}: write [{names!r}]")
     return [_describe(check_gate_name(name)) for name in (GATES if names is None else names)]
 
 

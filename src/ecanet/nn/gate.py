@@ -16,7 +16,7 @@ from ecanet.nn.events import GATE_GETS_FACTOR
 from ecanet.nn.hooks import called_differently
 from ecanet.nn.kernel_size import check_channels
 from ecanet.nn.tail import eager
-from ecanet.nn.tail.maths import GateMaths, ScaleAndShift, Statistics
+from ecanet.nn.tail.maths import GateMaths, ScaleAndShift, Statistics, check_scale_and_shift
 from ecanet.ops import reference
 from ecanet.ops.backend import PLAIN_TENSORS, decide
 from ecanet.ops.kernels import KERNELS
@@ -339,7 +339,7 @@ class Gate(nn.Module, ABC):
         return self._applied(x, statistics)
 
     def _applied(self, x: Tensor, statistics: Statistics) -> Tensor:
-        scale, shift = self.scale_and_shift(statistics)
+        scale, shift = check_scale_and_shift(self.scale_and_shift(statistics))
         return reference.scale(x, scale) if shift is None else reference.apply(x, scale, shift, None, 0)
 
     def maths(self) -> GateMaths | None:

@@ -196,6 +196,25 @@ def test_a_gate_of_ones_own_with_a_shift(norm) -> None:
     assert gradcheck(lambda x: tail(x), feature_map(2, C, 2, 1, dtype=torch.float64).requires_grad_())
 
 
+@pytest.mark.parametrize("returned", [lambda s: s, lambda s: (2.0, None), lambda s: (s, None, None)])
+def test_a_gate_that_returns_no_pair_says_so_for_two_samples_too(returned) -> None:
+    """A lone scale of two samples would unpack into that of the first and that of the second."""
+    torch._dynamo.reset()
+
+    class Wrong(MomentGate):
+        def scale_and_shift(self, statistics: Statistics) -> Any:
+            return returned(statistics.means)
+
+    x, gate = feature_map(2, C, 5, 4), Wrong(C)
+    for backend in ("auto", "reference"):
+        with ecanet.backend(backend), pytest.raises(TypeError, match="scale_and_shift must return two values"):
+            gate(x)
+    with pytest.raises(TypeError, match="scale_and_shift must return two values"):
+        norm_gate_add_act(x.requires_grad_(), nn.BatchNorm2d(C), gate)
+    with pytest.raises(Exception, match="scale_and_shift must return two values"):
+        torch.compile(norm_gate_add_act, backend="eager")(x.detach(), nn.BatchNorm2d(C, affine=False), gate)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_torch_compile_gets_the_same_formula(name, training) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ecanet.nn.tail.eager import norm_and_band
-from ecanet.nn.tail.maths import GateMaths, NormMaths, Statistics
+from ecanet.nn.tail.maths import GateMaths, NormMaths, Statistics, check_scale_and_shift
 from ecanet.nn.tail.statistics import update_running_statistics
 from ecanet.ops import coefficients, reference
 from ecanet.ops.statistics import merge_moments
@@ -63,7 +63,7 @@ def formula(
         s, a, b = coefficients.normalise(map_means, norm.mean, norm.var, norm.weight, norm.bias, norm.eps)
         variances = None if variances is None else variances * a.square()
     with reference.no_autocast(x.device.type):
-        scale, shift = gate.function(Statistics(s, variances, positions))
+        scale, shift = check_scale_and_shift(gate.function(Statistics(s, variances, positions)))
     if a is None or b is None:
         return reference.apply(x, scale, shift, residual, act)
     return reference.apply(x, scale * a, scale * b if shift is None else scale * b + shift, residual, act)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ecanet.nn.tail.maths import GateMaths, ScaleAndShift, Statistics
+from ecanet.nn.tail.maths import GateMaths, ScaleAndShift, Statistics, check_scale_and_shift
 from ecanet.ops import reference
 
 
@@ -108,7 +108,7 @@ def gate_backward(
 
 def _for_every_map(outputs: ScaleAndShift, s: Tensor) -> tuple[Tensor, ...]:
     """Scale, and shift if there is one; expanded to ``(N, C)`` where they are the same for all samples or channels."""
-    scale, shift = outputs
+    scale, shift = check_scale_and_shift(outputs)
     if scale.shape == s.shape and (shift is None or shift.shape == s.shape):
         return (scale,) if shift is None else (scale, shift)
     expanded = []

@@ -51,6 +51,21 @@ class Statistics(NamedTuple):
 ScaleAndShift = tuple[Tensor, Tensor | None]
 
 
+def check_scale_and_shift(returned: Any) -> ScaleAndShift:
+    """What a gate's ``scale_and_shift`` returned.
+
+    Raises:
+        TypeError: it is no pair, or the scale is no tensor. A lone scale of two samples would unpack as a pair.
+    """
+    if not isinstance(returned, tuple) or len(returned) != 2 or isinstance(returned[0], float | int | None):
+        what = ", ".join(type(t).__name__ for t in returned) if isinstance(returned, tuple) else ""
+        raise TypeError(
+            "a gate's scale_and_shift must return two values, a tensor for the scale and a tensor or None for the "
+            f"shift, got {type(returned).__name__}{what and f' of {what}'}"
+        )
+    return returned
+
+
 class GateGradients(NamedTuple):
     """What a gate's closed form gives back.
 

@@ -55,6 +55,11 @@ def faults(english: str, chinese: str) -> list[str]:
     return found
 
 
+def first_screen(readme: str) -> str:
+    """What comes before the first heading of the second level, which is what README.zh-CN.md translates."""
+    return readme.partition("\n## ")[0]
+
+
 def digest(page: str) -> str:
     return hashlib.sha256(page.encode()).hexdigest()[:16]
 
@@ -65,11 +70,26 @@ def test_the_chinese_explanation_has_the_sections_numbers_code_formulas_pictures
     assert faults(ENGLISH.read_text(), CHINESE.read_text()) == []
 
 
-def test_the_chinese_explanation_was_looked_at_after_the_last_change_of_the_english_one() -> None:
-    first, expected = CHINESE.read_text().splitlines()[0], digest(ENGLISH.read_text())
-    assert first == f"<!-- Translation of eca-explained.md, sha256 {expected} -->", (
-        "eca-explained.md has changed: bring eca-explained.zh-CN.md up to date, then change its first line"
+@pytest.mark.parametrize(
+    ("translation", "name", "original"),
+    [
+        (CHINESE, "eca-explained.md", ENGLISH.read_text()),
+        (README_CHINESE, "the first screen of README.md", first_screen(README.read_text())),
+    ],
+    ids=["explanation", "readme"],
+)
+def test_a_chinese_page_was_looked_at_after_the_last_change_of_the_english_one(
+    translation: Path, name: str, original: str
+) -> None:
+    assert translation.read_text().splitlines()[0] == f"<!-- Translation of {name}, sha256 {digest(original)} -->", (
+        f"{name} has changed: bring {translation.name} up to date, then change its first line"
     )
+
+
+def test_only_a_change_of_the_first_screen_of_the_readme_asks_for_a_look_at_its_translation() -> None:
+    before, _, after = (readme := README.read_text()).partition("\n## ")
+    assert digest(first_screen(f"{before}?\n## {after}")) != digest(first_screen(readme))
+    assert digest(first_screen(f"{before}\n## {after}?")) == digest(first_screen(readme))
 
 
 def test_a_change_of_one_language_alone_is_noticed() -> None:
@@ -90,12 +110,12 @@ def test_a_change_of_one_language_alone_is_noticed() -> None:
 
 
 def test_the_chinese_readme_has_the_numbers_links_and_code_of_the_english_first_screen() -> None:
-    first_screen, chinese = README.read_text().partition("\n## ")[0], README_CHINESE.read_text()
-    mine = structure(chinese)
+    (chinese,) = sections(README_CHINESE.read_text())
+    ours, mine = structure(first_screen(README.read_text())), structure(chinese)
     for name in ("numbers", "blocks of code", "pictures"):
-        assert mine[name] == structure(first_screen)[name], name
+        assert mine[name] == ours[name], name
     pages = {link for link in mine["links"] if link.startswith("docs/")}
-    assert pages == {link for link in structure(first_screen)["links"] if link.startswith("docs/")}
+    assert pages == {link for link in ours["links"] if link.startswith("docs/")}
     assert {"make demo", "make test"} <= set(re.findall(r"`(make \w+)`", chinese))
 
 

@@ -50,7 +50,7 @@ def _add_fit(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
 
 def _add_validate(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
     from ecanet.train.checkpoint import load_trained
-    from ecanet.train.fit import data_of, validate
+    from ecanet.train.evaluate import data_of, validate
 
     parser.add_argument("run", type=Path, help="A run's folder (its best.ckpt), or a checkpoint.")
     parser.add_argument("--root", type=Path, default=None, help="Folder of the data, if not the run's own.")
@@ -70,7 +70,7 @@ def _add_validate(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
 
 def _add_predict(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
     from ecanet.files.atomic import write_whole
-    from ecanet.train.fit import predict
+    from ecanet.train.evaluate import predict
     from ecanet.untrusted import shown
 
     parser.add_argument("run", type=Path, help="A run's folder (its best.ckpt), or a checkpoint.")

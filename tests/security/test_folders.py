@@ -27,7 +27,7 @@ from ecanet.train.checkpoint import SafeCheckpointIO
 from ecanet.train.classifier import Classifier
 from ecanet.train.data import image_folder as read_folder
 from ecanet.train.data.pictures import image_files
-from ecanet.train.fit import predict
+from ecanet.train.evaluate import predict
 from ecanet.train.run_folder import FILES_OF_A_RUN, RunFolder
 from tests.fresh import FreshProcess
 

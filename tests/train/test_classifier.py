@@ -15,7 +15,7 @@ from ecanet.train import OptimConfig, Recipe, fit, validate
 from ecanet.train.checkpoint import load_trained
 from ecanet.train.classifier import Classifier, learning_rate_factor
 from ecanet.train.data.loading import ImageData
-from ecanet.train.fit import data_of
+from ecanet.train.evaluate import data_of
 
 EPOCHS = [0, 0.5, 1, 29.99, 30, 60, 99.5]
 SCHEDULES = {

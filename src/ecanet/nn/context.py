@@ -5,7 +5,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ecanet.nn.gate import Activation, Gate, zero_
+from ecanet.nn.activations import Activation
+from ecanet.nn.gate import Gate
+from ecanet.nn.inner_layers import zero_
 from ecanet.nn.moments import check_eps
 from ecanet.nn.se import check_groups
 from ecanet.ops import reference

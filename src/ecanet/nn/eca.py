@@ -6,7 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ecanet.nn.gate import Activation, Gate, LinearGate, call_on_means, has_own_maths, is_plain, is_zero
+from ecanet.nn.activations import Activation
+from ecanet.nn.gate import Gate, LinearGate, has_own_maths
+from ecanet.nn.inner_layers import call_on_means, is_plain, is_zero
 from ecanet.nn.kernel_size import adaptive_kernel_size, check_channels, check_kernel_size
 from ecanet.nn.tail.maths import GateMaths
 from ecanet.ops import reference

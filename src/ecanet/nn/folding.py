@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ecanet.nn.attached import attached_gates
-from ecanet.nn.gate import Gate, check_factor
+from ecanet.nn.factors import check_factor
+from ecanet.nn.gate import Gate
 from ecanet.nn.norms import affine
 from ecanet.nn.undo import all_or_nothing
 

@@ -1,81 +1,26 @@
 """The base class of every gate: it turns channel means into gates and scales a feature map by them."""
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from itertools import chain
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.utils.parametrize import is_parametrized
 
+from ecanet.nn.activations import ACTIVATIONS, Activation, check_activation
 from ecanet.nn.events import GATE_GETS_FACTOR
+from ecanet.nn.factors import check_factor, has_no_value, is_factor, version_of, why_no_factor
 from ecanet.nn.hooks import called_differently
+from ecanet.nn.inner_layers import has_unregistered_weights
 from ecanet.nn.kernel_size import check_channels
 from ecanet.nn.tail import eager
 from ecanet.nn.tail.maths import GateMaths, ScaleAndShift, Statistics, check_scale_and_shift
 from ecanet.ops import reference
 from ecanet.ops.backend import PLAIN_TENSORS, decide
 from ecanet.ops.kernels import KERNELS
-from ecanet.private_torch import FakeTensor, count_dispatch_modes, is_tracing, is_transformed
-
-#: Relative differences within which a factor counts as the same: rounding of half types, drift of averaged networks.
-_HALF_ROUNDING, _ROUNDING = 2.0**-8, 2.0**-11
-
-#: What turns logits into gate values, as an argument; both are 1/2 at 0.
-Activation = Literal["sigmoid", "hard_sigmoid"]
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sigmoid": torch.sigmoid,
-    "hard_sigmoid": lambda logits: F.relu6(logits + 3) / 6,  # torch's own has a float32 1/6, in float64 too
-    "exp": torch.exp,  # of gates that are made with it, and take no other
-}
-
-
-def is_plain(layer: nn.Module, cls: type[nn.Module], shape: tuple[int, ...], bias: bool = False) -> bool:
-    """Whether a layer inside a gate is exactly torch's, so that reading its weights is the same as calling it.
-
-    Adapters, sharding, quantisation, pruning and parametrisation wrap layers, hook them or change the kind of their
-    tensors. Such a layer is called, and autograd goes through it as through any module.
-
-    Args:
-        layer: The layer.
-        cls: The class that it must be, not a subclass.
-        shape: The shape that its weight must have.
-        bias: Whether it must have a bias, of one value for each output, or must not.
-    """
-    if type(layer) is not cls:
-        return False
-    own = layer.__dict__  # attribute access on a module is slow compared with a small map
-    parameters = own["_parameters"]
-    weight, held_bias = parameters.get("weight"), parameters.get("bias")
-    return (
-        type(weight) in PLAIN_TENSORS
-        and weight.shape == shape
-        and (held_bias is None) != bias
-        and (held_bias is None or (type(held_bias) in PLAIN_TENSORS and held_bias.shape == shape[:1]))
-        and not called_differently(layer)
-        and "bias" not in own
-    )
-
-
-def call_on_means(layers: Callable[[Tensor], Tensor], s: Tensor, like: nn.Module) -> Tensor:
-    """Call layers that are not plain on channel means, in the type of their own weights.
-
-    Args:
-        layers: A function that calls the layers.
-        s: Channel means.
-        like: The first layer; its floating-point parameters give the type. Without any, it is that of ``s``.
-
-    Returns:
-        The layers' output in the type of ``s``.
-    """
-    dtype = next((p.dtype for p in like.parameters() if p.is_floating_point()), s.dtype)
-    with reference.no_autocast(s.device.type):
-        return layers(s.to(dtype)).to(s.dtype)
+from ecanet.private_torch import count_dispatch_modes, is_tracing, is_transformed
 
 
 def has_own_maths(own: dict[str, Any]) -> bool:
@@ -86,55 +31,6 @@ def has_own_maths(own: dict[str, Any]) -> bool:
     """
     # Each by itself: this is asked at every call, and a set would look at everything that the gate has.
     return "logits" in own or "activate" in own or "gate" in own or "scaled" in own or "scale_and_shift" in own
-
-
-def has_plain_tensors(module: nn.Module) -> bool:
-    """Whether every parameter is a plain tensor, and none is hidden in an attribute."""
-    held = module._parameters.values()
-    return all(p is None or type(p) in PLAIN_TENSORS for p in held) and not _has_unregistered_weights(module)
-
-
-def is_zero(layer: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether a linear layer is known to return zeros for every input."""
-    if not isinstance(layer, cls) or type(layer).forward is not cls.forward or "forward" in vars(layer):
-        return False
-    weights: Any = list(layer.parameters())
-    if is_parametrized(layer):
-        weights = [t for t in (layer.weight, layer.bias) if t is not None]
-    return bool(weights) and all(type(t) in PLAIN_TENSORS and not t.any() for t in weights)
-
-
-def zero_(module: nn.Module, *names: str) -> None:
-    """Write zeros into weights of a module; if one is pruned, into the parameter that it is computed from, too."""
-    for name in names:
-        for t in (getattr(module, name, None), getattr(module, f"{name}_orig", None)):
-            if t is not None:
-                t.zero_()
-
-
-def check_activation(activation: str) -> str:
-    """A gate's activation.
-
-    Raises:
-        ValueError: ``activation`` is neither ``"sigmoid"`` nor ``"hard_sigmoid"``.
-    """
-    if activation not in ("sigmoid", "hard_sigmoid"):
-        raise ValueError(f"activation must be 'sigmoid' or 'hard_sigmoid', got {activation!r}")
-    return activation
-
-
-def check_factor(factor: float) -> float:
-    """A gate's factor as a float.
-
-    Raises:
-        TypeError: ``factor`` is not a number.
-        ValueError: ``factor`` is not finite and above 0.
-    """
-    if isinstance(factor, bool) or not isinstance(factor, (int, float)):
-        raise TypeError(f"factor must be a number, got {factor!r}")
-    if not (math.isfinite(factor) and factor > 0):
-        raise ValueError(f"factor must be finite and above 0, got {factor!r}: 1 for a plain gate, 2 for a neutral one")
-    return float(factor)
 
 
 class Gate(nn.Module, ABC):
@@ -201,7 +97,7 @@ class Gate(nn.Module, ABC):
         # Asked at every call, so this is the cheapest check for a change.
         if is_compiling():
             self._read_factor_before_compiling()
-        elif (id(scale), _version(scale)) != self._seen:
+        elif (id(scale), version_of(scale)) != self._seen:
             self._read_factor(scale)
         return self._factor
 
@@ -222,13 +118,13 @@ class Gate(nn.Module, ABC):
             with torch.no_grad():
                 scale.fill_(self._factor)
         if (scale := self._buffers["scale"]) is not None:
-            self._seen, self._read_again = (id(scale), _version(scale)), False
+            self._seen, self._read_again = (id(scale), version_of(scale)), False
 
     @torch.compiler.assume_constant_result
     def _read_factor_before_compiling(self) -> None:
         """Read the factor while a compiler traces, as an eager call would; the compiler then guards the number."""
         scale = self._buffers["scale"]
-        if scale is not None and (id(scale), _version(scale)) != self._seen:
+        if scale is not None and (id(scale), version_of(scale)) != self._seen:
             self._read_factor(scale)
 
     def _read_factor(self, scale: Tensor) -> None:
@@ -237,20 +133,20 @@ class Gate(nn.Module, ABC):
         Reading synchronises a GPU, and DistributedDataParallel writes ``scale`` at every step: on a GPU only the first
         change of a tensor is read.
         """
-        if is_tracing() or is_transformed(scale) or _has_no_value(scale) or count_dispatch_modes():
+        if is_tracing() or is_transformed(scale) or has_no_value(scale) or count_dispatch_modes():
             return
         same = id(scale) == self._seen[0]
         if same and self._read_again and not scale.is_cpu:
             return
-        problem = _why_no_factor(scale)
+        problem = why_no_factor(scale)
         if problem is not None:
             raise RuntimeError(
                 f"the scale of a {type(self).__name__} gate {problem}: it was overwritten by something that is not a "
                 "factor, or not set after to_empty(): load a state dict with gates, or call reset_parameters()"
             )
-        if not _is_factor(scale, self._factor):
+        if not is_factor(scale, self._factor):
             self._factor = float(scale)
-        self._seen, self._read_again = (id(scale), _version(scale)), same
+        self._seen, self._read_again = (id(scale), version_of(scale)), same
 
     def gate(self, s: Tensor) -> Tensor:
         """Gates from channel means.
@@ -269,7 +165,7 @@ class Gate(nn.Module, ABC):
 
     def activate(self, logits: Tensor) -> Tensor:
         """Gate values without the factor, from logits."""
-        return _ACTIVATIONS[self.activation](logits)
+        return ACTIVATIONS[self.activation](logits)
 
     def scale_and_shift(self, statistics: Statistics) -> ScaleAndShift:
         """What a map is multiplied by, and what is added to it: ``out = scale * x + shift``.
@@ -361,7 +257,7 @@ class Gate(nn.Module, ABC):
                 if type(parameter) not in PLAIN_TENSORS:
                     return None
                 parameters[id(parameter)] = parameter
-        if not parameters and any(_has_unregistered_weights(module) for module in self.modules()):
+        if not parameters and any(has_unregistered_weights(module) for module in self.modules()):
             return None
         return GateMaths(self.scale_and_shift, tuple(parameters.values()), needs_variances=self.needs_variances)
 
@@ -426,7 +322,7 @@ class Gate(nn.Module, ABC):
         scale, tensors = self._buffers["scale"], (*self.parameters(), *self.buffers())
         if any(t.is_meta for t in tensors):
             return False
-        is_lost = scale is not None and not _is_factor(scale, self._factor)
+        is_lost = scale is not None and not is_factor(scale, self._factor)
         return is_lost or not all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
 
     #: The gate's value without its factor where :meth:`is_neutral`: what :meth:`make_neutral_` returns.
@@ -514,7 +410,7 @@ class Gate(nn.Module, ABC):
         if self._buffers["scale"] is None or given is None or problem is not None:
             return
         # Without weights, the loader only allocates missing tensors; their values come later.
-        keeps = not has_weights or _has_no_value(given) or _is_factor(given, self._factor)
+        keeps = not has_weights or has_no_value(given) or is_factor(given, self._factor)
         self.factor = self._factor if keeps else float(given)
 
     def _why_factor_does_not_fit(self, given: object) -> str | None:
@@ -528,11 +424,11 @@ class Gate(nn.Module, ABC):
                 f"is in another part), and this gate has the factor {self._factor:g}: load them into gates without a "
                 "factor (insert_gates_ with preserve=False, networks with neutral=False); load all parts at once"
             )
-        problem = _why_no_factor(given)
+        problem = why_no_factor(given)
         if problem is not None:
             return f"scale {problem}, which is not a factor of a gate: that is one number above 0"
         assert isinstance(given, Tensor)
-        if has_factor or _has_no_value(given) or _is_factor(given, 1.0):
+        if has_factor or has_no_value(given) or is_factor(given, 1.0):
             return None
         return (
             f"the weights of a gate of factor {float(given):g}, and this gate has the factor 1: load them into a gate "
@@ -565,43 +461,9 @@ class ResetWithGate:
         self.gate.make_identity_()
 
 
-def _has_unregistered_weights(module: nn.Module) -> bool:
-    """Whether a module has an unregistered weight: FullyShardedDataParallel stores its views that way."""
-    return any(isinstance(t, Tensor) and t.requires_grad for t in vars(module).values())
-
-
 def _same_but_ones(first: Tensor, second: Tensor) -> bool:
     """Whether two shapes are the same but for dimensions of size 1."""
     return [n for n in first.shape if n != 1] == [n for n in second.shape if n != 1]
-
-
-def _version(t: Tensor) -> float:
-    try:
-        return t._version
-    except RuntimeError:  # an inference tensor counts no versions; use its value instead
-        return float(t) if t.is_cpu else -1
-
-
-def _has_no_value(t: Tensor) -> bool:
-    return t.is_meta or isinstance(t, FakeTensor)
-
-
-def _is_factor(t: Tensor, factor: float) -> bool:
-    """Whether a value is the factor, up to the rounding of half types or of averaged networks."""
-    rounding = _HALF_ROUNDING if t.element_size() < 4 else _ROUNDING
-    return abs(float(t) - factor) <= rounding * factor
-
-
-def _why_no_factor(t: object) -> str | None:
-    """Why a value in a state dict is not a factor; None if it is."""
-    if not isinstance(t, Tensor):
-        return f"is a {type(t).__name__}"
-    if t.numel() != 1 or t.is_complex() or t.dtype is torch.bool:
-        return f"has the shape {tuple(t.shape)} and the type {t.dtype}"
-    if _has_no_value(t):
-        return None
-    value = float(t)
-    return None if math.isfinite(value) and value > 0 else f"is {value:g}"
 
 
 class LinearGate(Gate):

@@ -5,7 +5,9 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
-from ecanet.nn.gate import Activation, Gate, call_on_means, is_plain, is_zero
+from ecanet.nn.activations import Activation
+from ecanet.nn.gate import Gate
+from ecanet.nn.inner_layers import call_on_means, is_plain, is_zero
 from ecanet.nn.moments import check_eps
 from ecanet.nn.se import check_reduction
 from ecanet.nn.tail.maths import GateMaths, ScaleAndShift, Statistics

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ecanet.nn.gate import Gate, has_own_maths, has_plain_tensors, zero_
+from ecanet.nn.gate import Gate, has_own_maths
+from ecanet.nn.inner_layers import has_plain_tensors, zero_
 from ecanet.nn.tail.maths import GateGradients, GateMaths, ScaleAndShift, Statistics
 from ecanet.nn.tail.shared_norm import call_norm_in_type_of
 from ecanet.ops import reference

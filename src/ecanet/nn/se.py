@@ -6,7 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ecanet.nn.gate import Activation, Gate, LinearGate, call_on_means, has_own_maths, is_plain, is_zero
+from ecanet.nn.activations import Activation
+from ecanet.nn.gate import Gate, LinearGate, has_own_maths
+from ecanet.nn.inner_layers import call_on_means, is_plain, is_zero
 from ecanet.nn.kernel_size import check_channels
 from ecanet.nn.tail.maths import GateMaths, ScaleAndShift, Statistics
 from ecanet.ops import reference

@@ -19,7 +19,7 @@ from ecanet.study.compare import Comparison, compare
 from ecanet.study.report import Cost, measure_costs, table, verdict
 from ecanet.train import DataConfig, ModelConfig, OptimConfig, Recipe, build_network, load_trained
 from ecanet.train.data.loading import ImageData
-from ecanet.train.fit import data_of
+from ecanet.train.evaluate import data_of
 
 BASELINE, TRAINED = "none", "ECA"
 

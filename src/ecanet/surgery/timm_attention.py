@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ecanet.nn import ECA, Gate
-from ecanet.nn.gate import is_plain
 from ecanet.nn.hooks import called_differently
+from ecanet.nn.inner_layers import is_plain
 from ecanet.nn.norms import qualified_name
 from ecanet.ops import reference
 

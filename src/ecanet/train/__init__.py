@@ -8,7 +8,8 @@ except ImportError as error:
 
 from ecanet.train.checkpoint import TrainedNetwork, build_network, load_trained
 from ecanet.train.config import DataConfig, ModelConfig, OptimConfig, Recipe, TrainerConfig
-from ecanet.train.fit import FitResult, Prediction, fit, predict, validate
+from ecanet.train.evaluate import Prediction, predict, validate
+from ecanet.train.fit import FitResult, fit
 
 __all__ = [
     "DataConfig",

@@ -1,47 +1,38 @@
-"""Train by a recipe, resume a run, validate and predict with a trained network."""
+"""Train by a recipe, or resume a run."""
 
 import contextlib
 import itertools
 import json
-import logging
 import signal
-import sys
 import time
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ecanet.files.atomic import remove_partial_files
 from ecanet.train.checkpoint import (
     ABOUT_KEY,
     SafeCheckpointIO,
     SaveCheckpoints,
-    TrainedNetwork,
     build_network,
-    load_trained,
     without_weights_file,
 )
 from ecanet.train.classifier import Classifier
-from ecanet.train.config import DataConfig, Recipe, to_plain
-from ecanet.train.data.loading import ImageData, Plain, test_transform
-from ecanet.train.data.pictures import image_files, read_image
+from ecanet.train.config import Recipe, to_plain
+from ecanet.train.data.loading import ImageData
 from ecanet.train.processes import EndTogether
+from ecanet.train.quiet import quiet_lightning
 from ecanet.train.resume import Resumed, last_state, made_by, what_decides
 from ecanet.train.run_folder import FILES_OF_A_RUN, RunFolder, how_to_go_on
-from ecanet.untrusted import check_file, listed, shown
+from ecanet.untrusted import shown
 
 
 @dataclass
@@ -105,7 +96,7 @@ def fit(
     Example:
         >>> fit(Recipe(optim=OptimConfig(epochs=1)), out="runs/try").top1  # doctest: +SKIP
     """
-    with _quiet_lightning():
+    with quiet_lightning():
         if out is None:
             return _fit(recipe, None, None, progress, on_epoch)
         with RunFolder(Path(out), first=getattr(rank_zero_only, "rank", 0) == 0) as folder:
@@ -223,48 +214,6 @@ def _build_loggers(folder: Path) -> list[Logger]:
     return [CSVLogger(folder, "logs", name), TensorBoardLogger(folder, "logs", name)]
 
 
-class _quiet_lightning:  # noqa: N801
-    """Hides Lightning's advertisements, advice that does not apply here, and tracebacks of loading processes."""
-
-    _irrelevant = (
-        "does not have many workers",  # images in memory need none
-        "The number of training batches",  # small data
-        "You defined a `validation_step` but have no `val_dataloader`",
-        "find_unused_parameters=True was specified in DDP constructor",  # it is set for the order of the buckets
-        "Experiment logs directory",
-        "Checkpoint directory",
-        "You're resuming from a checkpoint that ended before the epoch ended",  # ImageData takes care of it
-        "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning's own call
-    )
-
-    def __enter__(self) -> None:
-        self._catch = warnings.catch_warnings()
-        self._catch.__enter__()
-        for message in self._irrelevant:
-            warnings.filterwarnings("ignore", message=f".*{message}")
-        self._loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-        self._levels = [logger.level for logger in self._loggers]
-        for logger in self._loggers:
-            logger.setLevel(logging.WARNING)
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        for logger, level in zip(self._loggers, self._levels, strict=True):
-            logger.setLevel(level)
-        self._catch.__exit__(None, None, None)
-        kinds = (OSError, TypeError, ValueError, RuntimeError, LookupError, ArithmeticError)
-        if isinstance(error, kinds) and str(error).startswith("Caught "):
-            # torch raises an error of a loading process again, with the traceback in its message.
-            raise type(error)(_without_traceback(str(error))) from error
-
-
-def _without_traceback(text: str) -> str:
-    """The message of an error at the end of its traceback."""
-    lines = text.strip().splitlines()
-    last_frame = max((i for i, line in enumerate(lines) if line.startswith('  File "')), default=0)
-    message = itertools.dropwhile(lambda line: line.startswith("  "), lines[last_frame:])
-    return "\n".join(message).partition(": ")[2]
-
-
 class _History(Callback):
     """Collects a record of each epoch; writes the records and all that rebuilds the network into every checkpoint."""
 
@@ -355,162 +304,3 @@ class _ProgressBar(TQDMProgressBar):
             seconds = (time.perf_counter() - self._begun) / done * (total - trainer.global_step)
             metrics["run left"] = str(timedelta(seconds=round(seconds)))
         return metrics
-
-
-def validate(run: str | Path, data: DataConfig | None = None, accelerator: str = "auto") -> dict[str, float]:
-    """Validation top-1, top-5 (per cent) and loss of a trained network.
-
-    Args:
-        run: A run's folder, which means its best.ckpt, or a checkpoint.
-        data: Data to use in place of the run's own; it must have the same classes.
-        accelerator: Lightning's accelerator.
-
-    Returns:
-        ``val/top1``, ``val/top5`` (``val/topN`` with N < 5 classes), ``val/loss``.
-
-    Raises:
-        FileNotFoundError: there is no checkpoint, or no data.
-        ValueError: the data has other classes than the network.
-    """
-    trained = load_trained(run)
-    run = Path(run)
-    images = ImageData(data or data_of(trained, **_root_of(run if run.is_dir() else run.parent)))
-    if list(images.classes) != trained.classes:
-        theirs, own = listed(images.classes, 10), listed(trained.classes, 10)
-        raise ValueError(f"the data's classes ({theirs}) are not the network's ({own})")
-    classifier = Classifier(trained.network, len(trained.classes), trained.mean, trained.std)
-    # The progress bar goes to stderr, results to stdout.
-    with _quiet_lightning(), contextlib.redirect_stdout(sys.stderr):
-        trainer = _evaluation_trainer(accelerator)
-        (metrics,) = trainer.validate(classifier, datamodule=images, verbose=False)
-    return dict(metrics)
-
-
-@dataclass
-class Prediction:
-    """The most probable classes of one image.
-
-    Attributes:
-        image: The file.
-        classes: Names of the classes, the most probable first.
-        probabilities: Their probabilities, in 0..1.
-    """
-
-    image: Path
-    classes: list[str]
-    probabilities: list[float]
-
-
-def predict(
-    run: str | Path, images: Sequence[str | Path], top: int = 5, batch_size: int = 64, accelerator: str = "auto"
-) -> list[Prediction]:
-    """Classify image files.
-
-    Args:
-        run: A run's folder, which means its best.ckpt, or a checkpoint.
-        images: Image files, and folders, which mean all images in them and their subfolders.
-        top: Number of classes to name for an image.
-        batch_size: Images in a batch.
-        accelerator: Lightning's accelerator.
-
-    Raises:
-        FileNotFoundError: there is no checkpoint, no such image, or no image in a folder.
-        ValueError: a file is not an image that can be read; the message names it.
-    """
-    if top < 1:
-        raise ValueError(f"top must be 1 or more, got {top}")
-    files = _image_files(images)
-    trained = load_trained(run)
-    pictures = Plain(_ImageFiles(files), test_transform(data_of(trained, source="image_folder", root=Path())))
-    classifier = Classifier(trained.network, len(trained.classes), trained.mean, trained.std)
-    loader = DataLoader(pictures, batch_size, collate_fn=_images_only)
-    # The progress bar goes to stderr, results to stdout.
-    with _quiet_lightning(), contextlib.redirect_stdout(sys.stderr):
-        batches = _evaluation_trainer(accelerator).predict(classifier, loader)
-    assert batches is not None
-    probabilities = torch.cat([batch for batch in batches if isinstance(batch, Tensor)])
-    values, indices = probabilities.topk(min(top, len(trained.classes)))
-    return [
-        Prediction(file, [trained.classes[i] for i in row.tolist()], value.tolist())
-        for file, row, value in zip(files, indices, values, strict=True)
-    ]
-
-
-#: Limit on the size of ``recipe.json``, in bytes; those of this library have 2 kB.
-_MAX_RECIPE_BYTES = 2**16
-
-
-def _root_of(folder: Path) -> dict[str, Path]:
-    """The folder of pictures that the recipe in a run's folder names, if it exists."""
-    path = folder / "recipe.json"
-    if not path.is_file():
-        return {}
-    check_file(path, _MAX_RECIPE_BYTES)
-    try:
-        root = json.loads(path.read_text(encoding="utf-8"))["data"]["root"]
-    except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}): delete it, and give --root FOLDER") from error
-    return {"root": Path(root)} if isinstance(root, str) and Path(root).is_dir() else {}
-
-
-def data_of(trained: TrainedNetwork, **changes: Any) -> DataConfig:
-    """The pictures as a network saw them in training. Their folder comes from the caller, not from its checkpoint.
-
-    Raises:
-        ValueError: it was trained on a folder of images, and none is given.
-    """
-    stored = dict(trained.recipe["data"])
-    if changes.get("source") == "image_folder" and stored["source"] != "image_folder":
-        # The files are resized to what the network saw, without a margin to crop.
-        size = stored["image_size"] or 28
-        changes |= {"image_size": size, "resize": size}
-    wanted = stored | changes
-    if wanted["source"] == "image_folder" and "root" not in wanted:
-        raise ValueError(
-            "the network was trained on a folder of images, and its checkpoint does not say where they are: give the "
-            "folder, on the command line --root FOLDER"
-        )
-    if wanted["source"] != "image_folder":
-        wanted["resize"] = None
-    return DataConfig(**wanted)
-
-
-def _evaluation_trainer(accelerator: str) -> L.Trainer:
-    return L.Trainer(
-        accelerator=accelerator,
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
-
-
-class _ImageFiles(Dataset[tuple[Tensor, int]]):
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.files = files
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return read_image(self.files[index]), -1
-
-
-def _images_only(samples: Iterable[tuple[Tensor, int]]) -> Tensor:
-    return torch.stack([image for image, _ in samples])
-
-
-def _image_files(images: Sequence[str | Path]) -> list[Path]:
-    files: list[Path] = []
-    for path in map(Path, images):
-        if path.is_dir():
-            found = sorted(map(Path, image_files(path)))
-            if not found:
-                suffixes = ", ".join(IMG_EXTENSIONS)
-                raise FileNotFoundError(f"no image in the folder {shown(path, 300)}: expected {suffixes}")
-            files += found
-        elif path.exists():
-            files.append(path)
-        else:
-            raise FileNotFoundError(f"no such image: {shown(path, 300)}")
-    return files

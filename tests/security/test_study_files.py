@@ -17,7 +17,7 @@ import pytest
 
 from ecanet.cli import main
 from ecanet.study import compare
-from ecanet.study.compare import _Job
+from ecanet.study.comparison import _Job
 from ecanet.study.demo import demo_recipes
 from ecanet.study.run_files import read_run, write_run
 from ecanet.train import OptimConfig, Recipe
@@ -41,7 +41,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def no_training(*_: Any) -> None:
         raise AssertionError("a run is started")
 
-    monkeypatch.setattr(sys.modules["ecanet.study.compare"], "_run_all", no_training)
+    monkeypatch.setattr(sys.modules["ecanet.study.comparison"], "_run_all", no_training)
     return finished(tmp_path / "runs" / "eca-seed0")
 
 

@@ -97,7 +97,7 @@ def test_without_affinity_all_cpus_are_counted(
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on macOS
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys.modules["ecanet.study.compare"], "_run_all", only_count)
+    monkeypatch.setattr(sys.modules["ecanet.study.comparison"], "_run_all", only_count)
     compare(entries(tiny), range(4), tmp_path, progress=False)
     assert counted == [3]
 
@@ -187,8 +187,8 @@ def test_interval_is_students_t_on_the_paired_differences() -> None:
     difference = comparison.difference("ECA")
     margin = 4.302652729911275 * statistics.stdev([1.0, 0.5, 2.0]) / math.sqrt(3)
     assert difference.mean == pytest.approx(3.5 / 3)
-    assert difference.low == pytest.approx(3.5 / 3 - margin, rel=1e-3)
-    assert difference.high == pytest.approx(3.5 / 3 + margin, rel=1e-3)
+    assert difference.low == pytest.approx(3.5 / 3 - margin, rel=1e-12)
+    assert difference.high == pytest.approx(3.5 / 3 + margin, rel=1e-12)
     assert not difference.excludes_zero
 
 
@@ -207,18 +207,19 @@ def test_one_seed_has_no_interval() -> None:
     comparison = comparison_of(none=[80.0], ECA=[81.0])
     assert comparison.spread("ECA") is None
     assert comparison.difference("ECA").low is None
-    assert "One seed gives no spread" in verdict(comparison)
+    assert "One seed gives no spread" in verdict(comparison.summary)
 
 
-def test_verdict_claims_a_gain_or_a_loss_only_when_the_interval_excludes_zero() -> None:
+def test_three_seeds_show_no_difference_however_far_the_intervals_are_from_zero() -> None:
     comparison = comparison_of(
         none=[80.0, 80.1, 80.2], A=[85.0, 85.2, 85.1], B=[75.0, 75.1, 75.3], C=[79.0, 82.0, 80.0]
     )
-    a, b, c, *_ = verdict(comparison).splitlines()
-    assert a.startswith("A is 5.00 points above none")
-    assert "a gain" in a
-    assert "a loss" in b
-    assert "no difference is shown" in c
+    a, b, c, why, _ = verdict(comparison.summary).splitlines()
+    assert a.startswith("A is 5.00 above none (95 % interval +4.75 to +5.25, 3 seeds, p 0.25, 0.75 after")
+    assert "the interval lies above zero, but p is above 0.05, so no difference is shown" in a
+    assert "the interval lies below zero, but p is above 0.05, so no difference is shown" in b
+    assert "the interval includes zero, so no difference is shown" in c
+    assert why.startswith("3 seeds cannot show a difference at 0.05")
 
 
 def test_table_has_a_row_for_every_entry() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ecanet.study.compare import Comparison
+from ecanet.study.comparison import Comparison
 from ecanet.study.demo import demo, demo_recipes, draw
 from ecanet.study.report import measure_costs
 from ecanet.train import build_network

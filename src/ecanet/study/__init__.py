@@ -1,22 +1,56 @@
-"""Does attention help on this data? Paired seeds, intervals, costs and pictures."""
+"""Does attention help on this data? Paired seeds, intervals, tests, costs and pictures.
 
-try:
-    import lightning  # noqa: F401
-    import tqdm  # noqa: F401
-except ImportError as error:
-    raise ImportError(f"ecanet.study needs {error.name}: pip install 'ecanet[train,plot]'") from error
+Needs ``pip install 'ecanet[study]'``; what trains by recipes, times networks or draws needs ``ecanet[train,plot]`` too.
+Each name is imported where it is first used.
+"""
 
-from ecanet.study.compare import Comparison, Difference, Run, compare, paired_difference
-from ecanet.study.report import Cost, measure_costs, table, verdict
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ecanet.study.comparison import Comparison, Run, compare
+    from ecanet.study.report import Cost, measure_costs, table, verdict
+    from ecanet.study.statistics import (
+        ConditionSummary,
+        Difference,
+        Summary,
+        detectable,
+        paired_difference,
+        plan,
+        power,
+        seeds_needed,
+        summarise,
+    )
 
 __all__ = [
     "Comparison",
+    "ConditionSummary",
     "Cost",
     "Difference",
     "Run",
+    "Summary",
     "compare",
+    "detectable",
     "measure_costs",
     "paired_difference",
+    "plan",
+    "power",
+    "seeds_needed",
+    "summarise",
     "table",
     "verdict",
 ]
+
+_FOUND_IN = {
+    **dict.fromkeys(("Comparison", "Run", "compare"), "comparison"),
+    **dict.fromkeys(("Cost", "measure_costs", "table", "verdict"), "report"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what a public name needs, the first time that it is used (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module 'ecanet.study' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"ecanet.study.{_FOUND_IN.get(name, 'statistics')}"), name)
+    globals()[name] = value
+    return value

@@ -15,7 +15,7 @@ from ecanet.inspect import (
     plot_training_curves,
 )
 from ecanet.nn import ECA, LinearGate, SEGroup, SEVar2, SEVar3
-from ecanet.study.compare import Comparison, compare
+from ecanet.study.comparison import Comparison, compare
 from ecanet.study.report import Cost, measure_costs, table, verdict
 from ecanet.train import DataConfig, ModelConfig, OptimConfig, Recipe, build_network, load_trained
 from ecanet.train.data.loading import ImageData
@@ -70,8 +70,9 @@ def demo(out: str | Path = "runs/demo", seeds: int = 3, epochs: int = 6, workers
     print("Timing a training step of each, in turns on one thread ...", flush=True)
     networks = {name: build_network(recipe.model, 10) for name, recipe in recipes.items()}
     costs = measure_costs(networks)
+    limits = "These are short runs of a small network on small data: they say little about others."
     noise = "The two ECA entries are the same network: where their times differ, that is the machine's noise."
-    summary = f"{table(comparison, costs)}\n\n{verdict(comparison)}\n{noise}\n"
+    summary = f"{table(comparison, costs)}\n\n{verdict(comparison.summary)}\n{limits}\n{noise}\n"
     print(f"\n{summary}")
     write_whole(out / "summary.txt", summary)
     write_whole(out / "summary.json", json.dumps(_summary(comparison, costs), indent=2) + "\n")

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import math
 import multiprocessing
 import os
 import queue
@@ -23,13 +22,9 @@ from tqdm import tqdm
 import ecanet
 from ecanet.ops.build import available_cores
 from ecanet.study.run_files import read_run, write_run
+from ecanet.study.statistics import Difference, Summary, paired_difference, summarise
 from ecanet.train.config import Recipe, to_plain
 from ecanet.train.fit import fit
-
-#: Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom.
-_T95: tuple[float, ...] = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-_T95 += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
-_T95 += (2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 
 
 @dataclass
@@ -49,26 +44,6 @@ class Run:
     top1: float
     history: list[dict[str, float]]
     folder: Path
-
-
-@dataclass
-class Difference:
-    """The difference between an entry and the first one, paired by seed.
-
-    Attributes:
-        mean: Mean of the paired differences of top-1, in percentage points.
-        low: Lower end of the 95 % interval (Student's t); None with one seed.
-        high: Upper end.
-    """
-
-    mean: float
-    low: float | None
-    high: float | None
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the interval lies on one side of zero."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 @dataclass
@@ -104,28 +79,10 @@ class Comparison:
         pairs = zip(self.top1(entry), self.top1(self.baseline), strict=True)
         return paired_difference([a - b for a, b in pairs])
 
-
-def paired_difference(differences: Sequence[float]) -> Difference:
-    """Mean and 95 % interval of paired differences by Student's t.
-
-    Args:
-        differences: One for each seed.
-
-    Raises:
-        ValueError: there are none.
-
-    Example:
-        >>> d = paired_difference([1.0, 2.0, 3.0])
-        >>> d.mean, round(d.low, 2), round(d.high, 2)
-        (2.0, -0.48, 4.48)
-    """
-    if not differences:
-        raise ValueError("differences must hold at least one value, got none")
-    mean, n = statistics.fmean(differences), len(differences)
-    if n == 1:
-        return Difference(mean, None, None)
-    margin = _T95[min(n - 1, len(_T95)) - 1] * statistics.stdev(differences) / math.sqrt(n)
-    return Difference(mean, mean - margin, mean + margin)
+    @property
+    def summary(self) -> Summary:
+        """Differences, intervals and tests of all entries."""
+        return summarise({entry: {run.seed: run.top1 for run in runs} for entry, runs in self.runs.items()}, "top1")
 
 
 def compare(

@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from ecanet.study.report import verdict
+from ecanet.study.conclusions import verdict
 from ecanet.study.statistics import (
     detectable,
     fewest_seeds,

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ecanet.study.comparison import Comparison, Run, compare
-    from ecanet.study.report import Cost, measure_costs, table, verdict
+    from ecanet.study.conclusions import summary_table, verdict
+    from ecanet.study.paired_study import FailedRun, FinishedRun, Study, run
+    from ecanet.study.report import Cost, measure_costs, table
     from ecanet.study.statistics import (
         ConditionSummary,
         Difference,
@@ -27,7 +29,10 @@ __all__ = [
     "ConditionSummary",
     "Cost",
     "Difference",
+    "FailedRun",
+    "FinishedRun",
     "Run",
+    "Study",
     "Summary",
     "compare",
     "detectable",
@@ -35,15 +40,19 @@ __all__ = [
     "paired_difference",
     "plan",
     "power",
+    "run",
     "seeds_needed",
     "summarise",
+    "summary_table",
     "table",
     "verdict",
 ]
 
 _FOUND_IN = {
     **dict.fromkeys(("Comparison", "Run", "compare"), "comparison"),
-    **dict.fromkeys(("Cost", "measure_costs", "table", "verdict"), "report"),
+    **dict.fromkeys(("Cost", "measure_costs", "table"), "report"),
+    **dict.fromkeys(("FailedRun", "FinishedRun", "Study", "run"), "paired_study"),
+    **dict.fromkeys(("summary_table", "verdict"), "conclusions"),
 }
 
 

@@ -1,29 +1,22 @@
 """Paired comparison of recipes over seeds. Each finished run is a file, so a killed comparison loses none."""
 
-import contextlib
-import hashlib
-import json
-import multiprocessing
-import os
-import queue
-import re
-import signal
 import statistics
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 import ecanet
-from ecanet.ops.build import available_cores
-from ecanet.study.run_files import read_run, write_run
+from ecanet.study.engine import Job
+from ecanet.study.paired_study import Study, check_names, check_seeds, fingerprint, run_jobs, slug
+from ecanet.study.run_files import is_number
 from ecanet.study.statistics import Difference, Summary, paired_difference, summarise
+from ecanet.train.checkpoint import build_network
 from ecanet.train.config import Recipe, to_plain
+from ecanet.train.data.loading import ImageData
 from ecanet.train.fit import fit
 
 
@@ -94,10 +87,10 @@ def compare(
 ) -> Comparison:
     """Train every recipe with every seed; the same seed means the same backbone weights and order of images.
 
-    A finished run is a file ``out/runs/ENTRY-seedK.json``, with its checkpoints and logs in the folder
-    ``out/runs/ENTRY-seedK``. A second call reads finished runs and does not repeat them. An interrupted run goes on
-    from its last checkpoint; a run by another recipe is refused. If a run goes on with other versions of torch or
-    ecanet, it warns, and its file names all of them.
+    The engine is that of :func:`ecanet.study.run`. A finished run is a file ``out/runs/ENTRY-seedK.json``, with its
+    checkpoints and logs in the folder ``out/runs/ENTRY-seedK``. A second call reads finished runs and does not repeat
+    them. An interrupted run goes on from its last checkpoint; a run by another recipe is refused. If a run goes on with
+    other versions of torch or ecanet, it warns, and its file names all of them.
 
     Args:
         entries: Recipes by name, the baseline first, each for one device; their own seeds are not used.
@@ -105,47 +98,113 @@ def compare(
         out: Folder for the results.
         workers: Runs at a time, each in its own process with one thread. By default one for each core, or a single run
             at a time on a machine with a GPU.
-        progress: Show a bar with the time left.
+        progress: Show runs done, running and left, with the time left, and say first what the seeds can show.
 
     Returns:
         All runs.
 
     Raises:
         ValueError: no entry, no or repeated seeds, names that give the same file, a recipe for several devices, or
-            results in ``out`` that are damaged or by another recipe.
-        Exception: the error of a run that failed; the finished ones are kept.
+            results in ``out`` that are damaged, by another recipe or of another study; or pictures or weights that are
+            not there, or a network that cannot be built.
+        RuntimeError: runs failed; the message says why. The others went on and are kept.
     """
-    _check_entries_and_seeds(entries, seeds)
-    folder = Path(out) / "runs"
-    folder.mkdir(parents=True, exist_ok=True)
-    # Seed by seed, so that after an early stop the finished runs form pairs.
-    jobs = [
-        _Job(
-            name,
-            seed,
-            replace(recipe, trainer=replace(recipe.trainer, seed=seed, devices=1)),
-            folder / f"{_slug(name)}-seed{seed}",
+    study = study_recipes(entries, seeds, out, workers, progress)
+    if study.failed:
+        total = len(entries) * len(seeds)
+        raise RuntimeError(
+            f"{len(study.failed)} of {total} runs failed, the others are kept in {Path(out) / 'runs'}: "
+            + "; ".join(f"{run.condition}, seed {run.seed}: {run.reason}" for run in study.failed)
+            + f". Delete {study.failed[0].file} and the like to run them again"
         )
-        for seed in seeds
-        for name, recipe in entries.items()
-    ]
-    finished = {job.folder: run for job in jobs if (run := job.read()) is not None}
-    todo = [job for job in jobs if job.folder not in finished]
-    if todo:
-        count = workers or (1 if torch.cuda.is_available() else available_cores())
-        for run in _run_all(todo, min(count, len(todo)), progress):
-            finished[run.folder] = run
-    runs: dict[str, list[Run]] = {name: [] for name in entries}
-    for job in jobs:
-        runs[job.entry].append(finished[job.folder])
-    return Comparison(runs)
+    return Comparison(
+        {
+            name: [Run(name, run.seed, run.metrics["top1"], run.details["history"], run.folder) for run in runs]
+            for name, runs in study.runs.items()
+        }
+    )
 
 
-def _check_entries_and_seeds(entries: Mapping[str, Recipe], seeds: Sequence[int]) -> None:
-    if not entries:
-        raise ValueError("entries must name at least one recipe, got none")
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise ValueError(f"seeds must be one or more different integers, got {list(seeds)}")
+def study_recipes(
+    entries: Mapping[str, Recipe],
+    seeds: Sequence[int],
+    out: str | Path,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Study:
+    """As :func:`compare`, but failed runs are named in the result.
+
+    Raises:
+        ValueError: as in :func:`compare`.
+    """
+    check_recipes(entries, seeds)
+    jobs = comparison_jobs(entries, seeds, out)
+    if any(job.read() is None for job in jobs):
+        _check_parts(entries)
+    return run_jobs(jobs, out, "top1", workers, progress)
+
+
+def seconds_of_an_epoch(recipe: Recipe) -> float:
+    """Train one epoch as a study would, on one thread of a CPU, and write nothing.
+
+    Args:
+        recipe: What to train; its number of epochs is not used.
+    """
+    once = replace(recipe, optim=replace(recipe.optim, epochs=1, warmup_epochs=0.0))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return fit(once, None, progress=False).history[-1]["seconds"]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def check_recipes(entries: Mapping[str, Recipe], seeds: Sequence[int]) -> None:
+    """Raise ValueError for names, seeds and devices with which no comparison starts."""
+    check_names(entries, "entries")
+    check_seeds(seeds)
+    _check_devices(entries)
+
+
+def comparison_jobs(entries: Mapping[str, Recipe], seeds: Sequence[int], out: str | Path) -> list[Job]:
+    """The runs of a comparison.
+
+    Args:
+        entries: Recipes by name.
+        seeds: Seeds.
+        out: Folder of the study.
+    """
+    folder = Path(out) / "runs"
+    jobs = []
+    # Seed by seed, so that after an early stop the finished runs form pairs.
+    for seed in seeds:
+        for name, recipe in entries.items():
+            recipe = replace(recipe, trainer=replace(recipe.trainer, seed=int(seed), devices=1))
+            decides = {"recipe": to_plain(recipe), "torch": torch.__version__, "ecanet": ecanet.__version__}
+            work = partial(_fit, recipe)
+            jobs.append(Job(name, int(seed), folder / f"{slug(name)}-seed{seed}", work, fingerprint(decides), _check))
+    return jobs
+
+
+def _fit(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    result = fit(recipe, folder, resume=True, progress=False)
+    return {"top1": result.top1, "history": result.history, "recipe": to_plain(recipe), "versions": result.versions}
+
+
+def _check_parts(entries: Mapping[str, Recipe]) -> None:
+    """Find the pictures and build the networks once, so that a mistake in a recipe stops the study before it starts."""
+    classes: dict[str, int] = {}
+    for name, recipe in entries.items():
+        try:
+            key = fingerprint(recipe.data)
+            if key not in classes:
+                classes[key] = len(ImageData(recipe.data).classes)
+            build_network(recipe.model, classes[key])
+        except (OSError, TypeError, ValueError) as error:
+            raise ValueError(f"entries[{name!r}]: {error}") from error
+
+
+def _check_devices(entries: Mapping[str, Recipe]) -> None:
     for name, recipe in entries.items():
         devices, nodes = recipe.trainer.devices, recipe.trainer.nodes
         if devices not in ("auto", 1) or nodes != 1:  # Lightning would start the whole comparison once more for each
@@ -153,117 +212,25 @@ def _check_entries_and_seeds(entries: Mapping[str, Recipe], seeds: Sequence[int]
                 f"entries[{name!r}] must train on one device, got trainer.devices={devices}, trainer.nodes={nodes}: "
                 "several runs at a time keep the others busy, with workers"
             )
-    slugs = [_slug(name) for name in entries]
-    if len(set(slugs)) != len(slugs):
-        raise ValueError(f"entries need names that differ in letters and digits, got {list(entries)}")
 
 
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "entry"
+def _check(stored: dict[str, Any]) -> None:
+    """Raise ValueError, with the reason, unless a run that succeeded has an accuracy and the record of each epoch."""
+    if stored["error"] is not None:
+        return
+    top1, history = stored["metrics"].get("top1"), stored["details"].get("history")
+    if not _is_per_cent(top1):
+        raise ValueError("its top1 is not a number from 0 to 100")
+    if not (isinstance(history, list) and history and all(map(_is_record, history))):
+        raise ValueError("its history is not a list of records of numbers with a val/top1 from 0 to 100")
+    if history[-1]["val/top1"] != top1:
+        raise ValueError("its top1 is not that of the last epoch")
 
 
-@dataclass
-class _Job:
-    entry: str
-    seed: int
-    recipe: Recipe
-    folder: Path
-
-    @property
-    def file(self) -> Path:
-        return self.folder.with_name(self.folder.name + ".json")
-
-    @property
-    def fingerprint(self) -> str:
-        what_decides = {"recipe": to_plain(self.recipe), "torch": torch.__version__, "ecanet": ecanet.__version__}
-        return hashlib.sha256(json.dumps(what_decides, sort_keys=True).encode()).hexdigest()[:16]
-
-    def read(self) -> Run | None:
-        if not self.file.exists():
-            return None
-        stored = read_run(self.file, self.recipe.optim.epochs)
-        if stored["fingerprint"] != self.fingerprint:
-            raise ValueError(
-                f"{self.file} was made by another recipe or version: "
-                f"choose another folder, or delete it with {self.folder}"
-            )
-        return Run(self.entry, self.seed, stored["top1"], stored["history"], self.folder)
-
-    def run(self, on_epoch: Any) -> Run:
-        result = fit(self.recipe, self.folder, resume=True, progress=False, on_epoch=on_epoch)
-        finished = {
-            "entry": self.entry,
-            "seed": self.seed,
-            "fingerprint": self.fingerprint,
-            "top1": result.top1,
-            "history": result.history,
-            "recipe": to_plain(self.recipe),
-            "versions": result.versions,
-        }
-        write_run(self.file, finished)
-        return Run(self.entry, self.seed, result.top1, result.history, self.folder)
+def _is_record(record: Any) -> bool:
+    """Whether a record holds the numbers of an epoch; a loss may be NaN, an accuracy may not."""
+    return isinstance(record, dict) and _is_per_cent(record.get("val/top1")) and all(map(is_number, record.values()))
 
 
-_reports: Any = None
-
-
-def _start_worker(reports: Any) -> None:
-    global _reports
-    _reports = reports
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    # A parent that is killed cannot tell its workers, and they would go on training into the same folders.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _run_job(job: _Job) -> Run:
-    return job.run(lambda record: _reports.put((job.entry, job.seed, record)))
-
-
-def _run_all(jobs: Sequence[_Job], workers: int, progress: bool) -> Iterator[Run]:
-    context = multiprocessing.get_context("spawn")  # fork is not safe once torch has started threads
-    reports = context.Queue()
-    epochs = sum(job.recipe.optim.epochs for job in jobs)
-    with (
-        _one_thread_per_process(),
-        ProcessPoolExecutor(workers, context, _start_worker, (reports,)) as pool,
-        tqdm(total=epochs, desc=f"{len(jobs)} runs", unit="epoch", disable=not progress) as bar,
-    ):
-        waiting: set[Future[Run]] = {pool.submit(_run_job, job) for job in jobs}
-        try:
-            while waiting:
-                done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
-                with contextlib.suppress(queue.Empty):
-                    while True:
-                        entry, seed, record = reports.get_nowait()
-                        bar.set_postfix_str(f"{entry}, seed {seed}: {record['val/top1']:.1f} %")
-                        bar.update()
-                for future in done:
-                    yield future.result()
-        except BaseException:
-            # Kill them: a worker that is only asked to stop goes on with the next run. Checkpoints survive a kill.
-            for process in list(pool._processes.values()):
-                process.kill()
-            bar.write(f"Stopped: finished runs are kept in {jobs[0].folder.parent}; the same call goes on from there.")
-            raise
-
-
-@contextlib.contextmanager
-def _one_thread_per_process() -> Iterator[None]:
-    # OpenMP reads its settings when a process starts; several runs at once share the cores.
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
+def _is_per_cent(value: Any) -> bool:
+    return is_number(value) and 0 <= value <= 100

@@ -1,6 +1,5 @@
 """What a comparison says, in a table and in words: accuracy with its spread, and what a gate costs."""
 
-import math
 import statistics
 import time
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from torch import nn
 
 from ecanet.inspect import gate_parameters, multiply_adds
 from ecanet.study.comparison import Comparison
-from ecanet.study.statistics import LEVEL, ConditionSummary, Summary, detectable, plan
+from ecanet.study.conclusions import aligned
 
 
 @dataclass
@@ -96,54 +95,4 @@ def table(comparison: Comparison, costs: Mapping[str, Cost]) -> str:
                 f"x {cost.seconds / plain:.2f}",
             ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join(lines)
-
-
-def verdict(summary: Summary) -> str:
-    """What the differences show, in words: a line for each condition but the baseline, then what limits them all.
-
-    A difference is said to be shown where its 95 % interval excludes zero and its p of the sign-flip test is at most
-    0.05 after Holm's correction.
-    """
-    others = {name: row for name, row in summary.conditions.items() if name != summary.baseline}
-    lines = [_sentence(name, summary.baseline, row, len(others)) for name, row in others.items()]
-    fewest = min((row.seeds for row in others.values()), default=0)
-    if others and detectable(fewest, len(others)) is None:
-        lines.append(plan(len(summary.conditions), fewest))
-    if fewest == 1:
-        lines.append("One seed gives no spread: run at least three before reading anything into a difference.")
-    elif fewest > 1:
-        lines.append("Each interval covers the true difference in 95 of 100 such studies.")
-    return "\n".join(lines)
-
-
-def _sentence(name: str, baseline: str, row: ConditionSummary, comparisons: int) -> str:
-    if row.difference is None:
-        return f"{name}: no seed finished both with it and with {baseline}."
-    side = "above" if row.difference >= 0 else "below"
-    if row.low is None or row.high is None or row.p is None or row.p_holm is None:
-        return f"{name} is {_shown(row.difference, None)} {side} {baseline} with 1 seed."
-    margin = (row.high - row.low) / 2
-    numbers = f"95 % interval {_shown(row.low, margin, '+')} to {_shown(row.high, margin, '+')}, {row.seeds} seeds"
-    numbers += f", p {row.p:.2g}" + (f", {row.p_holm:.2g} after Holm's correction" if comparisons > 1 else "")
-    size = f"{name} is {_shown(row.difference, margin)} {side} {baseline} ({numbers})"
-    if row.low <= 0 <= row.high:
-        return f"{size}: the interval includes zero, so no difference is shown."
-    if row.p_holm > LEVEL:
-        return f"{size}: the interval lies {side} zero, but p is above {LEVEL}, so no difference is shown."
-    return f"{size}: it is {'higher' if row.difference > 0 else 'lower'} on this data."
-
-
-def _shown(value: float, margin: float | None, sign: str = "") -> str:
-    """A number with two digits of its margin, and two decimals at least; without a sign, its size."""
-    digits = max(2, 1 - math.floor(math.log10(margin))) if margin else 2
-    return f"{value if sign else abs(value):{sign}.{digits}f}"
+    return aligned(rows)

@@ -276,11 +276,12 @@ def plan(conditions: int, seeds: int, spread: float | None = None) -> str:
     if comparisons < 1:
         return "One condition: nothing is compared."
     against = f"{comparisons} comparison{'s' if comparisons > 1 else ''} with the baseline"
+    need = "need" if comparisons > 1 else "needs"
     shown = detectable(seeds, comparisons)
     if shown is None:
         return (
             f"{_seeds(seeds)} cannot show a difference at {LEVEL}: the smallest p that {_seeds(seeds)} can give is "
-            f"{smallest_p(seeds):.2g}, and {against} need {LEVEL / comparisons:.2g} or less under Holm's correction, "
+            f"{smallest_p(seeds):.2g}, and {against} {need} {LEVEL / comparisons:.2g} or less under Holm's correction, "
             f"which takes {fewest_seeds(comparisons)} seeds."
         )
     size = f"{shown:.2g} standard deviations of the paired differences"

@@ -154,10 +154,8 @@ def _add_study(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
         if left:
             seconds, workers = seconds_of_an_epoch(recipe), min(args.workers or default_workers(), left)
             total = tqdm.format_interval(math.ceil(left / workers) * recipe.optim.epochs * seconds)
-            print(
-                f"an epoch took {seconds:.1f} s; with {recipe.optim.epochs} in a run and {workers} runs at a time about "
-                f"{total}, if each has a core of its own"
-            )
+            at_a_time = f"{recipe.optim.epochs} in a run, {workers} runs at a time"
+            print(f"an epoch took {seconds:.1f} s: {at_a_time}, about {total} in all if each has a core of its own")
         print(plan(len(entries), len(seeds)))
 
     return run

@@ -77,8 +77,10 @@ FAILURES = {
 
 
 def numbers(condition: str, seed: int, folder: Path) -> dict[str, Any]:
-    """Numbers of every kind."""
+    """Numbers of every kind, and another working folder."""
     import numpy as np
+
+    os.chdir("/")
 
     return {"acc": np.float32(0.5), "int": np.int64(3), "array": np.array(2.0), "history": [{"loss": 1.5}], "ok": True}
 

@@ -93,8 +93,11 @@ def test_another_metric_is_compared_without_training(tmp_path: Path) -> None:
     assert len(calls(tmp_path)) == 6
 
 
-def test_names_alone_are_conditions_and_numbers_of_other_libraries_are_metrics(tmp_path: Path) -> None:
-    found = study(tmp_path, made_up_runs.numbers, [3], ["none", "eca"])
+def test_names_alone_are_conditions_and_numbers_of_other_libraries_are_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = study(Path("out"), made_up_runs.numbers, [3], ["none", "eca"])  # which change the working folder
     [only] = found.runs["eca"]
     assert only.metrics == {"acc": 0.5, "int": 3, "array": 2.0}
     assert only.details == {"history": [{"loss": 1.5}], "ok": True}

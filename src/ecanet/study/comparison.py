@@ -174,7 +174,7 @@ def comparison_jobs(entries: Mapping[str, Recipe], seeds: Sequence[int], out: st
         seeds: Seeds.
         out: Folder of the study.
     """
-    folder = Path(out) / "runs"
+    folder = Path(out).absolute() / "runs"
     jobs = []
     # Seed by seed, so that after an early stop the finished runs form pairs.
     for seed in seeds:

@@ -146,7 +146,7 @@ def run(
     if not isinstance(metric, str) or not metric:
         raise ValueError(f"metric must name what train returns, such as 'accuracy', got {metric!r}")
     _check_train(train, conditions)
-    folder = Path(out) / "runs"
+    folder = Path(out).absolute() / "runs"  # a training function may change the working folder
     by = f"{getattr(train, '__module__', '')}.{getattr(train, '__qualname__', type(train).__qualname__)}"
     # Seed by seed, so that after an early stop the finished runs form pairs.
     jobs = [

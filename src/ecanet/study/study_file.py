@@ -123,7 +123,7 @@ def conditions_and_seeds(
     if seeds is None and not said.seeds:
         fewest = fewest_seeds(len(changes) - 1)
         raise ValueError(
-            f"seeds must be given: for {len(changes)} conditions, --seeds {fewest} is the fewest that can show a difference"
+            f"seeds must be given: with {len(changes)} conditions, fewer than --seeds {fewest} can show nothing"
         )
     entries = {}
     for name, change in changes.items():

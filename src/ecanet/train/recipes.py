@@ -25,6 +25,18 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """A mapping whose keys differ: of two that are the same, one would be lost without a word."""
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            seen: set[Any] = set()
+            for key_node, _ in node.value:
+                key = self.construct_object(key_node, deep=True)
+                if key in seen:
+                    raise ValueError(f"line {key_node.start_mark.line + 1}: {shown(key)} is there twice")
+                seen.add(key)
+        return mapping
+
 
 for _tag, _pattern, _first in (
     ("null", r"^(~|null|Null|NULL|)$", ["~", "n", "N", ""]),

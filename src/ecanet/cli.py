@@ -3,6 +3,7 @@
 import argparse
 import csv
 import io
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -115,6 +116,47 @@ def _add_demo(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
 
     def run(args: "Namespace") -> None:
         demo(args.out, args.seeds, args.epochs, args.workers)
+
+    return run
+
+
+def _add_study(parser: "ArgumentParser") -> "Callable[[Namespace], None]":
+    from tqdm import tqdm
+
+    from ecanet.study.comparison import check_recipes, comparison_jobs, seconds_of_an_epoch, study_recipes
+    from ecanet.study.engine import default_workers
+    from ecanet.study.statistics import plan
+    from ecanet.study.study_file import conditions_and_seeds
+    from ecanet.train.config import Recipe
+
+    parser.add_argument("study", type=Path, nargs="?", default=None, help="YAML with conditions, seeds and a recipe.")
+    parser.add_argument("--config", action="config", help=_CONFIG_HELP)
+    parser.add_argument("--gates", type=str, default=None, help="Gates with commas between, the baseline first.")
+    parser.add_argument("--seeds", type=int | None, default=None, help="Number of seeds of each condition.")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="Folder for runs and tables.")
+    parser.add_argument(
+        "--workers", type=int | None, default=None, help="Runs at a time; by default one for each core."
+    )
+    parser.add_argument("--dry-run", action="store_true", help="Say how many runs, how long, and what they can show.")
+    parser.add_class_arguments(Recipe)
+
+    def run(args: "Namespace") -> None:
+        recipe = Recipe(args.model, args.data, args.optim, args.trainer)
+        entries, seeds = conditions_and_seeds(recipe, args.study, args.gates, args.seeds)
+        if not args.dry_run:
+            print(study_recipes(entries, seeds, args.out, args.workers))
+            print(f"wrote {args.out / 'results.csv'} and {args.out / 'summary.json'}")
+            return
+        check_recipes(entries, seeds)
+        jobs = comparison_jobs(entries, seeds, args.out)
+        left = sum(job.read() is None for job in jobs)
+        print(f"{len(entries)} conditions x {len(seeds)} seeds = {len(jobs)} runs, {left} left, into {args.out}")
+        if left:
+            seconds, workers = seconds_of_an_epoch(recipe), min(args.workers or default_workers(), left)
+            total = tqdm.format_interval(math.ceil(left / workers) * recipe.optim.epochs * seconds)
+            at_a_time = f"{recipe.optim.epochs} in a run, {workers} runs at a time"
+            print(f"an epoch took {seconds:.1f} s: {at_a_time}, about {total} in all if each has a core of its own")
+        print(plan(len(entries), len(seeds)))
 
     return run
 
@@ -234,6 +276,11 @@ _VERBS: dict[str, tuple[str, str, "Callable[[ArgumentParser], Callable[[Namespac
         "ecanet demo --seeds 3 --out runs/demo",
         _add_demo,
     ),
+    "study": (
+        "Train the same network with several gates and seeds: which differences are there?",
+        "ecanet study --data.root photos --gates none,se,eca --seeds 9 --out runs/study",
+        _add_study,
+    ),
     "insert": (
         "Put gates into a network of torchvision or timm: where, how many, at what cost.",
         "ecanet insert --model torchvision/resnet50 --where block --report --save resnet50_eca.pt",
@@ -312,6 +359,10 @@ def _run(verb: str, args: Sequence[str]) -> None:
     words = with_recipes_read(list(args))
     if verb == "fit":
         words = with_own_recipe(words, _FIT_OUT)
+    if verb == "study":
+        from ecanet.study.study_file import with_study_read
+
+        words = with_study_read(words)
     set_loader("plain", load_plain, NOT_PLAIN)
     # No abbreviations: an option under another name would be read without a check.
     parser: Any = ArgumentParser(

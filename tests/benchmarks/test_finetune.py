@@ -58,8 +58,8 @@ def test_differences_are_paired_by_seed(document: results.Document) -> None:
     assert summary(document)["train_loss"][PLAIN] == {"10": 2.0, "20": 1.0}
     assert summary(document)["train_loss_difference"][f"{KEPT} - {PLAIN}"] == {
         "mean": 0.5,
-        "low": -5.853,
-        "high": 6.853,
+        "low": -5.8531,
+        "high": 6.8531,
     }
 
 

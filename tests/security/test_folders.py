@@ -416,7 +416,7 @@ def test_other_processes_of_a_distributed_run_neither_lock_nor_make(tmp_path: Pa
 def test_without_locks_runs_go_on_unguarded(
     tiny: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ecanet.train.run_folder.fcntl", None)
+    monkeypatch.setattr("ecanet.files.folder_lock.fcntl", None)
     with RunFolder(tmp_path / "out"):
         fit(tiny(epochs=1), tmp_path / "out", progress=False)
     assert (tmp_path / "out" / "last.ckpt").exists()

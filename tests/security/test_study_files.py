@@ -9,7 +9,6 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import pytest
 
 from ecanet.cli import main
 from ecanet.study import compare
-from ecanet.study.compare import _Job
+from ecanet.study.comparison import comparison_jobs
 from ecanet.study.demo import demo_recipes
 from ecanet.study.run_files import read_run, write_run
 from ecanet.train import OptimConfig, Recipe
@@ -38,17 +37,18 @@ def signed(run: Any) -> bytes:
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file of a finished run of RECIPE, in a process that must not train."""
 
-    def no_training(*_: Any) -> None:
-        raise AssertionError("a run is started")
+    def no_training(todo: list[Any], *_: Any) -> dict[Path, str]:
+        assert not todo, "a run is started"
+        return {}
 
-    monkeypatch.setattr(sys.modules["ecanet.study.compare"], "_run_all", no_training)
-    return finished(tmp_path / "runs" / "eca-seed0")
+    monkeypatch.setattr(sys.modules["ecanet.study.paired_study"], "run_all", no_training)
+    return finished(tmp_path)
 
 
-def finished(folder: Path, recipe: Recipe = RECIPE) -> Path:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    job = _Job("eca", 0, replace(recipe, trainer=replace(recipe.trainer, seed=0)), folder)
-    write_run(job.file, {"entry": "eca", "seed": 0, "fingerprint": job.fingerprint, "top1": 62.5, "history": HISTORY})
+def finished(out: Path, name: str = "eca", recipe: Recipe = RECIPE) -> Path:
+    [job] = comparison_jobs({name: recipe}, [0], out)
+    about = {"fingerprint": job.fingerprint, "seconds": 2.5, "error": None}
+    write_run(job.file, about | {"metrics": {"top1": 62.5}, "details": {"history": HISTORY}})
     return job.file
 
 
@@ -71,15 +71,19 @@ def refusal(file: Path) -> str:
 def test_an_honest_file_is_read(file: Path) -> None:
     assert read(file) == (62.5, repr(HISTORY))
     assert [path.name for path in file.parent.iterdir()] == [file.name]
+    assert {path.name for path in file.parents[1].iterdir()} == {"runs", "results.csv", "summary.json"}
 
 
-def test_a_file_of_thousands_of_epochs_is_read(tmp_path: Path) -> None:
+def test_a_file_of_thousands_of_epochs_is_read_and_one_too_large_is_not_written(tmp_path: Path) -> None:
     file = tmp_path / "long.json"
-    write_run(file, {"fingerprint": "", "top1": 62.5, "history": HISTORY * 5000})
+    run = {"fingerprint": "", "metrics": {"top1": 62.5}, "seconds": 0.5, "error": None}
+    write_run(file, run | {"details": {"history": HISTORY * 5000}})
     assert file.stat().st_size > 1_000_000
-    assert len(read_run(file, epochs=10_000)["history"]) == 10_000
-    with pytest.raises(ValueError, match="bytes, and at most 1,000,000 are read"):
-        read_run(file, epochs=2)
+    assert len(read_run(file)["details"]["history"]) == 10_000
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=r"takes 18,000,\d+ bytes, and at most 16,777,216 are kept"):
+        write_run(file, run | {"details": {"text": "x" * 18_000_000}})
+    assert file.read_bytes() == before
 
 
 # --- damaged ------------------------------------------------------------------------------------------------------
@@ -152,29 +156,45 @@ def test_what_is_no_run(content: bytes, file: Path) -> None:
 
 
 RECORD = {"epoch": 1, "val/top1": 62.5}
+
+
+def top1(value: object) -> dict[str, Any]:
+    return {"metrics": {"top1": value}}
+
+
+def history(value: object) -> dict[str, Any]:
+    return {"details": {"history": value}}
+
+
 HAND_MADE: dict[str, tuple[dict[str, Any], str]] = {
-    "top1 of 'x'": ({"top1": "x"}, "top1 is not a number"),
-    "top1 of '62.5'": ({"top1": "62.5"}, "top1 is not a number"),
-    "top1 of NaN": ({"top1": math.nan}, "top1 is not a number"),
-    "top1 of Infinity": ({"top1": math.inf}, "top1 is not a number"),
-    "top1 of -Infinity": ({"top1": -math.inf}, "top1 is not a number"),
-    "top1 of true": ({"top1": True}, "top1 is not a number"),
-    "top1 of null": ({"top1": None}, "top1 is not a number"),
-    "top1 in a list": ({"top1": [62.5]}, "top1 is not a number"),
-    "top1 of -1": ({"top1": -1}, "from 0 to 100"),
-    "top1 of 100.1": ({"top1": 100.1}, "from 0 to 100"),
-    "top1 of 10^4000": ({"top1": 10**4000}, "from 0 to 100"),
-    "top1 of another epoch": ({"top1": 41.25}, "top1 is not that of the last epoch"),
-    "no epoch": ({"history": []}, "its history"),
-    "history of a string": ({"history": "x"}, "its history"),
-    "history of an object": ({"history": {"0": RECORD}}, "its history"),
-    "history of numbers": ({"history": [62.5]}, "its history"),
-    "a record without accuracy": ({"history": [{"epoch": 0}, RECORD]}, "its history"),
-    "a record with an accuracy of NaN": ({"history": [{"val/top1": math.nan}, RECORD]}, "its history"),
-    "a record with a string": ({"history": [RECORD | {"val/loss": "x"}]}, "its history"),
-    "a record with true": ({"history": [RECORD | {"val/loss": True}]}, "its history"),
+    "top1 of 'x'": (top1("x"), "its metrics are not numbers"),
+    "top1 of '62.5'": (top1("62.5"), "its metrics are not numbers"),
+    "top1 of NaN": (top1(math.nan), "top1 is not a number"),
+    "top1 of Infinity": (top1(math.inf), "top1 is not a number"),
+    "top1 of -Infinity": (top1(-math.inf), "top1 is not a number"),
+    "top1 of true": (top1(True), "its metrics are not numbers"),
+    "top1 of null": (top1(None), "its metrics are not numbers"),
+    "top1 in a list": (top1([62.5]), "its metrics are not numbers"),
+    "top1 of -1": (top1(-1), "from 0 to 100"),
+    "top1 of 100.1": (top1(100.1), "from 0 to 100"),
+    "top1 of 10^4000": (top1(10**4000), "its metrics are not numbers"),
+    "top1 of another epoch": (top1(41.25), "top1 is not that of the last epoch"),
+    "no top1": ({"metrics": {"loss": 1.5}}, "top1 is not a number"),
+    "metrics in a list": ({"metrics": [62.5]}, "its metrics are not numbers"),
+    "details in a list": ({"details": [62.5]}, "its details are not an object"),
+    "no epoch": (history([]), "its history"),
+    "history of a string": (history("x"), "its history"),
+    "history of an object": (history({"0": RECORD}), "its history"),
+    "history of numbers": (history([62.5]), "its history"),
+    "a record without accuracy": (history([{"epoch": 0}, RECORD]), "its history"),
+    "a record with an accuracy of NaN": (history([{"val/top1": math.nan}, RECORD]), "its history"),
+    "a record with a string": (history([RECORD | {"val/loss": "x"}]), "its history"),
+    "a record with true": (history([RECORD | {"val/loss": True}]), "its history"),
     "fingerprint of a number": ({"fingerprint": 0}, "fingerprint is not a string"),
     "fingerprint of null": ({"fingerprint": None}, "fingerprint is not a string"),
+    "seconds of NaN": ({"seconds": math.nan}, "its seconds"),
+    "seconds below 0": ({"seconds": -1}, "its seconds"),
+    "an error of a number": ({"error": 1}, "its error is not a text"),
 }
 
 
@@ -188,7 +208,7 @@ def test_a_checksum_that_fits_makes_no_result_of_what_is_none(changes: dict[str,
     assert why in refusal(file)
 
 
-@pytest.mark.parametrize("key", ["top1", "history", "fingerprint", "sha256"])
+@pytest.mark.parametrize("key", ["metrics", "details", "seconds", "error", "fingerprint", "sha256"])
 def test_a_key_that_is_missing(key: str, file: Path) -> None:
     run = json.loads(file.read_bytes())
     del run[key]
@@ -200,7 +220,7 @@ def test_a_run_of_another_recipe_is_refused_as_before(file: Path) -> None:
     run = json.loads(file.read_bytes()) | {"fingerprint": "0" * 16}
     del run["sha256"]
     file.write_bytes(signed(run))
-    with pytest.raises(ValueError, match=r"eca-seed0\.json was made by another recipe or version"):
+    with pytest.raises(ValueError, match=r"eca-seed0\.json was made by another recipe, function or version"):
         read(file)
 
 
@@ -229,7 +249,7 @@ def test_a_file_of_ten_gigabytes_is_not_read(tmp_path: Path) -> None:
         "import sys, pathlib, importlib.util\n"
         "spec = importlib.util.spec_from_file_location('run_files', sys.argv[1])\n"
         "m = importlib.util.module_from_spec(spec); spec.loader.exec_module(m)\n"
-        "m.read_run(pathlib.Path(sys.argv[2]), 1)"
+        "m.read_run(pathlib.Path(sys.argv[2]))"
     )
     source = sys.modules[read_run.__module__].__file__
     done = subprocess.run(
@@ -241,7 +261,7 @@ def test_a_file_of_ten_gigabytes_is_not_read(tmp_path: Path) -> None:
     )
     last = done.stderr.splitlines()[-1]
     assert last.startswith("ValueError: ")
-    assert "huge.json holds no finished run (it has 10,000,000,000 bytes, and at most 1,000,000 are read)" in last
+    assert "huge.json holds no finished run (it has 10,000,000,000 bytes, and at most 16,777,216 are read)" in last
 
 
 # --- on the command line ------------------------------------------------------------------------------------------
@@ -250,7 +270,7 @@ def test_a_file_of_ten_gigabytes_is_not_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["empty", "[]", "{}", "lists 100,000 deep"])
 def test_the_command_line_says_it_in_one_line(content: str, tmp_path: Path) -> None:
     name = next(iter(demo_recipes(1)))
-    file = finished(tmp_path / "runs" / f"{name.replace(' ', '-').lower()}-seed0", demo_recipes(1)[name])
+    file = finished(tmp_path, name, demo_recipes(1)[name])
     file.write_bytes(CONTENTS[content])
     with pytest.raises(SystemExit) as stopped:
         main(["demo", "--out", str(tmp_path), "--seeds", "1", "--epochs", "1"])

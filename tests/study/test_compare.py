@@ -8,17 +8,18 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import ecanet
 from ecanet.study import Comparison, Run, compare, paired_difference
-from ecanet.study.report import Cost, table, verdict
+from ecanet.study.conclusions import verdict
+from ecanet.study.engine import default_workers
+from ecanet.study.report import Cost, table
 from ecanet.train import Recipe, fit
 
 
@@ -37,6 +38,9 @@ def test_every_entry_runs_with_every_seed(tiny: Callable[..., Recipe], tmp_path:
     assert list(comparison.runs) == ["none", "ECA"]
     assert comparison.baseline == "none"
     assert [run.seed for run in comparison.runs["ECA"]] == [0, 3]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["conditions"]["ECA"]["mean"] == pytest.approx(comparison.mean("ECA"), rel=1e-12)
+    assert (tmp_path / "results.csv").read_text().startswith("condition,seed,top1,seconds\nnone,0,")
     files = sorted(path.name for path in (tmp_path / "runs").glob("*.json"))
     assert files == ["eca-seed0.json", "eca-seed3.json", "none-seed0.json", "none-seed3.json"]
     for runs in comparison.runs.values():
@@ -63,7 +67,7 @@ def test_finished_runs_are_read_and_new_ones_added(tiny: Callable[..., Recipe], 
 
 def test_runs_of_another_recipe_are_refused(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     compare(entries(tiny), [0], tmp_path, progress=False)
-    with pytest.raises(ValueError, match=r"none-seed0\.json was made by another recipe or version"):
+    with pytest.raises(ValueError, match=r"none-seed0\.json was made by another recipe, function or version"):
         compare(entries(tiny, lr=0.01), [0], tmp_path, progress=False)
 
 
@@ -79,36 +83,48 @@ def test_a_half_finished_run_of_another_version_goes_on_after_saying_so_and_name
             fit(recipe, folder, progress=False, on_epoch=stop_once_saved)
     compare({"ECA": recipe}, [0], tmp_path, progress=False)
     assert "was trained with ecanet 0.0.9, torch 2.10.0" in capfd.readouterr().err
-    stamped = json.loads((tmp_path / "runs" / "eca-seed0.json").read_text())["versions"]
+    stamped = json.loads((tmp_path / "runs" / "eca-seed0.json").read_text())["details"]["versions"]
     assert [(each["ecanet"], each["torch"]) for each in stamped] == [
         ("0.0.9", "2.10.0"),
         (ecanet.__version__, str(torch.__version__)),
     ]
 
 
-def test_without_affinity_all_cpus_are_counted(
-    tiny: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_there_is_a_worker_for_each_cpu_without_affinity_too_and_one_where_there_is_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def only_count(jobs: Sequence[Any], workers: int, progress: bool) -> Iterator[Run]:
-        counted.append(workers)
-        yield from (Run(job.entry, job.seed, 50.0, [], job.folder) for job in jobs)
-
-    counted: list[int] = []
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on macOS
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys.modules["ecanet.study.compare"], "_run_all", only_count)
-    compare(entries(tiny), range(4), tmp_path, progress=False)
-    assert counted == [3]
+    assert default_workers() == 3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert default_workers() == 1
 
 
-def test_a_failing_run_leaves_the_finished_ones(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_a_failing_run_is_named_and_leaves_the_others_finished(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     broken = entries(tiny)["ECA"]
-    broken = replace(broken, model=replace(broken.model, kernel_size=4))
-    with pytest.raises(ValueError, match="kernel_size must be odd"):
-        compare({"none": entries(tiny)["none"], "broken": broken}, [0], tmp_path, workers=1, progress=False)
-    assert (tmp_path / "runs" / "none-seed0.json").exists()
-    assert not (tmp_path / "runs" / "broken-seed0.json").exists()
+    broken = replace(broken, trainer=replace(broken.trainer, precision="17-true"))
+    for _ in range(2):  # it is not tried again
+        with pytest.raises(RuntimeError, match=r"^1 of 2 runs failed, .*broken, seed 0: ValueError: .*17-true"):
+            compare({"broken": broken, "none": entries(tiny)["none"]}, [0], tmp_path, workers=1, progress=False)
+    runs = {name: json.loads((tmp_path / f"runs/{name}-seed0.json").read_text()) for name in ("none", "broken")}
+    assert runs["none"]["metrics"].keys() == {"top1"}
+    assert runs["broken"]["metrics"] == {}
+
+
+def test_pictures_that_are_not_there_and_networks_that_cannot_be_are_named_before_anything_runs(
+    tiny: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = tiny()
+    wrong = {
+        "kernel_size must be odd": replace(recipe, model=replace(recipe.model, kernel_size=4)),
+        "nowhere": replace(recipe, data=replace(recipe.data, root=tmp_path / "nowhere")),
+        "no.pth": replace(recipe, model=replace(recipe.model, weights=str(tmp_path / "no.pth"))),
+    }
+    for words, broken in wrong.items():
+        with pytest.raises(ValueError, match=rf"entries\['ECA'\]: .*{words}"):
+            compare({"none": recipe, "ECA": broken}, [0], tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 SCRIPT = """
@@ -148,7 +164,7 @@ def test_killed_comparison_keeps_what_it_finished_and_leaves_no_worker(
         assert time.monotonic() < deadline, "a worker lives on"
         time.sleep(0.1)
     for path in out.glob("runs/*.json"):
-        assert json.loads(path.read_text())["top1"] >= 0
+        assert json.loads(path.read_text())["metrics"]["top1"] >= 0
 
 
 @pytest.mark.parametrize(
@@ -185,10 +201,10 @@ def comparison_of(**top1: list[float]) -> Comparison:
 def test_interval_is_students_t_on_the_paired_differences() -> None:
     comparison = comparison_of(none=[80.0, 82.0, 81.0], ECA=[81.0, 82.5, 83.0])
     difference = comparison.difference("ECA")
-    margin = 4.302652729911275 * statistics.stdev([1.0, 0.5, 2.0]) / math.sqrt(3)
+    margin = 4.302652729749464 * statistics.stdev([1.0, 0.5, 2.0]) / math.sqrt(3)
     assert difference.mean == pytest.approx(3.5 / 3)
-    assert difference.low == pytest.approx(3.5 / 3 - margin, rel=1e-3)
-    assert difference.high == pytest.approx(3.5 / 3 + margin, rel=1e-3)
+    assert difference.low == pytest.approx(3.5 / 3 - margin, rel=1e-12)
+    assert difference.high == pytest.approx(3.5 / 3 + margin, rel=1e-12)
     assert not difference.excludes_zero
 
 
@@ -207,18 +223,19 @@ def test_one_seed_has_no_interval() -> None:
     comparison = comparison_of(none=[80.0], ECA=[81.0])
     assert comparison.spread("ECA") is None
     assert comparison.difference("ECA").low is None
-    assert "One seed gives no spread" in verdict(comparison)
+    assert "One seed gives no spread" in verdict(comparison.summary)
 
 
-def test_verdict_claims_a_gain_or_a_loss_only_when_the_interval_excludes_zero() -> None:
+def test_three_seeds_show_no_difference_however_far_the_intervals_are_from_zero() -> None:
     comparison = comparison_of(
         none=[80.0, 80.1, 80.2], A=[85.0, 85.2, 85.1], B=[75.0, 75.1, 75.3], C=[79.0, 82.0, 80.0]
     )
-    a, b, c, *_ = verdict(comparison).splitlines()
-    assert a.startswith("A is 5.00 points above none")
-    assert "a gain" in a
-    assert "a loss" in b
-    assert "no difference is shown" in c
+    a, b, c, why, _ = verdict(comparison.summary).splitlines()
+    assert a.startswith("A is 5.00 above none (95 % interval +4.75 to +5.25, 3 seeds, p 0.25, 0.75 after")
+    assert "the interval lies above zero, but p is above 0.05, so no difference is shown" in a
+    assert "the interval lies below zero, but p is above 0.05, so no difference is shown" in b
+    assert "the interval includes zero, so no difference is shown" in c
+    assert why.startswith("3 seeds cannot show a difference at 0.05")
 
 
 def test_table_has_a_row_for_every_entry() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ecanet.study.compare import Comparison
+from ecanet.study.comparison import Comparison
 from ecanet.study.demo import demo, demo_recipes, draw
 from ecanet.study.report import measure_costs
 from ecanet.train import build_network
@@ -76,7 +76,11 @@ def test_demo(made: tuple[Comparison, Path, str]) -> None:
         assert 30 < comparison.mean(entry) < 100, "ten classes: chance is 10 %"
         assert entry in said
     assert "One seed gives no spread" in said
-    assert json.loads((folder / "summary.json").read_text())["ECA"]["cost"]["parameters"] == 9
+    assert json.loads((folder / "costs.json").read_text())["ECA"]["parameters"] == 9
+    rows = json.loads((folder / "summary.json").read_text())["conditions"]
+    assert {entry: row["mean"] for entry, row in rows.items()} == {
+        name: comparison.mean(name) for name in demo_recipes()
+    }
     for name in ("training_curves", "matrices", "kernel_sizes", "gates_per_class"):
         with Image.open(folder / f"{name}.png") as image:
             assert image.width > 600

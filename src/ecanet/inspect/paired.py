@@ -5,11 +5,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-#: Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom.
-_T95: tuple[float, ...] = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-_T95 += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
-_T95 += (2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
-
 
 @dataclass
 class Difference:
@@ -39,6 +34,7 @@ def paired_difference(differences: Sequence[float]) -> Difference:
 
     Raises:
         ValueError: there are none.
+        ImportError: scipy is missing.
 
     Example:
         >>> d = paired_difference([1.0, 2.0, 3.0])
@@ -50,5 +46,9 @@ def paired_difference(differences: Sequence[float]) -> Difference:
     mean, n = statistics.fmean(differences), len(differences)
     if n == 1:
         return Difference(mean, None, None)
-    margin = _T95[min(n - 1, len(_T95)) - 1] * statistics.stdev(differences) / math.sqrt(n)
+    try:
+        from scipy import stats
+    except ImportError as error:
+        raise ImportError("intervals of paired differences need scipy: pip install 'ecanet[plot]'") from error
+    margin = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(differences) / math.sqrt(n)
     return Difference(mean, mean - margin, mean + margin)

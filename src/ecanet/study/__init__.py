@@ -1,23 +1,65 @@
-"""Does attention help on this data? Paired seeds, intervals, costs and pictures."""
+"""Does attention help on this data? Paired seeds, intervals, tests, costs and pictures.
 
-try:
-    import lightning  # noqa: F401
-    import tqdm  # noqa: F401
-except ImportError as error:
-    raise ImportError(f"ecanet.study needs {error.name}: pip install 'ecanet[train,plot]'") from error
+Needs ``pip install 'ecanet[study]'``; what trains by recipes, times networks or draws needs ``ecanet[train,plot]`` too.
+Each name is imported where it is first used.
+"""
 
-from ecanet.inspect.paired import Difference, paired_difference
-from ecanet.study.compare import Comparison, Run, compare
-from ecanet.study.report import Cost, measure_costs, table, verdict
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ecanet.study.comparison import Comparison, Run, compare
+    from ecanet.study.conclusions import summary_table, verdict
+    from ecanet.study.paired_study import FailedRun, FinishedRun, Study, run
+    from ecanet.study.report import Cost, measure_costs, table
+    from ecanet.study.statistics import (
+        ConditionSummary,
+        Difference,
+        Summary,
+        detectable,
+        paired_difference,
+        plan,
+        power,
+        seeds_needed,
+        summarise,
+    )
 
 __all__ = [
     "Comparison",
+    "ConditionSummary",
     "Cost",
     "Difference",
+    "FailedRun",
+    "FinishedRun",
     "Run",
+    "Study",
+    "Summary",
     "compare",
+    "detectable",
     "measure_costs",
     "paired_difference",
+    "plan",
+    "power",
+    "run",
+    "seeds_needed",
+    "summarise",
+    "summary_table",
     "table",
     "verdict",
 ]
+
+_FOUND_IN = {
+    **dict.fromkeys(("Comparison", "Run", "compare"), "comparison"),
+    **dict.fromkeys(("Cost", "measure_costs", "table"), "report"),
+    **dict.fromkeys(("FailedRun", "FinishedRun", "Study", "run"), "paired_study"),
+    **dict.fromkeys(("summary_table", "verdict"), "conclusions"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what a public name needs, the first time that it is used (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module 'ecanet.study' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"ecanet.study.{_FOUND_IN.get(name, 'statistics')}"), name)
+    globals()[name] = value
+    return value

@@ -15,8 +15,9 @@ from ecanet.inspect import (
     plot_training_curves,
 )
 from ecanet.nn import ECA, LinearGate, SEGroup, SEVar2, SEVar3
-from ecanet.study.compare import Comparison, compare
-from ecanet.study.report import Cost, measure_costs, table, verdict
+from ecanet.study.comparison import Comparison, compare
+from ecanet.study.conclusions import verdict
+from ecanet.study.report import measure_costs, table
 from ecanet.train import DataConfig, ModelConfig, OptimConfig, Recipe, build_network, load_trained
 from ecanet.train.data.loading import ImageData
 from ecanet.train.evaluate import data_of
@@ -50,7 +51,7 @@ def demo(out: str | Path = "runs/demo", seeds: int = 3, epochs: int = 6, workers
     It needs no internet and no GPU. A second call reads the finished runs.
 
     Args:
-        out: Folder for runs, ``summary.json``, ``summary.txt`` and the pictures.
+        out: Folder for runs, ``results.csv``, ``summary.json``, ``summary.txt``, ``costs.json`` and the pictures.
         seeds: Seeds of each entry.
         epochs: Passes over the 8,000 training pictures.
         workers: Runs at a time, by default one for each core.
@@ -70,11 +71,13 @@ def demo(out: str | Path = "runs/demo", seeds: int = 3, epochs: int = 6, workers
     print("Timing a training step of each, in turns on one thread ...", flush=True)
     networks = {name: build_network(recipe.model, 10) for name, recipe in recipes.items()}
     costs = measure_costs(networks)
+    limits = "These are short runs of a small network on small data: they say little about others."
     noise = "The two ECA entries are the same network: where their times differ, that is the machine's noise."
-    summary = f"{table(comparison, costs)}\n\n{verdict(comparison)}\n{noise}\n"
+    summary = f"{table(comparison, costs)}\n\n{verdict(comparison.summary)}\n{limits}\n{noise}\n"
     print(f"\n{summary}")
     write_whole(out / "summary.txt", summary)
-    write_whole(out / "summary.json", json.dumps(_summary(comparison, costs), indent=2) + "\n")
+    document = {entry: vars(cost) for entry, cost in costs.items()}
+    write_whole(out / "costs.json", json.dumps(document, indent=2) + "\n")
     for path in draw(comparison, out):
         print(f"wrote {path}")
     return comparison
@@ -118,16 +121,3 @@ def draw(comparison: Comparison, out: Path) -> list[Path]:
         figure.savefig(picture, format="png")
         write_whole(out / name, picture.getvalue())
     return [out / name for name in figures]
-
-
-def _summary(comparison: Comparison, costs: dict[str, Cost]) -> dict[str, dict[str, object]]:
-    return {
-        entry: {
-            "top1": comparison.top1(entry),
-            "mean": comparison.mean(entry),
-            "spread": comparison.spread(entry),
-            "difference": vars(comparison.difference(entry)),
-            "cost": vars(costs[entry]),
-        }
-        for entry in comparison.runs
-    }

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ecanet.inspect import gate_parameters, multiply_adds
-from ecanet.inspect.paired import Difference
-from ecanet.study.compare import Comparison
+from ecanet.study.comparison import Comparison
+from ecanet.study.conclusions import aligned
 
 
 @dataclass
@@ -95,41 +95,4 @@ def table(comparison: Comparison, costs: Mapping[str, Cost]) -> str:
                 f"x {cost.seconds / plain:.2f}",
             ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join(lines)
-
-
-def verdict(comparison: Comparison) -> str:
-    """What the differences mean at this number of seeds, in plain words."""
-    seeds = len(comparison.runs[comparison.baseline])
-    others = [entry for entry in comparison.runs if entry != comparison.baseline]
-    sentences = [_sentence(entry, comparison.baseline, comparison.difference(entry), seeds) for entry in others]
-    if seeds == 1:
-        sentences.append("One seed gives no spread: run at least three before reading anything into a difference.")
-    else:
-        sentences.append(
-            f"Each interval covers the true difference in 95 of 100 such studies; with {len(others)} comparisons at "
-            "once, one that just misses zero is weak evidence. Short runs of small networks on small data say "
-            "little about ImageNet."
-        )
-    return "\n".join(sentences)
-
-
-def _sentence(entry: str, baseline: str, difference: Difference, seeds: int) -> str:
-    direction = "above" if difference.mean >= 0 else "below"
-    size = f"{entry} is {abs(difference.mean):.2f} points {direction} {baseline}"
-    if difference.low is None or difference.high is None:
-        return f"{size} with 1 seed."
-    interval = f"95 % interval {difference.low:+.2f} to {difference.high:+.2f}, {seeds} seeds"
-    if not difference.excludes_zero:
-        return f"{size} ({interval}): the interval includes zero, so no difference is shown."
-    kind = "a gain" if difference.mean > 0 else "a loss"
-    return f"{size} ({interval}): {kind} on this data, with this short training."
+    return aligned(rows)

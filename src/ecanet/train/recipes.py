@@ -25,6 +25,18 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """A mapping whose keys differ: of two that are the same, one would be lost without a word."""
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            seen: set[Any] = set()
+            for key_node, _ in node.value:
+                key = self.construct_object(key_node, deep=True)
+                if key in seen:
+                    raise ValueError(f"line {key_node.start_mark.line + 1}: {shown(key)} is there twice")
+                seen.add(key)
+        return mapping
+
 
 for _tag, _pattern, _first in (
     ("null", r"^(~|null|Null|NULL|)$", ["~", "n", "N", ""]),
@@ -88,15 +100,29 @@ def read_recipe(path: str | Path) -> dict[str, dict[str, Any]]:
         >>> read_recipe("recipes/small/fashion_mnist.yaml")["optim"]["lr"]  # doctest: +SKIP
         0.1
     """
+    recipe = read_plain(path, "recipe")
+    check_blocks(recipe, shown(str(path), 200))
+    return recipe
+
+
+def read_plain(path: str | Path, kind: str) -> Any:
+    """Plain values from a YAML file, within the limits of a recipe.
+
+    Args:
+        path: The file.
+        kind: What it should be, for the message.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is too large or no plain YAML; the message names it.
+    """
     path = Path(path)
     check_file(path, _MAX_BYTES)
     try:
-        recipe = load_plain(path.read_text(encoding="utf-8"))
+        return load_plain(path.read_text(encoding="utf-8"))
     except NOT_PLAIN as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{shown(str(path), 200)} is no recipe: {shown(reason, 300)}") from error
-    _check_blocks(recipe, shown(str(path), 200))
-    return recipe
+        raise ValueError(f"{shown(str(path), 200)} is no {kind}: {shown(reason, 300)}") from error
 
 
 def _check_events(text: str) -> None:
@@ -115,7 +141,13 @@ def _check_events(text: str) -> None:
             raise ValueError("it holds more than one document")
 
 
-def _check_blocks(recipe: object, source: str) -> None:
+def check_blocks(recipe: object, source: str) -> None:
+    """Raise ValueError unless this is a recipe: blocks of known names and plain values.
+
+    Args:
+        recipe: What a file says.
+        source: Where, for the message.
+    """
     if not isinstance(recipe, dict):
         raise ValueError(f"{source} is no recipe: it must hold the blocks {', '.join(_BLOCKS)}, got {shown(recipe)}")
     for block, values in recipe.items():
@@ -190,7 +222,7 @@ def with_own_recipe(args: list[str], out: str | Path) -> list[str]:
     if needs_no_own_recipe and not os.path.lexists(own):
         return args
     try:
-        return ["--config", _for_parser(read_recipe(own)), *args]
+        return ["--config", for_parser(read_recipe(own)), *args]
     except (OSError, ValueError) as error:
         raise type(error)(
             f"{error}; it should hold the recipe of the run there: pass that recipe with --config"
@@ -218,11 +250,11 @@ def with_recipes_read(args: list[str]) -> list[str]:
         if name != "--config" or (not equals and (value := next(words, "")) == ""):
             result.append(word)
             continue
-        result += ["--config", _for_parser(read_recipe(value))]
+        result += ["--config", for_parser(read_recipe(value))]
     return result
 
 
-def _for_parser(recipe: dict[str, dict[str, Any]]) -> str:
+def for_parser(recipe: dict[str, dict[str, Any]]) -> str:
     """A recipe as JSON whose folder the parser, which reads texts again as YAML, takes for no number and no null."""
     root = recipe.get("data", {}).get("root")
     if isinstance(root, str):

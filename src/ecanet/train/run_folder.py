@@ -2,35 +2,13 @@
 
 import contextlib
 import errno
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 from ecanet.files.atomic import write_whole
-
-fcntl: ModuleType | None
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from ecanet.files.folder_lock import lock_folder, unlock_folder
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-#: Handles of the open folders that this process has locked.
-_held: set[int] = set()
-
-
-def _close_held() -> None:
-    # A lock lasts while any process has the folder open, and loading processes outlive a killed run by seconds.
-    for handle in _held:
-        os.close(handle)
-    _held.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_held)
-
-
 #: Files that a run writes into its folder. What a killed run leaves of them is removed when the next one starts.
 FILES_OF_A_RUN = ("best.ckpt", "last.ckpt", "recipe.json")
 
@@ -64,34 +42,20 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             raise NotADirectoryError(f"{self.path} cannot be the output folder, {error.filename} is a file") from error
-        if fcntl is not None:
-            self._lock()
+        try:
+            self._handle = lock_folder(self.path)
+        except BlockingIOError as error:
+            raise BlockingIOError(
+                errno.EAGAIN, f"another run is writing into {self.path}: wait until it ends, or choose another --out"
+            ) from error
         self._identity = _identity(self.path)
         return self
-
-    def _lock(self) -> None:
-        assert fcntl is not None
-        handle = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(handle)
-            raise BlockingIOError(
-                f"another run is writing into {self.path}: wait until it ends, or choose another --out"
-            ) from error
-        except OSError:  # a file system without locks
-            os.close(handle)
-            return
-        self._handle = handle
-        _held.add(handle)
 
     def __exit__(self, *exc: object) -> None:
         for path in self._made:
             with contextlib.suppress(OSError):  # a folder that is not empty stays
                 path.rmdir()
-        if self._handle in _held:
-            _held.remove(self._handle)
-            os.close(self._handle)
+        unlock_folder(self._handle)
 
     def check(self) -> None:
         """Check that the folder is still the one that the run started in.

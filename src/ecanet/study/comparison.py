@@ -1,0 +1,237 @@
+"""Paired comparison of recipes over seeds. Each finished run is a file, so a killed comparison loses none."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ecanet
+from ecanet.inspect.paired import Difference, paired_difference
+from ecanet.study.engine import Job
+from ecanet.study.paired_study import Study, check_names, check_seeds, fingerprint, run_jobs, slug
+from ecanet.study.run_files import is_number
+from ecanet.study.statistics import Summary, summarise
+from ecanet.train.checkpoint import build_network
+from ecanet.train.config import Recipe, to_plain
+from ecanet.train.data.loading import ImageData
+from ecanet.train.fit import fit
+
+
+@dataclass
+class Run:
+    """One finished training run.
+
+    Attributes:
+        entry: Name of its recipe in the comparison.
+        seed: Its seed.
+        top1: Validation top-1 after the last epoch, in per cent.
+        history: One record for each epoch: ``val/top1``, ``train/loss``, ``seconds``, ...
+        folder: Folder of its checkpoints and logs.
+    """
+
+    entry: str
+    seed: int
+    top1: float
+    history: list[dict[str, float]]
+    folder: Path
+
+
+@dataclass
+class Comparison:
+    """Every run of every entry, in the order given.
+
+    Attributes:
+        runs: Runs by entry, one for each seed.
+    """
+
+    runs: dict[str, list[Run]]
+
+    @property
+    def baseline(self) -> str:
+        """The first entry, with which the others are compared."""
+        return next(iter(self.runs))
+
+    def top1(self, entry: str) -> list[float]:
+        """Top-1 of each seed, in per cent."""
+        return [run.top1 for run in self.runs[entry]]
+
+    def mean(self, entry: str) -> float:
+        """Mean top-1 over the seeds, in per cent."""
+        return statistics.fmean(self.top1(entry))
+
+    def spread(self, entry: str) -> float | None:
+        """Sample standard deviation of top-1 over the seeds, in percentage points; None with one seed."""
+        values = self.top1(entry)
+        return statistics.stdev(values) if len(values) > 1 else None
+
+    def difference(self, entry: str) -> Difference:
+        """The entry minus the baseline, paired by seed."""
+        pairs = zip(self.top1(entry), self.top1(self.baseline), strict=True)
+        return paired_difference([a - b for a, b in pairs])
+
+    @property
+    def summary(self) -> Summary:
+        """Differences, intervals and tests of all entries."""
+        return summarise({entry: {run.seed: run.top1 for run in runs} for entry, runs in self.runs.items()}, "top1")
+
+
+def compare(
+    entries: Mapping[str, Recipe],
+    seeds: Sequence[int],
+    out: str | Path,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Train every recipe with every seed; the same seed means the same backbone weights and order of images.
+
+    The engine is that of :func:`ecanet.study.run`. A finished run is a file ``out/runs/ENTRY-seedK.json``, with its
+    checkpoints and logs in the folder ``out/runs/ENTRY-seedK``. A second call reads finished runs and does not repeat
+    them. An interrupted run goes on from its last checkpoint; a run by another recipe is refused. If a run goes on with
+    other versions of torch or ecanet, it warns, and its file names all of them.
+
+    Args:
+        entries: Recipes by name, the baseline first, each for one device; their own seeds are not used.
+        seeds: Seeds, at least one.
+        out: Folder for the results.
+        workers: Runs at a time, each in its own process with one thread. By default one for each core, or a single run
+            at a time on a machine with a GPU.
+        progress: Show runs done, running and left, with the time left, and say first what the seeds can show.
+
+    Returns:
+        All runs.
+
+    Raises:
+        ValueError: no entry, no or repeated seeds, names that give the same file, a recipe for several devices, or
+            results in ``out`` that are damaged, by another recipe or of another study; or pictures or weights that are
+            not there, or a network that cannot be built.
+        RuntimeError: runs failed; the message says why. The others went on and are kept.
+    """
+    study = study_recipes(entries, seeds, out, workers, progress)
+    if study.failed:
+        total = len(entries) * len(seeds)
+        raise RuntimeError(
+            f"{len(study.failed)} of {total} runs failed, the others are kept in {Path(out) / 'runs'}: "
+            + "; ".join(f"{run.condition}, seed {run.seed}: {run.reason}" for run in study.failed)
+            + f". Delete {study.failed[0].file} and the like to run them again"
+        )
+    return Comparison(
+        {
+            name: [Run(name, run.seed, run.metrics["top1"], run.details["history"], run.folder) for run in runs]
+            for name, runs in study.runs.items()
+        }
+    )
+
+
+def study_recipes(
+    entries: Mapping[str, Recipe],
+    seeds: Sequence[int],
+    out: str | Path,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Study:
+    """As :func:`compare`, but failed runs are named in the result.
+
+    Raises:
+        ValueError: as in :func:`compare`.
+    """
+    check_recipes(entries, seeds)
+    jobs = comparison_jobs(entries, seeds, out)
+    if any(job.read() is None for job in jobs):
+        _check_parts(entries)
+    return run_jobs(jobs, out, "top1", workers, progress)
+
+
+def seconds_of_an_epoch(recipe: Recipe) -> float:
+    """Train one epoch as a study would, on one thread of a CPU, and write nothing.
+
+    Args:
+        recipe: What to train; its number of epochs is not used.
+    """
+    once = replace(recipe, optim=replace(recipe.optim, epochs=1, warmup_epochs=0.0))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return fit(once, None, progress=False).history[-1]["seconds"]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def check_recipes(entries: Mapping[str, Recipe], seeds: Sequence[int]) -> None:
+    """Raise ValueError for names, seeds and devices with which no comparison starts."""
+    check_names(entries, "entries")
+    check_seeds(seeds)
+    _check_devices(entries)
+
+
+def comparison_jobs(entries: Mapping[str, Recipe], seeds: Sequence[int], out: str | Path) -> list[Job]:
+    """The runs of a comparison.
+
+    Args:
+        entries: Recipes by name.
+        seeds: Seeds.
+        out: Folder of the study.
+    """
+    folder = Path(out).absolute() / "runs"
+    jobs = []
+    # Seed by seed, so that after an early stop the finished runs form pairs.
+    for seed in seeds:
+        for name, recipe in entries.items():
+            recipe = replace(recipe, trainer=replace(recipe.trainer, seed=int(seed), devices=1))
+            decides = {"recipe": to_plain(recipe), "torch": torch.__version__, "ecanet": ecanet.__version__}
+            work = partial(_fit, recipe)
+            jobs.append(Job(name, int(seed), folder / f"{slug(name)}-seed{seed}", work, fingerprint(decides), _check))
+    return jobs
+
+
+def _fit(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    result = fit(recipe, folder, resume=True, progress=False)
+    return {"top1": result.top1, "history": result.history, "recipe": to_plain(recipe), "versions": result.versions}
+
+
+def _check_parts(entries: Mapping[str, Recipe]) -> None:
+    """Find the pictures and build the networks once, so that a mistake in a recipe stops the study before it starts."""
+    classes: dict[str, int] = {}
+    for name, recipe in entries.items():
+        try:
+            key = fingerprint(recipe.data)
+            if key not in classes:
+                classes[key] = len(ImageData(recipe.data).classes)
+            build_network(recipe.model, classes[key])
+        except (OSError, TypeError, ValueError) as error:
+            raise ValueError(f"entries[{name!r}]: {error}") from error
+
+
+def _check_devices(entries: Mapping[str, Recipe]) -> None:
+    for name, recipe in entries.items():
+        devices, nodes = recipe.trainer.devices, recipe.trainer.nodes
+        if devices not in ("auto", 1) or nodes != 1:  # Lightning would start the whole comparison once more for each
+            raise ValueError(
+                f"entries[{name!r}] must train on one device, got trainer.devices={devices}, trainer.nodes={nodes}: "
+                "several runs at a time keep the others busy, with workers"
+            )
+
+
+def _check(stored: dict[str, Any]) -> None:
+    """Raise ValueError, with the reason, unless a run that succeeded has an accuracy and the record of each epoch."""
+    if stored["error"] is not None:
+        return
+    top1, history = stored["metrics"].get("top1"), stored["details"].get("history")
+    if not _is_per_cent(top1):
+        raise ValueError("its top1 is not a number from 0 to 100")
+    if not (isinstance(history, list) and history and all(map(_is_record, history))):
+        raise ValueError("its history is not a list of records of numbers with a val/top1 from 0 to 100")
+    if history[-1]["val/top1"] != top1:
+        raise ValueError("its top1 is not that of the last epoch")
+
+
+def _is_record(record: Any) -> bool:
+    """Whether a record holds the numbers of an epoch; a loss may be NaN, an accuracy may not."""
+    return isinstance(record, dict) and _is_per_cent(record.get("val/top1")) and all(map(is_number, record.values()))
+
+
+def _is_per_cent(value: Any) -> bool:
+    return is_number(value) and 0 <= value <= 100

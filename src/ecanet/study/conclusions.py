@@ -1,0 +1,79 @@
+"""What a study says: a table of its numbers, and sentences that never say more than these."""
+
+import math
+from collections.abc import Sequence
+
+from ecanet.study.statistics import LEVEL, ConditionSummary, Summary, detectable, plan
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as a table: the first is its head, the first column stands left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def summary_table(summary: Summary) -> str:
+    """One row for each condition: mean and spread, the difference from the baseline with its interval, and its p."""
+    rows = [["condition", "seeds", summary.metric, "spread", "difference", "95 % interval", "p", "p (Holm)"]]
+    for name, row in summary.conditions.items():
+        margin = None if row.low is None or row.high is None else (row.high - row.low) / 2
+        ends = [end for end in (row.low, row.high) if end is not None]
+        rows.append(
+            [
+                name,
+                str(row.seeds),
+                *("-" if value is None else _shown(value, row.std) for value in (row.mean, row.std)),
+                "-" if row.difference is None else _shown(row.difference, margin, "+"),
+                " to ".join(_shown(end, margin, "+") for end in ends) or "-",
+                *("-" if p is None else f"{p:.2g}" for p in (row.p, row.p_holm)),
+            ]
+        )
+    return aligned(rows)
+
+
+def verdict(summary: Summary) -> str:
+    """What the differences show, in words: a line for each condition but the baseline, then what limits them all.
+
+    A difference is said to be shown where its 95 % interval excludes zero and its p of the sign-flip test is at most
+    0.05 after Holm's correction.
+    """
+    others = {name: row for name, row in summary.conditions.items() if name != summary.baseline}
+    lines = [_sentence(name, summary.baseline, row, len(others)) for name, row in others.items()]
+    fewest = min((row.seeds for row in others.values()), default=0)
+    if others and detectable(fewest, len(others)) is None:
+        lines.append(plan(len(summary.conditions), fewest))
+    if fewest == 1:
+        lines.append("One seed gives no spread: run at least three before reading anything into a difference.")
+    elif fewest > 1:
+        lines.append("Each interval covers the true difference in 95 of 100 such studies.")
+    return "\n".join(lines)
+
+
+def _sentence(name: str, baseline: str, row: ConditionSummary, comparisons: int) -> str:
+    if row.difference is None:
+        return f"{name}: no seed finished both with it and with {baseline}."
+    side = "above" if row.difference >= 0 else "below"
+    if row.low is None or row.high is None or row.p is None or row.p_holm is None:
+        return f"{name} is {_shown(abs(row.difference), None)} {side} {baseline} with 1 seed."
+    margin = (row.high - row.low) / 2
+    numbers = f"95 % interval {_shown(row.low, margin, '+')} to {_shown(row.high, margin, '+')}, {row.seeds} seeds"
+    numbers += f", p {row.p:.2g}" + (f", {row.p_holm:.2g} after Holm's correction" if comparisons > 1 else "")
+    size = f"{name} is {_shown(abs(row.difference), margin)} {side} {baseline} ({numbers})"
+    if row.low <= 0 <= row.high:
+        return f"{size}: the interval includes zero, so no difference is shown."
+    if row.p_holm > LEVEL:
+        return f"{size}: the interval lies {side} zero, but p is above {LEVEL}, so no difference is shown."
+    return f"{size}: it is {'higher' if row.difference > 0 else 'lower'} on this data."
+
+
+def _shown(value: float, margin: float | None, sign: str = "") -> str:
+    """A number with two digits of its margin, and two decimals at least."""
+    digits = max(2, 1 - math.floor(math.log10(margin))) if margin else 2
+    return f"{value:{sign}.{digits}f}"

@@ -1,0 +1,348 @@
+"""A study of any training function: conditions paired by seed, a file for each run, one summary."""
+
+import contextlib
+import csv
+import hashlib
+import inspect
+import io
+import json
+import math
+import pickle
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from ecanet.files.atomic import write_whole
+from ecanet.files.folder_lock import lock_folder, unlock_folder
+from ecanet.study.conclusions import summary_table, verdict
+from ecanet.study.engine import Job, run_all
+from ecanet.study.statistics import Summary, plan, summarise
+from ecanet.untrusted import listed, shown
+
+#: What a user's training function looks like: condition, seed, folder -> metrics by name.
+Train = Callable[[Any, int, Path], Mapping[str, Any]]
+
+
+@dataclass
+class FinishedRun:
+    """A run that ended with its metric.
+
+    Attributes:
+        condition: Name of its condition.
+        seed: Its seed.
+        metrics: Numbers by name.
+        details: Whatever else its function returned.
+        seconds: How long it took; since its last start, if it went on from a checkpoint.
+        folder: Where it wrote.
+    """
+
+    condition: str
+    seed: int
+    metrics: dict[str, float]
+    details: dict[str, Any]
+    seconds: float
+    folder: Path
+
+
+@dataclass
+class FailedRun:
+    """A run that is not counted.
+
+    Attributes:
+        condition: Name of its condition.
+        seed: Its seed.
+        reason: What it raised, or what is wrong with its metric.
+        file: Its file: without it, it runs again.
+    """
+
+    condition: str
+    seed: int
+    reason: str
+    file: Path
+
+
+@dataclass
+class Study:
+    """Every run of a study.
+
+    Attributes:
+        metric: What is compared.
+        runs: Finished runs by condition, the baseline first.
+        failed: Runs that are not counted.
+    """
+
+    metric: str
+    runs: dict[str, list[FinishedRun]]
+    failed: list[FailedRun]
+
+    @cached_property
+    def summary(self) -> Summary:
+        """Differences, intervals and tests of all conditions."""
+        values = {name: {run.seed: run.metrics[self.metric] for run in runs} for name, runs in self.runs.items()}
+        return summarise(values, self.metric)
+
+    def __str__(self) -> str:
+        """The table, what it means, and which runs failed."""
+        lines = [summary_table(self.summary), "", verdict(self.summary)]
+        for run in self.failed:
+            failed = f"Failed and not counted: {run.condition}, seed {run.seed}: {run.reason}."
+            lines.append(f"{failed} Without {run.file} it runs again.")
+        return "\n".join(lines)
+
+
+def run(
+    train: Train,
+    conditions: Mapping[str, Any] | Sequence[str],
+    seeds: Sequence[int],
+    out: str | Path,
+    metric: str,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Study:
+    """Run a training function for every condition and seed, and compare the conditions with the first one.
+
+    A run that ended is a file ``out/runs/CONDITION-seedK.json``; a second call reads it and does not repeat it. A
+    killed study loses at most the runs in progress. They start again with the folder they had,
+    ``out/runs/CONDITION-seedK``, where ``train`` may keep checkpoints to go on from. A run that raises, or whose metric
+    is missing or NaN, has failed and is not tried again while its file is there; one whose process dies is tried once
+    more. The study goes on either way. At the end there are ``out/results.csv``, a row for each run, and
+    ``out/summary.json``.
+
+    Args:
+        train: ``train(condition, seed, folder)`` returns a dict. Its numbers are metrics; what else JSON can hold is
+            kept beside them. It runs in processes of its own, so it has to be defined at the top of a file, and a
+            script needs ``if __name__ == "__main__":`` around the call.
+        conditions: By name what ``train`` gets as its condition, the baseline first; or names, which it gets then.
+        seeds: Different integers.
+        out: Folder for the study.
+        metric: The metric that is compared. A second call with another one compares without training.
+        workers: Runs at a time, each with one thread. By default one for each core, or a single run at a time on a
+            machine with a GPU.
+        progress: Show runs done, running and left, with the time left, and say first what the seeds can show.
+
+    Returns:
+        Finished and failed runs; ``print`` it for a table and its meaning.
+
+    Raises:
+        TypeError: ``train`` does not take three arguments, or it or a condition cannot be handed to another process.
+        ValueError: no condition, two with one name, no or repeated seeds, no run has such a metric, or ``out`` holds
+            another study or damaged files.
+        BlockingIOError: another study is writing into ``out``.
+        RuntimeError: worker processes do not start.
+
+    Example:
+        >>> def train(condition, seed, folder):
+        ...     return {"accuracy": 90.0 + 0.1 * (condition == "eca") + 0.01 * seed}
+        >>> run(train, ["none", "eca"], range(6), "out", "accuracy")  # doctest: +SKIP
+    """
+    if not isinstance(conditions, Mapping):
+        conditions = _by_name(conditions)
+    check_names(conditions, "conditions")
+    check_seeds(seeds)
+    if not isinstance(metric, str) or not metric:
+        raise ValueError(f"metric must name what train returns, such as 'accuracy', got {metric!r}")
+    _check_train(train, conditions)
+    folder = Path(out).absolute() / "runs"  # a training function may change the working folder
+    by = f"{getattr(train, '__module__', '')}.{getattr(train, '__qualname__', type(train).__qualname__)}"
+    # Seed by seed, so that after an early stop the finished runs form pairs.
+    jobs = [
+        Job(
+            name,
+            seed,
+            folder / f"{slug(name)}-seed{seed}",
+            partial(train, condition, seed),
+            fingerprint([by.removeprefix("__main__."), name, condition, seed]),
+        )
+        for seed in map(int, seeds)
+        for name, condition in conditions.items()
+    ]
+    return run_jobs(jobs, out, metric, workers, progress)
+
+
+def run_jobs(jobs: Sequence[Job], out: str | Path, metric: str, workers: int | None, progress: bool) -> Study:
+    """Run what did not end yet, and write the study's tables.
+
+    Args:
+        jobs: All runs of the study, each with a folder in ``out/runs``.
+        out: Folder of the study.
+        metric: What is compared, a text.
+        workers: As in :func:`run`.
+        progress: As in :func:`run`.
+
+    Raises:
+        ValueError, BlockingIOError, RuntimeError: as in :func:`run`.
+    """
+    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
+        raise ValueError(f"workers must be 1 or more, or None, got {workers!r}")
+    folder = Path(out)
+    with _study_folder(folder):
+        return _run_jobs(jobs, folder, metric, workers, progress)
+
+
+@contextlib.contextmanager
+def _study_folder(folder: Path) -> Iterator[None]:
+    """Make and lock the folder of a study; what was made for one that is refused goes."""
+    made = [path for path in (folder / "runs", folder, *folder.parents) if not path.exists()]
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    try:
+        handle = lock_folder(folder)
+    except BlockingIOError as error:
+        raise BlockingIOError(
+            f"another study is writing into {folder}: wait until it ends, or choose another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        unlock_folder(handle)
+        for path in made:
+            with contextlib.suppress(OSError):  # a folder that is not empty stays
+                path.rmdir()
+
+
+def _run_jobs(jobs: Sequence[Job], folder: Path, metric: str, workers: int | None, progress: bool) -> Study:
+    _check_folder(jobs, folder)
+    ended = {job.folder: job.read() for job in jobs}
+    known = [stored["metrics"] for stored in ended.values() if stored is not None and stored["error"] is None]
+    if known and not any(metric in metrics for metrics in known):
+        there = listed(dict.fromkeys(name for metrics in known for name in metrics)) or "no numbers"
+        raise ValueError(f"metric must be one that the finished runs in {folder} have ({there}), got {shown(metric)!r}")
+    todo = [job for job in jobs if ended[job.folder] is None]
+    names = list(dict.fromkeys(job.condition for job in jobs))
+    if progress and todo and len(names) > 1:
+        print(plan(len(names), len(jobs) // len(names)), file=sys.stderr)
+    lost = run_all(todo, workers, progress, partial(_why_not_counted, metric=metric))
+    runs: dict[str, list[FinishedRun]] = {name: [] for name in names}
+    failed: list[FailedRun] = []
+    for job in jobs:
+        stored = ended[job.folder] or job.read()
+        reason = lost.get(job.folder, "it left no file") if stored is None else _why_not_counted(stored, metric)
+        if stored is None or reason:
+            failed.append(FailedRun(job.condition, job.seed, reason, job.file))
+            continue
+        about = {name: stored[name] for name in ("metrics", "details", "seconds")}
+        runs[job.condition].append(FinishedRun(job.condition, job.seed, folder=job.folder, **about))
+    study = Study(metric, runs, failed)
+    write_whole(folder / "results.csv", _results(study, jobs))
+    write_whole(folder / "summary.json", json.dumps(asdict(study.summary), indent=2, allow_nan=False) + "\n")
+    return study
+
+
+def _why_not_counted(stored: Mapping[str, Any], metric: str) -> str:
+    if stored["error"] is not None:
+        return stored["error"]
+    if metric not in stored["metrics"]:
+        return f"it returned no {metric!r}, only {listed(stored['metrics']) or 'no numbers'}"
+    if not math.isfinite(value := stored["metrics"][metric]):
+        return f"its {metric} is {value}"
+    return ""
+
+
+def _results(study: Study, jobs: Sequence[Job]) -> str:
+    """The table of runs: a failed one has no metrics."""
+    finished = {(run.condition, run.seed): run for runs in study.runs.values() for run in runs}
+    metrics = list(dict.fromkeys(name for run in finished.values() for name in run.metrics))
+    table = io.StringIO(newline="")
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["condition", "seed", *metrics, "seconds"])
+    for job in jobs:
+        run = finished.get((job.condition, job.seed))
+        cells = [run.metrics.get(name, "") for name in metrics] if run else [""] * len(metrics)
+        writer.writerow([job.condition, job.seed, *cells, f"{run.seconds:.3f}" if run else ""])
+    return table.getvalue()
+
+
+def check_names(conditions: Mapping[str, Any], argument: str) -> None:
+    """Raise ValueError unless there are names, each of a file of its own."""
+    if not conditions:
+        raise ValueError(f"{argument} must name at least one, the baseline, got none")
+    files: dict[str, str] = {}
+    for name in conditions:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{argument} must have texts for names, got {shown(name)}")
+        if slug(name) in files:
+            raise ValueError(f"{argument} need names that differ in letters and digits, got {listed(conditions)}")
+        files[slug(name)] = name
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raise ValueError unless these are one or more different integers from 0."""
+    given = list(seeds) if isinstance(seeds, Iterable) and not isinstance(seeds, str) else None
+    if (
+        not given
+        or len(set(given)) != len(given)
+        or not all(hasattr(seed, "__index__") and not isinstance(seed, bool) and seed >= 0 for seed in given)
+    ):
+        shown_seeds = seeds if given is None else given
+        raise ValueError(f"seeds must be one or more different integers, such as range(9), got {shown_seeds}")
+
+
+def slug(name: str) -> str:
+    """A name as part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "entry"
+
+
+def fingerprint(what: Any) -> str:
+    """Sixteen hexadecimal digits that tell plain values, dataclasses, functions and classes from others."""
+    return hashlib.sha256(json.dumps(_plain(what), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if is_dataclass(value) and not isinstance(value, type):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(repr, value))
+    if isinstance(value, partial):
+        return [_plain(value.func), _plain(value.args), _plain(value.keywords)]
+    if hasattr(value, "__qualname__"):
+        return value.__qualname__
+    # An object's own repr may hold its address, which says nothing.
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+
+
+def _by_name(names: Sequence[str]) -> dict[str, str]:
+    if isinstance(names, str):
+        raise ValueError(f"conditions must be names or a dict, got the text {shown(names)!r}")
+    given = list(names)
+    if len(set(given)) != len(given):
+        raise ValueError(f"conditions need different names, got {listed(map(str, given))}")
+    return {name: name for name in given}
+
+
+def _check_train(train: Train, conditions: Mapping[str, Any]) -> None:
+    if not callable(train):
+        raise TypeError(f"train must be a function of condition, seed and folder, got {shown(train)}")
+    try:
+        inspect.signature(train).bind(None, 0, Path())
+    except ValueError:  # it has no signature to read
+        pass
+    except TypeError as error:
+        raise TypeError(f"train must take condition, seed and folder: {error}") from error
+    for what, value in (("train", train), *((f"conditions[{name!r}]", value) for name, value in conditions.items())):
+        try:
+            pickle.dumps(value)
+        except Exception as error:
+            raise TypeError(
+                f"{what} must be something that another process can import, such as a function defined at the top of a "
+                f"file, got {shown(repr(value))} ({type(error).__name__}: {shown(error)})"
+            ) from error
+
+
+def _check_folder(jobs: Sequence[Job], out: Path) -> None:
+    """Raise ValueError if the folder has runs of conditions that this study has not."""
+    ours = {slug(job.condition) for job in jobs}
+    found = {match[1]: file for file in out.glob("runs/*.json") if (match := re.fullmatch(r"(.+)-seed\d+", file.stem))}
+    if others := [file for name, file in sorted(found.items()) if name not in ours]:
+        raise ValueError(
+            f"{out} holds another study: {others[0].name} is of none of the conditions "
+            f"{listed(dict.fromkeys(job.condition for job in jobs))}; choose another folder"
+        )

@@ -1,0 +1,313 @@
+"""What paired seeds can show: differences, intervals, sign-flip tests, Holm's correction, and seeds needed.
+
+Every condition is compared with the first one, the baseline, over the seeds that both have. Nothing here trains.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+try:
+    import numpy as np
+    from scipy import stats
+    from statsmodels.stats.multitest import multipletests
+    from statsmodels.stats.power import TTestPower
+except ImportError as error:
+    raise ImportError(f"ecanet.study needs {error.name}: pip install 'ecanet[study]'") from error
+
+from ecanet.inspect.paired import Difference, paired_difference
+
+#: Level of all tests of a study together, and the power that seeds are counted for.
+LEVEL, POWER = 0.05, 0.8
+#: Differences, in units of the metric, for which a summary says how many seeds would show them.
+DIFFERENCES = (0.1, 0.3, 1.0)
+#: Up to so many seeds all sign flips are counted; beyond, this many are drawn.
+_EXACT_SEEDS, _DRAWN = 20, 99_999
+#: No study has more seeds.
+_MOST_SEEDS = 1_000_000
+
+
+@dataclass
+class ConditionSummary:
+    """One condition over its seeds. What needs a baseline, or more seeds than there are, is None.
+
+    Attributes:
+        seeds: Number of its finished runs whose seed the baseline finished too: only these count.
+        mean: Mean of the metric over them.
+        std: Sample standard deviation over them.
+        difference: Mean difference from the baseline, paired by seed.
+        low: Lower end of the 95 % interval of the difference (Student's t).
+        high: Upper end.
+        p: Two-sided p of the sign-flip test of the difference.
+        p_holm: p after Holm's correction over all conditions but the baseline.
+        effect: Cohen's d of paired samples (d_z): mean difference over the standard deviation of the differences.
+        seeds_needed: For each of :data:`DIFFERENCES`, by its text: how many seeds such a study needs to show it, as in
+            :func:`seeds_needed` with the spread of these differences.
+    """
+
+    seeds: int
+    mean: float | None
+    std: float | None
+    difference: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    p_holm: float | None
+    effect: float | None
+    seeds_needed: dict[str, int | None]
+
+
+@dataclass
+class Summary:
+    """A study in numbers.
+
+    Attributes:
+        baseline: The condition that the others are compared with.
+        metric: What is compared.
+        conditions: By name, the baseline first.
+    """
+
+    baseline: str
+    metric: str
+    conditions: dict[str, ConditionSummary]
+
+
+def sign_flip_p(differences: Any) -> Any:
+    """Two-sided p of the sign-flip test: how often the mean is as large when each difference may change its sign.
+
+    Up to 20 seeds every pattern of signs is counted, and the smallest p is 2^(1 - n). Beyond, 99,999 are drawn, the
+    same ones each time.
+
+    Args:
+        differences: Array (..., n) of one difference for each of n >= 2 seeds.
+
+    Returns:
+        Array (...) of p, a number for one study.
+
+    Raises:
+        ValueError: fewer than two seeds.
+
+    Example:
+        >>> float(sign_flip_p([0.3, 0.1, 0.4, 0.2, 0.5, 0.6]))
+        0.03125
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    n = values.shape[-1] if values.ndim else 0
+    if n < 2:
+        raise ValueError(f"differences must hold two or more seeds, got {n}")
+    exact = n <= _EXACT_SEEDS
+    tested = stats.permutation_test(
+        (values,),
+        np.mean,
+        permutation_type="samples",
+        vectorized=True,
+        axis=-1,
+        n_resamples=np.inf if exact else _DRAWN,
+        batch=max(1, 2**22 // values.size),  # 32 MB at a time
+        rng=np.random.default_rng(0),
+    )
+    return tested.pvalue
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Correct p by Holm's method: at a level, the chance of any false finding is then at most that level.
+
+    Args:
+        p: One for each comparison.
+    """
+    return [float(value) for value in multipletests(p, method="holm")[1]] if len(p) else []
+
+
+def smallest_p(seeds: int) -> float:
+    """The smallest two-sided p that the sign-flip test of so many seeds can give: 2^(1 - n)."""
+    return 2.0 ** (1 - seeds)
+
+
+def fewest_seeds(comparisons: int, level: float = LEVEL) -> int:
+    """The fewest seeds with which any of so many comparisons can reach a level under Holm's correction.
+
+    Example:
+        >>> fewest_seeds(1), fewest_seeds(9)
+        (6, 9)
+    """
+    seeds = 2
+    while smallest_p(seeds) > level / max(1, comparisons):
+        seeds += 1
+    return seeds
+
+
+def power(effect: float, seeds: int, comparisons: int = 1, level: float = LEVEL) -> float:
+    """The chance that a study shows a difference, at least.
+
+    It counts on the first step of Holm's correction, so that the other conditions may differ or not. Up to eight
+    patterns of signs at the level, the test finds what all seeds agree on; with more, it finds what the paired t-test
+    finds with one seed fewer.
+
+    Args:
+        effect: The true difference, in standard deviations of the paired differences, which are normal.
+        seeds: Number of seeds.
+        comparisons: Conditions but the baseline.
+        level: Level of all tests together.
+
+    Returns:
+        From 0 to 1.
+    """
+    level /= max(1, comparisons)
+    patterns = level / smallest_p(min(seeds, 1000))
+    if patterns < 1:
+        return 0.0
+    all_agree = float(stats.norm.cdf(abs(effect))) ** seeds
+    if patterns < 8:
+        return all_agree
+    # The noncentral t cannot be computed far out, where the power is 1.
+    found = float(TTestPower().power(min(abs(effect), 5.0), seeds - 1, level))
+    return max(all_agree, 1.0 if math.isnan(found) else found)
+
+
+def seeds_needed(difference: float, spread: float, comparisons: int = 1) -> int | None:
+    """How many seeds a study needs to show a difference in 80 of 100 cases.
+
+    Args:
+        difference: The true difference, in units of the metric.
+        spread: Standard deviation of the paired differences, in the same units.
+        comparisons: Conditions but the baseline.
+
+    Returns:
+        The number, or None for more than a million.
+
+    Raises:
+        ValueError: the difference is not above 0, or the spread is below 0.
+
+    Example:
+        >>> seeds_needed(0.3, 0.3), seeds_needed(0.3, 0.3, comparisons=9)
+        (11, 17)
+    """
+    if not (difference > 0 and spread >= 0):
+        raise ValueError(f"difference must be above 0 and spread 0 or more, got {difference} and {spread}")
+    effect = difference / spread if spread else math.inf
+    fewest = fewest_seeds(comparisons)
+    for seeds in range(fewest, fewest + 4):  # with so few, the power is not monotone
+        if power(effect, seeds, comparisons) >= POWER:
+            return seeds
+    low, high = fewest + 3, _MOST_SEEDS
+    if power(effect, high, comparisons) < POWER:
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if power(effect, middle, comparisons) >= POWER else (middle, high)
+    return high
+
+
+def detectable(seeds: int, comparisons: int = 1) -> float | None:
+    """The difference that so many seeds show in 80 of 100 cases, in standard deviations of the paired differences.
+
+    Args:
+        seeds: Number of seeds.
+        comparisons: Conditions but the baseline.
+
+    Returns:
+        The difference, or None where no difference can be shown, however large.
+
+    Example:
+        >>> round(detectable(9), 2), detectable(3)
+        (1.16, None)
+    """
+    if smallest_p(seeds) > LEVEL / max(1, comparisons):
+        return None
+    low, high = 0.0, 10.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (low, middle) if power(middle, seeds, comparisons) >= POWER else (middle, high)
+    return high
+
+
+def plan(conditions: int, seeds: int, spread: float | None = None) -> str:
+    """What a study of so many conditions and seeds can show, in words, before it runs.
+
+    Args:
+        conditions: Conditions, with the baseline.
+        seeds: Seeds of each.
+        spread: Standard deviation of paired differences, where one is known, in units of the metric.
+    """
+    comparisons = conditions - 1
+    if comparisons < 1:
+        return "One condition: nothing is compared."
+    against = f"{comparisons} comparison{'s' if comparisons > 1 else ''} with the baseline"
+    need = "need" if comparisons > 1 else "needs"
+    shown = detectable(seeds, comparisons)
+    if shown is None:
+        return (
+            f"{_seeds(seeds)} cannot show a difference at {LEVEL}: the smallest p that {_seeds(seeds)} can give is "
+            f"{smallest_p(seeds):.2g}, and {against} {need} {LEVEL / comparisons:.2g} or less under Holm's correction, "
+            f"which takes {fewest_seeds(comparisons)} seeds."
+        )
+    size = f"{shown:.2g} standard deviations of the paired differences"
+    if spread is not None:
+        size += f", {shown * spread:.2g} at the spread seen so far ({spread:.2g})"
+    return f"{_seeds(seeds)}, {against}: a difference of {size} is shown in 80 of 100 such studies."
+
+
+def _seeds(number: int) -> str:
+    return f"{number} seed{'' if number == 1 else 's'}"
+
+
+def summarise(values: Mapping[str, Mapping[int, float]], metric: str) -> Summary:
+    """The numbers of a study.
+
+    Args:
+        values: By condition, the baseline first, and seed: the metric of each finished run.
+        metric: Its name.
+
+    Raises:
+        ValueError: no condition.
+    """
+    if not values:
+        raise ValueError("values must hold at least one condition, got none")
+    baseline, *others = values
+    base = values[baseline]
+    counted = {name: {seed: value for seed, value in of.items() if seed in base} for name, of in values.items()}
+    paired = {name: [value - base[seed] for seed, value in counted[name].items()] for name in others}
+    p = _p_of_each(paired)
+    corrected = dict(zip(p, holm(list(p.values())), strict=True))
+    return Summary(
+        baseline,
+        metric,
+        {
+            name: _summary_of(list(of.values()), paired.get(name, []), len(others), p.get(name), corrected.get(name))
+            for name, of in counted.items()
+        },
+    )
+
+
+def _p_of_each(paired: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The p of each condition with two or more pairs. Those with as many seeds are tested together: flips take time."""
+    found: dict[str, float] = {}
+    for n in {len(differences) for differences in paired.values()}:
+        names = [name for name, differences in paired.items() if len(differences) == n]
+        if n > 1:
+            tested = sign_flip_p([paired[name] for name in names])
+            found |= dict(zip(names, map(float, tested), strict=True))
+    return {name: found[name] for name in paired if name in found}
+
+
+def _summary_of(
+    values: Sequence[float], differences: Sequence[float], comparisons: int, p: float | None, p_holm: float | None
+) -> ConditionSummary:
+    difference = paired_difference(differences) if differences else Difference(math.nan, None, None)
+    spread = statistics.stdev(differences) if len(differences) > 1 else None
+    return ConditionSummary(
+        seeds=len(values),
+        mean=statistics.fmean(values) if values else None,
+        std=statistics.stdev(values) if len(values) > 1 else None,
+        difference=difference.mean if differences else None,
+        low=difference.low,
+        high=difference.high,
+        p=p,
+        p_holm=p_holm,
+        effect=statistics.fmean(differences) / spread if spread else None,
+        seeds_needed={
+            str(size): None if spread is None else seeds_needed(size, spread, comparisons) for size in DIFFERENCES
+        },
+    )

@@ -1,0 +1,144 @@
+"""A study as YAML: conditions that differ in their gates, seeds, and the recipe that they share."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ecanet.nn import GATES
+from ecanet.study.statistics import fewest_seeds
+from ecanet.train.config import Recipe
+from ecanet.train.recipes import check_blocks, for_parser, read_plain
+from ecanet.untrusted import check_plain, listed, shown
+
+#: What a condition may say of the model: anything else would change more than the gates.
+_OF_A_CONDITION = ("gate", "kernel_size", "neutral")
+_KEYS = ("conditions", "seeds", "recipe")
+#: Conditions and seeds of a file, at most.
+_MOST = 1000
+
+
+@dataclass
+class StudyFile:
+    """What a study's file says; it may leave each out.
+
+    Attributes:
+        conditions: By name, the baseline first: changes to the recipe's block ``model``.
+        seeds: Seeds.
+        recipe: Blocks of the recipe, as :func:`ecanet.train.recipes.read_recipe` returns them.
+    """
+
+    conditions: dict[str, dict[str, Any]]
+    seeds: list[int]
+    recipe: dict[str, dict[str, Any]]
+
+
+def read_study(path: str | Path) -> StudyFile:
+    """Read a study. What it says is data, as in a recipe: nothing is built or followed.
+
+    Args:
+        path: The YAML file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no study; the message names the file and the mistake.
+    """
+    source, content = shown(str(path), 200), read_plain(path, "study")
+    if not isinstance(content, dict):
+        raise ValueError(f"{source} is no study: it must hold {', '.join(_KEYS)}, got {shown(content)}")
+    if unknown := [key for key in content if key not in _KEYS]:
+        raise ValueError(
+            f"{source}: {listed(map(str, unknown), 5)} is no part of a study, which are {', '.join(_KEYS)}"
+        )
+    conditions, seeds, recipe = content.get("conditions", {}), content.get("seeds", []), content.get("recipe", {})
+    _check_conditions(conditions, source)
+    check_blocks(recipe, f"{source}: recipe")
+    return StudyFile(conditions, _seeds_of(seeds, source), recipe)
+
+
+def _check_conditions(conditions: object, source: str) -> None:
+    if not isinstance(conditions, dict) or len(conditions) > _MOST:
+        raise ValueError(f"{source}: conditions must hold at most {_MOST} names, each with its changes")
+    for name, changes in conditions.items():
+        where = f"{source}: conditions.{shown(name)}"
+        if not isinstance(name, str) or not isinstance(changes, dict):
+            raise ValueError(f"{where} must be a name with {', '.join(_OF_A_CONDITION)}, got {shown(changes)}")
+        for key, value in changes.items():
+            if key not in _OF_A_CONDITION:
+                raise ValueError(f"{where} has no {shown(key)}; it may have {', '.join(_OF_A_CONDITION)}")
+            try:
+                check_plain(value, f"{where}.{key}")
+            except TypeError as error:
+                raise ValueError(str(error)) from error
+
+
+def _seeds_of(seeds: object, source: str) -> list[int]:
+    if type(seeds) is int and 0 < seeds <= _MOST:
+        return list(range(seeds))
+    if isinstance(seeds, list) and len(seeds) <= _MOST and all(type(seed) is int for seed in seeds):
+        return seeds
+    raise ValueError(
+        f"{source}: seeds must be their number, from 1 to {_MOST}, or a list of integers, got {shown(seeds)}"
+    )
+
+
+def with_study_read(args: list[str]) -> list[str]:
+    """A command line with the recipe of its study, which then names the folder of images where ``--data.root`` does.
+
+    Args:
+        args: The command line; a study's file comes first, if there is one. Options after it override its recipe.
+
+    Raises:
+        FileNotFoundError, ValueError: as in :func:`read_study`.
+    """
+    recipe = read_study(args[0]).recipe if args and not args[0].startswith("-") else {}
+    words = [word.partition("=")[0] for word in args]
+    says_source = "source" in recipe.get("data", {}) or {"--data.source", "--config"} & set(words)
+    if "--data.root" in words and not says_source:
+        args = [*args, "--data.source", "image_folder"]
+    return ["--config", for_parser(recipe), *args] if recipe else args
+
+
+def conditions_and_seeds(
+    recipe: Recipe, file: Path | None, gates: str | None, seeds: int | None
+) -> tuple[dict[str, Recipe], Sequence[int]]:
+    """The recipe of every condition, and the seeds, from a study's file and the options that take its place.
+
+    Args:
+        recipe: What the conditions share.
+        file: A study's file.
+        gates: Names of gates with commas between them, the baseline first.
+        seeds: Number of seeds.
+
+    Raises:
+        ValueError: neither or both name the conditions, a gate is unknown, or there are no seeds.
+    """
+    said = read_study(file) if file is not None else StudyFile({}, [], {})
+    if bool(said.conditions) == (gates is not None):
+        how = "--gates none,eca, or conditions in a study's file"
+        raise ValueError(f"conditions must be named once, by {how}, got {'both' if said.conditions else 'neither'}")
+    changes = said.conditions or _gates(gates or "")
+    if seeds is not None and seeds < 1:
+        raise ValueError(f"seeds must be 1 or more, got {seeds}")
+    if seeds is None and not said.seeds:
+        fewest = fewest_seeds(len(changes) - 1)
+        raise ValueError(
+            f"seeds must be given: with {len(changes)} conditions, fewer than --seeds {fewest} can show nothing"
+        )
+    entries = {}
+    for name, change in changes.items():
+        try:
+            entries[name] = replace(recipe, model=replace(recipe.model, **change))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"condition {shown(name)}: {error}") from error
+    return entries, said.seeds if seeds is None else range(seeds)
+
+
+def _gates(names: str) -> Mapping[str, dict[str, Any]]:
+    given = [name.strip() for name in names.split(",")]
+    for name in given:
+        if name not in ("none", *GATES):
+            raise ValueError(f"gates must be none or of {', '.join(GATES)}, with commas between, got {shown(name)!r}")
+    if len(set(given)) != len(given):
+        raise ValueError(f"gates must be different, got {listed(given)}")
+    return {name: {"gate": None if name == "none" else name} for name in given}

@@ -1,0 +1,154 @@
+"""``ecanet study``: gates by name or by file, what a dry run says, and mistakes named before anything trains."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ecanet.cli import main
+from ecanet.study.study_file import with_study_read
+
+TINY = {"image_size": 12, "resize": 12, "batch_size": 8}
+STUDY = {
+    "conditions": {"none": {"gate": None}, "ECA, k=3": {"gate": "eca", "kernel_size": 3}, "neutral": {"neutral": True}},
+    "seeds": [4],
+    "recipe": {
+        "model": {"options": {"widths": [4], "blocks": 1}},
+        "data": {"source": "image_folder", **TINY},
+        "optim": {"epochs": 7},
+        "trainer": {"accelerator": "cpu"},
+    },
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A study's file in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    study = STUDY | {"recipe": STUDY["recipe"] | {"data": {**STUDY["recipe"]["data"], "root": str(image_folder)}}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    return tmp_path / "study.yaml"
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(["study", *arguments])
+    return f"{stopped.value.code}\n{capsys.readouterr().err}"
+
+
+def test_a_file_is_trained_with_what_the_command_line_overrides_and_its_tables_are_written(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["study", str(file), "--optim.epochs", "1", "--out", "out", "--workers", "1"])
+    said, told = capsys.readouterr()
+    assert "neutral is " in said
+    assert said.endswith("wrote out/results.csv and out/summary.json\n")
+    assert told.startswith("1 seed cannot show a difference at 0.05: ")
+    with (file.parent / "out" / "results.csv").open() as table:
+        rows = list(csv.DictReader(table))
+    assert [(row["condition"], row["seed"]) for row in rows] == [(name, "4") for name in STUDY["conditions"]]
+    details = json.loads((file.parent / "out/runs/eca-k-3-seed4.json").read_text())["details"]
+    model = details["recipe"]["model"]
+    assert (model["gate"], model["kernel_size"], len(details["history"])) == ("eca", 3, 1)
+    main(["study", str(file), "--optim.epochs", "1", "--out", "out", "--dry-run"])
+    assert "3 conditions x 1 seeds = 3 runs, 0 left, into out" in capsys.readouterr().out
+
+
+def test_a_dry_run_says_how_many_runs_how_long_and_what_they_show_and_writes_nothing(
+    file: Path, image_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ecanet.study.comparison.seconds_of_an_epoch", lambda recipe: 90.0)
+    flags = ["--data.root", str(image_folder), "--gates", "none,se,eca", "--optim.epochs", "20", "--workers", "2"]
+    main(["study", *flags, "--seeds", "9", "--dry-run"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "3 conditions x 9 seeds = 27 runs, 27 left, into runs/study"
+    assert lines[1].startswith("an epoch took 90.0 s: 20 in a run, 2 runs at a time, about 7:00:00 in all")
+    assert lines[2].startswith("9 seeds, 2 comparisons with the baseline: a difference of ")
+    assert [path.name for path in file.parent.iterdir()] == ["study.yaml"]
+
+
+def test_a_dry_run_trains_an_epoch_to_say_how_long_it_takes(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["study", str(file), "--seeds", "3", "--dry-run"])
+    said = capsys.readouterr().out
+    assert "3 conditions x 3 seeds = 9 runs, 9 left" in said
+    assert "an epoch took 0." in said
+    assert [path.name for path in file.parent.iterdir()] == ["study.yaml"]
+
+
+def test_a_folder_of_images_is_the_source_where_only_its_root_is_said() -> None:
+    inferred = ["--data.source", "image_folder"]
+    assert with_study_read(["--data.root", "x"]) == ["--data.root", "x", *inferred]
+    assert with_study_read(["--data.root=x"]) == ["--data.root=x", *inferred]
+    for said in (["--data.root=x", "--data.source", "fashion_mnist"], ["--config", "{}", "--data.root=x"], []):
+        assert with_study_read(said) == said
+
+
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "no gates": (
+        ["--seeds", "9"],
+        "conditions must be named once, by --gates none,eca, or",
+    ),
+    "an unknown gate": (["--gates", "none,cbamm", "--seeds", "9"], "gates must be none or of eca, "),
+    "an empty gate": (["--gates", "none,,eca", "--seeds", "9"], "gates must be none or of eca, "),
+    "a gate twice": (["--gates", "none,eca,eca", "--seeds", "9"], "gates must be different, got none, eca, eca"),
+    "no seeds": (["--gates", "none,se,eca"], "with 3 conditions, fewer than --seeds 7 can show nothing"),
+    "zero seeds": (["--gates", "none,eca", "--seeds", "0"], "seeds must be 1 or more, got 0"),
+    "no such pictures": (["--gates", "none,eca", "--seeds", "2", "--data.root", "nowhere"], "nowhere"),
+    "no such file": (["nothing.yaml"], "no such file: nothing.yaml"),
+    "gates and a file with conditions": (["study.yaml", "--gates", "none,eca"], "got both"),
+    "no worker": (["--gates", "none,eca", "--seeds", "2", "--workers", "0"], "workers must be 1 or more"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_named_before_anything_trains(
+    arguments: list[str], words: str, file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["ecanet.study.paired_study"], "run_all", lambda *_: pytest.fail("it trains"))
+    assert words in refused(arguments, capsys)
+    assert [path.name for path in file.parent.iterdir()] == ["study.yaml"]
+
+
+FILES: dict[str, tuple[str, str]] = {
+    "a list": ("[1]", "is no study: it must hold conditions, seeds, recipe, got a list"),
+    "another part": ("gates: [eca]", "gates is no part of a study, which are conditions, seeds, recipe"),
+    "conditions in a list": ("conditions: [eca]", "conditions must hold at most 1000 names"),
+    "a condition that is a text": ("conditions: {none: eca}", "conditions.none must be a name with gate, kernel_size"),
+    "a number as a name": ("conditions: {1: {gate: eca}}", "must be a name with gate, kernel_size"),
+    "a condition with a learning rate": ("conditions: {none: {lr: 1}}", "conditions.none has no lr; it may have gate"),
+    "a condition with weights": ("conditions: {none: {weights: /etc/passwd}}", "conditions.none has no weights"),
+    "a gate that is none": (
+        "conditions: {none: {gate: cbamm}}\nseeds: 2",
+        "condition none: model: gate must be one of",
+    ),
+    "a class": ("conditions: {none: {gate: {class_path: os.system}}}", "conditions.none.gate must be a number, a text"),
+    "a class in the recipe": ("recipe: {model: {class_path: os.system}}", "class_path"),
+    "a block that is none": ("recipe: {modell: {}}", "recipe: modell is no block of a recipe"),
+    "half a seed": (
+        "conditions: {none: {}}\nseeds: 0.5",
+        "seeds must be their number, from 1 to 1000, or a list",
+    ),
+    "no seed": ("conditions: {none: {}}\nseeds: 0", "seeds must be their number, from 1 to 1000, or a list"),
+    "a seed twice": ("conditions: {none: {}}\nseeds: [1, 1]", "seeds must be one or more different integers"),
+    "two names with one file": ("conditions: {ECA: {}, eca!: {}}\nseeds: 1", "names that differ in letters and digits"),
+    "two conditions with one name": ("conditions:\n  a: {}\n  a: {}\nseeds: 1", "a is there twice"),
+    "anchors": ("conditions: &a {none: {}}\nrecipe: *a", "anchor or alias"),
+    "a tag": ("conditions: !!python/object:os.system {}", "has a tag"),
+    "nested deeply": ("[" * 500, "nested deeper than"),
+    "binary": ("\x00\x01", "is no study"),
+    "huge": ("x: " * 2**16, "more than the 65,536"),
+}
+
+
+@pytest.mark.parametrize(("text", "words"), FILES.values(), ids=FILES)
+def test_what_a_file_should_not_say_is_named_in_one_line(
+    text: str, words: str, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file.write_text(text)
+    said = refused(["study.yaml"], capsys)
+    assert words in said
+    assert len(said.strip().splitlines()) == 2
+    assert [path.name for path in file.parent.iterdir()] == ["study.yaml"]

@@ -1,8 +1,8 @@
 """Figure: ECA's kernel at some positions over the channel means; animations of figures."""
 
+import io
 import math
 from collections.abc import Iterable, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -232,7 +232,7 @@ def save_animation(figures: Iterable["Figure"], path: str | Path, *, seconds: fl
     for figure in figures:
         if not hasattr(figure, "savefig"):
             raise TypeError(f"figures must hold figures of matplotlib, got {type(figure).__name__}")
-        drawn = BytesIO()
+        drawn = io.BytesIO()
         figure.savefig(drawn, dpi=_ANIMATION_DPI)
         frame = Image.open(drawn).convert("RGB")
         if frames and frame.size != frames[0].size:
@@ -243,7 +243,7 @@ def save_animation(figures: Iterable["Figure"], path: str | Path, *, seconds: fl
         frames.append(frame)
     if not frames:
         raise ValueError("figures must hold at least one figure, got none: is it used up?")
-    whole = BytesIO()
+    whole = io.BytesIO()
     frames[0].save(
         whole, kind, save_all=True, append_images=frames[1:], duration=round(1000 * seconds), loop=0, optimize=True
     )

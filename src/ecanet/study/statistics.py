@@ -182,7 +182,7 @@ def seeds_needed(difference: float, spread: float, comparisons: int = 1) -> int 
 
     Example:
         >>> seeds_needed(0.3, 0.3), seeds_needed(0.3, 0.3, comparisons=9)
-        (11, 17)
+        (11, 18)
     """
     if not (difference > 0 and spread >= 0):
         raise ValueError(f"difference must be above 0 and spread 0 or more, got {difference} and {spread}")

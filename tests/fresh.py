@@ -5,8 +5,10 @@ They are forked from one server for all tests of a session, which imports what :
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import traceback
 import types
 import warnings
 from collections.abc import Callable, Mapping
@@ -93,7 +95,14 @@ def _run(
     if action is not None:
         warnings.simplefilter(action)
     main = sys.modules["__main__"] = types.ModuleType("__main__")
-    exec(compile(code, "<string>", "exec"), vars(main))
+    try:
+        exec(compile(code, "<string>", "exec"), vars(main))
+    except KeyboardInterrupt:  # Python itself ends by the signal, and multiprocessing with 1
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def run(code: str, *arguments: object, timeout: float = 60, **how: Any) -> "subprocess.CompletedProcess[str]":

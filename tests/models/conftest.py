@@ -1,7 +1,11 @@
 """What the tests of whole networks share."""
 
+import functools
+
 import pytest
 from torch import Tensor, nn
+
+from ecanet.nn import CBAM
 
 
 @pytest.fixture(autouse=True)
@@ -15,4 +19,14 @@ def _convolutions_are_drawn_once(monkeypatch):
     def draw_others(tensor: Tensor, *args, **kwargs) -> Tensor:
         return tensor if tensor.dim() == 4 else draw(tensor, *args, **kwargs)
 
+    build = CBAM.__init__
+
+    @functools.wraps(build)
+    def build_and_draw(self: CBAM, *args, **kwargs) -> None:
+        """A gate has convolutions of its own, which no network draws."""
+        with monkeypatch.context() as drawing:
+            drawing.setattr(nn.init, "kaiming_uniform_", draw)
+            build(self, *args, **kwargs)
+
     monkeypatch.setattr(nn.init, "kaiming_uniform_", draw_others)
+    monkeypatch.setattr(CBAM, "__init__", build_and_draw)

@@ -329,8 +329,9 @@ def test_gradients_reach_every_gate_after_the_load(gate):
 
     first = untouched()
     # What is behind a 0, such as W1 behind SE's W2 = 0, waits for one step.
-    waiting = {"se": "fc1.weight", "srm": "bn.weight", "gct": "alpha"}
-    assert first == ([f"{i}.{waiting[gate]}" for i in range(2)] if gate in waiting else [])
+    behind = {"se": ["fc1.weight"], "se_shift": ["fc1.weight", "fc1.bias"], "srm": ["bn.weight"], "gct": ["alpha"]}
+    behind["cbam"] = ["channel.fc1.weight", "spatial.conv.conv.weight"]
+    assert first == [f"{i}.{name}" for i in range(2) for name in behind.get(gate, [])]
     optimizer.step()
     assert untouched() == []
 

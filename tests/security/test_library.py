@@ -1,5 +1,6 @@
 """The library of C++ kernels: what is not whole is never loaded, and a build that is killed leaves nothing behind."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -346,7 +347,8 @@ def test_the_next_build_removes_what_a_killed_session_left(tmp_path: Path) -> No
     process = place.build_up_to_the_stop()
     janitors = [pid for pid in os.listdir("/proc") if pid.isdigit() and parent_of(pid) == str(process.pid)]
     for pid in [*janitors, *place.running()]:
-        os.kill(int(pid), signal.SIGKILL)  # with the build's own, there is nobody left to clean up
+        with contextlib.suppress(ProcessLookupError):  # it ended with its parent
+            os.kill(int(pid), signal.SIGKILL)  # with the build's own, there is nobody left to clean up
     process.kill()
     process.communicate(timeout=60)
     until(lambda: not place.running())

@@ -26,8 +26,8 @@ from ecanet.untrusted import shown
 
 #: A run is tried so often where its process dies; one that raises is not tried again.
 _ATTEMPTS = 2
-#: A full disk, and a folder that another process has locked: they end the process, and another one tries again.
-_NO_FAULT_OF_THE_RUN = {errno.ENOSPC, errno.EDQUOT, errno.EAGAIN}
+#: A full disk ends the process, as a folder that another process has locked does, and another one tries again.
+_FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Job:
             about["seconds"] = time.perf_counter() - start
             write_run(self.file, {**about, "metrics": metrics, "details": details, "error": None})
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in _NO_FAULT_OF_THE_RUN:
+            if isinstance(error, BlockingIOError) or (isinstance(error, OSError) and error.errno in _FULL_DISK):
                 raise
             about["seconds"] = time.perf_counter() - start
             write_whole(self.folder / "error.txt", traceback.format_exc().encode(errors="backslashreplace"))

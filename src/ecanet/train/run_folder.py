@@ -46,7 +46,7 @@ class RunFolder:
             self._handle = lock_folder(self.path)
         except BlockingIOError as error:
             raise BlockingIOError(
-                errno.EAGAIN, f"another run is writing into {self.path}: wait until it ends, or choose another --out"
+                f"another run is writing into {self.path}: wait until it ends, or choose another --out"
             ) from error
         self._identity = _identity(self.path)
         return self

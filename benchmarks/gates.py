@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks import results
 from benchmarks.cases import MEMORY_FORMATS, QUICK_STAGES, STAGES, Case, FusedTail, On, SavedBytes, Tail, Work
 from benchmarks.measure import Competitor
+from benchmarks.networks import bytes_kept
 from benchmarks.tables import ratio
 from ecanet.inspect.style import DARK, FONT_SIZE, IDEAS, SMALL_FONT_SIZE, new_figure, style_axes
 from ecanet.nn import GATES
@@ -74,19 +74,8 @@ def _saved(name: str, shape: tuple[int, ...], memory_format: str) -> SavedBytes:
     tails, (x, residual, _) = _tails(name, shape, memory_format)
 
     def count(of: str, tail: Tail) -> int:
-        held = {t.untyped_storage().data_ptr() for t in (*tail.parameters(), *tail.buffers())}
-        found: dict[int, int] = {}
-
-        def see(t: Tensor) -> Tensor:
-            if (storage := t.untyped_storage()).data_ptr() not in held:
-                found[storage.data_ptr()] = storage.nbytes()
-            return t
-
-        backend = On().context(backend="reference" if of == "plain" else None, grad=True)
-        with backend, saved_tensors_hooks(see, lambda t: t):
-            out = tail(x, residual)  # the graph keeps every storage, so no address comes twice
-        assert out.requires_grad
-        return sum(found.values())
+        with On().context(backend="reference" if of == "plain" else None, grad=True):
+            return bytes_kept(tail, lambda: tail(x, residual))
 
     return SavedBytes({of: partial(count, of, tail) for of, tail in tails.items()})
 

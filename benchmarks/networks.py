@@ -231,7 +231,12 @@ def _memory(shape: tuple[int, ...], memory_format: str) -> SavedBytes:
 
 def saved_bytes(model: nn.Module, x: Tensor, target: Tensor) -> int:
     """Bytes that a training step keeps for its backward pass, without parameters and buffers; every storage once."""
-    held = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    return bytes_kept(model, lambda: F.cross_entropy(model(x), target))
+
+
+def bytes_kept(module: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Bytes that a forward pass keeps for the backward, without the module's tensors; every storage once."""
+    held = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
     found: dict[int, int] = {}
 
     def see(t: Tensor) -> Tensor:
@@ -241,6 +246,6 @@ def saved_bytes(model: nn.Module, x: Tensor, target: Tensor) -> int:
         return t
 
     with saved_tensors_hooks(see, lambda t: t):
-        loss = F.cross_entropy(model(x), target)  # the graph keeps every storage, so no address comes twice
-        assert loss.requires_grad
+        out = forward()  # its graph keeps every storage, so no address comes twice
+        assert out.requires_grad
     return sum(found.values())

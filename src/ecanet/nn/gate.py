@@ -193,7 +193,7 @@ class Gate(nn.Module, ABC):
         return Statistics(means, reference.variances(x), reference.positions(x))
 
     def answer(self, x: Tensor) -> ScaleAndShift:
-        """What a map is multiplied by in every channel, and what is added to it; for those who look at gates.
+        """What each channel of a map is multiplied by, ``(N, C)``, and what is added to it, ``(N, C)`` or None.
 
         Args:
             x: As :meth:`forward` takes it.

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from hostile_pictures import HOSTILE, NO_FILES, gzipped_zeros, idx, photograph
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ecanet.train.data import pictures, read_idx, read_image
 
@@ -144,7 +143,7 @@ def test_no_warning_leaks_about_the_size(what_came_of: Any) -> None:
 
 def test_formats_are_those_of_the_suffixes() -> None:
     known = Image.registered_extensions()
-    assert set(pictures.FORMATS) == {known[suffix] for suffix in IMG_EXTENSIONS}
+    assert set(pictures.FORMATS) == {known[suffix] for suffix in pictures.SUFFIXES}
 
 
 @pytest.mark.parametrize("size", [(1, 64), (64, 1), (1, 1), (3, 150), (8, 512)], ids=str)

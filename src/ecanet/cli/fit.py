@@ -35,7 +35,8 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
         result = fit(recipe, args.out, resume=args.resume)
         if not is_first:
             return
-        print(f"top-1 {result.top1:.2f} % after the last epoch, {result.best_top1:.2f} % at best; see {args.out}")
+        metric = "mAP" if result.monitor == "val/mAP" else "top-1"
+        print(f"{metric} {result.top1:.2f} % after the last epoch, {result.best_top1:.2f} % at best; see {args.out}")
         print(f"next: ecanet predict {args.out} IMAGE ...")
 
     return run

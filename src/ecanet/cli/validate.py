@@ -13,13 +13,13 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
     """Add the options to a parser; what is returned runs the verb."""
     parser.add_argument("run", type=Path, help="A run's folder (its best.ckpt), or a checkpoint.")
     parser.add_argument("--root", type=Path, default=None, help="Folder of the data, if not the run's own.")
-    parser.add_argument(
-        "--source", type=str, default=None, help="embedded, fashion_mnist or image_folder, if not the run's own."
-    )
+    parser.add_argument("--val_root", type=Path, default=None, help="All pictures of this folder or table, instead.")
+    sources = "embedded, fashion_mnist, image_folder, csv or hf, if not the run's own."
+    parser.add_argument("--source", type=str, default=None, help=sources)
     parser.add_argument("--accelerator", type=str, default="auto", help="auto, cpu, gpu, mps.")
 
     def run(args: Namespace) -> None:
-        changes = {name: value for name in ("root", "source") if (value := getattr(args, name)) is not None}
+        changes = {name: value for name in ("root", "val_root", "source") if (value := getattr(args, name)) is not None}
         data = data_of(load_trained(args.run), **changes) if changes else None
         for name, value in validate(args.run, data, args.accelerator).items():
             print(f"{name}: {value:.4f}" if name == "val/loss" else f"{name}: {value:.2f} %")

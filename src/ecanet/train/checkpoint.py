@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ecanet.files.state_dicts import describe, misfits, safe_load, safe_save, state_dict_in
 from ecanet.models import build_model
-from ecanet.train.config import DataConfig, ModelConfig
+from ecanet.train.config import FILE_SOURCES, DataConfig, ModelConfig
+from ecanet.train.data.splits import MAX_CLASSES, MAX_NAME
 from ecanet.train.run_folder import RunFolder, remedy
 from ecanet.untrusted import check_number, listed, shown
 
@@ -63,7 +64,7 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = None) -> d
 
 
 class SaveCheckpoints(Checkpoint):
-    """Writes ``last.ckpt`` after every epoch, and ``best.ckpt`` whenever validation top-1 has risen.
+    """Writes ``last.ckpt`` after every epoch, and ``best.ckpt`` whenever validation top-1, or mAP, has risen.
 
     Lightning's ModelCheckpoint writes its last checkpoint only when it also writes a best one.
 
@@ -87,9 +88,9 @@ class SaveCheckpoints(Checkpoint):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save after the validation."""
         check_finite(float(trainer.callback_metrics["train/loss_epoch"]), trainer)
-        top1 = float(trainer.callback_metrics["val/top1"])
-        if top1 > self.best:
-            self.best = top1
+        reached = float(trainer.callback_metrics[str(pl_module.monitor)])
+        if reached > self.best:
+            self.best = reached
             # Best comes before last: a run killed between the two repeats the epoch and writes the same best again.
             self._save(trainer, "best.ckpt")
         self._save(trainer, "last.ckpt")
@@ -99,11 +100,11 @@ class SaveCheckpoints(Checkpoint):
         trainer.save_checkpoint(self.folder.path / name)
 
     def state_dict(self) -> dict[str, float]:
-        """The best top-1 so far, in per cent."""
+        """The best top-1 or mAP so far, in per cent."""
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Set the best top-1 of the run that is resumed."""
+        """Set the best of the run that is resumed."""
         self.best = state_dict["best"]
 
 
@@ -133,6 +134,7 @@ class TrainedNetwork:
         std: Standard deviation of each.
         recipe: The parts of its recipe that define the network and its input, as plain values.
         history: One record for each epoch.
+        multi_label: Whether an image may have several of the classes: their probabilities are then sigmoids.
     """
 
     network: nn.Module
@@ -141,6 +143,7 @@ class TrainedNetwork:
     std: list[float]
     recipe: dict[str, Any]
     history: list[dict[str, float]]
+    multi_label: bool = False
 
     def normalise(self, images: Tensor) -> Tensor:
         """The network's input, float32, from uint8 images ``(N, 3, H, W)``."""
@@ -179,13 +182,16 @@ def load_trained(path: str | os.PathLike[str]) -> TrainedNetwork:
         raise ValueError(f"the weights in {path} do not fit the network that it describes: {found}")
     network = build_network(config, classes)
     network.load_state_dict(state)
-    return TrainedNetwork(
-        network.eval(), about["classes"], about["mean"], about["std"], about["recipe"], about["history"]
-    )
+    kept = {key: about[key] for key in ("classes", "mean", "std", "recipe", "history", "multi_label")}
+    return TrainedNetwork(network.eval(), **kept)
 
 
-#: Limits on classes, characters of a class name and epochs.
-_MAX_CLASSES, _MAX_NAME, _MAX_EPOCHS = 100_000, 200, 1_000_000
+_MAX_EPOCHS = 1_000_000
+#: What ``data`` says about the network's input, and how labels are read and split: no paths.
+_INPUT = (
+    *("source", "image_size", "resize", "val_fraction", "split_seed"),
+    *("image_column", "label_column", "label_separator"),
+)
 
 
 def check_about(about: object, path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -196,8 +202,8 @@ def check_about(about: object, path: str | os.PathLike[str]) -> dict[str, Any]:
         path: The file, for errors.
 
     Returns:
-        ``classes``, ``mean``, ``std``, ``history`` and ``recipe``. From the recipe it keeps ``model``, and these keys
-        of ``data``: ``image_size``, ``resize`` and ``source``; no paths, downloads, processes or devices.
+        ``classes``, ``multi_label``, ``mean``, ``std``, ``history`` and ``recipe``. From the recipe it keeps ``model``,
+        and of ``data`` what :data:`_INPUT` names; no paths, downloads, processes or devices.
 
     Raises:
         ValueError: a part is missing or wrong; the message names the file and the part.
@@ -208,11 +214,8 @@ def check_about(about: object, path: str | os.PathLike[str]) -> dict[str, Any]:
         recipe = about.get("recipe")
         if not isinstance(recipe, dict) or not all(isinstance(recipe.get(k), dict) for k in ("model", "data")):
             raise TypeError("it must hold its recipe with the blocks model and data")
-        classes, history = about.get("classes"), about.get("history")
-        if not isinstance(classes, list) or not 1 <= len(classes) <= _MAX_CLASSES:
-            raise ValueError(f"classes must be a list of 1 to {_MAX_CLASSES:,} names")
-        if not all(isinstance(name, str) and len(name) <= _MAX_NAME for name in classes):
-            raise ValueError(f"classes must be names of at most {_MAX_NAME} characters")
+        history = about.get("history")
+        _check_labels(about.get("classes"), about.get("multi_label", False))
         for name, low in (("mean", -1e3), ("std", 1e-6)):
             values = about.get(name)
             if not isinstance(values, list) or len(values) != 3:
@@ -228,14 +231,25 @@ def check_about(about: object, path: str | os.PathLike[str]) -> dict[str, Any]:
         if weights is not None and not isinstance(weights, str):
             raise TypeError(f"recipe.model.weights must be a text or null, got {shown(weights)}")
         ModelConfig(**model)
-        input_settings = {key: recipe["data"].get(key) for key in ("source", "image_size", "resize")}
-        DataConfig(**(input_settings | {"root": Path() if input_settings["source"] == "image_folder" else None}))
+        input_settings = {key: recipe["data"].get(key, getattr(DataConfig, key)) for key in _INPUT}
+        has_files = input_settings["source"] in FILE_SOURCES
+        DataConfig(**input_settings, root=Path() if has_files else None)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged, or no checkpoint that `ecanet fit` wrote: {shown(str(error), 300)}"
         ) from error
     kept = {key: about[key] for key in ("classes", "mean", "std", "history")}
+    kept["multi_label"] = about.get("multi_label", False)
     return {**kept, "recipe": {"model": model, "data": input_settings}}
+
+
+def _check_labels(classes: object, multi_label: object) -> None:
+    if not isinstance(classes, list) or not 1 <= len(classes) <= MAX_CLASSES:
+        raise ValueError(f"classes must be a list of 1 to {MAX_CLASSES:,} names")
+    if not all(isinstance(name, str) and len(name) <= MAX_NAME for name in classes):
+        raise ValueError(f"classes must be names of at most {MAX_NAME} characters")
+    if not isinstance(multi_label, bool):
+        raise TypeError(f"multi_label must be true or false, got {shown(multi_label)}")
 
 
 def without_weights_file(config: ModelConfig) -> ModelConfig:

@@ -12,22 +12,21 @@ import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ecanet.train.checkpoint import (
     TrainedNetwork,
     load_trained,
 )
 from ecanet.train.classifier import Classifier
-from ecanet.train.config import DataConfig
+from ecanet.train.config import FILE_SOURCES, SOURCES_OF, DataConfig
 from ecanet.train.data.loading import ImageData, Plain, test_transform
-from ecanet.train.data.pictures import image_files, read_image
+from ecanet.train.data.pictures import SUFFIXES, image_files, read_image
 from ecanet.train.quiet import quiet_lightning
 from ecanet.untrusted import check_file, listed, shown
 
 
 def validate(run: str | Path, data: DataConfig | None = None, accelerator: str = "auto") -> dict[str, float]:
-    """Validation top-1, top-5 (per cent) and loss of a trained network.
+    """Validation top-1, top-5 or mAP (per cent) and loss of a trained network.
 
     Args:
         run: A run's folder, which means its best.ckpt, or a checkpoint.
@@ -35,7 +34,8 @@ def validate(run: str | Path, data: DataConfig | None = None, accelerator: str =
         accelerator: Lightning's accelerator.
 
     Returns:
-        ``val/top1``, ``val/top5`` (``val/topN`` with N < 5 classes), ``val/loss``.
+        ``val/top1``, ``val/top5`` (``val/topN`` with N < 5 classes), ``val/loss``; with several labels an image
+        ``val/mAP``, ``val/loss``.
 
     Raises:
         FileNotFoundError: there is no checkpoint, or no data.
@@ -47,7 +47,9 @@ def validate(run: str | Path, data: DataConfig | None = None, accelerator: str =
     if list(images.classes) != trained.classes:
         theirs, own = listed(images.classes, 10), listed(trained.classes, 10)
         raise ValueError(f"the data's classes ({theirs}) are not the network's ({own})")
-    classifier = Classifier(trained.network, len(trained.classes), trained.mean, trained.std)
+    classifier = _classifier(trained)
+    if images.multi_label != trained.multi_label:
+        raise ValueError("either the data or the network has several labels an image, and the other has not")
     # The progress bar goes to stderr, results to stdout.
     with quiet_lightning(), contextlib.redirect_stdout(sys.stderr):
         trainer = _evaluation_trainer(accelerator)
@@ -62,7 +64,8 @@ class Prediction:
     Attributes:
         image: The file.
         classes: Names of the classes, the most probable first.
-        probabilities: Their probabilities, in 0..1.
+        probabilities: Their probabilities, in 0..1: over all classes they add up to 1, unless the network was trained
+            with several labels an image.
     """
 
     image: Path
@@ -91,7 +94,7 @@ def predict(
     files = _image_files(images)
     trained = load_trained(run)
     pictures = Plain(_ImageFiles(files), test_transform(data_of(trained, source="image_folder", root=Path())))
-    classifier = Classifier(trained.network, len(trained.classes), trained.mean, trained.std)
+    classifier = _classifier(trained)
     loader = DataLoader(pictures, batch_size, collate_fn=_images_only)
     # The progress bar goes to stderr, results to stdout.
     with quiet_lightning(), contextlib.redirect_stdout(sys.stderr):
@@ -110,38 +113,50 @@ _MAX_RECIPE_BYTES = 2**16
 
 
 def _root_of(folder: Path) -> dict[str, Path]:
-    """The folder of pictures that the recipe in a run's folder names, if it exists."""
+    """Where the recipe in a run's folder says that the pictures are, if they are there."""
     path = folder / "recipe.json"
     if not path.is_file():
         return {}
     check_file(path, _MAX_RECIPE_BYTES)
     try:
-        root = json.loads(path.read_text(encoding="utf-8"))["data"]["root"]
+        data = json.loads(path.read_text(encoding="utf-8"))["data"]
+        roots = {"root": data["root"], "val_root": data.get("val_root")}
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}): delete it, and give --root FOLDER") from error
-    return {"root": Path(root)} if isinstance(root, str) and Path(root).is_dir() else {}
+    return {name: Path(root) for name, root in roots.items() if isinstance(root, str) and Path(root).exists()}
 
 
 def data_of(trained: TrainedNetwork, **changes: Any) -> DataConfig:
-    """The pictures as a network saw them in training. Their folder comes from the caller, not from its checkpoint.
+    """The pictures as a network saw them in training. Where they are comes from the caller, not from its checkpoint.
+
+    Args:
+        trained: The network.
+        changes: Fields of :class:`DataConfig`. With ``val_root`` alone, these pictures are validated on, all of them.
 
     Raises:
-        ValueError: it was trained on a folder of images, and none is given.
+        ValueError: it was trained on pictures in files, and the caller does not say where they are.
     """
     stored = dict(trained.recipe["data"])
-    if changes.get("source") == "image_folder" and stored["source"] != "image_folder":
+    source = changes.get("source", stored["source"])
+    if source in FILE_SOURCES and stored["source"] not in FILE_SOURCES:
         # The files are resized to what the network saw, without a margin to crop.
         size = stored["image_size"] or 28
-        changes |= {"image_size": size, "resize": size}
+        changes = {"image_size": size, "resize": size} | changes
+    if "val_root" in changes:
+        stored.pop("val_fraction")
+        changes = {"root": changes["val_root"]} | changes
+    stored = {name: value for name, value in stored.items() if source in SOURCES_OF.get(name, (source,))}
     wanted = stored | changes
-    if wanted["source"] == "image_folder" and "root" not in wanted:
+    if source in FILE_SOURCES and "root" not in wanted:
         raise ValueError(
-            "the network was trained on a folder of images, and its checkpoint does not say where they are: give the "
-            "folder, on the command line --root FOLDER"
+            "the network was trained on a folder or table of images, and its checkpoint does not say where they are: "
+            "give it, on the command line --root FOLDER"
         )
-    if wanted["source"] != "image_folder":
-        wanted["resize"] = None
     return DataConfig(**wanted)
+
+
+def _classifier(trained: TrainedNetwork) -> Classifier:
+    return Classifier(trained.network, len(trained.classes), trained.mean, trained.std, multi_label=trained.multi_label)
 
 
 def _evaluation_trainer(accelerator: str) -> L.Trainer:
@@ -175,7 +190,7 @@ def _image_files(images: Sequence[str | Path]) -> list[Path]:
         if path.is_dir():
             found = sorted(map(Path, image_files(path)))
             if not found:
-                suffixes = ", ".join(IMG_EXTENSIONS)
+                suffixes = ", ".join(SUFFIXES)
                 raise FileNotFoundError(f"no image in the folder {shown(path, 300)}: expected {suffixes}")
             files += found
         elif path.exists():

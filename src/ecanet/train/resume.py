@@ -21,7 +21,7 @@ from ecanet.untrusted import check_number, shown
 
 #: Keys that may change when a run is resumed, since they do not change what is computed. The total number of processes
 #: is checked separately.
-_WITHOUT_EFFECT = {"data.root", "data.download", "data.verify", "data.workers", "trainer.log_steps"}
+_WITHOUT_EFFECT = {"data.root", "data.val_root", "data.download", "data.verify", "data.workers", "trainer.log_steps"}
 _WITHOUT_EFFECT |= {"trainer.checkpoint_steps", "model.weights", "trainer.devices", "trainer.nodes"}
 #: The numbers besides the recipe that the result depends on.
 _COUNTS = ("processes", "batch_size", "images")
@@ -75,7 +75,9 @@ def last_state(recipe: Recipe, last: Path, resume: bool) -> Resumed | None:
     checkpoint = read_checkpoint(last)
     check_resumable(checkpoint, last)
     about = checkpoint[ABOUT_KEY]
-    before, now = what_decides(about["recipe"]), what_decides(to_plain(recipe))
+    # A key that the recipe lacks had what is its default now.
+    before = what_decides(to_plain(Recipe())) | what_decides(about["recipe"])
+    now = what_decides(to_plain(recipe))
     epochs = before.pop("optim.epochs")
     del now["optim.epochs"]
     changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))

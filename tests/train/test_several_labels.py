@@ -1,5 +1,6 @@
 """Data with several labels an image: loss, metric, the best checkpoint, probabilities."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def run(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("several")
     result = fit(recipe, out, progress=False)
     means = [record["val/mAP"] for record in result.history]
-    assert (result.top1, result.best_top1, result.monitor) == (means[-1], max(means), "val/mAP")
+    assert (result.top1, result.best_top1) == (means[-1], max(means))
     return out
 
 
@@ -118,8 +119,8 @@ def test_the_command_line_names_the_metric(table: Path, tmp_path: Path, capsys: 
     words += ["--data.image_size", "12", "--data.resize", "12", "--model.options", '{"widths": [8, 16]}']
     main(["fit", "--out", str(tmp_path), *words, "--optim.epochs", "1", "--trainer.accelerator", "cpu"])
     said = capsys.readouterr().out
-    assert " % after the last epoch" in said
-    assert "mAP" in said
+    assert re.search(r"mAP [\d.]+ % after the last epoch", said)
+    assert "epoch 1/1: mAP" in said
     assert "top-1" not in said
 
 

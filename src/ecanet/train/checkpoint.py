@@ -186,7 +186,8 @@ def load_trained(path: str | os.PathLike[str]) -> TrainedNetwork:
     return TrainedNetwork(network.eval(), **kept)
 
 
-_MAX_EPOCHS = 1_000_000
+#: Limits on epochs, and on numbers in the record of one.
+_MAX_EPOCHS, _MAX_RECORD = 1_000_000, 100
 #: What ``data`` says about the network's input, and how labels are read and split: no paths.
 _INPUT = (
     *("source", "image_size", "resize", "val_fraction", "split_seed"),
@@ -222,8 +223,8 @@ def check_about(about: object, path: str | os.PathLike[str]) -> dict[str, Any]:
                 raise ValueError(f"{name} must be three numbers")
             for value in values:
                 check_number(value, name, low, 1e3)
-        if not isinstance(history, list) or len(history) > _MAX_EPOCHS or not all(isinstance(r, dict) for r in history):
-            raise ValueError("history must be a list with a record for each epoch")
+        if not isinstance(history, list) or len(history) > _MAX_EPOCHS or not all(map(_is_record, history)):
+            raise ValueError("history must be a list with a record for each epoch: numbers by short names")
         model = recipe["model"]
         if unknown := [key for key in model if key not in ModelConfig.__dataclass_fields__]:
             raise ValueError(f"recipe.model has no {listed(map(str, unknown), 5)}")
@@ -250,6 +251,13 @@ def _check_labels(classes: object, multi_label: object) -> None:
         raise ValueError(f"classes must be names of at most {MAX_NAME} characters")
     if not isinstance(multi_label, bool):
         raise TypeError(f"multi_label must be true or false, got {shown(multi_label)}")
+
+
+def _is_record(record: object) -> bool:
+    if not isinstance(record, dict) or len(record) > _MAX_RECORD:
+        return False
+    names = all(isinstance(name, str) and len(name) <= MAX_NAME for name in record)
+    return names and all(type(value) in (int, float) for value in record.values())
 
 
 def without_weights_file(config: ModelConfig) -> ModelConfig:

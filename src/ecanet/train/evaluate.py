@@ -1,8 +1,6 @@
 """Validate a trained network, and predict with it."""
 
-import contextlib
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,6 +20,7 @@ from ecanet.train.classifier import Classifier
 from ecanet.train.config import FILE_SOURCES, SOURCES_OF, DataConfig
 from ecanet.train.data.loading import ImageData, Plain, test_transform
 from ecanet.train.data.pictures import SUFFIXES, image_files, read_image
+from ecanet.train.progress import Progress
 from ecanet.train.quiet import quiet_lightning
 from ecanet.untrusted import check_file, listed, shown
 
@@ -50,9 +50,8 @@ def validate(run: str | Path, data: DataConfig | None = None, accelerator: str =
     classifier = _classifier(trained)
     if images.multi_label != trained.multi_label:
         raise ValueError("either the data or the network has several labels an image, and the other has not")
-    # The progress bar goes to stderr, results to stdout.
-    with quiet_lightning(), contextlib.redirect_stdout(sys.stderr):
-        trainer = _evaluation_trainer(accelerator)
+    with quiet_lightning(), Progress() as progress:
+        trainer = _evaluation_trainer(accelerator, progress)
         (metrics,) = trainer.validate(classifier, datamodule=images, verbose=False)
     return dict(metrics)
 
@@ -96,9 +95,8 @@ def predict(
     pictures = Plain(_ImageFiles(files), test_transform(data_of(trained, source="image_folder", root=Path())))
     classifier = _classifier(trained)
     loader = DataLoader(pictures, batch_size, collate_fn=_images_only)
-    # The progress bar goes to stderr, results to stdout.
-    with quiet_lightning(), contextlib.redirect_stdout(sys.stderr):
-        batches = _evaluation_trainer(accelerator).predict(classifier, loader)
+    with quiet_lightning(), Progress() as progress:
+        batches = _evaluation_trainer(accelerator, progress).predict(classifier, loader)
     assert batches is not None
     probabilities = torch.cat([batch for batch in batches if isinstance(batch, Tensor)])
     values, indices = probabilities.topk(min(top, len(trained.classes)))
@@ -159,10 +157,12 @@ def _classifier(trained: TrainedNetwork) -> Classifier:
     return Classifier(trained.network, len(trained.classes), trained.mean, trained.std, multi_label=trained.multi_label)
 
 
-def _evaluation_trainer(accelerator: str) -> L.Trainer:
+def _evaluation_trainer(accelerator: str, *callbacks: Callback) -> L.Trainer:
     return L.Trainer(
         accelerator=accelerator,
         devices=1,
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

@@ -7,12 +7,12 @@ from typing import Any
 
 from ecanet.nn import GATES
 from ecanet.study.statistics import fewest_seeds
-from ecanet.train.config import Recipe
+from ecanet.train.config import Recipe, model_of_a_file
 from ecanet.train.recipes import check_blocks, for_parser, read_plain
 from ecanet.untrusted import check_plain, listed, shown
 
 #: What a condition may say of the model: anything else would change more than the gates.
-_OF_A_CONDITION = ("gate", "kernel_size", "neutral")
+_OF_A_CONDITION = ("gate", "kernel_size", "where", "preserve")
 _KEYS = ("conditions", "seeds", "recipe")
 #: Conditions and seeds of a file, at most.
 _MOST = 1000
@@ -52,7 +52,7 @@ def read_study(path: str | Path) -> StudyFile:
         )
     conditions, seeds, recipe = content.get("conditions", {}), content.get("seeds", []), content.get("recipe", {})
     _check_conditions(conditions, source)
-    check_blocks(recipe, f"{source}: recipe")
+    recipe = check_blocks(recipe, f"{source}: recipe")
     return StudyFile(conditions, _seeds_of(seeds, source), recipe)
 
 
@@ -63,6 +63,7 @@ def _check_conditions(conditions: object, source: str) -> None:
         where = f"{source}: conditions.{shown(name)}"
         if not isinstance(name, str) or not isinstance(changes, dict):
             raise ValueError(f"{where} must be a name with {', '.join(_OF_A_CONDITION)}, got {shown(changes)}")
+        changes = conditions[name] = model_of_a_file(changes, where)
         for key, value in changes.items():
             if key not in _OF_A_CONDITION:
                 raise ValueError(f"{where} has no {shown(key)}; it may have {', '.join(_OF_A_CONDITION)}")

@@ -60,12 +60,21 @@ HOSTILE_IDX: dict[str, tuple[Callable[[], bytes], str]] = {
     "gzip signature alone": (lambda: b"\x1f\x8b", "not a valid gzip file"),
 }
 
+
+def turned(orientation: int) -> Image.Exif:
+    """EXIF data with an orientation."""
+    exif = Image.Exif()
+    exif[274] = orientation
+    return exif
+
+
 #: Honest pictures at the bounds, made where there is no limit.
 LARGE: dict[str, Callable[[Path], None]] = {
     "JPEG of 50 megapixels": lambda path: photograph(8660, 5773).save(path, "JPEG"),
     "PNG of 67 megapixels": lambda path: Image.new("P", (8192, 8192), 3).save(path, "PNG", compress_level=1),
     "16-bit TIFF of 67 megapixels": lambda path: Image.new("I;16", (8192, 8192), 300).save(path, "TIFF"),
     "WebP of 33 megapixels": lambda path: Image.new("RGBA", (5792, 5792)).save(path, "WEBP", lossless=True, quality=0),
+    "upside down JPEG of 67 megapixels": lambda path: photograph(8192, 8192).save(path, "JPEG", exif=turned(5)),
     "panorama of 64 to 1": lambda path: photograph(12_800, 200).save(path, "JPEG"),
 }
 

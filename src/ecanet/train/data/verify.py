@@ -45,7 +45,7 @@ def verify_images(splits: Splits) -> None:
                     if problem is not None:
                         bad.append(problem)
     if bad:
-        listed = list_first(bad, separator="\n  ")
+        listed = list_first(bad, separator=";\n  ")
         raise ValueError(f"{len(bad)} of {total} images cannot be read, remove or replace them:\n  {listed}")
 
 

@@ -47,7 +47,9 @@ def test_a_file_is_trained_with_what_the_command_line_overrides_and_its_tables_a
     main(["study", str(file), "--optim.epochs", "1", "--out", "out", "--workers", "1"])
     said, told = capsys.readouterr()
     assert "neutral is " in said
-    assert said.endswith("wrote out/results.csv and out/summary.json\n")
+    *_, wrote, following = said.splitlines()
+    assert wrote == "wrote out/results.csv and out/summary.json"
+    assert following.startswith("next: the same command with --seeds 7; finished runs are not repeated, and fewer can")
     assert told.startswith("1 seed cannot show a difference at 0.05: ")
     with (file.parent / "out" / "results.csv").open() as table:
         rows = list(csv.DictReader(table))

@@ -8,11 +8,13 @@ except ImportError as error:
 
 from ecanet.train.checkpoint import TrainedNetwork, build_network, load_trained
 from ecanet.train.config import DataConfig, ModelConfig, OptimConfig, Recipe, TrainerConfig
-from ecanet.train.evaluate import Prediction, predict, validate
+from ecanet.train.evaluate import Prediction, Validation, predict, validate
+from ecanet.train.explain import Explanation, explain_prediction
 from ecanet.train.fit import FitResult, fit
 
 __all__ = [
     "DataConfig",
+    "Explanation",
     "FitResult",
     "ModelConfig",
     "OptimConfig",
@@ -20,7 +22,9 @@ __all__ = [
     "Recipe",
     "TrainedNetwork",
     "TrainerConfig",
+    "Validation",
     "build_network",
+    "explain_prediction",
     "fit",
     "load_trained",
     "predict",

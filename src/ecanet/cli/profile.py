@@ -3,6 +3,7 @@
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from ecanet.nn import GATES
@@ -37,6 +38,7 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
             raise ValueError("--gate goes with MODEL; --table3 has the gates of the paper's table")
         if args.out is not None and args.out.exists() and not args.out.is_dir():
             raise ValueError(f"--out must be a folder, got the file {args.out}")
+        clear = "\r\x1b[K" if sys.stderr.isatty() else ""
         options = {
             "time": not args.no_time,
             "batch_size": args.batch_size,
@@ -44,9 +46,10 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
             "threads": args.threads,
             "rounds": args.rounds,
             "device": args.device,
-            "on_progress": _progress(),
+            "on_progress": partial(_say, clear),
         }
         profile = table3(**options) if args.table3 else profile_models(args.models, args.gate, **options)
+        print(clear, end="", file=sys.stderr, flush=True)
         print(profile)
         if args.out is not None:
             profile.write(args.out)
@@ -55,7 +58,6 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
     return run
 
 
-def _progress() -> Callable[[str], None]:
-    """Writes lines to standard error; on a terminal each replaces the last."""
-    start, end = ("\r\x1b[K", "") if sys.stderr.isatty() else ("", "\n")
-    return lambda line: print(f"{start}{line}", end=end, file=sys.stderr, flush=True)
+def _say(clear: str, line: str) -> None:
+    """Write to standard error; on a terminal each line replaces the last."""
+    print(f"{clear}{line}", end="" if clear else "\n", file=sys.stderr, flush=True)

@@ -18,10 +18,10 @@ from ecanet.study.job import Job
 from ecanet.study.paired_study import Study, check_names, check_seeds, fingerprint, run_jobs, slug
 from ecanet.study.run_files import is_number
 from ecanet.study.statistics import Summary, summarise
-from ecanet.train.checkpoint import build_network
 from ecanet.train.config import Recipe, to_plain
 from ecanet.train.data.loading import ImageData
 from ecanet.train.fit import fit
+from ecanet.train.networks import build_network
 
 
 @dataclass

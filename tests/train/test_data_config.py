@@ -162,14 +162,14 @@ def test_validate_reads_the_images_that_were_split_off(run: Path, config: DataCo
     trained = load_trained(run)
     assert held(data_of(trained, root=config.root)) == held(config)
     best = max(record["val/top1"] for record in load_trained(run / "last.ckpt").history)
-    assert validate(run)["val/top1"] == pytest.approx(best)
+    assert validate(run).metrics["val/top1"] == pytest.approx(best)
 
 
 def test_validate_takes_all_of_another_folder(run: Path, classes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = data_of(load_trained(run), val_root=classes)
     assert ImageData(data).validation_images == 40
     main(["validate", str(run), "--val_root", str(classes)])
-    assert f"{validate(run, data)['val/top1']:.2f} %" in capsys.readouterr().out
+    assert f"{validate(run, data).metrics['val/top1']:.2f} %" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("key", ["val_fraction", "split_seed", "label_column", "label_separator", "source"])

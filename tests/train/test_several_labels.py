@@ -19,6 +19,7 @@ from ecanet.train.classifier import Classifier
 from ecanet.train.config import ModelConfig
 from ecanet.train.data.loading import ImageData
 from ecanet.train.evaluate import data_of, predict
+from ecanet.train.explain import explain_prediction
 
 COLOURS = ("red", "green", "blue")
 
@@ -73,13 +74,33 @@ def test_validate_gives_loss_and_mean_average_precision_of_the_best(
     with torch.no_grad():
         logits, targets = trained.network(trained.normalise(torch.stack(images))), torch.stack(labels)
     each = [average_precision(logits[:, i].numpy(), targets[:, i].numpy()) for i in range(3)]
-    metrics = validate(run)
+    result = validate(run)
+    metrics = result.metrics
+    assert result.images().tolist() == targets.sum(0).tolist()
+    assert result.of_each_class().tolist() == pytest.approx([100 * value for value in each], abs=1e-3)
     assert metrics["val/mAP"] == pytest.approx(100 * np.mean(each), abs=1e-3)
     assert metrics["val/loss"] == pytest.approx(float(F.binary_cross_entropy_with_logits(logits, targets)), abs=1e-5)
     assert metrics["val/mAP"] == pytest.approx(max(r["val/mAP"] for r in load_trained(run / "last.ckpt").history))
     assert "val/top1" not in metrics
     main(["validate", str(run)])
-    assert f"val/mAP: {metrics['val/mAP']:.2f} %" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"val/mAP: {metrics['val/mAP']:.2f} %" in said
+    for name, value in zip(result.classes, each, strict=True):
+        assert re.search(rf"^{name} +{100 * value:.2f} ", said, re.MULTILINE)
+    with pytest.raises(ValueError, match="a confusion matrix is for one label an image"):
+        result.confusion()
+    with pytest.raises(SystemExit, match="--confusion is for one label an image"):
+        main(["validate", str(run), "--confusion", str(run / "confusion")])
+
+
+def test_an_explanation_has_the_probabilities_of_prediction(run: Path, table: Path) -> None:
+    trained = load_trained(run)
+    data = ImageData(data_of(trained, root=table))
+    explanation = explain_prediction(trained, table.parent / "0.png", data)
+    (prediction,) = predict(run, [table.parent / "0.png"])
+    assert explanation.classes == prediction.classes
+    assert explanation.probabilities == pytest.approx(prediction.probabilities, abs=1e-5)
+    assert explanation.images > 0
 
 
 def test_probabilities_are_each_by_itself(run: Path, table: Path) -> None:

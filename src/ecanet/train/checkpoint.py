@@ -151,6 +151,11 @@ class TrainedNetwork:
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
         return (images.float() / 255 - mean) / std
 
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Of each class ``(N, classes)``, from normalised images; with several labels an image, each is by itself."""
+        logits = self.network(images).float()
+        return logits.sigmoid() if self.multi_label else logits.softmax(1)
+
 
 def load_trained(path: str | os.PathLike[str], build: str | None = None) -> TrainedNetwork:
     """Build the network of a checkpoint again.

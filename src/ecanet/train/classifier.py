@@ -95,8 +95,8 @@ class Classifier(L.LightningModule):
             return F.cross_entropy(logits, labels, label_smoothing=smoothing)
         return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype) * (1 - smoothing) + smoothing / 2)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add one batch to the metrics."""
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Add one batch to the metrics; returns its logits ``(N, classes)``."""
         images, labels = batch
         logits = self(images).float()
         if self.multi_label:
@@ -104,6 +104,7 @@ class Classifier(L.LightningModule):
         else:
             self.val_accuracy.update(logits, labels)
         self.val_loss.update(self.loss(logits, labels), len(images))
+        return logits
 
     def on_validation_epoch_end(self) -> None:
         """Log top-1 and top-5, or mean average precision, in per cent, over every image and process."""

@@ -43,6 +43,10 @@ class FolderImages(Dataset[Any]):
         path, label = self.samples[index]
         return read_image(path), target(label, self.classes)
 
+    def label(self, index: int) -> Label:
+        """The label of one image, without reading it: the index of its class, or those of all its classes."""
+        return self.samples[index][1]
+
     def name(self, index: int) -> str:
         """The file, quoted for a message."""
         return f"'{shown(self.samples[index][0], 300)}'"

@@ -56,6 +56,10 @@ class TableImages(Dataset[Any]):
             raise ValueError(f"{self.name(index)} holds no picture: save the data with the pictures in it")
         return read_image(data, self.name(index)), target(self.labels[row], self.classes)
 
+    def label(self, index: int) -> Label:
+        """The label of one image, without reading it: the index of its class, or those of all its classes."""
+        return self.labels[self.rows[index]]
+
     def name(self, index: int) -> str:
         """The row and its table."""
         return f"in row {self.rows[index]} of {self.where}"

@@ -82,7 +82,11 @@ class TensorImages(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """One image ``(C, H, W)``, a view, and its label."""
-        return self.images[index], int(self.labels[index])
+        return self.images[index], self.label(index)
+
+    def label(self, index: int) -> int:
+        """The label of one image."""
+        return int(self.labels[index])
 
 
 def read_idx(path: str | Path) -> Tensor:

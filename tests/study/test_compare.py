@@ -7,7 +7,6 @@ import pickle
 import signal
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +21,7 @@ from ecanet.study.conclusions import verdict
 from ecanet.study.processes import Processes
 from ecanet.study.report import Cost, table
 from ecanet.train import Recipe, fit
+from tests.fresh import FreshProcess
 
 
 def entries(tiny: Callable[..., Recipe], **changes: object) -> dict[str, Recipe]:
@@ -133,12 +133,11 @@ import signal, sys
 from pathlib import Path
 from ecanet.study import compare
 from ecanet.train import *
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
-    data = DataConfig("image_folder", root=Path(sys.argv[1]), image_size=12, resize=12, batch_size=8)
-    model, optim = ModelConfig(options={"widths": [8, 16]}), OptimConfig(epochs=10)
-    recipe = Recipe(model, data, optim, TrainerConfig(accelerator="cpu"))
-    compare({"ECA": recipe}, range(20), sys.argv[2], workers=1, progress=False)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
+data = DataConfig("image_folder", root=Path(sys.argv[1]), image_size=12, resize=12, batch_size=8)
+model, optim = ModelConfig(options={"widths": [8, 16]}), OptimConfig(epochs=10)
+recipe = Recipe(model, data, optim, TrainerConfig(accelerator="cpu"))
+compare({"ECA": recipe}, range(20), sys.argv[2], workers=1, progress=False)
 """
 
 
@@ -146,17 +145,10 @@ if __name__ == "__main__":
 def test_killed_comparison_keeps_what_it_finished_and_leaves_no_worker(
     image_folder: Path, tmp_path: Path, killer: signal.Signals
 ) -> None:
-    script = tmp_path / "study.py"
-    script.write_text(SCRIPT)
     out = tmp_path / "out"
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(image_folder), str(out)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    process = FreshProcess(SCRIPT, image_folder, out, environment=os.environ | {"OMP_NUM_THREADS": "1"})
     while not list(out.glob("runs/*.json")):
-        assert process.poll() is None
+        assert process.returncode is None
         time.sleep(0.05)
     os.kill(process.pid, killer)  # the parent alone: the workers have to notice
     assert process.wait(timeout=30) != 0
@@ -164,6 +156,7 @@ def test_killed_comparison_keeps_what_it_finished_and_leaves_no_worker(
     while subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, check=False).stdout:
         assert time.monotonic() < deadline, "a worker lives on"
         time.sleep(0.1)
+    process.close()
     for path in out.glob("runs/*.json"):
         assert json.loads(path.read_text())["metrics"]["top1"] >= 0
 

@@ -56,6 +56,15 @@ def verdict(summary: Summary) -> str:
     return "\n".join(lines)
 
 
+def said_of_the_same(groups: Sequence[Sequence[str]]) -> list[str]:
+    """A sentence for each group of conditions that are the same under several names."""
+    return [
+        f"{' and '.join(names)} are the same: all but one of them take time and seeds, and can show nothing."
+        for names in groups
+        if len(names) > 1
+    ]
+
+
 def _sentence(name: str, baseline: str, row: ConditionSummary, comparisons: int) -> str:
     if row.difference is None:
         return f"{name}: no seed finished both with it and with {baseline}."

@@ -29,7 +29,7 @@ class ModelConfig:
     Args:
         name: NETWORKS; torchvision/NAME or timm/NAME (``ecanet list`` prints them); or a file that ``ecanet insert
             --save`` wrote, with its gates and weights.
-        gate: A name that ``ecanet gates`` explains: GATES; or null for none.
+        gate: A name that ``ecanet gates`` explains: GATES; or timm:NAME, a layer of timm's; or null for none.
         kernel_size: adaptive or an odd integer; in a network of ecanet also released, or a list with one for each
             stage.
         where: block, stage, conv, or names and patterns of modules; in a network of ecanet block alone.

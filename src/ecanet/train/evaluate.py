@@ -1,8 +1,6 @@
 """Validate a trained network, and predict with it."""
 
-import contextlib
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -22,17 +21,21 @@ from ecanet.train.classifier import Classifier
 from ecanet.train.config import DataConfig
 from ecanet.train.data.loading import ImageData, Plain, test_transform
 from ecanet.train.data.pictures import image_files, read_image
+from ecanet.train.progress import Progress
 from ecanet.train.quiet import quiet_lightning
 from ecanet.untrusted import check_file, listed, shown
 
 
-def validate(run: str | Path, data: DataConfig | None = None, accelerator: str = "auto") -> dict[str, float]:
+def validate(
+    run: str | Path, data: DataConfig | None = None, accelerator: str = "auto", build: str | None = None
+) -> dict[str, float]:
     """Validation top-1, top-5 (per cent) and loss of a trained network.
 
     Args:
         run: A run's folder, which means its best.ckpt, or a checkpoint.
         data: Data to use in place of the run's own; it must have the same classes.
         accelerator: Lightning's accelerator.
+        build: As in :func:`load_trained`.
 
     Returns:
         ``val/top1``, ``val/top5`` (``val/topN`` with N < 5 classes), ``val/loss``.
@@ -41,16 +44,15 @@ def validate(run: str | Path, data: DataConfig | None = None, accelerator: str =
         FileNotFoundError: there is no checkpoint, or no data.
         ValueError: the data has other classes than the network.
     """
-    trained = load_trained(run)
+    trained = load_trained(run, build)
     run = Path(run)
     images = ImageData(data or data_of(trained, **_root_of(run if run.is_dir() else run.parent)))
     if list(images.classes) != trained.classes:
         theirs, own = listed(images.classes, 10), listed(trained.classes, 10)
         raise ValueError(f"the data's classes ({theirs}) are not the network's ({own})")
     classifier = Classifier(trained.network, len(trained.classes), trained.mean, trained.std)
-    # The progress bar goes to stderr, results to stdout.
-    with quiet_lightning(), contextlib.redirect_stdout(sys.stderr):
-        trainer = _evaluation_trainer(accelerator)
+    with quiet_lightning(), Progress() as progress:
+        trainer = _evaluation_trainer(accelerator, progress)
         (metrics,) = trainer.validate(classifier, datamodule=images, verbose=False)
     return dict(metrics)
 
@@ -71,7 +73,12 @@ class Prediction:
 
 
 def predict(
-    run: str | Path, images: Sequence[str | Path], top: int = 5, batch_size: int = 64, accelerator: str = "auto"
+    run: str | Path,
+    images: Sequence[str | Path],
+    top: int = 5,
+    batch_size: int = 64,
+    accelerator: str = "auto",
+    build: str | None = None,
 ) -> list[Prediction]:
     """Classify image files.
 
@@ -81,6 +88,7 @@ def predict(
         top: Number of classes to name for an image.
         batch_size: Images in a batch.
         accelerator: Lightning's accelerator.
+        build: As in :func:`load_trained`.
 
     Raises:
         FileNotFoundError: there is no checkpoint, no such image, or no image in a folder.
@@ -89,13 +97,12 @@ def predict(
     if top < 1:
         raise ValueError(f"top must be 1 or more, got {top}")
     files = _image_files(images)
-    trained = load_trained(run)
+    trained = load_trained(run, build)
     pictures = Plain(_ImageFiles(files), test_transform(data_of(trained, source="image_folder", root=Path())))
     classifier = Classifier(trained.network, len(trained.classes), trained.mean, trained.std)
     loader = DataLoader(pictures, batch_size, collate_fn=_images_only)
-    # The progress bar goes to stderr, results to stdout.
-    with quiet_lightning(), contextlib.redirect_stdout(sys.stderr):
-        batches = _evaluation_trainer(accelerator).predict(classifier, loader)
+    with quiet_lightning(), Progress() as progress:
+        batches = _evaluation_trainer(accelerator, progress).predict(classifier, loader)
     assert batches is not None
     probabilities = torch.cat([batch for batch in batches if isinstance(batch, Tensor)])
     values, indices = probabilities.topk(min(top, len(trained.classes)))
@@ -144,10 +151,12 @@ def data_of(trained: TrainedNetwork, **changes: Any) -> DataConfig:
     return DataConfig(**wanted)
 
 
-def _evaluation_trainer(accelerator: str) -> L.Trainer:
+def _evaluation_trainer(accelerator: str, *callbacks: Callback) -> L.Trainer:
     return L.Trainer(
         accelerator=accelerator,
         devices=1,
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

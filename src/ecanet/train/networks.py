@@ -135,14 +135,14 @@ def check_classifies(network: nn.Module, num_classes: int, image_size: int) -> N
                 f"the network ({name}) takes no pictures of shape {shape}{' in training' if training else ''} ({why}): "
                 "set data.image_size to one that it takes"
             ) from error
-        # A network with auxiliary heads returns their logits, too, in training.
-        logits = output if not (training and isinstance(output, tuple)) else output[0]
-        if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
-            got = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-            raise ValueError(
-                f"the network ({name}) must return logits (N, {num_classes}), got {got} for N = 2: it classifies no "
-                "pictures, so it cannot be trained here"
-            )
+        # With auxiliary heads it returns their logits, too, in training.
+        for logits in output if training and isinstance(output, tuple) else (output,):
+            if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
+                got = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+                raise ValueError(
+                    f"the network ({name}) must return logits (N, {num_classes}), got {got} for N = 2: it does not "
+                    "classify pictures, so it cannot be trained here"
+                )
 
 
 def _insertion(config: ModelConfig, num_classes: int) -> Insertion:

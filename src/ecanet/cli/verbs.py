@@ -49,6 +49,11 @@ VERBS = {
         "ecanet list torchvision resnet50",
         needs_extras=False,
     ),
+    "profile": Verb(
+        "What networks cost here: parameters, multiply-adds, time, memory, share of the gates; the paper's Table 3.",
+        "ecanet profile eca_resnet50 timm/resnet50d --gate none eca se --no-time",
+        needs_extras=False,
+    ),
     "gates": Verb(
         "Every gate: its formula, parameters, needs, neutral start and source.",
         "ecanet gates gct grn",

@@ -14,7 +14,7 @@ import ecanet
 from ecanet.inspect.paired import Difference, paired_difference
 from ecanet.study.conclusions import said_of_the_same
 from ecanet.study.conditions import digest
-from ecanet.study.engine import Job
+from ecanet.study.job import Job
 from ecanet.study.paired_study import Study, check_names, check_seeds, fingerprint, run_jobs, slug
 from ecanet.study.run_files import is_number
 from ecanet.study.statistics import Summary, summarise
@@ -88,6 +88,7 @@ def compare(
     out: str | Path,
     workers: int | None = None,
     progress: bool = True,
+    on: str = "processes",
 ) -> Comparison:
     """Train every recipe with every seed; the same seed means the same backbone weights and order of images.
 
@@ -103,6 +104,7 @@ def compare(
         workers: Runs at a time, each in its own process with one thread. By default one for each core, or a single run
             at a time on a machine with a GPU.
         progress: Show runs done, running and left, with the time left, and say first what the seeds can show.
+        on: As in :func:`ecanet.study.run`.
 
     Returns:
         All runs.
@@ -113,7 +115,7 @@ def compare(
             not there, or a network that cannot be built.
         RuntimeError: runs failed; the message says why. The others went on and are kept.
     """
-    study = study_recipes(entries, seeds, out, workers, progress)
+    study = study_recipes(entries, seeds, out, workers, progress, on)
     if study.failed:
         total = len(entries) * len(seeds)
         raise RuntimeError(
@@ -135,6 +137,7 @@ def study_recipes(
     out: str | Path,
     workers: int | None = None,
     progress: bool = True,
+    on: str = "processes",
 ) -> Study:
     """As :func:`compare`, but failed runs are named in the result.
 
@@ -147,7 +150,7 @@ def study_recipes(
         notes = check_parts(entries)
         if progress:
             print("".join(f"{note}\n" for note in notes), file=sys.stderr, end="")
-    return run_jobs(jobs, out, "top1", workers, progress)
+    return run_jobs(jobs, out, "top1", workers, progress, on)
 
 
 def seconds_of_an_epoch(recipe: Recipe) -> float:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def build_network(config: ModelConfig, num_classes: int) -> nn.Module:
         raise TypeError(f"{config.name} cannot be built with model.options={config.options}: {error}") from error
 
 
-def rebuild_network(config: ModelConfig, num_classes: int, state: Mapping[str, Tensor], path: object) -> nn.Module:
+def rebuild_network(config: ModelConfig, num_classes: int, state: Mapping[str, Tensor], path: Path) -> nn.Module:
     """The network that a checkpoint describes, with its weights, in eval mode.
 
     Args:
@@ -63,9 +64,9 @@ def rebuild_network(config: ModelConfig, num_classes: int, state: Mapping[str, T
     Raises:
         ValueError: the weights do not fit.
     """
-    what = f"the weights in {path} do not fit the network that it describes"
     if not config.is_own:
-        return rebuild(_insertion(config, num_classes), state, what, f"{num_classes} classes", _create(config))
+        return rebuild(_insertion(config, num_classes), state, path, f"{num_classes} classes", _create(config))
+    what = f"the weights in {path} do not fit the network that it describes"
     options: dict[str, Any] = config.options
     if options.get("blocks", 1) * len(options.get("widths", ())) > len(state):
         raise ValueError(f"{what}, which has more blocks")
@@ -165,11 +166,11 @@ def _create(config: ModelConfig) -> Create | None:
 
 
 def _call(name: str, function: Callable[[int | None], Any], num_classes: int | None) -> nn.Module:
-    model = function(num_classes)
     try:
+        model = function(num_classes)
         check_model(model)
     except TypeError as error:
-        raise TypeError(f"model.build={name}, called with {num_classes}: {error}") from error
+        raise TypeError(f"model.build={name}, called with the number of classes, {num_classes}: {error}") from error
     return model
 
 

@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -37,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
 
 
 def test_fit_writes_what_it_says(run: Path) -> None:
-    assert {path.name for path in run.iterdir()} == {"best.ckpt", "last.ckpt", "recipe.json", "logs"}
+    assert {path.name for path in run.iterdir()} == {"best.ckpt", "last.ckpt", "metrics.csv", "recipe.json", "logs"}
     recipe = json.loads((run / "recipe.json").read_text())
     assert recipe["model"]["gate"] == "se"
     assert recipe["optim"]["epochs"] == 3, "the command line wins over the recipe"
@@ -106,7 +105,7 @@ def test_every_error_is_one_line(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(sys.modules["ecanet.train.fit"], "fit", fail)
+    monkeypatch.setattr("ecanet.cli.fit.fit", fail)
     said, _, hint = complaint(["fit"], capsys).rstrip().partition("\n")
     assert said.startswith("ecanet fit: ")
     assert said.endswith(line)

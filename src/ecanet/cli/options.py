@@ -21,6 +21,12 @@ def add_accelerator(parser: ArgumentParser) -> None:
     parser.add_argument("--accelerator", type=names, default="auto", help="Where the network runs.")
 
 
+def add_build(parser: ArgumentParser) -> None:
+    """Add ``--model.build``, as ``args.model.build``."""
+    what = "module:function of your own that built the network, as fit had it; a checkpoint calls none by itself."
+    parser.add_argument("--model.build", type=str | None, default=None, help=what)
+
+
 def add_data(parser: ArgumentParser) -> None:
     """Add what names other pictures than those that a network was trained on."""
     parser.add_argument("--root", type=Path, default=None, help="Folder of the data, if not the run's own.")

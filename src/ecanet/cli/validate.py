@@ -10,7 +10,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from ecanet.cli.options import add_accelerator, add_data, data_named, write_out
+from ecanet.cli.options import add_accelerator, add_build, add_data, data_named, write_out
 from ecanet.files.atomic import write_whole
 from ecanet.inspect.confusion import plot_confusion
 from ecanet.inspect.style import new_figure
@@ -32,12 +32,13 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
     )
     parser.add_argument("--out", type=Path, default=None, help="Write all numbers into this JSON file, too.")
     add_accelerator(parser)
+    add_build(parser)
 
     def run(args: Namespace) -> None:
-        trained = load_trained(args.run)
+        trained = load_trained(args.run, args.model.build)
         if args.confusion is not None:
             _check_confusion(args.confusion, trained)
-        result = validate(args.run, data_named(args, trained), args.accelerator)
+        result = validate(args.run, data_named(args, trained), args.accelerator, args.model.build)
         for name, value in result.metrics.items():
             print(f"{name}: {value:.4f}" if name == "val/loss" else f"{name}: {value:.2f} %")
         print("\n".join(["", *_table(result)]))

@@ -17,6 +17,8 @@ from ecanet.train.config import OptimConfig
 from ecanet.train.data.loading import mix_seed
 
 _STEP_STREAM = 3
+#: Share of the loss of an auxiliary head: Szegedy et al., Going Deeper with Convolutions, CVPR 2015, section 5.
+AUXILIARY = 0.3
 Batch = tuple[Tensor, Tensor]
 
 
@@ -24,7 +26,8 @@ class Classifier(L.LightningModule):
     """Trains a network to classify images.
 
     Args:
-        network: ``(N, 3, H, W)`` to logits ``(N, classes)``.
+        network: ``(N, 3, H, W)`` to logits ``(N, classes)``; in training also a tuple of them and those of auxiliary
+            heads, each of which adds :data:`AUXILIARY` of its loss.
         num_classes: Number of classes.
         mean: Mean of each channel of pixels in 0..1.
         std: Standard deviation of each.
@@ -84,7 +87,11 @@ class Classifier(L.LightningModule):
         images, labels = batch
         if self.mixing is not None:
             images, labels = self.mixing(images.to(self.mean.dtype), labels)
-        loss = self.loss(self(images), labels, self.optim.label_smoothing)
+        outputs = self(images)
+        logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
+        loss = self.loss(logits, labels, self.optim.label_smoothing)
+        for each in auxiliary:
+            loss = loss + AUXILIARY * self.loss(each, labels, self.optim.label_smoothing)
         self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(images))
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss

@@ -74,13 +74,16 @@ class Validation:
         return torch.bincount(self.labels * count + self.predicted, minlength=count**2).view(count, count)
 
 
-def validate(run: str | Path, data: DataConfig | None = None, accelerator: str = "auto") -> Validation:
+def validate(
+    run: str | Path, data: DataConfig | None = None, accelerator: str = "auto", build: str | None = None
+) -> Validation:
     """Validate a trained network.
 
     Args:
         run: A run's folder, which means its best.ckpt, or a checkpoint.
         data: Data to use in place of the run's own; it must have the same classes.
         accelerator: Lightning's accelerator.
+        build: As in :func:`load_trained`.
 
     Returns:
         Top-1, top-5 and loss, and what each image was taken for.
@@ -93,7 +96,7 @@ def validate(run: str | Path, data: DataConfig | None = None, accelerator: str =
         >>> validate("runs/fashion").metrics["val/top1"]  # doctest: +SKIP
         92.57
     """
-    trained = load_trained(run)
+    trained = load_trained(run, build)
     images = pictures_for(trained, data or data_of_run(run, trained))
     classifier = _classifier(trained)
     outcomes = _Outcomes()
@@ -151,7 +154,12 @@ class Prediction:
 
 
 def predict(
-    run: str | Path, images: Sequence[str | Path], top: int = 5, batch_size: int = 64, accelerator: str = "auto"
+    run: str | Path,
+    images: Sequence[str | Path],
+    top: int = 5,
+    batch_size: int = 64,
+    accelerator: str = "auto",
+    build: str | None = None,
 ) -> list[Prediction]:
     """Classify image files.
 
@@ -161,6 +169,7 @@ def predict(
         top: Number of classes to name for an image.
         batch_size: Images in a batch.
         accelerator: Lightning's accelerator.
+        build: As in :func:`load_trained`.
 
     Raises:
         FileNotFoundError: there is no checkpoint, no such image, or no image in a folder.
@@ -169,7 +178,7 @@ def predict(
     if top < 1:
         raise ValueError(f"top must be 1 or more, got {top}")
     files = _image_files(images)
-    trained = load_trained(run)
+    trained = load_trained(run, build)
     pictures = as_seen(trained, files)
     classifier = _classifier(trained)
     loader = DataLoader(pictures, batch_size, collate_fn=_images_only)

@@ -30,6 +30,11 @@ def said_by(*words: object) -> str:
     return printed.getvalue()
 
 
+def size_of(picture: Path) -> tuple[int, int]:
+    with Image.open(picture) as image:
+        return image.size
+
+
 @pytest.fixture(scope="module")
 def road(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> tuple[Path, Said]:
     """A folder in which the road was walked, and what each step said."""
@@ -81,12 +86,12 @@ def the_confusion_matrix_counts_every_picture(folder: Path, said: Said) -> None:
     names, *rows = csv.reader((folder / "confusion.csv").read_text().splitlines())
     assert names == ["class", "bag", "boot", "coat"]
     assert [sum(map(int, counts)) for _, *counts in rows] == [6, 6, 6]
-    assert min(Image.open(folder / "confusion.png").size) > 100
+    assert min(size_of(folder / "confusion.png")) > 100
 
 
 def explain_draws_the_picture_that_it_names(folder: Path, said: Said) -> None:
     assert f"wrote {folder / 'explained.png'}" in said["explain"]
-    assert min(Image.open(folder / "explained.png").size) > 100
+    assert min(size_of(folder / "explained.png")) > 100
 
 
 def predict_ranks_the_classes_of_each_picture(folder: Path, said: Said) -> None:

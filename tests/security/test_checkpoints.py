@@ -394,7 +394,8 @@ def test_a_checkpoint_does_not_steer_the_machine(steers, run, tmp_path, image_fo
     path = tmp_path / "hostile.ckpt"
     torch.save(checkpoint, path)
     trained = load_trained(path)
-    assert set(trained.recipe["data"]) == {"source", "image_size", "resize"}
+    how_labels_are_read = {"val_fraction", "split_seed", "image_column", "label_column", "label_separator"}
+    assert set(trained.recipe["data"]) == {"source", "image_size", "resize", *how_labels_are_read}
     if steers.get("source") is None:
         with pytest.raises(SystemExit, match="--root FOLDER"):
             main(["validate", str(path), "--accelerator", "cpu"])

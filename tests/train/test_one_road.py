@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from ecanet import surgery
 from ecanet.cli import main
@@ -29,6 +30,11 @@ def said_by(*words: object) -> str:
     return printed.getvalue()
 
 
+def size_of(picture: Path) -> tuple[int, int]:
+    with Image.open(picture) as image:
+        return image.size
+
+
 @pytest.fixture(scope="module")
 def road(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> tuple[Path, Said]:
     """A folder in which the road was walked, and what each step said."""
@@ -43,8 +49,9 @@ def road(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> tuple[
         "fit": [*shlex.split(line)[2:], *pictures, "--optim.epochs", 1],
         "resume": ["fit", "--resume", "--out", run],
         "extend": ["fit", "--resume", "--out", run, "--optim.epochs", 2],
-        "validate": ["validate", run, "--accelerator", "cpu"],
+        "validate": ["validate", run, "--accelerator", "cpu", "--confusion", folder, "--out", folder / "metrics.json"],
         "predict": ["predict", run, image_folder / "val" / "bag", "--out", folder / "classes.csv"],
+        "explain": ["explain", run, image_folder / "val" / "bag" / "00.png", "--out", folder / "explained.png"],
     }
     return folder, said | {name: said_by(*words) for name, words in steps.items()}
 
@@ -72,6 +79,19 @@ def a_finished_run_is_resumed_and_extended(folder: Path, said: Said) -> None:
 def validate_finds_the_accuracy_of_the_best_epoch(folder: Path, said: Said) -> None:
     best = max(record["val/top1"] for record in load_trained(folder / "run" / "last.ckpt").history)
     assert f"val/top1: {best:.2f} %" in said["validate"]
+    assert json.loads((folder / "metrics.json").read_text())["metrics"]["val/top1"] == pytest.approx(best, abs=0.01)
+
+
+def the_confusion_matrix_counts_every_picture(folder: Path, said: Said) -> None:
+    names, *rows = csv.reader((folder / "confusion.csv").read_text().splitlines())
+    assert names == ["class", "bag", "boot", "coat"]
+    assert [sum(map(int, counts)) for _, *counts in rows] == [6, 6, 6]
+    assert min(size_of(folder / "confusion.png")) > 100
+
+
+def explain_draws_the_picture_that_it_names(folder: Path, said: Said) -> None:
+    assert f"wrote {folder / 'explained.png'}" in said["explain"]
+    assert min(size_of(folder / "explained.png")) > 100
 
 
 def predict_ranks_the_classes_of_each_picture(folder: Path, said: Said) -> None:
@@ -89,6 +109,8 @@ STEPS = [
     fit_begins_with_its_gates_and_an_own_head,
     a_finished_run_is_resumed_and_extended,
     validate_finds_the_accuracy_of_the_best_epoch,
+    the_confusion_matrix_counts_every_picture,
+    explain_draws_the_picture_that_it_names,
     predict_ranks_the_classes_of_each_picture,
     nothing_in_the_checkpoint_is_more_than_plain_values,
 ]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ecanet.nn import GATES
 from ecanet.surgery.insertion_file import Insertion, check_path, save
+from ecanet.surgery.networks import classifies_pictures
 
 
 def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
@@ -55,11 +56,12 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
             save(model, insertion, args.save)
             values = "random weights" if args.weights is None else f"the weights {args.weights}"
             print(f"wrote {args.save}: {args.model} with {values}")
-            name = shlex.quote(str(args.save))
-            print(
-                f"next: ecanet fit --model.name {name} --data.source image_folder --data.root PHOTOS --out runs/photos"
-            )
-            print(f"or in Python: model = ecanet.surgery.load({str(args.save)!r})")
+            load = f"model = ecanet.surgery.load({str(args.save)!r})"
+            if classifies_pictures(args.model):
+                words = f"--model.name {shlex.quote(str(args.save))} --data.source image_folder --data.root PHOTOS"
+                print(f"next: ecanet fit {words} --out runs/photos\nor in Python: {load}")
+            else:
+                print(f"next, in Python: {load}")
 
     return run
 

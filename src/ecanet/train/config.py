@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 from ecanet.models.arguments import OPTIONS, OPTIONS_OF_INSERTION, check_arguments
 from ecanet.nn import GATES
-from ecanet.surgery.networks import check_network_name, is_of_a_library, known_networks
+from ecanet.surgery.networks import check_network_name, classifies_pictures, is_of_a_library, known_networks
 from ecanet.untrusted import check_number, shown
 
 #: Types that an option of a network may have.
@@ -60,6 +60,8 @@ class ModelConfig:
             _check_build(self.build, self.name)
         elif not self.is_own and not (is_network_name(self.name) or os.path.isfile(self.name)):
             raise ValueError(_no_such_network(self.name))
+        elif is_of_a_library(self.name) and not classifies_pictures(self.name):
+            raise ValueError(f"model.name={self.name} does not classify pictures; ecanet list says which networks do")
         check_arguments(self.options, "model.options", OPTIONS[self.name] if self.is_own else OPTIONS_OF_INSERTION)
         if self.is_own:
             if self.where != "block":

@@ -21,7 +21,7 @@ from ecanet.train.checkpoint import ABOUT_KEY, SafeCheckpointIO, SaveCheckpoints
 from ecanet.train.classifier import Classifier
 from ecanet.train.config import Recipe, to_plain
 from ecanet.train.data.loading import ImageData, image_size_of
-from ecanet.train.networks import build_network, check_classifies, without_insertion_file, without_weights_file
+from ecanet.train.networks import build_network, without_insertion_file, without_weights_file
 from ecanet.train.processes import EndTogether
 from ecanet.train.progress import Progress
 from ecanet.train.quiet import quiet_lightning
@@ -139,11 +139,9 @@ def _fit(
             history.made_by = made_by(trainer, data, resumed)
             steps = data.steps_per_epoch(trainer.world_size)
             trainer.log_every_n_steps = min(trainer.log_every_n_steps, steps)  # type: ignore[attr-defined]
-            network = build_network(network_config, len(data.classes))
-            if not network_config.is_own and resumed is None:
-                check_classifies(network, len(data.classes), image_size_of(recipe.data))
+            image_size = image_size_of(recipe.data) if resumed is None else None
             classifier = Classifier(
-                network,
+                build_network(network_config, len(data.classes), image_size),
                 len(data.classes),
                 data.mean,
                 data.std,

@@ -21,22 +21,26 @@ from ecanet.train.config import ModelConfig, is_network_name
 from ecanet.untrusted import shown
 
 
-def build_network(config: ModelConfig, num_classes: int) -> nn.Module:
+def build_network(config: ModelConfig, num_classes: int, image_size: int | None = None) -> nn.Module:
     """The network of a recipe's ``model`` block, in training mode.
 
     Args:
         config: The block.
         num_classes: Classes of the network's head.
+        image_size: Side of the pictures in pixels, which it then has to take; None does not try.
 
     Raises:
         ImportError: a network of timm without timm, or a function of yours that cannot be imported.
         OSError: there is no such file of weights, or a library cannot download its own.
         TypeError: ``options`` has an argument that the network does not take.
-        ValueError: as the network's class or function, or :func:`ecanet.insert_gates_`, raises it.
+        ValueError: it does not classify such pictures; or as the network's class or function, or
+            :func:`ecanet.insert_gates_`, raises it.
     """
     if not config.is_own:
         config = without_insertion_file(config)
         model, _ = _insertion(config, num_classes).build(config.weights, new_head=True, create=_create(config))
+        if image_size is not None:
+            check_classifies(model, num_classes, image_size)
         return model.train()
     try:
         return build_model(

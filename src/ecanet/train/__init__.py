@@ -9,6 +9,7 @@ except ImportError as error:
 from ecanet.train.checkpoint import TrainedNetwork, build_network, load_trained
 from ecanet.train.config import DataConfig, ModelConfig, OptimConfig, Recipe, TrainerConfig
 from ecanet.train.evaluate import Prediction, predict, validate
+from ecanet.train.find_lr import RateSearch, find_learning_rate
 from ecanet.train.fit import FitResult, fit
 
 __all__ = [
@@ -17,10 +18,12 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "Prediction",
+    "RateSearch",
     "Recipe",
     "TrainedNetwork",
     "TrainerConfig",
     "build_network",
+    "find_learning_rate",
     "fit",
     "load_trained",
     "predict",

@@ -18,7 +18,7 @@ import torch
 import ecanet
 from ecanet.study import Comparison, Run, compare, paired_difference
 from ecanet.study.conclusions import verdict
-from ecanet.study.engine import default_workers
+from ecanet.study.processes import Processes
 from ecanet.study.report import Cost, table
 from ecanet.train import Recipe, fit
 
@@ -96,9 +96,9 @@ def test_there_is_a_worker_for_each_cpu_without_affinity_too_and_one_where_there
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on macOS
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert default_workers() == 3
+    assert Processes().size == 3
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert default_workers() == 1
+    assert Processes().size == 1
 
 
 def test_a_failing_run_is_named_and_leaves_the_others_finished(tiny: Callable[..., Recipe], tmp_path: Path) -> None:

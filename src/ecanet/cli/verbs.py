@@ -44,6 +44,11 @@ VERBS = {
         "ecanet insert --model torchvision/resnet50 --where block --report --save resnet50_eca.pt",
         needs_extras=False,
     ),
+    "profile": Verb(
+        "What networks cost here: parameters, multiply-adds, time, memory, share of the gates; the paper's Table 3.",
+        "ecanet profile eca_resnet50 timm/resnet50d --gate none eca se --no-time",
+        needs_extras=False,
+    ),
     "gates": Verb(
         "Every gate: its formula, parameters, needs, neutral start and source.",
         "ecanet gates gct grn",

@@ -47,13 +47,22 @@ def verdict(summary: Summary) -> str:
     others = {name: row for name, row in summary.conditions.items() if name != summary.baseline}
     lines = [_sentence(name, summary.baseline, row, len(others)) for name, row in others.items()]
     fewest = min((row.seeds for row in others.values()), default=0)
-    if others and detectable(fewest, len(others)) is None:
+    if fewest and detectable(fewest, len(others)) is None:
         lines.append(plan(len(summary.conditions), fewest))
     if fewest == 1:
         lines.append("One seed gives no spread: run at least three before reading anything into a difference.")
     elif fewest > 1:
         lines.append("Each interval covers the true difference in 95 of 100 such studies.")
     return "\n".join(lines)
+
+
+def said_of_the_same(groups: Sequence[Sequence[str]]) -> list[str]:
+    """A sentence for each group of conditions that are the same under several names."""
+    return [
+        f"{' and '.join(names)} are the same: all but one of them take time and seeds, and can show nothing."
+        for names in groups
+        if len(names) > 1
+    ]
 
 
 def _sentence(name: str, baseline: str, row: ConditionSummary, comparisons: int) -> str:

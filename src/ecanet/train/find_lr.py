@@ -12,6 +12,7 @@ from ecanet.inspect.style import DARK, OTHERS, SMALL_FONT_SIZE, new_figure, styl
 from ecanet.train.config import Recipe
 from ecanet.train.data.loading import ImageData
 from ecanet.train.fit import build_classifier
+from ecanet.train.networks import without_insertion_file
 from ecanet.train.quiet import quiet_lightning
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def find_learning_rate(recipe: Recipe) -> RateSearch:
         # Lightning's finder reads back a checkpoint of its own, which it wrote a moment ago.
         L.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
         data = ImageData(recipe.data, recipe.trainer.seed)
-        classifier = build_classifier(recipe, data, processes=1)
+        classifier = build_classifier(recipe, without_insertion_file(recipe.model), data, processes=1)
         trainer = L.Trainer(
             accelerator=recipe.trainer.accelerator,
             devices=1,

@@ -3,34 +3,28 @@
 import contextlib
 import json
 import signal
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, TQDMProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ecanet.files.atomic import remove_partial_files
-from ecanet.train.checkpoint import (
-    SafeCheckpointIO,
-    SaveCheckpoints,
-    build_network,
-    without_weights_file,
-)
+from ecanet.train.checkpoint import SafeCheckpointIO, SaveCheckpoints
 from ecanet.train.classifier import Classifier
-from ecanet.train.config import Recipe, to_plain
-from ecanet.train.data.loading import ImageData
+from ecanet.train.config import ModelConfig, Recipe, to_plain
+from ecanet.train.data.loading import ImageData, image_size_of
 from ecanet.train.history import History
 from ecanet.train.loggers import build_loggers, logging_to
+from ecanet.train.networks import build_network, check_classifies, without_insertion_file, without_weights_file
 from ecanet.train.processes import EndTogether
+from ecanet.train.progress import Progress
 from ecanet.train.quiet import quiet_lightning
 from ecanet.train.resume import Resumed, last_state, made_by
 from ecanet.train.run_folder import FILES_OF_A_RUN, RunFolder, how_to_go_on
@@ -72,10 +66,11 @@ def fit(
 
     Args:
         recipe: Network, data, optimisation and machine.
-        out: Folder for best.ckpt, last.ckpt, recipe.json and the logs of ``trainer.loggers``; None writes nothing.
+        out: Folder for best.ckpt, last.ckpt, recipe.json, metrics.csv (a row for each epoch) and the logs of
+            ``trainer.loggers``; None writes nothing.
         resume: Go on from ``out/last.ckpt``; if there is none, start from the beginning. A larger ``optim.epochs``
             extends a run.
-        progress: Show progress bars.
+        progress: Print a line for each epoch and, on a terminal, show a bar.
         on_epoch: Called with every epoch's record.
 
     Returns:
@@ -98,6 +93,7 @@ def fit(
     Example:
         >>> fit(Recipe(optim=OptimConfig(epochs=1)), out="runs/try").top1  # doctest: +SKIP
     """
+    recipe = replace(recipe, model=without_insertion_file(recipe.model))
     if recipe.optim.warmup != recipe.optim.warmup_epochs and getattr(rank_zero_only, "rank", 0) == 0:
         warnings.warn(
             f"optim.warmup_epochs={recipe.optim.warmup_epochs:g} is not below optim.epochs={recipe.optim.epochs}: the "
@@ -122,20 +118,20 @@ def _fit(
     if resumed is not None:  # the weights file it started from may be gone; the recipe still names it
         recipe = replace(recipe, model=replace(recipe.model, weights=resumed.recipe["model"].get("weights")))
         network_config = without_weights_file(recipe.model)
-    history = History(recipe, resumed, on_epoch)
+    history = History(recipe, folder, resumed, on_epoch)
     callbacks: list[Callback] = [history]
     if recipe.optim.ema is not None:
         # The average covers buffers too; BatchNorm's statistics are averages anyway. What is frozen stays: a sum of
         # fractions, as in EMAWeightAveraging, would round.
         callbacks.append(WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(recipe.optim.ema)))
+    shown = Progress(lambda: history.records)
     if progress:
-        callbacks.append(_ProgressBar())
+        callbacks.append(shown)
     if folder:
         callbacks.append(SaveCheckpoints(folder, recipe.trainer.checkpoint_steps))
     try:
-        trainer = _build_trainer(
-            recipe, callbacks, build_loggers(recipe.trainer.loggers, folder.path) if folder else [], progress
-        )
+        loggers = build_loggers(recipe.trainer.loggers, folder.path) if folder else []
+        trainer = _build_trainer(recipe, callbacks, loggers)
     except MisconfigurationException as error:
         raise ValueError(f"the trainer block does not fit this machine: {error}") from error
     _check_launcher(trainer)
@@ -143,12 +139,12 @@ def _fit(
     trainer.callbacks.append(together)  # type: ignore[attr-defined]
     try:
         # Reading the pictures may take long, and another process may end meanwhile.
-        with folder.errors_named() if folder else contextlib.nullcontext(), together:
+        with folder.errors_named() if folder else contextlib.nullcontext(), together, shown:
             # This seeds the global generators, for the initial weights and Lightning's workers.
             L.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
             data = history.data = ImageData(recipe.data, recipe.trainer.seed)
             history.made_by = made_by(trainer, data, resumed)
-            classifier = build_classifier(replace(recipe, model=network_config), data, trainer.world_size)
+            classifier = build_classifier(recipe, network_config, data, trainer.world_size, is_new=resumed is None)
             trainer.log_every_n_steps = min(trainer.log_every_n_steps, classifier.steps_per_epoch)  # type: ignore[attr-defined]
             if folder and trainer.is_global_zero:
                 remove_partial_files(folder.path, FILES_OF_A_RUN)
@@ -158,11 +154,9 @@ def _fit(
     except (KeyboardInterrupt, SystemExit) as interrupted:
         if folder and trainer.is_global_zero:
             print(f"Interrupted: {how_to_go_on(folder.path)}.", flush=True)
-        if isinstance(interrupted, KeyboardInterrupt):
+        if not isinstance(interrupted, SystemExit) or isinstance(interrupted.__context__, KeyboardInterrupt):
             raise
-        # Lightning turns Ctrl-C into SystemExit(1), and SIGTERM into one with exit status 0.
-        if isinstance(interrupted.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from interrupted
+        # Lightning turns SIGTERM into an exit status of 0.
         raise SystemExit(interrupted.code or 128 + signal.SIGTERM) from interrupted
     records = history.records
     best = max(record["val/top1"] for record in records)
@@ -170,14 +164,26 @@ def _fit(
     return FitResult(records[-1]["val/top1"], best, records, folder.path if folder else None, versions)
 
 
-def build_classifier(recipe: Recipe, data: ImageData, processes: int) -> Classifier:
-    """A recipe's network, with what trains it.
+def build_classifier(
+    recipe: Recipe, network: ModelConfig, data: ImageData, processes: int, is_new: bool = True
+) -> Classifier:
+    """A network, with what trains it by a recipe.
+
+    Args:
+        recipe: The recipe.
+        network: What to build, in place of the recipe's own ``model`` block.
+        data: The pictures.
+        processes: Number of processes.
+        is_new: Whether to check that a network of another library classifies these pictures.
 
     Raises:
         TypeError, ValueError: the network cannot be built, or ``optim.freeze`` does not fit it.
     """
+    module = build_network(network, len(data.classes))
+    if is_new and not network.is_own:
+        check_classifies(module, len(data.classes), image_size_of(recipe.data))
     return Classifier(
-        build_network(recipe.model, len(data.classes)),
+        module,
         len(data.classes),
         data.mean,
         data.std,
@@ -190,7 +196,7 @@ def build_classifier(recipe: Recipe, data: ImageData, processes: int) -> Classif
 
 
 def _build_trainer(
-    recipe: Recipe, callbacks: list[Callback], loggers: list[Logger], progress: bool, strategy: str | None = None
+    recipe: Recipe, callbacks: list[Callback], loggers: list[Logger], strategy: str | None = None
 ) -> L.Trainer:
     config = recipe.trainer
     trainer = L.Trainer(
@@ -207,7 +213,7 @@ def _build_trainer(
         plugins=[SafeCheckpointIO()],
         use_distributed_sampler=False,
         enable_checkpointing=any(isinstance(callback, SaveCheckpoints) for callback in callbacks),
-        enable_progress_bar=progress,
+        enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
         log_every_n_steps=config.log_steps,
@@ -215,7 +221,7 @@ def _build_trainer(
     if trainer.world_size > 2 and strategy is None and config.strategy in ("auto", "ddp"):
         # Otherwise DDP reorders its buckets after the first step. The order in which three or more gradients are summed
         # would differ in a resumed run, and so would the bits.
-        return _build_trainer(recipe, callbacks, loggers, progress, "ddp_find_unused_parameters_true")
+        return _build_trainer(recipe, callbacks, loggers, "ddp_find_unused_parameters_true")
     return trainer
 
 
@@ -227,24 +233,3 @@ def _check_launcher(trainer: L.Trainer) -> None:
             f"trainer.devices={trainer.num_devices} needs a script or the command line, where each process starts "
             "from the beginning: in a notebook use trainer.devices=1"
         )
-
-
-class _ProgressBar(TQDMProgressBar):
-    """Lightning's progress bar of an epoch, with the time left for the whole run."""
-
-    _begun = 0.0
-    _first_step = 0
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self._begun, self._first_step = time.perf_counter(), trainer.global_step
-
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        done = trainer.global_step - self._first_step
-        if done and trainer.training:
-            total = int(trainer.num_training_batches) * int(trainer.max_epochs or 0)
-            seconds = (time.perf_counter() - self._begun) / done * (total - trainer.global_step)
-            metrics["run left"] = str(timedelta(seconds=round(seconds)))
-        return metrics

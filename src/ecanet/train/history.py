@@ -12,6 +12,7 @@ from ecanet.train.classifier import Classifier
 from ecanet.train.config import Recipe, to_plain
 from ecanet.train.data.loading import ImageData
 from ecanet.train.resume import Resumed, check_same_training, stops_early, what_decides
+from ecanet.train.run_folder import RunFolder
 from ecanet.untrusted import shown
 
 
@@ -20,6 +21,7 @@ class History(Callback):
 
     Args:
         recipe: The run's recipe.
+        folder: The run's folder, for ``metrics.csv``.
         resumed: The checkpoint that it goes on from.
         on_epoch: Called with every epoch's record.
 
@@ -32,10 +34,11 @@ class History(Callback):
     def __init__(
         self,
         recipe: Recipe,
+        folder: RunFolder | None,
         resumed: Resumed | None,
         on_epoch: Callable[[dict[str, float]], None] | None,
     ) -> None:
-        self.recipe, self.resumed, self.on_epoch = recipe, resumed, on_epoch
+        self.recipe, self.folder, self.resumed, self.on_epoch = recipe, folder, resumed, on_epoch
         self.data: ImageData
         self.made_by: dict[str, Any]
         self.records: list[dict[str, float]] = []
@@ -75,6 +78,7 @@ class History(Callback):
         record["train/loss"] = float(trainer.callback_metrics["train/loss_epoch"])
         record["seconds"] = time.perf_counter() - self._start
         trainer.should_stop |= stops_early(self.recipe.optim, self.records)
+        self._write_metrics(trainer)
         if self.on_epoch:
             self.on_epoch(record)
 
@@ -102,6 +106,12 @@ class History(Callback):
             check_same_training(checkpoint, pl_module)
         except ValueError as error:
             raise self._not_resumed(str(error)) from error
+        self._write_metrics(trainer)  # a killed run may have got further than its last checkpoint
+
+    def _write_metrics(self, trainer: L.Trainer) -> None:
+        if self.folder is not None and trainer.is_global_zero:
+            self.folder.check()
+            self.folder.write_metrics(self.records)
 
     def _not_resumed(self, why: str) -> ValueError:
         assert self.resumed is not None

@@ -17,7 +17,7 @@ import ecanet
 from ecanet.ops.backend import choose
 from ecanet.train.checkpoint import ABOUT_KEY, SaveCheckpoints, check_about, read_checkpoint
 from ecanet.train.classifier import Classifier
-from ecanet.train.config import OptimConfig, Recipe, to_plain
+from ecanet.train.config import OptimConfig, Recipe, to_plain, with_defaults
 from ecanet.train.data.loading import ImageData
 from ecanet.untrusted import check_number, listed, shown
 
@@ -77,9 +77,7 @@ def last_state(recipe: Recipe, last: Path, resume: bool) -> Resumed | None:
     checkpoint = read_checkpoint(last)
     check_resumable(checkpoint, last)
     about = checkpoint[ABOUT_KEY]
-    # What an option does by default is what was done before there was that option.
-    before = what_decides(to_plain(Recipe())) | what_decides(about["recipe"])
-    now = what_decides(to_plain(recipe))
+    before, now = what_decides(with_defaults(about["recipe"])), what_decides(to_plain(recipe))
     epochs = before.pop("optim.epochs")
     del now["optim.epochs"]
     changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))

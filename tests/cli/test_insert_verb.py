@@ -2,8 +2,6 @@
 
 import errno
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -296,7 +294,7 @@ def test_needs_torch_and_torchvision_alone(tmp_path: Path) -> None:
         f"main({[*RESNET, '--save', str(tmp_path / 'model.pt')]!r})\n"
         "main(['insert', '--model', 'timm/resnet18'])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = fresh.run(code)
     assert "8 gates inserted" in done.stdout
     assert done.stderr.startswith("ecanet insert: ImportError: timm/resnet18 needs timm: pip install 'ecanet[timm]'"), (
         done.stderr

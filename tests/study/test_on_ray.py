@@ -12,6 +12,7 @@ from typing import Any
 import made_up_runs
 import pytest
 
+from ecanet.study import run
 from ecanet.study.engine import check_engine
 from ecanet.study.job import Job
 
@@ -43,7 +44,7 @@ def test_on_a_cluster_of_two_workers_one_of_them_killed_every_run_has_its_file_a
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    timer = threading.Timer(120, process.kill)
+    timer = threading.Timer(300, process.kill)
     timer.start()
     said, told = process.communicate()
     timer.cancel()
@@ -132,6 +133,14 @@ def test_a_cluster_that_lacks_the_function_stops_the_study_at_once_and_says_why(
         RuntimeError, match=r"no run starts on the cluster \(ModuleNotFoundError: .*'my_study'\): every"
     ):
         workers._received("task")
+
+
+def test_an_address_where_no_cluster_answers_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(ConnectionError, match=r"RAY_ADDRESS=127\.0\.0\.1:1: no Ray cluster answers there \("):
+        run(made_up_runs.train, {"none": 0.0}, [0], tmp_path / "out", "acc", on="ray", progress=False)
+    assert not list(tmp_path.rglob("*.json"))
 
 
 def test_without_ray_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

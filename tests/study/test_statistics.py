@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from ecanet.study.conclusions import verdict
+from ecanet.study.conclusions import next_step, verdict
 from ecanet.study.statistics import (
     detectable,
     fewest_seeds,
@@ -192,6 +192,20 @@ def test_the_verdict_says_a_difference_is_there_only_if_interval_and_corrected_p
     assert "7 seeds, p 0.016, 0.031 after Holm's correction" in verdict(
         summarise({"none": dict.fromkeys(range(7), 0.0)} | {n: {i: 1.0 + i for i in range(7)} for n in "ab"}, "x")
     )
+
+
+def test_the_next_step_is_more_seeds_only_where_they_could_show_more() -> None:
+    def after(seeds: int, shift: float, spread: float) -> str:
+        noise = [spread * (-1) ** i for i in range(seeds)]
+        base = dict.fromkeys(range(seeds), 80.0)
+        return next_step(summarise({"none": base, "a": {i: 80 + shift + n for i, n in enumerate(noise)}}, "top1"))
+
+    assert "--seeds 6; finished runs are not repeated, and fewer can show nothing" in after(5, 3.0, 0.1)
+    unclear = after(10, 0.0, 1.0)
+    spread = float(np.std([(-1.0) ** i for i in range(10)], ddof=1))
+    assert f"--seeds {seeds_needed(1.0, spread)}; " in unclear
+    assert "a difference of 1 is shown in 80 of 100 cases" in unclear
+    assert "ecanet validate" in after(10, 3.0, 0.1) == after(8, -3.0, 0.1), "it is shown"
 
 
 def test_small_metrics_are_told_with_the_digits_of_their_margin() -> None:

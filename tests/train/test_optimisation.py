@@ -120,6 +120,22 @@ def test_the_optimizer_is_the_one_that_is_named_with_the_values_usual_for_it(sai
     assert more.items() <= group.items()
 
 
+def test_the_command_line_and_a_changed_recipe_have_the_values_usual_for_their_optimizer(monkeypatch) -> None:
+    recipes: list[Recipe] = []
+
+    def look(recipe: Recipe, *_: object, **__: object) -> None:
+        recipes.append(recipe)
+        raise ValueError
+
+    monkeypatch.setattr("ecanet.cli.fit.fit", look)
+    for words in (["--optim.name", "adamw"], ["--optim.name=adamw", "--optim.lr=0.3"], []):
+        with pytest.raises(SystemExit):
+            main(["fit", *words])
+    assert [recipe.optim.rate for recipe in recipes] == [1e-3, 0.3, 0.1]
+    assert [recipe.optim.decay for recipe in recipes] == [1e-2, 1e-2, 1e-4]
+    assert replace(recipes[2].optim, name="adamw").rate == 1e-3
+
+
 @pytest.mark.parametrize(
     ("block", "said", "error", "message"),
     [
@@ -386,6 +402,10 @@ HOSTILE = {
     "two optimizers": (lambda c: c["optimizer_states"].append({}), "does not hold the state of one optimizer"),
     "no optimizer": (lambda c: c.pop("optimizer_states"), "does not hold the state of one optimizer"),
     "other steps": (lambda c: c.update(global_step=7), "it says that it has done 7 steps, and 2"),
+    "an optimizer that is none": (
+        lambda c: c["ecanet"]["recipe"]["optim"].update(name=["sgd"]),
+        "its optim.name is a list",
+    ),
     "an accuracy that is none": (
         lambda c: c["ecanet"]["history"][0].update({"val/top1": 500}),
         "val/top1 in its history must be at most 100, got 500",

@@ -3,6 +3,7 @@
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from ecanet.nn import GATES
@@ -20,7 +21,11 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
     )
     parser.add_argument("--table3", action="store_true", help="The networks of the paper's Table 3 instead of MODEL.")
     parser.add_argument(
-        "--gate", nargs="+", default=[], metavar="NAME", help=f"Every MODEL with each: none, {', '.join(GATES)}."
+        "--gate",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"Every MODEL with each: none, timm:NAME, {', '.join(GATES)}.",
     )
     parser.add_argument("--no-time", action="store_true", help="Count only: neither time nor memory.")
     parser.add_argument("--batch-size", type=int, metavar="N", help="Pictures in a batch: 8, or 64 on a GPU.")
@@ -37,6 +42,7 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
             raise ValueError("--gate goes with MODEL; --table3 has the gates of the paper's table")
         if args.out is not None and args.out.exists() and not args.out.is_dir():
             raise ValueError(f"--out must be a folder, got the file {args.out}")
+        clear = "\r\x1b[K" if sys.stderr.isatty() else ""
         options = {
             "time": not args.no_time,
             "batch_size": args.batch_size,
@@ -44,9 +50,10 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
             "threads": args.threads,
             "rounds": args.rounds,
             "device": args.device,
-            "on_progress": _progress(),
+            "on_progress": partial(_say, clear),
         }
         profile = table3(**options) if args.table3 else profile_models(args.models, args.gate, **options)
+        print(clear, end="", file=sys.stderr, flush=True)
         print(profile)
         if args.out is not None:
             profile.write(args.out)
@@ -55,7 +62,6 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
     return run
 
 
-def _progress() -> Callable[[str], None]:
-    """Writes lines to standard error; on a terminal each replaces the last."""
-    start, end = ("\r\x1b[K", "") if sys.stderr.isatty() else ("", "\n")
-    return lambda line: print(f"{start}{line}", end=end, file=sys.stderr, flush=True)
+def _say(clear: str, line: str) -> None:
+    """Write to standard error; on a terminal each line replaces the last."""
+    print(f"{clear}{line}", end="" if clear else "\n", file=sys.stderr, flush=True)

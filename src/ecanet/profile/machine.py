@@ -14,7 +14,8 @@ from ecanet.ops import cpu
 
 def describe(device: torch.device, threads: int) -> dict[str, Any]:
     """Processor, device, versions and settings; folders of the machine are left out."""
-    packages = ("ecanet", "torch", "torchvision", "timm", "ultralytics-opencv-headless", "ultralytics")
+    packages = ("ecanet", "torchvision", "timm", "ultralytics-opencv-headless", "ultralytics")
+    found = {package: version for package in packages if (version := _version(package)) is not None}
     return {
         **processor(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
@@ -23,7 +24,7 @@ def describe(device: torch.device, threads: int) -> dict[str, Any]:
         "load_average_at_start": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "kernels": cpu.why_not() or "loaded",
         "environment": {name: value for name, value in sorted(os.environ.items()) if re.match(r"(OMP|MALLOC)_", name)},
-        "versions": {"python": platform.python_version(), **{p: v for p in packages if (v := _version(p)) is not None}},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, **found},
     }
 
 

@@ -19,9 +19,9 @@ from ecanet.study.paired_study import Study, check_names, check_seeds, fingerpri
 from ecanet.study.run_files import is_number
 from ecanet.study.statistics import Summary, summarise
 from ecanet.train.config import Recipe, to_plain
-from ecanet.train.data.loading import ImageData
+from ecanet.train.data.loading import ImageData, image_size_of
 from ecanet.train.fit import fit
-from ecanet.train.networks import build_network
+from ecanet.train.networks import build_network, check_classifies
 
 
 @dataclass
@@ -222,6 +222,8 @@ def check_parts(entries: Mapping[str, Recipe]) -> list[str]:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 network = build_network(recipe.model, classes[key])
+            if not recipe.model.is_own:
+                check_classifies(network, classes[key], image_size_of(recipe.data))
         except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"entries[{name!r}]: {error}") from error
         others = fingerprint([recipe.data, recipe.optim, replace(recipe.trainer, seed=0)])

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from ecanet.study.statistics import LEVEL, ConditionSummary, Summary, detectable, plan
+from ecanet.study.statistics import DIFFERENCES, LEVEL, ConditionSummary, Summary, detectable, fewest_seeds, plan
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -54,6 +54,28 @@ def verdict(summary: Summary) -> str:
     elif fewest > 1:
         lines.append("Each interval covers the true difference in 95 of 100 such studies.")
     return "\n".join(lines)
+
+
+def next_step(summary: Summary) -> str:
+    """What to run next, in a sentence: more seeds where a difference may have been missed, otherwise nothing."""
+    others = [row for name, row in summary.conditions.items() if name != summary.baseline]
+    fewest, seeds = fewest_seeds(len(others)), min((row.seeds for row in others), default=0)
+    go_on = "the same command with --seeds {}; finished runs are not repeated"
+    if others and seeds < fewest:
+        return f"next: {go_on.format(fewest)}, and fewer can show nothing"
+    open_ones = [row for row in others if not is_shown(row)]
+    for size in sorted(DIFFERENCES, reverse=True):
+        needed = max((row.seeds_needed[str(size)] or 0 for row in open_ones), default=0)
+        if needed > seeds:
+            return f"next: {go_on.format(needed)}, and a difference of {size:g} is shown in 80 of 100 cases"
+    return "next: the networks of the conditions are in the folder runs, for ecanet validate and ecanet predict"
+
+
+def is_shown(row: ConditionSummary) -> bool:
+    """Whether the interval of a difference excludes zero and its p is at most 0.05 after Holm's correction."""
+    if row.low is None or row.high is None or row.p_holm is None:
+        return False
+    return not row.low <= 0 <= row.high and row.p_holm <= LEVEL
 
 
 def said_of_the_same(groups: Sequence[Sequence[str]]) -> list[str]:

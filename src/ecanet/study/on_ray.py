@@ -3,6 +3,8 @@
 import logging
 import os
 import pickle
+import re
+import socket
 import sys
 from typing import Any
 
@@ -95,6 +97,7 @@ def _connect(most: int | None) -> None:
     # What runs print is in Ray's logs: on this terminal it would tear the progress display.
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address := os.environ.get("RAY_ADDRESS"):
+        _check_that_it_answers(address)
         ray.init(address, **quiet)
         return
     from ecanet.ops.build import available_cores
@@ -102,3 +105,12 @@ def _connect(most: int | None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a study sends nothing anywhere unless its user says so
     cpus = max(available_cores(), most or 0)
     ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=_STORE_BYTES, **quiet)
+
+
+def _check_that_it_answers(address: str) -> None:
+    # Ray itself tries for two minutes. "auto" and the like are no machines.
+    if match := re.fullmatch(r"(?:ray://)?([^/]+):(\d{1,5})", address):
+        try:
+            socket.create_connection((match[1], int(match[2])), timeout=10).close()
+        except (OSError, OverflowError) as error:
+            raise ConnectionError(f"RAY_ADDRESS={shown(address)}: no Ray cluster answers there ({error})") from error

@@ -8,13 +8,15 @@ except ImportError as error:
 
 from ecanet.train.checkpoint import TrainedNetwork, load_trained
 from ecanet.train.config import DataConfig, ModelConfig, OptimConfig, Recipe, TrainerConfig
-from ecanet.train.evaluate import Prediction, predict, validate
+from ecanet.train.evaluate import Prediction, Validation, predict, validate
+from ecanet.train.explain import Explanation, explain_prediction
 from ecanet.train.find_lr import RateSearch, find_learning_rate
 from ecanet.train.fit import FitResult, fit
 from ecanet.train.networks import build_network
 
 __all__ = [
     "DataConfig",
+    "Explanation",
     "FitResult",
     "ModelConfig",
     "OptimConfig",
@@ -23,7 +25,9 @@ __all__ = [
     "Recipe",
     "TrainedNetwork",
     "TrainerConfig",
+    "Validation",
     "build_network",
+    "explain_prediction",
     "find_learning_rate",
     "fit",
     "load_trained",

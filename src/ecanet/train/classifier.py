@@ -104,9 +104,8 @@ class Classifier(L.LightningModule):
             images, labels = self.mixing(images.to(self.mean.dtype), labels)
         loss = F.cross_entropy(self(images), labels, label_smoothing=self.optim.label_smoothing)
         self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(images))
-        assert self.optim.lr is not None
         self.log(
-            "lr", self.optim.lr * learning_rate_factor(self.optim, self.trainer.global_step / self.steps_per_epoch)
+            "lr", self.optim.rate * learning_rate_factor(self.optim, self.trainer.global_step / self.steps_per_epoch)
         )
         return loss if self.optim.accumulate == 1 else loss * self._weight_in_step(batch_idx, len(images))
 
@@ -117,12 +116,13 @@ class Classifier(L.LightningModule):
         before = batch_idx // self.optim.accumulate * most
         return self.optim.accumulate * images / min(most, len(loader.sampler) - before)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add one batch to the metrics."""
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Add one batch to the metrics; returns its logits ``(N, classes)``."""
         images, labels = batch
         logits = self(images).float()
         self.val_accuracy.update(logits, labels)
         self.val_loss.update(F.cross_entropy(logits, labels), len(images))
+        return logits
 
     def on_validation_epoch_end(self) -> None:
         """Log top-1 and top-5 in per cent, over every image and process."""

@@ -19,8 +19,8 @@ Scalar: TypeAlias = bool | int | float | str | None
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 #: Strategies with which a resumed run gives the same bits and all processes end together.
 _STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
-#: Learning rate and weight decay of an optimiser where a recipe names none.
-_OPTIMISERS = {"sgd": (0.1, 1e-4), "adamw": (1e-3, 1e-2)}
+#: Optimisers, and what a recipe that does not say it has.
+OPTIMISERS = {"sgd": {"lr": 0.1, "weight_decay": 1e-4}, "adamw": {"lr": 1e-3, "weight_decay": 1e-2}}
 #: What weight decay may spare, and what may log.
 NO_DECAY, LOGGERS = ("norms", "biases", "gates"), ("csv", "tensorboard", "wandb")
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
@@ -249,11 +249,8 @@ class OptimConfig:
     ema: float | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in _OPTIMISERS:
-            raise ValueError(f"optim.name must be one of {', '.join(_OPTIMISERS)}, got {shown(self.name)!r}")
-        lr, weight_decay = _OPTIMISERS[self.name]
-        self.lr = lr if self.lr is None else self.lr
-        self.weight_decay = weight_decay if self.weight_decay is None else self.weight_decay
+        if self.name not in OPTIMISERS:
+            raise ValueError(f"optim.name must be one of {', '.join(OPTIMISERS)}, got {shown(self.name)!r}")
         _check_ranges(
             self,
             "optim",
@@ -288,6 +285,16 @@ class OptimConfig:
             raise ValueError("optim.nesterov needs a momentum above 0, got optim.momentum=0")
         if self.name == "adamw" and self.momentum == 1:
             raise ValueError("optim.momentum must be below 1 for optim.name=adamw, whose first beta it is, got 1")
+
+    @property
+    def rate(self) -> float:
+        """``lr``, or what is usual for the optimiser."""
+        return OPTIMISERS[self.name]["lr"] if self.lr is None else self.lr
+
+    @property
+    def decay(self) -> float:
+        """``weight_decay``, or what is usual for the optimiser."""
+        return OPTIMISERS[self.name]["weight_decay"] if self.weight_decay is None else self.weight_decay
 
     @property
     def warmup(self) -> float:

@@ -101,10 +101,8 @@ def parameter_groups(network: nn.Module, optim: OptimConfig) -> list[dict[str, o
         kinds = {"gates"} if id(parameter) in in_gates else set()
         kinds |= {"norms"} if id(parameter) in in_norms else set()
         kinds |= {"biases"} if name.endswith("bias") else set()
-        assert optim.lr is not None
-        assert optim.weight_decay is not None
-        lr = optim.lr * optim.gate_lr_scale if "gates" in kinds else optim.lr
-        decay = 0.0 if kinds.intersection(optim.no_decay) else optim.weight_decay
+        lr = optim.rate * optim.gate_lr_scale if "gates" in kinds else optim.rate
+        decay = 0.0 if kinds.intersection(optim.no_decay) else optim.decay
         groups.setdefault((lr, decay), []).append(parameter)
     return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
 

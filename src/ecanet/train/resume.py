@@ -17,7 +17,7 @@ import ecanet
 from ecanet.ops.backend import choose
 from ecanet.train.checkpoint import ABOUT_KEY, SaveCheckpoints, check_about, read_checkpoint
 from ecanet.train.classifier import Classifier
-from ecanet.train.config import OptimConfig, Recipe, to_plain, with_defaults
+from ecanet.train.config import OPTIMISERS, OptimConfig, Recipe, to_plain, with_defaults
 from ecanet.train.data.loading import ImageData
 from ecanet.untrusted import check_number, listed, shown
 
@@ -250,6 +250,8 @@ def _count(number: int, what: str) -> str:
 def what_decides(recipe: dict[str, Any]) -> dict[str, Any]:
     """The values of a recipe that the result depends on, by ``block.key``; the recipe is given as plain values."""
     flat = {f"{block}.{key}": value for block, values in recipe.items() for key, value in values.items()}
+    for key, usual in OPTIMISERS.get(flat["optim.name"], {}).items():
+        flat[f"optim.{key}"] = usual if flat[f"optim.{key}"] is None else flat[f"optim.{key}"]
     return {key: value for key, value in flat.items() if key not in _WITHOUT_EFFECT}
 
 
@@ -273,6 +275,8 @@ def _problem_with_checkpoint(checkpoint: dict[str, Any]) -> str | None:
     if not all(isinstance(recipe.get(block), dict) for block in ("model", "data", "optim", "trainer")):
         return "its recipe lacks a block"
     check_number(recipe["optim"].get("epochs"), "its optim.epochs", 1, 1e6)
+    if recipe["optim"].get("name", "sgd") not in tuple(OPTIMISERS):
+        return f"its optim.name is {shown(recipe['optim']['name'])}"
     problem = _problem_with_made_by(checkpoint[ABOUT_KEY].get("made_by"))
     if problem is not None:
         return problem

@@ -211,6 +211,7 @@ def test_what_a_name_or_a_pattern_fits_is_frozen_with_all_that_is_in_it(patterns
         (["*"], r"optim\.freeze=\* leaves nothing to train: add what to train, such as !fc"),
         (["!fc"], r"optim\.freeze=!fc freezes nothing: name first what to freeze, such as \*"),
         (["\x1b[2J"], r"'\\\\x1b\[2J' fits no module"),
+        (["*.ecaa"], r"'\*\.ecaa' fits no module .* closest are 'layer1\.0\.eca'"),
         (["Layer1"], r"'Layer1' fits no module .* closest are 'layer1'"),
         (["*a" * 400], r"fits no module"),
     ],
@@ -587,7 +588,10 @@ def test_the_finder_raises_the_rate_and_suggests_where_the_loss_falls_and_writes
     assert found.rates == sorted(found.rates)
     assert found.rates[0] == pytest.approx(1e-6)
     assert len(found.rates) == len(found.losses) > 12
+    falls = [after - before for before, after in zip(found.losses[9:-2], found.losses[11:], strict=True)]
     assert found.suggestion in found.rates[10:]
+    assert found.losses[0] == pytest.approx(math.log(3), rel=0.5), "that of a network that has not learned"
+    assert min(falls) < 0
     assert not list(tmp_path.iterdir())
     axes = found.plot().axes[0]
     assert list(axes.lines[0].get_xdata()) == found.rates

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+import torch
 from lightning.pytorch.tuner.tuning import Tuner
 
 from ecanet.inspect.style import DARK, OTHERS, SMALL_FONT_SIZE, new_figure, style_axes
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Lowest and highest rate, and the steps between them.
 _LOWEST, _HIGHEST, _STEPS = 1e-6, 10.0, 100
+#: Share of the past in Lightning's moving average of the loss, and the first step that can be suggested.
+_BETA, _FIRST = 0.98, 10
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class RateSearch:
     """How the training loss changed while the learning rate grew.
 
     Attributes:
-        suggestion: The rate at which the loss fell most steeply.
+        suggestion: The rate at which the loss fell most steeply, with the rate's logarithm.
         rates: The rate of each step.
         losses: The training loss after each, smoothed.
     """
@@ -105,10 +108,18 @@ def find_learning_rate(recipe: Recipe) -> RateSearch:
             num_training=_STEPS,
             update_attr=False,
         )
-    suggestion = found.suggestion()
-    if suggestion is None:
+    rates, losses = found.results["lr"], _smoothed(found.results["loss"])
+    middle = torch.tensor(losses[_FIRST:-1])
+    if len(middle) < 2 or not middle.isfinite().all():
         raise ValueError(
-            f"no learning rate can be suggested: the loss diverged after {len(found.results['loss'])} of {_STEPS} "
-            "steps. Set optim.lr by hand"
+            f"no learning rate can be suggested: the loss diverged after {len(losses)} of {_STEPS} steps. Set optim.lr "
+            "by hand"
         )
-    return RateSearch(suggestion, found.results["lr"], found.results["loss"])
+    # Against the logarithm of the rate: Lightning's own suggestion takes the slope against the rate itself, which noise
+    # at the lowest rates decides.
+    return RateSearch(rates[_FIRST + int(torch.gradient(middle)[0].argmin())], rates, losses)
+
+
+def _smoothed(losses: list[float]) -> list[float]:
+    """Lightning's moving average with the right weight of its first steps: it divides by that of one step more."""
+    return [loss * (1 - _BETA ** (i + 2)) / (1 - _BETA ** (i + 1)) for i, loss in enumerate(losses)]

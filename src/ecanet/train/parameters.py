@@ -70,7 +70,10 @@ def _is_frozen(name: str, module: nn.Module, frozen: set[str]) -> bool:
 
 
 def _no_such_name(pattern: str, every: Sequence[str]) -> str:
-    close = difflib.get_close_matches(pattern, every, 3, 0.5)
+    plain = pattern.replace("*", "").replace("?", "").strip(".")
+    last = {name.rpartition(".")[2]: name for name in reversed(every)}  # the first name that ends so
+    ends = difflib.get_close_matches(plain.rpartition(".")[2], last, 3, 0.6)
+    close = difflib.get_close_matches(plain, every, 3, 0.6) or [last[end] for end in ends]
     near = f", the closest are {', '.join(map(repr, close))}" if close else ""
     return f"{shown(pattern)!r} fits no module and no parameter of the network{near}"
 

@@ -177,6 +177,8 @@ FILES: dict[str, tuple[str, str]] = {
     "a condition that is a text": ("conditions: {none: eca}", "conditions.none must be a name with gate, kernel_size"),
     "a number as a name": ("conditions: {1: {gate: eca}}", "must be a name with gate, kernel_size"),
     "a condition with a learning rate": ("conditions: {none: {lr: 1}}", "conditions.none has no lr; it may have gate"),
+    "a condition that calls": ("conditions: {none: {build: 'os:system'}}", "conditions.none has no build"),
+    "a recipe that calls": ("recipe: {model: {build: 'os:system'}}", "model.build is never taken from a file"),
     "a condition with weights": ("conditions: {none: {weights: /etc/passwd}}", "conditions.none has no weights"),
     "a gate that is none": (
         "conditions: {none: {gate: cbamm}}\nseeds: 2",

@@ -7,7 +7,6 @@ import pickle
 import signal
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -169,9 +168,8 @@ def found(command: list[str]) -> list[str]:
 SCRIPT_OF_PICKLES = """
 import pickle, sys
 from ecanet.study import compare
-if __name__ == "__main__":
-    with open(sys.argv[1], "rb") as file:
-        compare(pickle.load(file), [0], sys.argv[2], workers=1)
+with open(sys.argv[1], "rb") as file:
+    compare(pickle.load(file), [0], sys.argv[2], workers=1)
 """
 
 
@@ -179,16 +177,13 @@ def test_a_comparison_whose_worker_and_then_whose_parent_is_killed_gives_the_tab
     tiny: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     recipes = {name: tiny(gate=gate, epochs=5) for name, gate in (("none", None), ("ECA", "eca"))}
-    (tmp_path / "go.py").write_text(SCRIPT_OF_PICKLES)
     (tmp_path / "recipes").write_bytes(pickle.dumps(recipes))
     out, runs = tmp_path / "out", tmp_path / "out" / "runs"
-    command = [sys.executable, str(tmp_path / "go.py"), str(tmp_path / "recipes"), str(out)]
-    with (tmp_path / "told").open("w") as told:
-        parent = subprocess.Popen(command, stderr=told, start_new_session=True)
+    parent = FreshProcess(SCRIPT_OF_PICKLES, tmp_path / "recipes", out)
 
     def wait_for_a_checkpoint(name: str) -> None:
         while not (runs / name / "last.ckpt").exists():
-            assert parent.poll() is None
+            assert parent.returncode is None
             time.sleep(0.01)
 
     wait_for_a_checkpoint("none-seed0")
@@ -197,11 +192,11 @@ def test_a_comparison_whose_worker_and_then_whose_parent_is_killed_gives_the_tab
     assert not list(runs.glob("*.json")), "it was killed too late"
     wait_for_a_checkpoint("eca-seed0")
     parent.kill()
-    while found(["pgrep", "-s", str(parent.pid)]):
-        parent.poll()
-        time.sleep(0.05)
-    assert "none, seed 0: its process was killed by signal 9; it is tried once more." in (tmp_path / "told").read_text()
+    _, told = parent.communicate()
+    assert "none, seed 0: its process was killed by signal 9; it is tried once more." in told
     assert {path.name for path in runs.glob("*.json")} == {"none-seed0.json"}
+    while found(["pgrep", "-s", str(parent.pid)]):
+        time.sleep(0.05)
     compare(recipes, [0], out, workers=1, progress=False)
     compare(recipes, [0], tmp_path / "alone", workers=1, progress=False)
     assert (out / "summary.json").read_text() == (tmp_path / "alone/summary.json").read_text()

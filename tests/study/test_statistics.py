@@ -213,6 +213,8 @@ def test_small_metrics_are_told_with_the_digits_of_their_margin() -> None:
     said = verdict(summarise(values, "mAP"))
     row = summarise(values, "mAP").conditions["eca"]
     assert f"eca is {row.difference:.5f} above none (95 % interval {row.low:+.5f} to {row.high:+.5f}, 8 seeds" in said
+    rounding = {"none": {0: 0.0, 1: 1.0}, "eca": {0: 0.1, 1: 1.1}}  # 1.1 - 1.0 is not quite 0.1
+    assert verdict(summarise(rounding, "mAP")).startswith("eca is 0.10 above none (95 % interval +0.10 to +0.10, 2 se")
 
 
 def test_without_scipy_the_error_says_what_to_install() -> None:

@@ -15,6 +15,7 @@ from ecanet.inspect.style import new_figure
 from ecanet.train.config import Recipe
 from ecanet.train.find_lr import find_learning_rate
 from ecanet.train.fit import fit
+from ecanet.train.progress import accuracy
 from ecanet.train.recipes import with_own_recipe
 
 _OUT = "runs/fit"
@@ -51,7 +52,8 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
             return
         if (done := len(result.history)) < recipe.optim.epochs:
             print(f"stopped early, after {done} of {recipe.optim.epochs} epochs")
-        print(f"top-1 {result.top1:.2f} % after the last epoch, {result.best_top1:.2f} % at best; see {args.out}")
+        reached = accuracy(result.history[-1])
+        print(f"{reached} after the last epoch, {result.best_top1:.2f} % at best; see {args.out}")
         print(f"next: ecanet predict {args.out} IMAGE ...")
 
     return run

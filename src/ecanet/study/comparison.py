@@ -196,7 +196,8 @@ def comparison_jobs(entries: Mapping[str, Recipe], seeds: Sequence[int], out: st
 
 
 def _fit(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    result = fit(recipe, folder, resume=True, progress=False)
+    checked = replace(recipe, data=replace(recipe.data, verify=False))  # once is enough for all runs
+    result = fit(checked, folder, resume=True, progress=False)
     return {"top1": result.top1, "history": result.history, "recipe": to_plain(recipe), "versions": result.versions}
 
 
@@ -218,7 +219,14 @@ def check_parts(entries: Mapping[str, Recipe]) -> list[str]:
         try:
             key = fingerprint(recipe.data)
             if key not in classes:
-                classes[key] = len(ImageData(recipe.data).classes)
+                data = ImageData(recipe.data)
+                if data.multi_label:
+                    raise ValueError(
+                        "its images have several labels each, and recipes are compared by top-1: give "
+                        "ecanet.study.run a function that calls ecanet.train.fit, and metric='mAP'"
+                    )
+                data.verify()
+                classes[key] = len(data.classes)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 network = build_network(recipe.model, classes[key])

@@ -105,6 +105,6 @@ def _sentence(name: str, baseline: str, row: ConditionSummary, comparisons: int)
 
 
 def _shown(value: float, margin: float | None, sign: str = "") -> str:
-    """A number with two digits of its margin, and two decimals at least."""
-    digits = max(2, 1 - math.floor(math.log10(margin))) if margin else 2
+    """A number with two digits of its margin, unless that is rounding, and two decimals at least."""
+    digits = max(2, 1 - math.floor(math.log10(margin))) if margin and margin > 1e-9 * abs(value) else 2
     return f"{value:{sign}.{digits}f}"

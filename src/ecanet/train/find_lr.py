@@ -108,7 +108,7 @@ def find_learning_rate(recipe: Recipe) -> RateSearch:
             num_training=_STEPS,
             update_attr=False,
         )
-    rates, losses = found.results["lr"], _smoothed(found.results["loss"])
+    rates, losses = found.results["lr"], _smoothed([loss * recipe.optim.accumulate for loss in found.results["loss"]])
     middle = torch.tensor(losses[_FIRST:-1])
     if len(middle) < 2 or not middle.isfinite().all():
         raise ValueError(

@@ -87,6 +87,7 @@ class History(Callback):
         checkpoint[ABOUT_KEY] = {
             "recipe": to_plain(self.recipe),
             "classes": list(self.data.classes),
+            "multi_label": self.data.multi_label,
             "mean": list(self.data.mean),
             "std": list(self.data.std),
             "history": [dict(record) for record in self.records],

@@ -178,4 +178,5 @@ class Progress(Callback):
 
 def accuracy(record: dict[str, float]) -> str:
     """The accuracy of an epoch's record, as it is shown."""
-    return f"top-1 {record['val/top1']:.2f} %"
+    name, shown = ("val/mAP", "mAP") if "val/mAP" in record else ("val/top1", "top-1")
+    return f"{shown} {record[name]:.2f} %"

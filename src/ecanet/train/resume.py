@@ -23,7 +23,7 @@ from ecanet.untrusted import check_number, listed, shown
 
 #: Keys that may change when a run is resumed, since they do not change what is computed. The total number of processes
 #: is checked separately.
-_WITHOUT_EFFECT = {"data.root", "data.download", "data.verify", "data.workers", "trainer.log_steps"}
+_WITHOUT_EFFECT = {"data.root", "data.val_root", "data.download", "data.verify", "data.workers", "trainer.log_steps"}
 _WITHOUT_EFFECT |= {"trainer.loggers", "trainer.checkpoint_steps", "model.weights", "trainer.devices", "trainer.nodes"}
 #: The numbers besides the recipe that the result depends on.
 _COUNTS = ("processes", "batch_size", "images")
@@ -102,7 +102,7 @@ def stops_early(optim: OptimConfig, history: Sequence[Mapping[str, float]]) -> b
         >>> [stops_early(OptimConfig(early_stopping=epochs), history) for epochs in (1, 2, 3)]
         [True, True, False]
     """
-    accuracies = [record["val/top1"] for record in history]
+    accuracies = [record["val/mAP" if "val/mAP" in record else "val/top1"] for record in history]
     if optim.early_stopping is None or not accuracies:
         return False
     return len(accuracies) - 1 - accuracies.index(max(accuracies)) >= optim.early_stopping
@@ -293,7 +293,8 @@ def _problem_with_checkpoint(checkpoint: dict[str, Any]) -> str | None:
     if isinstance(best, bool) or not isinstance(best, (int, float)) or not math.isfinite(best):
         return f"its best accuracy is {shown(best)}"
     for record in checkpoint[ABOUT_KEY]["history"]:
-        check_number(record.get("val/top1"), "val/top1 in its history", 0, 100)
+        metric = "val/mAP" if checkpoint[ABOUT_KEY].get("multi_label") else "val/top1"
+        check_number(record.get(metric), f"{metric} in its history", 0, 100)
     return _problem_with_optimizers(checkpoint.get("optimizer_states"))
 
 

@@ -10,6 +10,7 @@ from ecanet.train.checkpoint import TrainedNetwork, load_trained
 from ecanet.train.config import DataConfig, ModelConfig, OptimConfig, Recipe, TrainerConfig
 from ecanet.train.evaluate import Prediction, Validation, predict, validate
 from ecanet.train.explain import Explanation, explain_prediction
+from ecanet.train.find_lr import RateSearch, find_learning_rate
 from ecanet.train.fit import FitResult, fit
 from ecanet.train.networks import build_network
 
@@ -20,12 +21,14 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "Prediction",
+    "RateSearch",
     "Recipe",
     "TrainedNetwork",
     "TrainerConfig",
     "Validation",
     "build_network",
     "explain_prediction",
+    "find_learning_rate",
     "fit",
     "load_trained",
     "predict",

@@ -81,8 +81,10 @@ class SaveCheckpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save within the epoch, except at its last step: the end of the epoch saves after the validation."""
-        if self.every_steps and trainer.global_step % self.every_steps == 0 and not trainer.is_last_batch:
+        """Save after a step within the epoch, except the last: the end of the epoch saves after the validation."""
+        is_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0  # gradients on the way to one are not saved
+        due = self.every_steps and is_step and trainer.global_step % self.every_steps == 0
+        if due and not trainer.is_last_batch:
             check_finite(float(outputs["loss"]), trainer)
             self._save(trainer, "last.ckpt")
 

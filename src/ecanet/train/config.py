@@ -19,6 +19,10 @@ Scalar: TypeAlias = bool | int | float | str | None
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 #: Strategies with which a resumed run gives the same bits and all processes end together.
 _STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
+#: Optimisers, and what a recipe that does not say it has.
+OPTIMISERS = {"sgd": {"lr": 0.1, "weight_decay": 1e-4}, "adamw": {"lr": 1e-3, "weight_decay": 1e-2}}
+#: What weight decay may spare, and what may log.
+NO_DECAY, LOGGERS = ("norms", "biases", "gates"), ("csv", "tensorboard", "wandb")
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
 
 
@@ -182,6 +186,9 @@ class DataConfig:
             256/224 of image_size.
         augment: crop (pad by an eighth, crop, flip), resized_crop (scale and aspect ratio, flip), none, or auto: crop
             for Fashion-MNIST, resized_crop for others.
+        randaugment: After that, RandAugment: torchvision's, two operations on each image, of this magnitude, 0 to 30; 9
+            is usual; null is off.
+        color_jitter: After that, brightness, contrast and saturation times a factor within this of 1; 0 is off.
         batch_size: Images for each step and process.
         workers: Processes that load data, for each training process.
     """
@@ -199,6 +206,8 @@ class DataConfig:
     image_size: int | None = None
     resize: int | None = None
     augment: Literal["auto", "crop", "resized_crop", "none"] = "auto"
+    randaugment: int | None = None
+    color_jitter: float = 0.0
     batch_size: int = 128
     workers: int = 0
 
@@ -210,6 +219,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check_ranges(self, "data", batch_size=(1, 2**20), workers=(0, 1024), image_size=(1, 4096), resize=(1, 2**13))
         _check_ranges(self, "data", val_fraction=(0, 1), split_seed=(0, 2**63 - 1))
+        _check_ranges(self, "data", randaugment=(0, 30), color_jitter=(0, 1))
         self._check_names()
         if self.has_files and self.root is None:
             raise ValueError(f"data.root must name {FILE_SOURCES[self.source]}, got null")
@@ -251,18 +261,28 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    """Stochastic gradient descent with momentum, its schedule and its regularisation.
+    """The optimiser, its schedule and its regularisation.
 
     Args:
         epochs: Passes over the training images.
-        lr: Highest learning rate.
-        momentum: Momentum.
+        name: sgd (with momentum) or adamw.
+        lr: Highest learning rate; by default 0.1, and 0.001 for adamw. ``ecanet fit --find-lr`` suggests one.
+        momentum: Momentum; for adamw its first beta, the second is 0.999.
         nesterov: Whether momentum is Nesterov's.
-        weight_decay: L2 penalty on every parameter, as in the paper's recipes.
+        weight_decay: L2 penalty on every parameter, as in the paper's recipes, by default 1e-4; for adamw the decay
+            apart from the gradient, by default 0.01.
+        no_decay: Parameters without weight decay: norms, biases, gates, or several with commas between.
+        freeze: Modules and parameters to keep as they are, by name or pattern, with commas between: conv1,layer1.* or
+            '*,!fc', where ! trains what it names after all. Frozen norms keep their statistics, too.
+        gate_lr_scale: The gates' learning rate is lr times this.
+        accumulate: Batches in a step. Its gradient is the mean over their images.
         schedule: step (times gamma every step_epochs), exponential (times gamma every epoch), cosine (to 0), constant.
         step_epochs: Epochs of a step, for the schedule step.
         gamma: Factor of the learning rate, for step and exponential.
-        warmup_epochs: Epochs of linear increase at the start; may be a fraction.
+        warmup_epochs: Epochs of linear increase at the start; may be a fraction. Where they are not below epochs, they
+            are a third of them.
+        early_stopping: Stop after this many epochs in a row in which validation top-1 or mAP does not exceed its best;
+            null is off.
         label_smoothing: Share of the target that is spread over all classes.
         mixup: Alpha of mixup; 0 is off.
         cutmix: Alpha of cutmix; 0 is off. With both on, each step draws one of them.
@@ -271,14 +291,20 @@ class OptimConfig:
     """
 
     epochs: int = 10
-    lr: float = 0.1
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float | None = None
     momentum: float = 0.9
     nesterov: bool = False
-    weight_decay: float = 1e-4
+    weight_decay: float | None = None
+    no_decay: list[str] | str = field(default_factory=list)
+    freeze: list[str] | str = field(default_factory=list)
+    gate_lr_scale: float = 1.0
+    accumulate: int = 1
     schedule: Literal["step", "exponential", "cosine", "constant"] = "cosine"
     step_epochs: int = 30
     gamma: float = 0.1
     warmup_epochs: float = 0.0
+    early_stopping: int | None = None
     label_smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -286,6 +312,8 @@ class OptimConfig:
     ema: float | None = None
 
     def __post_init__(self) -> None:
+        if self.name not in OPTIMISERS:
+            raise ValueError(f"optim.name must be one of {', '.join(OPTIMISERS)}, got {shown(self.name)!r}")
         _check_ranges(
             self,
             "optim",
@@ -293,23 +321,48 @@ class OptimConfig:
             lr=(0, 1e38),
             momentum=(0, 1),
             weight_decay=(0, 1e6),
+            gate_lr_scale=(0, 1e6),
+            accumulate=(1, 2**20),
             step_epochs=(1, 10**6),
             gamma=(0, 1e6),
             warmup_epochs=(0, 1e6),
+            early_stopping=(1, 10**6),
             mixup=(0, 1e3),
             cutmix=(0, 1e3),
             clip_norm=(0, 1e12),
         )
+        self.no_decay = _list_of_names(self.no_decay, "optim.no_decay", NO_DECAY)
+        self.freeze = _list_of_names(self.freeze, "optim.freeze")
         if self.clip_norm == 0:
             raise ValueError("optim.clip_norm must be above 0 or null, got 0")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"optim.label_smoothing must be in [0, 1), got {self.label_smoothing}")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"optim.ema must be between 0 and 1, such as 0.999, or null, got {self.ema}")
+        self._check_momentum()
+
+    def _check_momentum(self) -> None:
+        if self.nesterov and self.name != "sgd":
+            raise ValueError(f"optim.nesterov is for optim.name=sgd, got optim.name={self.name}")
         if self.nesterov and self.momentum == 0:
             raise ValueError("optim.nesterov needs a momentum above 0, got optim.momentum=0")
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"optim.warmup_epochs={self.warmup_epochs} must be below optim.epochs={self.epochs}")
+        if self.name == "adamw" and self.momentum == 1:
+            raise ValueError("optim.momentum must be below 1 for optim.name=adamw, whose first beta it is, got 1")
+
+    @property
+    def rate(self) -> float:
+        """``lr``, or what is usual for the optimiser."""
+        return OPTIMISERS[self.name]["lr"] if self.lr is None else self.lr
+
+    @property
+    def decay(self) -> float:
+        """``weight_decay``, or what is usual for the optimiser."""
+        return OPTIMISERS[self.name]["weight_decay"] if self.weight_decay is None else self.weight_decay
+
+    @property
+    def warmup(self) -> float:
+        """Epochs of warm-up: ``warmup_epochs``, or a third of the epochs where that is not below them."""
+        return self.warmup_epochs if self.warmup_epochs < self.epochs else self.epochs / 3
 
 
 @dataclass
@@ -325,9 +378,12 @@ class TrainerConfig:
             processes a run with the last one is not resumed to the same bits.
         precision: 32-true, bf16-mixed, 16-mixed, 64-true, ...
         channels_last: Memory format of images and convolutions.
+        compile: Compile the network (torch.compile): a slow first step and faster ones.
         checkpoint_steps: Within an epoch, also write last.ckpt after every this many steps; null: only at the end of
             the epoch.
         log_steps: Log the training loss after every this many steps.
+        loggers: csv, tensorboard, wandb (pip install 'ecanet[wandb]'; WANDB_MODE=offline needs no account), or several
+            with commas between; [] for none.
     """
 
     seed: int = 0
@@ -337,13 +393,16 @@ class TrainerConfig:
     strategy: str = "auto"
     precision: str = "32-true"
     channels_last: bool = False
+    compile: bool = False
     checkpoint_steps: int | None = None
     log_steps: int = 50
+    loggers: list[str] | str = field(default_factory=lambda: ["csv", "tensorboard"])
 
     def __post_init__(self) -> None:
         _check_ranges(
             self, "trainer", seed=(0, 2**32 - 1), nodes=(1, 10**4), log_steps=(1, 10**9), checkpoint_steps=(1, 10**9)
         )
+        self.loggers = _list_of_names(self.loggers, "trainer.loggers", LOGGERS)
         if self.devices != "auto":
             _check_ranges(self, "trainer", devices=(-1, 1024))
         if self.accelerator not in _ACCELERATORS:
@@ -383,6 +442,25 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [to_plain(item) for item in value]
     return value
+
+
+def _list_of_names(value: object, what: str, known: Sequence[str] = ()) -> list[str]:
+    """Names from a list, or from a text with commas between, each once.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: a name is empty, or not among those known.
+    """
+    names = value
+    if isinstance(value, str):
+        names = [name.strip() for name in value.split(",")] if value.strip() else []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{what} must be names with commas between, or a list of names, got {shown(value)}")
+    for name in names:
+        if not name or (known and name not in known):
+            wanted = f"of {', '.join(known)}" if known else "names or patterns such as layer1.*"
+            raise ValueError(f"{what} must be some {wanted}, got {shown(name)!r}")
+    return list(dict.fromkeys(names))
 
 
 def with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ class quiet_lightning:  # noqa: N801
         "The number of training batches",  # small data
         "You defined a `validation_step` but have no `val_dataloader`",
         "find_unused_parameters=True was specified in DDP constructor",  # it is set for the order of the buckets
+        "Found \\d+ module\\(s\\) in eval mode",  # frozen norms
         "Experiment logs directory",
         "Checkpoint directory",
         "You're resuming from a checkpoint that ended before the epoch ended",  # ImageData takes care of it

@@ -51,10 +51,11 @@ for _tag, _pattern, _first in (
 _TEXTS = {
     *("model.name", "model.gate", "model.kernel_size", "model.where", "model.weights", "data.source", "data.root"),
     *("data.augment", "data.val_root", "data.image_column", "data.label_column", "data.label_separator"),
-    *("optim.schedule", "trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.precision"),
+    *("optim.name", "optim.no_decay", "optim.freeze", "optim.schedule"),
+    *("trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.precision", "trainer.loggers"),
 }
-#: Of these the ones that may be any text: a folder or a file may have any name.
-_PATHS = {"data.root", "data.val_root", "model.weights"}
+#: Of these the ones that may be any text: a folder or a file may have any name, a pattern has stars.
+_PATHS = {"data.root", "data.val_root", "model.weights", "optim.freeze"}
 #: A text that is a name, and not YAML that the parser could read a second time.
 _NO_YAML = re.compile(r"[^\[\]{}&*!|>\n]*")
 #: The same for a name or a pattern of modules.

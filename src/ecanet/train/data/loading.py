@@ -184,8 +184,8 @@ class ImageData(L.LightningDataModule):
     def _build_sampler(self, rank: int, world: int) -> EpochSampler:
         return EpochSampler(self.training_images, self.seed, self.config.batch_size, rank, world)
 
-    def steps_per_epoch(self, world: int) -> int:
-        """Training steps in an epoch with ``world`` processes."""
+    def batches_per_epoch(self, world: int) -> int:
+        """Training batches of each of ``world`` processes in an epoch."""
         return -(-len(self._build_sampler(0, world)) // self.config.batch_size)
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
@@ -193,7 +193,7 @@ class ImageData(L.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         self._sampler = self._build_sampler(trainer.global_rank, trainer.world_size)
-        epochs, batches = divmod(self._resume_at["batches"], self.steps_per_epoch(trainer.world_size))
+        epochs, batches = divmod(self._resume_at["batches"], self.batches_per_epoch(trainer.world_size))
         self._sampler.epoch = self._resume_at["epoch"] + epochs
         self._sampler.skip = batches * self.config.batch_size
         images = Augmented(self.splits.train, train_transform(self.config), self.seed)
@@ -248,14 +248,24 @@ def train_transform(config: DataConfig) -> Callable[[Tensor], Tensor]:
     if augment == "auto":
         augment = "resized_crop" if config.has_files else "crop"
     if augment == "none":
-        return test_transform(config)
+        return v2.Compose([test_transform(config), *_colours(config)])
     if augment == "crop":
         crop: list[v2.Transform] = [v2.RandomCrop(size, padding=max(1, size // 8))]
         if config.has_files or size != 28:
             crop.insert(0, v2.Resize((size, size), InterpolationMode.BILINEAR, antialias=True))
     else:
         crop = [v2.RandomResizedCrop(size, antialias=True)]
-    return v2.Compose([*crop, v2.RandomHorizontalFlip()])
+    return v2.Compose([*crop, v2.RandomHorizontalFlip(), *_colours(config)])
+
+
+def _colours(config: DataConfig) -> list[v2.Transform]:
+    """RandAugment (Cubuk et al., 2020) and colour jitter, as a recipe asks for them."""
+    found: list[v2.Transform] = []
+    if config.randaugment is not None:
+        found.append(v2.RandAugment(magnitude=config.randaugment))
+    if config.color_jitter:
+        found.append(v2.ColorJitter(*[config.color_jitter] * 3))
+    return found
 
 
 def test_transform(config: DataConfig) -> Callable[[Tensor], Tensor]:

@@ -109,7 +109,8 @@ def _check_confusion(folder: Path, trained: TrainedNetwork) -> None:
 
 def _write_confusion(folder: Path, result: Validation) -> None:
     counts = result.confusion()
-    table, picture = io.StringIO(newline=""), io.BytesIO()
+    table = io.StringIO(newline="")
+    picture = io.BytesIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["class", *result.classes])
     writer.writerows([name, *row] for name, row in zip(result.classes, counts.tolist(), strict=True))

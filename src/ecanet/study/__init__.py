@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ecanet.study.comparison import Comparison, Run, compare
     from ecanet.study.conclusions import summary_table, verdict
-    from ecanet.study.paired_study import FailedRun, FinishedRun, Study, run
+    from ecanet.study.paired_study import run
     from ecanet.study.report import Cost, measure_costs, table
+    from ecanet.study.results import FailedRun, FinishedRun, Study
     from ecanet.study.statistics import (
         ConditionSummary,
         Difference,
@@ -51,8 +52,9 @@ __all__ = [
 _FOUND_IN = {
     **dict.fromkeys(("Comparison", "Run", "compare"), "comparison"),
     **dict.fromkeys(("Cost", "measure_costs", "table"), "report"),
-    **dict.fromkeys(("FailedRun", "FinishedRun", "Study", "run"), "paired_study"),
+    **dict.fromkeys(("FailedRun", "FinishedRun", "Study"), "results"),
     **dict.fromkeys(("summary_table", "verdict"), "conclusions"),
+    "run": "paired_study",
 }
 
 

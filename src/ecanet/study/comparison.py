@@ -12,7 +12,8 @@ import torch
 import ecanet
 from ecanet.inspect.paired import Difference, paired_difference
 from ecanet.study.engine import Job
-from ecanet.study.paired_study import Study, check_names, check_seeds, fingerprint, run_jobs, slug
+from ecanet.study.paired_study import check_names, check_seeds, fingerprint, run_jobs, slug
+from ecanet.study.results import Study
 from ecanet.study.run_files import is_number
 from ecanet.study.statistics import Summary, summarise
 from ecanet.train.checkpoint import build_network

@@ -6,92 +6,24 @@ import hashlib
 import inspect
 import io
 import json
-import math
 import pickle
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
-from functools import cached_property, partial
+from dataclasses import asdict, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ecanet.files.atomic import write_whole
 from ecanet.files.folder_lock import lock_folder, unlock_folder
-from ecanet.study.conclusions import summary_table, verdict
 from ecanet.study.engine import Job, run_all
-from ecanet.study.statistics import Summary, plan, summarise
+from ecanet.study.results import FailedRun, FinishedRun, Study, why_not_counted
+from ecanet.study.statistics import plan
 from ecanet.untrusted import listed, shown
 
 #: What a user's training function looks like: condition, seed, folder -> metrics by name.
 Train = Callable[[Any, int, Path], Mapping[str, Any]]
-
-
-@dataclass
-class FinishedRun:
-    """A run that ended with its metric.
-
-    Attributes:
-        condition: Name of its condition.
-        seed: Its seed.
-        metrics: Numbers by name.
-        details: Whatever else its function returned.
-        seconds: How long it took; since its last start, if it went on from a checkpoint.
-        folder: Where it wrote.
-    """
-
-    condition: str
-    seed: int
-    metrics: dict[str, float]
-    details: dict[str, Any]
-    seconds: float
-    folder: Path
-
-
-@dataclass
-class FailedRun:
-    """A run that is not counted.
-
-    Attributes:
-        condition: Name of its condition.
-        seed: Its seed.
-        reason: What it raised, or what is wrong with its metric.
-        file: Its file: without it, it runs again.
-    """
-
-    condition: str
-    seed: int
-    reason: str
-    file: Path
-
-
-@dataclass
-class Study:
-    """Every run of a study.
-
-    Attributes:
-        metric: What is compared.
-        runs: Finished runs by condition, the baseline first.
-        failed: Runs that are not counted.
-    """
-
-    metric: str
-    runs: dict[str, list[FinishedRun]]
-    failed: list[FailedRun]
-
-    @cached_property
-    def summary(self) -> Summary:
-        """Differences, intervals and tests of all conditions."""
-        values = {name: {run.seed: run.metrics[self.metric] for run in runs} for name, runs in self.runs.items()}
-        return summarise(values, self.metric)
-
-    def __str__(self) -> str:
-        """The table, what it means, and which runs failed."""
-        lines = [summary_table(self.summary), "", verdict(self.summary)]
-        for run in self.failed:
-            failed = f"Failed and not counted: {run.condition}, seed {run.seed}: {run.reason}."
-            lines.append(f"{failed} Without {run.file} it runs again.")
-        return "\n".join(lines)
 
 
 def run(
@@ -214,12 +146,12 @@ def _run_jobs(jobs: Sequence[Job], folder: Path, metric: str, workers: int | Non
     names = list(dict.fromkeys(job.condition for job in jobs))
     if progress and todo and len(names) > 1:
         print(plan(len(names), len(jobs) // len(names)), file=sys.stderr)
-    lost = run_all(todo, workers, progress, partial(_why_not_counted, metric=metric))
+    lost = run_all(todo, workers, progress, partial(why_not_counted, metric=metric))
     runs: dict[str, list[FinishedRun]] = {name: [] for name in names}
     failed: list[FailedRun] = []
     for job in jobs:
         stored = ended[job.folder] or job.read()
-        reason = lost.get(job.folder, "it left no file") if stored is None else _why_not_counted(stored, metric)
+        reason = lost.get(job.folder, "it left no file") if stored is None else why_not_counted(stored, metric)
         if stored is None or reason:
             failed.append(FailedRun(job.condition, job.seed, reason, job.file))
             continue
@@ -229,16 +161,6 @@ def _run_jobs(jobs: Sequence[Job], folder: Path, metric: str, workers: int | Non
     write_whole(folder / "results.csv", _results(study, jobs))
     write_whole(folder / "summary.json", json.dumps(asdict(study.summary), indent=2, allow_nan=False) + "\n")
     return study
-
-
-def _why_not_counted(stored: Mapping[str, Any], metric: str) -> str:
-    if stored["error"] is not None:
-        return stored["error"]
-    if metric not in stored["metrics"]:
-        return f"it returned no {metric!r}, only {listed(stored['metrics']) or 'no numbers'}"
-    if not math.isfinite(value := stored["metrics"][metric]):
-        return f"its {metric} is {value}"
-    return ""
 
 
 def _results(study: Study, jobs: Sequence[Job]) -> str:

@@ -100,7 +100,7 @@ def options(program: str) -> frozenset[str]:
 
 
 def _entry(program: str) -> tuple[Callable[[], object], list[str]]:
-    if program in cli._VERBS:
+    if program in cli.VERBS:
         return cli.main, [program]
     module = importlib.import_module(program)
     return (importlib.import_module(f"{program}.__main__") if hasattr(module, "__path__") else module).main, []
@@ -116,7 +116,7 @@ def faults(words: list[str]) -> list[str]:
         return [f"make {word}" for word in words[1:] if word not in targets()]
     if words[0] == "ecanet":
         program, rest = words[1], words[2:]
-        if program not in cli._VERBS:
+        if program not in cli.VERBS:
             return [f"ecanet {program}"]
     else:
         program = words[2] if words[1] == "-m" else words[1].removesuffix(".py").replace("/", ".")

@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -106,7 +105,7 @@ def test_every_error_is_one_line(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(sys.modules["ecanet.train.fit"], "fit", fail)
+    monkeypatch.setattr("ecanet.cli.fit.fit", fail)
     said, _, hint = complaint(["fit"], capsys).rstrip().partition("\n")
     assert said.startswith("ecanet fit: ")
     assert said.endswith(line)

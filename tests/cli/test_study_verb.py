@@ -60,7 +60,7 @@ def test_a_file_is_trained_with_what_the_command_line_overrides_and_its_tables_a
 def test_a_dry_run_says_how_many_runs_how_long_and_what_they_show_and_writes_nothing(
     file: Path, image_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ecanet.study.comparison.seconds_of_an_epoch", lambda recipe: 90.0)
+    monkeypatch.setattr("ecanet.cli.study.seconds_of_an_epoch", lambda recipe: 90.0)
     flags = ["--data.root", str(image_folder), "--gates", "none,se,eca", "--optim.epochs", "20", "--workers", "2"]
     main(["study", *flags, "--seeds", "9", "--dry-run"])
     lines = capsys.readouterr().out.splitlines()

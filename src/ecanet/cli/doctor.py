@@ -1,0 +1,19 @@
+"""``ecanet doctor``: what runs on this machine."""
+
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+
+from ecanet.doctor import doctor
+
+
+def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
+    """Add the options to a parser; what is returned runs the verb."""
+
+    def run(args: Namespace) -> None:
+        report = doctor()
+        print("\n".join(report.lines))
+        if report.broken:
+            sys.exit(1)
+
+    return run

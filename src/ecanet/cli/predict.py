@@ -1,0 +1,46 @@
+"""``ecanet predict``: classes of image files."""
+
+import csv
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from ecanet.files.atomic import write_whole
+from ecanet.train.evaluate import predict
+from ecanet.untrusted import shown
+
+
+def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
+    """Add the options to a parser; what is returned runs the verb."""
+    parser.add_argument("run", type=Path, help="A run's folder (its best.ckpt), or a checkpoint.")
+    parser.add_argument("images", type=Path, nargs="+", help="Image files, or folders of them.")
+    parser.add_argument("--top", type=int, default=3, help="Number of classes to name for an image.")
+    parser.add_argument("--out", type=Path, default=None, help="Write a CSV file instead of printing.")
+    parser.add_argument("--accelerator", type=str, default="auto", help="auto, cpu, gpu, mps.")
+
+    def run(args: Namespace) -> None:
+        predictions = predict(args.run, args.images, args.top, accelerator=args.accelerator)
+        if args.out is None:
+            for p in predictions:
+                ranked = zip(p.classes, p.probabilities, strict=True)
+                print(
+                    f"{shown(p.image, 300)}: "
+                    + ", ".join(f"{shown(name)} {100 * value:.1f} %" for name, value in ranked)
+                )
+            return
+        table = io.StringIO(newline="")
+        writer = csv.writer(table)
+        writer.writerow(["image", "rank", "class", "probability"])
+        for p in predictions:
+            for rank, (name, value) in enumerate(zip(p.classes, p.probabilities, strict=True), start=1):
+                writer.writerow([p.image, rank, name, f"{value:.6f}"])
+        content = table.getvalue().encode(errors="surrogateescape")
+        if args.out.exists() and not args.out.is_file():  # a pipe or a device, such as /dev/stdout
+            args.out.write_bytes(content)
+        else:
+            write_whole(args.out.resolve(), content)  # through a link, which stays
+        print(f"wrote {args.out}: {len(predictions)} images")
+
+    return run

@@ -1,0 +1,54 @@
+"""Every verb: a new one is an entry here and a module of its name beside this file.
+
+That module has ``add(parser)``, which adds the options and returns the function that runs the verb on what was parsed.
+It may have ``prepare(words)``, which changes the words of the command line before they are parsed. It is imported for
+its own verb alone, so it imports what it needs at its top.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What the overview and the help say of a verb.
+
+    Attributes:
+        what: What it does, in a sentence.
+        example: A command that runs.
+        needs_extras: Whether it needs more than torch and torchvision. Its parser is then jsonargparse's, and reads
+            recipes.
+    """
+
+    what: str
+    example: str
+    needs_extras: bool = True
+
+
+VERBS = {
+    "fit": Verb(
+        "Train a network by a recipe.",
+        "ecanet fit --config recipes/small/fashion_mnist.yaml --out runs/fashion --optim.epochs 2",
+    ),
+    "validate": Verb("Top-1 and top-5 of a trained network.", "ecanet validate runs/fashion"),
+    "predict": Verb("Classify image files.", "ecanet predict runs/fashion photo.png --top 3"),
+    "demo": Verb(
+        "Train a small ResNet with no gate, SE and ECA on embedded pictures; prints a table and draws pictures.",
+        "ecanet demo --seeds 3 --out runs/demo",
+    ),
+    "study": Verb(
+        "Train the same network with several gates and seeds: which differences are there?",
+        "ecanet study --data.root photos --gates none,se,eca --seeds 9 --out runs/study",
+    ),
+    "insert": Verb(
+        "Put gates into a network of torchvision or timm: where, how many, at what cost.",
+        "ecanet insert --model torchvision/resnet50 --where block --report --save resnet50_eca.pt",
+        needs_extras=False,
+    ),
+    "gates": Verb(
+        "Every gate: its formula, parameters, needs, neutral start and source.",
+        "ecanet gates gct grn",
+        needs_extras=False,
+    ),
+    "build": Verb("Build the C++ kernels for the CPU, in about a minute.", "ecanet build", needs_extras=False),
+    "doctor": Verb("What runs on this machine, what does not, and why.", "ecanet doctor", needs_extras=False),
+}

@@ -45,7 +45,8 @@ def test_a_file_is_trained_with_what_the_command_line_overrides_and_its_tables_a
     main(["study", str(file), "--optim.epochs", "1", "--out", "out", "--workers", "1"])
     said, told = capsys.readouterr()
     assert "neutral is " in said
-    assert said.endswith("wrote out/results.csv and out/summary.json\n")
+    assert said.endswith("wrote out/results.csv, out/summary.json and out/report.html\n")
+    assert "report: out/report.html" in told
     assert told.startswith("1 seed cannot show a difference at 0.05: ")
     with (file.parent / "out" / "results.csv").open() as table:
         rows = list(csv.DictReader(table))

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from ecanet.study.comparison import Comparison
+from ecanet.study.costs import measure_costs
 from ecanet.study.demo import demo, demo_recipes, draw
-from ecanet.study.report import measure_costs
 from ecanet.train import build_network
 
 
@@ -62,12 +62,13 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(
     def full(*_: object) -> NoReturn:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    before = {path.name: path.read_bytes() for path in folder.glob("*.png")}
+    before = {path.name: path.read_bytes() for path in (folder / "figures").glob("*.png")}
+    assert before
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device"):
         draw(comparison, folder)
-    assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == before
-    assert not list(folder.glob(".*.partial"))
+    assert {path.name: path.read_bytes() for path in (folder / "figures").glob("*.png")} == before
+    assert not list(folder.rglob(".*.partial"))
 
 
 def test_demo(made: tuple[Comparison, Path, str]) -> None:
@@ -81,7 +82,11 @@ def test_demo(made: tuple[Comparison, Path, str]) -> None:
     assert {entry: row["mean"] for entry, row in rows.items()} == {
         name: comparison.mean(name) for name in demo_recipes()
     }
-    for name in ("training_curves", "matrices", "kernel_sizes", "gates_per_class"):
-        with Image.open(folder / f"{name}.png") as image:
+    assert said.splitlines()[-1] == f"wrote {folder / 'report.html'}"
+    report = (folder / "report.html").read_text()
+    for section in ("cost", "differences", "gates", "profile", "runs", "settings"):
+        assert f'<h2 id="{section}">' in report
+    for name in ("differences", "cost", "gates-eca", "gates-eca-neutral-start", "gates-se", "matrices", "kernel_sizes"):
+        with Image.open(folder / "figures" / f"{name}.png") as image:
             assert image.width > 600
             assert len(image.convert("RGB").getcolors(2**24)) > 10

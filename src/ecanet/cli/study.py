@@ -33,7 +33,7 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
         entries, seeds = conditions_and_seeds(recipe, args.study, args.gates, args.seeds)
         if not args.dry_run:
             print(study_recipes(entries, seeds, args.out, args.workers))
-            print(f"wrote {args.out / 'results.csv'} and {args.out / 'summary.json'}")
+            print(f"wrote {args.out / 'results.csv'}, {args.out / 'summary.json'} and {args.out / 'report.html'}")
             return
         check_recipes(entries, seeds)
         jobs = comparison_jobs(entries, seeds, args.out)

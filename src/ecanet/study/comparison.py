@@ -12,8 +12,9 @@ import torch
 import ecanet
 from ecanet.inspect.paired import Difference, paired_difference
 from ecanet.study.engine import Job
-from ecanet.study.paired_study import check_names, check_seeds, fingerprint, run_jobs, slug
-from ecanet.study.results import Study
+from ecanet.study.evidence import gather
+from ecanet.study.paired_study import check_names, check_seeds, fingerprint, report, run_jobs
+from ecanet.study.results import Study, slug
 from ecanet.study.run_files import is_number
 from ecanet.study.statistics import Summary, summarise
 from ecanet.train.checkpoint import build_network
@@ -143,7 +144,12 @@ def study_recipes(
     jobs = comparison_jobs(entries, seeds, out)
     if any(job.read() is None for job in jobs):
         _check_parts(entries)
-    return run_jobs(jobs, out, "top1", workers, progress)
+    settings = {name: to_plain(recipe) for name, recipe in entries.items()}
+    study = run_jobs(jobs, out, "top1", workers, progress, settings)
+    if any(study.runs.values()):
+        gather(entries, study, Path(out), progress)
+    report(out, progress)
+    return study
 
 
 def seconds_of_an_epoch(recipe: Recipe) -> float:

@@ -17,8 +17,10 @@ from typing import Any
 
 from ecanet.files.atomic import write_whole
 from ecanet.files.folder_lock import lock_folder, unlock_folder
+from ecanet.study.about import write_about
 from ecanet.study.engine import Job, run_all
-from ecanet.study.results import FailedRun, FinishedRun, Study, why_not_counted
+from ecanet.study.html_report import write_report
+from ecanet.study.results import FailedRun, FinishedRun, Study, slug, why_not_counted
 from ecanet.study.statistics import plan
 from ecanet.untrusted import listed, shown
 
@@ -41,8 +43,8 @@ def run(
     killed study loses at most the runs in progress. They start again with the folder they had,
     ``out/runs/CONDITION-seedK``, where ``train`` may keep checkpoints to go on from. A run that raises, or whose metric
     is missing or NaN, has failed and is not tried again while its file is there; one whose process dies is tried once
-    more. The study goes on either way. At the end there are ``out/results.csv``, a row for each run, and
-    ``out/summary.json``.
+    more. The study goes on either way. At the end there are ``out/results.csv``, a row for each run,
+    ``out/summary.json``, and ``out/report.html``, one file that shows it all (:func:`ecanet.study.write_report`).
 
     Args:
         train: ``train(condition, seed, folder)`` returns a dict. Its numbers are metrics; what else JSON can hold is
@@ -92,10 +94,26 @@ def run(
         for seed in map(int, seeds)
         for name, condition in conditions.items()
     ]
-    return run_jobs(jobs, out, metric, workers, progress)
+    study = run_jobs(jobs, out, metric, workers, progress, {name: _plain(value) for name, value in conditions.items()})
+    report(out, progress)
+    return study
 
 
-def run_jobs(jobs: Sequence[Job], out: str | Path, metric: str, workers: int | None, progress: bool) -> Study:
+def report(out: str | Path, progress: bool) -> None:
+    """Write the report of a study, and say where it is."""
+    path = write_report(out)
+    if progress:
+        print(f"report: {path}", file=sys.stderr)
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    out: str | Path,
+    metric: str,
+    workers: int | None,
+    progress: bool,
+    settings: Mapping[str, Any],
+) -> Study:
     """Run what did not end yet, and write the study's tables.
 
     Args:
@@ -104,6 +122,7 @@ def run_jobs(jobs: Sequence[Job], out: str | Path, metric: str, workers: int | N
         metric: What is compared, a text.
         workers: As in :func:`run`.
         progress: As in :func:`run`.
+        settings: By condition what sets it apart, for the report: whatever JSON can hold.
 
     Raises:
         ValueError, BlockingIOError, RuntimeError: as in :func:`run`.
@@ -112,7 +131,7 @@ def run_jobs(jobs: Sequence[Job], out: str | Path, metric: str, workers: int | N
         raise ValueError(f"workers must be 1 or more, or None, got {workers!r}")
     folder = Path(out)
     with _study_folder(folder):
-        return _run_jobs(jobs, folder, metric, workers, progress)
+        return _run_jobs(jobs, folder, metric, workers, progress, settings)
 
 
 @contextlib.contextmanager
@@ -135,7 +154,14 @@ def _study_folder(folder: Path) -> Iterator[None]:
                 path.rmdir()
 
 
-def _run_jobs(jobs: Sequence[Job], folder: Path, metric: str, workers: int | None, progress: bool) -> Study:
+def _run_jobs(
+    jobs: Sequence[Job],
+    folder: Path,
+    metric: str,
+    workers: int | None,
+    progress: bool,
+    settings: Mapping[str, Any],
+) -> Study:
     _check_folder(jobs, folder)
     ended = {job.folder: job.read() for job in jobs}
     known = [stored["metrics"] for stored in ended.values() if stored is not None and stored["error"] is None]
@@ -144,6 +170,7 @@ def _run_jobs(jobs: Sequence[Job], folder: Path, metric: str, workers: int | Non
         raise ValueError(f"metric must be one that the finished runs in {folder} have ({there}), got {shown(metric)!r}")
     todo = [job for job in jobs if ended[job.folder] is None]
     names = list(dict.fromkeys(job.condition for job in jobs))
+    write_about(folder, metric, list(dict.fromkeys(job.seed for job in jobs)), settings)
     if progress and todo and len(names) > 1:
         print(plan(len(names), len(jobs) // len(names)), file=sys.stderr)
     lost = run_all(todo, workers, progress, partial(why_not_counted, metric=metric))
@@ -158,6 +185,8 @@ def _run_jobs(jobs: Sequence[Job], folder: Path, metric: str, workers: int | Non
         about = {name: stored[name] for name in ("metrics", "details", "seconds")}
         runs[job.condition].append(FinishedRun(job.condition, job.seed, folder=job.folder, **about))
     study = Study(metric, runs, failed)
+    if unwritten := [(run.condition, run.seed, run.reason) for run in failed if not run.file.exists()]:
+        write_about(folder, metric, list(dict.fromkeys(job.seed for job in jobs)), settings, unwritten)
     write_whole(folder / "results.csv", _results(study, jobs))
     write_whole(folder / "summary.json", json.dumps(asdict(study.summary), indent=2, allow_nan=False) + "\n")
     return study
@@ -200,11 +229,6 @@ def check_seeds(seeds: Sequence[int]) -> None:
     ):
         shown_seeds = seeds if given is None else given
         raise ValueError(f"seeds must be one or more different integers, such as range(9), got {shown_seeds}")
-
-
-def slug(name: str) -> str:
-    """A name as part of a file's name."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "entry"
 
 
 def fingerprint(what: Any) -> str:

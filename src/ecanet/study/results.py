@@ -1,6 +1,7 @@
 """What a study found: its finished runs, those that failed, and why a run is not counted."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -97,3 +98,8 @@ def why_not_counted(stored: Mapping[str, Any], metric: str) -> str:
     if not (math.isfinite(value) and abs(value) <= _LARGEST):
         return f"its {metric} is {float(value):g}"
     return ""
+
+
+def slug(name: str) -> str:
+    """A name as part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "entry"

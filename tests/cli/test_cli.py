@@ -36,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
 
 
 def test_fit_writes_what_it_says(run: Path) -> None:
-    assert {path.name for path in run.iterdir()} == {"best.ckpt", "last.ckpt", "recipe.json", "logs"}
+    assert {path.name for path in run.iterdir()} == {"best.ckpt", "last.ckpt", "metrics.csv", "recipe.json", "logs"}
     recipe = json.loads((run / "recipe.json").read_text())
     assert recipe["model"]["gate"] == "se"
     assert recipe["optim"]["epochs"] == 3, "the command line wins over the recipe"

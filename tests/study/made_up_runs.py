@@ -19,6 +19,21 @@ def train(condition: float, seed: int, folder: Path) -> dict[str, Any]:
     return {"acc": 90 + condition + random.Random(f"{condition} {seed}").gauss(0, 0.3), "loss": 0.5, "curve": [1, 2.5]}
 
 
+def one_number(condition: float, seed: int, folder: Path) -> dict[str, Any]:
+    """A single metric, and something else."""
+    return {"acc": train(condition, seed, folder)["acc"], "curve": [1]}
+
+
+def no_number(condition: float, seed: int, folder: Path) -> dict[str, Any]:
+    """Nothing that can be compared."""
+    return {"curve": [1]}
+
+
+def seconds_of_its_own(condition: float, seed: int, folder: Path) -> dict[str, Any]:
+    """A metric with the name of a column."""
+    return {"seconds": 3.5}
+
+
 def train_slowly(condition: float, seed: int, folder: Path) -> dict[str, Any]:
     """Takes a twentieth of a second."""
     time.sleep(0.05)

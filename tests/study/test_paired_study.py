@@ -93,6 +93,34 @@ def test_another_metric_is_compared_without_training(tmp_path: Path) -> None:
     assert len(calls(tmp_path)) == 6
 
 
+def test_a_metric_need_not_be_named_where_there_is_one_and_several_are_named_and_kept(tmp_path: Path) -> None:
+    found = study(tmp_path / "one", made_up_runs.one_number, metric=None)
+    assert found.metric == "acc"
+    assert found.summary == study(tmp_path / "one", made_up_runs.one_number).summary
+    for _ in range(2):  # at the end, and at once
+        with pytest.raises(ValueError, match=r"one of acc, loss, which .*: the same call with metric='acc' compares"):
+            study(tmp_path / "two", metric=None)
+    assert len((tmp_path / "two/results.csv").read_text().splitlines()) == 7
+    assert study(tmp_path / "two").summary.metric == "acc"
+    assert set(calls(tmp_path / "two").values()) == {1}
+    with pytest.raises(
+        RuntimeError, match=r"no run returned a number, .*: none, seed 0: it returned no numbers; SE, seed 0"
+    ):
+        study(tmp_path / "none", made_up_runs.no_number, metric=None)
+
+
+def test_a_metric_may_have_the_name_of_a_column(tmp_path: Path) -> None:
+    study(tmp_path, made_up_runs.seconds_of_its_own, metric="seconds")
+    rows, _ = tables(tmp_path)
+    assert [row["seconds (metric)"] for row in rows[:2]] == ["3.5", "3.5"]
+
+
+def test_conditions_that_are_the_same_are_told(tmp_path: Path, capsys) -> None:
+    study(tmp_path, conditions={"none": 0.0, "plain": 0.0, "SE": 0.1}, progress=True)
+    told = "none and plain are the same: all but one of them take time and seeds, and can show nothing."
+    assert told in capsys.readouterr().err
+
+
 def test_names_alone_are_conditions_and_numbers_of_other_libraries_are_metrics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +236,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a negative seed": ({"seeds": [-1]}, ValueError, "seeds must be one or more different"),
     "half a seed": ({"seeds": [0.5]}, ValueError, "seeds must be one or more different"),
     "no metric": ({"metric": ""}, ValueError, "metric must name what train returns"),
+    "metrics": ({"metric": ["a", "b"]}, ValueError, "metric must name what train returns"),
     "no worker": ({"workers": 0}, ValueError, "workers must be 1 or more, or None, got 0"),
     "no function": ({"train": 3}, TypeError, "train must be a function of condition, seed and folder, got 3"),
     "too few arguments": ({"train": len}, TypeError, "train must take condition, seed and folder"),

@@ -12,7 +12,7 @@ from ecanet.surgery.insertion_file import Insertion, check_path, save
 def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
     """Add the options to a parser; what is returned runs the verb."""
     parser.add_argument("--model", required=True, help="torchvision/NAME or timm/NAME.")
-    parser.add_argument("--gate", default="eca", help=f"One of {', '.join(GATES)}.")
+    parser.add_argument("--gate", default="eca", help=f"One of {', '.join(GATES)}, or timm:NAME.")
     parser.add_argument("--kernel-size", type=_kernel_size, default="adaptive", help="An odd integer, or adaptive.")
     parser.add_argument(
         "--where", nargs="+", default=["block"], help="block, stage, conv, or names and patterns of modules."

@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
 from ecanet.cli.options import CONFIG_HELP
-from ecanet.study.comparison import check_recipes, comparison_jobs, seconds_of_an_epoch, study_recipes
+from ecanet.study.comparison import check_parts, check_recipes, comparison_jobs, seconds_of_an_epoch, study_recipes
 from ecanet.study.engine import default_workers
 from ecanet.study.statistics import plan
 from ecanet.study.study_file import conditions_and_seeds, with_study_read
@@ -19,7 +19,18 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
     """Add the options to a parser; what is returned runs the verb."""
     parser.add_argument("study", type=Path, nargs="?", default=None, help="YAML with conditions, seeds and a recipe.")
     parser.add_argument("--config", action="config", help=CONFIG_HELP)
-    parser.add_argument("--gates", type=str, default=None, help="Gates with commas between, the baseline first.")
+    parser.add_argument(
+        "--gates",
+        type=str,
+        default=None,
+        help="Gates with commas between, the baseline first, such as none,eca,cbam,timm:cbam.",
+    )
+    parser.add_argument(
+        "--kernel-sizes",
+        type=str,
+        default=None,
+        help="Such as 1,3,5,7,9,adaptive: every gate that has a kernel size is a condition with each of them.",
+    )
     parser.add_argument("--seeds", type=int | None, default=None, help="Number of seeds of each condition.")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="Folder for runs and tables.")
     parser.add_argument(
@@ -30,7 +41,7 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
 
     def run(args: Namespace) -> None:
         recipe = Recipe(args.model, args.data, args.optim, args.trainer)
-        entries, seeds = conditions_and_seeds(recipe, args.study, args.gates, args.seeds)
+        entries, seeds = conditions_and_seeds(recipe, args.study, args.gates, args.kernel_sizes, args.seeds)
         if not args.dry_run:
             print(study_recipes(entries, seeds, args.out, args.workers))
             print(f"wrote {args.out / 'results.csv'}, {args.out / 'summary.json'} and {args.out / 'report.html'}")
@@ -40,6 +51,7 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
         left = sum(job.read() is None for job in jobs)
         print(f"{len(entries)} conditions x {len(seeds)} seeds = {len(jobs)} runs, {left} left, into {args.out}")
         if left:
+            print("".join(f"{note}\n" for note in check_parts(entries)), end="")
             seconds, workers = seconds_of_an_epoch(recipe), min(args.workers or default_workers(), left)
             total = tqdm.format_interval(math.ceil(left / workers) * recipe.optim.epochs * seconds)
             at_a_time = f"{recipe.optim.epochs} in a run, {workers} runs at a time"

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ecanet.nn.build import GATES, did_you_mean
+from ecanet.nn.build import check_gate_name
 from ecanet.untrusted import check_number, listed, shown
 
 _Check = Callable[[Any, str], None]
@@ -52,10 +52,14 @@ def _kernel_size(value: Any, what: str) -> None:
 
 
 def _gate(value: Any, what: str) -> None:
+    if value is None or value == "none":
+        return
+    if not isinstance(value, str):
+        raise ValueError(f"{what} must be the name of a gate, 'none' or None, got {shown(value)}")
     try:
-        _one_of(*GATES, "none", None)(value, what)
+        check_gate_name(value, ", 'none' or None")
     except ValueError as error:
-        raise ValueError(f"{error}{did_you_mean(value) if isinstance(value, str) else ''}") from None
+        raise ValueError(f"{what.removesuffix('gate')}{error}") from None
 
 
 _bool = _one_of(True, False)

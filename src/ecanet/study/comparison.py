@@ -1,6 +1,7 @@
 """Paired comparison of recipes over seeds. Each finished run is a file, so a killed comparison loses none."""
 
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,6 +12,8 @@ import torch
 
 import ecanet
 from ecanet.inspect.paired import Difference, paired_difference
+from ecanet.study.conclusions import said_of_the_same
+from ecanet.study.conditions import digest
 from ecanet.study.engine import Job
 from ecanet.study.evidence import gather
 from ecanet.study.paired_study import check_names, check_seeds, fingerprint, report, run_jobs
@@ -143,7 +146,9 @@ def study_recipes(
     check_recipes(entries, seeds)
     jobs = comparison_jobs(entries, seeds, out)
     if any(job.read() is None for job in jobs):
-        _check_parts(entries)
+        notes = check_parts(entries)
+        if progress:
+            print("".join(f"{note}\n" for note in notes), file=sys.stderr, end="")
     settings = {name: to_plain(recipe) for name, recipe in entries.items()}
     study = run_jobs(jobs, out, "top1", workers, progress, settings)
     if any(study.runs.values()):
@@ -199,17 +204,33 @@ def _fit(recipe: Recipe, folder: Path) -> dict[str, Any]:
     return {"top1": result.top1, "history": result.history, "recipe": to_plain(recipe), "versions": result.versions}
 
 
-def _check_parts(entries: Mapping[str, Recipe]) -> None:
-    """Find the pictures and build the networks once, so that a mistake in a recipe stops the study before it starts."""
+def check_parts(entries: Mapping[str, Recipe]) -> list[str]:
+    """Find the pictures and build the networks once, so that a mistake in a recipe stops the study before it starts.
+
+    Args:
+        entries: Recipes by name.
+
+    Returns:
+        What is odd about them, a sentence each: entries that are the same.
+
+    Raises:
+        ValueError: there are no such pictures, or no such network; the message names the entry.
+    """
     classes: dict[str, int] = {}
+    same: dict[tuple[str, str], list[str]] = {}
     for name, recipe in entries.items():
         try:
             key = fingerprint(recipe.data)
             if key not in classes:
                 classes[key] = len(ImageData(recipe.data).classes)
-            build_network(recipe.model, classes[key])
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                network = build_network(recipe.model, classes[key])
         except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"entries[{name!r}]: {error}") from error
+        others = fingerprint([recipe.data, recipe.optim, replace(recipe.trainer, seed=0)])
+        same.setdefault((others, digest(network)), []).append(name)
+    return said_of_the_same(list(same.values()))
 
 
 def _check_devices(entries: Mapping[str, Recipe]) -> None:

@@ -7,6 +7,8 @@ from ecanet.study.statistics import LEVEL, ConditionSummary, Summary, detectable
 
 #: Conditions that a headline names one by one.
 _MOST_NAMES = 6
+#: Digits behind the point, and before it, that are written without an exponent.
+_MOST_DECIMALS = 9
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -91,6 +93,15 @@ def is_shown(row: ConditionSummary) -> bool:
     return not row.low <= 0 <= row.high and row.p_holm <= LEVEL
 
 
+def said_of_the_same(groups: Sequence[Sequence[str]]) -> list[str]:
+    """A sentence for each group of conditions that are the same under several names."""
+    return [
+        f"{' and '.join(names)} are the same: all but one of them take time and seeds, and can show nothing."
+        for names in groups
+        if len(names) > 1
+    ]
+
+
 def _sentence(name: str, baseline: str, row: ConditionSummary, comparisons: int) -> str:
     if row.difference is None:
         return f"{name}: no seed finished both with it and with {baseline}."
@@ -110,7 +121,7 @@ def _sentence(name: str, baseline: str, row: ConditionSummary, comparisons: int)
 
 
 def shown_number(value: float, margin: float | None, sign: str = "") -> str:
-    """A number with two digits of its margin, and two decimals at least.
+    """A number with two digits of its margin, and two decimals at least; with an exponent where that takes long.
 
     Args:
         value: The number.
@@ -118,4 +129,5 @@ def shown_number(value: float, margin: float | None, sign: str = "") -> str:
         sign: "+" to write that sign, too.
     """
     digits = max(2, 1 - math.floor(math.log10(margin))) if margin else 2
-    return f"{value:{sign}.{digits}f}"
+    kind = f".{digits}f" if digits <= _MOST_DECIMALS and abs(value) < 10**_MOST_DECIMALS else ".6g"
+    return f"{value:{sign}{kind}}"

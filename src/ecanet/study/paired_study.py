@@ -18,6 +18,7 @@ from typing import Any
 from ecanet.files.atomic import write_whole
 from ecanet.files.folder_lock import lock_folder, unlock_folder
 from ecanet.study.about import write_about
+from ecanet.study.conclusions import said_of_the_same
 from ecanet.study.engine import Job, run_all
 from ecanet.study.html_report import write_report
 from ecanet.study.results import FailedRun, FinishedRun, Study, slug, why_not_counted
@@ -33,7 +34,7 @@ def run(
     conditions: Mapping[str, Any] | Sequence[str],
     seeds: Sequence[int],
     out: str | Path,
-    metric: str,
+    metric: str | None = None,
     workers: int | None = None,
     progress: bool = True,
 ) -> Study:
@@ -53,7 +54,8 @@ def run(
         conditions: By name what ``train`` gets as its condition, the baseline first; or names, which it gets then.
         seeds: Different integers.
         out: Folder for the study.
-        metric: The metric that is compared. A second call with another one compares without training.
+        metric: The metric that is compared, by default the only number that ``train`` returns. A second call with
+            another one compares without training.
         workers: Runs at a time, each with one thread. By default one for each core, or a single run at a time on a
             machine with a GPU.
         progress: Show runs done, running and left, with the time left, and say first what the seeds can show.
@@ -64,9 +66,9 @@ def run(
     Raises:
         TypeError: ``train`` does not take three arguments, or it or a condition cannot be handed to another process.
         ValueError: no condition, two with one name, no or repeated seeds, no run has such a metric, or ``out`` holds
-            another study or damaged files.
+            another study or damaged files; at the end, ``metric`` is not given and runs have several: they are kept.
         BlockingIOError: another study is writing into ``out``.
-        RuntimeError: worker processes do not start.
+        RuntimeError: worker processes do not start; or ``metric`` is not given and no run returned a number.
 
     Example:
         >>> def train(condition, seed, folder):
@@ -77,9 +79,15 @@ def run(
         conditions = _by_name(conditions)
     check_names(conditions, "conditions")
     check_seeds(seeds)
-    if not isinstance(metric, str) or not metric:
-        raise ValueError(f"metric must name what train returns, such as 'accuracy', got {metric!r}")
+    if metric is not None and (not isinstance(metric, str) or not metric):
+        raise ValueError(f"metric must name what train returns, such as 'accuracy', or be None, got {shown(metric)!r}")
     _check_train(train, conditions)
+    if progress:
+        same: dict[str, list[str]] = {}
+        for name, condition in conditions.items():
+            same.setdefault(fingerprint(condition), []).append(name)
+        for line in said_of_the_same(list(same.values())):
+            print(line, file=sys.stderr)
     folder = Path(out).absolute() / "runs"  # a training function may change the working folder
     by = f"{getattr(train, '__module__', '')}.{getattr(train, '__qualname__', type(train).__qualname__)}"
     # Seed by seed, so that after an early stop the finished runs form pairs.
@@ -109,7 +117,7 @@ def report(out: str | Path, progress: bool) -> None:
 def run_jobs(
     jobs: Sequence[Job],
     out: str | Path,
-    metric: str,
+    metric: str | None,
     workers: int | None,
     progress: bool,
     settings: Mapping[str, Any],
@@ -119,7 +127,7 @@ def run_jobs(
     Args:
         jobs: All runs of the study, each with a folder in ``out/runs``.
         out: Folder of the study.
-        metric: What is compared, a text.
+        metric: What is compared; None for the only metric that the runs have.
         workers: As in :func:`run`.
         progress: As in :func:`run`.
         settings: By condition what sets it apart, for the report: whatever JSON can hold.
@@ -157,48 +165,83 @@ def _study_folder(folder: Path) -> Iterator[None]:
 def _run_jobs(
     jobs: Sequence[Job],
     folder: Path,
-    metric: str,
+    metric: str | None,
     workers: int | None,
     progress: bool,
     settings: Mapping[str, Any],
 ) -> Study:
     _check_folder(jobs, folder)
-    ended = {job.folder: job.read() for job in jobs}
-    known = [stored["metrics"] for stored in ended.values() if stored is not None and stored["error"] is None]
-    if known and not any(metric in metrics for metrics in known):
-        there = listed(dict.fromkeys(name for metrics in known for name in metrics)) or "no numbers"
-        raise ValueError(f"metric must be one that the finished runs in {folder} have ({there}), got {shown(metric)!r}")
-    todo = [job for job in jobs if ended[job.folder] is None]
+    ended = {job.folder: stored for job in jobs if (stored := job.read()) is not None}
+    _metric_of(ended.values(), metric, folder)
+    todo = [job for job in jobs if job.folder not in ended]
     names = list(dict.fromkeys(job.condition for job in jobs))
-    write_about(folder, metric, list(dict.fromkeys(job.seed for job in jobs)), settings)
+    seeds = list(dict.fromkeys(job.seed for job in jobs))
+    write_about(folder, metric, seeds, settings)
     if progress and todo and len(names) > 1:
         print(plan(len(names), len(jobs) // len(names)), file=sys.stderr)
     lost = run_all(todo, workers, progress, partial(why_not_counted, metric=metric))
-    runs: dict[str, list[FinishedRun]] = {name: [] for name in names}
+    ended |= {job.folder: stored for job in todo if (stored := job.read()) is not None}
+    if metric is None:
+        try:
+            metric = _metric_of(ended.values(), None, folder)
+        except ValueError:  # the numbers are there, to choose from
+            write_whole(folder / "results.csv", _results(_sorted_out(jobs, ended, lost, None)[0], jobs))
+            raise
+    runs, failed = _sorted_out(jobs, ended, lost, metric)
+    if unwritten := [(run.condition, run.seed, run.reason) for run in failed if not run.file.exists()]:
+        write_about(folder, metric, seeds, settings, unwritten)
+    write_whole(folder / "results.csv", _results(runs, jobs))
+    if metric is None:
+        reasons = [f"{run.condition}, seed {run.seed}: {run.reason}" for run in failed[:5]]
+        raise RuntimeError(f"no run returned a number, so there is nothing to compare: {'; '.join(reasons)}")
+    study = Study(metric, runs, failed)
+    write_whole(folder / "summary.json", json.dumps(asdict(study.summary), indent=2, allow_nan=False) + "\n")
+    return study
+
+
+def _sorted_out(
+    jobs: Sequence[Job], ended: Mapping[Path, dict[str, Any]], lost: Mapping[Path, str], metric: str | None
+) -> tuple[dict[str, list[FinishedRun]], list[FailedRun]]:
+    runs: dict[str, list[FinishedRun]] = {job.condition: [] for job in jobs}
     failed: list[FailedRun] = []
     for job in jobs:
-        stored = ended[job.folder] or job.read()
+        stored = ended.get(job.folder)
         reason = lost.get(job.folder, "it left no file") if stored is None else why_not_counted(stored, metric)
         if stored is None or reason:
             failed.append(FailedRun(job.condition, job.seed, reason, job.file))
             continue
         about = {name: stored[name] for name in ("metrics", "details", "seconds")}
         runs[job.condition].append(FinishedRun(job.condition, job.seed, folder=job.folder, **about))
-    study = Study(metric, runs, failed)
-    if unwritten := [(run.condition, run.seed, run.reason) for run in failed if not run.file.exists()]:
-        write_about(folder, metric, list(dict.fromkeys(job.seed for job in jobs)), settings, unwritten)
-    write_whole(folder / "results.csv", _results(study, jobs))
-    write_whole(folder / "summary.json", json.dumps(asdict(study.summary), indent=2, allow_nan=False) + "\n")
-    return study
+    return runs, failed
 
 
-def _results(study: Study, jobs: Sequence[Job]) -> str:
+def _metric_of(ended: Iterable[Mapping[str, Any]], metric: str | None, folder: Path) -> str | None:
+    """The metric to compare; None if nobody named one and no run has any.
+
+    Raises:
+        ValueError: no finished run has this one; or nobody named one, and they have several.
+    """
+    finished = [stored["metrics"] for stored in ended if stored["error"] is None]
+    names = list(dict.fromkeys(name for metrics in finished for name in metrics))
+    if metric is None and len(names) > 1:
+        raise ValueError(
+            f"metric must be one of {listed(names)}, which the finished runs in {folder} have: the same call with "
+            f"metric={names[0]!r} compares them without training"
+        )
+    if metric is not None and finished and metric not in names:
+        there = listed(names) or "no numbers"
+        raise ValueError(f"metric must be one that the finished runs in {folder} have ({there}), got {shown(metric)!r}")
+    return names[0] if metric is None and names else metric
+
+
+def _results(runs: Mapping[str, Sequence[FinishedRun]], jobs: Sequence[Job]) -> str:
     """The table of runs: a failed one has no metrics."""
-    finished = {(run.condition, run.seed): run for runs in study.runs.values() for run in runs}
+    finished = {(run.condition, run.seed): run for of_condition in runs.values() for run in of_condition}
     metrics = list(dict.fromkeys(name for run in finished.values() for name in run.metrics))
     table = io.StringIO(newline="")
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["condition", "seed", *metrics, "seconds"])
+    ours = ("condition", "seed", "seconds")
+    writer.writerow([*ours[:2], *(f"{name} (metric)" if name in ours else name for name in metrics), ours[2]])
     for job in jobs:
         run = finished.get((job.condition, job.seed))
         cells = [run.metrics.get(name, "") for name in metrics] if run else [""] * len(metrics)

@@ -83,18 +83,22 @@ class Study:
         return "\n".join(lines)
 
 
-def why_not_counted(stored: Mapping[str, Any], metric: str) -> str:
+def why_not_counted(stored: Mapping[str, Any], metric: str | None) -> str:
     """Why a run that ended is not counted; an empty text for one that is.
 
     Args:
         stored: What its file holds.
-        metric: What is compared.
+        metric: What is compared; None where nobody named it yet.
     """
     if stored["error"] is not None:
         return stored["error"]
-    if metric not in stored["metrics"]:
-        return f"it returned no {metric!r}, only {listed(stored['metrics']) or 'no numbers'}"
-    value = stored["metrics"][metric]
+    metrics = stored["metrics"]
+    if metric is None and len(metrics) != 1:  # with several, nobody knows yet which one counts
+        return "" if metrics else "it returned no numbers"
+    metric = next(iter(metrics)) if metric is None else metric
+    if metric not in metrics:
+        return f"it returned no {metric!r}, only {listed(metrics) or 'no numbers'}"
+    value = metrics[metric]
     if not (math.isfinite(value) and abs(value) <= _LARGEST):
         return f"its {metric} is {float(value):g}"
     return ""

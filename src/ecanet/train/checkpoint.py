@@ -184,8 +184,8 @@ def load_trained(path: str | os.PathLike[str]) -> TrainedNetwork:
     )
 
 
-#: Limits on classes, characters of a class name and epochs.
-_MAX_CLASSES, _MAX_NAME, _MAX_EPOCHS = 100_000, 200, 1_000_000
+#: Limits on classes, characters of a class name, epochs and numbers in the record of one.
+_MAX_CLASSES, _MAX_NAME, _MAX_EPOCHS, _MAX_RECORD = 100_000, 200, 1_000_000, 100
 
 
 def check_about(about: object, path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -219,8 +219,8 @@ def check_about(about: object, path: str | os.PathLike[str]) -> dict[str, Any]:
                 raise ValueError(f"{name} must be three numbers")
             for value in values:
                 check_number(value, name, low, 1e3)
-        if not isinstance(history, list) or len(history) > _MAX_EPOCHS or not all(isinstance(r, dict) for r in history):
-            raise ValueError("history must be a list with a record for each epoch")
+        if not isinstance(history, list) or len(history) > _MAX_EPOCHS or not all(map(_is_record, history)):
+            raise ValueError("history must be a list with a record for each epoch: numbers by short names")
         model = recipe["model"]
         if unknown := [key for key in model if key not in ModelConfig.__dataclass_fields__]:
             raise ValueError(f"recipe.model has no {listed(map(str, unknown), 5)}")
@@ -236,6 +236,13 @@ def check_about(about: object, path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
     kept = {key: about[key] for key in ("classes", "mean", "std", "history")}
     return {**kept, "recipe": {"model": model, "data": input_settings}}
+
+
+def _is_record(record: object) -> bool:
+    if not isinstance(record, dict) or len(record) > _MAX_RECORD:
+        return False
+    names = all(isinstance(name, str) and len(name) <= _MAX_NAME for name in record)
+    return names and all(type(value) in (int, float) for value in record.values())
 
 
 def without_weights_file(config: ModelConfig) -> ModelConfig:

@@ -22,7 +22,7 @@ class ModelConfig:
 
     Args:
         name: A network of ecanet.models: NETWORKS.
-        gate: A name that ``ecanet gates`` explains: GATES; or null for none.
+        gate: A name that ``ecanet gates`` explains: GATES; or timm:NAME, a layer of timm's; or null for none.
         kernel_size: adaptive, released, an odd integer, or a list with one for each stage.
         neutral: Start as the network without gates, with gates that are 1.
         weights: A plain network's weights to start from: a file, or the name of torchvision's.

@@ -1,8 +1,6 @@
 """Validate a trained network, and predict with it."""
 
-import contextlib
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -22,6 +21,7 @@ from ecanet.train.classifier import Classifier
 from ecanet.train.config import DataConfig
 from ecanet.train.data.loading import ImageData, Plain, test_transform
 from ecanet.train.data.pictures import image_files, read_image
+from ecanet.train.progress import Progress
 from ecanet.train.quiet import quiet_lightning
 from ecanet.untrusted import check_file, listed, shown
 
@@ -48,9 +48,8 @@ def validate(run: str | Path, data: DataConfig | None = None, accelerator: str =
         theirs, own = listed(images.classes, 10), listed(trained.classes, 10)
         raise ValueError(f"the data's classes ({theirs}) are not the network's ({own})")
     classifier = Classifier(trained.network, len(trained.classes), trained.mean, trained.std)
-    # The progress bar goes to stderr, results to stdout.
-    with quiet_lightning(), contextlib.redirect_stdout(sys.stderr):
-        trainer = _evaluation_trainer(accelerator)
+    with quiet_lightning(), Progress() as progress:
+        trainer = _evaluation_trainer(accelerator, progress)
         (metrics,) = trainer.validate(classifier, datamodule=images, verbose=False)
     return dict(metrics)
 
@@ -93,9 +92,8 @@ def predict(
     pictures = Plain(_ImageFiles(files), test_transform(data_of(trained, source="image_folder", root=Path())))
     classifier = Classifier(trained.network, len(trained.classes), trained.mean, trained.std)
     loader = DataLoader(pictures, batch_size, collate_fn=_images_only)
-    # The progress bar goes to stderr, results to stdout.
-    with quiet_lightning(), contextlib.redirect_stdout(sys.stderr):
-        batches = _evaluation_trainer(accelerator).predict(classifier, loader)
+    with quiet_lightning(), Progress() as progress:
+        batches = _evaluation_trainer(accelerator, progress).predict(classifier, loader)
     assert batches is not None
     probabilities = torch.cat([batch for batch in batches if isinstance(batch, Tensor)])
     values, indices = probabilities.topk(min(top, len(trained.classes)))
@@ -144,10 +142,12 @@ def data_of(trained: TrainedNetwork, **changes: Any) -> DataConfig:
     return DataConfig(**wanted)
 
 
-def _evaluation_trainer(accelerator: str) -> L.Trainer:
+def _evaluation_trainer(accelerator: str, *callbacks: Callback) -> L.Trainer:
     return L.Trainer(
         accelerator=accelerator,
         devices=1,
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

@@ -7,12 +7,11 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -29,6 +28,7 @@ from ecanet.train.classifier import Classifier
 from ecanet.train.config import Recipe, to_plain
 from ecanet.train.data.loading import ImageData
 from ecanet.train.processes import EndTogether
+from ecanet.train.progress import Progress
 from ecanet.train.quiet import quiet_lightning
 from ecanet.train.resume import Resumed, last_state, made_by, what_decides
 from ecanet.train.run_folder import FILES_OF_A_RUN, RunFolder, how_to_go_on
@@ -71,10 +71,11 @@ def fit(
 
     Args:
         recipe: Network, data, optimisation and machine.
-        out: Folder for best.ckpt, last.ckpt, recipe.json and logs (CSV and TensorBoard); None writes nothing.
+        out: Folder for best.ckpt, last.ckpt, recipe.json, metrics.csv (a row for each epoch) and logs (CSV and
+            TensorBoard); None writes nothing.
         resume: Go on from ``out/last.ckpt``; if there is none, start from the beginning. A larger ``optim.epochs``
             extends a run.
-        progress: Show progress bars.
+        progress: Print a line for each epoch and, on a terminal, show a bar.
         on_epoch: Called with every epoch's record.
 
     Returns:
@@ -114,17 +115,18 @@ def _fit(
     if resumed is not None:  # the weights file it started from may be gone; the recipe still names it
         recipe = replace(recipe, model=replace(recipe.model, weights=resumed.recipe["model"].get("weights")))
         network_config = without_weights_file(recipe.model)
-    history = _History(recipe, resumed, on_epoch)
+    history = _History(recipe, folder, resumed, on_epoch)
     callbacks: list[Callback] = [history]
     if recipe.optim.ema is not None:
         # The average covers buffers too; BatchNorm's statistics are averages anyway.
         callbacks.append(EMAWeightAveraging(decay=recipe.optim.ema))
+    shown = Progress(lambda: history.records)
     if progress:
-        callbacks.append(_ProgressBar())
+        callbacks.append(shown)
     if folder:
         callbacks.append(SaveCheckpoints(folder, recipe.trainer.checkpoint_steps))
     try:
-        trainer = _build_trainer(recipe, callbacks, _build_loggers(folder.path) if folder else [], progress)
+        trainer = _build_trainer(recipe, callbacks, _build_loggers(folder.path) if folder else [])
     except MisconfigurationException as error:
         raise ValueError(f"the trainer block does not fit this machine: {error}") from error
     _check_launcher(trainer)
@@ -132,7 +134,7 @@ def _fit(
     trainer.callbacks.append(together)  # type: ignore[attr-defined]
     try:
         # Reading the pictures may take long, and another process may end meanwhile.
-        with folder.errors_named() if folder else contextlib.nullcontext(), together:
+        with folder.errors_named() if folder else contextlib.nullcontext(), together, shown:
             # This seeds the global generators, for the initial weights and Lightning's workers.
             L.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
             data = history.data = ImageData(recipe.data, recipe.trainer.seed)
@@ -156,11 +158,9 @@ def _fit(
     except (KeyboardInterrupt, SystemExit) as interrupted:
         if folder and trainer.is_global_zero:
             print(f"Interrupted: {how_to_go_on(folder.path)}.", flush=True)
-        if isinstance(interrupted, KeyboardInterrupt):
+        if not isinstance(interrupted, SystemExit) or isinstance(interrupted.__context__, KeyboardInterrupt):
             raise
-        # Lightning turns Ctrl-C into SystemExit(1), and SIGTERM into one with exit status 0.
-        if isinstance(interrupted.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from interrupted
+        # Lightning turns SIGTERM into an exit status of 0.
         raise SystemExit(interrupted.code or 128 + signal.SIGTERM) from interrupted
     records = history.records
     best = max(record["val/top1"] for record in records)
@@ -169,7 +169,7 @@ def _fit(
 
 
 def _build_trainer(
-    recipe: Recipe, callbacks: list[Callback], loggers: list[Logger], progress: bool, strategy: str | None = None
+    recipe: Recipe, callbacks: list[Callback], loggers: list[Logger], strategy: str | None = None
 ) -> L.Trainer:
     config = recipe.trainer
     trainer = L.Trainer(
@@ -185,7 +185,7 @@ def _build_trainer(
         plugins=[SafeCheckpointIO()],
         use_distributed_sampler=False,
         enable_checkpointing=any(isinstance(callback, SaveCheckpoints) for callback in callbacks),
-        enable_progress_bar=progress,
+        enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
         log_every_n_steps=config.log_steps,
@@ -193,7 +193,7 @@ def _build_trainer(
     if trainer.world_size > 2 and strategy is None and config.strategy in ("auto", "ddp"):
         # Otherwise DDP reorders its buckets after the first step. The order in which three or more gradients are summed
         # would differ in a resumed run, and so would the bits.
-        return _build_trainer(recipe, callbacks, loggers, progress, "ddp_find_unused_parameters_true")
+        return _build_trainer(recipe, callbacks, loggers, "ddp_find_unused_parameters_true")
     return trainer
 
 
@@ -220,10 +220,11 @@ class _History(Callback):
     def __init__(
         self,
         recipe: Recipe,
+        folder: RunFolder | None,
         resumed: Resumed | None,
         on_epoch: Callable[[dict[str, float]], None] | None,
     ) -> None:
-        self.recipe, self.resumed, self.on_epoch = recipe, resumed, on_epoch
+        self.recipe, self.folder, self.resumed, self.on_epoch = recipe, folder, resumed, on_epoch
         self.data: ImageData
         self.made_by: dict[str, Any]
         self.records: list[dict[str, float]] = []
@@ -259,6 +260,7 @@ class _History(Callback):
         record = self.records[-1]
         record["train/loss"] = float(trainer.callback_metrics["train/loss_epoch"])
         record["seconds"] = time.perf_counter() - self._start
+        self._write_metrics(trainer)
         if self.on_epoch:
             self.on_epoch(record)
 
@@ -274,6 +276,12 @@ class _History(Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self.records = checkpoint[ABOUT_KEY]["history"]
+        self._write_metrics(trainer)  # a killed run may have got further than its last checkpoint
+
+    def _write_metrics(self, trainer: L.Trainer) -> None:
+        if self.folder is not None and trainer.is_global_zero:
+            self.folder.check()
+            self.folder.write_metrics(self.records)
 
 
 def _check_same(trainer: L.Trainer, own: dict[str, Any], what: str) -> None:
@@ -283,24 +291,3 @@ def _check_same(trainer: L.Trainer, own: dict[str, Any], what: str) -> None:
         if value != own[name]:
             others = f"{shown(repr(own[name]), 200)}, and the first one {shown(repr(value), 200)}"
             raise ValueError(f"process {trainer.global_rank} has {name} {others}: all need the same {what}")
-
-
-class _ProgressBar(TQDMProgressBar):
-    """Lightning's progress bar of an epoch, with the time left for the whole run."""
-
-    _begun = 0.0
-    _first_step = 0
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self._begun, self._first_step = time.perf_counter(), trainer.global_step
-
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        done = trainer.global_step - self._first_step
-        if done and trainer.training:
-            total = int(trainer.num_training_batches) * int(trainer.max_epochs or 0)
-            seconds = (time.perf_counter() - self._begun) / done * (total - trainer.global_step)
-            metrics["run left"] = str(timedelta(seconds=round(seconds)))
-        return metrics

@@ -6,7 +6,10 @@ import warnings
 
 
 class quiet_lightning:  # noqa: N801
-    """Hides Lightning's advertisements, advice that does not apply here, and tracebacks of loading processes."""
+    """Hides Lightning's advertisements, advice that does not apply here, and tracebacks of loading processes.
+
+    Ctrl-C stays a KeyboardInterrupt.
+    """
 
     _irrelevant = (
         "does not have many workers",  # images in memory need none
@@ -33,6 +36,8 @@ class quiet_lightning:  # noqa: N801
         for logger, level in zip(self._loggers, self._levels, strict=True):
             logger.setLevel(level)
         self._catch.__exit__(None, None, None)
+        if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error  # Lightning turns Ctrl-C into exit status 1
         kinds = (OSError, TypeError, ValueError, RuntimeError, LookupError, ArithmeticError)
         if isinstance(error, kinds) and str(error).startswith("Caught "):
             # torch raises an error of a loading process again, with the traceback in its message.

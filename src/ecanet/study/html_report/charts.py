@@ -105,7 +105,7 @@ class _Axis:
         given = list(values)
         low, high = min(given), max(given)
         room = (high - low) * pad or abs(low) * 0.01 or 1.0
-        ticks = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(low - room, high + room)
+        ticks = MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]).tick_values(low - room, high + room)
         self.low, self.high = low - room, high + room
         self._ticks = [float(tick) for tick in ticks if self.low <= tick <= self.high]
 

@@ -38,10 +38,9 @@ def draw(found: StudyFolder) -> Iterator[tuple[str, "Figure"]]:
     sizes = {size: name for size, name in kernel_sweep(found).items() if name in names}
     if sizes:
         yield "kernel_sweep.png", _sweep(found, sizes)
-    for curve, by_name in curves(found).items():
+    for curve, by_name in list(curves(found).items())[:1]:  # that of the metric, where there is one
         drawn = {names[name]: _by_seed(found, runs) for name, runs in by_name.items() if name in names}
         yield f"curve-{slug(curve)}.png", plot_training_curves(drawn, ylabel=_safe(curve))
-        break  # that of the metric, where there is one
     for name, learned in found.gates.items():
         values = {_safe(gate): value for gate, value in learned.values.items()}
         yield f"gates-{slug(name)}.png", plot_gates_per_class(values, [_safe(each, 24) for each in learned.classes])

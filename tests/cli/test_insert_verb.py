@@ -229,7 +229,7 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
         (["--model", "resnet50"], ["torchvision/NAME or timm/NAME", "got 'resnet50'"]),
         (["--model", "keras/resnet50"], ["torchvision/NAME or timm/NAME"]),
         (["--model", "torchvision/resnet5"], ["torchvision has no 'resnet5'", "torchvision/resnet50"]),
-        (["--model", "torchvision/qqqqqq"], ["torchvision has no 'qqqqqq'", "torchvision.models.list_models()"]),
+        (["--model", "torchvision/qqqqqq"], ["torchvision has no 'qqqqqq'", "see ecanet list"]),
         (["--model", "timm/resnet1x"], ["timm has no 'resnet1x'", "timm/resnet18"]),
         ([*RESNET[1:], "--gate", "cbm"], ["gate must be one of 'eca', ", "'cbm'", "did you mean 'cbam'"]),
         ([*RESNET[1:], "--kernel-size", "4"], ["kernel_size must be odd", "4"]),

@@ -73,12 +73,14 @@ class Terminal:
     def screens(self) -> Iterator[list[str]]:
         """The lines on the screen after each thing that was drawn."""
         lines, column = [""], 0
-        for part in re.split(r"(\r|\n)", self.drawn.replace("\r\n", "\n")):
+        for part in re.split(r"(\r|\n|\x1b\[K)", self.drawn.replace("\r\n", "\n")):
             if part == "\r":
                 column = 0
             elif part == "\n":
                 lines.append("")
                 column = 0
+            elif part == "\x1b[K":
+                lines[-1] = lines[-1][:column]
             else:
                 assert "\x1b" not in part, "only what this screen understands"
                 lines[-1] = lines[-1][:column].ljust(column) + part + lines[-1][column + len(part) :]
@@ -147,6 +149,17 @@ def test_an_error_in_the_middle_of_an_epoch_begins_a_line_of_its_own_and_the_bar
     assert re.fullmatch(EPOCH + r", left \d\d:\d\d", first)
     assert said == ["ecanet fit: RuntimeError: the device fell off", "(ECANET_TRACEBACK=1 shows where)"]
     assert end == ""
+
+
+def test_an_error_clears_what_any_verb_had_begun_to_write_in_its_line(monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        print("resnet50: turn 3 of 10", end="", file=sys.stderr, flush=True)
+        raise ValueError("no memory")
+
+    monkeypatch.setattr("ecanet.cli.gates.describe_gates", fail)
+    with Terminal() as terminal:
+        assert terminal.run(["gates"]) == 1
+    assert terminal.screen == ["ecanet gates: ValueError: no memory", "(ECANET_TRACEBACK=1 shows where)", ""]
 
 
 def test_ctrl_c_says_how_to_go_on_in_a_line_of_its_own_and_exits_with_130(words, at_step, tmp_path: Path) -> None:
@@ -243,7 +256,7 @@ def test_output_that_cannot_be_written_is_an_error_with_its_reason() -> None:
         (["fit", "--data.source", "imagefolder"], "got 'imagefolder': did you mean 'image_folder'?"),
         (["fit", "--trainer.devices", "atuo"], "got 'atuo': did you mean 'auto'?"),
         (["fit", "--trainer.accelerator", "gpus"], "got 'gpus': did you mean 'gpu'?"),
-        (["fit", "--model.gate", "ecaa"], "got ecaa: did you mean 'eca'?"),
+        (["fit", "--model.gate", "ecaa"], "did you mean 'eca'?"),
         (["fit", "--optim.epochs", "many"], "ecanet fit: --optim.epochs must be an integer, got 'many'\n"),
         (["fit", "--optim.nesterov=ture"], "--optim.nesterov must be true or false, got 'ture'"),
         (["fit", "--data.image_size", "big"], "--data.image_size must be an integer or null, got 'big'\n"),

@@ -12,11 +12,16 @@ from pathlib import Path
 from typing import Any
 
 
+def accuracy(condition: float, seed: int) -> float:
+    """Decided by condition and seed."""
+    return 90 + condition + random.Random(f"{condition} {seed}").gauss(0, 0.3)
+
+
 def train(condition: float, seed: int, folder: Path) -> dict[str, Any]:
     """An accuracy that condition and seed decide; counts its calls in the folder."""
     with (folder / "calls").open("a") as calls:
         calls.write(".")
-    return {"acc": 90 + condition + random.Random(f"{condition} {seed}").gauss(0, 0.3), "loss": 0.5, "curve": [1, 2.5]}
+    return {"acc": accuracy(condition, seed), "loss": 0.5, "curve": [1, 2.5]}
 
 
 def one_number(condition: float, seed: int, folder: Path) -> dict[str, Any]:
@@ -46,6 +51,27 @@ def train_and_be_killed_once(condition: float, seed: int, folder: Path) -> dict[
         (folder / "killed").touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return train_slowly(condition, seed, folder)
+
+
+def of_the_folder_alone(folder: Path) -> dict[str, Any]:
+    """As a job calls it."""
+    return {"acc": 1.0}
+
+
+def on_a_cluster(condition: float, seed: int, folder: Path) -> dict[str, Any]:
+    """The first runs of seed 0 wait for one another; then ECA's process is killed once. Seed 1 of ECA fails."""
+    if seed == 1 and condition:
+        raise ValueError("no such layer")
+    (folder / "here").touch()
+    others = list(folder.parent.glob(f"*-seed{seed}/here"))
+    until = time.monotonic() + 30
+    while seed == 0 and len(others) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+        others = list(folder.parent.glob(f"*-seed{seed}/here"))
+    if seed == 0 and condition and not (folder / "killed").exists():
+        (folder / "killed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"acc": accuracy(condition, seed), "process": str(os.getpid()), "met": len(others) == 2}
 
 
 def die_always(condition: str, seed: int, folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import signal
 import statistics
 import subprocess
@@ -19,7 +20,7 @@ import ecanet
 from ecanet.study import Comparison, Run, compare, paired_difference
 from ecanet.study.conclusions import verdict
 from ecanet.study.costs import Cost
-from ecanet.study.engine import default_workers
+from ecanet.study.processes import Processes
 from ecanet.study.report import table
 from ecanet.train import Recipe, fit
 
@@ -97,9 +98,9 @@ def test_there_is_a_worker_for_each_cpu_without_affinity_too_and_one_where_there
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on macOS
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert default_workers() == 3
+    assert Processes().size == 3
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert default_workers() == 1
+    assert Processes().size == 1
 
 
 def test_a_failing_run_is_named_and_leaves_the_others_finished(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -166,6 +167,54 @@ def test_killed_comparison_keeps_what_it_finished_and_leaves_no_worker(
         time.sleep(0.1)
     for path in out.glob("runs/*.json"):
         assert json.loads(path.read_text())["metrics"]["top1"] >= 0
+
+
+def found(command: list[str]) -> list[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+
+
+SCRIPT_OF_PICKLES = """
+import pickle, sys
+from ecanet.study import compare
+if __name__ == "__main__":
+    with open(sys.argv[1], "rb") as file:
+        compare(pickle.load(file), [0, 1], sys.argv[2], workers=1)
+"""
+
+
+def test_a_comparison_whose_worker_and_then_whose_parent_is_killed_gives_the_table_of_one_left_alone(
+    tiny: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipes = {name: tiny(gate=gate, epochs=6) for name, gate in (("none", None), ("ECA", "eca"))}
+    (tmp_path / "go.py").write_text(SCRIPT_OF_PICKLES)
+    (tmp_path / "recipes").write_bytes(pickle.dumps(recipes))
+    out, runs = tmp_path / "out", tmp_path / "out" / "runs"
+    command = [sys.executable, str(tmp_path / "go.py"), str(tmp_path / "recipes"), str(out)]
+    with (tmp_path / "told").open("w") as told:
+        parent = subprocess.Popen(command, stderr=told, start_new_session=True)
+
+    def wait_for_a_checkpoint(name: str) -> None:
+        while not (runs / name / "last.ckpt").exists():
+            assert parent.poll() is None
+            time.sleep(0.01)
+
+    wait_for_a_checkpoint("none-seed0")
+    [worker] = found(["pgrep", "-P", str(parent.pid), "-f", "spawn_main"])
+    os.kill(int(worker), signal.SIGKILL)
+    assert not list(runs.glob("*.json")), "it was killed too late"
+    wait_for_a_checkpoint("eca-seed0")
+    parent.kill()
+    while found(["pgrep", "-s", str(parent.pid)]):
+        parent.poll()
+        time.sleep(0.05)
+    assert "none, seed 0: its process was killed by signal 9; it is tried once more." in (tmp_path / "told").read_text()
+    assert {path.name for path in runs.glob("*.json")} == {"none-seed0.json"}
+    compare(recipes, [0, 1], out, workers=1, progress=False)
+    compare(recipes, [0, 1], tmp_path / "alone", workers=1, progress=False)
+    assert (out / "summary.json").read_text() == (tmp_path / "alone/summary.json").read_text()
+    tables = [(folder / "results.csv").read_text().splitlines() for folder in (out, tmp_path / "alone")]
+    mine, alone = ([line.rpartition(",")[0] for line in lines] for lines in tables)  # without the seconds
+    assert mine == alone
 
 
 @pytest.mark.parametrize(

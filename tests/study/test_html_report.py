@@ -1,6 +1,7 @@
 """A study's report: one file that says what its data says and no more, whoever wrote the data."""
 
 import base64
+import csv
 import hashlib
 import json
 import math
@@ -120,6 +121,13 @@ def test_the_command_that_makes_it_again_versions_commit_and_settings_are_told(p
     differing = table(page, "In what the conditions differ")
     assert differing[0] == ["condition", "model.kernel_size", "model.neutral", "model.gate"]
     assert ["ECA, k = 3", "3", "false", "eca"] in differing
+
+
+def test_the_profile_is_that_of_the_conditions_and_what_ecanet_profile_wrote_beside_them(page: Element) -> None:
+    costs = table(page, "Cost of each condition")
+    assert costs[2] == ["SE", "9", "6,064", "23.8", "x 1.05"]
+    networks = table(page, "Networks by ecanet profile")
+    assert networks == [["network", "parameters"], ["ResNet-18", "11689512"], ["SE", "11778592"]], "no empty column"
 
 
 def test_a_study_of_a_users_own_function_by_an_earlier_version_has_its_sections_and_no_others(tmp_path: Path) -> None:
@@ -355,6 +363,8 @@ def hostile_study(folder: Path, text: Callable[[int], str]) -> Path:
     about |= {"command": text(2), "commit": text(0), "date": text(1), "machine": text(3)}
     about["versions"] = {text(4): text(5)}
     (folder / "study.json").write_text(json.dumps(about))
+    with (folder / "profile.csv").open("w", encoding="utf-8", errors="replace", newline="") as file:
+        csv.writer(file).writerows([[text(0), text(1)], [text(2), text(3)]])
     return folder
 
 
@@ -404,6 +414,8 @@ WRONG_FILES: list[tuple[str, Any, str]] = [
     ("costs.json", {"a": {"parameters": 1, "multiply_adds": 2}}, "costs.json does not say what a costs"),
     ("costs.json", {"a": {"parameters": 1, "multiply_adds": 2, "seconds": True}}, "does not say what a costs"),
     ("costs.json", {"a": {"parameters": 1, "multiply_adds": 2, "seconds": math.inf}}, "does not say what a costs"),
+    ("profile.csv", "a,b\n1,2,3", "profile.csv is no table of a profile (its rows have different numbers of cells)"),
+    ("profile.csv", "\x00" * 3 + "\udcff", "profile.csv is no table of a profile"),
     ("gates.json", {"a": 3}, "gates.json does not say what a learned (no seed)"),
     ("gates.json", {"a": GATES | {"classes": [1, 2]}}, "its classes are not texts"),
     ("gates.json", {"a": GATES | {"classes": ["x"] * 41}}, "more than 40 classes"),
@@ -418,7 +430,8 @@ WRONG_FILES: list[tuple[str, Any, str]] = [
 @pytest.mark.parametrize(("name", "content", "says"), WRONG_FILES, ids=range(len(WRONG_FILES)))
 def test_another_file_that_is_wrong_is_refused_by_name(tmp_path: Path, name: str, content: Any, says: str) -> None:
     folder = small(tmp_path, {"a": [1.0, 2.0]})
-    (folder / name).write_text(json.dumps(content))
+    text = content if name.endswith(".csv") else json.dumps(content)
+    (folder / name).write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=re.escape(says)) as refusal:
         write_report(folder)
     assert str(folder / name) in str(refusal.value)

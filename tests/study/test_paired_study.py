@@ -137,7 +137,7 @@ def test_a_training_function_may_start_processes(tmp_path: Path) -> None:
 
 
 def test_a_worker_imports_neither_torch_nor_scipy_unless_its_function_does() -> None:
-    code = "import sys, ecanet.study.engine; print({'torch', 'scipy', 'lightning'} & set(sys.modules))"
+    code = "import sys, ecanet.study.processes; print({'torch', 'scipy', 'lightning'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 
@@ -237,6 +237,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "half a seed": ({"seeds": [0.5]}, ValueError, "seeds must be one or more different"),
     "no metric": ({"metric": ""}, ValueError, "metric must name what train returns"),
     "metrics": ({"metric": ["a", "b"]}, ValueError, "metric must name what train returns"),
+    "nowhere": ({"on": "slurm"}, ValueError, "on must be one of processes, ray, got 'slurm'"),
     "no worker": ({"workers": 0}, ValueError, "workers must be 1 or more, or None, got 0"),
     "no function": ({"train": 3}, TypeError, "train must be a function of condition, seed and folder, got 3"),
     "too few arguments": ({"train": len}, TypeError, "train must take condition, seed and folder"),

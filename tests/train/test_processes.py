@@ -51,7 +51,7 @@ def whole(finished: Path) -> dict[str, torch.Tensor]:
 
 
 def test_two_processes_count_every_validation_image_once(finished: Path) -> None:
-    metrics = validate(finished / "last.ckpt", accelerator="cpu")
+    metrics = validate(finished / "last.ckpt", accelerator="cpu").metrics
     history = load_trained(finished / "last.ckpt").history
     assert metrics["val/loss"] > 0
     assert history[-1]["val/top1"] == pytest.approx(metrics["val/top1"])

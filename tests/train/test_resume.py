@@ -19,10 +19,11 @@ import ecanet
 from ecanet.inspect import gates
 from ecanet.ops.backend import choose
 from ecanet.train import Recipe, TrainerConfig, fit
-from ecanet.train.checkpoint import SafeCheckpointIO, build_network, load_trained, read_checkpoint
+from ecanet.train.checkpoint import SafeCheckpointIO, load_trained, read_checkpoint
 from ecanet.train.classifier import Classifier, learning_rate_factor
 from ecanet.train.config import to_plain
 from ecanet.train.data.loading import Augmented, EpochSampler, read_splits, train_transform
+from ecanet.train.networks import build_network
 from tests.fresh import FreshProcess
 
 

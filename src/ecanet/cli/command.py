@@ -65,8 +65,7 @@ def _answer(args: list[str]) -> None:
         recipes = "".join(f"; the recipe: {path}" for path in _recipe_files(args) if path not in str(error))
         rank = os.environ.get("LOCAL_RANK", "0")
         process = "" if rank == "0" else f", process {rank}"
-        # Another process may have a bar on this line of the terminal.
-        clear = "\r\x1b[K" if process and sys.stderr.isatty() else ""
+        clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # of what a verb or another process shows of its progress
         said = f"{type(error).__name__}: {explained(_text_of(error))}{recipes}"
         sys.exit(f"{clear}ecanet {name}{process}: {said}\n(ECANET_TRACEBACK=1 shows where)")
     except KeyboardInterrupt:

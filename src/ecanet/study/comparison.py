@@ -14,16 +14,16 @@ import ecanet
 from ecanet.inspect.paired import Difference, paired_difference
 from ecanet.study.conclusions import said_of_the_same
 from ecanet.study.conditions import digest
-from ecanet.study.engine import Job
 from ecanet.study.evidence import gather
+from ecanet.study.job import Job
 from ecanet.study.paired_study import check_names, check_seeds, fingerprint, report, run_jobs
 from ecanet.study.results import Study, slug
 from ecanet.study.run_files import is_number
 from ecanet.study.statistics import Summary, summarise
-from ecanet.train.checkpoint import build_network
 from ecanet.train.config import Recipe, to_plain
 from ecanet.train.data.loading import ImageData
 from ecanet.train.fit import fit
+from ecanet.train.networks import build_network
 
 
 @dataclass
@@ -90,6 +90,7 @@ def compare(
     out: str | Path,
     workers: int | None = None,
     progress: bool = True,
+    on: str = "processes",
 ) -> Comparison:
     """Train every recipe with every seed; the same seed means the same backbone weights and order of images.
 
@@ -105,6 +106,7 @@ def compare(
         workers: Runs at a time, each in its own process with one thread. By default one for each core, or a single run
             at a time on a machine with a GPU.
         progress: Show runs done, running and left, with the time left, and say first what the seeds can show.
+        on: As in :func:`ecanet.study.run`.
 
     Returns:
         All runs.
@@ -115,7 +117,7 @@ def compare(
             not there, or a network that cannot be built.
         RuntimeError: runs failed; the message says why. The others went on and are kept.
     """
-    study = study_recipes(entries, seeds, out, workers, progress)
+    study = study_recipes(entries, seeds, out, workers, progress, on)
     if study.failed:
         total = len(entries) * len(seeds)
         raise RuntimeError(
@@ -137,6 +139,7 @@ def study_recipes(
     out: str | Path,
     workers: int | None = None,
     progress: bool = True,
+    on: str = "processes",
 ) -> Study:
     """As :func:`compare`, but failed runs are named in the result.
 
@@ -150,7 +153,7 @@ def study_recipes(
         if progress:
             print("".join(f"{note}\n" for note in notes), file=sys.stderr, end="")
     settings = {name: to_plain(recipe) for name, recipe in entries.items()}
-    study = run_jobs(jobs, out, "top1", workers, progress, settings)
+    study = run_jobs(jobs, out, "top1", workers, progress, on, settings)
     if any(study.runs.values()):
         gather(entries, study, Path(out), progress)
     report(out, progress)

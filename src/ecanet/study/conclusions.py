@@ -57,7 +57,7 @@ def verdict_lines(summary: Summary) -> list[str]:
     others = {name: row for name, row in summary.conditions.items() if name != summary.baseline}
     lines = [_sentence(name, summary.baseline, row, len(others)) for name, row in others.items()]
     fewest = min((row.seeds for row in others.values()), default=0)
-    if others and detectable(fewest, len(others)) is None:
+    if fewest and detectable(fewest, len(others)) is None:
         lines.append(plan(len(summary.conditions), fewest))
     if fewest == 1:
         lines.append("One seed gives no spread: run at least three before reading anything into a difference.")

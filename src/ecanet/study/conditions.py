@@ -15,7 +15,7 @@ from ecanet.untrusted import listed, shown
 
 #: Fields of a recipe's block ``model`` that say which network it is. A condition may set the others: what changes more
 #: than the gates would be compared along with them.
-_BACKBONE = ("name", "weights", "options")
+_BACKBONE = ("name", "weights", "options", "build")
 #: What a condition may say.
 SETTINGS = tuple(field.name for field in fields(ModelConfig) if field.name not in _BACKBONE)
 #: What a condition may say as well: a list of kernel sizes, each of which makes a condition of it.

@@ -32,7 +32,7 @@ def demo_recipes(epochs: int = 6) -> dict[str, Recipe]:
         BASELINE: {"gate": None},
         "SE": {"gate": "se"},
         TRAINED: {"gate": "eca"},
-        "ECA, neutral start": {"gate": "eca", "neutral": True},
+        "ECA, neutral start": {"gate": "eca", "preserve": True},
     }
     return {name: replace(base, model=replace(base.model, **change)) for name, change in gates.items()}
 

@@ -19,9 +19,10 @@ from ecanet.study.about import read_json
 from ecanet.study.costs import measure_costs
 from ecanet.study.html_report.reading import COSTS, GATES, MOST_CELLS, MOST_CLASSES
 from ecanet.study.results import FinishedRun, Study
-from ecanet.train.checkpoint import build_network, load_trained
+from ecanet.train.checkpoint import load_trained
 from ecanet.train.config import Recipe
 from ecanet.train.data.loading import ImageData, Plain, test_transform
+from ecanet.train.networks import build_network
 
 #: Pixels of a timed step: those of 128 pictures of 28 x 28. Steps that are timed.
 _PIXELS, _ROUNDS = 128 * 28 * 28, 20

@@ -19,8 +19,9 @@ from ecanet.files.atomic import write_whole
 from ecanet.files.folder_lock import lock_folder, unlock_folder
 from ecanet.study.about import write_about
 from ecanet.study.conclusions import said_of_the_same
-from ecanet.study.engine import Job, run_all
+from ecanet.study.engine import check_engine, run_all
 from ecanet.study.html_report import write_report
+from ecanet.study.job import Job
 from ecanet.study.results import FailedRun, FinishedRun, Study, slug, why_not_counted
 from ecanet.study.statistics import plan
 from ecanet.untrusted import listed, shown
@@ -37,6 +38,7 @@ def run(
     metric: str | None = None,
     workers: int | None = None,
     progress: bool = True,
+    on: str = "processes",
 ) -> Study:
     """Run a training function for every condition and seed, and compare the conditions with the first one.
 
@@ -59,6 +61,8 @@ def run(
         workers: Runs at a time, each with one thread. By default one for each core, or a single run at a time on a
             machine with a GPU.
         progress: Show runs done, running and left, with the time left, and say first what the seeds can show.
+        on: ``"processes"`` of this machine, or ``"ray"``: the Ray cluster that ``RAY_ADDRESS`` names, otherwise one
+            that is started here. There a run has a GPU of its own if the cluster has any, otherwise a CPU.
 
     Returns:
         Finished and failed runs; ``print`` it for a table and its meaning.
@@ -68,6 +72,7 @@ def run(
         ValueError: no condition, two with one name, no or repeated seeds, no run has such a metric, or ``out`` holds
             another study or damaged files; at the end, ``metric`` is not given and runs have several: they are kept.
         BlockingIOError: another study is writing into ``out``.
+        ConnectionError, ImportError: there is no Ray cluster at ``RAY_ADDRESS``, or no Ray.
         RuntimeError: worker processes do not start; or ``metric`` is not given and no run returned a number.
 
     Example:
@@ -102,7 +107,8 @@ def run(
         for seed in map(int, seeds)
         for name, condition in conditions.items()
     ]
-    study = run_jobs(jobs, out, metric, workers, progress, {name: _plain(value) for name, value in conditions.items()})
+    settings = {name: _plain(value) for name, value in conditions.items()}
+    study = run_jobs(jobs, out, metric, workers, progress, on, settings)
     report(out, progress)
     return study
 
@@ -120,6 +126,7 @@ def run_jobs(
     metric: str | None,
     workers: int | None,
     progress: bool,
+    on: str,
     settings: Mapping[str, Any],
 ) -> Study:
     """Run what did not end yet, and write the study's tables.
@@ -130,16 +137,18 @@ def run_jobs(
         metric: What is compared; None for the only metric that the runs have.
         workers: As in :func:`run`.
         progress: As in :func:`run`.
+        on: As in :func:`run`.
         settings: By condition what sets it apart, for the report: whatever JSON can hold.
 
     Raises:
-        ValueError, BlockingIOError, RuntimeError: as in :func:`run`.
+        ValueError, BlockingIOError, ConnectionError, ImportError, RuntimeError: as in :func:`run`.
     """
     if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
         raise ValueError(f"workers must be 1 or more, or None, got {workers!r}")
+    check_engine(on)
     folder = Path(out)
     with _study_folder(folder):
-        return _run_jobs(jobs, folder, metric, workers, progress, settings)
+        return _run_jobs(jobs, folder, metric, workers, progress, on, settings)
 
 
 @contextlib.contextmanager
@@ -168,6 +177,7 @@ def _run_jobs(
     metric: str | None,
     workers: int | None,
     progress: bool,
+    on: str,
     settings: Mapping[str, Any],
 ) -> Study:
     _check_folder(jobs, folder)
@@ -179,7 +189,7 @@ def _run_jobs(
     write_about(folder, metric, seeds, settings)
     if progress and todo and len(names) > 1:
         print(plan(len(names), len(jobs) // len(names)), file=sys.stderr)
-    lost = run_all(todo, workers, progress, partial(why_not_counted, metric=metric))
+    lost = run_all(todo, workers, on, progress, partial(why_not_counted, metric=metric))
     ended |= {job.folder: stored for job in todo if (stored := job.read()) is not None}
     if metric is None:
         try:

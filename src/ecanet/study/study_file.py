@@ -7,7 +7,7 @@ from typing import Any
 
 from ecanet.study.conditions import SETTINGS, SWEEP, of_gates, recipes
 from ecanet.study.statistics import fewest_seeds
-from ecanet.train.config import Recipe
+from ecanet.train.config import Recipe, model_of_a_file
 from ecanet.train.recipes import check_blocks, for_parser, read_plain
 from ecanet.untrusted import check_plain, listed, shown
 
@@ -51,7 +51,7 @@ def read_study(path: str | Path) -> StudyFile:
         )
     conditions, seeds, recipe = content.get("conditions", {}), content.get("seeds", []), content.get("recipe", {})
     _check_conditions(conditions, source)
-    check_blocks(recipe, f"{source}: recipe")
+    recipe = check_blocks(recipe, f"{source}: recipe")
     return StudyFile(conditions, _seeds_of(seeds, source), recipe)
 
 
@@ -62,6 +62,7 @@ def _check_conditions(conditions: object, source: str) -> None:
         where = f"{source}: conditions.{shown(name)}"
         if not isinstance(name, str) or not isinstance(changes, dict):
             raise ValueError(f"{where} must be a name with {', '.join(_OF_A_CONDITION)}, got {shown(changes)}")
+        changes = conditions[name] = model_of_a_file(changes, where)
         for key, value in changes.items():
             if key not in _OF_A_CONDITION:
                 raise ValueError(f"{where} has no {shown(key)}; it may have {', '.join(_OF_A_CONDITION)}")

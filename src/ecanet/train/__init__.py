@@ -6,13 +6,16 @@ try:
 except ImportError as error:
     raise ImportError(f"ecanet.train needs {error.name}: pip install 'ecanet[train]'") from error
 
-from ecanet.train.checkpoint import TrainedNetwork, build_network, load_trained
+from ecanet.train.checkpoint import TrainedNetwork, load_trained
 from ecanet.train.config import DataConfig, ModelConfig, OptimConfig, Recipe, TrainerConfig
-from ecanet.train.evaluate import Prediction, predict, validate
+from ecanet.train.evaluate import Prediction, Validation, predict, validate
+from ecanet.train.explain import Explanation, explain_prediction
 from ecanet.train.fit import FitResult, fit
+from ecanet.train.networks import build_network
 
 __all__ = [
     "DataConfig",
+    "Explanation",
     "FitResult",
     "ModelConfig",
     "OptimConfig",
@@ -20,7 +23,9 @@ __all__ = [
     "Recipe",
     "TrainedNetwork",
     "TrainerConfig",
+    "Validation",
     "build_network",
+    "explain_prediction",
     "fit",
     "load_trained",
     "predict",

@@ -12,9 +12,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
-from ecanet.files.state_dicts import describe, misfits, safe_load, safe_save, state_dict_in
-from ecanet.models import build_model
-from ecanet.train.config import DataConfig, ModelConfig
+from ecanet.files.state_dicts import safe_load, safe_save, state_dict_in
+from ecanet.models.arguments import OPTIONS
+from ecanet.train.config import DataConfig, ModelConfig, is_network_name, model_of_a_file
+from ecanet.train.networks import rebuild_network, without_weights_file
 from ecanet.train.run_folder import RunFolder, remedy
 from ecanet.untrusted import check_number, listed, shown
 
@@ -148,15 +149,17 @@ class TrainedNetwork:
         return (images.float() / 255 - mean) / std
 
 
-def load_trained(path: str | os.PathLike[str]) -> TrainedNetwork:
+def load_trained(path: str | os.PathLike[str], build: str | None = None) -> TrainedNetwork:
     """Build the network of a checkpoint again.
 
     Args:
         path: A checkpoint, or a run's folder, which means its ``best.ckpt``.
+        build: ``module:function`` of your own, if the network was built by one (``model.build``).
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a checkpoint of this library.
+        ImportError: its network is of timm, which is not installed, or ``build`` cannot be imported.
+        ValueError: not a checkpoint of this library, or its network was built by a function and ``build`` names none.
 
     Example:
         >>> load_trained("runs/fashion").classes  # doctest: +SKIP
@@ -165,23 +168,23 @@ def load_trained(path: str | os.PathLike[str]) -> TrainedNetwork:
     path = path / "best.ckpt" if path.is_dir() else path
     checkpoint = read_checkpoint(path)
     about = check_about(checkpoint[ABOUT_KEY], path)
-    config, classes = without_weights_file(ModelConfig(**about["recipe"]["model"])), len(about["classes"])
     held = checkpoint.get("state_dict")
     mine = {k: v for k, v in held.items() if str(k).startswith("network.")} if isinstance(held, dict) else held
-    state = state_dict_in(mine, str(path))
-    options: dict[str, Any] = config.options
-    if options.get("blocks", 1) * len(options.get("widths", ())) > len(state):
-        raise ValueError(f"the weights in {path} do not fit the network that it describes, which has more blocks")
-    with torch.device("meta"):  # the file may claim any size: take no memory before the check
-        own = build_network(config, classes).state_dict()
-    missing = [key for key in own if key not in state]
-    if found := describe(missing=missing, **misfits(state, own)):
-        raise ValueError(f"the weights in {path} do not fit the network that it describes: {found}")
-    network = build_network(config, classes)
-    network.load_state_dict(state)
-    return TrainedNetwork(
-        network.eval(), about["classes"], about["mean"], about["std"], about["recipe"], about["history"]
-    )
+    config = _with_own_function(ModelConfig(**about["recipe"]["model"]), build, path)
+    network = rebuild_network(without_weights_file(config), len(about["classes"]), state_dict_in(mine, str(path)), path)
+    return TrainedNetwork(network, about["classes"], about["mean"], about["std"], about["recipe"], about["history"])
+
+
+def _with_own_function(config: ModelConfig, build: str | None, path: Path) -> ModelConfig:
+    """The block of a checkpoint with the user's function, which no checkpoint may call by itself."""
+    if config.build is None and build is not None:
+        raise ValueError(f"model.build={build} was given, but {path} describes {config.name}: leave it out")
+    if config.build is not None and build is None:
+        raise ValueError(
+            f"the network in {path} was built by {config.build}, and a checkpoint calls no function: if you trust that "
+            f"one, say so with --model.build {config.build} (in Python build={config.build!r})"
+        )
+    return replace(config, build=build)
 
 
 #: Limits on classes, characters of a class name, epochs and numbers in the record of one.
@@ -221,13 +224,7 @@ def check_about(about: object, path: str | os.PathLike[str]) -> dict[str, Any]:
                 check_number(value, name, low, 1e3)
         if not isinstance(history, list) or len(history) > _MAX_EPOCHS or not all(map(_is_record, history)):
             raise ValueError("history must be a list with a record for each epoch: numbers by short names")
-        model = recipe["model"]
-        if unknown := [key for key in model if key not in ModelConfig.__dataclass_fields__]:
-            raise ValueError(f"recipe.model has no {listed(map(str, unknown), 5)}")
-        weights = model.get("weights")
-        if weights is not None and not isinstance(weights, str):
-            raise TypeError(f"recipe.model.weights must be a text or null, got {shown(weights)}")
-        ModelConfig(**model)
+        model = _checked_model(recipe["model"])
         input_settings = {key: recipe["data"].get(key) for key in ("source", "image_size", "resize")}
         DataConfig(**(input_settings | {"root": Path() if input_settings["source"] == "image_folder" else None}))
     except (TypeError, ValueError, RecursionError) as error:
@@ -245,27 +242,21 @@ def _is_record(record: object) -> bool:
     return names and all(type(value) in (int, float) for value in record.values())
 
 
-def without_weights_file(config: ModelConfig) -> ModelConfig:
-    """The same network without its initial weights file. Its gates start neutral, as they do with that file."""
-    return replace(config, weights=None, neutral=config.neutral or config.weights is not None)
-
-
-def build_network(config: ModelConfig, num_classes: int) -> nn.Module:
-    """The network of a recipe's ``model`` block.
+def _checked_model(block: dict[str, Any]) -> dict[str, Any]:
+    """The block ``model`` of a checkpoint, with the names that its values have now.
 
     Raises:
-        TypeError: ``options`` has an argument that the network does not take.
-        ValueError: as the network's class or function raises it.
+        TypeError, ValueError: a value is not allowed. None can open a file.
     """
-    try:
-        return build_model(
-            config.name,
-            gate=config.gate,
-            kernel_size=config.kernel_size,
-            neutral=config.neutral,
-            weights=config.weights,
-            num_classes=num_classes,
-            **config.options,
+    model = model_of_a_file(block, "its recipe")
+    if unknown := [key for key in model if key not in ModelConfig.__dataclass_fields__]:
+        raise ValueError(f"recipe.model has no {listed(map(str, unknown), 5)}")
+    name, weights = model.get("name"), model.get("weights")
+    if weights is not None and not isinstance(weights, str):
+        raise TypeError(f"recipe.model.weights must be a text or null, got {shown(weights)}")
+    if model.get("build") is None and not is_network_name(name):
+        raise ValueError(
+            f"recipe.model.name must be one of {', '.join(OPTIONS)}, torchvision/NAME or timm/NAME, got {shown(name)!r}"
         )
-    except TypeError as error:
-        raise TypeError(f"{config.name} cannot be built with model.options={config.options}: {error}") from error
+    ModelConfig(**model)
+    return model

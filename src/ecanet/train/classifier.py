@@ -79,12 +79,13 @@ class Classifier(L.LightningModule):
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add one batch to the metrics."""
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Add one batch to the metrics; returns its logits ``(N, classes)``."""
         images, labels = batch
         logits = self(images).float()
         self.val_accuracy.update(logits, labels)
         self.val_loss.update(F.cross_entropy(logits, labels), len(images))
+        return logits
 
     def on_validation_epoch_end(self) -> None:
         """Log top-1 and top-5 in per cent, over every image and process."""

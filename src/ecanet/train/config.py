@@ -1,16 +1,22 @@
 """What a recipe says: plain typed dataclasses, one for each block of the YAML file."""
 
+import difflib
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from ecanet.models.arguments import OPTIONS, check_arguments
+from ecanet.models.arguments import OPTIONS, OPTIONS_OF_INSERTION, check_arguments
 from ecanet.nn import GATES
+from ecanet.surgery.networks import check_network_name, is_of_a_library, known_networks
 from ecanet.untrusted import check_number, shown
 
 #: Types that an option of a network may have.
 Scalar: TypeAlias = bool | int | float | str | None
+#: A function by its module and name.
+_FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 #: Strategies with which a resumed run gives the same bits and all processes end together.
 _STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
@@ -21,32 +27,112 @@ class ModelConfig:
     """The network.
 
     Args:
-        name: A network of ecanet.models: NETWORKS.
+        name: NETWORKS; torchvision/NAME or timm/NAME (``ecanet list`` prints them); or a file that ``ecanet insert
+            --save`` wrote, with its gates and weights.
         gate: A name that ``ecanet gates`` explains: GATES; or timm:NAME, a layer of timm's; or null for none.
-        kernel_size: adaptive, released, an odd integer, or a list with one for each stage.
-        neutral: Start as the network without gates, with gates that are 1.
-        weights: A plain network's weights to start from: a file, or the name of torchvision's.
-        options: Further arguments of the network, such as widths or dropout.
+        kernel_size: adaptive or an odd integer; in a network of ecanet also released, or a list with one for each
+            stage.
+        where: block, stage, conv, or names and patterns of modules; in a network of ecanet block alone.
+        preserve: Start as the network without gates, with gates that are 1; null: if it starts from weights.
+        weights: Weights to start from: a file, or the library's own name for them, which it downloads, or DEFAULT.
+            Those of a head for other classes are left out.
+        options: Further arguments of a network of ecanet, such as widths or dropout; of others fold and fuse, as
+            ``ecanet insert`` has them.
+        build: module:function of your own that returns a network for a number of classes, in place of name. From the
+            command line or Python alone, never from a file.
     """
 
     name: str = "small_eca_resnet"
     gate: str | None = "eca"
     kernel_size: int | Literal["adaptive", "released"] | list[int] = "adaptive"
-    neutral: bool = False
+    where: str | list[str] = "block"
+    preserve: bool | None = None
     weights: str | None = None
     options: dict[str, Scalar | list[Scalar]] = field(default_factory=dict)
+    build: str | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in OPTIONS:
-            raise ValueError(f"model.name must be one of {', '.join(OPTIONS)}, got {shown(self.name)!r}")
-        own = {"gate": self.gate, "kernel_size": self.kernel_size, "neutral": self.neutral}
-        check_arguments(own, "model", tuple(own))
-        check_arguments(self.options, "model.options", OPTIONS[self.name])
+        if self.gate == "none":
+            self.gate = None
+        chosen = {"gate": self.gate, "kernel_size": self.kernel_size, "where": self.where, "preserve": self.preserve}
+        check_arguments(chosen, "model", tuple(chosen))
+        if self.build is not None:
+            _check_build(self.build, self.name)
+        elif not self.is_own and not (is_network_name(self.name) or os.path.isfile(self.name)):
+            raise ValueError(_no_such_network(self.name))
+        check_arguments(self.options, "model.options", OPTIONS[self.name] if self.is_own else OPTIONS_OF_INSERTION)
+        if self.is_own:
+            if self.where != "block":
+                raise ValueError(f"model.where must be block in {self.name}, where every block has a gate")
+            if self.preserve is False and self.weights is not None:
+                raise ValueError(
+                    f"model.preserve=false cannot go with model.weights in {self.name}, whose gates then start as 1"
+                )
+        elif not isinstance(self.kernel_size, int) and self.kernel_size != "adaptive":
+            raise ValueError(
+                f"model.kernel_size must be adaptive or an odd integer in a network that is not ecanet's, got "
+                f"{shown(self.kernel_size)}"
+            )
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a network of :mod:`ecanet.models`."""
+        return self.build is None and self.name in OPTIONS
 
 
 # `ecanet fit --help` reads the docstring.
 for _what, _known in (("NETWORKS", OPTIONS), ("GATES", GATES)):
     ModelConfig.__doc__ = (ModelConfig.__doc__ or "").replace(_what, ", ".join(_known))
+
+
+def is_network_name(name: object) -> bool:
+    """Whether a name is that of a network of ecanet, torchvision or timm, and so no file.
+
+    Raises:
+        ImportError: a network of timm without timm installed.
+        ValueError: the library has no such network.
+    """
+    if not isinstance(name, str) or (name not in OPTIONS and not is_of_a_library(name)):
+        return False
+    if name not in OPTIONS:
+        check_network_name(name)
+    return True
+
+
+def _no_such_network(name: object) -> str:
+    known = [*OPTIONS, *known_networks()]
+    end = str(name)[:100].rpartition("/")[2]
+    ends = difflib.get_close_matches(end, {each.rpartition("/")[2].removeprefix("eca_") for each in known}, 2, 0.7)
+    close = [each for end in ends for each in known if each.rpartition("/")[2].removeprefix("eca_") == end][:4]
+    return (
+        f"model.name must be one of {', '.join(OPTIONS)}, torchvision/NAME, timm/NAME or a file of `ecanet insert "
+        f"--save`, got {shown(name)!r}" + (f": did you mean {', '.join(close)}?" if close else "")
+    )
+
+
+def _check_build(build: object, name: str) -> None:
+    if not isinstance(build, str) or not _FUNCTION.fullmatch(build):
+        raise ValueError(f"model.build must be module:function, such as package.module:make, got {shown(build)!r}")
+    if name != ModelConfig.name:
+        raise ValueError(f"model.name={shown(name)!r} and model.build={build!r} are two networks: give one")
+
+
+def model_of_a_file(block: object, where: str) -> dict[str, Any]:
+    """A recipe's ``model`` block from a file, with the names that its values have now.
+
+    Args:
+        block: The block, as plain values.
+        where: The file, for errors.
+
+    Raises:
+        ValueError: it has both a name and the one that came before it.
+    """
+    if not isinstance(block, dict) or "neutral" not in block:
+        return block  # type: ignore[return-value]
+    if "preserve" in block:
+        raise ValueError(f"{where}: model has both preserve and neutral, which is its former name")
+    # Where preserve was called neutral, false was what null is now.
+    return {("preserve" if k == "neutral" else k): (v or None if k == "neutral" else v) for k, v in block.items()}
 
 
 @dataclass
@@ -234,6 +320,12 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [to_plain(item) for item in value]
     return value
+
+
+def with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe of an earlier version, as plain values, with the values that it could not say: then they were these."""
+    recipe = {**recipe, "model": model_of_a_file(recipe["model"], "the recipe")}
+    return {block: {**values, **recipe[block]} for block, values in to_plain(Recipe()).items()}
 
 
 def _check_ranges(config: Any, block: str, **ranges: tuple[float, float]) -> None:

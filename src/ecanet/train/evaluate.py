@@ -26,8 +26,39 @@ from ecanet.train.quiet import quiet_lightning
 from ecanet.untrusted import check_file, listed, shown
 
 
-def validate(run: str | Path, data: DataConfig | None = None, accelerator: str = "auto") -> dict[str, float]:
-    """Validation top-1, top-5 (per cent) and loss of a trained network.
+@dataclass
+class Validation:
+    """How good a trained network is, on the whole and in each class.
+
+    Attributes:
+        metrics: ``val/top1``, ``val/top5`` (``val/topN`` with N < 5 classes) in per cent, ``val/loss``.
+        classes: Class names in label order.
+        labels: The class of every validation image, int64 ``(N,)``.
+        predicted: The most probable class of each, int64 ``(N,)``.
+    """
+
+    metrics: dict[str, float]
+    classes: list[str]
+    labels: Tensor
+    predicted: Tensor
+
+    def images(self) -> Tensor:
+        """Validation images of each class, int64 ``(classes,)``."""
+        return torch.bincount(self.labels, minlength=len(self.classes))
+
+    def of_each_class(self) -> Tensor:
+        """Top-1 of each class in per cent, float64 ``(classes,)``; NaN where there are no images."""
+        right = torch.bincount(self.labels[self.labels == self.predicted], minlength=len(self.classes))
+        return 100 * right.double() / self.images()
+
+    def confusion(self) -> Tensor:
+        """How many images of each class (row) were taken for each class (column), int64 ``(classes, classes)``."""
+        count = len(self.classes)
+        return torch.bincount(self.labels * count + self.predicted, minlength=count**2).view(count, count)
+
+
+def validate(run: str | Path, data: DataConfig | None = None, accelerator: str = "auto") -> Validation:
+    """Validate a trained network.
 
     Args:
         run: A run's folder, which means its best.ckpt, or a checkpoint.
@@ -35,23 +66,52 @@ def validate(run: str | Path, data: DataConfig | None = None, accelerator: str =
         accelerator: Lightning's accelerator.
 
     Returns:
-        ``val/top1``, ``val/top5`` (``val/topN`` with N < 5 classes), ``val/loss``.
+        Top-1, top-5 and loss, and what each image was taken for.
 
     Raises:
         FileNotFoundError: there is no checkpoint, or no data.
         ValueError: the data has other classes than the network.
+
+    Example:
+        >>> validate("runs/fashion").metrics["val/top1"]  # doctest: +SKIP
+        92.57
     """
     trained = load_trained(run)
-    run = Path(run)
-    images = ImageData(data or data_of(trained, **_root_of(run if run.is_dir() else run.parent)))
+    images = pictures_for(trained, data or data_of_run(run, trained))
+    classifier = Classifier(trained.network, len(trained.classes), trained.mean, trained.std)
+    outcomes = _Outcomes()
+    with quiet_lightning(), Progress() as progress:
+        trainer = _evaluation_trainer(accelerator, progress, outcomes)
+        (metrics,) = trainer.validate(classifier, datamodule=images, verbose=False)
+    return Validation(dict(metrics), trained.classes, torch.cat(outcomes.labels), torch.cat(outcomes.predicted))
+
+
+def pictures_for(trained: TrainedNetwork, data: DataConfig) -> ImageData:
+    """Pictures with the classes of a network.
+
+    Raises:
+        FileNotFoundError: there is no data.
+        ValueError: the data has other classes than the network.
+    """
+    images = ImageData(data)
     if list(images.classes) != trained.classes:
         theirs, own = listed(images.classes, 10), listed(trained.classes, 10)
         raise ValueError(f"the data's classes ({theirs}) are not the network's ({own})")
-    classifier = Classifier(trained.network, len(trained.classes), trained.mean, trained.std)
-    with quiet_lightning(), Progress() as progress:
-        trainer = _evaluation_trainer(accelerator, progress)
-        (metrics,) = trainer.validate(classifier, datamodule=images, verbose=False)
-    return dict(metrics)
+    return images
+
+
+class _Outcomes(Callback):
+    """Keeps the label of every validation image, and what it was taken for."""
+
+    def __init__(self) -> None:
+        self.labels: list[Tensor] = []
+        self.predicted: list[Tensor] = []
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: int
+    ) -> None:
+        self.labels.append(batch[1].cpu())
+        self.predicted.append(outputs.argmax(1).cpu())
 
 
 @dataclass
@@ -89,7 +149,7 @@ def predict(
         raise ValueError(f"top must be 1 or more, got {top}")
     files = _image_files(images)
     trained = load_trained(run)
-    pictures = Plain(_ImageFiles(files), test_transform(data_of(trained, source="image_folder", root=Path())))
+    pictures = as_seen(trained, files)
     classifier = Classifier(trained.network, len(trained.classes), trained.mean, trained.std)
     loader = DataLoader(pictures, batch_size, collate_fn=_images_only)
     with quiet_lightning(), Progress() as progress:
@@ -103,8 +163,23 @@ def predict(
     ]
 
 
+def as_seen(trained: TrainedNetwork, files: Sequence[Path]) -> Plain:
+    """Image files as the network sees them before normalisation: pairs of a uint8 image ``(3, H, W)`` and -1."""
+    return Plain(_ImageFiles(files), test_transform(data_of(trained, source="image_folder", root=Path())))
+
+
 #: Limit on the size of ``recipe.json``, in bytes; those of this library have 2 kB.
 _MAX_RECIPE_BYTES = 2**16
+
+
+def data_of_run(run: str | Path, trained: TrainedNetwork) -> DataConfig:
+    """The pictures of a run, where its folder says that they are.
+
+    Raises:
+        ValueError: as :func:`data_of`; or the folder's recipe is damaged.
+    """
+    run = Path(run)
+    return data_of(trained, **_root_of(run if run.is_dir() else run.parent))
 
 
 def _root_of(folder: Path) -> dict[str, Path]:

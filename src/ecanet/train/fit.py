@@ -17,16 +17,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ecanet.files.atomic import remove_partial_files
-from ecanet.train.checkpoint import (
-    ABOUT_KEY,
-    SafeCheckpointIO,
-    SaveCheckpoints,
-    build_network,
-    without_weights_file,
-)
+from ecanet.train.checkpoint import ABOUT_KEY, SafeCheckpointIO, SaveCheckpoints
 from ecanet.train.classifier import Classifier
 from ecanet.train.config import Recipe, to_plain
-from ecanet.train.data.loading import ImageData
+from ecanet.train.data.loading import ImageData, image_size_of
+from ecanet.train.networks import build_network, check_classifies, without_insertion_file, without_weights_file
 from ecanet.train.processes import EndTogether
 from ecanet.train.progress import Progress
 from ecanet.train.quiet import quiet_lightning
@@ -97,6 +92,7 @@ def fit(
     Example:
         >>> fit(Recipe(optim=OptimConfig(epochs=1)), out="runs/try").top1  # doctest: +SKIP
     """
+    recipe = replace(recipe, model=without_insertion_file(recipe.model))
     with quiet_lightning():
         if out is None:
             return _fit(recipe, None, None, progress, on_epoch)
@@ -141,8 +137,11 @@ def _fit(
             history.made_by = made_by(trainer, data, resumed)
             steps = data.steps_per_epoch(trainer.world_size)
             trainer.log_every_n_steps = min(trainer.log_every_n_steps, steps)  # type: ignore[attr-defined]
+            network = build_network(network_config, len(data.classes))
+            if not network_config.is_own and resumed is None:
+                check_classifies(network, len(data.classes), image_size_of(recipe.data))
             classifier = Classifier(
-                build_network(network_config, len(data.classes)),
+                network,
                 len(data.classes),
                 data.mean,
                 data.std,

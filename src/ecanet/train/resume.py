@@ -15,7 +15,7 @@ from torch import Tensor
 import ecanet
 from ecanet.ops.backend import choose
 from ecanet.train.checkpoint import ABOUT_KEY, SaveCheckpoints, check_about, read_checkpoint
-from ecanet.train.config import Recipe, to_plain
+from ecanet.train.config import Recipe, to_plain, with_defaults
 from ecanet.train.data.loading import ImageData
 from ecanet.untrusted import check_number, shown
 
@@ -75,7 +75,7 @@ def last_state(recipe: Recipe, last: Path, resume: bool) -> Resumed | None:
     checkpoint = read_checkpoint(last)
     check_resumable(checkpoint, last)
     about = checkpoint[ABOUT_KEY]
-    before, now = what_decides(about["recipe"]), what_decides(to_plain(recipe))
+    before, now = what_decides(with_defaults(about["recipe"])), what_decides(to_plain(recipe))
     epochs = before.pop("optim.epochs")
     del now["optim.epochs"]
     changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))

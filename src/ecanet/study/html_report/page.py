@@ -41,7 +41,8 @@ _AROUND = 30
 _NO_IMAGES = 255
 _PROFILE_NOTE = (
     "Time of a training step (forward, backward, SGD) on one thread of a CPU, the networks in turns: compare these "
-    "times only with one another. Parameters and multiply-adds (for one picture) are those of the gates."
+    "times only with one another. Parameters and multiply-adds (for one picture) are those of the gates. A table of "
+    "networks, where there is one, is what ecanet profile wrote into the folder."
 )
 
 
@@ -125,7 +126,7 @@ def _sections(found: StudyFolder) -> dict[str, Any]:
         "sweep_table": _sweep_table(found),
         "gates": [_heats(name, learned, _ends(found)) for name, learned in found.gates.items()],
         "scale": _scale(found),
-        "profile": _profile(found),
+        "profile": [table for table in (_costs(found), _networks(found)) if table],
         "profile_note": _PROFILE_NOTE,
         "failed": _failed(found),
         "runs": _runs(found),
@@ -251,7 +252,16 @@ def _sweep_table(found: StudyFolder) -> Table | None:
     return Table("By kernel size", ["k", "condition", "seeds", summary.metric], rows, {1}) if rows else None
 
 
-def _profile(found: StudyFolder) -> Table | None:
+def _networks(found: StudyFolder) -> Table | None:
+    """What ``ecanet profile`` measured, as it wrote it; a column that is empty is left out."""
+    if len(found.profile) < 2:
+        return None
+    columns = [cells for cells in zip(*found.profile, strict=True) if any(cells[1:])]
+    head, *rows = ([cell or "-" for cell in row] for row in zip(*columns, strict=True))
+    return Table("Networks by ecanet profile", head, rows)
+
+
+def _costs(found: StudyFolder) -> Table | None:
     if not found.costs:
         return None
     plain = next(iter(found.costs.values())).seconds

@@ -1,7 +1,10 @@
 """Read a study's folder again: runs, how it was made, costs and gates. What the files say is data, and checked."""
 
+import csv
+import io
 import itertools
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,10 +18,10 @@ from ecanet.study.about import About, read_about, read_json
 from ecanet.study.costs import Cost
 from ecanet.study.results import FailedRun, FinishedRun, Study, slug, why_not_counted
 from ecanet.study.run_files import is_number, read_run
-from ecanet.untrusted import listed, shown
+from ecanet.untrusted import check_file, listed, shown
 
 #: Files beside the runs: what a training step of each condition costs, and the gates that it learned.
-COSTS, GATES = "costs.json", "gates.json"
+COSTS, GATES, PROFILE = "costs.json", "gates.json", "profile.csv"
 #: Bytes of these files, cells of all heat maps, and classes of one, at most.
 _MAX_BYTES, MOST_CELLS, MOST_CLASSES = 2**24, 400_000, 40
 _MAX_RUNS = 100_000
@@ -51,6 +54,7 @@ class StudyFolder:
         to_come: Condition and seed of runs that did not end yet.
         costs: What a training step costs, by condition; empty where it was not measured.
         gates: What the gates learned, by condition.
+        profile: What ``ecanet profile --out`` wrote into the folder: the names of the columns, then the rows.
     """
 
     folder: Path
@@ -59,6 +63,7 @@ class StudyFolder:
     to_come: list[tuple[str, int]] = field(default_factory=list)
     costs: dict[str, Cost] = field(default_factory=dict)
     gates: dict[str, LearnedGates] = field(default_factory=dict)
+    profile: list[list[str]] = field(default_factory=list)
 
     @property
     def conditions(self) -> list[str]:
@@ -105,9 +110,8 @@ def read_folder(folder: Path, metric: str | None = None) -> StudyFolder:
         raise ValueError(f"metric must be one that the runs in {shown(folder, 200)} have ({have}), got {study.metric}")
     ended = runs.keys() | {(run.condition, run.seed) for run in study.failed}
     to_come = [(name, seed) for seed in about.seeds for name in about.conditions if (name, seed) not in ended]
-    return StudyFolder(
-        folder, study, about, to_come, read_costs(folder, list(study.runs)), _gates(folder, list(study.runs))
-    )
+    costs, gates = read_costs(folder, list(study.runs)), _gates(folder, list(study.runs))
+    return StudyFolder(folder, study, about, to_come, costs, gates, _profile(folder))
 
 
 _Runs = dict[tuple[str, int], tuple[dict[str, Any], Path]]
@@ -178,6 +182,20 @@ def read_costs(folder: Path, names: Sequence[str]) -> dict[str, Cost]:
             raise ValueError(f"{folder / COSTS} does not say what {shown(name)} costs: delete it")
         found[name] = Cost(int(said[0]), int(said[1]), float(said[2]))
     return {name: found[name] for name in names if name in found and found[name].seconds > 0}
+
+
+def _profile(folder: Path) -> list[list[str]]:
+    file = folder / PROFILE
+    if not os.path.lexists(file):
+        return []
+    try:
+        check_file(file, _MAX_BYTES)
+        rows = [row for row in csv.reader(io.StringIO(file.read_bytes().decode(), newline="")) if row]
+        if not rows or {len(row) for row in rows} != {len(rows[0])}:
+            raise ValueError("its rows have different numbers of cells")
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(f"{file} is no table of a profile ({error}): delete it") from error
+    return rows
 
 
 def _gates(folder: Path, names: Sequence[str]) -> dict[str, LearnedGates]:

@@ -218,7 +218,7 @@ def read_splits(config: DataConfig) -> Splits:
 
 def train_transform(config: DataConfig) -> Callable[[Tensor], Tensor]:
     """Augmentation of training images, uint8 ``(C, H, W)`` to uint8 ``(C, image_size, image_size)``."""
-    size = _image_size(config)
+    size = image_size_of(config)
     augment = config.augment
     if augment == "auto":
         augment = "resized_crop" if config.source == "image_folder" else "crop"
@@ -235,14 +235,15 @@ def train_transform(config: DataConfig) -> Callable[[Tensor], Tensor]:
 
 def test_transform(config: DataConfig) -> Callable[[Tensor], Tensor]:
     """What validation and prediction see, uint8 ``(C, H, W)`` to uint8 ``(C, image_size, image_size)``."""
-    size = _image_size(config)
+    size = image_size_of(config)
     if config.source == "image_folder":
         resize = config.resize or round(size * 256 / 224)
         return v2.Compose([v2.Resize(resize, InterpolationMode.BILINEAR, antialias=True), v2.CenterCrop(size)])
     return v2.Identity() if size == 28 else v2.Resize((size, size), InterpolationMode.BILINEAR, antialias=True)
 
 
-def _image_size(config: DataConfig) -> int:
+def image_size_of(config: DataConfig) -> int:
+    """Side in pixels of the square that the network sees."""
     return config.image_size or (224 if config.source == "image_folder" else 28)
 
 

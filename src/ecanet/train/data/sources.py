@@ -104,7 +104,11 @@ class TensorImages(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """One image ``(C, H, W)``, a view, and its label."""
-        return self.images[index], int(self.labels[index])
+        return self.images[index], self.label(index)
+
+    def label(self, index: int) -> int:
+        """The label of one image."""
+        return int(self.labels[index])
 
 
 class FolderImages(Dataset[tuple[Tensor, int]]):
@@ -125,6 +129,10 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
         """One image ``(3, H, W)`` and its label; errors as in :func:`read_image`."""
         path, label = self.samples[index]
         return read_image(path), label
+
+    def label(self, index: int) -> int:
+        """The label of one image, without reading it."""
+        return self.samples[index][1]
 
 
 def read_idx(path: str | Path) -> Tensor:

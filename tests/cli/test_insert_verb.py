@@ -2,8 +2,6 @@
 
 import errno
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -109,8 +107,9 @@ def test_weights_in_gates_saved_and_loaded_in_a_fresh_process(
     said = said_by([*RESNET, *weights, "--save", str(target), "--fuse"], capsys)
     assert "8 gates inserted" in said
     assert "layer1.0.bn2" not in said, "the table is not asked for"
-    assert f"wrote {target}: torchvision/resnet18 with the weights of {tmp_path / 'plain.pth'}" in said
-    assert said.endswith(f"next: model = ecanet.surgery.load({str(target)!r})\n")
+    assert f"wrote {target}: torchvision/resnet18 with the weights {tmp_path / 'plain.pth'}" in said
+    assert f"next: ecanet fit --model.name '{target}' --data.source image_folder --data.root " in said
+    assert said.endswith(f"or in Python: model = ecanet.surgery.load({str(target)!r})\n")
     assert [path.name for path in target.parent.iterdir()] == ["gated.pt"]
 
     x = torch.randn(2, 3, 64, 64)
@@ -296,7 +295,7 @@ def test_needs_torch_and_torchvision_alone(tmp_path: Path) -> None:
         f"main({[*RESNET, '--save', str(tmp_path / 'model.pt')]!r})\n"
         "main(['insert', '--model', 'timm/resnet18'])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = fresh.run(code)
     assert "8 gates inserted" in done.stdout
     assert done.stderr.startswith("ecanet insert: ImportError: timm/resnet18 needs timm: pip install 'ecanet[timm]'"), (
         done.stderr

@@ -60,6 +60,8 @@ def test_names_of_ours_of_torchvision_and_of_timm_with_and_without_a_gate_bring_
     models = ["eca_resnet18", "torchvision/resnet18", "timm/resnet18"]
     profile = profile_models(models, ["none", "se"], image_size=32, time=False)
     assert [row.counts.parameters for row in profile.rows] == [11_689_512, 11_689_512 + 87_040] * 3
+    row = profile_models(["small_eca_resnet"], ["timm:cbam"], time=False).rows[0]
+    assert (row.name, row.counts.gate_parameters, row.paper) == ("small_eca_resnet + timm:cbam", 2_988, None)
     found = [subject.paper and subject.paper.name for subject in subjects(["eca_resnet50", "eca_mobilenet_v2"])]
     assert found == ["ResNet-50 + ECA", "MobileNetV2 + ECA"]
     assert paper.paper_row("torchvision/resnet101", "cbam").name == "ResNet-101 + CBAM"

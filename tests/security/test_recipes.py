@@ -78,6 +78,24 @@ HOSTILE = {
     "an option of another network": ("model: {options: {width_mult: 1}}", "has width_mult, and the network takes"),
     "an option that is a path": ("model: {options: {weights: /etc/passwd}}", "options.weights must be a number"),
     "an option that is a class": ("model: {options: {norm_layer: torch.nn.Module}}", "norm_layer must be a number"),
+    "a function to call": ("model: {build: 'os:system'}", "model.build is never taken from a file"),
+    "a class to call": (f"model: {{build: {CALL}}}", "model.build is never taken from a file"),
+    "a network of the Hub": ("model: {name: 'timm/hf-hub:someone/something'}", "timm has no"),
+    "a folder for a network": ("model: {name: 'timm/local-dir:/etc'}", "timm has no"),
+    "a path behind a library": ("model: {name: torchvision/../../etc/passwd}", "torchvision has no"),
+    "a device for a network": ("model: {name: /dev/zero}", "model.name must be one of"),
+    "a network of a million letters": ("model: {name: '" + "x/" * 30_000 + "'}", "must be a text of at most 1000"),
+    "another's options": ("model: {name: torchvision/resnet18, options: {widths: [8]}}", "network takes fold, fuse"),
+    "a class as a place": (f"model: {{where: {CALL}}}", "model.where holds class_path"),
+    "YAML in a place": ("model: {where: '[&a [1], *a]'}", "model.where cannot be this text"),
+    "a thousand places": (
+        "model: {name: torchvision/resnet18, where: [" + "a, " * 1001 + "a]}", "must be a list of at most 1000"
+    ),
+    "a place of a thousand letters": ("model: {name: torchvision/resnet18, where: " + "a" * 999 + "}", "at most 300"),
+    "a kernel of a billion in a library's": (
+        "model: {name: torchvision/resnet18, kernel_size: 1000000001}", "kernel_size must be at most"
+    ),
+    "both names of preserve": ("model: {neutral: true, preserve: true}", "both preserve and neutral"),
     "YAML in a text": ("model: {options: '{a: &a [1], b: *a}'}", "model.options must hold names and values"),
     "YAML in a kernel size": ("model: {kernel_size: '[&a [1], *a]'}", "model.kernel_size cannot be this text"),
     "YAML in a path": ("data: {source: image_folder, root: '{a: &a [1], b: *a}'}", "no folder '{a: &a [1], b"),

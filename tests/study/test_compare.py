@@ -7,7 +7,6 @@ import pickle
 import signal
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +22,7 @@ from ecanet.study.costs import Cost
 from ecanet.study.processes import Processes
 from ecanet.study.report import table
 from ecanet.train import Recipe, fit
+from tests.fresh import FreshProcess
 
 
 def entries(tiny: Callable[..., Recipe], **changes: object) -> dict[str, Recipe]:
@@ -134,12 +134,11 @@ import signal, sys
 from pathlib import Path
 from ecanet.study import compare
 from ecanet.train import *
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
-    data = DataConfig("image_folder", root=Path(sys.argv[1]), image_size=12, resize=12, batch_size=8)
-    model, optim = ModelConfig(options={"widths": [8, 16]}), OptimConfig(epochs=10)
-    recipe = Recipe(model, data, optim, TrainerConfig(accelerator="cpu"))
-    compare({"ECA": recipe}, range(20), sys.argv[2], workers=1, progress=False)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
+data = DataConfig("image_folder", root=Path(sys.argv[1]), image_size=12, resize=12, batch_size=8)
+model, optim = ModelConfig(options={"widths": [8, 16]}), OptimConfig(epochs=10)
+recipe = Recipe(model, data, optim, TrainerConfig(accelerator="cpu"))
+compare({"ECA": recipe}, range(20), sys.argv[2], workers=1, progress=False)
 """
 
 
@@ -147,17 +146,10 @@ if __name__ == "__main__":
 def test_killed_comparison_keeps_what_it_finished_and_leaves_no_worker(
     image_folder: Path, tmp_path: Path, killer: signal.Signals
 ) -> None:
-    script = tmp_path / "study.py"
-    script.write_text(SCRIPT)
     out = tmp_path / "out"
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(image_folder), str(out)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    process = FreshProcess(SCRIPT, image_folder, out, environment=os.environ | {"OMP_NUM_THREADS": "1"})
     while not list(out.glob("runs/*.json")):
-        assert process.poll() is None
+        assert process.returncode is None
         time.sleep(0.05)
     os.kill(process.pid, killer)  # the parent alone: the workers have to notice
     assert process.wait(timeout=30) != 0
@@ -165,6 +157,7 @@ def test_killed_comparison_keeps_what_it_finished_and_leaves_no_worker(
     while subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, check=False).stdout:
         assert time.monotonic() < deadline, "a worker lives on"
         time.sleep(0.1)
+    process.close()
     for path in out.glob("runs/*.json"):
         assert json.loads(path.read_text())["metrics"]["top1"] >= 0
 
@@ -176,26 +169,22 @@ def found(command: list[str]) -> list[str]:
 SCRIPT_OF_PICKLES = """
 import pickle, sys
 from ecanet.study import compare
-if __name__ == "__main__":
-    with open(sys.argv[1], "rb") as file:
-        compare(pickle.load(file), [0, 1], sys.argv[2], workers=1)
+with open(sys.argv[1], "rb") as file:
+    compare(pickle.load(file), [0], sys.argv[2], workers=1)
 """
 
 
 def test_a_comparison_whose_worker_and_then_whose_parent_is_killed_gives_the_table_of_one_left_alone(
     tiny: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    recipes = {name: tiny(gate=gate, epochs=6) for name, gate in (("none", None), ("ECA", "eca"))}
-    (tmp_path / "go.py").write_text(SCRIPT_OF_PICKLES)
+    recipes = {name: tiny(gate=gate, epochs=5) for name, gate in (("none", None), ("ECA", "eca"))}
     (tmp_path / "recipes").write_bytes(pickle.dumps(recipes))
     out, runs = tmp_path / "out", tmp_path / "out" / "runs"
-    command = [sys.executable, str(tmp_path / "go.py"), str(tmp_path / "recipes"), str(out)]
-    with (tmp_path / "told").open("w") as told:
-        parent = subprocess.Popen(command, stderr=told, start_new_session=True)
+    parent = FreshProcess(SCRIPT_OF_PICKLES, tmp_path / "recipes", out)
 
     def wait_for_a_checkpoint(name: str) -> None:
         while not (runs / name / "last.ckpt").exists():
-            assert parent.poll() is None
+            assert parent.returncode is None
             time.sleep(0.01)
 
     wait_for_a_checkpoint("none-seed0")
@@ -204,13 +193,13 @@ def test_a_comparison_whose_worker_and_then_whose_parent_is_killed_gives_the_tab
     assert not list(runs.glob("*.json")), "it was killed too late"
     wait_for_a_checkpoint("eca-seed0")
     parent.kill()
-    while found(["pgrep", "-s", str(parent.pid)]):
-        parent.poll()
-        time.sleep(0.05)
-    assert "none, seed 0: its process was killed by signal 9; it is tried once more." in (tmp_path / "told").read_text()
+    _, told = parent.communicate()
+    assert "none, seed 0: its process was killed by signal 9; it is tried once more." in told
     assert {path.name for path in runs.glob("*.json")} == {"none-seed0.json"}
-    compare(recipes, [0, 1], out, workers=1, progress=False)
-    compare(recipes, [0, 1], tmp_path / "alone", workers=1, progress=False)
+    while found(["pgrep", "-s", str(parent.pid)]):
+        time.sleep(0.05)
+    compare(recipes, [0], out, workers=1, progress=False)
+    compare(recipes, [0], tmp_path / "alone", workers=1, progress=False)
     assert (out / "summary.json").read_text() == (tmp_path / "alone/summary.json").read_text()
     tables = [(folder / "results.csv").read_text().splitlines() for folder in (out, tmp_path / "alone")]
     mine, alone = ([line.rpartition(",")[0] for line in lines] for lines in tables)  # without the seconds

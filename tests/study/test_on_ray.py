@@ -44,7 +44,7 @@ def test_on_a_cluster_of_two_workers_one_of_them_killed_every_run_has_its_file_a
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    timer = threading.Timer(120, process.kill)
+    timer = threading.Timer(300, process.kill)
     timer.start()
     said, told = process.communicate()
     timer.cancel()

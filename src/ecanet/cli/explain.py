@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from ecanet.cli.options import add_data, data_named
+from ecanet.cli.options import add_build, add_data, data_named
 from ecanet.files.atomic import write_whole
 from ecanet.inspect.explanation import plot_explanation
 from ecanet.inspect.style import new_figure
@@ -29,13 +29,14 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
     )
     parser.add_argument("--top", type=int, default=5, help="Number of classes to draw.")
     add_data(parser)
+    add_build(parser)
 
     def run(args: Namespace) -> None:
         ending = args.out.suffix[1:].lower()
         if ending not in _FORMATS:
             raise ValueError(f"--out must end in one of {', '.join(_FORMATS)}, got {shown(args.out.name)!r}")
         new_figure(1)  # matplotlib is there
-        trained = load_trained(args.run)
+        trained = load_trained(args.run, args.model.build)
         found = explain_prediction(trained, args.image, _pictures(args, trained), args.top)
         figure = plot_explanation(
             found.image, args.image.name, found.classes, found.probabilities, found.gates, found.means, found.images

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from ecanet.cli.options import CONFIG_HELP
 from ecanet.train.config import Recipe
 from ecanet.train.fit import fit
+from ecanet.train.progress import accuracy
 from ecanet.train.recipes import with_own_recipe
 
 _OUT = "runs/fit"
@@ -35,7 +36,8 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
         result = fit(recipe, args.out, resume=args.resume)
         if not is_first:
             return
-        print(f"top-1 {result.top1:.2f} % after the last epoch, {result.best_top1:.2f} % at best; see {args.out}")
+        reached = accuracy(result.history[-1])
+        print(f"{reached} after the last epoch, {result.best_top1:.2f} % at best; see {args.out}")
         print(f"next: ecanet predict {args.out} IMAGE ...")
 
     return run

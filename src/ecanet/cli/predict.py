@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from ecanet.cli.options import add_accelerator, write_out
+from ecanet.cli.options import add_accelerator, add_build, write_out
 from ecanet.train.evaluate import predict
 from ecanet.untrusted import shown
 
@@ -19,9 +19,10 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
     parser.add_argument("--top", type=int, default=3, help="Number of classes to name for an image.")
     parser.add_argument("--out", type=Path, default=None, help="Write a CSV file instead of printing.")
     add_accelerator(parser)
+    add_build(parser)
 
     def run(args: Namespace) -> None:
-        predictions = predict(args.run, args.images, args.top, accelerator=args.accelerator)
+        predictions = predict(args.run, args.images, args.top, accelerator=args.accelerator, build=args.model.build)
         if args.out is None:
             for p in predictions:
                 ranked = zip(p.classes, p.probabilities, strict=True)

@@ -21,7 +21,11 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
     )
     parser.add_argument("--table3", action="store_true", help="The networks of the paper's Table 3 instead of MODEL.")
     parser.add_argument(
-        "--gate", nargs="+", default=[], metavar="NAME", help=f"Every MODEL with each: none, {', '.join(GATES)}."
+        "--gate",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"Every MODEL with each: none, timm:NAME, {', '.join(GATES)}.",
     )
     parser.add_argument("--no-time", action="store_true", help="Count only: neither time nor memory.")
     parser.add_argument("--batch-size", type=int, metavar="N", help="Pictures in a batch: 8, or 64 on a GPU.")

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from ecanet.cli.options import CONFIG_HELP
 from ecanet.study.comparison import check_parts, check_recipes, comparison_jobs, seconds_of_an_epoch, study_recipes
+from ecanet.study.conclusions import next_step
 from ecanet.study.engine import ENGINES, workers_on
 from ecanet.study.statistics import plan
 from ecanet.study.study_file import conditions_and_seeds, with_study_read
@@ -49,8 +50,10 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
         recipe = Recipe(args.model, args.data, args.optim, args.trainer)
         entries, seeds = conditions_and_seeds(recipe, args.study, args.gates, args.kernel_sizes, args.seeds)
         if not args.dry_run:
-            print(study_recipes(entries, seeds, args.out, args.workers, on=args.on))
+            study = study_recipes(entries, seeds, args.out, args.workers, on=args.on)
+            print(study)
             print(f"wrote {args.out / 'results.csv'}, {args.out / 'summary.json'} and {args.out / 'report.html'}")
+            print(next_step(study.summary))
             return
         check_recipes(entries, seeds)
         jobs = comparison_jobs(entries, seeds, args.out)

@@ -10,11 +10,11 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from ecanet.cli.options import add_accelerator, add_data, data_named, write_out
+from ecanet.cli.options import add_accelerator, add_build, add_data, data_named, write_out
 from ecanet.files.atomic import write_whole
 from ecanet.inspect.confusion import plot_confusion
 from ecanet.inspect.style import new_figure
-from ecanet.train.checkpoint import load_trained
+from ecanet.train.checkpoint import TrainedNetwork, load_trained
 from ecanet.train.evaluate import Validation, validate
 from ecanet.untrusted import shown
 
@@ -32,12 +32,13 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
     )
     parser.add_argument("--out", type=Path, default=None, help="Write all numbers into this JSON file, too.")
     add_accelerator(parser)
+    add_build(parser)
 
     def run(args: Namespace) -> None:
-        trained = load_trained(args.run)
+        trained = load_trained(args.run, args.model.build)
         if args.confusion is not None:
-            _check_confusion(args.confusion, len(trained.classes))
-        result = validate(args.run, data_named(args, trained), args.accelerator)
+            _check_confusion(args.confusion, trained)
+        result = validate(args.run, data_named(args, trained), args.accelerator, args.model.build)
         for name, value in result.metrics.items():
             print(f"{name}: {value:.4f}" if name == "val/loss" else f"{name}: {value:.2f} %")
         print("\n".join(["", *_table(result)]))
@@ -55,13 +56,10 @@ def _table(result: Validation) -> list[str]:
     """Classes from the worst on, with the class that each is most often taken for."""
     accuracy, images = result.of_each_class(), result.images()
     every = [index for index in accuracy.argsort(stable=True).tolist() if images[index]]
-    lines = [f"{'class':{_NAME}}   top-1 %   images  most often taken for"]
+    several = result.labels.dim() == 2
+    lines = [f"{'class':{_NAME}}   " + ("   AP %   images" if several else "top-1 %   images  most often taken for")]
     for index in every if len(every) <= _PRINTED else every[: _PRINTED - 1]:
-        missed = result.predicted[(result.labels == index) & (result.predicted != index)].bincount()
-        taken = ""
-        if len(missed):
-            other, share = int(missed.argmax()), 100 * int(missed.max()) / int(images[index])
-            taken = f"  {shown(result.classes[other], _NAME)} ({share:.1f} %)"
+        taken = "" if several else _taken_for(result, index)
         name = shown(result.classes[index], _NAME)
         lines.append(f"{name:{_NAME}} {accuracy[index]:9.2f} {images[index]:8,}{taken}")
     if len(lines) <= len(every):
@@ -73,11 +71,20 @@ def _table(result: Validation) -> list[str]:
     return lines
 
 
+def _taken_for(result: Validation, index: int) -> str:
+    missed = result.predicted[(result.labels == index) & (result.predicted != index)].bincount()
+    if not len(missed):
+        return ""
+    share = 100 * int(missed.max()) / int((result.labels == index).sum())
+    return f"  {shown(result.classes[int(missed.argmax())], _NAME)} ({share:.1f} %)"
+
+
 def _as_json(result: Validation) -> dict[str, Any]:
     rows = zip(result.classes, result.images().tolist(), result.of_each_class().tolist(), strict=True)
+    name_of = "average_precision" if result.labels.dim() == 2 else "top1"
     return {
         "metrics": {name: _number(value) for name, value in result.metrics.items()},
-        "classes": [{"class": name, "images": images, "top1": _number(value)} for name, images, value in rows],
+        "classes": [{"class": name, "images": images, name_of: _number(value)} for name, images, value in rows],
     }
 
 
@@ -86,7 +93,10 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _check_confusion(folder: Path, classes: int) -> None:
+def _check_confusion(folder: Path, trained: TrainedNetwork) -> None:
+    classes = len(trained.classes)
+    if trained.multi_label:
+        raise ValueError("--confusion is for one label an image, and this network was trained with several")
     if classes > _MOST_CLASSES:
         raise ValueError(
             f"--confusion: a matrix of {classes:,} classes has {classes**2:,} cells, and it is written for up to "

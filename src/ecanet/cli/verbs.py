@@ -55,6 +55,11 @@ VERBS = {
         "ecanet insert --model torchvision/resnet50 --where block --report --save resnet50_eca.pt",
         needs_extras=False,
     ),
+    "list": Verb(
+        "The networks that fit, study and insert can name, and trained weights for them.",
+        "ecanet list torchvision resnet50",
+        needs_extras=False,
+    ),
     "profile": Verb(
         "What networks cost here: parameters, multiply-adds, time, memory, share of the gates; the paper's Table 3.",
         "ecanet profile eca_resnet50 timm/resnet50d --gate none eca se --no-time",

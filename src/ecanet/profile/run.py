@@ -33,8 +33,8 @@ def profile_models(
     Args:
         models: Names in :data:`ecanet.models.MODELS`, ``torchvision/NAME``, ``timm/NAME``, model files of Ultralytics
             (``yolo11n.yaml``), files of ``ecanet insert --save``, checkpoints, folders of runs.
-        gates: Names in :data:`ecanet.nn.GATES`, and ``none``: every network with every gate. Without any, each network
-            is as its name says.
+        gates: Names in :data:`ecanet.nn.GATES`, ``timm:NAME``, and ``none``: every network with every gate.
+            Without any, each network is as its name says.
         time: Measure time and memory; otherwise count only.
         batch_size: Pictures in a batch: 8, or 64 on a GPU.
         image_size: Height and width in pixels, by default each network's own.

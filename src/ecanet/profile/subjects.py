@@ -18,7 +18,7 @@ from ecanet.profile.yolo import build_yolo, is_yolo
 from ecanet.surgery.find.layers import is_attention
 from ecanet.surgery.insert import insert_gates_
 from ecanet.surgery.insertion_file import load
-from ecanet.surgery.networks import LIBRARIES, create_network, default_input_shape
+from ecanet.surgery.networks import create_network, default_input_shape, is_of_a_library
 from ecanet.surgery.remove import remove_gates_
 
 #: The word for a network without gates.
@@ -59,7 +59,8 @@ def subjects(models: Sequence[str | os.PathLike[str]], gates: Sequence[str] = ()
 
     Args:
         models: Names and files.
-        gates: Names in :data:`ecanet.nn.GATES`, and ``none``. Without any, each network is as its name says.
+        gates: Names in :data:`ecanet.nn.GATES`, ``timm:NAME``, and ``none``. Without any, each network is as its
+            name says.
 
     Raises:
         ImportError: a network of timm or Ultralytics without that library.
@@ -155,8 +156,7 @@ def _subject(model: str, gate: str | None) -> Subject:
     name = model if gate is None else f"{model} + {gate}"
     if model in MODELS:
         return _own(model, gate, name)
-    library = model.partition("/")[0]
-    if library in LIBRARIES and not os.path.lexists(model):
+    if is_of_a_library(model) and not os.path.lexists(model):
         return _of_library(model, gate, name)
     if is_yolo(model):
         return _yolo(model, gate, name)

@@ -21,9 +21,9 @@ from ecanet.study.results import Study, slug
 from ecanet.study.run_files import is_number
 from ecanet.study.statistics import Summary, summarise
 from ecanet.train.config import Recipe, to_plain
-from ecanet.train.data.loading import ImageData
+from ecanet.train.data.loading import ImageData, image_size_of
 from ecanet.train.fit import fit
-from ecanet.train.networks import build_network
+from ecanet.train.networks import build_network, check_classifies
 
 
 @dataclass
@@ -203,7 +203,8 @@ def comparison_jobs(entries: Mapping[str, Recipe], seeds: Sequence[int], out: st
 
 
 def _fit(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    result = fit(recipe, folder, resume=True, progress=False)
+    checked = replace(recipe, data=replace(recipe.data, verify=False))  # once is enough for all runs
+    result = fit(checked, folder, resume=True, progress=False)
     return {"top1": result.top1, "history": result.history, "recipe": to_plain(recipe), "versions": result.versions}
 
 
@@ -225,10 +226,19 @@ def check_parts(entries: Mapping[str, Recipe]) -> list[str]:
         try:
             key = fingerprint(recipe.data)
             if key not in classes:
-                classes[key] = len(ImageData(recipe.data).classes)
+                data = ImageData(recipe.data)
+                if data.multi_label:
+                    raise ValueError(
+                        "its images have several labels each, and recipes are compared by top-1: give "
+                        "ecanet.study.run a function that calls ecanet.train.fit, and metric='mAP'"
+                    )
+                data.verify()
+                classes[key] = len(data.classes)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 network = build_network(recipe.model, classes[key])
+            if not recipe.model.is_own:
+                check_classifies(network, classes[key], image_size_of(recipe.data))
         except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"entries[{name!r}]: {error}") from error
         others = fingerprint([recipe.data, recipe.optim, replace(recipe.trainer, seed=0)])

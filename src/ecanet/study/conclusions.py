@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from ecanet.study.statistics import LEVEL, ConditionSummary, Summary, detectable, plan
+from ecanet.study.statistics import DIFFERENCES, LEVEL, ConditionSummary, Summary, detectable, fewest_seeds, plan
 
 #: Conditions that a headline names one by one.
 _MOST_NAMES = 6
@@ -86,8 +86,23 @@ def _together(names: Sequence[str]) -> str:
     return "; ".join(names) if len(names) <= _MOST_NAMES else f"{len(names)} of the conditions"
 
 
+def next_step(summary: Summary) -> str:
+    """What to run next, in a sentence: more seeds where a difference may have been missed, otherwise nothing."""
+    others = [row for name, row in summary.conditions.items() if name != summary.baseline]
+    fewest, seeds = fewest_seeds(len(others)), min((row.seeds for row in others), default=0)
+    go_on = "the same command with --seeds {}; finished runs are not repeated"
+    if others and seeds < fewest:
+        return f"next: {go_on.format(fewest)}, and fewer can show nothing"
+    open_ones = [row for row in others if not is_shown(row)]
+    for size in sorted(DIFFERENCES, reverse=True):
+        needed = max((row.seeds_needed[str(size)] or 0 for row in open_ones), default=0)
+        if needed > seeds:
+            return f"next: {go_on.format(needed)}, and a difference of {size:g} is shown in 80 of 100 cases"
+    return "next: the networks of the conditions are in the folder runs, for ecanet validate and ecanet predict"
+
+
 def is_shown(row: ConditionSummary) -> bool:
-    """Whether the interval excludes zero, and p is at most 0.05 after Holm's correction."""
+    """Whether the interval of a difference excludes zero and its p is at most 0.05 after Holm's correction."""
     if row.low is None or row.high is None or row.p_holm is None:
         return False
     return not row.low <= 0 <= row.high and row.p_holm <= LEVEL
@@ -121,13 +136,15 @@ def _sentence(name: str, baseline: str, row: ConditionSummary, comparisons: int)
 
 
 def shown_number(value: float, margin: float | None, sign: str = "") -> str:
-    """A number with two digits of its margin, and two decimals at least; with an exponent where that takes long.
+    """A number with two digits of its margin, unless that is rounding, and two decimals at least.
+
+    Where that takes more than nine digits on a side, it has an exponent.
 
     Args:
         value: The number.
         margin: How far from it the truth may be, or None.
         sign: "+" to write that sign, too.
     """
-    digits = max(2, 1 - math.floor(math.log10(margin))) if margin else 2
+    digits = max(2, 1 - math.floor(math.log10(margin))) if margin and margin > 1e-9 * abs(value) else 2
     kind = f".{digits}f" if digits <= _MOST_DECIMALS and abs(value) < 10**_MOST_DECIMALS else ".6g"
     return f"{value:{sign}{kind}}"

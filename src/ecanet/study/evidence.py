@@ -21,7 +21,7 @@ from ecanet.study.html_report.reading import COSTS, GATES, MOST_CELLS, MOST_CLAS
 from ecanet.study.results import FinishedRun, Study
 from ecanet.train.checkpoint import load_trained
 from ecanet.train.config import Recipe
-from ecanet.train.data.loading import ImageData, Plain, test_transform
+from ecanet.train.data.loading import ImageData, Plain, image_size_of, test_transform
 from ecanet.train.networks import build_network
 
 #: Pixels of a timed step: those of 128 pictures of 28 x 28. Steps that are timed.
@@ -66,9 +66,7 @@ def _is_there(file: Path, names: Collection[str]) -> bool:
 def _costs(recipes: Mapping[str, Recipe]) -> dict[str, Any]:
     """A training step of each, in turns; larger pictures in smaller batches, so that it takes no longer."""
     data = next(iter(recipes.values())).data
-    images = ImageData(data)
-    picture, _ = Plain(images.splits.val, test_transform(data))[0]
-    size, classes = picture.shape[-1], len(images.classes)
+    size, classes = image_size_of(data), len(ImageData(data).classes)
     networks = {name: build_network(recipe.model, classes) for name, recipe in recipes.items()}
     costs = measure_costs(networks, size, max(2, min(128, _PIXELS // size**2)), _ROUNDS, classes)
     return {name: vars(cost) for name, cost in costs.items()}

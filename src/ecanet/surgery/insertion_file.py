@@ -164,13 +164,7 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         True
     """
     insertion, state, written = read(path)
-    hint = f"it was written with {written}"
-    try:
-        return rebuild(insertion, state, f"the weights in {path} do not fit the network it names", hint)
-    except _MisfitError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the network in {path} (written with {written}) cannot be built: {error}") from error
+    return rebuild(insertion, state, path, f"written with {written}")
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Insertion, dict[str, Tensor], str]:
@@ -202,30 +196,36 @@ def read(path: str | os.PathLike[str]) -> tuple[Insertion, dict[str, Tensor], st
 
 
 def rebuild(
-    insertion: Insertion, state: Mapping[str, Tensor], what: str, hint: str, create: Create | None = None
+    insertion: Insertion,
+    state: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    hint: str,
+    create: Create | None = None,
 ) -> nn.Module:
     """A network as an insertion builds it, in eval mode, with all of these weights. No random number is drawn.
 
     Args:
         insertion: How it is built. A network of a library takes no memory for sizes that the weights do not have.
         state: The weights, gates included.
-        what: The start of the error if they do not fit.
-        hint: What else to say then.
+        path: The file that both are from, for errors.
+        hint: What else to say of it then.
         create: As in :meth:`Insertion.build`.
 
     Raises:
         ValueError: the weights do not fit, or as in :meth:`Insertion.build`.
     """
-    if create is None and (misfit := _misfit(insertion, state)):
-        raise _MisfitError(f"{what}, {insertion.model} ({hint}): {misfit}")
-    with torch.random.fork_rng(devices=[]):
-        model, _ = insertion.build(create=create)
-    _load_strictly(model, state, f"{what}, {insertion.model}", hint)
+    what = f"the weights in {path} do not fit the network it names, {insertion.model}"
+    try:
+        misfit = _misfit(insertion, state) if create is None else ""
+        if not misfit:
+            with torch.random.fork_rng(devices=[]):
+                model, _ = insertion.build(create=create)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the network in {path} ({hint}) cannot be built: {error}") from error
+    if misfit:
+        raise ValueError(f"{what} ({hint}): {misfit}")
+    _load_strictly(model, state, what, hint)
     return model
-
-
-class _MisfitError(ValueError):
-    """Weights do not fit a network."""
 
 
 def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -305,7 +305,7 @@ def _load_strictly(model: nn.Module, state: Mapping[str, Any], what: str, hint: 
     except (RuntimeError, ValueError) as error:
         problem = str(error)
     if problem:
-        raise _MisfitError(f"{what} ({hint}): {problem}")
+        raise ValueError(f"{what} ({hint}): {problem}")
 
 
 def _version(package: str) -> str:

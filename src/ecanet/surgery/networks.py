@@ -53,24 +53,33 @@ def check_network_name(name: str) -> None:
         raise ValueError(f"model: {arch} has no weights with the tag of {shown(name)!r}, but {tags}") from error
 
 
-def known_networks(words: tuple[str, ...] | list[str] = ()) -> list[str]:
-    """``torchvision/NAME`` and, with timm installed, ``timm/NAME`` of each network, sorted.
+def has_timm() -> bool:
+    """Whether timm is installed."""
+    return importlib.util.find_spec("timm") is not None
 
-    Args:
-        words: Texts that each name has to contain.
+
+def known_networks() -> list[str]:
+    """``torchvision/NAME`` and, with timm installed, ``timm/NAME`` of each network.
 
     Example:
-        >>> known_networks(["torchvision", "resnet1", "quantized"])
-        ['torchvision/quantized_resnet18']
+        >>> "torchvision/resnet18" in known_networks()
+        True
     """
     names = [f"torchvision/{name}" for name in torchvision.models.list_models()]
-    if importlib.util.find_spec("timm") is not None:
+    if has_timm():
         import timm
 
         # Importing ecanet.models registers its own networks with timm.
         own = set(timm.list_models(module="timm_models"))
         names += [f"timm/{name}" for name in timm.list_models() if name not in own]
-    return [name for name in names if all(word in name for word in words)]
+    return names
+
+
+def classifies_pictures(name: str) -> bool:
+    """Whether a network, ``torchvision/NAME`` or ``timm/NAME``, has pictures as input and classes as output."""
+    library, _, short = name.partition("/")
+    models = torchvision.models
+    return library == "timm" or short in (*models.list_models(models), *models.list_models(models.quantization))
 
 
 def weights_names(name: str) -> list[str]:

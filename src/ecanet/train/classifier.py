@@ -12,10 +12,13 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
+from ecanet.train.average_precision import MeanAveragePrecision
 from ecanet.train.config import OptimConfig
 from ecanet.train.data.loading import mix_seed
 
 _STEP_STREAM = 3
+#: Share of the loss of an auxiliary head: Szegedy et al., Going Deeper with Convolutions, CVPR 2015, section 5.
+AUXILIARY = 0.3
 Batch = tuple[Tensor, Tensor]
 
 
@@ -23,7 +26,8 @@ class Classifier(L.LightningModule):
     """Trains a network to classify images.
 
     Args:
-        network: ``(N, 3, H, W)`` to logits ``(N, classes)``.
+        network: ``(N, 3, H, W)`` to logits ``(N, classes)``; in training also a tuple of them and those of auxiliary
+            heads, each of which adds :data:`AUXILIARY` of its loss.
         num_classes: Number of classes.
         mean: Mean of each channel of pixels in 0..1.
         std: Standard deviation of each.
@@ -31,6 +35,11 @@ class Classifier(L.LightningModule):
         steps_per_epoch: Optimiser steps in an epoch.
         seed: Seed of dropout and mixup.
         channels_last: Memory format of images and convolutions.
+        multi_label: Whether an image may have several labels, which are then float ``(N, classes)`` of 0 and 1. The
+            loss is binary cross entropy of each class, and the metric mean average precision.
+
+    Attributes:
+        monitor: The metric that is best when it is highest.
     """
 
     mean: Tensor
@@ -46,6 +55,7 @@ class Classifier(L.LightningModule):
         steps_per_epoch: int = 1,
         seed: int = 0,
         channels_last: bool = False,
+        multi_label: bool = False,
     ) -> None:
         super().__init__()
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -56,8 +66,11 @@ class Classifier(L.LightningModule):
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         self.mixing = _mixup_and_cutmix(self.optim, num_classes)
+        self.multi_label = multi_label
+        self.monitor = "val/mAP" if multi_label else "val/top1"
         top_k = {f"val/top{k}": MulticlassAccuracy(num_classes, k, average="micro") for k in {1, min(5, num_classes)}}
-        self.val_accuracy = MetricCollection(top_k)  # type: ignore[arg-type]
+        metrics = {self.monitor: MeanAveragePrecision(num_classes)} if multi_label else top_k
+        self.val_accuracy = MetricCollection(metrics)  # type: ignore[arg-type]
         self.val_loss = MeanMetric(nan_strategy="ignore")
 
     def forward(self, images: Tensor) -> Tensor:
@@ -74,21 +87,34 @@ class Classifier(L.LightningModule):
         images, labels = batch
         if self.mixing is not None:
             images, labels = self.mixing(images.to(self.mean.dtype), labels)
-        loss = F.cross_entropy(self(images), labels, label_smoothing=self.optim.label_smoothing)
+        outputs = self(images)
+        logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
+        loss = self.loss(logits, labels, self.optim.label_smoothing)
+        for each in auxiliary:
+            loss = loss + AUXILIARY * self.loss(each, labels, self.optim.label_smoothing)
         self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(images))
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
+
+    def loss(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+        """Cross entropy; with several labels an image, the mean over classes of each one's binary cross entropy."""
+        if not self.multi_label:
+            return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype) * (1 - smoothing) + smoothing / 2)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Add one batch to the metrics; returns its logits ``(N, classes)``."""
         images, labels = batch
         logits = self(images).float()
-        self.val_accuracy.update(logits, labels)
-        self.val_loss.update(F.cross_entropy(logits, labels), len(images))
+        if self.multi_label:
+            self.val_accuracy.update(logits.sigmoid(), labels.long())
+        else:
+            self.val_accuracy.update(logits, labels)
+        self.val_loss.update(self.loss(logits, labels), len(images))
         return logits
 
     def on_validation_epoch_end(self) -> None:
-        """Log top-1 and top-5 in per cent, over every image and process."""
+        """Log top-1 and top-5, or mean average precision, in per cent, over every image and process."""
         values = {name: 100 * value for name, value in self.val_accuracy.compute().items()}
         self.log_dict(values, prog_bar=True)
         self.log("val/loss", self.val_loss.compute())
@@ -96,8 +122,9 @@ class Classifier(L.LightningModule):
         self.val_loss.reset()
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Class probabilities ``(N, classes)``."""
-        return self(batch).float().softmax(dim=1)
+        """Class probabilities ``(N, classes)``: they add up to 1, or each is by itself if there are several labels."""
+        logits = self(batch).float()
+        return logits.sigmoid() if self.multi_label else logits.softmax(dim=1)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """SGD and its schedule, advanced every step."""

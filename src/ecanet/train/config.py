@@ -135,55 +135,116 @@ def model_of_a_file(block: object, where: str) -> dict[str, Any]:
     return {("preserve" if k == "neutral" else k): (v or None if k == "neutral" else v) for k, v in block.items()}
 
 
+#: Sources whose pictures are files, or rows of files, and what their root is.
+FILE_SOURCES = {
+    "image_folder": "the folder that holds train/ and val/, or the classes",
+    "csv": "the CSV file",
+    "hf": "the folder of the Arrow or Parquet files",
+}
+_FILES = tuple(FILE_SOURCES)
+#: The sources that read an option; all others are read by all.
+SOURCES_OF = {
+    "download": ("fashion_mnist",),
+    **dict.fromkeys(("verify", "resize", "val_root", "val_fraction", "split_seed"), _FILES),
+    **dict.fromkeys(("image_column", "label_column"), ("csv", "hf")),
+    "label_separator": ("csv",),
+}
+_SOURCES = ("embedded", "fashion_mnist", *_FILES)
+_SEPARATORS = ("pipe", "semicolon", "comma", "space", "none")
+
+
 @dataclass
 class DataConfig:
-    """The pictures.
+    """The pictures. docs/data.md says more.
 
     Args:
-        source: embedded (10,000 pictures of Fashion-MNIST in the package), fashion_mnist (the four original files) or
-            image_folder (root/train/CLASS/*, root/val/CLASS/*).
-        root: Folder of the data; for fashion_mnist by default the one of Debian's package dataset-fashion-mnist.
+        source: embedded (10,000 pictures of Fashion-MNIST in the package), fashion_mnist (the four original files),
+            image_folder (root/train/CLASS/*, root/val/CLASS/*; validation, valid and test will do for val; or
+            root/CLASS/* with val_fraction or val_root), csv (a file with the columns file and label) or hf (what
+            Hugging Face's datasets saved on disk, or Parquet files).
+        root: Folder of the data, or the CSV file; for fashion_mnist by default the one of Debian's package
+            dataset-fashion-mnist.
+        val_root: Where the pictures to validate on are, if not in root: a folder of the classes, a CSV file, a folder
+            of Arrow or Parquet files.
+        val_fraction: Share of the training pictures of each class to validate on instead, such as 0.1.
+        split_seed: Which pictures these are. The seed of the trainer leaves them where they are.
+        image_column: Column of the pictures, for csv and hf; by default found by its name or type.
+        label_column: Column of the labels, likewise.
+        label_separator: What stands between several labels in a cell of a CSV file: pipe, semicolon, comma, space, or
+            none if a cell always has one.
         download: Let torchvision download Fashion-MNIST into root.
-        verify: Decode every image of an image_folder before training.
-        image_size: Side of the square the network sees, in pixels; by default 28 for Fashion-MNIST, 224 for folders.
-        resize: Shorter side to which a folder's test images are resized before the centre crop; by default 256/224 of
-            image_size.
+        verify: Decode every picture before training, and list all that cannot be read; by default if there are 20,000
+            or fewer.
+        image_size: Side of the square the network sees, in pixels; by default 28 for Fashion-MNIST, 224 for others.
+        resize: Shorter side to which test images are resized before the centre crop, where they are files; by default
+            256/224 of image_size.
         augment: crop (pad by an eighth, crop, flip), resized_crop (scale and aspect ratio, flip), none, or auto: crop
-            for Fashion-MNIST, resized_crop for folders.
+            for Fashion-MNIST, resized_crop for others.
         batch_size: Images for each step and process.
         workers: Processes that load data, for each training process.
     """
 
-    source: Literal["embedded", "fashion_mnist", "image_folder"] = "embedded"
+    source: Literal["embedded", "fashion_mnist", "image_folder", "csv", "hf"] = "embedded"
     root: Path | None = None
+    val_root: Path | None = None
+    val_fraction: float | None = None
+    split_seed: int = 0
+    image_column: str | None = None
+    label_column: str | None = None
+    label_separator: Literal["pipe", "semicolon", "comma", "space", "none"] = "pipe"
     download: bool = False
-    verify: bool = False
+    verify: bool | None = None
     image_size: int | None = None
     resize: int | None = None
     augment: Literal["auto", "crop", "resized_crop", "none"] = "auto"
     batch_size: int = 128
     workers: int = 0
 
+    @property
+    def has_files(self) -> bool:
+        """Whether the pictures are files of any size, not those of Fashion-MNIST."""
+        return self.source in FILE_SOURCES
+
     def __post_init__(self) -> None:
         _check_ranges(self, "data", batch_size=(1, 2**20), workers=(0, 1024), image_size=(1, 4096), resize=(1, 2**13))
-        if self.source == "image_folder" and self.root is None:
-            raise ValueError("data.root must name the folder that holds train/ and val/, got null")
+        _check_ranges(self, "data", val_fraction=(0, 1), split_seed=(0, 2**63 - 1))
+        self._check_names()
+        if self.has_files and self.root is None:
+            raise ValueError(f"data.root must name {FILE_SOURCES[self.source]}, got null")
         if self.source == "embedded" and self.root is not None:
             raise ValueError(
                 f"data.root={str(self.root)!r} is not read by data.source=embedded: "
-                "set data.source to image_folder or fashion_mnist"
+                "set data.source to image_folder, csv, hf or fashion_mnist"
             )
-        if self.download and self.source != "fashion_mnist":
-            raise ValueError(f"data.download is for data.source=fashion_mnist, got data.source={self.source}")
-        if self.source != "image_folder":
-            for name in ("verify", "resize"):
-                if getattr(self, name):
-                    raise ValueError(f"data.{name} is for data.source=image_folder, got data.source={self.source}")
+        if self.val_fraction in (0, 1):
+            raise ValueError(f"data.val_fraction must be between 0 and 1, such as 0.1, got {self.val_fraction}")
+        if self.val_fraction is not None and self.val_root is not None:
+            raise ValueError(
+                f"data.val_fraction={self.val_fraction} and data.val_root={str(self.val_root)!r} both say what is "
+                "validated on: leave one out"
+            )
         if self.resize is not None and self.resize < (self.image_size or 224):
             raise ValueError(
                 f"data.resize={self.resize} must not be below data.image_size={self.image_size or 224}: "
                 "the centre crop would be padded with black"
             )
+
+    def _check_names(self) -> None:
+        """Raise for a source that does not exist, and for an option that it does not read."""
+        for name, known in (("source", _SOURCES), ("label_separator", _SEPARATORS)):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"data.{name} must be one of {', '.join(known)}, got {shown(value)!r}")
+        for name in ("image_column", "label_column"):
+            if (value := getattr(self, name)) is not None and not isinstance(value, str):
+                raise TypeError(f"data.{name} must be the name of a column, got {shown(value)}")
+        if isinstance(self.split_seed, float):
+            raise TypeError(f"data.split_seed must be a whole number, got {self.split_seed}")
+        for name, sources in SOURCES_OF.items():
+            value = getattr(self, name)
+            if value and value != getattr(DataConfig, name) and self.source not in sources:
+                raise ValueError(
+                    f"data.{name} is for data.source={' or '.join(sources)}, got data.source={self.source}"
+                )
 
 
 @dataclass

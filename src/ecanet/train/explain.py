@@ -69,7 +69,7 @@ def explain_prediction(trained: TrainedNetwork, image: Path, data: ImageData | N
     picture, _ = as_seen(trained, [image])[0]
     seen = trained.normalise(picture[None])
     with evaluating(trained.network):
-        probabilities = trained.network(seen).float().softmax(1)[0]
+        probabilities = trained.probabilities(seen)[0]
     values, indices = probabilities.topk(min(top, len(trained.classes)))
     label = int(indices[0])
     places = [] if data is None else _of_class(data, label)
@@ -89,7 +89,9 @@ def explain_prediction(trained: TrainedNetwork, image: Path, data: ImageData | N
 def _of_class(data: ImageData, label: int) -> list[int]:
     """Where the first validation images of a class are."""
     images: Any = data.splits.val
-    return list(islice((i for i in range(data.validation_images) if images.label(i) == label), _MOST_IMAGES))
+    shown = (images.label(i) for i in range(data.validation_images))
+    there = (i for i, has in enumerate(shown) if (label in has if isinstance(has, tuple) else label == has))
+    return list(islice(there, _MOST_IMAGES))
 
 
 def _batches(trained: TrainedNetwork, data: ImageData, places: list[int]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -35,11 +35,11 @@ class FitResult:
     """The result of a finished training run.
 
     Attributes:
-        top1: Validation top-1 after the last epoch, in per cent.
+        top1: Validation top-1 after the last epoch, in per cent; mean average precision if images have several labels.
         best_top1: The highest of all epochs.
         history: One record for each epoch: ``epoch``, ``val/top1``, ``val/top5`` (with fewer than 5 classes
-            ``val/topN``), ``val/loss``, ``train/loss``, ``seconds``. The last two are those of the first process since
-            its last start.
+            ``val/topN``) or ``val/mAP``, ``val/loss``, ``train/loss``, ``seconds``. The last two are those of the first
+            process since its last start.
         folder: Folder of best.ckpt, last.ckpt and the logs; None if nothing was written.
         versions: Versions of ecanet and torch, the kind of device, whose kernels ran, and the threads of a CPU; several
             if they changed during the run.
@@ -134,6 +134,8 @@ def _fit(
             # This seeds the global generators, for the initial weights and Lightning's workers.
             L.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
             data = history.data = ImageData(recipe.data, recipe.trainer.seed)
+            if resumed is None or recipe.data.verify:
+                data.verify(trainer.is_global_zero)
             history.made_by = made_by(trainer, data, resumed)
             steps = data.steps_per_epoch(trainer.world_size)
             trainer.log_every_n_steps = min(trainer.log_every_n_steps, steps)  # type: ignore[attr-defined]
@@ -149,6 +151,7 @@ def _fit(
                 steps,
                 recipe.trainer.seed,
                 recipe.trainer.channels_last,
+                data.multi_label,
             )
             if folder and trainer.is_global_zero:
                 remove_partial_files(folder.path, FILES_OF_A_RUN)
@@ -162,9 +165,9 @@ def _fit(
         # Lightning turns SIGTERM into an exit status of 0.
         raise SystemExit(interrupted.code or 128 + signal.SIGTERM) from interrupted
     records = history.records
-    best = max(record["val/top1"] for record in records)
+    reached = [record[classifier.monitor] for record in records]
     versions = history.made_by["versions"]
-    return FitResult(records[-1]["val/top1"], best, records, folder.path if folder else None, versions)
+    return FitResult(reached[-1], max(reached), records, folder.path if folder else None, versions)
 
 
 def _build_trainer(
@@ -267,6 +270,7 @@ class _History(Callback):
         checkpoint[ABOUT_KEY] = {
             "recipe": to_plain(self.recipe),
             "classes": list(self.data.classes),
+            "multi_label": self.data.multi_label,
             "mean": list(self.data.mean),
             "std": list(self.data.std),
             "history": [dict(record) for record in self.records],

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def build_network(config: ModelConfig, num_classes: int) -> nn.Module:
         raise TypeError(f"{config.name} cannot be built with model.options={config.options}: {error}") from error
 
 
-def rebuild_network(config: ModelConfig, num_classes: int, state: Mapping[str, Tensor], path: object) -> nn.Module:
+def rebuild_network(config: ModelConfig, num_classes: int, state: Mapping[str, Tensor], path: Path) -> nn.Module:
     """The network that a checkpoint describes, with its weights, in eval mode.
 
     Args:
@@ -63,9 +64,9 @@ def rebuild_network(config: ModelConfig, num_classes: int, state: Mapping[str, T
     Raises:
         ValueError: the weights do not fit.
     """
-    what = f"the weights in {path} do not fit the network that it describes"
     if not config.is_own:
-        return rebuild(_insertion(config, num_classes), state, what, f"{num_classes} classes", _create(config))
+        return rebuild(_insertion(config, num_classes), state, path, f"{num_classes} classes", _create(config))
+    what = f"the weights in {path} do not fit the network that it describes"
     options: dict[str, Any] = config.options
     if options.get("blocks", 1) * len(options.get("widths", ())) > len(state):
         raise ValueError(f"{what}, which has more blocks")
@@ -135,14 +136,14 @@ def check_classifies(network: nn.Module, num_classes: int, image_size: int) -> N
                 f"the network ({name}) takes no pictures of shape {shape}{' in training' if training else ''} ({why}): "
                 "set data.image_size to one that it takes"
             ) from error
-        # A network with auxiliary heads returns their logits, too, in training.
-        logits = output if not (training and isinstance(output, tuple)) else output[0]
-        if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
-            got = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-            raise ValueError(
-                f"the network ({name}) must return logits (N, {num_classes}), got {got} for N = 2: it classifies no "
-                "pictures, so it cannot be trained here"
-            )
+        # With auxiliary heads it returns their logits, too, in training.
+        for logits in output if training and isinstance(output, tuple) else (output,):
+            if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
+                got = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+                raise ValueError(
+                    f"the network ({name}) must return logits (N, {num_classes}), got {got} for N = 2: it does not "
+                    "classify pictures, so it cannot be trained here"
+                )
 
 
 def _insertion(config: ModelConfig, num_classes: int) -> Insertion:
@@ -165,11 +166,11 @@ def _create(config: ModelConfig) -> Create | None:
 
 
 def _call(name: str, function: Callable[[int | None], Any], num_classes: int | None) -> nn.Module:
-    model = function(num_classes)
     try:
+        model = function(num_classes)
         check_model(model)
     except TypeError as error:
-        raise TypeError(f"model.build={name}, called with {num_classes}: {error}") from error
+        raise TypeError(f"model.build={name}, called with the number of classes, {num_classes}: {error}") from error
     return model
 
 

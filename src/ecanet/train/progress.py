@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from tqdm import tqdm
 
 #: Seconds between two changes of the bar: each waits for the device, to read the loss.
 _PAUSE = 0.1
+#: Columns left free: in a full line, the ^C that a terminal writes would begin another one.
+_MARGIN = 3
 _WITH_HANDLERS = ("", "lightning.pytorch", "lightning.fabric")
 
 
@@ -152,6 +155,7 @@ class Progress(Callback):
         loss = trainer.callback_metrics.get("train/loss_step") if trainer.training else None
         losses = [] if loss is None else [f"loss {float(loss):.3g}"]  # last: it is cut off where there is no room
         self._bar.n, self._bar.total = done, of
+        self._bar.ncols = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - _MARGIN
         said = ", ".join([*known, *self._left(trainer), *losses])
         self._bar.bar_format = f"{what} {{percentage:3.0f}} %|{{bar}}| {said}"
         self._bar.refresh()
@@ -161,7 +165,8 @@ class Progress(Callback):
         above = {id(stream): _Above(stream, err) for stream in (out, err)}
         for stream in above.values():
             self._open.callback(stream.finish)
-        bar = self._open.enter_context(_Bar(file=err, leave=False, dynamic_ncols=True))
+        self._open.callback(err.write, "\r\x1b[K")  # what the terminal itself wrote there, too: ^C
+        bar = self._open.enter_context(_Bar(file=err, leave=False))
         for name in _WITH_HANDLERS:
             for handler in logging.getLogger(name).handlers:
                 if isinstance(handler, logging.StreamHandler) and id(handler.stream) in above:
@@ -173,4 +178,5 @@ class Progress(Callback):
 
 def accuracy(record: dict[str, float]) -> str:
     """The accuracy of an epoch's record, as it is shown."""
-    return f"top-1 {record['val/top1']:.2f} %"
+    name, shown = ("val/mAP", "mAP") if "val/mAP" in record else ("val/top1", "top-1")
+    return f"{shown} {record[name]:.2f} %"

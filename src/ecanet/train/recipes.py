@@ -49,20 +49,12 @@ for _tag, _pattern, _first in (
 
 #: Fields that may be text: paths, and names that the block checks.
 _TEXTS = {
-    *(
-        "model.name",
-        "model.gate",
-        "model.kernel_size",
-        "model.where",
-        "model.weights",
-        "data.source",
-        "data.root",
-        "data.augment",
-    ),
+    *("model.name", "model.gate", "model.kernel_size", "model.where", "model.weights", "data.source", "data.root"),
+    *("data.augment", "data.val_root", "data.image_column", "data.label_column", "data.label_separator"),
     *("optim.schedule", "trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.precision"),
 }
 #: Of these the ones that may be any text: a folder or a file may have any name.
-_PATHS = {"data.root", "model.weights"}
+_PATHS = {"data.root", "data.val_root", "model.weights"}
 #: A text that is a name, and not YAML that the parser could read a second time.
 _NO_YAML = re.compile(r"[^\[\]{}&*!|>\n]*")
 #: The same for a name or a pattern of modules.
@@ -290,8 +282,7 @@ def with_recipes_read(args: list[str]) -> list[str]:
 
 
 def for_parser(recipe: dict[str, dict[str, Any]]) -> str:
-    """A recipe as JSON whose folder the parser, which reads texts again as YAML, takes for no number and no null."""
-    root = recipe.get("data", {}).get("root")
-    if isinstance(root, str):
-        recipe = recipe | {"data": recipe["data"] | {"root": os.path.join(".", root)}}
-    return json.dumps(recipe)
+    """A recipe as JSON whose folders the parser, which reads texts again as YAML, takes for no number and no null."""
+    data = recipe.get("data", {})
+    roots = {name: os.path.join(".", data[name]) for name in ("root", "val_root") if isinstance(data.get(name), str)}
+    return json.dumps(recipe | {"data": data | roots} if roots else recipe)

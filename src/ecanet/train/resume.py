@@ -21,7 +21,7 @@ from ecanet.untrusted import check_number, shown
 
 #: Keys that may change when a run is resumed, since they do not change what is computed. The total number of processes
 #: is checked separately.
-_WITHOUT_EFFECT = {"data.root", "data.download", "data.verify", "data.workers", "trainer.log_steps"}
+_WITHOUT_EFFECT = {"data.root", "data.val_root", "data.download", "data.verify", "data.workers", "trainer.log_steps"}
 _WITHOUT_EFFECT |= {"trainer.checkpoint_steps", "model.weights", "trainer.devices", "trainer.nodes"}
 #: The numbers besides the recipe that the result depends on.
 _COUNTS = ("processes", "batch_size", "images")

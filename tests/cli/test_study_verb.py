@@ -50,8 +50,9 @@ def test_a_file_is_trained_with_what_the_command_line_overrides_and_its_tables_a
     said, told = capsys.readouterr()
     assert "neutral is " in said
     *_, wrote, following = said.splitlines()
-    assert wrote == "wrote out/results.csv and out/summary.json"
+    assert wrote == "wrote out/results.csv, out/summary.json and out/report.html"
     assert following.startswith("next: the same command with --seeds 7; finished runs are not repeated, and fewer can")
+    assert "report: out/report.html" in told
     assert told.startswith("1 seed cannot show a difference at 0.05: ")
     with (file.parent / "out" / "results.csv").open() as table:
         rows = list(csv.DictReader(table))

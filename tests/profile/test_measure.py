@@ -140,7 +140,7 @@ def test_networks_that_do_not_train_on_the_pictures_are_named_before_anything_is
 
 
 def test_the_costs_of_a_study_are_steps_timed_in_the_same_turns(monkeypatch) -> None:
-    from ecanet.study.report import measure_costs
+    from ecanet.study.costs import measure_costs
 
     asked: list[tuple[list[str], int]] = []
 

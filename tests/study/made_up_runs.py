@@ -102,6 +102,7 @@ def fail(condition: str, seed: int, folder: Path) -> Any:
         {"acc": 1.0, "model": Fraction(1, 3)},
         {3: 1.0},
         {"acc": True},
+        {"acc": -(2**500)},
     ][seed - 2]
 
 
@@ -114,6 +115,7 @@ FAILURES = {
     6: "TypeError: model must be a number, or something that JSON can hold, got a Fraction",
     7: "TypeError: names of metrics must be texts, got 3",
     8: "it returned no 'acc', only no numbers",
+    9: "its acc is -3.27339e+150",
 }
 
 

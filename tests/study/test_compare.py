@@ -18,8 +18,9 @@ import torch
 import ecanet
 from ecanet.study import Comparison, Run, compare, paired_difference
 from ecanet.study.conclusions import verdict
+from ecanet.study.costs import Cost
 from ecanet.study.processes import Processes
-from ecanet.study.report import Cost, table
+from ecanet.study.report import table
 from ecanet.train import Recipe, fit
 from tests.fresh import FreshProcess
 

@@ -1,7 +1,6 @@
 """The demonstration runs from end to end on one seed and one epoch, and its pictures are pictures."""
 
 import errno
-import functools
 import io
 import json
 import os
@@ -15,9 +14,10 @@ import torch
 from PIL import Image
 
 import ecanet.study.demo
+import ecanet.study.evidence
 from ecanet.study.comparison import Comparison
+from ecanet.study.costs import measure_costs
 from ecanet.study.demo import demo, demo_recipes, draw
-from ecanet.study.report import measure_costs
 from ecanet.train import Recipe, build_network
 
 
@@ -59,7 +59,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path, st
     folder, said = tmp_path_factory.mktemp("demo"), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
         patch.setattr(ecanet.study.demo, "demo_recipes", narrow)
-        patch.setattr(ecanet.study.demo, "measure_costs", functools.partial(measure_costs, rounds=1, batch_size=2))
+        patch.setattr(ecanet.study.evidence, "_ROUNDS", 1)
+        patch.setattr(ecanet.study.evidence, "_PIXELS", 2 * 28 * 28)
         comparison = demo(folder, seeds=1, epochs=1)
     return comparison, folder, said.getvalue()
 
@@ -72,12 +73,13 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(
     def full(*_: object) -> NoReturn:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    before = {path.name: path.read_bytes() for path in folder.glob("*.png")}
+    before = {path.name: path.read_bytes() for path in (folder / "figures").glob("*.png")}
+    assert before
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device"):
         draw(comparison, folder)
-    assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == before
-    assert not list(folder.glob(".*.partial"))
+    assert {path.name: path.read_bytes() for path in (folder / "figures").glob("*.png")} == before
+    assert not list(folder.rglob(".*.partial"))
 
 
 def test_demo(made: tuple[Comparison, Path, str]) -> None:
@@ -91,7 +93,11 @@ def test_demo(made: tuple[Comparison, Path, str]) -> None:
     assert {entry: row["mean"] for entry, row in rows.items()} == {
         name: comparison.mean(name) for name in demo_recipes()
     }
-    for name in ("training_curves", "matrices", "kernel_sizes", "gates_per_class"):
-        with Image.open(folder / f"{name}.png") as image:
+    assert said.splitlines()[-1] == f"wrote {folder / 'report.html'}"
+    report = (folder / "report.html").read_text()
+    for section in ("cost", "differences", "gates", "profile", "runs", "settings"):
+        assert f'<h2 id="{section}">' in report
+    for name in ("differences", "cost", "gates-eca", "gates-eca-neutral-start", "gates-se", "matrices", "kernel_sizes"):
+        with Image.open(folder / "figures" / f"{name}.png") as image:
             assert image.width > 600
             assert len(image.convert("RGB").getcolors(2**24)) > 10

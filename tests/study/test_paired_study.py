@@ -193,12 +193,12 @@ def test_a_run_whose_process_dies_twice_is_told_and_the_study_neither_hangs_nor_
 
 
 def test_a_run_that_raises_or_has_no_number_is_marked_told_and_not_tried_again(tmp_path: Path, capsys) -> None:
-    found = study(tmp_path, made_up_runs.fail, range(9), ["none", "eca"])
+    found = study(tmp_path, made_up_runs.fail, range(10), ["none", "eca"])
     told = capsys.readouterr().err
-    for again in (found, study(tmp_path, made_up_runs.fail, range(9), ["none", "eca"])):
+    for again in (found, study(tmp_path, made_up_runs.fail, range(10), ["none", "eca"])):
         assert {f.seed: f.reason for f in again.failed} == made_up_runs.FAILURES
         assert again.summary.conditions["eca"].seeds == 1
-        assert again.summary.conditions["none"].seeds == 9
+        assert again.summary.conditions["none"].seeds == 10
         for seed, why in made_up_runs.FAILURES.items():
             assert f"Failed and not counted: eca, seed {seed}: {why}." in str(again)
             assert f"eca, seed {seed} failed: {why}" in told
@@ -207,7 +207,7 @@ def test_a_run_that_raises_or_has_no_number_is_marked_told_and_not_tried_again(t
     rows, _ = tables(tmp_path)
     assert rows[3] == {"condition": "eca", "seed": "1", "acc": ""}
     (tmp_path / "runs/eca-seed1.json").unlink()
-    study(tmp_path, made_up_runs.fail, range(9), ["none", "eca"])
+    study(tmp_path, made_up_runs.fail, range(10), ["none", "eca"])
     assert calls(tmp_path)["eca-seed1"] == 2
 
 

@@ -52,7 +52,7 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
         if not args.dry_run:
             study = study_recipes(entries, seeds, args.out, args.workers, on=args.on)
             print(study)
-            print(f"wrote {args.out / 'results.csv'} and {args.out / 'summary.json'}")
+            print(f"wrote {args.out / 'results.csv'}, {args.out / 'summary.json'} and {args.out / 'report.html'}")
             print(next_step(study.summary))
             return
         check_recipes(entries, seeds)

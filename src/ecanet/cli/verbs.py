@@ -46,6 +46,10 @@ VERBS = {
         "Train the same network with several gates and seeds: which differences are there?",
         "ecanet study --data.root photos --gates none,se,eca --seeds 9 --out runs/study",
     ),
+    "report": Verb(
+        "One HTML file that says what a study found; a study writes it itself when it ends.",
+        "ecanet report runs/study",
+    ),
     "insert": Verb(
         "Put gates into a network of torchvision or timm: where, how many, at what cost.",
         "ecanet insert --model torchvision/resnet50 --where block --report --save resnet50_eca.pt",

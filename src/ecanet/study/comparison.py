@@ -14,8 +14,10 @@ import ecanet
 from ecanet.inspect.paired import Difference, paired_difference
 from ecanet.study.conclusions import said_of_the_same
 from ecanet.study.conditions import digest
+from ecanet.study.evidence import gather
 from ecanet.study.job import Job
-from ecanet.study.paired_study import Study, check_names, check_seeds, fingerprint, run_jobs, slug
+from ecanet.study.paired_study import check_names, check_seeds, fingerprint, report, run_jobs
+from ecanet.study.results import Study, slug
 from ecanet.study.run_files import is_number
 from ecanet.study.statistics import Summary, summarise
 from ecanet.train.config import Recipe, to_plain
@@ -150,7 +152,12 @@ def study_recipes(
         notes = check_parts(entries)
         if progress:
             print("".join(f"{note}\n" for note in notes), file=sys.stderr, end="")
-    return run_jobs(jobs, out, "top1", workers, progress, on)
+    settings = {name: to_plain(recipe) for name, recipe in entries.items()}
+    study = run_jobs(jobs, out, "top1", workers, progress, on, settings)
+    if any(study.runs.values()):
+        gather(entries, study, Path(out), progress)
+    report(out, progress)
+    return study
 
 
 def seconds_of_an_epoch(recipe: Recipe) -> float:

@@ -6,93 +6,28 @@ import hashlib
 import inspect
 import io
 import json
-import math
 import pickle
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
-from functools import cached_property, partial
+from dataclasses import asdict, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ecanet.files.atomic import write_whole
 from ecanet.files.folder_lock import lock_folder, unlock_folder
-from ecanet.study.conclusions import said_of_the_same, summary_table, verdict
+from ecanet.study.about import write_about
+from ecanet.study.conclusions import said_of_the_same
 from ecanet.study.engine import check_engine, run_all
+from ecanet.study.html_report import write_report
 from ecanet.study.job import Job
-from ecanet.study.statistics import Summary, plan, summarise
+from ecanet.study.results import FailedRun, FinishedRun, Study, slug, why_not_counted
+from ecanet.study.statistics import plan
 from ecanet.untrusted import listed, shown
 
 #: What a user's training function looks like: condition, seed, folder -> metrics by name.
 Train = Callable[[Any, int, Path], Mapping[str, Any]]
-
-
-@dataclass
-class FinishedRun:
-    """A run that ended with its metric.
-
-    Attributes:
-        condition: Name of its condition.
-        seed: Its seed.
-        metrics: Numbers by name.
-        details: Whatever else its function returned.
-        seconds: How long it took; since its last start, if it went on from a checkpoint.
-        folder: Where it wrote.
-    """
-
-    condition: str
-    seed: int
-    metrics: dict[str, float]
-    details: dict[str, Any]
-    seconds: float
-    folder: Path
-
-
-@dataclass
-class FailedRun:
-    """A run that is not counted.
-
-    Attributes:
-        condition: Name of its condition.
-        seed: Its seed.
-        reason: What it raised, or what is wrong with its metric.
-        file: Its file: without it, it runs again.
-    """
-
-    condition: str
-    seed: int
-    reason: str
-    file: Path
-
-
-@dataclass
-class Study:
-    """Every run of a study.
-
-    Attributes:
-        metric: What is compared.
-        runs: Finished runs by condition, the baseline first.
-        failed: Runs that are not counted.
-    """
-
-    metric: str
-    runs: dict[str, list[FinishedRun]]
-    failed: list[FailedRun]
-
-    @cached_property
-    def summary(self) -> Summary:
-        """Differences, intervals and tests of all conditions."""
-        values = {name: {run.seed: run.metrics[self.metric] for run in runs} for name, runs in self.runs.items()}
-        return summarise(values, self.metric)
-
-    def __str__(self) -> str:
-        """The table, what it means, and which runs failed."""
-        lines = [summary_table(self.summary), "", verdict(self.summary)]
-        for run in self.failed:
-            failed = f"Failed and not counted: {run.condition}, seed {run.seed}: {run.reason}."
-            lines.append(f"{failed} Without {run.file} it runs again.")
-        return "\n".join(lines)
 
 
 def run(
@@ -111,8 +46,8 @@ def run(
     killed study loses at most the runs in progress. They start again with the folder they had,
     ``out/runs/CONDITION-seedK``, where ``train`` may keep checkpoints to go on from. A run that raises, or whose metric
     is missing or NaN, has failed and is not tried again while its file is there; one whose process dies is tried once
-    more. The study goes on either way. At the end there are ``out/results.csv``, a row for each run, and
-    ``out/summary.json``.
+    more. The study goes on either way. At the end there are ``out/results.csv``, a row for each run,
+    ``out/summary.json``, and ``out/report.html``, one file that shows it all (:func:`ecanet.study.write_report`).
 
     Args:
         train: ``train(condition, seed, folder)`` returns a dict. Its numbers are metrics; what else JSON can hold is
@@ -172,11 +107,27 @@ def run(
         for seed in map(int, seeds)
         for name, condition in conditions.items()
     ]
-    return run_jobs(jobs, out, metric, workers, progress, on)
+    settings = {name: _plain(value) for name, value in conditions.items()}
+    study = run_jobs(jobs, out, metric, workers, progress, on, settings)
+    report(out, progress)
+    return study
+
+
+def report(out: str | Path, progress: bool) -> None:
+    """Write the report of a study, and say where it is."""
+    path = write_report(out)
+    if progress:
+        print(f"report: {path}", file=sys.stderr)
 
 
 def run_jobs(
-    jobs: Sequence[Job], out: str | Path, metric: str | None, workers: int | None, progress: bool, on: str
+    jobs: Sequence[Job],
+    out: str | Path,
+    metric: str | None,
+    workers: int | None,
+    progress: bool,
+    on: str,
+    settings: Mapping[str, Any],
 ) -> Study:
     """Run what did not end yet, and write the study's tables.
 
@@ -187,6 +138,7 @@ def run_jobs(
         workers: As in :func:`run`.
         progress: As in :func:`run`.
         on: As in :func:`run`.
+        settings: By condition what sets it apart, for the report: whatever JSON can hold.
 
     Raises:
         ValueError, BlockingIOError, ConnectionError, ImportError, RuntimeError: as in :func:`run`.
@@ -196,7 +148,7 @@ def run_jobs(
     check_engine(on)
     folder = Path(out)
     with _study_folder(folder):
-        return _run_jobs(jobs, folder, metric, workers, progress, on)
+        return _run_jobs(jobs, folder, metric, workers, progress, on, settings)
 
 
 @contextlib.contextmanager
@@ -220,16 +172,24 @@ def _study_folder(folder: Path) -> Iterator[None]:
 
 
 def _run_jobs(
-    jobs: Sequence[Job], folder: Path, metric: str | None, workers: int | None, progress: bool, on: str
+    jobs: Sequence[Job],
+    folder: Path,
+    metric: str | None,
+    workers: int | None,
+    progress: bool,
+    on: str,
+    settings: Mapping[str, Any],
 ) -> Study:
     _check_folder(jobs, folder)
     ended = {job.folder: stored for job in jobs if (stored := job.read()) is not None}
     _metric_of(ended.values(), metric, folder)
     todo = [job for job in jobs if job.folder not in ended]
     names = list(dict.fromkeys(job.condition for job in jobs))
+    seeds = list(dict.fromkeys(job.seed for job in jobs))
+    write_about(folder, metric, seeds, settings)
     if progress and todo and len(names) > 1:
         print(plan(len(names), len(jobs) // len(names)), file=sys.stderr)
-    lost = run_all(todo, workers, on, progress, partial(_why_not_counted, metric=metric))
+    lost = run_all(todo, workers, on, progress, partial(why_not_counted, metric=metric))
     ended |= {job.folder: stored for job in todo if (stored := job.read()) is not None}
     if metric is None:
         try:
@@ -238,6 +198,8 @@ def _run_jobs(
             write_whole(folder / "results.csv", _results(_sorted_out(jobs, ended, lost, None)[0], jobs))
             raise
     runs, failed = _sorted_out(jobs, ended, lost, metric)
+    if unwritten := [(run.condition, run.seed, run.reason) for run in failed if not run.file.exists()]:
+        write_about(folder, metric, seeds, settings, unwritten)
     write_whole(folder / "results.csv", _results(runs, jobs))
     if metric is None:
         reasons = [f"{run.condition}, seed {run.seed}: {run.reason}" for run in failed[:5]]
@@ -254,7 +216,7 @@ def _sorted_out(
     failed: list[FailedRun] = []
     for job in jobs:
         stored = ended.get(job.folder)
-        reason = lost.get(job.folder, "it left no file") if stored is None else _why_not_counted(stored, metric)
+        reason = lost.get(job.folder, "it left no file") if stored is None else why_not_counted(stored, metric)
         if stored is None or reason:
             failed.append(FailedRun(job.condition, job.seed, reason, job.file))
             continue
@@ -280,20 +242,6 @@ def _metric_of(ended: Iterable[Mapping[str, Any]], metric: str | None, folder: P
         there = listed(names) or "no numbers"
         raise ValueError(f"metric must be one that the finished runs in {folder} have ({there}), got {shown(metric)!r}")
     return names[0] if metric is None and names else metric
-
-
-def _why_not_counted(stored: Mapping[str, Any], metric: str | None) -> str:
-    if stored["error"] is not None:
-        return stored["error"]
-    metrics = stored["metrics"]
-    if metric is None and len(metrics) != 1:  # with several, nobody knows yet which one counts
-        return "" if metrics else "it returned no numbers"
-    metric = next(iter(metrics)) if metric is None else metric
-    if metric not in metrics:
-        return f"it returned no {metric!r}, only {listed(metrics) or 'no numbers'}"
-    if not math.isfinite(value := metrics[metric]):
-        return f"its {metric} is {value}"
-    return ""
 
 
 def _results(runs: Mapping[str, Sequence[FinishedRun]], jobs: Sequence[Job]) -> str:
@@ -334,11 +282,6 @@ def check_seeds(seeds: Sequence[int]) -> None:
     ):
         shown_seeds = seeds if given is None else given
         raise ValueError(f"seeds must be one or more different integers, such as range(9), got {shown_seeds}")
-
-
-def slug(name: str) -> str:
-    """A name as part of a file's name."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "entry"
 
 
 def fingerprint(what: Any) -> str:

@@ -12,12 +12,12 @@ from timm.layers import EcaModule
 from torch import Tensor, nn
 
 import ecanet
-from benchmarks.measure import Competitor
 from ecanet.nn import ECA, norm_gate_add_act
 from ecanet.nn.tail import eager
 from ecanet.nn.tail.statistics import update_running_statistics
 from ecanet.ops import reference
 from ecanet.ops.backend import choose
+from ecanet.profile.turns import Competitor
 
 #: ResNet-50's four stages, (C, H, W), and the numbers of samples.
 STAGES = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))

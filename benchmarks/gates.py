@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from benchmarks import results
 from benchmarks.cases import MEMORY_FORMATS, QUICK_STAGES, STAGES, Case, FusedTail, On, SavedBytes, Tail, Work
-from benchmarks.measure import Competitor
-from benchmarks.networks import bytes_kept
 from benchmarks.tables import ratio
 from ecanet.inspect.style import DARK, FONT_SIZE, IDEAS, SMALL_FONT_SIZE, new_figure, style_axes
 from ecanet.nn import GATES
+from ecanet.profile.memory import bytes_kept
+from ecanet.profile.turns import Competitor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

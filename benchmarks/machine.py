@@ -16,6 +16,7 @@ import torch
 import ecanet
 from ecanet.doctor import loops_for
 from ecanet.ops import cpu
+from ecanet.profile.machine import cpu_features, processor, read
 
 _ROOT = Path(__file__).parents[1]
 _SETTINGS = re.compile(r"(OMP|GOMP|KMP|MKL|ONEDNN|ECANET|THP|MALLOC)_\w+|ATEN_CPU_CAPABILITY|GLIBC_TUNABLES")
@@ -37,7 +38,7 @@ def describe(threads: int, environment: Mapping[str, str] = os.environ) -> dict[
         "tree_is_dirty": bool(_output("git", "status", "--porcelain", "--", ".", ":!benchmarks/results")),
         "environment": {name: value for name, value in sorted(environment.items()) if _SETTINGS.fullmatch(name)},
         "preloaded": [Path(path).name for path in re.split("[: ]+", environment.get("LD_PRELOAD", "")) if path],
-        "huge_pages": _read(Path("/sys/kernel/mm/transparent_hugepage/enabled")),
+        "huge_pages": read(Path("/sys/kernel/mm/transparent_hugepage/enabled")),
         "load_average_at_start": [round(load, 2) for load in os.getloadavg()],
     }
 
@@ -81,38 +82,13 @@ def _gpu_seconds(run: Callable[[], Any], rounds: int = 20) -> float:
 
 
 def _processor() -> dict[str, Any]:
-    fields = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", _read(Path("/proc/cpuinfo")), re.MULTILINE))
-    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    features = cpu_features()
     return {
-        "cpu": fields.get("model name") or platform.processor() or platform.machine(),
-        "family_model_stepping": [fields.get(name) for name in ("cpu family", "model", "stepping")],
-        "logical_cpus": os.cpu_count(),
-        "physical_cores": len(_siblings()) or os.cpu_count(),
-        "caches_of_one_core": _caches(),
-        "flags": sorted(flag for flag in flags if re.match(r"avx|fma|f16c|amx|asimd|sve", flag)),
-        "ecanet_uses": loops_for(flags, platform.machine()),
+        **processor(),
+        "flags": sorted(flag for flag in features if re.match(r"avx|fma|f16c|amx|asimd|sve", flag)),
+        "ecanet_uses": loops_for(features, platform.machine()),
         "torch_uses": torch.backends.cpu.get_cpu_capability(),
     }
-
-
-def _siblings() -> set[str]:
-    folders = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings_list")
-    return {_read(path) for path in folders}
-
-
-def _caches() -> dict[str, str]:
-    caches = {}
-    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        kind = {"Data": "d", "Instruction": "i"}.get(_read(folder / "type"), "")
-        caches[f"L{_read(folder / 'level')}{kind}"] = _read(folder / "size")
-    return caches
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
 
 
 def _output(*command: str) -> str:

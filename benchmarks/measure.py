@@ -1,67 +1,12 @@
-"""Time several implementations in one process, in turn, and compare their medians."""
+"""What the benchmarks ask of what they time: does it agree, may it be timed here, what does a GPU do in it."""
 
-import gc
-import math
-import random
-import resource
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-#: An untimed call before a turn costs nothing that matters when the call is shorter than this.
-_SHORT_CALL_SECONDS = 0.1
-_RESAMPLES = 1000
-
-Outputs = Tensor | tuple[Tensor, ...] | None
-
-
-@dataclass(frozen=True)
-class Competitor:
-    """One implementation.
-
-    Attributes:
-        run: What is timed. Its return value is dropped, so that its memory is free for the next call.
-        context: Entered around a whole turn, so that entering it is not timed.
-    """
-
-    run: Callable[[], Outputs]
-    context: Callable[[], AbstractContextManager[object]] = nullcontext
-
-
-@dataclass(frozen=True)
-class Timing:
-    """What one competitor took.
-
-    Attributes:
-        seconds: Of one call, for every round.
-        calls: So many calls make a turn.
-        page_faults: Minor ones, for a call: memory that the allocator gave back to the system and fetched again.
-    """
-
-    seconds: tuple[float, ...]
-    calls: int
-    page_faults: float
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A ratio of medians.
-
-    Attributes:
-        value: The ratio.
-        low: Lower end of its interval of 95 %, from resampling the rounds.
-        high: Upper end.
-    """
-
-    value: float
-    low: float
-    high: float
+from ecanet.profile.turns import Competitor
 
 
 def fault_of_environment(threads: int, environment: Mapping[str, str], cores: int) -> str | None:
@@ -84,95 +29,6 @@ def fault_of_environment(threads: int, environment: Mapping[str, str], cores: in
     if threads > 1 and set_to not in (None, str(threads)):
         return f"OMP_NUM_THREADS is {set_to}: set it to {threads}, or leave it unset"
     return None
-
-
-def take_turns(
-    competitors: Mapping[str, Competitor],
-    rounds: int,
-    turn_seconds: float = 0.01,
-    on_round: Callable[[int], object] = lambda _: None,
-    device: str = "cpu",
-) -> dict[str, Timing]:
-    """Time the competitors A B A B ..., so that what disturbs the machine disturbs all of them.
-
-    A turn is as many calls as take ``turn_seconds``, or one. Short calls get an untimed one first: each competitor
-    then finds the caches as its own call leaves them, not as its predecessor's.
-
-    Args:
-        competitors: By name; each has run at least once (what a first call compiles or allocates is not timed here).
-        rounds: Turns of each.
-        turn_seconds: How long a turn lasts at least, unless it is one call.
-        on_round: Called with the number of rounds done.
-        device: Whose clock counts; ``cuda``: that of the GPU, by its own events.
-    """
-    calls, short = {}, {}
-    for name, competitor in competitors.items():
-        calls[name], seconds = _calibrate(competitor, turn_seconds, device)
-        short[name] = seconds < _SHORT_CALL_SECONDS
-    samples: dict[str, list[float]] = {name: [] for name in competitors}
-    faults: dict[str, list[int]] = {name: [] for name in competitors}
-    gc.collect()
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        for i in range(rounds):
-            for name, competitor in competitors.items():
-                seconds, count = _turn(competitor, calls[name], short[name], device)
-                samples[name].append(seconds / calls[name])
-                faults[name].append(count)
-            on_round(i + 1)
-    finally:
-        if collecting:
-            gc.enable()
-    return {
-        name: Timing(tuple(samples[name]), calls[name], statistics.median(faults[name]) / calls[name])
-        for name in competitors
-    }
-
-
-def _calibrate(competitor: Competitor, turn_seconds: float, device: str) -> tuple[int, float]:
-    """Calls in a turn, and seconds of a call."""
-    calls = 1
-    seconds, _ = _turn(competitor, calls, False, device)
-    if seconds >= _SHORT_CALL_SECONDS:
-        return calls, seconds
-    while (seconds := _turn(competitor, calls, True, device)[0]) < turn_seconds:
-        calls = max(2 * calls, math.ceil(1.1 * calls * turn_seconds / seconds))
-    return calls, seconds / calls
-
-
-def _turn(competitor: Competitor, calls: int, settle: bool, device: str) -> tuple[float, int]:
-    """Seconds and page faults of so many calls."""
-    run = competitor.run
-    clock = _gpu_clock if device == "cuda" else _cpu_clock
-    with competitor.context():
-        if settle:
-            run()
-        stop = clock()
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(calls):
-            run()
-        return stop(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
-
-
-def _cpu_clock() -> Callable[[], float]:
-    """Started; what it returns stops it and gives the seconds."""
-    start = time.perf_counter()
-    return lambda: time.perf_counter() - start
-
-
-def _gpu_clock() -> Callable[[], float]:
-    """The same by two events of the GPU: what the CPU does beside counts where the GPU has to wait for it."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-
-    def stop() -> float:
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-    return stop
 
 
 def replayed(competitor: Competitor) -> Competitor:
@@ -243,43 +99,3 @@ def _poison(size: int) -> None:
     """Let what torch allocates next on the GPU hold NaN, in any floating-point type."""
     torch.cuda.empty_cache()
     torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")
-
-
-def ratio_of_medians(a: Sequence[float], b: Sequence[float]) -> Ratio:
-    """``median(a) / median(b)``; a and b were measured in the same rounds.
-
-    Example:
-        >>> ratio_of_medians([1.0, 1.0, 9.0], [2.0, 2.0, 2.0]).value
-        0.5
-    """
-    return geometric_mean_of_ratios([(a, b)])
-
-
-def geometric_mean_of_ratios(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Ratio:
-    """Geometric mean over ratios of medians, such as one for every shape."""
-    resampled = [_resampled_ratios(tuple(a), tuple(b), seed) for seed, (a, b) in enumerate(pairs)]
-    means = sorted(geometric_mean(draw) for draw in zip(*resampled, strict=True))
-    value = geometric_mean([statistics.median(a) / statistics.median(b) for a, b in pairs])
-    tail = len(means) // 40  # 2.5 % on either side
-    return Ratio(value, means[tail], means[-1 - tail])
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    """Geometric mean of positive values.
-
-    Example:
-        >>> geometric_mean([1.0, 4.0])
-        2.0
-    """
-    return math.exp(math.fsum(math.log(value) for value in values) / len(values))
-
-
-@cache  # the file, the tables and the verdicts ask for the same ones
-def _resampled_ratios(a: tuple[float, ...], b: tuple[float, ...], seed: int) -> list[float]:
-    """Rounds are drawn whole, with replacement: what slowed one down slowed both."""
-    generator, rounds = random.Random(seed), range(len(a))
-    ratios = []
-    for _ in range(_RESAMPLES):
-        drawn = generator.choices(rounds, k=len(a))
-        ratios.append(statistics.median([a[i] for i in drawn]) / statistics.median([b[i] for i in drawn]))
-    return ratios

@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from timm.layers import EcaModule
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torchvision.models.mobilenetv2 import InvertedResidual, mobilenet_v2
 from torchvision.models.resnet import Bottleneck, ResNet, resnet50, resnet101
 from torchvision.ops import SqueezeExcitation
 
 import ecanet
 from benchmarks.cases import MEMORY_FORMATS, Case, SavedBytes, Work
-from benchmarks.measure import Competitor
+from ecanet.profile.memory import bytes_kept
+from ecanet.profile.turns import Competitor
+from ecanet.profile.work import settle
 
 _SHAPE, _QUICK_SHAPE = (8, 3, 224, 224), (2, 3, 64, 64)
 
@@ -137,17 +138,6 @@ def _models(memory_format: str) -> dict[str, nn.Module]:
     return {name: model.to(memory_format=MEMORY_FORMATS[memory_format]) for name, model in models.items()}
 
 
-@torch.no_grad()
-def settle(model: nn.Module, x: Tensor) -> None:
-    """Set the running statistics to those of x: activations of a trained network's size, no denormal numbers."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = 1.0
-    model(x)
-    for norm in norms:
-        norm.momentum = 0.1
-
-
 def _inference(compiled: bool, shape: tuple[int, ...], memory_format: str) -> Work:
     x, _ = _example(shape, memory_format)
     models = _models(memory_format)
@@ -232,20 +222,3 @@ def _memory(shape: tuple[int, ...], memory_format: str) -> SavedBytes:
 def saved_bytes(model: nn.Module, x: Tensor, target: Tensor) -> int:
     """Bytes that a training step keeps for its backward pass, without parameters and buffers; every storage once."""
     return bytes_kept(model, lambda: F.cross_entropy(model(x), target))
-
-
-def bytes_kept(module: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes that a forward pass keeps for the backward, without the module's tensors; every storage once."""
-    held = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
-    found: dict[int, int] = {}
-
-    def see(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in held:
-            found[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with saved_tensors_hooks(see, lambda t: t):
-        out = forward()  # its graph keeps every storage, so no address comes twice
-        assert out.requires_grad
-    return sum(found.values())

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import results
-from benchmarks.measure import geometric_mean
 from benchmarks.tables import value
 from ecanet.inspect.style import DARK, FONT_SIZE, IDEAS, SMALL_FONT_SIZE, idea_of, new_figure, style_axes
+from ecanet.profile.turns import geometric_mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,8 +14,9 @@ import torch
 
 from benchmarks import results
 from benchmarks.cases import Case, SavedBytes, Work
-from benchmarks.measure import Competitor, check_agreement, kernel_seconds, replayed, take_turns
+from benchmarks.measure import check_agreement, kernel_seconds, replayed
 from benchmarks.tables import summary
+from ecanet.profile.turns import Competitor, take_turns
 
 _QUICK_TURN_SECONDS, _TURN_SECONDS = 1e-4, 0.01
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks import results
-from benchmarks.measure import Ratio, geometric_mean, geometric_mean_of_ratios
+from ecanet.profile.turns import Ratio, geometric_mean, geometric_mean_of_ratios
 
 Cases = Mapping[str, Mapping[str, Any]]
 #: Operations that walk whole maps.

@@ -4,6 +4,7 @@ Started by ``test_private_torch.py``: ``python tests/private_names.py``. Each na
 after torch is imported. A name is gone for ``private_torch`` alone: torch goes on using its own.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -15,8 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision  # noqa: F401  imported once for all
+import torch.utils.flop_counter
+import torchvision  # noqa: F401
 from torch import Tensor, nn
+
+with contextlib.suppress(ImportError):  # all that ecanet imports is imported once for all processes
+    import timm  # noqa: F401
 
 SOURCE = Path(__file__).parents[1] / "src/ecanet/private_torch.py"
 

@@ -15,10 +15,10 @@ from typing import Any, NoReturn
 
 import pytest
 
-from benchmarks.measure import geometric_mean
 from benchmarks.tables import ratio, value
 from ecanet import cli
 from ecanet.nn import GATES, LinearGate, build_gate
+from ecanet.profile.turns import geometric_mean
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

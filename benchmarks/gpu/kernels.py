@@ -10,8 +10,8 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.cases import MEMORY_FORMATS, OPS, STAGES, Case, On, Work, op_arguments
-from benchmarks.measure import Competitor
 from ecanet.ops import coefficients, gpu, gpu_maps
+from ecanet.profile.turns import Competitor
 
 #: Maps of 103 and 205 MB in bfloat16: ResNet-50's stages, and the largest map of a stem.
 SHAPES = (*((128, *stage) for stage in STAGES[:2]), *((512, *stage) for stage in STAGES[2:]), (128, 64, 112, 112))

@@ -14,9 +14,10 @@ from torchvision.ops import SqueezeExcitation
 
 import ecanet
 from benchmarks.cases import Case, On, Work
-from benchmarks.measure import Competitor
-from benchmarks.networks import NETWORKS, settle
+from benchmarks.networks import NETWORKS
 from ecanet.ops import backend
+from ecanet.profile.turns import Competitor
+from ecanet.profile.work import settle
 
 NAMES = ("timm", "ecanet", "no gate", "SE")
 #: Of the library's forms under torch.compile, the one that is not the default competes, too.

@@ -13,11 +13,11 @@ from torchvision.ops import SqueezeExcitation
 
 from benchmarks.cases import MEMORY_FORMATS, STAGES, Case, FusedTail, GateOpTail, On, OperationTail, Tail, Work
 from benchmarks.gpu.kernels import QUICK_SHAPES, sets_of
-from benchmarks.measure import Competitor
 from ecanet.nn import ECA
 from ecanet.nn.tail.compiled import formula
 from ecanet.nn.tail.maths import NormMaths
 from ecanet.ops import reference
+from ecanet.profile.turns import Competitor
 
 _BATCH = 128
 #: So small that the CPU is waited for: what launching takes.

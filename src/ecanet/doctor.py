@@ -15,6 +15,7 @@ from ecanet import __version__, private_torch
 from ecanet.nn import ECA, explain
 from ecanet.ops import backend, cpu, gpu
 from ecanet.ops.build import LIBRARY, BuildError, find_compiler
+from ecanet.profile.machine import cpu_features, processor, read
 
 _AVX2 = {"avx2", "fma"}
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
@@ -53,7 +54,7 @@ class Threads:
 
 def doctor() -> Diagnosis:
     """Look at versions, CPU, kernels, backend, threads and extras."""
-    lines = [*_versions(), *_cpu_lines(_read_processor()), *_kernels(), f"backend    {_backend()}"]
+    lines = [*_versions(), *_cpu_lines(processor()["cpu"], cpu_features()), *_kernels(), f"backend    {_backend()}"]
     threads = measure_threads()
     limits = f"{threads.cpus} CPUs on {threads.cores} cores" + (f", quota {threads.quota:g}" if threads.quota else "")
     settings = ", ".join(f"{name} {os.environ.get(name) or 'unset'}" for name in ("OMP_NUM_THREADS", "OMP_PROC_BIND"))
@@ -98,14 +99,14 @@ def measure_threads(root: Path = Path("/")) -> Threads:
     """Torch's threads and the CPUs they have; ``root`` is where ``proc`` and ``sys`` are."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     folder = root / "sys/devices/system/cpu"
-    cores = {_read(folder / f"cpu{i}/topology/thread_siblings_list") or f"cpu{i}" for i in allowed}
+    cores = {read(folder / f"cpu{i}/topology/thread_siblings_list") or f"cpu{i}" for i in allowed}
     return Threads(torch.get_num_threads(), len(allowed), len(cores), cpu_quota(root))
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
     """CPU time that this process's control groups (version 1 or 2) allow, in CPUs; None without a limit."""
     quotas = []
-    for line in _read(root / "proc/self/cgroup").splitlines():
+    for line in read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
@@ -113,9 +114,9 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
         folder = top / path.lstrip("/")
         while folder.is_relative_to(top):
             if controllers:
-                limits = [_read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")]
+                limits = [read(folder / "cpu.cfs_quota_us"), read(folder / "cpu.cfs_period_us")]
             else:
-                limits = _read(folder / "cpu.max").split()
+                limits = read(folder / "cpu.max").split()
             if len(limits) == 2 and all(limit.isdigit() for limit in limits) and int(limits[1]) > 0:
                 quotas.append(int(limits[0]) / int(limits[1]))
             folder = folder.parent
@@ -140,17 +141,9 @@ def _versions() -> list[str]:
     ]
 
 
-def _cpu_lines(processor: tuple[str, set[str]]) -> list[str]:
-    name, features = processor
+def _cpu_lines(name: str, features: set[str]) -> list[str]:
     shown = " ".join(feature for feature in _SHOWN_FEATURES if feature in features) or "features unknown"
     return [f"CPU        {name}; {shown}; loops for {loops_for(features, platform.machine())}"]
-
-
-def _read_processor() -> tuple[str, set[str]]:
-    """Name and features of the CPU; only Linux tells the features."""
-    fields = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", _read(Path("/proc/cpuinfo")), re.MULTILINE))
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    return name, set((fields.get("flags") or fields.get("Features") or "").split())
 
 
 def _kernels() -> list[str]:
@@ -224,10 +217,3 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""

@@ -11,10 +11,10 @@ from matplotlib.patches import Rectangle
 from benchmarks import finetune, gates, picture, report, results
 from benchmarks.cases import MEMORY_FORMATS
 from benchmarks.finetune import picture as finetune_picture
-from benchmarks.measure import geometric_mean
 from benchmarks.tables import value
 from ecanet.inspect.style import IDEAS
 from ecanet.nn import GATES
+from ecanet.profile.turns import geometric_mean
 from tests.inspect.readable import assert_readable
 
 RESULTS = Path(finetune.__file__).parents[1] / "results"

@@ -28,19 +28,12 @@ from benchmarks.gpu import __main__ as gpu_benchmark
 from benchmarks.gpu import correctness, kernels, tails
 from benchmarks.gpu import networks as gpu_networks
 from benchmarks.gpu.workers import Job, Workers
-from benchmarks.measure import (
-    Competitor,
-    check_agreement,
-    fault_of_environment,
-    geometric_mean,
-    geometric_mean_of_ratios,
-    ratio_of_medians,
-    take_turns,
-)
+from benchmarks.measure import check_agreement, fault_of_environment
 from benchmarks.networks import network_cases, saved_bytes
 from benchmarks.tables import GPU_TARGETS, report, roofline, verdicts
 from ecanet.nn import ECA
 from ecanet.ops import cpu, gpu
+from ecanet.profile.turns import Competitor, geometric_mean, geometric_mean_of_ratios, ratio_of_medians, take_turns
 
 BOUND = {"OMP_PROC_BIND": "true"}
 

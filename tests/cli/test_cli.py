@@ -36,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
 
 
 def test_fit_writes_what_it_says(run: Path) -> None:
-    assert {path.name for path in run.iterdir()} == {"best.ckpt", "last.ckpt", "recipe.json", "logs"}
+    assert {path.name for path in run.iterdir()} == {"best.ckpt", "last.ckpt", "metrics.csv", "recipe.json", "logs"}
     recipe = json.loads((run / "recipe.json").read_text())
     assert recipe["model"]["gate"] == "se"
     assert recipe["optim"]["epochs"] == 3, "the command line wins over the recipe"
@@ -170,8 +170,8 @@ def test_the_help_of_fit_names_every_network_and_every_gate(capsys: pytest.Captu
     with pytest.raises(SystemExit):
         main(["fit", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert f"A network of ecanet.models: {', '.join(OPTIONS)}." in said
-    assert f"{', '.join(GATES)}; or null for none." in said
+    assert f"{', '.join(OPTIONS)}; torchvision/NAME or timm/NAME" in said
+    assert f"{', '.join(GATES)}; or timm:NAME, a layer of timm's; or null for none." in said
 
 
 @pytest.mark.parametrize("verb", ["fit", "validate", "predict", "demo"])

@@ -2,8 +2,6 @@
 
 import errno
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -109,8 +107,9 @@ def test_weights_in_gates_saved_and_loaded_in_a_fresh_process(
     said = said_by([*RESNET, *weights, "--save", str(target), "--fuse"], capsys)
     assert "8 gates inserted" in said
     assert "layer1.0.bn2" not in said, "the table is not asked for"
-    assert f"wrote {target}: torchvision/resnet18 with the weights of {tmp_path / 'plain.pth'}" in said
-    assert said.endswith(f"next: model = ecanet.surgery.load({str(target)!r})\n")
+    assert f"wrote {target}: torchvision/resnet18 with the weights {tmp_path / 'plain.pth'}" in said
+    assert f"next: ecanet fit --model.name '{target}' --data.source image_folder --data.root " in said
+    assert said.endswith(f"or in Python: model = ecanet.surgery.load({str(target)!r})\n")
     assert [path.name for path in target.parent.iterdir()] == ["gated.pt"]
 
     x = torch.randn(2, 3, 64, 64)
@@ -229,7 +228,7 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
         (["--model", "resnet50"], ["torchvision/NAME or timm/NAME", "got 'resnet50'"]),
         (["--model", "keras/resnet50"], ["torchvision/NAME or timm/NAME"]),
         (["--model", "torchvision/resnet5"], ["torchvision has no 'resnet5'", "torchvision/resnet50"]),
-        (["--model", "torchvision/qqqqqq"], ["torchvision has no 'qqqqqq'", "torchvision.models.list_models()"]),
+        (["--model", "torchvision/qqqqqq"], ["torchvision has no 'qqqqqq'", "see ecanet list"]),
         (["--model", "timm/resnet1x"], ["timm has no 'resnet1x'", "timm/resnet18"]),
         ([*RESNET[1:], "--gate", "cbm"], ["gate must be one of 'eca', ", "'cbm'", "did you mean 'cbam'"]),
         ([*RESNET[1:], "--kernel-size", "4"], ["kernel_size must be odd", "4"]),
@@ -296,7 +295,7 @@ def test_needs_torch_and_torchvision_alone(tmp_path: Path) -> None:
         f"main({[*RESNET, '--save', str(tmp_path / 'model.pt')]!r})\n"
         "main(['insert', '--model', 'timm/resnet18'])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = fresh.run(code)
     assert "8 gates inserted" in done.stdout
     assert done.stderr.startswith("ecanet insert: ImportError: timm/resnet18 needs timm: pip install 'ecanet[timm]'"), (
         done.stderr

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -9,7 +10,10 @@ import pytest
 import yaml
 
 from ecanet.cli import main
+from ecanet.study.comparison import check_parts
+from ecanet.study.conditions import of_gates, recipes
 from ecanet.study.study_file import with_study_read
+from ecanet.train.config import DataConfig, ModelConfig, Recipe
 
 TINY = {"image_size": 12, "resize": 12, "batch_size": 8}
 STUDY = {
@@ -45,7 +49,10 @@ def test_a_file_is_trained_with_what_the_command_line_overrides_and_its_tables_a
     main(["study", str(file), "--optim.epochs", "1", "--out", "out", "--workers", "1"])
     said, told = capsys.readouterr()
     assert "neutral is " in said
-    assert said.endswith("wrote out/results.csv and out/summary.json\n")
+    *_, wrote, following = said.splitlines()
+    assert wrote == "wrote out/results.csv, out/summary.json and out/report.html"
+    assert following.startswith("next: the same command with --seeds 7; finished runs are not repeated, and fewer can")
+    assert "report: out/report.html" in told
     assert told.startswith("1 seed cannot show a difference at 0.05: ")
     with (file.parent / "out" / "results.csv").open() as table:
         rows = list(csv.DictReader(table))
@@ -74,8 +81,50 @@ def test_a_dry_run_trains_an_epoch_to_say_how_long_it_takes(file: Path, capsys: 
     main(["study", str(file), "--seeds", "3", "--dry-run"])
     said = capsys.readouterr().out
     assert "3 conditions x 3 seeds = 9 runs, 9 left" in said
-    assert "an epoch took 0." in said
+    assert re.search(r"^an epoch took \d+\.\d s: 7 in a run, ", said, re.MULTILINE)
     assert [path.name for path in file.parent.iterdir()] == ["study.yaml"]
+
+
+def test_kernel_sizes_make_conditions_of_every_gate_that_has_one_and_those_that_are_one_network_are_told(
+    file: Path, image_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ecanet.cli.study.seconds_of_an_epoch", lambda recipe: 1.0)
+    flags = ["--config", "none.yaml", "--data.root", str(image_folder), "--seeds", "9", "--dry-run"]
+    Path("none.yaml").write_text(yaml.safe_dump(STUDY["recipe"]))
+    main(["study", *flags, "--gates", "none,timm:gc,eca", "--kernel-sizes", "1, 3,adaptive"])
+    first, same, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("5 conditions x 9 seeds = 45 runs")
+    assert same.startswith("eca, k=1 and eca, k=adaptive are the same: ")  # of 4 channels
+    main(["study", *flags, "--kernel-sizes", "3"])
+    assert capsys.readouterr().out.splitlines()[0].startswith("2 conditions x 9 seeds = 18 runs")
+
+
+def test_places_and_starts_are_conditions_of_a_network_of_another_library(tmp_path: Path, image_folder: Path) -> None:
+    shared = Recipe(ModelConfig("timm/resnet10t"), DataConfig("image_folder", root=image_folder, **TINY))
+    places = {"block": {}, "stage": {"where": "stage"}, "norms": {"where": "layer?.*.bn2"}, "1": {"preserve": True}}
+    found = recipes(shared, {"none": {"gate": None}, **places})
+    assert [recipe.model.where for recipe in found.values()] == ["block", "block", "stage", "layer?.*.bn2", "block"]
+    assert check_parts(found) == [
+        "block and norms are the same: all but one of them take time and seeds, and can show nothing."
+    ]
+    with pytest.raises(ValueError, match=r"entries\['last'\]: .*layer9"):
+        check_parts(recipes(shared, {"none": {"gate": None}, "last": {"where": "layer9.*"}}))
+    with pytest.raises(ValueError, match=r"condition last: model\.where must be block in small_eca_resnet"):
+        recipes(Recipe(), {"last": {"where": "stage"}})
+
+
+def test_a_sweep_in_a_file_is_the_same_conditions_and_what_a_condition_says_besides_stays() -> None:
+    conditions = {"none": {"gate": None}, "ECA": {"preserve": True, "kernel_sizes": [5, "adaptive"]}}
+    found = recipes(Recipe(), conditions)
+    assert list(found) == ["none", "ECA, k=5", "ECA, k=adaptive"]
+    models = [recipe.model for recipe in found.values()]
+    assert [(m.gate, m.kernel_size, m.preserve) for m in models] == [
+        (None, "adaptive", None),
+        ("eca", 5, True),
+        ("eca", "adaptive", True),
+    ]
+    by_options = recipes(Recipe(), of_gates("none,eca,se", "5,adaptive"))
+    assert [recipe.model.kernel_size for recipe in by_options.values()] == ["adaptive", 5, "adaptive", "adaptive"]
 
 
 def test_a_folder_of_images_is_the_source_where_only_its_root_is_said() -> None:
@@ -89,16 +138,26 @@ def test_a_folder_of_images_is_the_source_where_only_its_root_is_said() -> None:
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "no gates": (
         ["--seeds", "9"],
-        "conditions must be named once, by --gates none,eca, or",
+        "conditions must be named once, by --gates none,eca or --kernel-sizes 1,3,5, or",
     ),
-    "an unknown gate": (["--gates", "none,cbamm", "--seeds", "9"], "gates must be none or of eca, "),
-    "an empty gate": (["--gates", "none,,eca", "--seeds", "9"], "gates must be none or of eca, "),
+    "an unknown gate": (["--gates", "none,cbamm", "--seeds", "9"], "got 'cbamm': did you mean 'cbam'?"),
+    "an unknown gate of timm's": (["--gates", "none,timm:cbamm", "--seeds", "9"], "did you mean 'timm:cbam'?"),
+    "a layer of timm's that is no gate": (["--gates", "none,timm:sk", "--seeds", "9"], "the place of a convolution"),
+    "an empty gate": (["--gates", "none,,eca", "--seeds", "9"], "gate must be one of 'eca', "),
     "a gate twice": (["--gates", "none,eca,eca", "--seeds", "9"], "gates must be different, got none, eca, eca"),
     "no seeds": (["--gates", "none,se,eca"], "with 3 conditions, fewer than --seeds 7 can show nothing"),
     "zero seeds": (["--gates", "none,eca", "--seeds", "0"], "seeds must be 1 or more, got 0"),
     "no such pictures": (["--gates", "none,eca", "--seeds", "2", "--data.root", "nowhere"], "nowhere"),
     "no such file": (["nothing.yaml"], "no such file: nothing.yaml"),
     "gates and a file with conditions": (["study.yaml", "--gates", "none,eca"], "got both"),
+    "sizes and a file with conditions": (["study.yaml", "--kernel-sizes", "1,3"], "got both"),
+    "an even size": (["--kernel-sizes", "1,2", "--seeds", "9"], "must be different odd integers or adaptive, such as"),
+    "a size twice": (["--kernel-sizes", "3,3", "--seeds", "9"], "must be different odd integers or adaptive, such as"),
+    "no size": (["--kernel-sizes", "", "--seeds", "9"], "must be different odd integers or adaptive, such as"),
+    "a size of a gate that has none": (
+        ["--gates", "none,se", "--kernel-sizes", "3", "--seeds", "9"],
+        "kernel_sizes are for gates that have one, eca, eca_ns, got gates=none,se",
+    ),
     "no worker": (["--gates", "none,eca", "--seeds", "2", "--workers", "0"], "workers must be 1 or more"),
 }
 
@@ -119,6 +178,8 @@ FILES: dict[str, tuple[str, str]] = {
     "a condition that is a text": ("conditions: {none: eca}", "conditions.none must be a name with gate, kernel_size"),
     "a number as a name": ("conditions: {1: {gate: eca}}", "must be a name with gate, kernel_size"),
     "a condition with a learning rate": ("conditions: {none: {lr: 1}}", "conditions.none has no lr; it may have gate"),
+    "a condition that calls": ("conditions: {none: {build: 'os:system'}}", "conditions.none has no build"),
+    "a recipe that calls": ("recipe: {model: {build: 'os:system'}}", "model.build is never taken from a file"),
     "a condition with weights": ("conditions: {none: {weights: /etc/passwd}}", "conditions.none has no weights"),
     "a gate that is none": (
         "conditions: {none: {gate: cbamm}}\nseeds: 2",
@@ -135,6 +196,22 @@ FILES: dict[str, tuple[str, str]] = {
     "a seed twice": ("conditions: {none: {}}\nseeds: [1, 1]", "seeds must be one or more different integers"),
     "two names with one file": ("conditions: {ECA: {}, eca!: {}}\nseeds: 1", "names that differ in letters and digits"),
     "two conditions with one name": ("conditions:\n  a: {}\n  a: {}\nseeds: 1", "a is there twice"),
+    "no list of kernel sizes": (
+        "conditions: {a: {kernel_sizes: 3}}\nseeds: 1",
+        "condition a: kernel_sizes must be different odd integers or adaptive, such as 1,3,5,adaptive, got 3",
+    ),
+    "a kernel size and several": (
+        "conditions: {a: {kernel_size: 3, kernel_sizes: [3]}}\nseeds: 1",
+        "condition a must have kernel_size or kernel_sizes, got both",
+    ),
+    "one name twice by a sweep": (
+        'conditions: {"a, k=3": {}, a: {kernel_sizes: [1, 3]}}\nseeds: 1',
+        "conditions need different names, and a, k=3 is there twice",
+    ),
+    "a class as a kernel size": (
+        "conditions: {a: {kernel_sizes: [{class_path: os.system}]}}\nseeds: 1",
+        "conditions.a.kernel_sizes",
+    ),
     "anchors": ("conditions: &a {none: {}}\nrecipe: *a", "anchor or alias"),
     "a tag": ("conditions: !!python/object:os.system {}", "has a tag"),
     "nested deeply": ("[" * 500, "nested deeper than"),

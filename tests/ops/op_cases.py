@@ -217,6 +217,8 @@ ON_MEANS = ["eca_coefficients", "eca_coefficients_backward"]
 OUT_OF_PLACE = [*ON_MAPS, *ON_MEANS]
 IN_PLACE = ["apply_", "norm_eca_add_act_"]
 EVERY = [*OUT_OF_PLACE, *IN_PLACE]
+#: Triton's kernels that go from one end of a map to the other.
+WALKS = {"moments", "apply", "reduce", "input_grad"}
 # Outputs with the shape and the type of the map; all others are sums in the type to compute in.
 MAP_OUTPUTS = {("apply", 0), ("apply_backward", 0), ("input_backward", 0), ("norm_eca_add_act", 0)}
 

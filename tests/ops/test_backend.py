@@ -7,7 +7,6 @@ import itertools
 import logging
 import multiprocessing
 import runpy
-import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -22,6 +21,7 @@ from ecanet.ops import backend as backends
 from ecanet.ops import cpu, gpu
 from ecanet.ops.backend import CPU_DTYPES, backend, choose, current
 from ecanet.ops.build import hash_within, sources_hash
+from tests import fresh
 
 MISSING = "the C++ kernels are not built; to build them: ecanet build"
 
@@ -455,7 +455,7 @@ while time.monotonic() < end:
 signal.signal(signal.SIGALRM, signal.SIG_IGN)
 print(ecanet.ops.backend.current())
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    done = fresh.run(script, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, "auto"), done.stderr[-2000:]
 
 

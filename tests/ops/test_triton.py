@@ -384,9 +384,6 @@ def of_script(name: str) -> dict[str, list[str]]:
     return json.loads(run.stdout)
 
 
-WALKS = {"moments", "apply", "reduce", "input_grad"}  # from one end of a map to the other
-
-
 def test_every_kernel_compiles_for_nvidia_and_amd_and_walks_maps_16_bytes_at_a_time() -> None:
     """Contiguous maps of 7 x 7, too, whose rows are not aligned; and without spilling registers."""
     compiled = of_script("compile_triton.py")
@@ -394,8 +391,8 @@ def test_every_kernel_compiles_for_nvidia_and_amd_and_walks_maps_16_bytes_at_a_t
         name for name, value in vars(gpu_maps.kernels_of_triton()).items() if hasattr(value, "fn") and name[0] != "_"
     }
     assert {(k, t) for k in names for t in ("cuda:90", "hip:gfx942")} == {(c["kernel"], c["target"]) for c in compiled}
-    walks = [c for c in compiled if c["kernel"] in WALKS and c["target"] == "cuda:90"]
-    assert {c["kernel"] for c in walks if c["wide"]} == WALKS
+    walks = [c for c in compiled if c["kernel"] in op.WALKS and c["target"] == "cuda:90"]
+    assert {c["kernel"] for c in walks if c["wide"]} == op.WALKS
     for c in walks:
         assert c["spilled_bytes"] == 0, c
         if c["wide"]:  # less wide are means, scales and sums: float32, or float64 for the moments of a batch

@@ -71,6 +71,17 @@ def bmp(width: int, height: int, *, bits: int = 24, compression: int = 0, data: 
     return b"BM" + struct.pack("<IHHI", start + len(data), 0, 0, start) + info + palette + data
 
 
+def gif(screen: tuple[int, int], frame: tuple[int, int, int, int], extensions: bytes = b"") -> bytes:
+    """A GIF of one frame (left, top, width, height) with next to no data, on a screen of this size."""
+    picture = b"," + struct.pack("<4H", *frame) + b"\0" + b"\x08\x02\x00\x01\0"
+    return b"GIF89a" + struct.pack("<2H", *screen) + b"\x80\0\0" + bytes(6) + extensions + picture + b";"
+
+
+def exif(entries: int, content: bytes) -> bytes:
+    """EXIF data whose directory says that it has so many entries."""
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", entries) + content
+
+
 def jpeg(**options: object) -> bytes:
     """A sound JPEG of 64 x 64 pixels."""
     file = io.BytesIO()
@@ -252,9 +263,22 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str | None]] = {
     "WebP of 1,000 frames": (lambda: frames("WEBP", 1000), None),
     "PNG of 1,000 frames": (lambda: frames("PNG", 1000), None),
     "TIFF of 1,000 frames": (lambda: frames("TIFF", 1000), None),
-    "GIF": (lambda: saved("GIF"), "not an image of JPEG, PNG"),
-    "GIF of 1,000 frames": (lambda: frames("GIF", 1000), "not an image of JPEG, PNG"),
-    "GIF that says 65,535 x 65,535": (lambda: b"GIF89a" + b"\xff" * 4 + bytes(3), "not an image of JPEG, PNG"),
+    "GIF": (lambda: saved("GIF"), None),
+    "GIF of 1,000 frames": (lambda: frames("GIF", 1000), None),
+    "GIF without a picture": (lambda: b"GIF89a" + b"\xff" * 4 + bytes(3) + b";", "it is a GIF without a picture"),
+    "GIF that says 65,535 x 65,535": (lambda: gif((65_535, 65_535), (0, 0, 4, 4)), "65,535 x 65,535 pixels, more"),
+    "GIF of a frame beyond its screen": (lambda: gif((4, 4), (60_000, 60_000, 9, 9)), "60,009 x 60,009 pixels, more"),
+    "GIF of no data for 67 megapixels": (lambda: gif((8192, 8192), (0, 0, 8192, 8192)), "truncated"),
+    "GIF of a million comments": (lambda: gif((4, 4), (0, 0, 4, 4), b"!\xfe\0" * 10**6), "more parts than its image"),
+    "GIF of an endless comment": (lambda: gif((4, 4), (0, 0, 4, 4), b"!\xfe" + b"\x01x" * 10**6), "more parts than"),
+    "EXIF of entries of 4 GB": (
+        lambda: jpeg(exif=exif(65_535, struct.pack("<HHII", 700, 7, 2**32 - 1, 0) * 50)),
+        None,
+    ),
+    "PNG with EXIF of 10 million entries": (
+        lambda: png(1, 1, chunk(b"eXIf", exif(65_535, bytes(12 * 10**7))[6:]), data=bytes(4)),
+        None,
+    ),
     "ICO": (lambda: saved("ICO"), "not an image of JPEG, PNG"),
     "ICO that says 2^32 bytes": (
         lambda: b"\0\0\1\0\1\0" + struct.pack("<4B2H2I", 0, 0, 0, 0, 1, 32, 2**32 - 1, 22),

@@ -294,7 +294,22 @@ LIES: dict[str, tuple[Callable[[State], None], str]] = {
     "means that are none": (about("mean", to=[float("nan")] * 3), "mean must be a finite number"),
     "no deviation": (about("std", to=[0, 0, 0]), "std must be"),
     "a history that is a number": (about("history", to=3), "history must be a list"),
+    "a history of texts": (about("history", to=[{"epoch": "1"}]), "numbers by short names"),
+    "a history of long names": (about("history", to=[{"epoch" * 99: 1}]), "numbers by short names"),
     "another network": (about("recipe", "model", "name", to="os.system"), "name must be one of"),
+    "a file for a network": (about("recipe", "model", "name", to="/etc/passwd"), "name must be one of"),
+    "a file of insert for a network": (about("recipe", "model", "name", to="gated.pt"), "name must be one of"),
+    "a network that is a list": (about("recipe", "model", "name", to=["x"]), "name must be one of"),
+    "a network of the Hub": (about("recipe", "model", "name", to="timm/hf-hub:a/b"), "timm has no"),
+    "a network too large": (about("recipe", "model", to={"name": "torchvision/regnet_y_128gf"}), "the file .* values"),
+    "another library's network": (about("recipe", "model", to={"name": "torchvision/resnet152"}), "do not fit"),
+    "a function to call": (about("recipe", "model", to={"build": "os:system"}), "a checkpoint calls no function"),
+    "code to call": (about("recipe", "model", to={"build": "os:system('x')"}), "build must be module:function"),
+    "a call that is a number": (about("recipe", "model", to={"build": 3}), "build must be module:function"),
+    "places without end": (about("recipe", "model", "where", to=["a"] * 2000), "where must be"),
+    "a place that is a number": (about("recipe", "model", "where", to=3), "where must be"),
+    "a text for true": (about("recipe", "model", "preserve", to="yes"), "preserve must be true or false"),
+    "both names of preserve": (about("recipe", "model", "neutral", to=True), "both preserve and neutral"),
     "a network that does not fit": (about("recipe", "model", "name", to="eca_resnet152"), "network takes|do not fit"),
     "another gate": (about("recipe", "model", "gate", to="os.system"), "gate must be one of"),
     "a field that is none": (about("recipe", "model", "code", to="x"), "recipe.model has no code"),
@@ -314,7 +329,9 @@ LIES: dict[str, tuple[Callable[[State], None], str]] = {
 
 
 @pytest.mark.parametrize(("change", "says"), LIES.values(), ids=LIES)
-def test_what_a_checkpoint_says_is_checked(change, says, run, tmp_path, image_folder) -> None:
+def test_what_a_checkpoint_says_is_checked(change, says, run, tmp_path, image_folder, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo(tmp_path / "gated.pt")  # whoever reads it waits for ever
     checkpoint = copy.deepcopy(run)
     change(checkpoint)
     path = tmp_path / "hostile.ckpt"
@@ -377,7 +394,8 @@ def test_a_checkpoint_does_not_steer_the_machine(steers, run, tmp_path, image_fo
     path = tmp_path / "hostile.ckpt"
     torch.save(checkpoint, path)
     trained = load_trained(path)
-    assert set(trained.recipe["data"]) == {"source", "image_size", "resize"}
+    how_labels_are_read = {"val_fraction", "split_seed", "image_column", "label_column", "label_separator"}
+    assert set(trained.recipe["data"]) == {"source", "image_size", "resize", *how_labels_are_read}
     if steers.get("source") is None:
         with pytest.raises(SystemExit, match="--root FOLDER"):
             main(["validate", str(path), "--accelerator", "cpu"])

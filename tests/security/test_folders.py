@@ -25,6 +25,7 @@ from ecanet.files.state_dicts import safe_save
 from ecanet.train import Recipe, fit
 from ecanet.train.checkpoint import SafeCheckpointIO
 from ecanet.train.classifier import Classifier
+from ecanet.train.data import Splits, verify_images
 from ecanet.train.data import image_folder as read_folder
 from ecanet.train.data.pictures import image_files
 from ecanet.train.evaluate import predict
@@ -58,10 +59,16 @@ def photos(tmp_path: Path) -> Path:
     return root
 
 
+def read_and_verify(root: Path) -> Splits:
+    splits = read_folder(root)
+    verify_images(splits)
+    return splits
+
+
 @pytest.mark.parametrize("circle", CIRCLES)
 def test_every_folder_is_gone_through_once(photos: Path, circle: str) -> None:
     CIRCLES[circle](photos / "train" / "cat")
-    assert [path for path, _ in read_folder(photos, verify=True).train.samples] == [  # type: ignore[attr-defined]
+    assert [path for path, _ in read_and_verify(photos).train.samples] == [  # type: ignore[attr-defined]
         str(photos / "train" / name / "x.png") for name in ("cat", "dog")
     ]
 
@@ -160,7 +167,7 @@ def test_a_hundred_thousand_empty_files_are_listed_and_the_first_is_named(photos
 def test_verify_counts_empty_files_and_names_the_first(photos: Path, in_memory: Path) -> None:
     make_empty(in_memory, 5000)
     with pytest.raises(ValueError, match=r"5000 of 5004 images cannot be read") as caught:
-        read_folder(photos, verify=True)
+        read_and_verify(photos)
     assert len(str(caught.value).splitlines()) == 22
 
 
@@ -169,14 +176,14 @@ def test_verify_lists_what_is_no_file(photos: Path, kind: str) -> None:
     (photos / "train" / "cat" / "below").mkdir()
     NO_FILES[kind][0](photos / "train" / "cat" / "below" / "x.png")
     with pytest.raises(ValueError, match=r"1 of 5 images cannot be read(.|\n)*below/x\.png'"):
-        read_folder(photos, verify=True)
+        read_and_verify(photos)
 
 
 def test_no_name_puts_escape_codes_or_lines_into_an_error(photos: Path) -> None:
     for i, name in enumerate(("a\x1b[2J.png", "b\n.png", os.fsdecode(b"c\xff.png"))):
         (photos / "train" / "cat" / name).write_bytes(bytes(i))
     with pytest.raises(ValueError, match="3 of 7") as caught:
-        read_folder(photos, verify=True)
+        read_and_verify(photos)
     lines = str(caught.value).splitlines()
     assert len(lines) == 4
     assert all(line.isprintable() for line in lines)
@@ -228,7 +235,7 @@ def test_predict_prints_names_clean_and_writes_them_whole(
 def test_a_damaged_image_met_by_a_loading_process_is_one_line(tiny: Callable[..., Recipe], photos: Path) -> None:
     (photos / "train" / "cat" / "bad.png").write_bytes(b"no image")
     recipe = tiny(epochs=1, workers=1)
-    recipe = replace(recipe, data=replace(recipe.data, root=photos, batch_size=3))
+    recipe = replace(recipe, data=replace(recipe.data, root=photos, batch_size=3, verify=False))
     with pytest.raises(ValueError, match=r"^cannot read the image '.*bad\.png'") as caught:
         fit(recipe, None, progress=False)
     assert len(str(caught.value).splitlines()) == 1

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from hostile_pictures import HOSTILE, NO_FILES, gzipped_zeros, idx, photograph
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ecanet.train.data import pictures, read_idx, read_image
 
@@ -61,12 +60,21 @@ HOSTILE_IDX: dict[str, tuple[Callable[[], bytes], str]] = {
     "gzip signature alone": (lambda: b"\x1f\x8b", "not a valid gzip file"),
 }
 
+
+def turned(orientation: int) -> Image.Exif:
+    """EXIF data with an orientation."""
+    exif = Image.Exif()
+    exif[274] = orientation
+    return exif
+
+
 #: Honest pictures at the bounds, made where there is no limit.
 LARGE: dict[str, Callable[[Path], None]] = {
     "JPEG of 50 megapixels": lambda path: photograph(8660, 5773).save(path, "JPEG"),
     "PNG of 67 megapixels": lambda path: Image.new("P", (8192, 8192), 3).save(path, "PNG", compress_level=1),
     "16-bit TIFF of 67 megapixels": lambda path: Image.new("I;16", (8192, 8192), 300).save(path, "TIFF"),
     "WebP of 33 megapixels": lambda path: Image.new("RGBA", (5792, 5792)).save(path, "WEBP", lossless=True, quality=0),
+    "upside down JPEG of 67 megapixels": lambda path: photograph(8192, 8192).save(path, "JPEG", exif=turned(5)),
     "panorama of 64 to 1": lambda path: photograph(12_800, 200).save(path, "JPEG"),
 }
 
@@ -144,7 +152,7 @@ def test_no_warning_leaks_about_the_size(what_came_of: Any) -> None:
 
 def test_formats_are_those_of_the_suffixes() -> None:
     known = Image.registered_extensions()
-    assert set(pictures.FORMATS) == {known[suffix] for suffix in IMG_EXTENSIONS}
+    assert set(pictures.FORMATS) == {known[suffix] for suffix in pictures.SUFFIXES}
 
 
 @pytest.mark.parametrize("size", [(1, 64), (64, 1), (1, 1), (3, 150), (8, 512)], ids=str)

@@ -8,6 +8,12 @@ from tests import fresh  # noqa: F401  what the server of forks imports
 
 
 @pytest.fixture(autouse=True)
+def _reports_without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study's report comes without its PNG files, which take a second each."""
+    monkeypatch.setattr("ecanet.study.html_report.draw", lambda found: ())
+
+
+@pytest.fixture(autouse=True)
 def _workers_need_not_import_torch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers get pickles and know nothing of ecanet, as spawned ones; those of killed studies are spawned."""
     if "capfd" in request.fixturenames:  # what they say would come out of the server

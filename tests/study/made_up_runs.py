@@ -12,11 +12,31 @@ from pathlib import Path
 from typing import Any
 
 
+def accuracy(condition: float, seed: int) -> float:
+    """Decided by condition and seed."""
+    return 90 + condition + random.Random(f"{condition} {seed}").gauss(0, 0.3)
+
+
 def train(condition: float, seed: int, folder: Path) -> dict[str, Any]:
     """An accuracy that condition and seed decide; counts its calls in the folder."""
     with (folder / "calls").open("a") as calls:
         calls.write(".")
-    return {"acc": 90 + condition + random.Random(f"{condition} {seed}").gauss(0, 0.3), "loss": 0.5, "curve": [1, 2.5]}
+    return {"acc": accuracy(condition, seed), "loss": 0.5, "curve": [1, 2.5]}
+
+
+def one_number(condition: float, seed: int, folder: Path) -> dict[str, Any]:
+    """A single metric, and something else."""
+    return {"acc": train(condition, seed, folder)["acc"], "curve": [1]}
+
+
+def no_number(condition: float, seed: int, folder: Path) -> dict[str, Any]:
+    """Nothing that can be compared."""
+    return {"curve": [1]}
+
+
+def seconds_of_its_own(condition: float, seed: int, folder: Path) -> dict[str, Any]:
+    """A metric with the name of a column."""
+    return {"seconds": 3.5}
 
 
 def train_slowly(condition: float, seed: int, folder: Path) -> dict[str, Any]:
@@ -31,6 +51,27 @@ def train_and_be_killed_once(condition: float, seed: int, folder: Path) -> dict[
         (folder / "killed").touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return train_slowly(condition, seed, folder)
+
+
+def of_the_folder_alone(folder: Path) -> dict[str, Any]:
+    """As a job calls it."""
+    return {"acc": 1.0}
+
+
+def on_a_cluster(condition: float, seed: int, folder: Path) -> dict[str, Any]:
+    """The first runs of seed 0 wait for one another; then ECA's process is killed once. Seed 1 of ECA fails."""
+    if seed == 1 and condition:
+        raise ValueError("no such layer")
+    (folder / "here").touch()
+    others = list(folder.parent.glob(f"*-seed{seed}/here"))
+    until = time.monotonic() + 30
+    while seed == 0 and len(others) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+        others = list(folder.parent.glob(f"*-seed{seed}/here"))
+    if seed == 0 and condition and not (folder / "killed").exists():
+        (folder / "killed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"acc": accuracy(condition, seed), "process": str(os.getpid()), "met": len(others) == 2}
 
 
 def die_always(condition: str, seed: int, folder: Path) -> dict[str, Any]:
@@ -61,6 +102,7 @@ def fail(condition: str, seed: int, folder: Path) -> Any:
         {"acc": 1.0, "model": Fraction(1, 3)},
         {3: 1.0},
         {"acc": True},
+        {"acc": -(2**500)},
     ][seed - 2]
 
 
@@ -73,6 +115,7 @@ FAILURES = {
     6: "TypeError: model must be a number, or something that JSON can hold, got a Fraction",
     7: "TypeError: names of metrics must be texts, got 3",
     8: "it returned no 'acc', only no numbers",
+    9: "its acc is -3.27339e+150",
 }
 
 

@@ -3,10 +3,10 @@
 import json
 import math
 import os
+import pickle
 import signal
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,9 +18,11 @@ import torch
 import ecanet
 from ecanet.study import Comparison, Run, compare, paired_difference
 from ecanet.study.conclusions import verdict
-from ecanet.study.engine import default_workers
-from ecanet.study.report import Cost, table
+from ecanet.study.costs import Cost
+from ecanet.study.processes import Processes
+from ecanet.study.report import table
 from ecanet.train import Recipe, fit
+from tests.fresh import FreshProcess
 
 
 def entries(tiny: Callable[..., Recipe], **changes: object) -> dict[str, Recipe]:
@@ -96,9 +98,9 @@ def test_there_is_a_worker_for_each_cpu_without_affinity_too_and_one_where_there
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on macOS
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert default_workers() == 3
+    assert Processes().size == 3
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert default_workers() == 1
+    assert Processes().size == 1
 
 
 def test_a_failing_run_is_named_and_leaves_the_others_finished(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -132,12 +134,11 @@ import signal, sys
 from pathlib import Path
 from ecanet.study import compare
 from ecanet.train import *
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
-    data = DataConfig("image_folder", root=Path(sys.argv[1]), image_size=12, resize=12, batch_size=8)
-    model, optim = ModelConfig(options={"widths": [8, 16]}), OptimConfig(epochs=10)
-    recipe = Recipe(model, data, optim, TrainerConfig(accelerator="cpu"))
-    compare({"ECA": recipe}, range(20), sys.argv[2], workers=1, progress=False)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
+data = DataConfig("image_folder", root=Path(sys.argv[1]), image_size=12, resize=12, batch_size=8)
+model, optim = ModelConfig(options={"widths": [8, 16]}), OptimConfig(epochs=10)
+recipe = Recipe(model, data, optim, TrainerConfig(accelerator="cpu"))
+compare({"ECA": recipe}, range(20), sys.argv[2], workers=1, progress=False)
 """
 
 
@@ -145,17 +146,10 @@ if __name__ == "__main__":
 def test_killed_comparison_keeps_what_it_finished_and_leaves_no_worker(
     image_folder: Path, tmp_path: Path, killer: signal.Signals
 ) -> None:
-    script = tmp_path / "study.py"
-    script.write_text(SCRIPT)
     out = tmp_path / "out"
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(image_folder), str(out)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    process = FreshProcess(SCRIPT, image_folder, out, environment=os.environ | {"OMP_NUM_THREADS": "1"})
     while not list(out.glob("runs/*.json")):
-        assert process.poll() is None
+        assert process.returncode is None
         time.sleep(0.05)
     os.kill(process.pid, killer)  # the parent alone: the workers have to notice
     assert process.wait(timeout=30) != 0
@@ -163,8 +157,53 @@ def test_killed_comparison_keeps_what_it_finished_and_leaves_no_worker(
     while subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, check=False).stdout:
         assert time.monotonic() < deadline, "a worker lives on"
         time.sleep(0.1)
+    process.close()
     for path in out.glob("runs/*.json"):
         assert json.loads(path.read_text())["metrics"]["top1"] >= 0
+
+
+def found(command: list[str]) -> list[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+
+
+SCRIPT_OF_PICKLES = """
+import pickle, sys
+from ecanet.study import compare
+with open(sys.argv[1], "rb") as file:
+    compare(pickle.load(file), [0], sys.argv[2], workers=1)
+"""
+
+
+def test_a_comparison_whose_worker_and_then_whose_parent_is_killed_gives_the_table_of_one_left_alone(
+    tiny: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipes = {name: tiny(gate=gate, epochs=5) for name, gate in (("none", None), ("ECA", "eca"))}
+    (tmp_path / "recipes").write_bytes(pickle.dumps(recipes))
+    out, runs = tmp_path / "out", tmp_path / "out" / "runs"
+    parent = FreshProcess(SCRIPT_OF_PICKLES, tmp_path / "recipes", out)
+
+    def wait_for_a_checkpoint(name: str) -> None:
+        while not (runs / name / "last.ckpt").exists():
+            assert parent.returncode is None
+            time.sleep(0.01)
+
+    wait_for_a_checkpoint("none-seed0")
+    [worker] = found(["pgrep", "-P", str(parent.pid), "-f", "spawn_main"])
+    os.kill(int(worker), signal.SIGKILL)
+    assert not list(runs.glob("*.json")), "it was killed too late"
+    wait_for_a_checkpoint("eca-seed0")
+    parent.kill()
+    _, told = parent.communicate()
+    assert "none, seed 0: its process was killed by signal 9; it is tried once more." in told
+    assert {path.name for path in runs.glob("*.json")} == {"none-seed0.json"}
+    while found(["pgrep", "-s", str(parent.pid)]):
+        time.sleep(0.05)
+    compare(recipes, [0], out, workers=1, progress=False)
+    compare(recipes, [0], tmp_path / "alone", workers=1, progress=False)
+    assert (out / "summary.json").read_text() == (tmp_path / "alone/summary.json").read_text()
+    tables = [(folder / "results.csv").read_text().splitlines() for folder in (out, tmp_path / "alone")]
+    mine, alone = ([line.rpartition(",")[0] for line in lines] for lines in tables)  # without the seconds
+    assert mine == alone
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import io
 import json
 import os
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,10 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
+import ecanet.study.demo
+import ecanet.study.evidence
 from ecanet.study.comparison import Comparison
+from ecanet.study.costs import measure_costs
 from ecanet.study.demo import demo, demo_recipes, draw
-from ecanet.study.report import measure_costs
-from ecanet.train import build_network
+from ecanet.train import Recipe, build_network
 
 
 def test_entries_share_everything_but_the_gate() -> None:
@@ -47,9 +50,17 @@ def test_costs_are_those_of_the_gates() -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path, str]:
-    """The comparison of a demonstration, its folder, and what it printed."""
+    """The comparison of a demonstration with networks of half the width, its folder, and what it printed."""
+
+    def narrow(epochs: int) -> dict[str, Recipe]:
+        options = {"widths": [8, 16, 32], "stem_stride": 2}
+        return {name: replace(r, model=replace(r.model, options=options)) for name, r in demo_recipes(epochs).items()}
+
     folder, said = tmp_path_factory.mktemp("demo"), io.StringIO()
-    with redirect_stdout(said):
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
+        patch.setattr(ecanet.study.demo, "demo_recipes", narrow)
+        patch.setattr(ecanet.study.evidence, "_ROUNDS", 1)
+        patch.setattr(ecanet.study.evidence, "_PIXELS", 2 * 28 * 28)
         comparison = demo(folder, seeds=1, epochs=1)
     return comparison, folder, said.getvalue()
 
@@ -62,12 +73,13 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(
     def full(*_: object) -> NoReturn:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    before = {path.name: path.read_bytes() for path in folder.glob("*.png")}
+    before = {path.name: path.read_bytes() for path in (folder / "figures").glob("*.png")}
+    assert before
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device"):
         draw(comparison, folder)
-    assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == before
-    assert not list(folder.glob(".*.partial"))
+    assert {path.name: path.read_bytes() for path in (folder / "figures").glob("*.png")} == before
+    assert not list(folder.rglob(".*.partial"))
 
 
 def test_demo(made: tuple[Comparison, Path, str]) -> None:
@@ -81,7 +93,11 @@ def test_demo(made: tuple[Comparison, Path, str]) -> None:
     assert {entry: row["mean"] for entry, row in rows.items()} == {
         name: comparison.mean(name) for name in demo_recipes()
     }
-    for name in ("training_curves", "matrices", "kernel_sizes", "gates_per_class"):
-        with Image.open(folder / f"{name}.png") as image:
+    assert said.splitlines()[-1] == f"wrote {folder / 'report.html'}"
+    report = (folder / "report.html").read_text()
+    for section in ("cost", "differences", "gates", "profile", "runs", "settings"):
+        assert f'<h2 id="{section}">' in report
+    for name in ("differences", "cost", "gates-eca", "gates-eca-neutral-start", "gates-se", "matrices", "kernel_sizes"):
+        with Image.open(folder / "figures" / f"{name}.png") as image:
             assert image.width > 600
             assert len(image.convert("RGB").getcolors(2**24)) > 10

@@ -93,6 +93,34 @@ def test_another_metric_is_compared_without_training(tmp_path: Path) -> None:
     assert len(calls(tmp_path)) == 6
 
 
+def test_a_metric_need_not_be_named_where_there_is_one_and_several_are_named_and_kept(tmp_path: Path) -> None:
+    found = study(tmp_path / "one", made_up_runs.one_number, metric=None)
+    assert found.metric == "acc"
+    assert found.summary == study(tmp_path / "one", made_up_runs.one_number).summary
+    for _ in range(2):  # at the end, and at once
+        with pytest.raises(ValueError, match=r"one of acc, loss, which .*: the same call with metric='acc' compares"):
+            study(tmp_path / "two", metric=None)
+    assert len((tmp_path / "two/results.csv").read_text().splitlines()) == 7
+    assert study(tmp_path / "two").summary.metric == "acc"
+    assert set(calls(tmp_path / "two").values()) == {1}
+    with pytest.raises(
+        RuntimeError, match=r"no run returned a number, .*: none, seed 0: it returned no numbers; SE, seed 0"
+    ):
+        study(tmp_path / "none", made_up_runs.no_number, metric=None)
+
+
+def test_a_metric_may_have_the_name_of_a_column(tmp_path: Path) -> None:
+    study(tmp_path, made_up_runs.seconds_of_its_own, metric="seconds")
+    rows, _ = tables(tmp_path)
+    assert [row["seconds (metric)"] for row in rows[:2]] == ["3.5", "3.5"]
+
+
+def test_conditions_that_are_the_same_are_told(tmp_path: Path, capsys) -> None:
+    study(tmp_path, conditions={"none": 0.0, "plain": 0.0, "SE": 0.1}, progress=True)
+    told = "none and plain are the same: all but one of them take time and seeds, and can show nothing."
+    assert told in capsys.readouterr().err
+
+
 def test_names_alone_are_conditions_and_numbers_of_other_libraries_are_metrics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,7 +137,7 @@ def test_a_training_function_may_start_processes(tmp_path: Path) -> None:
 
 
 def test_a_worker_imports_neither_torch_nor_scipy_unless_its_function_does() -> None:
-    code = "import sys, ecanet.study.engine; print({'torch', 'scipy', 'lightning'} & set(sys.modules))"
+    code = "import sys, ecanet.study.processes; print({'torch', 'scipy', 'lightning'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 
@@ -165,12 +193,12 @@ def test_a_run_whose_process_dies_twice_is_told_and_the_study_neither_hangs_nor_
 
 
 def test_a_run_that_raises_or_has_no_number_is_marked_told_and_not_tried_again(tmp_path: Path, capsys) -> None:
-    found = study(tmp_path, made_up_runs.fail, range(9), ["none", "eca"])
+    found = study(tmp_path, made_up_runs.fail, range(10), ["none", "eca"])
     told = capsys.readouterr().err
-    for again in (found, study(tmp_path, made_up_runs.fail, range(9), ["none", "eca"])):
+    for again in (found, study(tmp_path, made_up_runs.fail, range(10), ["none", "eca"])):
         assert {f.seed: f.reason for f in again.failed} == made_up_runs.FAILURES
         assert again.summary.conditions["eca"].seeds == 1
-        assert again.summary.conditions["none"].seeds == 9
+        assert again.summary.conditions["none"].seeds == 10
         for seed, why in made_up_runs.FAILURES.items():
             assert f"Failed and not counted: eca, seed {seed}: {why}." in str(again)
             assert f"eca, seed {seed} failed: {why}" in told
@@ -179,7 +207,7 @@ def test_a_run_that_raises_or_has_no_number_is_marked_told_and_not_tried_again(t
     rows, _ = tables(tmp_path)
     assert rows[3] == {"condition": "eca", "seed": "1", "acc": ""}
     (tmp_path / "runs/eca-seed1.json").unlink()
-    study(tmp_path, made_up_runs.fail, range(9), ["none", "eca"])
+    study(tmp_path, made_up_runs.fail, range(10), ["none", "eca"])
     assert calls(tmp_path)["eca-seed1"] == 2
 
 
@@ -208,6 +236,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a negative seed": ({"seeds": [-1]}, ValueError, "seeds must be one or more different"),
     "half a seed": ({"seeds": [0.5]}, ValueError, "seeds must be one or more different"),
     "no metric": ({"metric": ""}, ValueError, "metric must name what train returns"),
+    "metrics": ({"metric": ["a", "b"]}, ValueError, "metric must name what train returns"),
+    "nowhere": ({"on": "slurm"}, ValueError, "on must be one of processes, ray, got 'slurm'"),
     "no worker": ({"workers": 0}, ValueError, "workers must be 1 or more, or None, got 0"),
     "no function": ({"train": 3}, TypeError, "train must be a function of condition, seed and folder, got 3"),
     "too few arguments": ({"train": len}, TypeError, "train must take condition, seed and folder"),

@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from ecanet.study.conclusions import verdict
+from ecanet.study.conclusions import next_step, verdict
 from ecanet.study.statistics import (
     detectable,
     fewest_seeds,
@@ -194,11 +194,27 @@ def test_the_verdict_says_a_difference_is_there_only_if_interval_and_corrected_p
     )
 
 
+def test_the_next_step_is_more_seeds_only_where_they_could_show_more() -> None:
+    def after(seeds: int, shift: float, spread: float) -> str:
+        noise = [spread * (-1) ** i for i in range(seeds)]
+        base = dict.fromkeys(range(seeds), 80.0)
+        return next_step(summarise({"none": base, "a": {i: 80 + shift + n for i, n in enumerate(noise)}}, "top1"))
+
+    assert "--seeds 6; finished runs are not repeated, and fewer can show nothing" in after(5, 3.0, 0.1)
+    unclear = after(10, 0.0, 1.0)
+    spread = float(np.std([(-1.0) ** i for i in range(10)], ddof=1))
+    assert f"--seeds {seeds_needed(1.0, spread)}; " in unclear
+    assert "a difference of 1 is shown in 80 of 100 cases" in unclear
+    assert "ecanet validate" in after(10, 3.0, 0.1) == after(8, -3.0, 0.1), "it is shown"
+
+
 def test_small_metrics_are_told_with_the_digits_of_their_margin() -> None:
     values = {"none": {i: 0.5 + 1e-4 * i for i in range(8)}, "eca": {i: 0.502 + 1e-4 * i * (-1) ** i for i in range(8)}}
     said = verdict(summarise(values, "mAP"))
     row = summarise(values, "mAP").conditions["eca"]
     assert f"eca is {row.difference:.5f} above none (95 % interval {row.low:+.5f} to {row.high:+.5f}, 8 seeds" in said
+    rounding = {"none": {0: 0.0, 1: 1.0}, "eca": {0: 0.1, 1: 1.1}}  # 1.1 - 1.0 is not quite 0.1
+    assert verdict(summarise(rounding, "mAP")).startswith("eca is 0.10 above none (95 % interval +0.10 to +0.10, 2 se")
 
 
 def test_without_scipy_the_error_says_what_to_install() -> None:

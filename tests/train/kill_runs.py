@@ -13,7 +13,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ import torch
 from PIL import Image
 
 from ecanet.train.checkpoint import read_checkpoint
+from tests.fresh import FreshProcess
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 EPOCHS, IMAGES = 8, 37
@@ -51,25 +51,30 @@ def make_pictures(root: Path) -> None:
 
 def command(root: Path, out: Path, processes: int, *more: str) -> list[str]:
     """``ecanet fit`` on so many processes of a CPU."""
-    words = [sys.executable, "-m", "ecanet.cli", "fit", "--out", str(out), "--data.source", "image_folder"]
+    words = ["-m", "ecanet.cli", "fit", "--out", str(out), "--data.source", "image_folder"]
     words += ["--data.root", str(root), "--data.batch_size", "4", "--data.image_size", "12", "--data.resize", "12"]
     words += ["--model.options", '{"widths": [8, 16]}', "--optim.epochs", str(EPOCHS), "--optim.mixup", "0.2"]
     words += ["--trainer.accelerator", "cpu", "--trainer.devices", str(processes), "--trainer.checkpoint_steps", "2"]
     return [*words, *more]
 
 
-def start(words: Sequence[str]) -> "subprocess.Popen[str]":
-    """Start a command in a session of its own, whose output can be read afterwards."""
+_AS_PYTHON_DOES = """
+import runpy, signal, sys, warnings
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in the background ignore
+warnings.simplefilter("ignore")
+_, what, *sys.argv[1:] = sys.argv
+if what == "-m":
+    runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+else:
+    sys.argv[0] = what
+    runpy.run_path(what, run_name="__main__")
+"""
+
+
+def start(words: Sequence[str]) -> FreshProcess:
+    """Start what ``python`` is told by these words in a session of its own. Lightning starts the second process."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.Popen(
-        words,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which jobs in the background ignore
-    )
+    return FreshProcess(_AS_PYTHON_DOES, *words, environment=environment)
 
 
 def _processes() -> Iterator[tuple[int, str, int, int]]:
@@ -110,21 +115,20 @@ class Killed:
     code: int
 
 
-def kill(run: "subprocess.Popen[str]", rank: int, signum: int) -> Killed:
+def kill(run: FreshProcess, rank: int, signum: int) -> Killed:
     """Send a signal to one process of a run and wait for the end of all."""
-    while run.poll() is None and (victim := run.pid if rank == 0 else second_of(run.pid)) is None:
+    while run.returncode is None and (victim := run.pid if rank == 0 else second_of(run.pid)) is None:
         time.sleep(0.05)  # it is about to be started
-    if run.poll() is None and victim is not None:
+    if run.returncode is None and victim is not None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(victim, signum)
     return end_of(run)
 
 
-def end_of(run: "subprocess.Popen[str]") -> Killed:
+def end_of(run: FreshProcess) -> Killed:
     """Wait for the end of all processes of a run; kill them where they do not end."""
     begun = time.monotonic()
     while (left := processes_of(run.pid)) and time.monotonic() < begun + 3 * BOUND:
-        run.poll()
         time.sleep(0.05)
     seconds = time.monotonic() - begun
     for process in left:
@@ -133,9 +137,9 @@ def end_of(run: "subprocess.Popen[str]") -> Killed:
     return Killed(seconds, said(run), run.returncode)
 
 
-def said(run: "subprocess.Popen[str]") -> str:
+def said(run: FreshProcess) -> str:
     """What a run said beside its progress."""
-    pieces = re.split(r"[\r\n]+", run.communicate(timeout=300)[0])
+    pieces = re.split(r"[\r\n]+", "\n".join(run.communicate(timeout=300)))
     return "\n".join(shown for piece in pieces if (shown := _BAR.sub("", piece).strip()))
 
 
@@ -146,16 +150,16 @@ def go_on(root: Path, out: Path, processes: int) -> tuple[int, str]:
     return run.returncode, output
 
 
-def wait_for(file: Path, run: "subprocess.Popen[str]") -> None:
+def wait_for(file: Path, run: FreshProcess) -> None:
     """Wait until a run has written a file, or ended."""
-    while not file.exists() and run.poll() is None:
+    while not file.exists() and run.returncode is None:
         time.sleep(0.01)
 
 
-def wait_for_saves(file: Path, run: "subprocess.Popen[str]", number: int) -> None:
+def wait_for_saves(file: Path, run: FreshProcess, number: int) -> None:
     """Wait until a run has written a checkpoint so many times, or ended."""
     seen = set()
-    while len(seen) < number and run.poll() is None:
+    while len(seen) < number and run.returncode is None:
         with contextlib.suppress(FileNotFoundError):
             seen.add(file.stat().st_mtime_ns)
         time.sleep(0.003)

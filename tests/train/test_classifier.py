@@ -63,10 +63,16 @@ def test_metrics_are_those_of_all_images(tiny: Callable[..., Recipe], tmp_path: 
     with torch.no_grad():
         logits = trained.network(trained.normalise(torch.stack([image for image, _ in pairs])))
     labels = torch.tensor([label for _, label in pairs])
-    metrics = validate(tmp_path, accelerator="cpu")
+    result = validate(tmp_path, accelerator="cpu")
+    metrics = result.metrics
     assert metrics["val/top1"] == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
     assert metrics["val/loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
     assert metrics["val/top3"] == 100, "three classes"
+    assert torch.equal(result.predicted, logits.argmax(1))
+    assert torch.equal(result.labels, labels)
+    assert result.images().tolist() == [int((labels == label).sum()) for label in range(3)]
+    assert torch.equal(result.confusion().sum(1), result.images())
+    torch.testing.assert_close(result.of_each_class(), 100 * result.confusion().diagonal() / result.images().double())
 
 
 @pytest.mark.parametrize("gate", GATES)

@@ -51,7 +51,7 @@ def whole(finished: Path) -> dict[str, torch.Tensor]:
 
 
 def test_two_processes_count_every_validation_image_once(finished: Path) -> None:
-    metrics = validate(finished / "last.ckpt", accelerator="cpu")
+    metrics = validate(finished / "last.ckpt", accelerator="cpu").metrics
     history = load_trained(finished / "last.ckpt").history
     assert metrics["val/loss"] > 0
     assert history[-1]["val/top1"] == pytest.approx(metrics["val/top1"])
@@ -173,7 +173,7 @@ def test_nothing_stays_of_a_run_and_it_says_what_was_wrong(fault, signals, code,
     script = tmp_path / "faulty.py"
     script.write_text(FAULTY.replace("{fault}", fault))
     words = kill_runs.command(pictures, tmp_path / "out", 2)
-    run = kill_runs.start([words[0], str(script), *words[3:]])
+    run = kill_runs.start([str(script), *words[2:]])
     kill_runs.wait_for(tmp_path / ("rests" if signals else "out/last.ckpt"), run)
     processes = {0: run.pid, 1: kill_runs.second_of(run.pid)}
     for rank, signum in signals:

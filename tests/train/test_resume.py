@@ -19,10 +19,11 @@ import ecanet
 from ecanet.inspect import gates
 from ecanet.ops.backend import choose
 from ecanet.train import Recipe, TrainerConfig, fit
-from ecanet.train.checkpoint import SafeCheckpointIO, build_network, load_trained, read_checkpoint
+from ecanet.train.checkpoint import SafeCheckpointIO, load_trained, read_checkpoint
 from ecanet.train.classifier import Classifier, learning_rate_factor
 from ecanet.train.config import to_plain
 from ecanet.train.data.loading import Augmented, EpochSampler, read_splits, train_transform
+from ecanet.train.networks import build_network
 from tests.fresh import FreshProcess
 
 
@@ -253,7 +254,7 @@ def test_an_extended_cosine_goes_on_at_the_rate_of_the_longer_one(tiny, tmp_path
     recipe = tiny(epochs=4)
     result = fit(recipe, tmp_path, resume=True, progress=False)
     assert len(result.history) == 4
-    wanted = [recipe.optim.lr * learning_rate_factor(recipe.optim, step / 8) for step in range(16, 32)]
+    wanted = [recipe.optim.rate * learning_rate_factor(recipe.optim, step / 8) for step in range(16, 32)]
     assert rates == wanted
     assert rates[0] > 0
 

@@ -2,13 +2,17 @@
 
 import argparse
 import os
+import re
+import select
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from itertools import pairwise
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
+from ecanet.cli.mistakes import closest, explained
 from ecanet.cli.verbs import VERBS
 
 
@@ -19,6 +23,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: Arguments, by default the command line's.
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            _answer(args)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # otherwise Python does at its end, and complains in its own way
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # A reader such as head, which has seen enough, is no error; the status is that of a process ended by SIGPIPE.
+        sys.exit(141 if isinstance(error, BrokenPipeError) else f"ecanet: {type(error).__name__}: {error}")
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more."""
+    if not hasattr(select, "poll"):
+        return True
+    asked = select.poll()
+    asked.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in asked.poll(0))
+
+
+def _answer(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
         print(_overview())
         return
@@ -27,26 +53,28 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         print(__version__)
         return
-    if args[0] not in VERBS:
-        sys.exit(f"ecanet: unknown verb {args[0]!r}: one of {', '.join(VERBS)}; see ecanet --help")
+    name = args[0]
+    if name not in VERBS:
+        what, known = ("option", ["--help", "--version"]) if name.startswith("-") else ("verb", list(VERBS))
+        sys.exit(f"ecanet: unknown {what} {name!r}{closest(name, known) or ':'} one of {', '.join(known)}")
     try:
-        _run(args[0], args[1:])
+        _run(name, args[1:])
     except (ImportError, OSError, TypeError, ValueError, RuntimeError, LookupError, ArithmeticError) as error:
-        if os.environ.get("ECANET_TRACEBACK"):
+        if os.environ.get("ECANET_TRACEBACK") or (isinstance(error, BrokenPipeError) and _reader_is_gone()):
             raise
         recipes = "".join(f"; the recipe: {path}" for path in _recipe_files(args) if path not in str(error))
         rank = os.environ.get("LOCAL_RANK", "0")
         process = "" if rank == "0" else f", process {rank}"
-        said = f"{type(error).__name__}: {_one_line(error)}{recipes}"
-        sys.exit(f"ecanet {args[0]}{process}: {said}\n(ECANET_TRACEBACK=1 shows where)")
+        clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # of what a verb or another process shows of its progress
+        said = f"{type(error).__name__}: {explained(_text_of(error))}{recipes}"
+        sys.exit(f"{clear}ecanet {name}{process}: {said}\n(ECANET_TRACEBACK=1 shows where)")
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(128 + signal.SIGINT)
 
 
-def _one_line(error: Exception) -> str:
-    """An error's message without line breaks, and without the quotes that a KeyError adds."""
-    text = str(error.args[0]) if isinstance(error, KeyError) and len(error.args) == 1 else str(error)
-    return " ".join(text.split())
+def _text_of(error: Exception) -> str:
+    """An error's message, without the quotes that a KeyError adds."""
+    return str(error.args[0]) if isinstance(error, KeyError) and len(error.args) == 1 else str(error)
 
 
 def _recipe_files(args: Sequence[str]) -> list[str]:
@@ -57,12 +85,28 @@ def _recipe_files(args: Sequence[str]) -> list[str]:
     return [shown(path, 4096) for path in (*following, *(word[9:] for word in args if word.startswith("--config=")))]
 
 
+class _InOneLine:
+    """A parser that says a mistake in one line, where argparse would print all options before it."""
+
+    words: Sequence[str] = ()
+
+    def error(self: Any, message: str, *_: object) -> NoReturn:
+        said = explained(message, re.findall(r"(?<![\w-])--[a-z][\w.-]*", self.format_help()), self.words)
+        print(f"{self.prog}: {said}\n({self.prog} --help shows the options)", file=sys.stderr)
+        sys.exit(2)
+
+
+class _PlainParser(_InOneLine, argparse.ArgumentParser):
+    pass
+
+
 def _run(name: str, words: list[str]) -> None:
     if VERBS[name].needs_extras:
         run, options = _parse_recipes(name, words)
     else:
-        parser = argparse.ArgumentParser(**_about(name))
+        parser = _PlainParser(**_about(name))
         run = _module(name).add(parser)
+        parser.words = words
         options = parser.parse_args(words)
     run(options)
 
@@ -87,9 +131,14 @@ def _parse_recipes(name: str, words: list[str]) -> tuple[Callable[[Any], None], 
     if hasattr(module, "prepare"):
         words = module.prepare(words)
     set_loader("plain", load_plain, NOT_PLAIN)
+
+    class Parser(_InOneLine, ArgumentParser):
+        pass
+
     # No abbreviations: an option under another name would be read without a check.
-    parser: Any = ArgumentParser(**_about(name), allow_abbrev=False, parser_mode="plain")
+    parser: Any = Parser(**_about(name), allow_abbrev=False, parser_mode="plain")
     run = module.add(parser)
+    parser.words = words
     return run, parser.instantiate(parser.parse_args(words))
 
 

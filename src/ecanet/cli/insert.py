@@ -1,18 +1,20 @@
 """``ecanet insert``: gates into a network of another library."""
 
 import argparse
+import shlex
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 
 from ecanet.nn import GATES
 from ecanet.surgery.insertion_file import Insertion, check_path, save
+from ecanet.surgery.networks import classifies_pictures
 
 
 def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
     """Add the options to a parser; what is returned runs the verb."""
-    parser.add_argument("--model", required=True, help="torchvision/NAME or timm/NAME.")
-    parser.add_argument("--gate", default="eca", help=f"One of {', '.join(GATES)}.")
+    parser.add_argument("--model", required=True, help="torchvision/NAME or timm/NAME; ecanet list prints them.")
+    parser.add_argument("--gate", default="eca", help=f"One of {', '.join(GATES)}, or timm:NAME.")
     parser.add_argument("--kernel-size", type=_kernel_size, default="adaptive", help="An odd integer, or adaptive.")
     parser.add_argument(
         "--where", nargs="+", default=["block"], help="block, stage, conv, or names and patterns of modules."
@@ -21,12 +23,17 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
     parser.add_argument(
         "--fold", action="store_true", help="Fold the gates' factors into the norms: the keys of the authors' files."
     )
-    parser.add_argument("--weights", type=Path, help="A checkpoint of the network without gates, loaded first.")
+    parser.add_argument("--weights", help="Weights to start from: a file, or the library's own name, such as DEFAULT.")
     parser.add_argument("--num-classes", type=int, help="Classes of the head, if not the library's number.")
     parser.add_argument("--input-size", type=int, help="Height and width that multiply-adds are counted for.")
     parser.add_argument("--fuse", action="store_true", help="Let the blocks run on the fused tail, too.")
     parser.add_argument("--report", action="store_true", help="Print the table, which is the default without --save.")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="Write the network; ecanet.surgery.load reads it.")
+    parser.add_argument(
+        "--save",
+        type=Path,
+        metavar="FILE",
+        help="Write the network; ecanet fit trains it, ecanet.surgery.load reads it.",
+    )
 
     def run(args: Namespace) -> None:
         if args.save is not None:
@@ -47,9 +54,14 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
         print("\n\n".join(str(report) if full else str(report).splitlines()[-1] for report in reports))
         if args.save is not None:
             save(model, insertion, args.save)
-            values = "random weights" if args.weights is None else f"the weights of {args.weights}"
+            values = "random weights" if args.weights is None else f"the weights {args.weights}"
             print(f"wrote {args.save}: {args.model} with {values}")
-            print(f"next: model = ecanet.surgery.load({str(args.save)!r})")
+            load = f"model = ecanet.surgery.load({str(args.save)!r})"
+            if classifies_pictures(args.model):
+                words = f"--model.name {shlex.quote(str(args.save))} --data.source image_folder --data.root PHOTOS"
+                print(f"next: ecanet fit {words} --out runs/photos\nor in Python: {load}")
+            else:
+                print(f"next, in Python: {load}")
 
     return run
 

@@ -1,5 +1,50 @@
-"""Options that several verbs have."""
+"""Options that several verbs have, and what they mean."""
+
+from pathlib import Path
+from typing import Literal, get_type_hints
+
+from jsonargparse import ArgumentParser, Namespace
+
+from ecanet.files.atomic import write_whole
+from ecanet.train.checkpoint import TrainedNetwork
+from ecanet.train.config import DataConfig
+from ecanet.train.evaluate import data_of
 
 CONFIG_HELP = (
     "A recipe: YAML with the blocks model, data, optim, trainer. Later options on the command line override it."
 )
+
+
+def add_accelerator(parser: ArgumentParser) -> None:
+    """Add ``--accelerator``."""
+    names = Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"]
+    parser.add_argument("--accelerator", type=names, default="auto", help="Where the network runs.")
+
+
+def add_build(parser: ArgumentParser) -> None:
+    """Add ``--model.build``, as ``args.model.build``."""
+    what = "module:function of your own that built the network, as fit had it; a checkpoint calls none by itself."
+    parser.add_argument("--model.build", type=str | None, default=None, help=what)
+
+
+def add_data(parser: ArgumentParser) -> None:
+    """Add what names other pictures than those that a network was trained on."""
+    parser.add_argument("--root", type=Path, default=None, help="Folder of the data, if not the run's own.")
+    parser.add_argument("--val_root", type=Path, default=None, help="All pictures of this folder or table, instead.")
+    source = get_type_hints(DataConfig)["source"]
+    parser.add_argument("--source", type=source | None, default=None, help="Kind of the data, if not the run's own.")
+
+
+def data_named(args: Namespace, trained: TrainedNetwork) -> DataConfig | None:
+    """The pictures that the options of :func:`add_data` name, or None for the run's own."""
+    changes = {name: value for name in ("root", "val_root", "source") if (value := getattr(args, name)) is not None}
+    return data_of(trained, **changes) if changes else None
+
+
+def write_out(path: Path, content: str) -> None:
+    """Write a table into the file that an option names, through a link, or into a pipe or a device."""
+    data = content.encode(errors="surrogateescape")
+    if path.exists() and not path.is_file():  # such as /dev/stdout
+        path.write_bytes(data)
+    else:
+        write_whole(path.resolve(), data)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from ecanet.files.atomic import write_whole
+from ecanet.cli.options import add_accelerator, add_build, write_out
 from ecanet.train.evaluate import predict
 from ecanet.untrusted import shown
 
@@ -18,10 +18,11 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
     parser.add_argument("images", type=Path, nargs="+", help="Image files, or folders of them.")
     parser.add_argument("--top", type=int, default=3, help="Number of classes to name for an image.")
     parser.add_argument("--out", type=Path, default=None, help="Write a CSV file instead of printing.")
-    parser.add_argument("--accelerator", type=str, default="auto", help="auto, cpu, gpu, mps.")
+    add_accelerator(parser)
+    add_build(parser)
 
     def run(args: Namespace) -> None:
-        predictions = predict(args.run, args.images, args.top, accelerator=args.accelerator)
+        predictions = predict(args.run, args.images, args.top, accelerator=args.accelerator, build=args.model.build)
         if args.out is None:
             for p in predictions:
                 ranked = zip(p.classes, p.probabilities, strict=True)
@@ -36,11 +37,7 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
         for p in predictions:
             for rank, (name, value) in enumerate(zip(p.classes, p.probabilities, strict=True), start=1):
                 writer.writerow([p.image, rank, name, f"{value:.6f}"])
-        content = table.getvalue().encode(errors="surrogateescape")
-        if args.out.exists() and not args.out.is_file():  # a pipe or a device, such as /dev/stdout
-            args.out.write_bytes(content)
-        else:
-            write_whole(args.out.resolve(), content)  # through a link, which stays
+        write_out(args.out, table.getvalue())
         print(f"wrote {args.out}: {len(predictions)} images")
 
     return run

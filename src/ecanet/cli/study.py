@@ -8,8 +8,9 @@ from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
 from ecanet.cli.options import CONFIG_HELP
-from ecanet.study.comparison import check_recipes, comparison_jobs, seconds_of_an_epoch, study_recipes
-from ecanet.study.engine import default_workers
+from ecanet.study.comparison import check_parts, check_recipes, comparison_jobs, seconds_of_an_epoch, study_recipes
+from ecanet.study.conclusions import next_step
+from ecanet.study.engine import ENGINES, workers_on
 from ecanet.study.statistics import plan
 from ecanet.study.study_file import conditions_and_seeds, with_study_read
 from ecanet.train.config import Recipe
@@ -19,34 +20,63 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
     """Add the options to a parser; what is returned runs the verb."""
     parser.add_argument("study", type=Path, nargs="?", default=None, help="YAML with conditions, seeds and a recipe.")
     parser.add_argument("--config", action="config", help=CONFIG_HELP)
-    parser.add_argument("--gates", type=str, default=None, help="Gates with commas between, the baseline first.")
+    parser.add_argument(
+        "--gates",
+        type=str,
+        default=None,
+        help="Gates with commas between, the baseline first, such as none,eca,cbam,timm:cbam.",
+    )
+    parser.add_argument(
+        "--kernel-sizes",
+        type=str,
+        default=None,
+        help="Such as 1,3,5,7,9,adaptive: every gate that has a kernel size is a condition with each of them.",
+    )
     parser.add_argument("--seeds", type=int | None, default=None, help="Number of seeds of each condition.")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="Folder for runs and tables.")
     parser.add_argument(
         "--workers", type=int | None, default=None, help="Runs at a time; by default one for each core."
+    )
+    parser.add_argument(
+        "--on",
+        choices=ENGINES,
+        default=ENGINES[0],
+        help="processes of this machine, or ray: the cluster of RAY_ADDRESS, one run a GPU where there are any.",
     )
     parser.add_argument("--dry-run", action="store_true", help="Say how many runs, how long, and what they can show.")
     parser.add_class_arguments(Recipe)
 
     def run(args: Namespace) -> None:
         recipe = Recipe(args.model, args.data, args.optim, args.trainer)
-        entries, seeds = conditions_and_seeds(recipe, args.study, args.gates, args.seeds)
+        entries, seeds = conditions_and_seeds(recipe, args.study, args.gates, args.kernel_sizes, args.seeds)
         if not args.dry_run:
-            print(study_recipes(entries, seeds, args.out, args.workers))
-            print(f"wrote {args.out / 'results.csv'} and {args.out / 'summary.json'}")
+            study = study_recipes(entries, seeds, args.out, args.workers, on=args.on)
+            print(study)
+            print(f"wrote {args.out / 'results.csv'}, {args.out / 'summary.json'} and {args.out / 'report.html'}")
+            print(next_step(study.summary))
             return
         check_recipes(entries, seeds)
         jobs = comparison_jobs(entries, seeds, args.out)
         left = sum(job.read() is None for job in jobs)
         print(f"{len(entries)} conditions x {len(seeds)} seeds = {len(jobs)} runs, {left} left, into {args.out}")
         if left:
-            seconds, workers = seconds_of_an_epoch(recipe), min(args.workers or default_workers(), left)
+            print("".join(f"{note}\n" for note in check_parts(entries)), end="")
+            seconds, workers = seconds_of_an_epoch(recipe), min(_room(args.on, args.workers), left)
             total = tqdm.format_interval(math.ceil(left / workers) * recipe.optim.epochs * seconds)
             at_a_time = f"{recipe.optim.epochs} in a run, {workers} runs at a time"
             print(f"an epoch took {seconds:.1f} s: {at_a_time}, about {total} in all if each has a core of its own")
         print(plan(len(entries), len(seeds)))
 
     return run
+
+
+def _room(on: str, most: int | None) -> int:
+    """Runs at a time."""
+    workers = workers_on(on, most)
+    try:
+        return workers.size
+    finally:
+        workers.close()
 
 
 def prepare(words: list[str]) -> list[str]:

@@ -1,27 +1,119 @@
-"""``ecanet validate``: how good a trained network is."""
+"""``ecanet validate``: how good a trained network is, class by class."""
 
+import csv
+import io
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from ecanet.train.checkpoint import load_trained
-from ecanet.train.evaluate import data_of, validate
+from ecanet.cli.options import add_accelerator, add_build, add_data, data_named, write_out
+from ecanet.files.atomic import write_whole
+from ecanet.inspect.confusion import plot_confusion
+from ecanet.inspect.style import new_figure
+from ecanet.train.checkpoint import TrainedNetwork, load_trained
+from ecanet.train.evaluate import Validation, validate
+from ecanet.untrusted import shown
+
+#: Classes that are printed of more, from the worst on; most of which a confusion matrix is written.
+_PRINTED, _MOST_CLASSES = 20, 4000
+_NAME = 30  # characters
 
 
 def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
     """Add the options to a parser; what is returned runs the verb."""
     parser.add_argument("run", type=Path, help="A run's folder (its best.ckpt), or a checkpoint.")
-    parser.add_argument("--root", type=Path, default=None, help="Folder of the data, if not the run's own.")
+    add_data(parser)
     parser.add_argument(
-        "--source", type=str, default=None, help="embedded, fashion_mnist or image_folder, if not the run's own."
+        "--confusion", type=Path, default=None, help="Folder for the confusion matrix: confusion.csv, confusion.png."
     )
-    parser.add_argument("--accelerator", type=str, default="auto", help="auto, cpu, gpu, mps.")
+    parser.add_argument("--out", type=Path, default=None, help="Write all numbers into this JSON file, too.")
+    add_accelerator(parser)
+    add_build(parser)
 
     def run(args: Namespace) -> None:
-        changes = {name: value for name in ("root", "source") if (value := getattr(args, name)) is not None}
-        data = data_of(load_trained(args.run), **changes) if changes else None
-        for name, value in validate(args.run, data, args.accelerator).items():
+        trained = load_trained(args.run, args.model.build)
+        if args.confusion is not None:
+            _check_confusion(args.confusion, trained)
+        result = validate(args.run, data_named(args, trained), args.accelerator, args.model.build)
+        for name, value in result.metrics.items():
             print(f"{name}: {value:.4f}" if name == "val/loss" else f"{name}: {value:.2f} %")
+        print("\n".join(["", *_table(result)]))
+        if args.out is not None:
+            write_out(args.out, json.dumps(_as_json(result), indent=2, allow_nan=False) + "\n")
+            print(f"wrote {args.out}")
+        if args.confusion is not None:
+            _write_confusion(args.confusion, result)
+            print(f"wrote {args.confusion / 'confusion.csv'} and {args.confusion / 'confusion.png'}")
 
     return run
+
+
+def _table(result: Validation) -> list[str]:
+    """Classes from the worst on, with the class that each is most often taken for."""
+    accuracy, images = result.of_each_class(), result.images()
+    every = [index for index in accuracy.argsort(stable=True).tolist() if images[index]]
+    several = result.labels.dim() == 2
+    lines = [f"{'class':{_NAME}}   " + ("   AP %   images" if several else "top-1 %   images  most often taken for")]
+    for index in every if len(every) <= _PRINTED else every[: _PRINTED - 1]:
+        taken = "" if several else _taken_for(result, index)
+        name = shown(result.classes[index], _NAME)
+        lines.append(f"{name:{_NAME}} {accuracy[index]:9.2f} {images[index]:8,}{taken}")
+    if len(lines) <= len(every):
+        left = every[len(lines) - 1 :]
+        low, high = accuracy[left[0]], accuracy[left[-1]]
+        lines.append(f"and {len(left):,} more classes, {low:.2f} to {high:.2f} %: --out FILE.json has all")
+    if len(every) < len(result.classes):
+        lines.append(f"without images: {len(result.classes) - len(every):,} classes")
+    return lines
+
+
+def _taken_for(result: Validation, index: int) -> str:
+    missed = result.predicted[(result.labels == index) & (result.predicted != index)].bincount()
+    if not len(missed):
+        return ""
+    share = 100 * int(missed.max()) / int((result.labels == index).sum())
+    return f"  {shown(result.classes[int(missed.argmax())], _NAME)} ({share:.1f} %)"
+
+
+def _as_json(result: Validation) -> dict[str, Any]:
+    rows = zip(result.classes, result.images().tolist(), result.of_each_class().tolist(), strict=True)
+    name_of = "average_precision" if result.labels.dim() == 2 else "top1"
+    return {
+        "metrics": {name: _number(value) for name, value in result.metrics.items()},
+        "classes": [{"class": name, "images": images, name_of: _number(value)} for name, images, value in rows],
+    }
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def _check_confusion(folder: Path, trained: TrainedNetwork) -> None:
+    classes = len(trained.classes)
+    if trained.multi_label:
+        raise ValueError("--confusion is for one label an image, and this network was trained with several")
+    if classes > _MOST_CLASSES:
+        raise ValueError(
+            f"--confusion: a matrix of {classes:,} classes has {classes**2:,} cells, and it is written for up to "
+            f"{_MOST_CLASSES:,} classes; --out FILE.json has the accuracy of each class"
+        )
+    new_figure(1)  # matplotlib is there
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--confusion must be a folder, and {folder} is a file")
+
+
+def _write_confusion(folder: Path, result: Validation) -> None:
+    counts = result.confusion()
+    table = io.StringIO(newline="")
+    picture = io.BytesIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["class", *result.classes])
+    writer.writerows([name, *row] for name, row in zip(result.classes, counts.tolist(), strict=True))
+    plot_confusion(counts, result.classes).savefig(picture, format="png")
+    write_whole(folder / "confusion.csv", table.getvalue().encode(errors="surrogateescape"))
+    write_whole(folder / "confusion.png", picture.getvalue())

@@ -29,8 +29,15 @@ VERBS = {
         "Train a network by a recipe.",
         "ecanet fit --config recipes/small/fashion_mnist.yaml --out runs/fashion --optim.epochs 2",
     ),
-    "validate": Verb("Top-1 and top-5 of a trained network.", "ecanet validate runs/fashion"),
+    "validate": Verb(
+        "Accuracy of a trained network, on the whole and class by class.",
+        "ecanet validate runs/fashion --confusion confusion",
+    ),
     "predict": Verb("Classify image files.", "ecanet predict runs/fashion photo.png --top 3"),
+    "explain": Verb(
+        "Draw what a network sees in an image: classes, and the gates of each layer against those of their class.",
+        "ecanet explain runs/fashion photo.png --out explained.png",
+    ),
     "demo": Verb(
         "Train a small ResNet with no gate, SE and ECA on embedded pictures; prints a table and draws pictures.",
         "ecanet demo --seeds 3 --out runs/demo",
@@ -39,9 +46,23 @@ VERBS = {
         "Train the same network with several gates and seeds: which differences are there?",
         "ecanet study --data.root photos --gates none,se,eca --seeds 9 --out runs/study",
     ),
+    "report": Verb(
+        "One HTML file that says what a study found; a study writes it itself when it ends.",
+        "ecanet report runs/study",
+    ),
     "insert": Verb(
         "Put gates into a network of torchvision or timm: where, how many, at what cost.",
         "ecanet insert --model torchvision/resnet50 --where block --report --save resnet50_eca.pt",
+        needs_extras=False,
+    ),
+    "list": Verb(
+        "The networks that fit, study and insert can name, and trained weights for them.",
+        "ecanet list torchvision resnet50",
+        needs_extras=False,
+    ),
+    "profile": Verb(
+        "What networks cost here: parameters, multiply-adds, time, memory, share of the gates; the paper's Table 3.",
+        "ecanet profile eca_resnet50 timm/resnet50d --gate none eca se --no-time",
         needs_extras=False,
     ),
     "gates": Verb(

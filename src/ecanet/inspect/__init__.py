@@ -1,7 +1,9 @@
 """Look inside: what gates cost, what their matrices look like, what they learned. Figures need matplotlib."""
 
 from ecanet.inspect.blocks import plot_se_and_eca
+from ecanet.inspect.confusion import plot_confusion
 from ecanet.inspect.curves import plot_training_curves
+from ecanet.inspect.explanation import plot_explanation
 from ecanet.inspect.kernel_plot import RELEASED_KERNELS, plot_kernel_sizes
 from ecanet.inspect.matrices import plot_matrices
 from ecanet.inspect.per_class import gate_values, plot_gates_per_class
@@ -19,6 +21,8 @@ __all__ = [
     "gates",
     "multiply_adds",
     "parameters",
+    "plot_confusion",
+    "plot_explanation",
     "plot_gate_responses",
     "plot_gates_per_class",
     "plot_kernel_sizes",

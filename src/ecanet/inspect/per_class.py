@@ -153,10 +153,7 @@ def plot_gates_per_class(
     figure = new_figure(height=0.8 + (side + 0.55) * rows)
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=[*[side] * rows, _BAR])
     panels = [figure.add_subplot(grid[divmod(position, columns)]) for position in range(len(shown))]
-    # A sigmoid is from 0 to 1, or to the gate's factor, such as that of a neutral one; other gates may be below 0.
-    seen = [values[name].nan_to_num() for name in shown if values[name].numel()]
-    top = max(1, math.ceil(max((float(gate.max()) for gate in seen), default=0)))
-    bottom = min(0, math.floor(min((float(gate.min()) for gate in seen), default=0)))
+    bottom, top = scale_of([values[name] for name in shown])
     for position, name in enumerate(shown):
         axes = panels[position]
         image = _draw(axes, name, values[name].detach().double().cpu(), order, bottom, top)
@@ -177,10 +174,7 @@ def plot_gates_per_class(
 def _draw(axes: "Axes", name: str, gate: Tensor, order: str, bottom: int, top: int) -> "AxesImage":
     seen = gate[gate.isfinite().all(1)]
     if len(seen) and order == "class":
-        largest = seen.max(0)
-        gate = gate[
-            :, sorted(range(gate.shape[1]), key=lambda c: (largest.indices[c].item(), -largest.values[c].item()))
-        ]
+        gate = gate[:, channels_by_class(gate)]
     elif len(seen) and order == "mean":
         gate = gate[:, seen.mean(0).argsort()]
     channels = gate.shape[1]
@@ -195,10 +189,44 @@ def _draw(axes: "Axes", name: str, gate: Tensor, order: str, bottom: int, top: i
         extent=(0.5, channels + 0.5, len(gate) - 0.5, -0.5),
     )
     axes.set_label(name)
-    spread = f"{seen.std(0, correction=0).mean():.3f}" if len(seen) else "unknown"
-    axes.set_title(f"{name}: C = {channels}, spread across classes {spread}", fontsize=SMALL_FONT_SIZE, loc="left")
+    spread = spread_of(gate)
+    told = "unknown" if spread is None else f"{spread:.3f}"
+    axes.set_title(f"{name}: C = {channels}, spread across classes {told}", fontsize=SMALL_FONT_SIZE, loc="left")
     axes.set_xticks(sorted({1, channels}))
     return image
+
+
+def channels_by_class(gate: Tensor) -> list[int]:
+    """Channels in the order of the class whose gate is largest, then of how large it is.
+
+    Args:
+        gate: Means (classes, C); classes without images (NaN) do not count.
+    """
+    seen = gate[gate.isfinite().all(1)]
+    if not len(seen):
+        return list(range(gate.shape[1]))
+    largest = seen.max(0)
+    return sorted(range(gate.shape[1]), key=lambda c: (largest.indices[c].item(), -largest.values[c].item()))
+
+
+def scale_of(values: Iterable[Tensor]) -> tuple[int, int]:
+    """Ends of a scale for gates: 0 and 1, or beyond them the whole numbers around all values.
+
+    A sigmoid is from 0 to 1, or to the gate's factor, such as that of a neutral one; other gates may be below 0.
+    """
+    seen = [gate.nan_to_num() for gate in values if gate.numel()]
+    top = max(1, math.ceil(max((float(gate.max()) for gate in seen), default=0)))
+    return min(0, math.floor(min((float(gate.min()) for gate in seen), default=0))), top
+
+
+def spread_of(gate: Tensor) -> float | None:
+    """Standard deviation across classes, averaged over channels; None where no class has images.
+
+    Args:
+        gate: Means (classes, C).
+    """
+    seen = gate[gate.isfinite().all(1)]
+    return float(seen.std(0, correction=0).mean()) if len(seen) else None
 
 
 def _name_rows(axes: "Axes", classes: Sequence[str], gate: Tensor) -> None:

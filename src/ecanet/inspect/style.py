@@ -73,6 +73,47 @@ def idea_of(name: str) -> str | None:
     return next((idea for idea, words in _WORDS.items() if re.search(words, name, re.IGNORECASE)), None)
 
 
+def contrast(one: str, other: str) -> float:
+    """Contrast of two colours by WCAG 2, from 1 to 21.
+
+    Example:
+        >>> contrast("#FFFFFF", "#000000"), round(contrast(IDEAS["SE"], "#FFFFFF"), 2)
+        (21.0, 2.25)
+    """
+    dark, light = sorted(map(_luminance, (one, other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def _luminance(colour: str) -> float:
+    """Relative luminance of #RRGGBB in sRGB."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def on_dark(colour: str, paper: str, least: float = 4.5) -> str:
+    """A colour on dark paper: with as much white in it as makes it stand out.
+
+    Args:
+        colour: #RRGGBB, as in :data:`IDEAS`.
+        paper: Colour of the background.
+        least: Contrast with it.
+
+    Example:
+        >>> on_dark(IDEAS["SE"], "#14171A") == IDEAS["SE"], on_dark(IDEAS["none"], "#14171A")
+        (True, '#838383')
+    """
+    white = 0.0
+    while contrast(mixed := _with_white(colour, white), paper) < least:
+        white += 0.02
+    return mixed
+
+
+def _with_white(colour: str, white: float) -> str:
+    parts = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(part + (255 - part) * min(1.0, white)):02X}" for part in parts)
+
+
 def diverging() -> "Colormap":
     """The colours of weights and gates, with white for what is not there."""
     from matplotlib.colors import LinearSegmentedColormap

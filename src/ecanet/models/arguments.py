@@ -4,10 +4,12 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ecanet.nn.build import GATES, did_you_mean
+from ecanet.nn.build import check_gate_name
 from ecanet.untrusted import check_number, listed, shown
 
 _Check = Callable[[Any, str], None]
+#: Places for gates in one network, and characters in the name of each.
+_MOST_PLACES, _LONGEST_NAME = 1000, 300
 
 
 def _number(low: float, high: float, *, whole: bool = True) -> _Check:
@@ -52,13 +54,28 @@ def _kernel_size(value: Any, what: str) -> None:
 
 
 def _gate(value: Any, what: str) -> None:
+    if value is None or value == "none":
+        return
+    if not isinstance(value, str):
+        raise ValueError(f"{what} must be the name of a gate, 'none' or None, got {shown(value)}")
     try:
-        _one_of(*GATES, "none", None)(value, what)
+        check_gate_name(value, ", 'none' or None")
     except ValueError as error:
-        raise ValueError(f"{error}{did_you_mean(value) if isinstance(value, str) else ''}") from None
+        raise ValueError(f"{what.removesuffix('gate')}{error}") from None
 
 
-_bool = _one_of(True, False)
+def _bool(value: Any, what: str) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{what} must be true or false, got {shown(value)}")
+
+
+def _where(value: Any, what: str) -> None:
+    places = [value] if isinstance(value, str) else value
+    if not isinstance(places, (list, tuple)) or not 1 <= len(places) <= _MOST_PLACES:
+        raise ValueError(f"{what} must be a name or a list of 1 to {_MOST_PLACES}, got {shown(value)}")
+    if not all(isinstance(place, str) and len(place) <= _LONGEST_NAME for place in places):
+        raise TypeError(f"{what} must be names of at most {_LONGEST_NAME} characters")
+
 
 #: The check of each argument, for every network that has it. No check accepts a file, class or function.
 CHECKS: dict[str, _Check] = {
@@ -83,6 +100,10 @@ CHECKS: dict[str, _Check] = {
     "width_per_group": _number(1, 4096),
     "replace_stride_with_dilation": _or_none(_list_of(_bool, 3)),
     "norm_layer": _one_of(None),
+    "where": _where,
+    "preserve": _or_none(_bool),
+    "fuse": _bool,
+    "input_size": _or_none(_number(1, 4096)),
 }
 _RESNET_OPTIONS = ("factor", "fold", "zero_init_residual", "groups", "width_per_group", "replace_stride_with_dilation")
 #: What a recipe's ``model.options`` may hold, by the network's name.
@@ -91,6 +112,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "eca_mobilenet_v2": ("factor", "fold", "width_mult", "dropout"),
     "small_eca_resnet": ("factor", "fold", "widths", "blocks", "stem_stride"),
 }
+#: What it may hold for a network that gates are inserted into.
+OPTIONS_OF_INSERTION = ("fold", "fuse")
 
 
 def check_arguments(arguments: object, source: str | Path, allowed: Collection[str]) -> dict[str, Any]:

@@ -89,17 +89,31 @@ def _state_dict_of(weights: PlainWeights, backbone: str) -> dict[str, Tensor]:
     if isinstance(weights, Mapping):
         return state_dict_in(weights, "weights")
     if isinstance(weights, str) and not Path(weights).exists() and not Path(weights).suffix:
-        try:
-            names = [entry.name for entry in get_model_weights(backbone)]
-        except ValueError:
-            names = []
-        if not names or weights not in (*names, "DEFAULT"):
-            raise ValueError(
-                f"weights={weights!r} is neither a file nor a name of torchvision's weights for {backbone}: "
-                f"{', '.join(names) or 'there are none'}"
-            )
-        return _download(get_model_weights(backbone)[weights])
+        return named_weights(backbone, weights)
     return read_state_dict(weights)
+
+
+def named_weights(backbone: str, name: str) -> dict[str, Tensor]:
+    """The state dict of torchvision's weights, which torchvision downloads unless it has them.
+
+    Args:
+        backbone: torchvision's name of the network.
+        name: Its name for the weights, such as ``"IMAGENET1K_V1"``, or ``"DEFAULT"``.
+
+    Raises:
+        OSError: they cannot be downloaded.
+        ValueError: no such name.
+    """
+    try:
+        names = [entry.name for entry in get_model_weights(backbone)]
+    except ValueError:
+        names = []
+    if not names or name not in (*names, "DEFAULT"):
+        raise ValueError(
+            f"weights={name!r} is neither a file nor a name of torchvision's weights for {backbone}: "
+            f"{', '.join(names) or 'there are none'}"
+        )
+    return _download(get_model_weights(backbone)[name])
 
 
 def _download(weights: WeightsEnum) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ def gate_parameters(model: nn.Module) -> int:
     return parameters(nn.ModuleList(gates(model).values()))
 
 
-def multiply_adds(model: nn.Module, input_shape: Sequence[int]) -> int:
+def multiply_adds(model: nn.Module, input_shape: Sequence[int], others: Sequence[nn.Module] = ()) -> int:
     """Multiply-adds of one forward pass in eval mode.
 
     What is counted:
@@ -49,7 +49,8 @@ def multiply_adds(model: nn.Module, input_shape: Sequence[int]) -> int:
       C S more. ECA and ECA-NS add k C, SE-Var2 C, SE-GC and SE-Var3 C^2 / G, SE 2 C (C // r), SRM and GRN 2 C, GCT 4 C.
 
     Norms, activations, biases, pooling and the additions of residuals are not counted. The totals of the paper's Table
-    3 are 1 % (ResNet-50) to 11 % (MobileNetV2) higher, about what norms and activations would add. Its differences
+    3 are 1 % (ResNet-50) to 11 % (MobileNetV2) higher, as its rule counts norms and activations, too
+    (:class:`ecanet.profile.Counts`). Its differences
     agree: over the blocks of MobileNetV2, C S adds up to 572,320, which is 0.55 of 2^20, and the paper reports 319.9M
     with ECA and 319.4M without.
 
@@ -58,6 +59,7 @@ def multiply_adds(model: nn.Module, input_shape: Sequence[int]) -> int:
     Args:
         model: Takes one tensor; on any device, ``"meta"`` included. Must not be compiled or scripted.
         input_shape: Shape of the input, such as ``(1, 3, 224, 224)``; the count is for the whole batch.
+        others: Modules of the model that are counted as gates are, such as another library's attention.
 
     Raises:
         ValueError: ``input_shape`` has a size below 1, or a gate of the model does not run.
@@ -74,14 +76,14 @@ def multiply_adds(model: nn.Module, input_shape: Sequence[int]) -> int:
     cuda_devices = [example.device] if example.device.type == "cuda" else []
     rng = torch.random.fork_rng(devices=cuda_devices)
     # The counter registers global hooks; with these in place, gates would call their layers.
-    with rng, evaluating(model), counting(model) as counter, counter, without_hooks_on_all_modules():
+    with rng, evaluating(model), counting(model, others) as counter, counter, without_hooks_on_all_modules():
         model(example.new_zeros(input_shape))
     return counter.get_total_flops() // 2
 
 
 @contextmanager
-def counting(model: nn.Module) -> Iterator[FlopCounterMode]:
-    """Make a counter that counts products of single values inside the model's gates, too; these run in plain PyTorch.
+def counting(model: nn.Module, others: Sequence[nn.Module] = ()) -> Iterator[FlopCounterMode]:
+    """Make a counter that counts products of single values inside gates and ``others``; gates run in plain PyTorch.
 
     Raises:
         ValueError: a gate never ran.
@@ -98,8 +100,10 @@ def counting(model: nn.Module) -> Iterator[FlopCounterMode]:
     with ExitStack() as stack:
         stack.enter_context(backend("reference"))
         stack.enter_context(observing(model, leave))
-        for gate in gates(model).values():
-            stack.callback(gate.register_forward_pre_hook(lambda gate, _: running.append(gate)).remove)
+        for module in (*gates(model).values(), *others):
+            stack.callback(module.register_forward_pre_hook(lambda module, _: running.append(module)).remove)
+        for module in others:
+            stack.callback(module.register_forward_hook(leave).remove)
         yield FlopCounterMode(display=False, custom_mapping=mapping)
 
 

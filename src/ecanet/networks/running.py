@@ -1,7 +1,8 @@
 """Run a network, or a copy of it without data, observe its gates, and leave it unchanged."""
 
+import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ecanet.nn import Gate
-from ecanet.private_torch import GLOBAL_HOOKS, FakeTensorMode
+from ecanet.private_torch import GLOBAL_HOOKS, FakeTensor, FakeTensorMode
 
 
 def gates(model: nn.Module) -> dict[str, Gate]:
@@ -62,11 +63,38 @@ def running_without_data(twin: nn.Module) -> Iterator[None]:
     """Make calls compute only shapes, in eval mode, without global hooks; the random generator is restored after it."""
     with (
         evaluating(twin),
-        nullcontext() if FakeTensorMode is None else FakeTensorMode(allow_non_fake_inputs=True),
+        _only_shapes(),
         torch.random.fork_rng(devices=[]),
         without_hooks_on_all_modules(),
     ):
         yield
+
+
+_BATCH_NORM = torch.ops.aten.native_batch_norm.default
+
+
+@functools.cache
+def _mode_of_shapes() -> Any:
+    class ModeOfShapes(FakeTensorMode):
+        """Knows what a BatchNorm in eval mode returns; torch finds it by 20 operations, at the price of 7 convolutions.
+
+        The operation comes here after torch has compared the sizes of its tensors.
+        """
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is not _BATCH_NORM or args[5] or not _are_fake_on_one_device(*args[:5]):
+                return super().__torch_dispatch__(func, types, args, kwargs)
+            return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
+
+    return ModeOfShapes
+
+
+def _are_fake_on_one_device(x: Tensor, *weights: Tensor | None) -> bool:
+    return isinstance(x, FakeTensor) and all(t is None or t.device == x.device for t in weights)
+
+
+def _only_shapes() -> AbstractContextManager[Any]:
+    return nullcontext() if FakeTensorMode is None else _mode_of_shapes()(allow_non_fake_inputs=True)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from ecanet.nn.moments import GCT, GRN, SRM, MomentGate
 from ecanet.nn.se import ESE, SE, SEGroup, SEShift, SEVar1, SEVar2, SEVar3, se_gc2, se_gc3
 from ecanet.nn.tail.functional import conv_norm_gate_add_act, norm_gate_add_act
 from ecanet.nn.tail.plan import explain
+from ecanet.nn.timm_gates import TimmGate
 
 __all__ = [
     "CBAM",
@@ -39,6 +40,7 @@ __all__ = [
     "SEVar2",
     "SEVar3",
     "SimAM",
+    "TimmGate",
     "adaptive_kernel_size",
     "build_gate",
     "conv_norm_gate_add_act",

@@ -2,7 +2,8 @@
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections import ChainMap
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 from torch import nn
@@ -13,6 +14,8 @@ from ecanet.nn.gate import Gate
 from ecanet.nn.maps import CBAM, SimAM
 from ecanet.nn.moments import GCT, GRN, SRM
 from ecanet.nn.se import ESE, SE, SEGroup, SEShift, SEVar1, SEVar2, SEVar3, se_gc2, se_gc3
+from ecanet.nn.timm_gates import PREFIX, TIMM_GATES, why_no_gate
+from ecanet.untrusted import shown
 
 GateFactory = Callable[..., nn.Module]
 GateSpec = str | GateFactory | None
@@ -40,8 +43,12 @@ GATES: dict[str, GateFactory] = {
 }
 
 
+#: What a ``gate=`` argument may name: :data:`GATES`, and timm's layers behind ``timm:``.
+NAMED_GATES: ChainMap[str, GateFactory] = ChainMap(GATES, dict(TIMM_GATES))
+
+
 def check_gate_name(name: str, others: str = "") -> str:
-    """A name in :data:`GATES`.
+    """A name in :data:`NAMED_GATES`.
 
     Args:
         name: What was given.
@@ -50,28 +57,43 @@ def check_gate_name(name: str, others: str = "") -> str:
     Raises:
         ValueError: unknown name; the message has the names, and the closest.
     """
-    if name in GATES:
+    if name in NAMED_GATES:
         return name
-    raise ValueError(f"gate must be one of {', '.join(map(repr, GATES))}{others}, got {name!r}{did_you_mean(name)}")
+    if name.startswith(PREFIX) and (why := why_no_gate(name)):
+        raise ValueError(f"gate must not be {name!r}, as {why}; of timm's layers it may be {_known(TIMM_GATES)}")
+    known = _known(TIMM_GATES if name.startswith(PREFIX) else GATES)
+    more = "" if name.startswith(PREFIX) else f", {PREFIX + 'NAME'!r} for a layer of timm's"
+    raise ValueError(f"gate must be one of {known}{more}{others}, got {shown(name)!r}{did_you_mean(name)}")
+
+
+def _known(gates: Mapping[str, object]) -> str:
+    return ", ".join(map(repr, gates))
 
 
 def did_you_mean(name: str) -> str:
-    """The end of an error about an unknown gate: the closest name in :data:`GATES`, or nothing.
+    """The end of an error about an unknown gate: the closest name in :data:`NAMED_GATES`, or nothing.
 
     Example:
-        >>> did_you_mean("ECA-NS")
-        ": did you mean 'eca_ns'?"
+        >>> did_you_mean("ECA-NS"), did_you_mean("timm:cbma"), did_you_mean("coord")
+        (": did you mean 'eca_ns'?", ": did you mean 'timm:cbam'?", ": did you mean 'timm:coord'?")
     """
-    written = {known.replace("_", ""): known for known in GATES}
-    close = difflib.get_close_matches("".join(c for c in name[:64].lower() if c.isalnum()), written, 1, 0.6)
+    timms = name.lower().startswith(PREFIX)
+    written = {_letters(known.removeprefix(PREFIX)): known for known in (TIMM_GATES if timms else NAMED_GATES)}
+    written |= {} if timms else {_letters(known): known for known in GATES}  # ours, where both have the name
+    close = difflib.get_close_matches(_letters(name[:64].lower().removeprefix(PREFIX)), written, 1, 0.6)
     return f": did you mean {written[close[0]]!r}?" if close else ""
+
+
+def _letters(name: str) -> str:
+    return "".join(c for c in name if c.isalnum())
 
 
 def gate_factory(gate: str | GateFactory) -> GateFactory:
     """The callable ``(channels, ...) -> module`` behind a ``gate=`` argument.
 
     Args:
-        gate: A name in :data:`GATES`, or a class or function that takes the number of channels.
+        gate: A name in :data:`GATES`, that of a layer of timm's as ``timm:cbam``, or a class or function that takes the
+            number of channels.
 
     Raises:
         ValueError: unknown name.
@@ -82,7 +104,7 @@ def gate_factory(gate: str | GateFactory) -> GateFactory:
         16
     """
     if isinstance(gate, str):
-        return GATES[check_gate_name(gate, ", a class or a function")]
+        return NAMED_GATES[check_gate_name(gate, ", a class or a function")]
     if isinstance(gate, nn.Module):
         raise TypeError(
             f"gate must be a name, a class or a function of the number of channels, got {type(gate).__name__}(): "
@@ -102,7 +124,7 @@ def gate_name(gate: GateSpec) -> GateSpec:
         >>> gate_name(ECA)
         'eca'
     """
-    return next((name for name, factory in GATES.items() if factory is gate), gate)
+    return next((name for name, factory in NAMED_GATES.items() if factory is gate), gate)
 
 
 def takes_kernel_size(factory: GateFactory) -> bool:
@@ -120,7 +142,8 @@ def build_gate(
     """Build one gate.
 
     Args:
-        gate: A name in :data:`GATES`, or a class or function that takes the number of channels.
+        gate: A name in :data:`GATES`, that of a layer of timm's as ``timm:cbam``, or a class or function that takes the
+            number of channels.
         channels: Number of channels C.
         kernel_size: For gates that have one; ``"adaptive"`` keeps the gate's default, which for ECA and ECA-NS is
             Eq. (12).

@@ -3,12 +3,14 @@
 import copy
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from ecanet.nn.build import GATES, GateFactory, check_gate_name
+from ecanet.nn.build import GATES, NAMED_GATES, GateFactory, check_gate_name
 from ecanet.nn.gate import Gate
+from ecanet.nn.timm_gates import LAYERS, PREFIX
 
 #: C where parameters are counted.
 CHANNELS = 256
@@ -132,9 +134,10 @@ def describe_gates(names: Sequence[str] | None = None) -> list[GateDescription]:
     """What every gate computes, needs and costs.
 
     Args:
-        names: Names in :data:`ecanet.nn.GATES`; by default all of them.
+        names: Names in :data:`ecanet.nn.GATES`, by default all of them; or of timm's layers, as ``timm:cbam``.
 
     Raises:
+        ImportError: a layer of timm's without timm installed.
         TypeError: ``names`` is one string.
         ValueError: unknown name.
 
@@ -149,10 +152,10 @@ def describe_gates(names: Sequence[str] | None = None) -> list[GateDescription]:
 
 
 def _describe(name: str) -> GateDescription:
-    factory = GATES[name]
+    factory = NAMED_GATES[name]
     with torch.device("meta"):  # no values: nobody's random numbers move on
         gate = factory(CHANNELS)
-    facts = _FACTS.get(name) or _Facts(_first_line(factory), "", "", "")  # one that somebody added
+    facts = _FACTS.get(name) or _facts_of_timm(name) or _Facts(_first_line(factory), "", "", "")  # somebody added it
     return GateDescription(
         name,
         _call(factory),
@@ -167,6 +170,11 @@ def _describe(name: str) -> GateDescription:
     )
 
 
+def _facts_of_timm(name: str) -> _Facts | None:
+    layer = LAYERS.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+    return layer and _Facts(layer.formula, "", f"{' and '.join(layer.zeroed)} = 0", layer.source)
+
+
 def _first_line(factory: GateFactory) -> str:
     return (inspect.getdoc(factory) or "").partition("\n")[0]
 
@@ -174,7 +182,8 @@ def _first_line(factory: GateFactory) -> str:
 def _call(factory: GateFactory) -> str:
     taken = [p for p in inspect.signature(factory).parameters.values() if p.name != "factor"]
     arguments = ["C", *(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in taken[1:])]
-    return f"{getattr(factory, '__name__', type(factory).__name__)}({', '.join(arguments)})"
+    made = factory.func if isinstance(factory, partial) else factory
+    return f"{getattr(made, '__name__', type(made).__name__)}({', '.join(arguments)})"
 
 
 def _neutral_value(gate: torch.nn.Module) -> float | None:

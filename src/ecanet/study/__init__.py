@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ecanet.study.comparison import Comparison, Run, compare
     from ecanet.study.conclusions import summary_table, verdict
-    from ecanet.study.paired_study import FailedRun, FinishedRun, Study, run
-    from ecanet.study.report import Cost, measure_costs, table
+    from ecanet.study.costs import Cost, measure_costs
+    from ecanet.study.html_report import write_report
+    from ecanet.study.paired_study import run
+    from ecanet.study.report import table
+    from ecanet.study.results import FailedRun, FinishedRun, Study
     from ecanet.study.statistics import (
         ConditionSummary,
         Difference,
@@ -46,13 +49,17 @@ __all__ = [
     "summary_table",
     "table",
     "verdict",
+    "write_report",
 ]
 
 _FOUND_IN = {
     **dict.fromkeys(("Comparison", "Run", "compare"), "comparison"),
-    **dict.fromkeys(("Cost", "measure_costs", "table"), "report"),
-    **dict.fromkeys(("FailedRun", "FinishedRun", "Study", "run"), "paired_study"),
+    **dict.fromkeys(("Cost", "measure_costs"), "costs"),
+    **dict.fromkeys(("FailedRun", "FinishedRun", "Study"), "results"),
     **dict.fromkeys(("summary_table", "verdict"), "conclusions"),
+    "run": "paired_study",
+    "table": "report",
+    "write_report": "html_report",
 }
 
 

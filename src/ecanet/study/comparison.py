@@ -1,6 +1,7 @@
 """Paired comparison of recipes over seeds. Each finished run is a file, so a killed comparison loses none."""
 
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,14 +12,18 @@ import torch
 
 import ecanet
 from ecanet.inspect.paired import Difference, paired_difference
-from ecanet.study.engine import Job
-from ecanet.study.paired_study import Study, check_names, check_seeds, fingerprint, run_jobs, slug
+from ecanet.study.conclusions import said_of_the_same
+from ecanet.study.conditions import digest
+from ecanet.study.evidence import gather
+from ecanet.study.job import Job
+from ecanet.study.paired_study import check_names, check_seeds, fingerprint, report, run_jobs
+from ecanet.study.results import Study, slug
 from ecanet.study.run_files import is_number
 from ecanet.study.statistics import Summary, summarise
-from ecanet.train.checkpoint import build_network
 from ecanet.train.config import Recipe, to_plain
-from ecanet.train.data.loading import ImageData
+from ecanet.train.data.loading import ImageData, image_size_of
 from ecanet.train.fit import fit
+from ecanet.train.networks import build_network
 
 
 @dataclass
@@ -85,6 +90,7 @@ def compare(
     out: str | Path,
     workers: int | None = None,
     progress: bool = True,
+    on: str = "processes",
 ) -> Comparison:
     """Train every recipe with every seed; the same seed means the same backbone weights and order of images.
 
@@ -100,6 +106,7 @@ def compare(
         workers: Runs at a time, each in its own process with one thread. By default one for each core, or a single run
             at a time on a machine with a GPU.
         progress: Show runs done, running and left, with the time left, and say first what the seeds can show.
+        on: As in :func:`ecanet.study.run`.
 
     Returns:
         All runs.
@@ -110,7 +117,7 @@ def compare(
             not there, or a network that cannot be built.
         RuntimeError: runs failed; the message says why. The others went on and are kept.
     """
-    study = study_recipes(entries, seeds, out, workers, progress)
+    study = study_recipes(entries, seeds, out, workers, progress, on)
     if study.failed:
         total = len(entries) * len(seeds)
         raise RuntimeError(
@@ -132,6 +139,7 @@ def study_recipes(
     out: str | Path,
     workers: int | None = None,
     progress: bool = True,
+    on: str = "processes",
 ) -> Study:
     """As :func:`compare`, but failed runs are named in the result.
 
@@ -141,8 +149,15 @@ def study_recipes(
     check_recipes(entries, seeds)
     jobs = comparison_jobs(entries, seeds, out)
     if any(job.read() is None for job in jobs):
-        _check_parts(entries)
-    return run_jobs(jobs, out, "top1", workers, progress)
+        notes = check_parts(entries)
+        if progress:
+            print("".join(f"{note}\n" for note in notes), file=sys.stderr, end="")
+    settings = {name: to_plain(recipe) for name, recipe in entries.items()}
+    study = run_jobs(jobs, out, "top1", workers, progress, on, settings)
+    if any(study.runs.values()):
+        gather(entries, study, Path(out), progress)
+    report(out, progress)
+    return study
 
 
 def seconds_of_an_epoch(recipe: Recipe) -> float:
@@ -188,21 +203,45 @@ def comparison_jobs(entries: Mapping[str, Recipe], seeds: Sequence[int], out: st
 
 
 def _fit(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    result = fit(recipe, folder, resume=True, progress=False)
+    checked = replace(recipe, data=replace(recipe.data, verify=False))  # once is enough for all runs
+    result = fit(checked, folder, resume=True, progress=False)
     return {"top1": result.top1, "history": result.history, "recipe": to_plain(recipe), "versions": result.versions}
 
 
-def _check_parts(entries: Mapping[str, Recipe]) -> None:
-    """Find the pictures and build the networks once, so that a mistake in a recipe stops the study before it starts."""
+def check_parts(entries: Mapping[str, Recipe]) -> list[str]:
+    """Find the pictures and build the networks once, so that a mistake in a recipe stops the study before it starts.
+
+    Args:
+        entries: Recipes by name.
+
+    Returns:
+        What is odd about them, a sentence each: entries that are the same.
+
+    Raises:
+        ValueError: there are no such pictures, or no such network; the message names the entry.
+    """
     classes: dict[str, int] = {}
+    same: dict[tuple[str, str], list[str]] = {}
     for name, recipe in entries.items():
         try:
             key = fingerprint(recipe.data)
             if key not in classes:
-                classes[key] = len(ImageData(recipe.data).classes)
-            build_network(recipe.model, classes[key])
+                data = ImageData(recipe.data)
+                if data.multi_label:
+                    raise ValueError(
+                        "its images have several labels each, and recipes are compared by top-1: give "
+                        "ecanet.study.run a function that calls ecanet.train.fit, and metric='mAP'"
+                    )
+                data.verify()
+                classes[key] = len(data.classes)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                network = build_network(recipe.model, classes[key], image_size_of(recipe.data))
         except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"entries[{name!r}]: {error}") from error
+        others = fingerprint([recipe.data, recipe.optim, replace(recipe.trainer, seed=0)])
+        same.setdefault((others, digest(network)), []).append(name)
+    return said_of_the_same(list(same.values()))
 
 
 def _check_devices(entries: Mapping[str, Recipe]) -> None:

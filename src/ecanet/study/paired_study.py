@@ -6,92 +6,28 @@ import hashlib
 import inspect
 import io
 import json
-import math
 import pickle
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
-from functools import cached_property, partial
+from dataclasses import asdict, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ecanet.files.atomic import write_whole
 from ecanet.files.folder_lock import lock_folder, unlock_folder
-from ecanet.study.conclusions import summary_table, verdict
-from ecanet.study.engine import Job, run_all
-from ecanet.study.statistics import Summary, plan, summarise
+from ecanet.study.about import write_about
+from ecanet.study.conclusions import said_of_the_same
+from ecanet.study.engine import check_engine, run_all
+from ecanet.study.html_report import write_report
+from ecanet.study.job import Job
+from ecanet.study.results import FailedRun, FinishedRun, Study, slug, why_not_counted
+from ecanet.study.statistics import plan
 from ecanet.untrusted import listed, shown
 
 #: What a user's training function looks like: condition, seed, folder -> metrics by name.
 Train = Callable[[Any, int, Path], Mapping[str, Any]]
-
-
-@dataclass
-class FinishedRun:
-    """A run that ended with its metric.
-
-    Attributes:
-        condition: Name of its condition.
-        seed: Its seed.
-        metrics: Numbers by name.
-        details: Whatever else its function returned.
-        seconds: How long it took; since its last start, if it went on from a checkpoint.
-        folder: Where it wrote.
-    """
-
-    condition: str
-    seed: int
-    metrics: dict[str, float]
-    details: dict[str, Any]
-    seconds: float
-    folder: Path
-
-
-@dataclass
-class FailedRun:
-    """A run that is not counted.
-
-    Attributes:
-        condition: Name of its condition.
-        seed: Its seed.
-        reason: What it raised, or what is wrong with its metric.
-        file: Its file: without it, it runs again.
-    """
-
-    condition: str
-    seed: int
-    reason: str
-    file: Path
-
-
-@dataclass
-class Study:
-    """Every run of a study.
-
-    Attributes:
-        metric: What is compared.
-        runs: Finished runs by condition, the baseline first.
-        failed: Runs that are not counted.
-    """
-
-    metric: str
-    runs: dict[str, list[FinishedRun]]
-    failed: list[FailedRun]
-
-    @cached_property
-    def summary(self) -> Summary:
-        """Differences, intervals and tests of all conditions."""
-        values = {name: {run.seed: run.metrics[self.metric] for run in runs} for name, runs in self.runs.items()}
-        return summarise(values, self.metric)
-
-    def __str__(self) -> str:
-        """The table, what it means, and which runs failed."""
-        lines = [summary_table(self.summary), "", verdict(self.summary)]
-        for run in self.failed:
-            failed = f"Failed and not counted: {run.condition}, seed {run.seed}: {run.reason}."
-            lines.append(f"{failed} Without {run.file} it runs again.")
-        return "\n".join(lines)
 
 
 def run(
@@ -99,9 +35,10 @@ def run(
     conditions: Mapping[str, Any] | Sequence[str],
     seeds: Sequence[int],
     out: str | Path,
-    metric: str,
+    metric: str | None = None,
     workers: int | None = None,
     progress: bool = True,
+    on: str = "processes",
 ) -> Study:
     """Run a training function for every condition and seed, and compare the conditions with the first one.
 
@@ -109,8 +46,8 @@ def run(
     killed study loses at most the runs in progress. They start again with the folder they had,
     ``out/runs/CONDITION-seedK``, where ``train`` may keep checkpoints to go on from. A run that raises, or whose metric
     is missing or NaN, has failed and is not tried again while its file is there; one whose process dies is tried once
-    more. The study goes on either way. At the end there are ``out/results.csv``, a row for each run, and
-    ``out/summary.json``.
+    more. The study goes on either way. At the end there are ``out/results.csv``, a row for each run,
+    ``out/summary.json``, and ``out/report.html``, one file that shows it all (:func:`ecanet.study.write_report`).
 
     Args:
         train: ``train(condition, seed, folder)`` returns a dict. Its numbers are metrics; what else JSON can hold is
@@ -119,10 +56,13 @@ def run(
         conditions: By name what ``train`` gets as its condition, the baseline first; or names, which it gets then.
         seeds: Different integers.
         out: Folder for the study.
-        metric: The metric that is compared. A second call with another one compares without training.
+        metric: The metric that is compared, by default the only number that ``train`` returns. A second call with
+            another one compares without training.
         workers: Runs at a time, each with one thread. By default one for each core, or a single run at a time on a
             machine with a GPU.
         progress: Show runs done, running and left, with the time left, and say first what the seeds can show.
+        on: ``"processes"`` of this machine, or ``"ray"``: the Ray cluster that ``RAY_ADDRESS`` names, otherwise one
+            that is started here. There a run has a GPU of its own if the cluster has any, otherwise a CPU.
 
     Returns:
         Finished and failed runs; ``print`` it for a table and its meaning.
@@ -130,9 +70,10 @@ def run(
     Raises:
         TypeError: ``train`` does not take three arguments, or it or a condition cannot be handed to another process.
         ValueError: no condition, two with one name, no or repeated seeds, no run has such a metric, or ``out`` holds
-            another study or damaged files.
+            another study or damaged files; at the end, ``metric`` is not given and runs have several: they are kept.
         BlockingIOError: another study is writing into ``out``.
-        RuntimeError: worker processes do not start.
+        ConnectionError, ImportError: there is no Ray cluster at ``RAY_ADDRESS``, or no Ray.
+        RuntimeError: worker processes do not start; or ``metric`` is not given and no run returned a number.
 
     Example:
         >>> def train(condition, seed, folder):
@@ -143,9 +84,15 @@ def run(
         conditions = _by_name(conditions)
     check_names(conditions, "conditions")
     check_seeds(seeds)
-    if not isinstance(metric, str) or not metric:
-        raise ValueError(f"metric must name what train returns, such as 'accuracy', got {metric!r}")
+    if metric is not None and (not isinstance(metric, str) or not metric):
+        raise ValueError(f"metric must name what train returns, such as 'accuracy', or be None, got {shown(metric)!r}")
     _check_train(train, conditions)
+    if progress:
+        same: dict[str, list[str]] = {}
+        for name, condition in conditions.items():
+            same.setdefault(fingerprint(condition), []).append(name)
+        for line in said_of_the_same(list(same.values())):
+            print(line, file=sys.stderr)
     folder = Path(out).absolute() / "runs"  # a training function may change the working folder
     by = f"{getattr(train, '__module__', '')}.{getattr(train, '__qualname__', type(train).__qualname__)}"
     # Seed by seed, so that after an early stop the finished runs form pairs.
@@ -160,27 +107,48 @@ def run(
         for seed in map(int, seeds)
         for name, condition in conditions.items()
     ]
-    return run_jobs(jobs, out, metric, workers, progress)
+    settings = {name: _plain(value) for name, value in conditions.items()}
+    study = run_jobs(jobs, out, metric, workers, progress, on, settings)
+    report(out, progress)
+    return study
 
 
-def run_jobs(jobs: Sequence[Job], out: str | Path, metric: str, workers: int | None, progress: bool) -> Study:
+def report(out: str | Path, progress: bool) -> None:
+    """Write the report of a study, and say where it is."""
+    path = write_report(out)
+    if progress:
+        print(f"report: {path}", file=sys.stderr)
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    out: str | Path,
+    metric: str | None,
+    workers: int | None,
+    progress: bool,
+    on: str,
+    settings: Mapping[str, Any],
+) -> Study:
     """Run what did not end yet, and write the study's tables.
 
     Args:
         jobs: All runs of the study, each with a folder in ``out/runs``.
         out: Folder of the study.
-        metric: What is compared, a text.
+        metric: What is compared; None for the only metric that the runs have.
         workers: As in :func:`run`.
         progress: As in :func:`run`.
+        on: As in :func:`run`.
+        settings: By condition what sets it apart, for the report: whatever JSON can hold.
 
     Raises:
-        ValueError, BlockingIOError, RuntimeError: as in :func:`run`.
+        ValueError, BlockingIOError, ConnectionError, ImportError, RuntimeError: as in :func:`run`.
     """
     if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
         raise ValueError(f"workers must be 1 or more, or None, got {workers!r}")
+    check_engine(on)
     folder = Path(out)
     with _study_folder(folder):
-        return _run_jobs(jobs, folder, metric, workers, progress)
+        return _run_jobs(jobs, folder, metric, workers, progress, on, settings)
 
 
 @contextlib.contextmanager
@@ -203,51 +171,87 @@ def _study_folder(folder: Path) -> Iterator[None]:
                 path.rmdir()
 
 
-def _run_jobs(jobs: Sequence[Job], folder: Path, metric: str, workers: int | None, progress: bool) -> Study:
+def _run_jobs(
+    jobs: Sequence[Job],
+    folder: Path,
+    metric: str | None,
+    workers: int | None,
+    progress: bool,
+    on: str,
+    settings: Mapping[str, Any],
+) -> Study:
     _check_folder(jobs, folder)
-    ended = {job.folder: job.read() for job in jobs}
-    known = [stored["metrics"] for stored in ended.values() if stored is not None and stored["error"] is None]
-    if known and not any(metric in metrics for metrics in known):
-        there = listed(dict.fromkeys(name for metrics in known for name in metrics)) or "no numbers"
-        raise ValueError(f"metric must be one that the finished runs in {folder} have ({there}), got {shown(metric)!r}")
-    todo = [job for job in jobs if ended[job.folder] is None]
+    ended = {job.folder: stored for job in jobs if (stored := job.read()) is not None}
+    _metric_of(ended.values(), metric, folder)
+    todo = [job for job in jobs if job.folder not in ended]
     names = list(dict.fromkeys(job.condition for job in jobs))
+    seeds = list(dict.fromkeys(job.seed for job in jobs))
+    write_about(folder, metric, seeds, settings)
     if progress and todo and len(names) > 1:
         print(plan(len(names), len(jobs) // len(names)), file=sys.stderr)
-    lost = run_all(todo, workers, progress, partial(_why_not_counted, metric=metric))
-    runs: dict[str, list[FinishedRun]] = {name: [] for name in names}
+    lost = run_all(todo, workers, on, progress, partial(why_not_counted, metric=metric))
+    ended |= {job.folder: stored for job in todo if (stored := job.read()) is not None}
+    if metric is None:
+        try:
+            metric = _metric_of(ended.values(), None, folder)
+        except ValueError:  # the numbers are there, to choose from
+            write_whole(folder / "results.csv", _results(_sorted_out(jobs, ended, lost, None)[0], jobs))
+            raise
+    runs, failed = _sorted_out(jobs, ended, lost, metric)
+    if unwritten := [(run.condition, run.seed, run.reason) for run in failed if not run.file.exists()]:
+        write_about(folder, metric, seeds, settings, unwritten)
+    write_whole(folder / "results.csv", _results(runs, jobs))
+    if metric is None:
+        reasons = [f"{run.condition}, seed {run.seed}: {run.reason}" for run in failed[:5]]
+        raise RuntimeError(f"no run returned a number, so there is nothing to compare: {'; '.join(reasons)}")
+    study = Study(metric, runs, failed)
+    write_whole(folder / "summary.json", json.dumps(asdict(study.summary), indent=2, allow_nan=False) + "\n")
+    return study
+
+
+def _sorted_out(
+    jobs: Sequence[Job], ended: Mapping[Path, dict[str, Any]], lost: Mapping[Path, str], metric: str | None
+) -> tuple[dict[str, list[FinishedRun]], list[FailedRun]]:
+    runs: dict[str, list[FinishedRun]] = {job.condition: [] for job in jobs}
     failed: list[FailedRun] = []
     for job in jobs:
-        stored = ended[job.folder] or job.read()
-        reason = lost.get(job.folder, "it left no file") if stored is None else _why_not_counted(stored, metric)
+        stored = ended.get(job.folder)
+        reason = lost.get(job.folder, "it left no file") if stored is None else why_not_counted(stored, metric)
         if stored is None or reason:
             failed.append(FailedRun(job.condition, job.seed, reason, job.file))
             continue
         about = {name: stored[name] for name in ("metrics", "details", "seconds")}
         runs[job.condition].append(FinishedRun(job.condition, job.seed, folder=job.folder, **about))
-    study = Study(metric, runs, failed)
-    write_whole(folder / "results.csv", _results(study, jobs))
-    write_whole(folder / "summary.json", json.dumps(asdict(study.summary), indent=2, allow_nan=False) + "\n")
-    return study
+    return runs, failed
 
 
-def _why_not_counted(stored: Mapping[str, Any], metric: str) -> str:
-    if stored["error"] is not None:
-        return stored["error"]
-    if metric not in stored["metrics"]:
-        return f"it returned no {metric!r}, only {listed(stored['metrics']) or 'no numbers'}"
-    if not math.isfinite(value := stored["metrics"][metric]):
-        return f"its {metric} is {value}"
-    return ""
+def _metric_of(ended: Iterable[Mapping[str, Any]], metric: str | None, folder: Path) -> str | None:
+    """The metric to compare; None if nobody named one and no run has any.
+
+    Raises:
+        ValueError: no finished run has this one; or nobody named one, and they have several.
+    """
+    finished = [stored["metrics"] for stored in ended if stored["error"] is None]
+    names = list(dict.fromkeys(name for metrics in finished for name in metrics))
+    if metric is None and len(names) > 1:
+        raise ValueError(
+            f"metric must be one of {listed(names)}, which the finished runs in {folder} have: the same call with "
+            f"metric={names[0]!r} compares them without training"
+        )
+    if metric is not None and finished and metric not in names:
+        there = listed(names) or "no numbers"
+        raise ValueError(f"metric must be one that the finished runs in {folder} have ({there}), got {shown(metric)!r}")
+    return names[0] if metric is None and names else metric
 
 
-def _results(study: Study, jobs: Sequence[Job]) -> str:
+def _results(runs: Mapping[str, Sequence[FinishedRun]], jobs: Sequence[Job]) -> str:
     """The table of runs: a failed one has no metrics."""
-    finished = {(run.condition, run.seed): run for runs in study.runs.values() for run in runs}
+    finished = {(run.condition, run.seed): run for of_condition in runs.values() for run in of_condition}
     metrics = list(dict.fromkeys(name for run in finished.values() for name in run.metrics))
     table = io.StringIO(newline="")
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["condition", "seed", *metrics, "seconds"])
+    ours = ("condition", "seed", "seconds")
+    writer.writerow([*ours[:2], *(f"{name} (metric)" if name in ours else name for name in metrics), ours[2]])
     for job in jobs:
         run = finished.get((job.condition, job.seed))
         cells = [run.metrics.get(name, "") for name in metrics] if run else [""] * len(metrics)
@@ -278,11 +282,6 @@ def check_seeds(seeds: Sequence[int]) -> None:
     ):
         shown_seeds = seeds if given is None else given
         raise ValueError(f"seeds must be one or more different integers, such as range(9), got {shown_seeds}")
-
-
-def slug(name: str) -> str:
-    """A name as part of a file's name."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "entry"
 
 
 def fingerprint(what: Any) -> str:

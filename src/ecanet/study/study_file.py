@@ -1,18 +1,17 @@
 """A study as YAML: conditions that differ in their gates, seeds, and the recipe that they share."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ecanet.nn import GATES
+from ecanet.study.conditions import SETTINGS, SWEEP, of_gates, recipes
 from ecanet.study.statistics import fewest_seeds
-from ecanet.train.config import Recipe
+from ecanet.train.config import Recipe, model_of_a_file
 from ecanet.train.recipes import check_blocks, for_parser, read_plain
 from ecanet.untrusted import check_plain, listed, shown
 
-#: What a condition may say of the model: anything else would change more than the gates.
-_OF_A_CONDITION = ("gate", "kernel_size", "neutral")
+_OF_A_CONDITION = (*SETTINGS, SWEEP)
 _KEYS = ("conditions", "seeds", "recipe")
 #: Conditions and seeds of a file, at most.
 _MOST = 1000
@@ -52,7 +51,7 @@ def read_study(path: str | Path) -> StudyFile:
         )
     conditions, seeds, recipe = content.get("conditions", {}), content.get("seeds", []), content.get("recipe", {})
     _check_conditions(conditions, source)
-    check_blocks(recipe, f"{source}: recipe")
+    recipe = check_blocks(recipe, f"{source}: recipe")
     return StudyFile(conditions, _seeds_of(seeds, source), recipe)
 
 
@@ -63,6 +62,7 @@ def _check_conditions(conditions: object, source: str) -> None:
         where = f"{source}: conditions.{shown(name)}"
         if not isinstance(name, str) or not isinstance(changes, dict):
             raise ValueError(f"{where} must be a name with {', '.join(_OF_A_CONDITION)}, got {shown(changes)}")
+        changes = conditions[name] = model_of_a_file(changes, where)
         for key, value in changes.items():
             if key not in _OF_A_CONDITION:
                 raise ValueError(f"{where} has no {shown(key)}; it may have {', '.join(_OF_A_CONDITION)}")
@@ -100,45 +100,32 @@ def with_study_read(args: list[str]) -> list[str]:
 
 
 def conditions_and_seeds(
-    recipe: Recipe, file: Path | None, gates: str | None, seeds: int | None
+    recipe: Recipe, file: Path | None, gates: str | None, kernel_sizes: str | None, seeds: int | None
 ) -> tuple[dict[str, Recipe], Sequence[int]]:
     """The recipe of every condition, and the seeds, from a study's file and the options that take its place.
 
     Args:
         recipe: What the conditions share.
         file: A study's file.
-        gates: Names of gates with commas between them, the baseline first.
+        gates: As in :func:`ecanet.study.conditions.of_gates`; with ``kernel_sizes`` alone, none and ECA.
+        kernel_sizes: As there.
         seeds: Number of seeds.
 
     Raises:
-        ValueError: neither or both name the conditions, a gate is unknown, or there are no seeds.
+        ValueError: neither or both name the conditions, a condition is none, or there are no seeds.
     """
     said = read_study(file) if file is not None else StudyFile({}, [], {})
-    if bool(said.conditions) == (gates is not None):
-        how = "--gates none,eca, or conditions in a study's file"
-        raise ValueError(f"conditions must be named once, by {how}, got {'both' if said.conditions else 'neither'}")
-    changes = said.conditions or _gates(gates or "")
+    by_options = gates is not None or kernel_sizes is not None
+    if bool(said.conditions) == by_options:
+        how = "--gates none,eca or --kernel-sizes 1,3,5, or conditions in a study's file"
+        raise ValueError(f"conditions must be named once, by {how}, got {'both' if by_options else 'neither'}")
+    changes = of_gates("none,eca" if gates is None else gates, kernel_sizes) if by_options else said.conditions
+    entries = recipes(recipe, changes)
     if seeds is not None and seeds < 1:
         raise ValueError(f"seeds must be 1 or more, got {seeds}")
     if seeds is None and not said.seeds:
-        fewest = fewest_seeds(len(changes) - 1)
+        fewest = fewest_seeds(len(entries) - 1)
         raise ValueError(
-            f"seeds must be given: with {len(changes)} conditions, fewer than --seeds {fewest} can show nothing"
+            f"seeds must be given: with {len(entries)} conditions, fewer than --seeds {fewest} can show nothing"
         )
-    entries = {}
-    for name, change in changes.items():
-        try:
-            entries[name] = replace(recipe, model=replace(recipe.model, **change))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"condition {shown(name)}: {error}") from error
     return entries, said.seeds if seeds is None else range(seeds)
-
-
-def _gates(names: str) -> Mapping[str, dict[str, Any]]:
-    given = [name.strip() for name in names.split(",")]
-    for name in given:
-        if name not in ("none", *GATES):
-            raise ValueError(f"gates must be none or of {', '.join(GATES)}, with commas between, got {shown(name)!r}")
-    if len(set(given)) != len(given):
-        raise ValueError(f"gates must be different, got {listed(given)}")
-    return {name: {"gate": None if name == "none" else name} for name in given}

@@ -2,27 +2,31 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
-from ecanet.files.state_dicts import describe, misfits, read_state_dict, safe_load, safe_save, state_dict_in
+from ecanet.files.state_dicts import describe, misfits, safe_load, safe_save, state_dict_in
 from ecanet.models.arguments import check_arguments
+from ecanet.nn.attached import GATE
 from ecanet.nn.build import check_gate_name
 from ecanet.surgery.fuse import fuse_tails_
 from ecanet.surgery.insert import insert_gates_
-from ecanet.surgery.networks import create_network, default_input_shape
+from ecanet.surgery.networks import check_network_name, create_network, default_input_shape, trained_weights
 from ecanet.surgery.report import Report
-from ecanet.untrusted import check_number, shown
+from ecanet.untrusted import listed, shown
 
 #: The key under which a file says how its network is built.
 INSERTION = "ecanet_insertion"
+#: From a number of classes (None for the library's own) to a network without gates.
+Create: TypeAlias = Callable[[int | None], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Insertion:
 
     Attributes:
         model: ``"torchvision/NAME"`` or ``"timm/NAME"``.
-        gate: A name in :data:`ecanet.nn.GATES`.
+        gate: A name in :data:`ecanet.nn.GATES`; None for none.
         where: As in :func:`ecanet.insert_gates_`: a kind, or names and patterns of modules.
         kernel_size: For gates that have one; ``"adaptive"`` is Eq. (12).
         preserve: Start with gates that are 1, so that the network computes the same function.
@@ -42,7 +46,7 @@ class Insertion:
     """
 
     model: str
-    gate: str = "eca"
+    gate: str | None = "eca"
     where: str | tuple[str, ...] = "block"
     kernel_size: int | Literal["adaptive"] = "adaptive"
     preserve: bool = True
@@ -51,42 +55,65 @@ class Insertion:
     input_size: int | None = None
     fuse: bool = False
 
-    def build(self, weights: str | os.PathLike[str] | None = None) -> tuple[nn.Module, tuple[Report, ...]]:
+    def build(
+        self,
+        weights: str | os.PathLike[str] | None = None,
+        *,
+        new_head: bool = False,
+        create: Create | None = None,
+    ) -> tuple[nn.Module, tuple[Report, ...]]:
         """The network, in eval mode, and what was done to it.
 
         Args:
-            weights: A checkpoint of the network without gates, loaded before they are put in. It has to fit.
+            weights: Weights to start from: a file, or the library's own name for them, such as ``"DEFAULT"``. They are
+                of the network without gates, or of one with these gates.
+            new_head: Weights of a head for another number of classes are left out. Otherwise all have to fit.
+            create: Called with the number of classes, returns the network without gates, in place of the one that
+                ``model`` names.
 
         Raises:
             ImportError: a network of timm without timm installed.
-            OSError: there is no checkpoint there.
-            ValueError: no such network, the checkpoint does not fit, or what :func:`ecanet.insert_gates_` raises.
+            OSError: there is no checkpoint there, or the library cannot download its weights.
+            ValueError: no such network, the weights do not fit, or what :func:`ecanet.insert_gates_` raises.
 
         Example:
             >>> model, (report,) = Insertion("torchvision/resnet18", where="stage").build()
             >>> len(report.rows)
             4
         """
-        check_gate_name(self.gate)
+        if self.gate is not None:
+            check_gate_name(self.gate)
         if self.input_size is not None and self.input_size < 1:
             raise ValueError(f"input_size must be 1 or more, got {self.input_size}")
-        state = None if weights is None else read_state_dict(weights)
-        model = create_network(self.model, self.num_classes).eval()
-        if state is not None:
-            _load_strictly(model, state, f"{weights} does not fit {self.model}", "num_classes sets the head's classes")
+        create = create or partial(create_network, self.model)
+        state: Mapping[str, Tensor] | None = None if weights is None else trained_weights(self.model, weights)
+        model = create(self.num_classes).eval()
+        if state is not None and new_head:
+            state = _with_own_head(state, model, create, self.num_classes)
+        has_gates = state is not None and any(f".{GATE}." in key for key in state.keys() - model.state_dict().keys())
+        what, hint = f"{shown(str(weights), 200)} does not fit {self.model}", "num_classes sets the head's classes"
+        if state is not None and not has_gates:
+            _load_strictly(model, state, what, hint)
+        reports = [] if self.gate is None else [self._insert_(model, self.gate)]
+        if state is not None and has_gates:
+            _load_strictly(model, state, what, hint)
+        if self.fuse:
+            reports.append(fuse_tails_(model))
+        return model, tuple(reports)
+
+    def _insert_(self, model: nn.Module, gate: str) -> Report:
         shape = default_input_shape(self.model, model)
         if self.input_size is not None:
             shape = (*shape[:2], self.input_size, self.input_size)
-        report = insert_gates_(
+        return insert_gates_(
             model,
-            self.gate,
+            gate,
             self.where,
             kernel_size=self.kernel_size,
             preserve=self.preserve,
             fold=self.fold,
             input_shape=shape,
         )
-        return model, (report, fuse_tails_(model)) if self.fuse else (report,)
 
 
 def save(model: nn.Module, insertion: Insertion, path: str | os.PathLike[str]) -> None:
@@ -136,6 +163,20 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         >>> torch.equal(model(x), again(x))
         True
     """
+    insertion, state, written = read(path)
+    return rebuild(insertion, state, path, f"written with {written}")
+
+
+def read(path: str | os.PathLike[str]) -> tuple[Insertion, dict[str, Tensor], str]:
+    """What :func:`save` wrote: how the network is built, its weights, and the versions that wrote it, as a text.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, or is not such a file.
+    """
     loaded = safe_load(path)
     if not isinstance(loaded, Mapping) or not isinstance(loaded.get(INSERTION), Mapping):
         raise ValueError(
@@ -149,23 +190,42 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     )
     state = state_dict_in(loaded.get("state_dict"), str(path))
     try:
-        insertion = Insertion(**_checked(loaded[INSERTION]))
-        misfit = _misfit(insertion, state)
-        if not misfit:
-            with torch.random.fork_rng(devices=[]):
-                model, _ = insertion.build()
+        return Insertion(**_checked(loaded[INSERTION])), state, written
     except (TypeError, ValueError) as error:
         raise ValueError(f"the network in {path} (written with {written}) cannot be built: {error}") from error
+
+
+def rebuild(
+    insertion: Insertion,
+    state: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    hint: str,
+    create: Create | None = None,
+) -> nn.Module:
+    """A network as an insertion builds it, in eval mode, with all of these weights. No random number is drawn.
+
+    Args:
+        insertion: How it is built. A network of a library takes no memory for sizes that the weights do not have.
+        state: The weights, gates included.
+        path: The file that both are from, for errors.
+        hint: What else to say of it then.
+        create: As in :meth:`Insertion.build`.
+
+    Raises:
+        ValueError: the weights do not fit, or as in :meth:`Insertion.build`.
+    """
     what = f"the weights in {path} do not fit the network it names, {insertion.model}"
-    hint = f"it was written with {written}"
+    try:
+        misfit = _misfit(insertion, state) if create is None else ""
+        if not misfit:
+            with torch.random.fork_rng(devices=[]):
+                model, _ = insertion.build(create=create)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the network in {path} ({hint}) cannot be built: {error}") from error
     if misfit:
         raise ValueError(f"{what} ({hint}): {misfit}")
     _load_strictly(model, state, what, hint)
     return model
-
-
-#: Limits: characters in a network's or place's name, and number of places.
-_MAX_NAME, _MAX_PLACES = 300, 1000
 
 
 def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,28 +234,41 @@ def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         TypeError, ValueError: a field is not known, or a value is not allowed.
     """
-    if "model" not in values:
-        raise ValueError("an insertion needs its model")
-    own = ("gate", "kernel_size")
-    check_arguments({name: values[name] for name in own if name in values}, "ecanet_insertion", own)
-    for name, value in values.items():
-        if name not in Insertion.__dataclass_fields__:
-            raise ValueError(f"an insertion has no {shown(name)}")
-        if name == "model" and not (isinstance(value, str) and len(value) <= _MAX_NAME):
-            raise TypeError(f"model must be a name, got {shown(value)}")
-        if name in ("preserve", "fold", "fuse") and not isinstance(value, bool):
-            raise TypeError(f"{name} must be true or false, got {shown(value)}")
-        if name in ("num_classes", "input_size") and value is not None:
-            check_number(value, name, 1, 1_000_000 if name == "num_classes" else 4096)
-            if not isinstance(value, int):
-                raise TypeError(f"{name} must be a whole number, got {shown(value)}")
-        if name == "where":
-            places = [value] if isinstance(value, str) else value
-            if not isinstance(places, (list, tuple)) or not 1 <= len(places) <= _MAX_PLACES:
-                raise ValueError(f"where must be a name or a list of at most {_MAX_PLACES}, got {shown(value)}")
-            if not all(isinstance(place, str) and len(place) <= _MAX_NAME for place in places):
-                raise TypeError(f"where must be names of at most {_MAX_NAME} characters")
+    if unknown := [name for name in values if name not in Insertion.__dataclass_fields__]:
+        raise ValueError(f"an insertion has no {listed(map(str, unknown), 5)}")
+    model = values.get("model")
+    if not isinstance(model, str):
+        raise TypeError(f"model must be the name of a network, got {shown(model)}")
+    check_network_name(model)
+    chosen = {name: value for name, value in values.items() if name != "model"}
+    if chosen.get("num_classes") is None:
+        chosen.pop("num_classes", None)
+    check_arguments(chosen, INSERTION, tuple(chosen))
     return {**values, "where": tuple(places) if isinstance(places := values.get("where", "block"), list) else places}
+
+
+def _with_own_head(
+    state: Mapping[str, Tensor], model: nn.Module, create: Create, num_classes: int | None
+) -> Mapping[str, Tensor]:
+    """Weights with the network's own head, where theirs is of another shape; the head is what the classes change."""
+    own = model.state_dict()
+    if all(key in state and state[key].shape == value.shape for key, value in own.items()):
+        return state
+    with torch.random.fork_rng(devices=[]):
+        other = _on_meta(create, (num_classes or 0) + 1)
+    head = {key for key, value in own.items() if key not in other or other[key].shape != value.shape}
+    if all(key in state and state[key].shape == own[key].shape for key in head):
+        return state
+    return {**{key: value for key, value in state.items() if key not in head}, **{key: own[key] for key in head}}
+
+
+def _on_meta(create: Create, num_classes: int | None) -> dict[str, Tensor]:
+    """A network's weights and buffers without their values, or with them if it cannot be built without."""
+    try:
+        with torch.device("meta"):
+            return create(num_classes).state_dict()
+    except Exception:  # torchvision's RegNets, and others whose code reads what it makes
+        return create(num_classes).state_dict()
 
 
 def _misfit(insertion: Insertion, state: Mapping[str, Tensor]) -> str:

@@ -12,9 +12,11 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
-from ecanet.files.state_dicts import describe, misfits, safe_load, safe_save, state_dict_in
-from ecanet.models import build_model
-from ecanet.train.config import DataConfig, ModelConfig
+from ecanet.files.state_dicts import safe_load, safe_save, state_dict_in
+from ecanet.models.arguments import OPTIONS
+from ecanet.train.config import FILE_SOURCES, DataConfig, ModelConfig, is_network_name, model_of_a_file
+from ecanet.train.data.splits import MAX_CLASSES, MAX_NAME
+from ecanet.train.networks import rebuild_network, without_weights_file
 from ecanet.train.run_folder import RunFolder, remedy
 from ecanet.untrusted import check_number, listed, shown
 
@@ -63,7 +65,7 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = None) -> d
 
 
 class SaveCheckpoints(Checkpoint):
-    """Writes ``last.ckpt`` after every epoch, and ``best.ckpt`` whenever validation top-1 has risen.
+    """Writes ``last.ckpt`` after every epoch, and ``best.ckpt`` whenever validation top-1, or mAP, has risen.
 
     Lightning's ModelCheckpoint writes its last checkpoint only when it also writes a best one.
 
@@ -79,17 +81,19 @@ class SaveCheckpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save within the epoch, except at its last step: the end of the epoch saves after the validation."""
-        if self.every_steps and trainer.global_step % self.every_steps == 0 and not trainer.is_last_batch:
+        """Save after a step within the epoch, except the last: the end of the epoch saves after the validation."""
+        is_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0  # gradients on the way to one are not saved
+        due = self.every_steps and is_step and trainer.global_step % self.every_steps == 0
+        if due and not trainer.is_last_batch:
             check_finite(float(outputs["loss"]), trainer)
             self._save(trainer, "last.ckpt")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save after the validation."""
         check_finite(float(trainer.callback_metrics["train/loss_epoch"]), trainer)
-        top1 = float(trainer.callback_metrics["val/top1"])
-        if top1 > self.best:
-            self.best = top1
+        reached = float(trainer.callback_metrics[str(pl_module.monitor)])
+        if reached > self.best:
+            self.best = reached
             # Best comes before last: a run killed between the two repeats the epoch and writes the same best again.
             self._save(trainer, "best.ckpt")
         self._save(trainer, "last.ckpt")
@@ -99,11 +103,11 @@ class SaveCheckpoints(Checkpoint):
         trainer.save_checkpoint(self.folder.path / name)
 
     def state_dict(self) -> dict[str, float]:
-        """The best top-1 so far, in per cent."""
+        """The best top-1 or mAP so far, in per cent."""
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Set the best top-1 of the run that is resumed."""
+        """Set the best of the run that is resumed."""
         self.best = state_dict["best"]
 
 
@@ -133,6 +137,7 @@ class TrainedNetwork:
         std: Standard deviation of each.
         recipe: The parts of its recipe that define the network and its input, as plain values.
         history: One record for each epoch.
+        multi_label: Whether an image may have several of the classes: their probabilities are then sigmoids.
     """
 
     network: nn.Module
@@ -141,22 +146,30 @@ class TrainedNetwork:
     std: list[float]
     recipe: dict[str, Any]
     history: list[dict[str, float]]
+    multi_label: bool = False
 
     def normalise(self, images: Tensor) -> Tensor:
         """The network's input, float32, from uint8 images ``(N, 3, H, W)``."""
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
         return (images.float() / 255 - mean) / std
 
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Of each class ``(N, classes)``, from normalised images; with several labels an image, each is by itself."""
+        logits = self.network(images).float()
+        return logits.sigmoid() if self.multi_label else logits.softmax(1)
 
-def load_trained(path: str | os.PathLike[str]) -> TrainedNetwork:
+
+def load_trained(path: str | os.PathLike[str], build: str | None = None) -> TrainedNetwork:
     """Build the network of a checkpoint again.
 
     Args:
         path: A checkpoint, or a run's folder, which means its ``best.ckpt``.
+        build: ``module:function`` of your own, if the network was built by one (``model.build``).
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a checkpoint of this library.
+        ImportError: its network is of timm, which is not installed, or ``build`` cannot be imported.
+        ValueError: not a checkpoint of this library, or its network was built by a function and ``build`` names none.
 
     Example:
         >>> load_trained("runs/fashion").classes  # doctest: +SKIP
@@ -165,27 +178,33 @@ def load_trained(path: str | os.PathLike[str]) -> TrainedNetwork:
     path = path / "best.ckpt" if path.is_dir() else path
     checkpoint = read_checkpoint(path)
     about = check_about(checkpoint[ABOUT_KEY], path)
-    config, classes = without_weights_file(ModelConfig(**about["recipe"]["model"])), len(about["classes"])
     held = checkpoint.get("state_dict")
     mine = {k: v for k, v in held.items() if str(k).startswith("network.")} if isinstance(held, dict) else held
-    state = state_dict_in(mine, str(path))
-    options: dict[str, Any] = config.options
-    if options.get("blocks", 1) * len(options.get("widths", ())) > len(state):
-        raise ValueError(f"the weights in {path} do not fit the network that it describes, which has more blocks")
-    with torch.device("meta"):  # the file may claim any size: take no memory before the check
-        own = build_network(config, classes).state_dict()
-    missing = [key for key in own if key not in state]
-    if found := describe(missing=missing, **misfits(state, own)):
-        raise ValueError(f"the weights in {path} do not fit the network that it describes: {found}")
-    network = build_network(config, classes)
-    network.load_state_dict(state)
-    return TrainedNetwork(
-        network.eval(), about["classes"], about["mean"], about["std"], about["recipe"], about["history"]
-    )
+    config = _with_own_function(ModelConfig(**about["recipe"]["model"]), build, path)
+    network = rebuild_network(without_weights_file(config), len(about["classes"]), state_dict_in(mine, str(path)), path)
+    kept = {key: about[key] for key in ("classes", "mean", "std", "recipe", "history", "multi_label")}
+    return TrainedNetwork(network, **kept)
 
 
-#: Limits on classes, characters of a class name and epochs.
-_MAX_CLASSES, _MAX_NAME, _MAX_EPOCHS = 100_000, 200, 1_000_000
+def _with_own_function(config: ModelConfig, build: str | None, path: Path) -> ModelConfig:
+    """The block of a checkpoint with the user's function, which no checkpoint may call by itself."""
+    if config.build is None and build is not None:
+        raise ValueError(f"model.build={build} was given, but {path} describes {config.name}: leave it out")
+    if config.build is not None and build is None:
+        raise ValueError(
+            f"the network in {path} was built by {config.build}, and a checkpoint calls no function: if you trust that "
+            f"one, say so with --model.build {config.build} (in Python build={config.build!r})"
+        )
+    return replace(config, build=build)
+
+
+#: Limits on epochs, and on numbers in the record of one.
+_MAX_EPOCHS, _MAX_RECORD = 1_000_000, 100
+#: What ``data`` says about the network's input, and how labels are read and split: no paths.
+_INPUT = (
+    *("source", "image_size", "resize", "val_fraction", "split_seed"),
+    *("image_column", "label_column", "label_separator"),
+)
 
 
 def check_about(about: object, path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -196,8 +215,8 @@ def check_about(about: object, path: str | os.PathLike[str]) -> dict[str, Any]:
         path: The file, for errors.
 
     Returns:
-        ``classes``, ``mean``, ``std``, ``history`` and ``recipe``. From the recipe it keeps ``model``, and these keys
-        of ``data``: ``image_size``, ``resize`` and ``source``; no paths, downloads, processes or devices.
+        ``classes``, ``multi_label``, ``mean``, ``std``, ``history`` and ``recipe``. From the recipe it keeps ``model``,
+        and of ``data`` what :data:`_INPUT` names; no paths, downloads, processes or devices.
 
     Raises:
         ValueError: a part is missing or wrong; the message names the file and the part.
@@ -208,57 +227,60 @@ def check_about(about: object, path: str | os.PathLike[str]) -> dict[str, Any]:
         recipe = about.get("recipe")
         if not isinstance(recipe, dict) or not all(isinstance(recipe.get(k), dict) for k in ("model", "data")):
             raise TypeError("it must hold its recipe with the blocks model and data")
-        classes, history = about.get("classes"), about.get("history")
-        if not isinstance(classes, list) or not 1 <= len(classes) <= _MAX_CLASSES:
-            raise ValueError(f"classes must be a list of 1 to {_MAX_CLASSES:,} names")
-        if not all(isinstance(name, str) and len(name) <= _MAX_NAME for name in classes):
-            raise ValueError(f"classes must be names of at most {_MAX_NAME} characters")
+        history = about.get("history")
+        _check_labels(about.get("classes"), about.get("multi_label", False))
         for name, low in (("mean", -1e3), ("std", 1e-6)):
             values = about.get(name)
             if not isinstance(values, list) or len(values) != 3:
                 raise ValueError(f"{name} must be three numbers")
             for value in values:
                 check_number(value, name, low, 1e3)
-        if not isinstance(history, list) or len(history) > _MAX_EPOCHS or not all(isinstance(r, dict) for r in history):
-            raise ValueError("history must be a list with a record for each epoch")
-        model = recipe["model"]
-        if unknown := [key for key in model if key not in ModelConfig.__dataclass_fields__]:
-            raise ValueError(f"recipe.model has no {listed(map(str, unknown), 5)}")
-        weights = model.get("weights")
-        if weights is not None and not isinstance(weights, str):
-            raise TypeError(f"recipe.model.weights must be a text or null, got {shown(weights)}")
-        ModelConfig(**model)
-        input_settings = {key: recipe["data"].get(key) for key in ("source", "image_size", "resize")}
-        DataConfig(**(input_settings | {"root": Path() if input_settings["source"] == "image_folder" else None}))
+        if not isinstance(history, list) or len(history) > _MAX_EPOCHS or not all(map(_is_record, history)):
+            raise ValueError("history must be a list with a record for each epoch: numbers by short names")
+        model = _checked_model(recipe["model"])
+        input_settings = {key: recipe["data"].get(key, getattr(DataConfig, key)) for key in _INPUT}
+        has_files = input_settings["source"] in FILE_SOURCES
+        DataConfig(**input_settings, root=Path() if has_files else None)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged, or no checkpoint that `ecanet fit` wrote: {shown(str(error), 300)}"
         ) from error
     kept = {key: about[key] for key in ("classes", "mean", "std", "history")}
+    kept["multi_label"] = about.get("multi_label", False)
     return {**kept, "recipe": {"model": model, "data": input_settings}}
 
 
-def without_weights_file(config: ModelConfig) -> ModelConfig:
-    """The same network without its initial weights file. Its gates start neutral, as they do with that file."""
-    return replace(config, weights=None, neutral=config.neutral or config.weights is not None)
+def _check_labels(classes: object, multi_label: object) -> None:
+    if not isinstance(classes, list) or not 1 <= len(classes) <= MAX_CLASSES:
+        raise ValueError(f"classes must be a list of 1 to {MAX_CLASSES:,} names")
+    if not all(isinstance(name, str) and len(name) <= MAX_NAME for name in classes):
+        raise ValueError(f"classes must be names of at most {MAX_NAME} characters")
+    if not isinstance(multi_label, bool):
+        raise TypeError(f"multi_label must be true or false, got {shown(multi_label)}")
 
 
-def build_network(config: ModelConfig, num_classes: int) -> nn.Module:
-    """The network of a recipe's ``model`` block.
+def _is_record(record: object) -> bool:
+    if not isinstance(record, dict) or len(record) > _MAX_RECORD:
+        return False
+    names = all(isinstance(name, str) and len(name) <= MAX_NAME for name in record)
+    return names and all(type(value) in (int, float) for value in record.values())
+
+
+def _checked_model(block: dict[str, Any]) -> dict[str, Any]:
+    """The block ``model`` of a checkpoint, with the names that its values have now.
 
     Raises:
-        TypeError: ``options`` has an argument that the network does not take.
-        ValueError: as the network's class or function raises it.
+        TypeError, ValueError: a value is not allowed. None can open a file.
     """
-    try:
-        return build_model(
-            config.name,
-            gate=config.gate,
-            kernel_size=config.kernel_size,
-            neutral=config.neutral,
-            weights=config.weights,
-            num_classes=num_classes,
-            **config.options,
+    model = model_of_a_file(block, "its recipe")
+    if unknown := [key for key in model if key not in ModelConfig.__dataclass_fields__]:
+        raise ValueError(f"recipe.model has no {listed(map(str, unknown), 5)}")
+    name, weights = model.get("name"), model.get("weights")
+    if weights is not None and not isinstance(weights, str):
+        raise TypeError(f"recipe.model.weights must be a text or null, got {shown(weights)}")
+    if model.get("build") is None and not is_network_name(name):
+        raise ValueError(
+            f"recipe.model.name must be one of {', '.join(OPTIONS)}, torchvision/NAME or timm/NAME, got {shown(name)!r}"
         )
-    except TypeError as error:
-        raise TypeError(f"{config.name} cannot be built with model.options={config.options}: {error}") from error
+    ModelConfig(**model)
+    return model

@@ -1,18 +1,28 @@
 """What a recipe says: plain typed dataclasses, one for each block of the YAML file."""
 
+import difflib
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from ecanet.models.arguments import OPTIONS, check_arguments
+from ecanet.models.arguments import OPTIONS, OPTIONS_OF_INSERTION, check_arguments
 from ecanet.nn import GATES
+from ecanet.surgery.networks import check_network_name, classifies_pictures, is_of_a_library, known_networks
 from ecanet.untrusted import check_number, shown
 
 #: Types that an option of a network may have.
 Scalar: TypeAlias = bool | int | float | str | None
+#: A function by its module and name.
+_FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 #: Strategies with which a resumed run gives the same bits and all processes end together.
 _STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
+#: Optimisers, and what a recipe that does not say it has.
+OPTIMISERS = {"sgd": {"lr": 0.1, "weight_decay": 1e-4}, "adamw": {"lr": 1e-3, "weight_decay": 1e-2}}
+#: What weight decay may spare, and what may log.
+NO_DECAY, LOGGERS = ("norms", "biases", "gates"), ("csv", "tensorboard", "wandb")
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
 
 
@@ -21,27 +31,59 @@ class ModelConfig:
     """The network.
 
     Args:
-        name: A network of ecanet.models: NETWORKS.
-        gate: A name that ``ecanet gates`` explains: GATES; or null for none.
-        kernel_size: adaptive, released, an odd integer, or a list with one for each stage.
-        neutral: Start as the network without gates, with gates that are 1.
-        weights: A plain network's weights to start from: a file, or the name of torchvision's.
-        options: Further arguments of the network, such as widths or dropout.
+        name: NETWORKS; torchvision/NAME or timm/NAME (``ecanet list`` prints them); or a file that ``ecanet insert
+            --save`` wrote, with its gates and weights.
+        gate: A name that ``ecanet gates`` explains: GATES; or timm:NAME, a layer of timm's; or null for none.
+        kernel_size: adaptive or an odd integer; in a network of ecanet also released, or a list with one for each
+            stage.
+        where: block, stage, conv, or names and patterns of modules; in a network of ecanet block alone.
+        preserve: Start as the network without gates, with gates that are 1; null: if it starts from weights.
+        weights: Weights to start from: a file, or the library's own name for them, which it downloads, or DEFAULT.
+            Those of a head for other classes are left out.
+        options: Further arguments of a network of ecanet, such as widths or dropout; of others fold and fuse, as
+            ``ecanet insert`` has them.
+        build: module:function of your own that returns a network for a number of classes, in place of name. From the
+            command line or Python alone, never from a file.
     """
 
     name: str = "small_eca_resnet"
     gate: str | None = "eca"
     kernel_size: int | Literal["adaptive", "released"] | list[int] = "adaptive"
-    neutral: bool = False
+    where: str | list[str] = "block"
+    preserve: bool | None = None
     weights: str | None = None
     options: dict[str, Scalar | list[Scalar]] = field(default_factory=dict)
+    build: str | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in OPTIONS:
-            raise ValueError(f"model.name must be one of {', '.join(OPTIONS)}, got {shown(self.name)!r}")
-        own = {"gate": self.gate, "kernel_size": self.kernel_size, "neutral": self.neutral}
-        check_arguments(own, "model", tuple(own))
-        check_arguments(self.options, "model.options", OPTIONS[self.name])
+        if self.gate == "none":
+            self.gate = None
+        chosen = {"gate": self.gate, "kernel_size": self.kernel_size, "where": self.where, "preserve": self.preserve}
+        check_arguments(chosen, "model", tuple(chosen))
+        if self.build is not None:
+            _check_build(self.build, self.name)
+        elif not self.is_own and not (is_network_name(self.name) or os.path.isfile(self.name)):
+            raise ValueError(_no_such_network(self.name))
+        elif is_of_a_library(self.name) and not classifies_pictures(self.name):
+            raise ValueError(f"model.name={self.name} does not classify pictures; ecanet list says which networks do")
+        check_arguments(self.options, "model.options", OPTIONS[self.name] if self.is_own else OPTIONS_OF_INSERTION)
+        if self.is_own:
+            if self.where != "block":
+                raise ValueError(f"model.where must be block in {self.name}, where every block has a gate")
+            if self.preserve is False and self.weights is not None:
+                raise ValueError(
+                    f"model.preserve=false cannot go with model.weights in {self.name}, whose gates then start as 1"
+                )
+        elif not isinstance(self.kernel_size, int) and self.kernel_size != "adaptive":
+            raise ValueError(
+                f"model.kernel_size must be adaptive or an odd integer in a network that is not ecanet's, got "
+                f"{shown(self.kernel_size)}"
+            )
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a network of :mod:`ecanet.models`."""
+        return self.build is None and self.name in OPTIONS
 
 
 # `ecanet fit --help` reads the docstring.
@@ -49,71 +91,198 @@ for _what, _known in (("NETWORKS", OPTIONS), ("GATES", GATES)):
     ModelConfig.__doc__ = (ModelConfig.__doc__ or "").replace(_what, ", ".join(_known))
 
 
-@dataclass
-class DataConfig:
-    """The pictures.
+def is_network_name(name: object) -> bool:
+    """Whether a name is that of a network of ecanet, torchvision or timm, and so no file.
+
+    Raises:
+        ImportError: a network of timm without timm installed.
+        ValueError: the library has no such network.
+    """
+    if not isinstance(name, str) or (name not in OPTIONS and not is_of_a_library(name)):
+        return False
+    if name not in OPTIONS:
+        check_network_name(name)
+    return True
+
+
+def _no_such_network(name: object) -> str:
+    known = [*OPTIONS, *known_networks()]
+    end = str(name)[:100].rpartition("/")[2]
+    ends = difflib.get_close_matches(end, {each.rpartition("/")[2].removeprefix("eca_") for each in known}, 2, 0.7)
+    close = [each for end in ends for each in known if each.rpartition("/")[2].removeprefix("eca_") == end][:4]
+    return (
+        f"model.name must be one of {', '.join(OPTIONS)}, torchvision/NAME, timm/NAME or a file of `ecanet insert "
+        f"--save`, got {shown(name)!r}" + (f": did you mean {', '.join(close)}?" if close else "")
+    )
+
+
+def _check_build(build: object, name: str) -> None:
+    if not isinstance(build, str) or not _FUNCTION.fullmatch(build):
+        raise ValueError(f"model.build must be module:function, such as package.module:make, got {shown(build)!r}")
+    if name != ModelConfig.name:
+        raise ValueError(f"model.name={shown(name)!r} and model.build={build!r} are two networks: give one")
+
+
+def model_of_a_file(block: object, where: str) -> dict[str, Any]:
+    """A recipe's ``model`` block from a file, with the names that its values have now.
 
     Args:
-        source: embedded (10,000 pictures of Fashion-MNIST in the package), fashion_mnist (the four original files) or
-            image_folder (root/train/CLASS/*, root/val/CLASS/*).
-        root: Folder of the data; for fashion_mnist by default the one of Debian's package dataset-fashion-mnist.
+        block: The block, as plain values.
+        where: The file, for errors.
+
+    Raises:
+        ValueError: it has both a name and the one that came before it.
+    """
+    if not isinstance(block, dict) or "neutral" not in block:
+        return block  # type: ignore[return-value]
+    if "preserve" in block:
+        raise ValueError(f"{where}: model has both preserve and neutral, which is its former name")
+    # Where preserve was called neutral, false was what null is now.
+    return {("preserve" if k == "neutral" else k): (v or None if k == "neutral" else v) for k, v in block.items()}
+
+
+#: Sources whose pictures are files, or rows of files, and what their root is.
+FILE_SOURCES = {
+    "image_folder": "the folder that holds train/ and val/, or the classes",
+    "csv": "the CSV file",
+    "hf": "the folder of the Arrow or Parquet files",
+}
+_FILES = tuple(FILE_SOURCES)
+#: The sources that read an option; all others are read by all.
+SOURCES_OF = {
+    "download": ("fashion_mnist",),
+    **dict.fromkeys(("verify", "resize", "val_root", "val_fraction", "split_seed"), _FILES),
+    **dict.fromkeys(("image_column", "label_column"), ("csv", "hf")),
+    "label_separator": ("csv",),
+}
+_SOURCES = ("embedded", "fashion_mnist", *_FILES)
+_SEPARATORS = ("pipe", "semicolon", "comma", "space", "none")
+
+
+@dataclass
+class DataConfig:
+    """The pictures. docs/data.md says more.
+
+    Args:
+        source: embedded (10,000 pictures of Fashion-MNIST in the package), fashion_mnist (the four original files),
+            image_folder (root/train/CLASS/*, root/val/CLASS/*; validation, valid and test will do for val; or
+            root/CLASS/* with val_fraction or val_root), csv (a file with the columns file and label) or hf (what
+            Hugging Face's datasets saved on disk, or Parquet files).
+        root: Folder of the data, or the CSV file; for fashion_mnist by default the one of Debian's package
+            dataset-fashion-mnist.
+        val_root: Where the pictures to validate on are, if not in root: a folder of the classes, a CSV file, a folder
+            of Arrow or Parquet files.
+        val_fraction: Share of the training pictures of each class to validate on instead, such as 0.1.
+        split_seed: Which pictures these are. The seed of the trainer leaves them where they are.
+        image_column: Column of the pictures, for csv and hf; by default found by its name or type.
+        label_column: Column of the labels, likewise.
+        label_separator: What stands between several labels in a cell of a CSV file: pipe, semicolon, comma, space, or
+            none if a cell always has one.
         download: Let torchvision download Fashion-MNIST into root.
-        verify: Decode every image of an image_folder before training.
-        image_size: Side of the square the network sees, in pixels; by default 28 for Fashion-MNIST, 224 for folders.
-        resize: Shorter side to which a folder's test images are resized before the centre crop; by default 256/224 of
-            image_size.
+        verify: Decode every picture before training, and list all that cannot be read; by default if there are 20,000
+            or fewer.
+        image_size: Side of the square the network sees, in pixels; by default 28 for Fashion-MNIST, 224 for others.
+        resize: Shorter side to which test images are resized before the centre crop, where they are files; by default
+            256/224 of image_size.
         augment: crop (pad by an eighth, crop, flip), resized_crop (scale and aspect ratio, flip), none, or auto: crop
-            for Fashion-MNIST, resized_crop for folders.
+            for Fashion-MNIST, resized_crop for others.
+        randaugment: After that, RandAugment: torchvision's, two operations on each image, of this magnitude, 0 to 30; 9
+            is usual; null is off.
+        color_jitter: After that, brightness, contrast and saturation times a factor within this of 1; 0 is off.
         batch_size: Images for each step and process.
         workers: Processes that load data, for each training process.
     """
 
-    source: Literal["embedded", "fashion_mnist", "image_folder"] = "embedded"
+    source: Literal["embedded", "fashion_mnist", "image_folder", "csv", "hf"] = "embedded"
     root: Path | None = None
+    val_root: Path | None = None
+    val_fraction: float | None = None
+    split_seed: int = 0
+    image_column: str | None = None
+    label_column: str | None = None
+    label_separator: Literal["pipe", "semicolon", "comma", "space", "none"] = "pipe"
     download: bool = False
-    verify: bool = False
+    verify: bool | None = None
     image_size: int | None = None
     resize: int | None = None
     augment: Literal["auto", "crop", "resized_crop", "none"] = "auto"
+    randaugment: int | None = None
+    color_jitter: float = 0.0
     batch_size: int = 128
     workers: int = 0
 
+    @property
+    def has_files(self) -> bool:
+        """Whether the pictures are files of any size, not those of Fashion-MNIST."""
+        return self.source in FILE_SOURCES
+
     def __post_init__(self) -> None:
         _check_ranges(self, "data", batch_size=(1, 2**20), workers=(0, 1024), image_size=(1, 4096), resize=(1, 2**13))
-        if self.source == "image_folder" and self.root is None:
-            raise ValueError("data.root must name the folder that holds train/ and val/, got null")
+        _check_ranges(self, "data", val_fraction=(0, 1), split_seed=(0, 2**63 - 1))
+        _check_ranges(self, "data", randaugment=(0, 30), color_jitter=(0, 1))
+        self._check_names()
+        if self.has_files and self.root is None:
+            raise ValueError(f"data.root must name {FILE_SOURCES[self.source]}, got null")
         if self.source == "embedded" and self.root is not None:
             raise ValueError(
                 f"data.root={str(self.root)!r} is not read by data.source=embedded: "
-                "set data.source to image_folder or fashion_mnist"
+                "set data.source to image_folder, csv, hf or fashion_mnist"
             )
-        if self.download and self.source != "fashion_mnist":
-            raise ValueError(f"data.download is for data.source=fashion_mnist, got data.source={self.source}")
-        if self.source != "image_folder":
-            for name in ("verify", "resize"):
-                if getattr(self, name):
-                    raise ValueError(f"data.{name} is for data.source=image_folder, got data.source={self.source}")
+        if self.val_fraction in (0, 1):
+            raise ValueError(f"data.val_fraction must be between 0 and 1, such as 0.1, got {self.val_fraction}")
+        if self.val_fraction is not None and self.val_root is not None:
+            raise ValueError(
+                f"data.val_fraction={self.val_fraction} and data.val_root={str(self.val_root)!r} both say what is "
+                "validated on: leave one out"
+            )
         if self.resize is not None and self.resize < (self.image_size or 224):
             raise ValueError(
                 f"data.resize={self.resize} must not be below data.image_size={self.image_size or 224}: "
                 "the centre crop would be padded with black"
             )
 
+    def _check_names(self) -> None:
+        """Raise for a source that does not exist, and for an option that it does not read."""
+        for name, known in (("source", _SOURCES), ("label_separator", _SEPARATORS)):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"data.{name} must be one of {', '.join(known)}, got {shown(value)!r}")
+        for name in ("image_column", "label_column"):
+            if (value := getattr(self, name)) is not None and not isinstance(value, str):
+                raise TypeError(f"data.{name} must be the name of a column, got {shown(value)}")
+        if isinstance(self.split_seed, float):
+            raise TypeError(f"data.split_seed must be a whole number, got {self.split_seed}")
+        for name, sources in SOURCES_OF.items():
+            value = getattr(self, name)
+            if value and value != getattr(DataConfig, name) and self.source not in sources:
+                raise ValueError(
+                    f"data.{name} is for data.source={' or '.join(sources)}, got data.source={self.source}"
+                )
+
 
 @dataclass
 class OptimConfig:
-    """Stochastic gradient descent with momentum, its schedule and its regularisation.
+    """The optimiser, its schedule and its regularisation.
 
     Args:
         epochs: Passes over the training images.
-        lr: Highest learning rate.
-        momentum: Momentum.
+        name: sgd (with momentum) or adamw.
+        lr: Highest learning rate; by default 0.1, and 0.001 for adamw. ``ecanet fit --find-lr`` suggests one.
+        momentum: Momentum; for adamw its first beta, the second is 0.999.
         nesterov: Whether momentum is Nesterov's.
-        weight_decay: L2 penalty on every parameter, as in the paper's recipes.
+        weight_decay: L2 penalty on every parameter, as in the paper's recipes, by default 1e-4; for adamw the decay
+            apart from the gradient, by default 0.01.
+        no_decay: Parameters without weight decay: norms, biases, gates, or several with commas between.
+        freeze: Modules and parameters to keep as they are, by name or pattern, with commas between: conv1,layer1.* or
+            '*,!fc', where ! trains what it names after all. Frozen norms keep their statistics, too.
+        gate_lr_scale: The gates' learning rate is lr times this.
+        accumulate: Batches in a step. Its gradient is the mean over their images.
         schedule: step (times gamma every step_epochs), exponential (times gamma every epoch), cosine (to 0), constant.
         step_epochs: Epochs of a step, for the schedule step.
         gamma: Factor of the learning rate, for step and exponential.
-        warmup_epochs: Epochs of linear increase at the start; may be a fraction.
+        warmup_epochs: Epochs of linear increase at the start; may be a fraction. Where they are not below epochs, they
+            are a third of them.
+        early_stopping: Stop after this many epochs in a row in which validation top-1 or mAP does not exceed its best;
+            null is off.
         label_smoothing: Share of the target that is spread over all classes.
         mixup: Alpha of mixup; 0 is off.
         cutmix: Alpha of cutmix; 0 is off. With both on, each step draws one of them.
@@ -122,14 +291,20 @@ class OptimConfig:
     """
 
     epochs: int = 10
-    lr: float = 0.1
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float | None = None
     momentum: float = 0.9
     nesterov: bool = False
-    weight_decay: float = 1e-4
+    weight_decay: float | None = None
+    no_decay: list[str] | str = field(default_factory=list)
+    freeze: list[str] | str = field(default_factory=list)
+    gate_lr_scale: float = 1.0
+    accumulate: int = 1
     schedule: Literal["step", "exponential", "cosine", "constant"] = "cosine"
     step_epochs: int = 30
     gamma: float = 0.1
     warmup_epochs: float = 0.0
+    early_stopping: int | None = None
     label_smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -137,6 +312,8 @@ class OptimConfig:
     ema: float | None = None
 
     def __post_init__(self) -> None:
+        if self.name not in OPTIMISERS:
+            raise ValueError(f"optim.name must be one of {', '.join(OPTIMISERS)}, got {shown(self.name)!r}")
         _check_ranges(
             self,
             "optim",
@@ -144,23 +321,48 @@ class OptimConfig:
             lr=(0, 1e38),
             momentum=(0, 1),
             weight_decay=(0, 1e6),
+            gate_lr_scale=(0, 1e6),
+            accumulate=(1, 2**20),
             step_epochs=(1, 10**6),
             gamma=(0, 1e6),
             warmup_epochs=(0, 1e6),
+            early_stopping=(1, 10**6),
             mixup=(0, 1e3),
             cutmix=(0, 1e3),
             clip_norm=(0, 1e12),
         )
+        self.no_decay = _list_of_names(self.no_decay, "optim.no_decay", NO_DECAY)
+        self.freeze = _list_of_names(self.freeze, "optim.freeze")
         if self.clip_norm == 0:
             raise ValueError("optim.clip_norm must be above 0 or null, got 0")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"optim.label_smoothing must be in [0, 1), got {self.label_smoothing}")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"optim.ema must be between 0 and 1, such as 0.999, or null, got {self.ema}")
+        self._check_momentum()
+
+    def _check_momentum(self) -> None:
+        if self.nesterov and self.name != "sgd":
+            raise ValueError(f"optim.nesterov is for optim.name=sgd, got optim.name={self.name}")
         if self.nesterov and self.momentum == 0:
             raise ValueError("optim.nesterov needs a momentum above 0, got optim.momentum=0")
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"optim.warmup_epochs={self.warmup_epochs} must be below optim.epochs={self.epochs}")
+        if self.name == "adamw" and self.momentum == 1:
+            raise ValueError("optim.momentum must be below 1 for optim.name=adamw, whose first beta it is, got 1")
+
+    @property
+    def rate(self) -> float:
+        """``lr``, or what is usual for the optimiser."""
+        return OPTIMISERS[self.name]["lr"] if self.lr is None else self.lr
+
+    @property
+    def decay(self) -> float:
+        """``weight_decay``, or what is usual for the optimiser."""
+        return OPTIMISERS[self.name]["weight_decay"] if self.weight_decay is None else self.weight_decay
+
+    @property
+    def warmup(self) -> float:
+        """Epochs of warm-up: ``warmup_epochs``, or a third of the epochs where that is not below them."""
+        return self.warmup_epochs if self.warmup_epochs < self.epochs else self.epochs / 3
 
 
 @dataclass
@@ -176,9 +378,12 @@ class TrainerConfig:
             processes a run with the last one is not resumed to the same bits.
         precision: 32-true, bf16-mixed, 16-mixed, 64-true, ...
         channels_last: Memory format of images and convolutions.
+        compile: Compile the network (torch.compile): a slow first step and faster ones.
         checkpoint_steps: Within an epoch, also write last.ckpt after every this many steps; null: only at the end of
             the epoch.
         log_steps: Log the training loss after every this many steps.
+        loggers: csv, tensorboard, wandb (pip install 'ecanet[wandb]'; WANDB_MODE=offline needs no account), or several
+            with commas between; [] for none.
     """
 
     seed: int = 0
@@ -188,13 +393,16 @@ class TrainerConfig:
     strategy: str = "auto"
     precision: str = "32-true"
     channels_last: bool = False
+    compile: bool = False
     checkpoint_steps: int | None = None
     log_steps: int = 50
+    loggers: list[str] | str = field(default_factory=lambda: ["csv", "tensorboard"])
 
     def __post_init__(self) -> None:
         _check_ranges(
             self, "trainer", seed=(0, 2**32 - 1), nodes=(1, 10**4), log_steps=(1, 10**9), checkpoint_steps=(1, 10**9)
         )
+        self.loggers = _list_of_names(self.loggers, "trainer.loggers", LOGGERS)
         if self.devices != "auto":
             _check_ranges(self, "trainer", devices=(-1, 1024))
         if self.accelerator not in _ACCELERATORS:
@@ -234,6 +442,31 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [to_plain(item) for item in value]
     return value
+
+
+def _list_of_names(value: object, what: str, known: Sequence[str] = ()) -> list[str]:
+    """Names from a list, or from a text with commas between, each once.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: a name is empty, or not among those known.
+    """
+    names = value
+    if isinstance(value, str):
+        names = [name.strip() for name in value.split(",")] if value.strip() else []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{what} must be names with commas between, or a list of names, got {shown(value)}")
+    for name in names:
+        if not name or (known and name not in known):
+            wanted = f"of {', '.join(known)}" if known else "names or patterns such as layer1.*"
+            raise ValueError(f"{what} must be some {wanted}, got {shown(name)!r}")
+    return list(dict.fromkeys(names))
+
+
+def with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe of an earlier version, as plain values, with the values that it could not say: then they were these."""
+    recipe = {**recipe, "model": model_of_a_file(recipe["model"], "the recipe")}
+    return {block: {**values, **recipe[block]} for block, values in to_plain(Recipe()).items()}
 
 
 def _check_ranges(config: Any, block: str, **ranges: tuple[float, float]) -> None:

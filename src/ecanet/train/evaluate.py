@@ -1,8 +1,6 @@
 """Validate a trained network, and predict with it."""
 
-import contextlib
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,49 +8,133 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from ecanet.train.average_precision import MeanAveragePrecision
 from ecanet.train.checkpoint import (
     TrainedNetwork,
     load_trained,
 )
 from ecanet.train.classifier import Classifier
-from ecanet.train.config import DataConfig
+from ecanet.train.config import FILE_SOURCES, SOURCES_OF, DataConfig
 from ecanet.train.data.loading import ImageData, Plain, test_transform
-from ecanet.train.data.pictures import image_files, read_image
+from ecanet.train.data.pictures import SUFFIXES, image_files, read_image
+from ecanet.train.progress import Progress
 from ecanet.train.quiet import quiet_lightning
 from ecanet.untrusted import check_file, listed, shown
 
 
-def validate(run: str | Path, data: DataConfig | None = None, accelerator: str = "auto") -> dict[str, float]:
-    """Validation top-1, top-5 (per cent) and loss of a trained network.
+@dataclass
+class Validation:
+    """How good a trained network is, on the whole and in each class.
+
+    Attributes:
+        metrics: ``val/top1``, ``val/top5`` (``val/topN`` with N < 5 classes) in per cent, ``val/loss``. With several
+            labels an image ``val/mAP`` and ``val/loss``.
+        classes: Class names in label order.
+        labels: The class of every validation image, int64 ``(N,)``. With several labels, 0 and 1 ``(N, classes)``.
+        predicted: The most probable class of each, int64 ``(N,)``. With several labels, the probabilities ``(N,
+            classes)``.
+    """
+
+    metrics: dict[str, float]
+    classes: list[str]
+    labels: Tensor
+    predicted: Tensor
+
+    def images(self) -> Tensor:
+        """Validation images of each class, int64 ``(classes,)``."""
+        if self.labels.dim() == 2:
+            return self.labels.sum(0)
+        return torch.bincount(self.labels, minlength=len(self.classes))
+
+    def of_each_class(self) -> Tensor:
+        """Top-1 of each class in per cent, float64 ``(classes,)``; NaN where there are no images.
+
+        With several labels an image it is the average precision.
+        """
+        if self.labels.dim() == 2:
+            metric = MeanAveragePrecision(len(self.classes))
+            metric.update(self.predicted, self.labels)
+            return 100 * metric.of_each_class().double()
+        right = torch.bincount(self.labels[self.labels == self.predicted], minlength=len(self.classes))
+        return 100 * right.double() / self.images()
+
+    def confusion(self) -> Tensor:
+        """How many images of each class (row) were taken for each class (column), int64 ``(classes, classes)``.
+
+        Raises:
+            ValueError: images have several labels, so that none is taken for another.
+        """
+        if self.labels.dim() == 2:
+            raise ValueError("a confusion matrix is for one label an image, and this data has several")
+        count = len(self.classes)
+        return torch.bincount(self.labels * count + self.predicted, minlength=count**2).view(count, count)
+
+
+def validate(
+    run: str | Path, data: DataConfig | None = None, accelerator: str = "auto", build: str | None = None
+) -> Validation:
+    """Validate a trained network.
 
     Args:
         run: A run's folder, which means its best.ckpt, or a checkpoint.
         data: Data to use in place of the run's own; it must have the same classes.
         accelerator: Lightning's accelerator.
+        build: As in :func:`load_trained`.
 
     Returns:
-        ``val/top1``, ``val/top5`` (``val/topN`` with N < 5 classes), ``val/loss``.
+        Top-1, top-5 and loss, and what each image was taken for.
 
     Raises:
         FileNotFoundError: there is no checkpoint, or no data.
         ValueError: the data has other classes than the network.
+
+    Example:
+        >>> validate("runs/fashion").metrics["val/top1"]  # doctest: +SKIP
+        92.57
     """
-    trained = load_trained(run)
-    run = Path(run)
-    images = ImageData(data or data_of(trained, **_root_of(run if run.is_dir() else run.parent)))
+    trained = load_trained(run, build)
+    images = pictures_for(trained, data or data_of_run(run, trained))
+    classifier = _classifier(trained)
+    outcomes = _Outcomes()
+    with quiet_lightning(), Progress() as progress:
+        trainer = _evaluation_trainer(accelerator, progress, outcomes)
+        (metrics,) = trainer.validate(classifier, datamodule=images, verbose=False)
+    return Validation(dict(metrics), trained.classes, torch.cat(outcomes.labels), torch.cat(outcomes.predicted))
+
+
+def pictures_for(trained: TrainedNetwork, data: DataConfig) -> ImageData:
+    """Pictures with the classes of a network.
+
+    Raises:
+        FileNotFoundError: there is no data.
+        ValueError: the data has other classes than the network.
+    """
+    images = ImageData(data)
     if list(images.classes) != trained.classes:
         theirs, own = listed(images.classes, 10), listed(trained.classes, 10)
         raise ValueError(f"the data's classes ({theirs}) are not the network's ({own})")
-    classifier = Classifier(trained.network, len(trained.classes), trained.mean, trained.std)
-    # The progress bar goes to stderr, results to stdout.
-    with quiet_lightning(), contextlib.redirect_stdout(sys.stderr):
-        trainer = _evaluation_trainer(accelerator)
-        (metrics,) = trainer.validate(classifier, datamodule=images, verbose=False)
-    return dict(metrics)
+    if images.multi_label != trained.multi_label:
+        raise ValueError("either the data or the network has several labels an image, and the other has not")
+    return images
+
+
+class _Outcomes(Callback):
+    """Keeps the label of every validation image, and what it was taken for."""
+
+    def __init__(self) -> None:
+        self.labels: list[Tensor] = []
+        self.predicted: list[Tensor] = []
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: int
+    ) -> None:
+        several = batch[1].dim() == 2
+        self.labels.append(batch[1].long().cpu())
+        self.predicted.append((outputs.sigmoid() if several else outputs.argmax(1)).cpu())
 
 
 @dataclass
@@ -62,7 +144,8 @@ class Prediction:
     Attributes:
         image: The file.
         classes: Names of the classes, the most probable first.
-        probabilities: Their probabilities, in 0..1.
+        probabilities: Their probabilities, in 0..1: over all classes they add up to 1, unless the network was trained
+            with several labels an image.
     """
 
     image: Path
@@ -71,7 +154,12 @@ class Prediction:
 
 
 def predict(
-    run: str | Path, images: Sequence[str | Path], top: int = 5, batch_size: int = 64, accelerator: str = "auto"
+    run: str | Path,
+    images: Sequence[str | Path],
+    top: int = 5,
+    batch_size: int = 64,
+    accelerator: str = "auto",
+    build: str | None = None,
 ) -> list[Prediction]:
     """Classify image files.
 
@@ -81,6 +169,7 @@ def predict(
         top: Number of classes to name for an image.
         batch_size: Images in a batch.
         accelerator: Lightning's accelerator.
+        build: As in :func:`load_trained`.
 
     Raises:
         FileNotFoundError: there is no checkpoint, no such image, or no image in a folder.
@@ -89,13 +178,12 @@ def predict(
     if top < 1:
         raise ValueError(f"top must be 1 or more, got {top}")
     files = _image_files(images)
-    trained = load_trained(run)
-    pictures = Plain(_ImageFiles(files), test_transform(data_of(trained, source="image_folder", root=Path())))
-    classifier = Classifier(trained.network, len(trained.classes), trained.mean, trained.std)
+    trained = load_trained(run, build)
+    pictures = as_seen(trained, files)
+    classifier = _classifier(trained)
     loader = DataLoader(pictures, batch_size, collate_fn=_images_only)
-    # The progress bar goes to stderr, results to stdout.
-    with quiet_lightning(), contextlib.redirect_stdout(sys.stderr):
-        batches = _evaluation_trainer(accelerator).predict(classifier, loader)
+    with quiet_lightning(), Progress() as progress:
+        batches = _evaluation_trainer(accelerator, progress).predict(classifier, loader)
     assert batches is not None
     probabilities = torch.cat([batch for batch in batches if isinstance(batch, Tensor)])
     values, indices = probabilities.topk(min(top, len(trained.classes)))
@@ -105,49 +193,78 @@ def predict(
     ]
 
 
+def as_seen(trained: TrainedNetwork, files: Sequence[Path]) -> Plain:
+    """Image files as the network sees them before normalisation: pairs of a uint8 image ``(3, H, W)`` and -1."""
+    return Plain(_ImageFiles(files), test_transform(data_of(trained, source="image_folder", root=Path())))
+
+
 #: Limit on the size of ``recipe.json``, in bytes; those of this library have 2 kB.
 _MAX_RECIPE_BYTES = 2**16
 
 
+def data_of_run(run: str | Path, trained: TrainedNetwork) -> DataConfig:
+    """The pictures of a run, where its folder says that they are.
+
+    Raises:
+        ValueError: as :func:`data_of`; or the folder's recipe is damaged.
+    """
+    run = Path(run)
+    return data_of(trained, **_root_of(run if run.is_dir() else run.parent))
+
+
 def _root_of(folder: Path) -> dict[str, Path]:
-    """The folder of pictures that the recipe in a run's folder names, if it exists."""
+    """Where the recipe in a run's folder says that the pictures are, if they are there."""
     path = folder / "recipe.json"
     if not path.is_file():
         return {}
     check_file(path, _MAX_RECIPE_BYTES)
     try:
-        root = json.loads(path.read_text(encoding="utf-8"))["data"]["root"]
+        data = json.loads(path.read_text(encoding="utf-8"))["data"]
+        roots = {"root": data["root"], "val_root": data.get("val_root")}
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}): delete it, and give --root FOLDER") from error
-    return {"root": Path(root)} if isinstance(root, str) and Path(root).is_dir() else {}
+    return {name: Path(root) for name, root in roots.items() if isinstance(root, str) and Path(root).exists()}
 
 
 def data_of(trained: TrainedNetwork, **changes: Any) -> DataConfig:
-    """The pictures as a network saw them in training. Their folder comes from the caller, not from its checkpoint.
+    """The pictures as a network saw them in training. Where they are comes from the caller, not from its checkpoint.
+
+    Args:
+        trained: The network.
+        changes: Fields of :class:`DataConfig`. With ``val_root`` alone, these pictures are validated on, all of them.
 
     Raises:
-        ValueError: it was trained on a folder of images, and none is given.
+        ValueError: it was trained on pictures in files, and the caller does not say where they are.
     """
     stored = dict(trained.recipe["data"])
-    if changes.get("source") == "image_folder" and stored["source"] != "image_folder":
+    source = changes.get("source", stored["source"])
+    if source in FILE_SOURCES and stored["source"] not in FILE_SOURCES:
         # The files are resized to what the network saw, without a margin to crop.
         size = stored["image_size"] or 28
-        changes |= {"image_size": size, "resize": size}
+        changes = {"image_size": size, "resize": size} | changes
+    if "val_root" in changes:
+        stored.pop("val_fraction")
+        changes = {"root": changes["val_root"]} | changes
+    stored = {name: value for name, value in stored.items() if source in SOURCES_OF.get(name, (source,))}
     wanted = stored | changes
-    if wanted["source"] == "image_folder" and "root" not in wanted:
+    if source in FILE_SOURCES and "root" not in wanted:
         raise ValueError(
-            "the network was trained on a folder of images, and its checkpoint does not say where they are: give the "
-            "folder, on the command line --root FOLDER"
+            "the network was trained on a folder or table of images, and its checkpoint does not say where they are: "
+            "give it, on the command line --root FOLDER"
         )
-    if wanted["source"] != "image_folder":
-        wanted["resize"] = None
     return DataConfig(**wanted)
 
 
-def _evaluation_trainer(accelerator: str) -> L.Trainer:
+def _classifier(trained: TrainedNetwork) -> Classifier:
+    return Classifier(trained.network, len(trained.classes), trained.mean, trained.std, multi_label=trained.multi_label)
+
+
+def _evaluation_trainer(accelerator: str, *callbacks: Callback) -> L.Trainer:
     return L.Trainer(
         accelerator=accelerator,
         devices=1,
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -175,7 +292,7 @@ def _image_files(images: Sequence[str | Path]) -> list[Path]:
         if path.is_dir():
             found = sorted(map(Path, image_files(path)))
             if not found:
-                suffixes = ", ".join(IMG_EXTENSIONS)
+                suffixes = ", ".join(SUFFIXES)
                 raise FileNotFoundError(f"no image in the folder {shown(path, 300)}: expected {suffixes}")
             files += found
         elif path.exists():

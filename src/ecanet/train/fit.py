@@ -1,38 +1,33 @@
 """Train by a recipe, or resume a run."""
 
 import contextlib
-import itertools
 import json
 import signal
-import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ecanet.files.atomic import remove_partial_files
-from ecanet.train.checkpoint import (
-    ABOUT_KEY,
-    SafeCheckpointIO,
-    SaveCheckpoints,
-    build_network,
-    without_weights_file,
-)
+from ecanet.train.checkpoint import SafeCheckpointIO, SaveCheckpoints
 from ecanet.train.classifier import Classifier
-from ecanet.train.config import Recipe, to_plain
-from ecanet.train.data.loading import ImageData
+from ecanet.train.config import ModelConfig, Recipe, to_plain
+from ecanet.train.data.loading import ImageData, image_size_of
+from ecanet.train.history import History
+from ecanet.train.loggers import build_loggers, logging_to
+from ecanet.train.networks import build_network, without_insertion_file, without_weights_file
 from ecanet.train.processes import EndTogether
+from ecanet.train.progress import Progress
 from ecanet.train.quiet import quiet_lightning
-from ecanet.train.resume import Resumed, last_state, made_by, what_decides
+from ecanet.train.resume import Resumed, last_state, made_by
 from ecanet.train.run_folder import FILES_OF_A_RUN, RunFolder, how_to_go_on
-from ecanet.untrusted import shown
 
 
 @dataclass
@@ -40,11 +35,11 @@ class FitResult:
     """The result of a finished training run.
 
     Attributes:
-        top1: Validation top-1 after the last epoch, in per cent.
+        top1: Validation top-1 after the last epoch, in per cent; mean average precision if images have several labels.
         best_top1: The highest of all epochs.
         history: One record for each epoch: ``epoch``, ``val/top1``, ``val/top5`` (with fewer than 5 classes
-            ``val/topN``), ``val/loss``, ``train/loss``, ``seconds``. The last two are those of the first process since
-            its last start.
+            ``val/topN``) or ``val/mAP``, ``val/loss``, ``train/loss``, ``seconds``. The last two are those of the first
+            process since its last start.
         folder: Folder of best.ckpt, last.ckpt and the logs; None if nothing was written.
         versions: Versions of ecanet and torch, the kind of device, whose kernels ran, and the threads of a CPU; several
             if they changed during the run.
@@ -71,10 +66,11 @@ def fit(
 
     Args:
         recipe: Network, data, optimisation and machine.
-        out: Folder for best.ckpt, last.ckpt, recipe.json and logs (CSV and TensorBoard); None writes nothing.
+        out: Folder for best.ckpt, last.ckpt, recipe.json, metrics.csv (a row for each epoch) and the logs of
+            ``trainer.loggers``; None writes nothing.
         resume: Go on from ``out/last.ckpt``; if there is none, start from the beginning. A larger ``optim.epochs``
             extends a run.
-        progress: Show progress bars.
+        progress: Print a line for each epoch and, on a terminal, show a bar.
         on_epoch: Called with every epoch's record.
 
     Returns:
@@ -91,11 +87,19 @@ def fit(
         RuntimeError: another process of the run ended; the message says how to go on.
 
     Warns:
-        UserWarning: the run goes on with other versions, kernels or threads than it started with.
+        UserWarning: the run goes on with other versions, kernels or threads than it started with; or its warm-up is
+            shortened, as the recipe has too few epochs for it.
 
     Example:
         >>> fit(Recipe(optim=OptimConfig(epochs=1)), out="runs/try").top1  # doctest: +SKIP
     """
+    recipe = replace(recipe, model=without_insertion_file(recipe.model))
+    if recipe.optim.warmup != recipe.optim.warmup_epochs and getattr(rank_zero_only, "rank", 0) == 0:
+        warnings.warn(
+            f"optim.warmup_epochs={recipe.optim.warmup_epochs:g} is not below optim.epochs={recipe.optim.epochs}: the "
+            f"warm-up takes {recipe.optim.warmup:.2g} epochs",
+            stacklevel=2,
+        )
     with quiet_lightning():
         if out is None:
             return _fit(recipe, None, None, progress, on_epoch)
@@ -114,17 +118,20 @@ def _fit(
     if resumed is not None:  # the weights file it started from may be gone; the recipe still names it
         recipe = replace(recipe, model=replace(recipe.model, weights=resumed.recipe["model"].get("weights")))
         network_config = without_weights_file(recipe.model)
-    history = _History(recipe, resumed, on_epoch)
+    history = History(recipe, folder, resumed, on_epoch)
     callbacks: list[Callback] = [history]
     if recipe.optim.ema is not None:
-        # The average covers buffers too; BatchNorm's statistics are averages anyway.
-        callbacks.append(EMAWeightAveraging(decay=recipe.optim.ema))
+        # The average covers buffers too; BatchNorm's statistics are averages anyway. What is frozen stays: a sum of
+        # fractions, as in EMAWeightAveraging, would round.
+        callbacks.append(WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(recipe.optim.ema)))
+    shown = Progress(lambda: history.records)
     if progress:
-        callbacks.append(_ProgressBar())
+        callbacks.append(shown)
     if folder:
         callbacks.append(SaveCheckpoints(folder, recipe.trainer.checkpoint_steps))
     try:
-        trainer = _build_trainer(recipe, callbacks, _build_loggers(folder.path) if folder else [], progress)
+        loggers = build_loggers(recipe.trainer.loggers, folder.path) if folder else []
+        trainer = _build_trainer(recipe, callbacks, loggers)
     except MisconfigurationException as error:
         raise ValueError(f"the trainer block does not fit this machine: {error}") from error
     _check_launcher(trainer)
@@ -132,44 +139,64 @@ def _fit(
     trainer.callbacks.append(together)  # type: ignore[attr-defined]
     try:
         # Reading the pictures may take long, and another process may end meanwhile.
-        with folder.errors_named() if folder else contextlib.nullcontext(), together:
+        with folder.errors_named() if folder else contextlib.nullcontext(), together, shown:
             # This seeds the global generators, for the initial weights and Lightning's workers.
             L.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
             data = history.data = ImageData(recipe.data, recipe.trainer.seed)
+            if resumed is None or recipe.data.verify:
+                data.verify(trainer.is_global_zero)
             history.made_by = made_by(trainer, data, resumed)
-            steps = data.steps_per_epoch(trainer.world_size)
-            trainer.log_every_n_steps = min(trainer.log_every_n_steps, steps)  # type: ignore[attr-defined]
-            classifier = Classifier(
-                build_network(network_config, len(data.classes)),
-                len(data.classes),
-                data.mean,
-                data.std,
-                recipe.optim,
-                steps,
-                recipe.trainer.seed,
-                recipe.trainer.channels_last,
-            )
+            classifier = build_classifier(recipe, network_config, data, trainer.world_size, is_new=resumed is None)
+            trainer.log_every_n_steps = min(trainer.log_every_n_steps, classifier.steps_per_epoch)  # type: ignore[attr-defined]
             if folder and trainer.is_global_zero:
                 remove_partial_files(folder.path, FILES_OF_A_RUN)
                 folder.write_file("recipe.json", json.dumps(to_plain(recipe), indent=2) + "\n")
-            trainer.fit(classifier, datamodule=data, ckpt_path=None if resumed is None else resumed.path)
+            with logging_to(trainer.loggers):
+                trainer.fit(classifier, datamodule=data, ckpt_path=None if resumed is None else resumed.path)
     except (KeyboardInterrupt, SystemExit) as interrupted:
         if folder and trainer.is_global_zero:
             print(f"Interrupted: {how_to_go_on(folder.path)}.", flush=True)
-        if isinstance(interrupted, KeyboardInterrupt):
+        if not isinstance(interrupted, SystemExit) or isinstance(interrupted.__context__, KeyboardInterrupt):
             raise
-        # Lightning turns Ctrl-C into SystemExit(1), and SIGTERM into one with exit status 0.
-        if isinstance(interrupted.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from interrupted
+        # Lightning turns SIGTERM into an exit status of 0.
         raise SystemExit(interrupted.code or 128 + signal.SIGTERM) from interrupted
     records = history.records
-    best = max(record["val/top1"] for record in records)
+    reached = [record[classifier.monitor] for record in records]
     versions = history.made_by["versions"]
-    return FitResult(records[-1]["val/top1"], best, records, folder.path if folder else None, versions)
+    return FitResult(reached[-1], max(reached), records, folder.path if folder else None, versions)
+
+
+def build_classifier(
+    recipe: Recipe, network: ModelConfig, data: ImageData, processes: int, is_new: bool = True
+) -> Classifier:
+    """A network, with what trains it by a recipe.
+
+    Args:
+        recipe: The recipe.
+        network: What to build, in place of the recipe's own ``model`` block.
+        data: The pictures.
+        processes: Number of processes.
+        is_new: Whether to check that a network of another library classifies these pictures.
+
+    Raises:
+        TypeError, ValueError: the network cannot be built, or ``optim.freeze`` does not fit it.
+    """
+    return Classifier(
+        build_network(network, len(data.classes), image_size_of(recipe.data) if is_new else None),
+        len(data.classes),
+        data.mean,
+        data.std,
+        recipe.optim,
+        data.batches_per_epoch(processes),
+        recipe.trainer.seed,
+        recipe.trainer.channels_last,
+        data.multi_label,
+        recipe.trainer.compile,
+    )
 
 
 def _build_trainer(
-    recipe: Recipe, callbacks: list[Callback], loggers: list[Logger], progress: bool, strategy: str | None = None
+    recipe: Recipe, callbacks: list[Callback], loggers: list[Logger], strategy: str | None = None
 ) -> L.Trainer:
     config = recipe.trainer
     trainer = L.Trainer(
@@ -180,12 +207,13 @@ def _build_trainer(
         precision=config.precision,  # type: ignore[arg-type]
         max_epochs=recipe.optim.epochs,
         gradient_clip_val=recipe.optim.clip_norm,
+        accumulate_grad_batches=recipe.optim.accumulate,
         callbacks=callbacks,
         logger=loggers or False,
         plugins=[SafeCheckpointIO()],
         use_distributed_sampler=False,
         enable_checkpointing=any(isinstance(callback, SaveCheckpoints) for callback in callbacks),
-        enable_progress_bar=progress,
+        enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
         log_every_n_steps=config.log_steps,
@@ -193,7 +221,7 @@ def _build_trainer(
     if trainer.world_size > 2 and strategy is None and config.strategy in ("auto", "ddp"):
         # Otherwise DDP reorders its buckets after the first step. The order in which three or more gradients are summed
         # would differ in a resumed run, and so would the bits.
-        return _build_trainer(recipe, callbacks, loggers, progress, "ddp_find_unused_parameters_true")
+        return _build_trainer(recipe, callbacks, loggers, "ddp_find_unused_parameters_true")
     return trainer
 
 
@@ -205,102 +233,3 @@ def _check_launcher(trainer: L.Trainer) -> None:
             f"trainer.devices={trainer.num_devices} needs a script or the command line, where each process starts "
             "from the beginning: in a notebook use trainer.devices=1"
         )
-
-
-def _build_loggers(folder: Path) -> list[Logger]:
-    # Every start of the run gets its own folder, so that a resumed run leaves the earlier logs as they are.
-    sessions = (f"session_{i}" for i in itertools.count())
-    name = next(session for session in sessions if not (folder / "logs" / session).exists())
-    return [CSVLogger(folder, "logs", name), TensorBoardLogger(folder, "logs", name)]
-
-
-class _History(Callback):
-    """Collects a record of each epoch; writes the records and all that rebuilds the network into every checkpoint."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        resumed: Resumed | None,
-        on_epoch: Callable[[dict[str, float]], None] | None,
-    ) -> None:
-        self.recipe, self.resumed, self.on_epoch = recipe, resumed, on_epoch
-        self.data: ImageData
-        self.made_by: dict[str, Any]
-        self.records: list[dict[str, float]] = []
-        self._start = 0.0
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check that all processes have the same data and recipe: otherwise they would hang or mix up the classes."""
-        images = {"training images": self.data.training_images, "validation images": self.data.validation_images}
-        _check_same(trainer, {**images, "classes": list(self.data.classes)}, "pictures (data.root)")
-        _check_same(trainer, what_decides(to_plain(self.recipe)), "command")
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check that all processes start at the same step; set the learning rate of an extended run's first step."""
-        _check_same(trainer, {"step": trainer.global_step}, "--out, on a file system that they share")
-        if self.resumed is not None and self.resumed.is_extended:  # its rate was computed for fewer epochs
-            for config in trainer.lr_scheduler_configs:
-                scheduler: Any = config.scheduler
-                for group, base, factor in zip(
-                    scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-                ):
-                    group["lr"] = base * factor(scheduler.last_epoch)
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._start = time.perf_counter()
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn != "fit":
-            return
-        metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
-        self.records.append({"epoch": trainer.current_epoch + 1, **metrics})
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        record = self.records[-1]
-        record["train/loss"] = float(trainer.callback_metrics["train/loss_epoch"])
-        record["seconds"] = time.perf_counter() - self._start
-        if self.on_epoch:
-            self.on_epoch(record)
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[ABOUT_KEY] = {
-            "recipe": to_plain(self.recipe),
-            "classes": list(self.data.classes),
-            "mean": list(self.data.mean),
-            "std": list(self.data.std),
-            "history": [dict(record) for record in self.records],
-            "made_by": self.made_by,
-        }
-
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.records = checkpoint[ABOUT_KEY]["history"]
-
-
-def _check_same(trainer: L.Trainer, own: dict[str, Any], what: str) -> None:
-    """Raise ValueError if a process has other values than the first one."""
-    first = trainer.strategy.broadcast(own)
-    for name, value in first.items():
-        if value != own[name]:
-            others = f"{shown(repr(own[name]), 200)}, and the first one {shown(repr(value), 200)}"
-            raise ValueError(f"process {trainer.global_rank} has {name} {others}: all need the same {what}")
-
-
-class _ProgressBar(TQDMProgressBar):
-    """Lightning's progress bar of an epoch, with the time left for the whole run."""
-
-    _begun = 0.0
-    _first_step = 0
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self._begun, self._first_step = time.perf_counter(), trainer.global_step
-
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        done = trainer.global_step - self._first_step
-        if done and trainer.training:
-            total = int(trainer.num_training_batches) * int(trainer.max_epochs or 0)
-            seconds = (time.perf_counter() - self._begun) / done * (total - trainer.global_step)
-            metrics["run left"] = str(timedelta(seconds=round(seconds)))
-        return metrics

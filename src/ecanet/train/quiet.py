@@ -6,13 +6,17 @@ import warnings
 
 
 class quiet_lightning:  # noqa: N801
-    """Hides Lightning's advertisements, advice that does not apply here, and tracebacks of loading processes."""
+    """Hides Lightning's advertisements, advice that does not apply here, and tracebacks of loading processes.
+
+    Ctrl-C stays a KeyboardInterrupt.
+    """
 
     _irrelevant = (
         "does not have many workers",  # images in memory need none
         "The number of training batches",  # small data
         "You defined a `validation_step` but have no `val_dataloader`",
         "find_unused_parameters=True was specified in DDP constructor",  # it is set for the order of the buckets
+        "Found \\d+ module\\(s\\) in eval mode",  # frozen norms
         "Experiment logs directory",
         "Checkpoint directory",
         "You're resuming from a checkpoint that ended before the epoch ended",  # ImageData takes care of it
@@ -33,6 +37,8 @@ class quiet_lightning:  # noqa: N801
         for logger, level in zip(self._loggers, self._levels, strict=True):
             logger.setLevel(level)
         self._catch.__exit__(None, None, None)
+        if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error  # Lightning turns Ctrl-C into exit status 1
         kinds = (OSError, TypeError, ValueError, RuntimeError, LookupError, ArithmeticError)
         if isinstance(error, kinds) and str(error).startswith("Caught "):
             # torch raises an error of a loading process again, with the traceback in its message.

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, get_type_hints
 
 import yaml
 
-from ecanet.train.config import Recipe
+from ecanet.train.config import Recipe, model_of_a_file
 from ecanet.untrusted import check_file, check_plain, listed, shown
 
 #: Limit on a file's size, in bytes; the recipes of this repository have 1 kB.
@@ -49,13 +49,17 @@ for _tag, _pattern, _first in (
 
 #: Fields that may be text: paths, and names that the block checks.
 _TEXTS = {
-    *("model.name", "model.gate", "model.kernel_size", "model.weights", "data.source", "data.root", "data.augment"),
-    *("optim.schedule", "trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.precision"),
+    *("model.name", "model.gate", "model.kernel_size", "model.where", "model.weights", "data.source", "data.root"),
+    *("data.augment", "data.val_root", "data.image_column", "data.label_column", "data.label_separator"),
+    *("optim.name", "optim.no_decay", "optim.freeze", "optim.schedule"),
+    *("trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.precision", "trainer.loggers"),
 }
-#: Of these the ones that may be any text: a folder or a file may have any name.
-_PATHS = {"data.root", "model.weights"}
+#: Of these the ones that may be any text: a folder or a file may have any name, a pattern has stars.
+_PATHS = {"data.root", "data.val_root", "model.weights", "optim.freeze"}
 #: A text that is a name, and not YAML that the parser could read a second time.
 _NO_YAML = re.compile(r"[^\[\]{}&*!|>\n]*")
+#: The same for a name or a pattern of modules.
+_PATTERN = re.compile(r"[\w.*?-]*")
 
 
 def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
@@ -80,7 +84,7 @@ def load_plain(text: str) -> Any:
 NOT_PLAIN = (yaml.YAMLError, ValueError, ArithmeticError, RecursionError)
 
 
-def read_recipe(path: str | Path) -> dict[str, dict[str, Any]]:
+def read_recipe(path: str | Path, build: bool = False) -> dict[str, dict[str, Any]]:
     """Read a recipe: blocks of names and plain values.
 
     Nothing in it is built, called or followed. Anchors, tags and ``class_path`` are refused before they have an effect,
@@ -88,6 +92,7 @@ def read_recipe(path: str | Path) -> dict[str, dict[str, Any]]:
 
     Args:
         path: The file.
+        build: Leave out its ``model.build``, which is otherwise refused: the user says another one.
 
     Returns:
         The blocks among ``model``, ``data``, ``optim`` and ``trainer`` that it has.
@@ -101,8 +106,9 @@ def read_recipe(path: str | Path) -> dict[str, dict[str, Any]]:
         0.1
     """
     recipe = read_plain(path, "recipe")
-    check_blocks(recipe, shown(str(path), 200))
-    return recipe
+    if build and isinstance(recipe, dict) and isinstance(recipe.get("model"), dict):
+        recipe["model"].pop("build", None)
+    return check_blocks(recipe, shown(str(path), 200))
 
 
 def read_plain(path: str | Path, kind: str) -> Any:
@@ -141,15 +147,19 @@ def _check_events(text: str) -> None:
             raise ValueError("it holds more than one document")
 
 
-def check_blocks(recipe: object, source: str) -> None:
-    """Raise ValueError unless this is a recipe: blocks of known names and plain values.
+def check_blocks(recipe: object, source: str) -> dict[str, dict[str, Any]]:
+    """The recipe that a file holds: blocks of known names and plain values, with the names that these have now.
 
     Args:
         recipe: What a file says.
         source: Where, for the message.
+
+    Raises:
+        ValueError: it is something else.
     """
     if not isinstance(recipe, dict):
         raise ValueError(f"{source} is no recipe: it must hold the blocks {', '.join(_BLOCKS)}, got {shown(recipe)}")
+    checked = {}
     for block, values in recipe.items():
         if block == "class_path":
             raise ValueError(_no_class_path(source))
@@ -160,17 +170,34 @@ def check_blocks(recipe: object, source: str) -> None:
         known = _BLOCKS[block]
         if "class_path" in values:
             raise ValueError(_no_class_path(f"{source}: {block}"))
+        if block == "model":
+            values = _checked_model(values, source)
         if unknown := [name for name in values if name not in known]:
             raise ValueError(f"{source}: {block} has no {listed(map(str, unknown), 5)}; it has {', '.join(known)}")
         for name, value in values.items():
-            where = f"{source}: {block}.{name}"
-            if name == "options":
-                _check_options(value, where)
-                continue
-            _check_plain_value(value, where)
-            key = f"{block}.{name}"
-            if isinstance(value, str) and key not in _PATHS and not (key in _TEXTS and _NO_YAML.fullmatch(value)):
-                raise ValueError(f"{where} cannot be this text, got {shown(value)!r}")
+            _check_value(f"{block}.{name}", value, f"{source}: {block}.{name}")
+        checked[block] = values
+    return checked
+
+
+def _checked_model(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """The block ``model`` with the names that its values have now; it names no function to call."""
+    if values.get("build") is not None:
+        raise ValueError(
+            f"{source}: model.build is never taken from a file, which could call any function: if you trust it, say it "
+            f"yourself, --model.build {shown(values['build'])}"
+        )
+    return model_of_a_file(values, source)
+
+
+def _check_value(key: str, value: object, where: str) -> None:
+    if key == "model.options":
+        _check_options(value, where)
+        return
+    _check_plain_value(value, where)
+    allowed = _PATTERN if key == "model.where" else _NO_YAML
+    if isinstance(value, str) and key not in _PATHS and not (key in _TEXTS and allowed.fullmatch(value)):
+        raise ValueError(f"{where} cannot be this text, got {shown(value)!r}")
 
 
 def _check_options(options: object, where: str) -> None:
@@ -222,7 +249,7 @@ def with_own_recipe(args: list[str], out: str | Path) -> list[str]:
     if needs_no_own_recipe and not os.path.lexists(own):
         return args
     try:
-        return ["--config", for_parser(read_recipe(own)), *args]
+        return ["--config", for_parser(read_recipe(own, "--model.build" in words)), *args]
     except (OSError, ValueError) as error:
         raise type(error)(
             f"{error}; it should hold the recipe of the run there: pass that recipe with --config"
@@ -240,6 +267,7 @@ def with_recipes_read(args: list[str]) -> list[str]:
         FileNotFoundError, ValueError: as in :func:`read_recipe`; or an option names a class.
     """
     result: list[str] = []
+    build = any(word.partition("=")[0] == "--model.build" for word in args)
     words = iter(args)
     for word in words:
         name, equals, value = word.partition("=")
@@ -250,13 +278,12 @@ def with_recipes_read(args: list[str]) -> list[str]:
         if name != "--config" or (not equals and (value := next(words, "")) == ""):
             result.append(word)
             continue
-        result += ["--config", for_parser(read_recipe(value))]
+        result += ["--config", for_parser(read_recipe(value, build))]
     return result
 
 
 def for_parser(recipe: dict[str, dict[str, Any]]) -> str:
-    """A recipe as JSON whose folder the parser, which reads texts again as YAML, takes for no number and no null."""
-    root = recipe.get("data", {}).get("root")
-    if isinstance(root, str):
-        recipe = recipe | {"data": recipe["data"] | {"root": os.path.join(".", root)}}
-    return json.dumps(recipe)
+    """A recipe as JSON whose folders the parser, which reads texts again as YAML, takes for no number and no null."""
+    data = recipe.get("data", {})
+    roots = {name: os.path.join(".", data[name]) for name in ("root", "val_root") if isinstance(data.get(name), str)}
+    return json.dumps(recipe | {"data": data | roots} if roots else recipe)

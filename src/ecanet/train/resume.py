@@ -3,7 +3,8 @@
 import math
 import os
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ from torch import Tensor
 import ecanet
 from ecanet.ops.backend import choose
 from ecanet.train.checkpoint import ABOUT_KEY, SaveCheckpoints, check_about, read_checkpoint
-from ecanet.train.config import Recipe, to_plain
+from ecanet.train.classifier import Classifier
+from ecanet.train.config import OPTIMISERS, OptimConfig, Recipe, to_plain, with_defaults
 from ecanet.train.data.loading import ImageData
-from ecanet.untrusted import check_number, shown
+from ecanet.untrusted import check_number, listed, shown
 
 #: Keys that may change when a run is resumed, since they do not change what is computed. The total number of processes
 #: is checked separately.
-_WITHOUT_EFFECT = {"data.root", "data.download", "data.verify", "data.workers", "trainer.log_steps"}
-_WITHOUT_EFFECT |= {"trainer.checkpoint_steps", "model.weights", "trainer.devices", "trainer.nodes"}
+_WITHOUT_EFFECT = {"data.root", "data.val_root", "data.download", "data.verify", "data.workers", "trainer.log_steps"}
+_WITHOUT_EFFECT |= {"trainer.loggers", "trainer.checkpoint_steps", "model.weights", "trainer.devices", "trainer.nodes"}
 #: The numbers besides the recipe that the result depends on.
 _COUNTS = ("processes", "batch_size", "images")
 
@@ -36,7 +38,7 @@ class Resumed:
         recipe: The recipe that the run was started with, as plain values.
         classes: Its classes.
         made_by: What else its result depends on: ``processes``, ``batch_size``, ``images`` and ``versions``.
-        is_finished: Whether it has done all epochs of that recipe.
+        is_finished: Whether it has done all epochs of that recipe, or stopped early.
         is_extended: Whether it has to do more epochs than that.
     """
 
@@ -75,7 +77,7 @@ def last_state(recipe: Recipe, last: Path, resume: bool) -> Resumed | None:
     checkpoint = read_checkpoint(last)
     check_resumable(checkpoint, last)
     about = checkpoint[ABOUT_KEY]
-    before, now = what_decides(about["recipe"]), what_decides(to_plain(recipe))
+    before, now = what_decides(with_defaults(about["recipe"])), what_decides(to_plain(recipe))
     epochs = before.pop("optim.epochs")
     del now["optim.epochs"]
     changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
@@ -85,25 +87,97 @@ def last_state(recipe: Recipe, last: Path, resume: bool) -> Resumed | None:
             f"cannot resume {last.parent} with another recipe ({shown(what, 1000)}): use the one that it was started "
             "with, or start again in another --out"
         )
-    done = len(about["history"])
-    _check_epochs(last.parent, done, epochs, recipe)
+    done, stopped = len(about["history"]), stops_early(recipe.optim, about["history"])
+    _check_epochs(last.parent, done, epochs, recipe.optim, stopped)
     extended = recipe.optim.epochs > epochs
     made_before = {key: about["made_by"][key] for key in (*_COUNTS, "versions")}
-    return Resumed(last, about["recipe"], about["classes"], made_before, done >= epochs, extended)
+    return Resumed(last, about["recipe"], about["classes"], made_before, done >= epochs or stopped, extended)
 
 
-def _check_epochs(folder: Path, done: int, before: int, recipe: Recipe) -> None:
+def stops_early(optim: OptimConfig, history: Sequence[Mapping[str, float]]) -> bool:
+    """Whether a run ends after these epochs because its accuracy has not risen for ``optim.early_stopping`` of them.
+
+    Example:
+        >>> history = [{"val/top1": value} for value in (50, 60, 60, 55)]
+        >>> [stops_early(OptimConfig(early_stopping=epochs), history) for epochs in (1, 2, 3)]
+        [True, True, False]
+    """
+    accuracies = [record["val/mAP" if "val/mAP" in record else "val/top1"] for record in history]
+    if optim.early_stopping is None or not accuracies:
+        return False
+    return len(accuracies) - 1 - accuracies.index(max(accuracies)) >= optim.early_stopping
+
+
+def _check_epochs(folder: Path, done: int, before: int, optim: OptimConfig, stopped: bool) -> None:
     """Raise ValueError if a run cannot have the number of epochs that its recipe now says."""
-    now = recipe.optim.epochs
+    now = optim.epochs
     if now == before:
         return
     if now < done:
         raise ValueError(f"cannot resume {folder} with optim.epochs={now}: it has done {done} already")
-    if recipe.optim.schedule == "cosine" and done < before:
+    if stopped:
         raise ValueError(
-            f"cannot resume {folder} with optim.epochs={now}: it has done {done} of {before} epochs of a cosine, and "
+            f"cannot resume {folder} with optim.epochs={now}: it stopped early, after {done} of {before} epochs. Start "
+            "again in another --out, with a larger optim.early_stopping"
+        )
+    if optim.schedule == "cosine":
+        what = "a cosine"
+    elif replace(optim, epochs=before).warmup != optim.warmup:
+        what = "a schedule whose warm-up depends on them"
+    else:
+        return
+    if done < before:
+        raise ValueError(
+            f"cannot resume {folder} with optim.epochs={now}: it has done {done} of {before} epochs of {what}, and "
             f"its learning rates would change. Let it finish with optim.epochs={before}; then it can be extended"
         )
+
+
+def check_same_training(checkpoint: dict[str, Any], classifier: Classifier) -> None:
+    """Check an optimiser's state, and put what follows from the recipe in place of what else the checkpoint says of it.
+
+    A checkpoint also holds rates, decays and switches of the optimiser and its schedule, which would override the
+    recipe's. They are computed again from the recipe and the number of steps.
+
+    Args:
+        checkpoint: The checkpoint, which is changed.
+        classifier: What goes on.
+
+    Raises:
+        ValueError: the state belongs to another optimiser, or other parameters, or its values cannot be right.
+    """
+    made: Any = classifier.configure_optimizers()
+    optimizer, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
+    groups, steps = optimizer.state_dict()["param_groups"], checkpoint["global_step"]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    (held,) = checkpoint["optimizer_states"]
+    if [group["params"] for group in held["param_groups"]] != [group["params"] for group in groups]:
+        raise ValueError("its optimizer has other groups of parameters")
+    for index, state in held["state"].items():
+        if type(index) is not int or not 0 <= index < len(parameters):
+            raise ValueError(f"its optimizer has a parameter {shown(index)}, and there are {len(parameters)}")
+        if (problem := _problem_with_state(state, parameters[index], classifier.optim, steps)) is not None:
+            raise ValueError(f"its optimizer's state of parameter {index} {problem}")
+    rates = [base * factor(steps) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    held["param_groups"] = [{**group, "lr": rate} for group, rate in zip(groups, rates, strict=True)]
+    now = {"last_epoch": steps, "_step_count": steps + 1, "_last_lr": rates}
+    checkpoint["lr_schedulers"] = [{**schedule.state_dict(), **now}]
+
+
+def _problem_with_state(state: dict[Any, Any], parameter: Tensor, optim: OptimConfig, steps: int) -> str | None:
+    known = {"step", "exp_avg", "exp_avg_sq"} if optim.name == "adamw" else {"momentum_buffer"}
+    if state.keys() != (known if optim.name == "adamw" or optim.momentum else set()):
+        return f"is not that of {optim.name}: it has {listed(map(str, state), 5) or 'nothing'}"
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return f"has no floating-point tensor {name}"
+        if value.shape != (torch.Size() if name == "step" else parameter.shape):
+            return f"has a {name} of shape {tuple(value.shape)}, and the parameter has {tuple(parameter.shape)}"
+        if not value.isfinite().all() or (name != "momentum_buffer" and name != "exp_avg" and value.min() < 0):
+            return f"has a {name} with values that cannot be"
+        if name == "step" and not 1 <= float(value) <= steps:
+            return f"counts {float(value):g} steps, and the run has done {steps}"
+    return None
 
 
 def made_by(trainer: L.Trainer, data: ImageData, resumed: Resumed | None) -> dict[str, Any]:
@@ -176,6 +250,8 @@ def _count(number: int, what: str) -> str:
 def what_decides(recipe: dict[str, Any]) -> dict[str, Any]:
     """The values of a recipe that the result depends on, by ``block.key``; the recipe is given as plain values."""
     flat = {f"{block}.{key}": value for block, values in recipe.items() for key, value in values.items()}
+    for key, usual in OPTIMISERS.get(flat["optim.name"], {}).items():
+        flat[f"optim.{key}"] = usual if flat[f"optim.{key}"] is None else flat[f"optim.{key}"]
     return {key: value for key, value in flat.items() if key not in _WITHOUT_EFFECT}
 
 
@@ -199,6 +275,8 @@ def _problem_with_checkpoint(checkpoint: dict[str, Any]) -> str | None:
     if not all(isinstance(recipe.get(block), dict) for block in ("model", "data", "optim", "trainer")):
         return "its recipe lacks a block"
     check_number(recipe["optim"].get("epochs"), "its optim.epochs", 1, 1e6)
+    if recipe["optim"].get("name", "sgd") not in tuple(OPTIMISERS):
+        return f"its optim.name is {shown(recipe['optim']['name'])}"
     problem = _problem_with_made_by(checkpoint[ABOUT_KEY].get("made_by"))
     if problem is not None:
         return problem
@@ -214,14 +292,23 @@ def _problem_with_checkpoint(checkpoint: dict[str, Any]) -> str | None:
     best = callbacks.get(SaveCheckpoints.__qualname__, {"best": 0.0}).get("best")
     if isinstance(best, bool) or not isinstance(best, (int, float)) or not math.isfinite(best):
         return f"its best accuracy is {shown(best)}"
-    shapes = {t.shape for t in weights.values()}
-    for optimizer in checkpoint.get("optimizer_states", ()):
-        held = optimizer.get("state") if isinstance(optimizer, dict) else None
-        if not isinstance(held, dict) or not all(isinstance(values, dict) for values in held.values()):
-            return "its optimizer has no state"
-        tensors = [t for values in held.values() for t in values.values() if isinstance(t, Tensor)]
-        if any(t.dim() and t.shape not in shapes for t in tensors):
-            return "its optimizer's state belongs to other weights"
+    for record in checkpoint[ABOUT_KEY]["history"]:
+        metric = "val/mAP" if checkpoint[ABOUT_KEY].get("multi_label") else "val/top1"
+        check_number(record.get(metric), f"{metric} in its history", 0, 100)
+    return _problem_with_optimizers(checkpoint.get("optimizer_states"))
+
+
+def _problem_with_optimizers(states: object) -> str | None:
+    """What is wrong with their form; :func:`check_same_training` compares their contents with the network."""
+    if not isinstance(states, list) or len(states) != 1:
+        return "it does not hold the state of one optimizer"
+    held, groups = (states[0].get(key) if isinstance(states[0], dict) else None for key in ("state", "param_groups"))
+    if not isinstance(held, dict) or not all(isinstance(values, dict) for values in held.values()):
+        return "its optimizer has no state"
+    if not isinstance(groups, list) or not all(
+        isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups
+    ):
+        return "its optimizer has no groups of parameters"
     return None
 
 

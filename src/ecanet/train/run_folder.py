@@ -1,8 +1,10 @@
 """The folder of a run: only one run uses it at a time, and it must stay the same folder until the end."""
 
 import contextlib
+import csv
 import errno
-from collections.abc import Iterator
+import io
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ecanet.files.atomic import write_whole
@@ -10,7 +12,7 @@ from ecanet.files.folder_lock import lock_folder, unlock_folder
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 #: Files that a run writes into its folder. What a killed run leaves of them is removed when the next one starts.
-FILES_OF_A_RUN = ("best.ckpt", "last.ckpt", "recipe.json")
+FILES_OF_A_RUN = ("best.ckpt", "last.ckpt", "metrics.csv", "recipe.json")
 
 
 class RunFolder:
@@ -78,6 +80,19 @@ class RunFolder:
         """
         assert name in FILES_OF_A_RUN, f"{name} is not in FILES_OF_A_RUN, so what a killed run leaves of it would stay"
         write_whole(self.path / name, text)
+
+    def write_metrics(self, records: Sequence[Mapping[str, float]]) -> None:
+        """Write ``metrics.csv``: a row for each epoch, and a column for each name in its records.
+
+        Args:
+            records: All of the run, those before it was resumed, too.
+        """
+        columns = list(dict.fromkeys(name for record in records for name in record))
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+        self.write_file("metrics.csv", table.getvalue())
 
     @contextlib.contextmanager
     def errors_named(self) -> Iterator[None]:

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import nn
 
 from ecanet.nn import build_gate, norm_gate_add_act
 from ecanet.nn.attached import attach_
+from tests import fresh
 
 C = 16
 
@@ -106,5 +106,5 @@ def _process(rank: int, folder: str) -> None:
 
 def run_in_processes(folder: Path) -> list[dict[str, dict[str, torch.Tensor]]]:
     """Every case in a group of two processes; what each of them saw."""
-    torch.multiprocessing.spawn(_process, args=(str(folder),), nprocs=2)
+    fresh.run_ranks(_process, (str(folder),), 2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]

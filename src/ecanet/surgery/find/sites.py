@@ -12,6 +12,7 @@ from ecanet.nn.attached import CONTAINERS, GATE, attached_gates
 from ecanet.nn.norms import class_with_forward
 from ecanet.surgery.find.blocks import CONCATENATED_LATER, WIDER_THAN_BRANCH, Branch, find_blocks
 from ecanet.surgery.find.dry_run import DryRun, dry_run
+from ecanet.surgery.find.equal import asking_once
 from ecanet.surgery.find.groups import find_groups
 from ecanet.surgery.find.layers import CONVOLUTIONS, MERGES, is_empty, names_of, out_channels
 from ecanet.surgery.find.traces import is_pooled
@@ -38,6 +39,7 @@ class Site(NamedTuple):
     certain: bool = False
 
 
+@asking_once()
 def find_sites(
     model: nn.Module, where: Where, filter_fn: FilterFn | None, run: DryRun | None
 ) -> tuple[list[Site], list[str]]:

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from ecanet.surgery.find.activations import Piece, kind_of, values_of
 from ecanet.surgery.find.dry_run import Shapes
+from ecanet.surgery.find.equal import Answer, asked_once
 from ecanet.surgery.find.layers import ACTIVATION_FUNCTIONS, CONVOLUTIONS, is_attention
 
 MULTIPLICATIONS: tuple[Any, ...] = (
@@ -57,30 +58,44 @@ _POOLING_FUNCTIONS = _ADAPTIVE | _REDUCTIONS | {F.avg_pool1d, F.avg_pool2d, F.av
 
 
 class _ShallowTracer(fx.Tracer):
-    """Traces the code of one module, without looking into its children."""
+    """Traces the code of one module, without looking into its children.
+
+    Attributes:
+        gave_values: Whether the code got a tensor with values, such as a buffer: they may decide what it does.
+    """
+
+    gave_values = False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Treat every child as a leaf."""
         return True
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Note whether an attribute that the code asks for is a tensor, and no proxy of it."""
+        given = super().getattr(attr, attr_val, parameter_proxy_cache)
+        self.gave_values = self.gave_values or isinstance(given, Tensor)
+        return given
 
-def trace(module: nn.Module) -> fx.Graph | str:
-    """The graph of one module's own code, or why there is none.
+
+@asked_once
+def trace(module: nn.Module) -> Answer:
+    """The graph (:class:`torch.fx.Graph`) of one module's own code, or a string that says why there is none.
 
     An argument whose default is a flag, a number or None keeps that default, so that the graph follows the default
     branches.
     """
+    tracer = _ShallowTracer()
     try:
         parameters = inspect.signature(type(module).forward).parameters.values()
         usual = {p.name: p.default for p in parameters if p.default is None or isinstance(p.default, (bool, int, str))}
         if usual:
-            return _ShallowTracer().trace(_copy_for_tracing(module), concrete_args=usual)
+            return Answer(tracer.trace(_copy_for_tracing(module), concrete_args=usual), not tracer.gave_values)
     except Exception:  # the code needs one of these arguments
         pass
     try:
-        return _ShallowTracer().trace(_copy_for_tracing(module))
+        return Answer(tracer.trace(_copy_for_tracing(module)), not tracer.gave_values)
     except Exception as error:  # a module's code may do anything with a proxy
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        return Answer(f"{type(error).__name__}: {error}".splitlines()[0], not tracer.gave_values)
 
 
 def cannot_trace(why: str) -> str:

@@ -14,7 +14,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import InterpolationMode, v2
 
 from ecanet.train.config import DataConfig
-from ecanet.train.data.sources import Splits, embedded, fashion_mnist, image_folder
+from ecanet.train.data.csv_file import SEPARATORS, Columns, csv_images
+from ecanet.train.data.folders import image_folder
+from ecanet.train.data.hub_tables import hub_images
+from ecanet.train.data.sources import embedded, fashion_mnist
+from ecanet.train.data.splits import Split, Splits
+from ecanet.train.data.verify import verify_images
 
 #: Numbers that keep the seeds of the two uses apart.
 _SHUFFLE, _AUGMENT = 1, 2
@@ -22,6 +27,8 @@ _SHUFFLE, _AUGMENT = 1, 2
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 #: Mean and standard deviation of Fashion-MNIST's training pixels, which are grey: the same in all three channels.
 FASHION_MEAN, FASHION_STD = (0.2860,) * 3, (0.3530,) * 3
+#: Up to this many images are all decoded before training, unless ``data.verify`` says otherwise.
+MAX_VERIFIED = 20_000
 
 
 def mix_seed(*numbers: int) -> int:
@@ -135,6 +142,7 @@ class ImageData(L.LightningDataModule):
 
     Attributes:
         classes: Class names in label order.
+        multi_label: Whether a picture may have several labels: they are then float32 ``(N, classes)`` of 0 and 1.
         mean: Mean of each of the 3 channels, of pixels in 0..1.
         std: Standard deviation of each.
 
@@ -146,10 +154,9 @@ class ImageData(L.LightningDataModule):
         super().__init__()
         self.config, self.seed = config, seed
         self.splits = read_splits(config)
-        self.classes = self.splits.classes
-        folder = config.source == "image_folder"
+        self.classes, self.multi_label = self.splits.classes, self.splits.multi_label
         self._resume_at = {"epoch": 0, "batches": 0}
-        self.mean, self.std = (IMAGENET_MEAN, IMAGENET_STD) if folder else (FASHION_MEAN, FASHION_STD)
+        self.mean, self.std = (IMAGENET_MEAN, IMAGENET_STD) if config.has_files else (FASHION_MEAN, FASHION_STD)
 
     @property
     def training_images(self) -> int:
@@ -161,26 +168,39 @@ class ImageData(L.LightningDataModule):
         """How many images there are to validate on."""
         return _length(self.splits.val)
 
+    def verify(self, first: bool = True) -> None:
+        """Decode every picture, as ``data.verify`` says: by default if there are :data:`MAX_VERIFIED` or fewer.
+
+        Args:
+            first: Whether this is the first process of a run; the others leave it to that one.
+
+        Raises:
+            ValueError: some cannot be read; the message lists them.
+        """
+        few = self.training_images + self.validation_images <= MAX_VERIFIED
+        if first and self.config.has_files and (few if self.config.verify is None else self.config.verify):
+            verify_images(self.splits)
+
     def _build_sampler(self, rank: int, world: int) -> EpochSampler:
         return EpochSampler(self.training_images, self.seed, self.config.batch_size, rank, world)
 
-    def steps_per_epoch(self, world: int) -> int:
-        """Training steps in an epoch with ``world`` processes."""
+    def batches_per_epoch(self, world: int) -> int:
+        """Training batches of each of ``world`` processes in an epoch."""
         return -(-len(self._build_sampler(0, world)) // self.config.batch_size)
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
-        """Batches of ``(uint8 images (N, 3, H, W), labels (N,))``."""
+        """Batches of ``(uint8 images (N, 3, H, W), labels)``; labels are ``(N,)``, or as for ``multi_label``."""
         trainer = self.trainer
         assert trainer is not None
         self._sampler = self._build_sampler(trainer.global_rank, trainer.world_size)
-        epochs, batches = divmod(self._resume_at["batches"], self.steps_per_epoch(trainer.world_size))
+        epochs, batches = divmod(self._resume_at["batches"], self.batches_per_epoch(trainer.world_size))
         self._sampler.epoch = self._resume_at["epoch"] + epochs
         self._sampler.skip = batches * self.config.batch_size
         images = Augmented(self.splits.train, train_transform(self.config), self.seed)
         return DataLoader(images, sampler=self._sampler, **self._options())
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
-        """Batches of ``(uint8 images (N, 3, H, W), labels (N,))``; every image once over all processes."""
+        """Batches of ``(uint8 images (N, 3, H, W), labels)``; every image once over all processes."""
         trainer = self.trainer
         share = range(self.validation_images)
         if trainer is not None:
@@ -213,37 +233,53 @@ def read_splits(config: DataConfig) -> Splits:
     if config.source == "fashion_mnist":
         return fashion_mnist(config.root, download=config.download)
     assert config.root is not None
-    return image_folder(config.root, verify=config.verify)
+    split = Split(config.val_fraction, config.split_seed)
+    if config.source == "image_folder":
+        return image_folder(config.root, config.val_root, split)
+    columns = Columns(config.image_column, config.label_column, SEPARATORS[config.label_separator])
+    read = csv_images if config.source == "csv" else hub_images
+    return read(config.root, config.val_root, split, columns)
 
 
 def train_transform(config: DataConfig) -> Callable[[Tensor], Tensor]:
     """Augmentation of training images, uint8 ``(C, H, W)`` to uint8 ``(C, image_size, image_size)``."""
-    size = _image_size(config)
+    size = image_size_of(config)
     augment = config.augment
     if augment == "auto":
-        augment = "resized_crop" if config.source == "image_folder" else "crop"
+        augment = "resized_crop" if config.has_files else "crop"
     if augment == "none":
-        return test_transform(config)
+        return v2.Compose([test_transform(config), *_colours(config)])
     if augment == "crop":
         crop: list[v2.Transform] = [v2.RandomCrop(size, padding=max(1, size // 8))]
-        if config.source == "image_folder" or size != 28:
+        if config.has_files or size != 28:
             crop.insert(0, v2.Resize((size, size), InterpolationMode.BILINEAR, antialias=True))
     else:
         crop = [v2.RandomResizedCrop(size, antialias=True)]
-    return v2.Compose([*crop, v2.RandomHorizontalFlip()])
+    return v2.Compose([*crop, v2.RandomHorizontalFlip(), *_colours(config)])
+
+
+def _colours(config: DataConfig) -> list[v2.Transform]:
+    """RandAugment (Cubuk et al., 2020) and colour jitter, as a recipe asks for them."""
+    found: list[v2.Transform] = []
+    if config.randaugment is not None:
+        found.append(v2.RandAugment(magnitude=config.randaugment))
+    if config.color_jitter:
+        found.append(v2.ColorJitter(*[config.color_jitter] * 3))
+    return found
 
 
 def test_transform(config: DataConfig) -> Callable[[Tensor], Tensor]:
     """What validation and prediction see, uint8 ``(C, H, W)`` to uint8 ``(C, image_size, image_size)``."""
-    size = _image_size(config)
-    if config.source == "image_folder":
+    size = image_size_of(config)
+    if config.has_files:
         resize = config.resize or round(size * 256 / 224)
         return v2.Compose([v2.Resize(resize, InterpolationMode.BILINEAR, antialias=True), v2.CenterCrop(size)])
     return v2.Identity() if size == 28 else v2.Resize((size, size), InterpolationMode.BILINEAR, antialias=True)
 
 
-def _image_size(config: DataConfig) -> int:
-    return config.image_size or (224 if config.source == "image_folder" else 28)
+def image_size_of(config: DataConfig) -> int:
+    """Side in pixels of the square that the network sees."""
+    return config.image_size or (224 if config.has_files else 28)
 
 
 def _as_rgb(image: Tensor) -> Tensor:

@@ -11,14 +11,16 @@ from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, TiffImagePlugin
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ecanet.untrusted import shown
 
-#: Formats that are read, whatever a file's name: those of torchvision's ``IMG_EXTENSIONS``.
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
+#: Suffixes of image files: torchvision's, and .gif.
+SUFFIXES = (*IMG_EXTENSIONS, ".gif")
+#: Formats that are read, whatever a file's name: those of :data:`SUFFIXES`.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 #: The most pixels of an image: 8192 x 8192.
 MAX_PIXELS = 2**26
 #: The most pixels of a WebP image: 5792 x 5792. The decoder of WebP keeps several copies.
@@ -37,6 +39,17 @@ MAX_TIFF_NUMBERS = 2**18
 MAX_SCANS = 100
 
 _PIXELS_AT_A_TIME = 2**20
+
+#: How the picture is turned for each EXIF orientation but 1, which is upright.
+_TURNED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def image_files(folder: str | Path) -> Iterator[str]:
@@ -57,7 +70,7 @@ def image_files(folder: str | Path) -> Iterator[str]:
             # For a circular link isdir returns False, and is_dir raises an error.
             if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                 below.append(entry.path)
-            elif entry.name.lower().endswith(IMG_EXTENSIONS):
+            elif entry.name.lower().endswith(SUFFIXES):
                 yield entry.path
         todo += sorted(below, reverse=True)
 
@@ -79,15 +92,19 @@ def _identity(path: str | Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def read_image(path: str | Path) -> Tensor:
-    """Decode one image file to RGB.
+def read_image(source: str | Path | bytes, name: str | None = None) -> Tensor:
+    """Decode one picture to RGB, as it is to be seen. Everything here that reads pictures reads them so.
 
-    16-bit pixels keep their upper 8 bits. Transparency is dropped and EXIF orientation not applied, as in torchvision.
-    If a file has several images, the first is taken.
+    - The EXIF orientation is applied: a phone's photograph stands upright.
+    - Transparent pixels are laid on white.
+    - 16-bit pixels are divided by 256.
+    - Of an animation, and of a file with several pages, the first picture is taken.
 
     Args:
-        path: A file of one of :data:`FORMATS`, of at most :data:`MAX_PIXELS` (:data:`MAX_WEBP_PIXELS`,
-            :data:`MAX_SLOW_PIXELS`), its longer side at most :data:`MAX_RATIO` times the shorter.
+        source: A file, or the bytes of one, in one of :data:`FORMATS`, of at most :data:`MAX_PIXELS`
+            (:data:`MAX_WEBP_PIXELS`, :data:`MAX_SLOW_PIXELS`), its longer side at most :data:`MAX_RATIO` times the
+            shorter.
+        name: What errors call it; by default the file's path.
 
     Returns:
         uint8 ``(3, H, W)``.
@@ -102,13 +119,14 @@ def read_image(path: str | Path) -> Tensor:
         torch.Size([3, 28, 28])
     """
     try:
-        pixels = _decode(path)
+        pixels = _decode(io.BytesIO(source), len(source)) if isinstance(source, bytes) else _decode_file(source)
     except FileNotFoundError:
         raise
     except Exception as error:  # PIL raises many: OSError, SyntaxError, struct.error, IndexError ...
+        called = name or ("of these bytes" if isinstance(source, bytes) else f"'{shown(source, 300)}'")
         raise ValueError(
-            f"cannot read the image '{shown(path, 300)}': {what_is_wrong(error)}. Remove or replace it; "
-            "image_folder(root, verify=True), on the command line --data.verify true, lists all such files in a folder"
+            f"cannot read the image {called}: {what_is_wrong(error)}. Remove or replace it; "
+            "ecanet.train.data.verify_images, on the command line --data.verify true, lists all such images"
         ) from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
@@ -122,23 +140,29 @@ def what_is_wrong(error: BaseException) -> str:
     return shown(f"it is damaged ({type(error).__name__}: {error})", 300)
 
 
-def _decode(path: str | Path) -> np.ndarray:
-    """RGB uint8 ``(H, W, 3)``."""
+def _decode_file(path: str | Path) -> np.ndarray:
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # opening a pipe waits for its writer
         raise ValueError("it is a folder, pipe, socket or device, not a file")
-    if not status.st_size:  # files of /proc have size 0, and some act like pipes
-        raise ValueError("it is empty")
-    _check_bytes(status.st_size, MAX_PIXELS)
-    with _ReadLimited(io.FileIO(path)) as file, _open_image(file) as image:
-        if any(tile[0] in Image.DECODERS for tile in image.tile):
-            _check_size(*image.size, MAX_SLOW_PIXELS)
-            file.left = MAX_SLOW_PIXELS  # it reads byte by byte
-        _check_size(*image.size)
-        _check_tile(image)
-        if image.info.get("progressive"):
-            _check_scans(file)
-        return _rgb_pixels(image)
+    # Files of /proc have size 0, and some act like pipes.
+    return _decode(io.FileIO(path), status.st_size) if status.st_size else _decode(io.BytesIO(), 0)
+
+
+def _decode(raw: io.FileIO | io.BytesIO, size: int) -> np.ndarray:
+    """RGB uint8 ``(H, W, 3)`` from so many bytes."""
+    with _ReadLimited(raw) as file:
+        if not size:
+            raise ValueError("it is empty")
+        _check_bytes(size, MAX_PIXELS)
+        with _open_image(file, size) as image:
+            if any(tile[0] in Image.DECODERS for tile in image.tile):
+                _check_size(*image.size, MAX_SLOW_PIXELS)
+                file.left = MAX_SLOW_PIXELS  # it reads byte by byte
+            _check_size(*image.size)
+            _check_tile(image)
+            if image.info.get("progressive"):
+                _check_scans(file)
+            return _rgb_pixels(image)
 
 
 class _ReadLimited(io.BufferedReader):
@@ -153,16 +177,20 @@ class _ReadLimited(io.BufferedReader):
         return super().read(size)
 
 
-def _open_image(file: IO[bytes]) -> ImageFile.ImageFile:
+def _open_image(file: IO[bytes], size: int) -> ImageFile.ImageFile:
     """Like ``Image.open``, but without its warning about large images: sizes are checked here."""
     Image.init()
     head = file.read(32)
     file.seek(0)
     if head[:4] == b"RIFF":  # PIL reserves memory for the image when it opens it
         _check_size(*_webp_size(head), MAX_WEBP_PIXELS)
-        _check_bytes(os.fstat(file.fileno()).st_size, MAX_WEBP_PIXELS)
+        _check_bytes(size, MAX_WEBP_PIXELS)
+    elif head[:4] == b"GIF8":  # PIL warns about a frame that is larger than the screen
+        _check_size(*_gif_size(file, head))
+        file.seek(0)
     elif head[:4] in _TIFFS:  # PIL turns all values of a directory into Python's numbers
-        _check_directory(file, *_TIFFS[head[:4]])
+        file.seek(0)
+        _check_directory(file)
         file.seek(0)
     for name in FORMATS:
         make, accept = Image.OPEN[name]
@@ -181,6 +209,22 @@ def _webp_size(head: bytes) -> tuple[int, int]:
         bits = int.from_bytes(head[21:25], "little")
         return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
     return int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
+
+
+def _gif_size(file: IO[bytes], head: bytes) -> tuple[int, int]:
+    """Width and height of what holds both the screen and the first frame of a GIF."""
+    # https://www.w3.org/Graphics/GIF/spec-gif89a.txt
+    width, height, flags = struct.unpack("<HHB", head[6:11])
+    file.seek(13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0))
+    while (kind := file.read(1)) == b"!":  # an extension: its label, and blocks up to an empty one
+        file.read(1)
+        while length := file.read(1) or b"\0":
+            if length == b"\0" or len(file.read(length[0])) < length[0]:
+                break
+    if kind != b",":
+        raise ValueError("it is a GIF without a picture")
+    left, top, wide, high = struct.unpack("<4H", file.read(8))
+    return max(width, left + wide), max(height, top + high)
 
 
 def _check_bytes(size: int, most_pixels: int) -> None:
@@ -203,26 +247,51 @@ def _check_size(width: int, height: int, most: int = MAX_PIXELS) -> None:
 _TIFFS = {
     start: (order, *sizes)
     for order, starts in (("<", (b"II*\0", b"II+\0")), (">", (b"MM\0*", b"MM\0+")))
-    for start, sizes in zip(starts, (("4xI", "H", "HHI4x"), ("8xQ", "Q", "HHQ8x")), strict=True)
+    for start, sizes in zip(starts, (("4xI", "H", "HHIH2x"), ("8xQ", "Q", "HHQH6x")), strict=True)
 }
 _TIFF_BYTES = (1, 2, 6, 7)  # types of entries that PIL keeps as bytes
+_TIFF_SHORT = 3
 
 
-def _check_directory(file: IO[bytes], order: str, place: str, length: str, entry: str) -> None:
-    """Count the numbers in each entry of a TIFF's first directory."""
+def _directory(file: IO[bytes]) -> Iterator[tuple[int, int, int, int]]:
+    """Tag, type, count and the value, read as a 16-bit one, of each entry of a TIFF's first directory."""
+    start = file.tell()
+    order, place, length, entry = _TIFFS[file.read(4)]
 
     def unpack(layout: str) -> tuple[int, ...]:
         return struct.unpack(order + layout, file.read(struct.calcsize(order + layout)))
 
-    file.seek(0)
-    file.seek(unpack(place)[0])
+    file.seek(start)
+    file.seek(start + unpack(place)[0])
     (entries,) = unpack(length)
     if entries > MAX_TIFF_NUMBERS:
         raise ValueError(f"its directory says that it has {entries:,} entries")
     for _ in range(entries):
-        tag, kind, count = unpack(entry)
+        tag, kind, count, value = unpack(entry)
+        yield tag, kind, count, value
+
+
+def _check_directory(file: IO[bytes]) -> None:
+    """Count the numbers in each entry of a TIFF's first directory."""
+    for tag, kind, count, _ in _directory(file):
         if kind not in _TIFF_BYTES and count > MAX_TIFF_NUMBERS:
             raise ValueError(f"its tag {tag} says that it has {count:,} numbers: save it again")
+
+
+def _orientation(exif: object) -> int:
+    """The orientation in EXIF data, 1 to 8; 1 where there is none, or it cannot be read.
+
+    PIL's own reader makes Python's numbers of every entry, of which a stranger's file may have millions.
+    """
+    if not isinstance(exif, bytes):
+        return 1
+    try:
+        for tag, kind, count, value in _directory(io.BytesIO(exif.removeprefix(b"Exif\0\0"))):
+            if (tag, kind, count) == (ExifTags.Base.Orientation, _TIFF_SHORT, 1):
+                return value if value in _TURNED else 1
+    except (KeyError, struct.error, ValueError, OverflowError):  # damaged EXIF data leaves the picture as it is
+        pass
+    return 1
 
 
 def _check_tile(image: Image.Image) -> None:
@@ -254,11 +323,16 @@ def _rgb_pixels(image: Image.Image) -> np.ndarray:
     if image.mode == "F":
         raise ValueError("its pixels are floating point, of unknown range; save it with 8 bits a channel")
     image.load()
-    rgb = np.empty((image.height, image.width, 3), np.uint8)
-    rows = max(1, _PIXELS_AT_A_TIME // image.width)
-    for top in range(0, image.height, rows):  # PIL's conversions make several copies
-        bottom = min(top + rows, image.height)
-        rgb[top:bottom] = _rows_as_rgb(image.crop((0, top, image.width, bottom)))
+    way = _TURNED.get(_orientation(image.info.get("exif")))
+    turned: Image.Image = image
+    if way is not None and image.format != "TIFF":  # PIL turns TIFFs
+        turned = image.transpose(way)
+        turned.info = image.info
+    rgb = np.empty((turned.height, turned.width, 3), np.uint8)
+    rows = max(1, _PIXELS_AT_A_TIME // turned.width)
+    for top in range(0, turned.height, rows):  # PIL's conversions make several copies
+        bottom = min(top + rows, turned.height)
+        rgb[top:bottom] = _rows_as_rgb(turned.crop((0, top, turned.width, bottom)))
     return rgb
 
 
@@ -268,8 +342,12 @@ def _rows_as_rgb(image: Image.Image) -> np.ndarray:
         wide = np.asarray(image)  # (H, W)
         if wide.min() < 0 or wide.max() > 0xFFFF:
             raise ValueError("its pixels exceed 16 bits; save it with 8 bits a channel")
-        return (wide >> 8).astype(np.uint8)[..., None]
-    if image.mode == "P":
-        # A direct conversion to RGB would warn about palettes with transparency.
-        image = image.convert("RGBA")
-    return np.asarray(image.convert("RGB"))
+        grey = (wide >> 8).astype(np.uint8)
+        grey[wide == image.info.get("transparency", -1)] = 255
+        return grey[..., None]
+    if not image.has_transparency_data:
+        return np.asarray(image.convert("RGB"))
+    if image.mode == "La":  # of which PIL makes nothing but LA
+        image = image.convert("LA")
+    white = Image.new("RGBA", image.size, "white")
+    return np.asarray(Image.alpha_composite(white, image.convert("RGBA")).convert("RGB"))

@@ -1,28 +1,20 @@
-"""Pictures with class labels: Fashion-MNIST, a part of it in this package, and a folder of images.
-
-Every source returns :class:`Splits`, and checks its files before any training.
-"""
+"""Fashion-MNIST, and a part of it in this package."""
 
 import gzip
 import lzma
 import math
 import zlib
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from io import BufferedIOBase
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from ecanet.train.data.pictures import image_files, read_image, what_is_wrong
-from ecanet.untrusted import shown
+from ecanet.train.data.splits import Splits
 
 #: Where Debian's package dataset-fashion-mnist puts the four files.
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -53,20 +45,6 @@ _UINT8 = 0x08  # the third byte of an idx file
 _MAX_IDX_DIMENSIONS = 8
 _CHUNK = 2**20  # bytes
 _FETCH_AGAIN = "replace it with a complete copy"
-
-
-class Splits(NamedTuple):
-    """Training and validation images with their classes.
-
-    Attributes:
-        train: Map-style dataset with a length: ``train[i]`` is ``(uint8 image (C, H, W), label)``.
-        val: As ``train``.
-        classes: Class names; a label is an index into them.
-    """
-
-    train: Dataset[tuple[Tensor, int]]
-    val: Dataset[tuple[Tensor, int]]
-    classes: tuple[str, ...]
 
 
 class TensorImages(Dataset[tuple[Tensor, int]]):
@@ -104,27 +82,11 @@ class TensorImages(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """One image ``(C, H, W)``, a view, and its label."""
-        return self.images[index], int(self.labels[index])
+        return self.images[index], self.label(index)
 
-
-class FolderImages(Dataset[tuple[Tensor, int]]):
-    """Image files, decoded at every access.
-
-    Args:
-        samples: Pairs of file and label.
-    """
-
-    def __init__(self, samples: Sequence[tuple[str, int]]) -> None:
-        self.samples = samples
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """One image ``(3, H, W)`` and its label; errors as in :func:`read_image`."""
-        path, label = self.samples[index]
-        return read_image(path), label
+    def label(self, index: int) -> int:
+        """The label of one image."""
+        return int(self.labels[index])
 
 
 def read_idx(path: str | Path) -> Tensor:
@@ -307,110 +269,3 @@ def embedded() -> Splits:
             raise ValueError(f"{EMBEDDED_FILE!r} of this package is damaged ({error}): install ecanet again") from error
     train, val = (TensorImages(arrays[i].unsqueeze(1), arrays[i + 1].long()) for i in (0, 2))
     return Splits(train, val, FASHION_CLASSES)
-
-
-def image_folder(root: str | Path, verify: bool = False) -> Splits:
-    """Images in ``root/train/<class>/`` and ``root/val/<class>/``, at any depth below.
-
-    A label is the index of the class name in the sorted list of train's folders, for val, too. Files count by their
-    suffix, one of torchvision's ``IMG_EXTENSIONS`` in upper or lower case; names that start with a dot are left out.
-
-    Args:
-        root: The folder.
-        verify: Decode every image now, and list all that cannot be read.
-
-    Returns:
-        Images ``(3, H, W)``, each in its own size.
-
-    Raises:
-        FileNotFoundError: ``root/train`` or ``root/val`` is missing.
-        ValueError: no class folders, one without images, different classes in train and val, or, with ``verify``,
-            images that cannot be read.
-        ModuleNotFoundError: ``verify`` without tqdm.
-
-    Example:
-        >>> image_folder("imagenet").classes[0]  # doctest: +SKIP
-        'n01440764'
-    """
-    train, val = Path(root) / "train", Path(root) / "val"
-    train_classes, val_classes = _class_names(train), _class_names(val)
-    if lacking := sorted(set(train_classes) - set(val_classes)):
-        raise ValueError(
-            f"{str(val)!r} lacks classes of {str(train)!r}: {_list_first(map(repr, lacking))}. Add folders with "
-            "validation images for them, or remove them from train"
-        )
-    if unknown := sorted(set(val_classes) - set(train_classes)):
-        raise ValueError(
-            f"{str(val)!r} has classes that {str(train)!r} lacks: {_list_first(map(repr, unknown))}. Remove them, or "
-            "add training images for them"
-        )
-    train_samples, val_samples = _samples(train, train_classes), _samples(val, train_classes)
-    if len(train_classes) < 2:
-        raise ValueError(f"{str(train)!r} has one class folder, {train_classes[0]!r}: two or more are needed")
-    if verify:
-        _verify([path for path, _ in train_samples + val_samples])
-    return Splits(FolderImages(train_samples), FolderImages(val_samples), tuple(train_classes))
-
-
-def _class_names(split: Path) -> list[str]:
-    if not split.is_dir():
-        raise FileNotFoundError(
-            f"no folder {str(split)!r}: root must be a folder with train/<class>/ and val/<class>/, and images in them"
-        )
-    names = sorted(entry.name for entry in split.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
-        raise ValueError(f"{str(split)!r} has no class folders: put its images in {str(split / '<class>')!r}")
-    top = split.resolve()
-    for name in names:
-        if (split / name).resolve() in (top, *top.parents):
-            raise ValueError(
-                f"the class folder {str(split / name)!r} is a link to a folder that contains it: remove it"
-            )
-    return names
-
-
-def _samples(split: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
-    samples = []
-    for label, name in enumerate(classes):
-        paths = sorted(image_files(split / name))
-        if not paths:
-            raise ValueError(
-                f"no images in the class folder {str(split / name)!r}: add some, of suffix "
-                f"{', '.join(IMG_EXTENSIONS)}, or remove the class from train and val"
-            )
-        samples += [(path, label) for path in paths]
-    return samples
-
-
-def _verify(paths: Sequence[str]) -> None:
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("verify=True needs tqdm: pip install 'ecanet[train]'", name="tqdm") from error
-    bad: list[str] = []
-    chunk = 4096  # a pool queues all its tasks at once, and ImageNet has over a million files
-    with ThreadPoolExecutor() as pool, tqdm(total=len(paths), desc="verifying images", unit="image") as bar:
-        for start in range(0, len(paths), chunk):
-            for problem in pool.map(_problem_with_image, paths[start : start + chunk]):
-                bar.update()
-                if problem is not None:
-                    bad.append(problem)
-    if bad:
-        listed = _list_first(bad, separator="\n  ")
-        raise ValueError(f"{len(bad)} of {len(paths)} images cannot be read, remove or replace them:\n  {listed}")
-
-
-def _problem_with_image(path: str) -> str | None:
-    """What is wrong with an image file, or None."""
-    try:
-        read_image(path)
-    except (OSError, ValueError) as error:
-        return f"'{shown(path, 300)}': {what_is_wrong(error.__cause__ or error)}"
-    return None
-
-
-def _list_first(items: Iterable[str], separator: str = ", ") -> str:
-    """The first 20 items, and how many more there are."""
-    shown = list(items)
-    more = [f"and {len(shown) - 20} more"] if len(shown) > 20 else []
-    return separator.join(shown[:20] + more)

@@ -1,0 +1,28 @@
+"""``ecanet list``: the networks that can be named."""
+
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+
+from ecanet.models import MODELS
+from ecanet.surgery.networks import classifies_pictures, has_timm, known_networks, weights_names
+
+
+def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
+    """Add the options to a parser; what is returned runs the verb."""
+    parser.add_argument("words", nargs="*", metavar="WORD", help="Only names that contain all of these.")
+
+    def run(args: Namespace) -> None:
+        known = known_networks()
+        found = [name for name in (*MODELS, *known) if all(word.lower() in name.lower() for word in args.words)]
+        for name in found:
+            library = f"torchvision/{name.removeprefix('eca_')}" if name in MODELS else name
+            weights = weights_names(library) if library in known else []
+            use = "" if name in MODELS or classifies_pictures(name) else "  (for insert alone)"
+            print(f"{name}{use}{'  weights: ' if weights else ''}{', '.join(weights)}")
+        if not has_timm():
+            print("timm is not installed, and has more: pip install 'ecanet[timm]'", file=sys.stderr)
+        if not found:
+            raise ValueError(f"no name of {len(MODELS) + len(known)} contains {' and '.join(map(repr, args.words))}")
+
+    return run

@@ -1,0 +1,71 @@
+"""What the command line says of a mistake: one line that names it, with the closest of what would be right."""
+
+import difflib
+import re
+from collections.abc import Iterable
+
+_KINDS = {"int": "an integer", "float": "a number", "bool": "true or false", "NoneType": "null"}
+#: jsonargparse's messages about a value: of one type, and of several.
+_KEY = r"Parser key \"(?P<key>[\w.]+)\": "
+_TYPE = re.compile(_KEY + r"Expected a (?P<types>.*)\. Got value: (?P<given>.*)")
+_TYPES = re.compile(
+    _KEY + r"Does not validate against any of the Union subtypes Subtypes: \[(?P<types>.*)\] Errors: .*"
+    r" Given value: (?P<given>.*)"
+)
+_KIND, _WORDS, _LIST = re.compile(r"<class '(?:\w+\.)*(\w+)'>"), re.compile(r"typing\.Literal\[([^\]]*)\]"), "list[int]"
+#: This library's own, in whatever layer, and argparse's.
+_CHOICES = (
+    re.compile(r"must be one of (?P<known>.+?), got (?P<given>'[^']*'|[^\s:;]+)"),
+    re.compile(r"invalid choice: (?P<given>'[^']*') \(choose from (?P<known>.+)\)"),
+)
+_UNKNOWN = re.compile(r"unrecognized arguments: (?P<given>-[^\s=]+)")
+
+
+def closest(given: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown word: the closest of those that are known, or nothing.
+
+    Example:
+        >>> closest("fti", ["fit", "validate"]), closest("xyz", ["fit", "validate"])
+        (": did you mean 'fit'?", '')
+    """
+    near = difflib.get_close_matches(given[:100], list(known), 1, 0.6)
+    return f": did you mean {near[0]!r}?" if near else ""
+
+
+def explained(message: str, options: Iterable[str] = (), words: Iterable[str] = ()) -> str:
+    """An error's message in one line, in plain words, with the closest of what would be right where that is known.
+
+    Args:
+        message: Of this library, argparse or jsonargparse; one of another form only loses its line breaks.
+        options: The options of the verb.
+        words: What the user wrote after the verb.
+
+    Example:
+        >>> explained("data.augment must be one of auto, crop, none, got 'corp'")
+        "data.augment must be one of auto, crop, none, got 'corp': did you mean 'crop'?"
+    """
+    text, options = " ".join(message.split()), list(options)
+    if (value := _TYPE.fullmatch(text) or _TYPES.fullmatch(text)) is not None:
+        return _of_value(value["key"], value["types"], value["given"])
+    if "did you mean" in text:
+        return text
+    if (unknown := _UNKNOWN.search(text)) is not None:
+        return text + closest(unknown["given"], options)
+    if "arguments are required" in text:  # which may be there with a typo
+        names = (word.partition("=")[0] for word in words if word.startswith("-"))
+        typo = next((name for name in names if name not in options), "")
+        return text + (f"; {typo}{near}" if (near := closest(typo, options)) else "")
+    for pattern in _CHOICES:
+        if (choice := pattern.search(text)) is not None:
+            near = closest(choice["given"].strip("'"), (word.strip(" '") for word in choice["known"].split(",")))
+            return text[: choice.end()] + near + text[choice.end() :]
+    return text
+
+
+def _of_value(key: str, types: str, given: str) -> str:
+    """What a value should be, from Python's names of types."""
+    words = [word.strip(" '") for each in _WORDS.findall(types) for word in each.split(",")]
+    wanted = _KIND.sub(lambda kind: _KINDS.get(kind[1], kind[1]), types)
+    wanted = _WORDS.sub(lambda each: "one of " + each[1].replace("'", ""), wanted).replace(_LIST, "a list of integers")
+    wanted = wanted.replace(", null", " or null")
+    return f"--{key} must be {wanted}, got {given!r}{closest(given, words)}"

@@ -1,0 +1,243 @@
+"""From a name or a file to a network that can be profiled, and to the same network without its gates."""
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ecanet.models import MODELS, HubModel, build_model, load_official
+from ecanet.nn.build import check_gate_name
+from ecanet.profile.paper import TABLE3, PaperRow, paper_row
+from ecanet.profile.yolo import build_yolo, is_yolo
+from ecanet.surgery.find.layers import is_attention
+from ecanet.surgery.insert import insert_gates_
+from ecanet.surgery.insertion_file import load
+from ecanet.surgery.networks import create_network, default_input_shape, is_of_a_library
+from ecanet.surgery.remove import remove_gates_
+
+#: The word for a network without gates.
+NO_GATE = "none"
+#: Size of the pictures of the small ResNet, which is made for them.
+_SMALL = 28
+_KINDS = (
+    f"a network of ours ({', '.join(MODELS)}), torchvision/NAME, timm/NAME, a model file of Ultralytics (.yaml), "
+    "a file of ecanet insert --save (.pt), a checkpoint (.ckpt, .pth, .pth.tar) or a run's folder"
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network to profile.
+
+    Attributes:
+        name: Of its row.
+        build: Makes it, on the CPU or under ``torch.device("meta")``.
+        plain: Makes it without its gates.
+        base: Subjects of one base have the same network without gates.
+        image_size: Height and width of its pictures, in pixels.
+        paper: Its row in the paper's Table 3.
+        values_matter: Its weights are read from a file, so it cannot be built without values.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    plain: Callable[[], nn.Module]
+    base: str
+    image_size: int
+    paper: PaperRow | None = None
+    values_matter: bool = False
+
+
+def subjects(models: Sequence[str | os.PathLike[str]], gates: Sequence[str] = ()) -> list[Subject]:
+    """Every network with every gate; nothing is built.
+
+    Args:
+        models: Names and files.
+        gates: Names in :data:`ecanet.nn.GATES`, ``timm:NAME``, and ``none``. Without any, each network is as its
+            name says.
+
+    Raises:
+        ImportError: a network of timm or Ultralytics without that library.
+        FileNotFoundError: no such file.
+        ValueError: no models, an unknown name, a gate for a file, or the same network twice.
+    """
+    if not models:
+        raise ValueError(f"models must name at least one network, got none: {_KINDS}")
+    for gate in gates:
+        if gate != NO_GATE:
+            check_gate_name(gate, f", {NO_GATE!r}")
+    chosen: Sequence[str | None] = gates or [None]
+    found = [_subject(os.fspath(model), gate) for model in models for gate in chosen]
+    names = [subject.name for subject in found]
+    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        raise ValueError(f"models and gates must differ, got {twice} twice")
+    return found
+
+
+def subjects_of_table3() -> list[list[Subject]]:
+    """The rows of the paper's Table 3 that can be built, a list for each backbone."""
+    rows = [row for row in TABLE3 if row.measured]
+    return [
+        [
+            Subject(row.name, _table3_builder(row), partial(build_model, name, gate=None), name, 224, row)
+            for row in rows
+            if row.network == name
+        ]
+        for name in dict.fromkeys(row.network for row in rows)
+    ]
+
+
+def without_gates(network: nn.Module) -> nn.Module:
+    """The same network without channel attention, this library's or another's; the one given stays as it is."""
+    if isinstance(network, HubModel):
+        absent: dict[str, Any] = {"kernel_size": "adaptive", "neutral": False, "factor": None, "fold": False}
+        return type(network)(**{**network.config, **absent, "gate": None})
+    plain = copy.deepcopy(network)
+    remove_gates_(plain, force=True)
+    for parent in [module for module in plain.modules() if not is_attention(module)]:
+        for name, child in list(parent.named_children()):
+            if is_attention(child):
+                parent.add_module(name, _identity_like(child))
+    return plain
+
+
+def attention_in(network: nn.Module) -> list[nn.Module]:
+    """Its channel attention, each once; not what is inside of another."""
+    found: list[nn.Module] = []
+
+    def look(module: nn.Module) -> None:
+        for child in module.children():
+            if not is_attention(child):
+                look(child)
+            elif child not in found:
+                found.append(child)
+
+    look(nn.ModuleList([network]))
+    return found
+
+
+def _identity_like(module: nn.Module) -> nn.Module:
+    """An identity with the attributes that Ultralytics keeps at each layer of a model file."""
+    identity = nn.Identity()
+    for name in ("i", "f", "type", "np"):
+        if name in vars(module):
+            setattr(identity, name, vars(module)[name])
+    return identity.train(module.training)
+
+
+def _table3_builder(row: PaperRow) -> Callable[[], nn.Module]:
+    if row.gate == "gc":
+        return partial(_with_global_context, row.network)
+    kernel_size = {"kernel_size": "released"} if row.gate == "eca" else {}
+    return partial(build_model, row.network, gate=row.gate, **kernel_size)
+
+
+def _with_global_context(network: str) -> nn.Module:
+    """GCNet's block by timm, as the paper of GCNet has it: what it finds is added, ratio 1/16.
+
+    Raises:
+        ImportError: timm is not installed.
+    """
+    try:
+        from timm.layers import GlobalContext
+    except ImportError as error:
+        raise ImportError("the row of GCNet needs timm: pip install 'ecanet[timm]'") from error
+    gate = partial(GlobalContext, fuse_add=True, fuse_scale=False, rd_ratio=1 / 16)
+    return build_model(network, gate=gate)
+
+
+def _subject(model: str, gate: str | None) -> Subject:
+    name = model if gate is None else f"{model} + {gate}"
+    if model in MODELS:
+        return _own(model, gate, name)
+    if is_of_a_library(model) and not os.path.lexists(model):
+        return _of_library(model, gate, name)
+    if is_yolo(model):
+        return _yolo(model, gate, name)
+    if not os.path.lexists(model):
+        raise ValueError(f"models must be {_KINDS}; got {model!r}, which is no such name, and there is no such file")
+    if gate is not None:
+        raise ValueError(f"gate={gate!r} cannot go into {model}: a saved network has the gates it was saved with")
+    return _saved(model)
+
+
+def _own(model: str, gate: str | None, name: str) -> Subject:
+    chosen: dict[str, Any] = {} if gate is None else {"gate": None if gate == NO_GATE else gate}
+    held = "eca" if gate is None else chosen["gate"]
+    size = _SMALL if model == "small_eca_resnet" else 224
+    build = partial(build_model, model, **chosen)
+    return Subject(name, build, partial(build_model, model, gate=None), model, size, paper_row(model, held))
+
+
+def _of_library(model: str, gate: str | None, name: str) -> Subject:
+    bare = partial(create_network, model)
+    held = None if gate == NO_GATE else gate
+    build = bare if held is None else partial(_inserted, bare, held, "block")
+    # An unknown name, or a gate that finds no place, is told now.
+    try:
+        size = default_input_shape(model, _without_values(build))[-1]
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return Subject(name, build, lambda: without_gates(bare()), model, size, paper_row(model, held))
+
+
+def _without_values(build: Callable[[], nn.Module]) -> nn.Module:
+    """A network on the meta device, or with values if it cannot be built there, as torchvision's RegNets."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except NotImplementedError:
+        return build()
+
+
+def _inserted(build: Callable[[], nn.Module], gate: str, where: str) -> nn.Module:
+    network = build()
+    insert_gates_(network, gate, where, preserve=False)
+    return network
+
+
+def _yolo(model: str, gate: str | None, name: str) -> Subject:
+    network = build_yolo(model)  # what is wrong with the file is told now
+    bare = partial(copy.deepcopy, network)
+    build = bare if gate in (None, NO_GATE) else partial(_inserted, bare, str(gate), "conv")
+    return Subject(name, build, partial(without_gates, network), model, 640, None, values_matter=True)
+
+
+def _saved(model: str) -> Subject:
+    network, size = _read(Path(model))
+    # Deep copies: a row's network is trained a little.
+    build = partial(copy.deepcopy, network)
+    return Subject(model, build, partial(without_gates, network), model, size, None, values_matter=True)
+
+
+def _read(path: Path) -> tuple[nn.Module, int]:
+    """The network in a file or folder, and the size of its pictures."""
+    if path.is_dir() and (path / "config.json").exists():
+        return _read_pretrained(path), 224
+    if path.is_dir() or path.suffix == ".ckpt":
+        from ecanet.train.checkpoint import load_trained
+
+        trained = load_trained(path)
+        return trained.network, int(trained.recipe["data"]["image_size"] or 224)
+    if path.suffix in (".pth", ".tar", ".safetensors"):
+        return load_official(path), 224
+    return load(path), 224
+
+
+def _read_pretrained(folder: Path) -> nn.Module:
+    """A network that ``save_pretrained`` wrote."""
+    from ecanet.models import ECAMobileNetV2, ECAResNet, SmallECAResNet
+
+    problems = []
+    for kind in (ECAResNet, ECAMobileNetV2, SmallECAResNet):
+        try:
+            return kind.from_pretrained(folder)
+        except (TypeError, ValueError) as error:
+            problems.append(f"{kind.__name__}: {error}")
+    raise ValueError(f"{folder} holds no network of ours: {'; '.join(problems)}")

@@ -1,0 +1,109 @@
+"""What a study found: its finished runs, those that failed, and why a run is not counted."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ecanet.study.conclusions import summary_table, verdict
+from ecanet.study.statistics import Summary, summarise
+from ecanet.untrusted import listed
+
+#: Larger metrics are not counted: their squares are no numbers any more.
+_LARGEST = 1e100
+
+
+@dataclass
+class FinishedRun:
+    """A run that ended with its metric.
+
+    Attributes:
+        condition: Name of its condition.
+        seed: Its seed.
+        metrics: Numbers by name.
+        details: Whatever else its function returned.
+        seconds: How long it took; since its last start, if it went on from a checkpoint.
+        folder: Where it wrote.
+    """
+
+    condition: str
+    seed: int
+    metrics: dict[str, float]
+    details: dict[str, Any]
+    seconds: float
+    folder: Path
+
+
+@dataclass
+class FailedRun:
+    """A run that is not counted.
+
+    Attributes:
+        condition: Name of its condition.
+        seed: Its seed.
+        reason: What it raised, or what is wrong with its metric.
+        file: Its file: without it, it runs again.
+    """
+
+    condition: str
+    seed: int
+    reason: str
+    file: Path
+
+
+@dataclass
+class Study:
+    """Every run of a study.
+
+    Attributes:
+        metric: What is compared.
+        runs: Finished runs by condition, the baseline first.
+        failed: Runs that are not counted.
+    """
+
+    metric: str
+    runs: dict[str, list[FinishedRun]]
+    failed: list[FailedRun]
+
+    @cached_property
+    def summary(self) -> Summary:
+        """Differences, intervals and tests of all conditions."""
+        values = {name: {run.seed: run.metrics[self.metric] for run in runs} for name, runs in self.runs.items()}
+        return summarise(values, self.metric)
+
+    def __str__(self) -> str:
+        """The table, what it means, and which runs failed."""
+        lines = [summary_table(self.summary), "", verdict(self.summary)]
+        for run in self.failed:
+            failed = f"Failed and not counted: {run.condition}, seed {run.seed}: {run.reason}."
+            lines.append(f"{failed} Without {run.file} it runs again.")
+        return "\n".join(lines)
+
+
+def why_not_counted(stored: Mapping[str, Any], metric: str | None) -> str:
+    """Why a run that ended is not counted; an empty text for one that is.
+
+    Args:
+        stored: What its file holds.
+        metric: What is compared; None where nobody named it yet.
+    """
+    if stored["error"] is not None:
+        return stored["error"]
+    metrics = stored["metrics"]
+    if metric is None and len(metrics) != 1:  # with several, nobody knows yet which one counts
+        return "" if metrics else "it returned no numbers"
+    metric = next(iter(metrics)) if metric is None else metric
+    if metric not in metrics:
+        return f"it returned no {metric!r}, only {listed(metrics) or 'no numbers'}"
+    value = metrics[metric]
+    if not (math.isfinite(value) and abs(value) <= _LARGEST):
+        return f"its {metric} is {float(value):g}"
+    return ""
+
+
+def slug(name: str) -> str:
+    """A name as part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "entry"

@@ -1,0 +1,262 @@
+"""A CSV file of image files and labels, which may come from anyone."""
+
+import csv
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PureWindowsPath
+from typing import IO, NamedTuple
+
+from ecanet.train.data.folders import FolderImages
+from ecanet.train.data.splits import (
+    MAX_NAME,
+    PART_NAMES,
+    Label,
+    Split,
+    Splits,
+    check_classes,
+    check_held,
+    find_parts,
+    number_classes,
+    split_off,
+)
+from ecanet.untrusted import check_file, listed, shown
+
+#: The largest file, in bytes, and the most images in it; ImageNet has 1.3 million.
+MAX_CSV_BYTES, MAX_ROWS = 2**27, 2_000_000
+#: Names of the columns, in upper or lower case.
+IMAGE_COLUMNS = ("file", "filename", "file_name", "filepath", "path", "image", "image_path")
+LABEL_COLUMNS = ("label", "labels", "class", "classes", "category", "tags")
+SPLIT_COLUMN = "split"
+#: What may stand between several labels in a cell.
+SEPARATORS = {"pipe": "|", "semicolon": ";", "comma": ",", "space": " ", "none": None}
+
+_LONGEST_HEADER = 2**16  # characters
+
+
+class Columns(NamedTuple):
+    """Where a table has what is needed.
+
+    Attributes:
+        image: Name of the column of files, or None to find it by its name.
+        label: Name of the column of labels, likewise.
+        separator: What stands between several labels in a cell, or None if a cell has one.
+    """
+
+    image: str | None = None
+    label: str | None = None
+    separator: str | None = "|"
+
+
+class _Row(NamedTuple):
+    """One line: the file's path in the table, its labels, its part (empty if there is no such column), the line."""
+
+    path: str
+    labels: tuple[str, ...]
+    part: str
+    line: int
+
+
+def csv_images(
+    root: str | Path,
+    val_root: str | Path | None = None,
+    split: Split = Split(),  # noqa: B008
+    columns: Columns = Columns(),  # noqa: B008
+) -> Splits:
+    """Image files that a CSV file names, with their labels.
+
+    Its first line names the columns: one for the file (:data:`IMAGE_COLUMNS`), one for the label
+    (:data:`LABEL_COLUMNS`), and, if it is there, ``split``, which says train, val or test. Between cells are commas,
+    semicolons or tabs. A file's path is relative to the folder of the CSV file and stays below it. If a cell has
+    several labels, the data is multi-label: then an empty cell means none.
+
+    Args:
+        root: The CSV file, UTF-8.
+        val_root: Another one, whose images are validated on.
+        split: Split images off to validate on; see :func:`~ecanet.train.data.splits.split_off`.
+        columns: Names of the columns, and what stands between labels.
+
+    Returns:
+        Images ``(3, H, W)``, each in its own size.
+
+    Raises:
+        FileNotFoundError: there is no such file, no image that it names, or nothing to validate on.
+        ValueError: something in the file is wrong; the message names the file, the line and the cell.
+
+    Example:
+        >>> csv_images("photos/labels.csv", split=Split(0.1)).classes  # doctest: +SKIP
+        ('cat', 'dog')
+    """
+    source = Path(root)
+    parts = _parts(source, columns)
+    train, val = find_parts(filter(None, parts), _called(source), split._replace(elsewhere=val_root is not None))
+    mine = parts[train] if train is not None else [row for rows in parts.values() for row in rows]
+    others: list[_Row] = []
+    other_source = source
+    if val_root is not None:
+        other_source = Path(val_root)
+        others = _held_rows(_parts(other_source, columns), _called(other_source))
+    elif val is not None:
+        others = parts[val]
+    multi = any(len(row.labels) > 1 for row in (*mine, *others))
+    for place, rows in ((source, mine), (other_source, others)):
+        _check_labels(place, rows, multi)
+    classes = number_classes(label for row in mine for label in row.labels)
+    check_classes(classes, _called(source))
+    numbers = {name: i for i, name in enumerate(classes)}
+    samples = _samples(source, mine, numbers, multi)
+    if others:
+        held = _samples(other_source, others, numbers, multi)
+    else:
+        keys, labels = [row.path for row in mine], [label for _, label in samples]
+        samples, held = ([samples[i] for i in part] for part in split_off(keys, labels, classes, split))
+    check_held((label for _, label in held), _called(other_source))
+    return Splits(FolderImages(samples, len(classes)), FolderImages(held, len(classes)), tuple(classes), multi)
+
+
+def _called(path: Path) -> str:
+    return f"'{shown(path, 300)}'"
+
+
+def _held_rows(parts: dict[str, list[_Row]], where: str) -> list[_Row]:
+    """The rows of a file that is there to be validated on: all of them, or its part for that."""
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    _, val = find_parts(parts, where, Split())
+    assert val is not None
+    return parts[val]
+
+
+def _parts(path: Path, columns: Columns) -> dict[str, list[_Row]]:
+    """The rows of a CSV file by their part."""
+    check_file(path, MAX_CSV_BYTES)
+    parts: dict[str, list[_Row]] = {}
+    seen: dict[str, int] = {}
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for row in _rows(file, columns):
+                if (first := seen.setdefault(row.path, row.line)) != row.line:
+                    raise ValueError(
+                        f"line {row.line}: '{shown(row.path, 200)}' is there already, in line {first}: put several "
+                        "labels into one cell, as in cat|dog"
+                    )
+                if len(seen) > MAX_ROWS:
+                    raise ValueError(f"it has more than {MAX_ROWS:,} images: split it")
+                parts.setdefault(row.part, []).append(row)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{_called(path)} is not UTF-8 ({error.reason}): save it as CSV in UTF-8") from error
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{_called(path)}: {error}") from error
+    if not parts:
+        raise ValueError(f"{_called(path)} has no images: its first line names columns, and each further line one")
+    return parts
+
+
+def _rows(file: IO[str], columns: Columns) -> Iterator[_Row]:
+    header = file.readline(_LONGEST_HEADER)
+    delimiter = max(",;\t", key=header.count)
+    file.seek(0)
+    reader = csv.reader(file, delimiter=delimiter, strict=True)
+    names = [name.strip() for name in next(reader, [])]
+    image = _column(names, columns.image, IMAGE_COLUMNS, "image")
+    label = _column(names, columns.label, LABEL_COLUMNS, "label")
+    part = next((i for i, name in enumerate(names) if name.lower() == SPLIT_COLUMN), None)
+    while (cells := _next(reader)) is not None:
+        if not cells:  # an empty line
+            continue
+        line = reader.line_num
+        if len(cells) != len(names):
+            raise ValueError(f"line {line} has {len(cells)} cells, and the first line {len(names)}")
+        try:
+            path = _checked_path(cells[image])
+            labels = _checked_labels(cells[label], columns.separator)
+        except ValueError as error:
+            raise ValueError(f"line {line}: {error}") from error
+        named = "" if part is None else cells[part].strip()
+        if part is not None and named.lower() not in PART_NAMES:
+            raise ValueError(
+                f"line {line}: {SPLIT_COLUMN} must be one of {', '.join(PART_NAMES)}, got '{shown(named)}'"
+            )
+        yield _Row(path, labels, named, line)
+
+
+def _next(reader: Iterator[list[str]]) -> list[str] | None:
+    try:
+        return next(reader, None)
+    except csv.Error as error:
+        raise ValueError(f"line {getattr(reader, 'line_num', 0)}: {error}") from error
+
+
+def _column(names: Sequence[str], wanted: str | None, known: Sequence[str], kind: str) -> int:
+    """The index of a column by its name, or by the names that are known."""
+    found = [i for i, name in enumerate(names) if (name == wanted if wanted else name.lower() in known)]
+    if len(found) == 1:
+        return found[0]
+    what = f"'{shown(wanted)}'" if wanted else f"one of {', '.join(known)}"
+    problem = f"{len(found)} of its columns are called" if found else "no column is called"
+    raise ValueError(
+        f"{problem} {what}: its first line is {listed(names, 10)}. Name one with data.{kind}_column, or rename them"
+    )
+
+
+def _checked_path(cell: str) -> str:
+    """A path below the CSV file's folder, with slashes, or ValueError."""
+    path = cell.strip().replace("\\", "/")
+    if not path or not path.isprintable():
+        raise ValueError(f"it must name an image file, got '{shown(cell)}'")
+    parts = path.split("/")
+    if not parts[0] or PureWindowsPath(path).drive or ".." in parts:
+        raise ValueError(
+            f"the path '{shown(path, 200)}' must be relative to the folder of the CSV file and must not leave it"
+        )
+    return "/".join(part for part in parts if part not in ("", "."))
+
+
+def _checked_labels(cell: str, separator: str | None) -> tuple[str, ...]:
+    labels = [label.strip() for label in (cell.split(separator) if separator else [cell])]
+    labels = list(dict.fromkeys(filter(None, labels)))
+    for label in labels:
+        if len(label) > MAX_NAME or not label.isprintable():
+            raise ValueError(f"a label must be text of at most {MAX_NAME} characters, got '{shown(label)}'")
+        if label[0] in "=+-@" and not _is_number(label):
+            raise ValueError(
+                f"the label '{shown(label)}' begins as a formula, which a spreadsheet would run: give it another name"
+            )
+    return tuple(labels)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_labels(path: Path, rows: Sequence[_Row], multi: bool) -> None:
+    empty = None if multi else next((row for row in rows if not row.labels), None)
+    if empty is not None:
+        raise ValueError(
+            f"{_called(path)}: line {empty.line} has no label, which only data with several labels in a cell may have"
+        )
+
+
+def _samples(path: Path, rows: Sequence[_Row], numbers: dict[str, int], multi: bool) -> list[tuple[str, Label]]:
+    """Files and labels; all files are there."""
+    base = os.fspath(path.parent)
+    samples: list[tuple[str, Label]] = []
+    missing: list[str] = []
+    for row in rows:
+        if unknown := [label for label in row.labels if label not in numbers]:
+            raise ValueError(
+                f"{_called(path)}: line {row.line} has the label '{shown(unknown[0])}', which no training image has"
+            )
+        labels = tuple(sorted(numbers[label] for label in row.labels))
+        file = os.path.join(base, *row.path.split("/"))
+        if not os.path.isfile(file):
+            missing.append(row.path)
+        samples.append((file, labels if multi else labels[0]))
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(rows)} images that {_called(path)} names are not in its folder: {listed(missing)}"
+        )
+    return samples

@@ -1,0 +1,125 @@
+"""A learning rate to start from, by Lightning's finder: loss against a rate that grows with every step."""
+
+import tempfile
+import warnings
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.pytorch.tuner.tuning import Tuner
+
+from ecanet.inspect.style import DARK, OTHERS, SMALL_FONT_SIZE, new_figure, style_axes
+from ecanet.train.config import Recipe
+from ecanet.train.data.loading import ImageData
+from ecanet.train.fit import build_classifier
+from ecanet.train.networks import without_insertion_file
+from ecanet.train.quiet import quiet_lightning
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: Lowest and highest rate, and the steps between them.
+_LOWEST, _HIGHEST, _STEPS = 1e-6, 10.0, 100
+#: Share of the past in Lightning's moving average of the loss, and the first step that can be suggested.
+_BETA, _FIRST = 0.98, 10
+
+
+@dataclass(frozen=True)
+class RateSearch:
+    """How the training loss changed while the learning rate grew.
+
+    Attributes:
+        suggestion: The rate at which the loss fell most steeply, with the rate's logarithm.
+        rates: The rate of each step.
+        losses: The training loss after each, smoothed.
+    """
+
+    suggestion: float
+    rates: list[float]
+    losses: list[float]
+
+    def plot(self) -> "Figure":
+        """Draw loss against rate, with the suggestion.
+
+        Raises:
+            ImportError: matplotlib is missing.
+        """
+        figure = new_figure(3.6)
+        axes = figure.add_subplot()
+        axes.plot(self.rates, self.losses, color=OTHERS[0], linewidth=1.6)
+        axes.set_xscale("log")
+        style_axes(axes, "learning rate (logarithmic)", "training loss, smoothed")
+        axes.axvline(self.suggestion, color=DARK, linewidth=1, linestyle="--")
+        axes.annotate(
+            f"suggested: {self.suggestion:.2g}",
+            (self.suggestion, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, 3),
+            textcoords="offset points",
+            fontsize=SMALL_FONT_SIZE,
+            color=DARK,
+        )
+        return figure
+
+
+def find_learning_rate(recipe: Recipe) -> RateSearch:
+    """Train a network for at most 100 steps, while the learning rate grows from 1e-6 to 10, and throw it away.
+
+    The search (Smith, 2017, arXiv:1506.01186) stops where the loss is 4 times its lowest. All parameters have the same
+    rate, whatever ``optim.gate_lr_scale``; there is no warm-up, no average of weights and no compilation. Nothing is
+    written.
+
+    Args:
+        recipe: The training run that needs a learning rate; one process of it.
+
+    Raises:
+        ValueError: the recipe is wrong, or the loss diverges before there is anything to suggest.
+
+    Example:
+        >>> find_learning_rate(Recipe()).suggestion  # doctest: +SKIP
+        0.068
+    """
+    recipe = replace(recipe, trainer=replace(recipe.trainer, compile=False))
+    with quiet_lightning(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+        # Lightning's finder reads back a checkpoint of its own, which it wrote a moment ago.
+        L.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
+        data = ImageData(recipe.data, recipe.trainer.seed)
+        classifier = build_classifier(recipe, without_insertion_file(recipe.model), data, processes=1)
+        trainer = L.Trainer(
+            accelerator=recipe.trainer.accelerator,
+            devices=1,
+            precision=recipe.trainer.precision,  # type: ignore[arg-type]
+            max_epochs=_STEPS * recipe.optim.accumulate,  # an epoch has a step at least
+            accumulate_grad_batches=recipe.optim.accumulate,
+            gradient_clip_val=recipe.optim.clip_norm,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            default_root_dir=folder,
+        )
+        data.trainer = trainer
+        found: Any = Tuner(trainer).lr_find(
+            classifier,
+            train_dataloaders=data.train_dataloader(),
+            min_lr=_LOWEST,
+            max_lr=_HIGHEST,
+            num_training=_STEPS,
+            update_attr=False,
+        )
+    rates, losses = found.results["lr"], _smoothed([loss * recipe.optim.accumulate for loss in found.results["loss"]])
+    middle = torch.tensor(losses[_FIRST:-1])
+    if len(middle) < 2 or not middle.isfinite().all():
+        raise ValueError(
+            f"no learning rate can be suggested: the loss diverged after {len(losses)} of {_STEPS} steps. Set optim.lr "
+            "by hand"
+        )
+    # Against the logarithm of the rate: Lightning's own suggestion takes the slope against the rate itself, which noise
+    # at the lowest rates decides.
+    return RateSearch(rates[_FIRST + int(torch.gradient(middle)[0].argmin())], rates, losses)
+
+
+def _smoothed(losses: list[float]) -> list[float]:
+    """Lightning's moving average with the right weight of its first steps: it divides by that of one step more."""
+    return [loss * (1 - _BETA ** (i + 2)) / (1 - _BETA ** (i + 1)) for i, loss in enumerate(losses)]

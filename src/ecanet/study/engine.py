@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
 
@@ -109,6 +109,23 @@ def run_all(
     return team.lost
 
 
+class _Lines:
+    """A stream for the bar where stderr is no terminal: each state is a line, as a log has no place to draw in."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._last = stream, ""
+
+    def write(self, text: str) -> int:
+        line = text.strip()
+        if line and line != self._last:
+            self._stream.write(f"{line}\n")
+            self._last = line
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
 class _Team:
     """The runs of a study: which are running, which are left, how often each was tried, and how long they take."""
 
@@ -123,7 +140,14 @@ class _Team:
         self.seconds: dict[str, list[float]] = {}
         self._shown, self._every = -math.inf, 1 if sys.stderr.isatty() else 60  # seconds
         layout = "{desc}: {n_fmt}/{total_fmt} done |{bar}| {elapsed}{postfix}"
-        self._bar = tqdm(total=len(jobs), desc="runs", disable=not progress, bar_format=layout, mininterval=1)
+        self._bar = tqdm(
+            total=len(jobs),
+            desc="runs",
+            disable=not progress,
+            bar_format=layout,
+            mininterval=1,
+            file=sys.stderr if sys.stderr.isatty() else _Lines(sys.stderr),
+        )
 
     def is_busy(self) -> bool:
         return bool(self.waiting or self.running)

@@ -271,8 +271,8 @@ def test_three_seeds_show_no_difference_however_far_the_intervals_are_from_zero(
     )
     a, b, c, why, _ = verdict(comparison.summary).splitlines()
     assert a.startswith("A is 5.00 above none (95 % interval +4.75 to +5.25, 3 seeds, p 0.25, 0.75 after")
-    assert "the interval lies above zero, but p is above 0.05, so no difference is shown" in a
-    assert "the interval lies below zero, but p is above 0.05, so no difference is shown" in b
+    assert "the interval lies above zero, but p after the correction is above 0.05, so no difference is shown" in a
+    assert "the interval lies below zero, but p after the correction is above 0.05, so no difference is shown" in b
     assert "the interval includes zero, so no difference is shown" in c
     assert why.startswith("3 seeds cannot show a difference at 0.05")
 

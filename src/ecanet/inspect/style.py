@@ -101,7 +101,7 @@ def on_dark(colour: str, paper: str, least: float = 4.5) -> str:
 
     Example:
         >>> on_dark(IDEAS["SE"], "#14171A") == IDEAS["SE"], on_dark(IDEAS["none"], "#14171A")
-        (True, '#838383')
+        (True, '#828282')
     """
     white = 0.0
     while contrast(mixed := _with_white(colour, white), paper) < least:

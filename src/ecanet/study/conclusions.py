@@ -132,7 +132,8 @@ def _sentence(name: str, baseline: str, row: ConditionSummary, comparisons: int)
         return f"{size}: it is {'higher' if row.difference > 0 else 'lower'} on this data."
     if row.low <= 0 <= row.high:
         return f"{size}: the interval includes zero, so no difference is shown."
-    return f"{size}: the interval lies {side} zero, but p is above {LEVEL}, so no difference is shown."
+    which = "p after the correction" if comparisons > 1 else "p"
+    return f"{size}: the interval lies {side} zero, but {which} is above {LEVEL}, so no difference is shown."
 
 
 def shown_number(value: float, margin: float | None, sign: str = "") -> str:

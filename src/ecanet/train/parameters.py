@@ -32,7 +32,7 @@ def freeze_(network: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
         >>> from ecanet.models import small_eca_resnet
         >>> network = small_eca_resnet()
         >>> len(freeze_(network, ["*", "!*.eca", "!fc"]))
-        12
+        9
         >>> [name for name, p in network.named_parameters() if p.requires_grad][-2:]
         ['fc.weight', 'fc.bias']
     """

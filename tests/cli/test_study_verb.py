@@ -64,10 +64,14 @@ def test_a_file_is_trained_with_what_the_command_line_overrides_and_its_tables_a
     assert "3 conditions x 1 seeds = 3 runs, 0 left, into out" in capsys.readouterr().out
 
 
-def test_a_dry_run_says_how_many_runs_how_long_and_what_they_show_and_writes_nothing(
+def test_a_dry_run_says_how_many_runs_how_long_an_epoch_of_the_baseline_is_and_what_they_show_and_writes_nothing(
     file: Path, image_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ecanet.cli.study.seconds_of_an_epoch", lambda recipe: 90.0)
+    def seconds(recipe: Recipe) -> float:
+        assert recipe.model.gate is None
+        return 90.0
+
+    monkeypatch.setattr("ecanet.cli.study.seconds_of_an_epoch", seconds)
     flags = ["--data.root", str(image_folder), "--gates", "none,se,eca", "--optim.epochs", "20", "--workers", "2"]
     main(["study", *flags, "--seeds", "9", "--dry-run"])
     lines = capsys.readouterr().out.splitlines()
@@ -159,6 +163,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         "kernel_sizes are for gates that have one, eca, eca_ns, got gates=none,se",
     ),
     "no worker": (["--gates", "none,eca", "--seeds", "2", "--workers", "0"], "workers must be 1 or more"),
+    "a dry run with less than no worker": (
+        ["--gates", "none,eca", "--seeds", "2", "--workers", "-1", "--dry-run"],
+        "workers must be 1 or more",
+    ),
 }
 
 

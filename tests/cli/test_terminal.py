@@ -13,6 +13,7 @@ import subprocess
 import sys
 import termios
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -185,6 +186,39 @@ def test_ctrl_c_while_validating_exits_with_130_too(words, monkeypatch, tmp_path
     with pytest.raises(SystemExit) as stopped:
         main(["validate", str(tmp_path / "out"), "--accelerator", "cpu"])
     assert stopped.value.code == 130
+
+
+def test_the_search_for_a_learning_rate_has_a_bar_of_its_own_on_a_terminal_which_ctrl_c_takes_away(words, at_step):
+    at_step(9, lambda: signal.raise_signal(signal.SIGINT))
+    with Terminal() as terminal:
+        assert terminal.run([*words, "--find-lr"]) == 130
+    bars = [line for screen in terminal.screens() for line in screen if "|" in line]
+    assert any(re.match(r"finding a learning rate +\d+ %\|.*\| left ", bar) for bar in bars)
+    assert max(map(len, bars)) <= COLUMNS - 2, "there is room for ^C"
+    assert not any(terminal.screen)
+
+
+def test_the_search_for_a_learning_rate_draws_no_bar_where_there_is_no_terminal(words, monkeypatch, capfd) -> None:
+    monkeypatch.setattr("ecanet.train.find_lr._STEPS", 20)
+    main([*words, "--find-lr"])
+    said, complained = capfd.readouterr()
+    assert re.fullmatch(r"wrote .*\nsuggested: .*\n", said)
+    assert complained == ""
+
+
+def test_a_warning_is_a_note_in_one_line_without_a_place_in_the_code(monkeypatch, capsys) -> None:
+    def warn(*_: object) -> list[object]:  # pytest collects warnings, so this writes as Python does
+        print(warnings.formatwarning(UserWarning("a first\n  and a second line"), UserWarning, "/a/file.py", 12))
+        return []
+
+    monkeypatch.setattr("ecanet.cli.gates.describe_gates", warn)
+    before = warnings.formatwarning
+    main(["gates"])
+    assert capsys.readouterr().out.startswith("note: a first and a second line\n")
+    assert warnings.formatwarning is before
+    monkeypatch.setenv("ECANET_TRACEBACK", "1")
+    main(["gates"])
+    assert capsys.readouterr().out.startswith("/a/file.py:12: UserWarning: a first")
 
 
 def test_redirected_output_has_a_line_for_each_epoch_and_no_bar(words, capfd) -> None:

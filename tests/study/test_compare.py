@@ -262,7 +262,10 @@ def test_one_seed_has_no_interval() -> None:
     comparison = comparison_of(none=[80.0], ECA=[81.0])
     assert comparison.spread("ECA") is None
     assert comparison.difference("ECA").low is None
-    assert "One seed gives no spread" in verdict(comparison.summary)
+    said = verdict(comparison.summary)
+    assert "which takes 6 seeds" in said
+    assert "One seed gives no spread" in said
+    assert "at least three" not in said, "three can show nothing either"
 
 
 def test_three_seeds_show_no_difference_however_far_the_intervals_are_from_zero() -> None:

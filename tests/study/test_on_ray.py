@@ -146,4 +146,4 @@ def test_an_address_where_no_cluster_answers_is_named_at_once(tmp_path: Path, mo
 def test_without_ray_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"on='ray' needs Ray: pip install 'ecanet\[ray\]'"):
-        check_engine("ray")
+        check_engine("ray", None)

@@ -107,12 +107,19 @@ def test_nothing_is_logged_asked_for_or_run_whatever_is_pointed_at(show: Callabl
     assert page.evaluate("document.scripts.length") == 1
 
 
+def bring_into_view(what: Any) -> None:
+    """Scroll, which hides what was said, and wait until the page has been told: it is before the second frame."""
+    what.scroll_into_view_if_needed()
+    what.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
 def test_pointing_at_a_dot_a_curve_or_a_cell_says_whose_it_is(show: Callable[..., Any]) -> None:
     page = show("trained")
     tip = page.locator("#tip")
     assert not tip.is_visible()
     for section in ("cost", "differences", "sweep"):
         dot = page.locator(f"section[aria-labelledby={section}] use.dot[data-tip^='ECA, k = 9, seed 3']").first
+        bring_into_view(dot)
         dot.hover(force=True)
         assert tip.is_visible()
         assert tip.inner_text().startswith("ECA, k = 9, seed 3: ")
@@ -120,8 +127,7 @@ def test_pointing_at_a_dot_a_curve_or_a_cell_says_whose_it_is(show: Callable[...
         assert box["x"] >= 0
         assert box["x"] + box["width"] <= screen["width"]
     curve = page.locator("section[aria-labelledby=curves] polyline.main.c1").first
-    curve.scroll_into_view_if_needed()
-    page.wait_for_timeout(100)  # scrolling, which hides what was said, is over
+    bring_into_view(curve)
     x, y = curve.evaluate(
         "(line) => { const box = line.closest('[role=img]').getBoundingClientRect(), last = line.points.getItem(1);"
         " return [box.left + (last.x / 1000) * box.width, box.top + last.y]; }"
@@ -129,8 +135,7 @@ def test_pointing_at_a_dot_a_curve_or_a_cell_says_whose_it_is(show: Callable[...
     page.mouse.move(x, y)
     assert "val/top1" in tip.inner_text()
     heat = page.locator(".heat img").first
-    heat.scroll_into_view_if_needed()
-    page.wait_for_timeout(100)
+    bring_into_view(heat)
     box = heat.bounding_box()
     page.mouse.move(box["x"] + 5, box["y"] + 9)
     text, order = tip.inner_text(), heat.get_attribute("data-order").split()

@@ -124,7 +124,8 @@ def with_row(row: str) -> str:
 
 #: What the file holds, and what is said about it.
 WRONG: dict[str, tuple[str | bytes, str]] = {
-    "empty": ("", "no column is called one of file"),
+    "empty": ("", "its first line is empty, and must name the columns, as in file,label"),
+    "an empty first line": ("\nfile,label\nin/a.png,cat\n", "its first line is empty"),
     "a header alone": ("file,label\n", "has no images"),
     "no header": ("in/a.png,cat\n", "its first line is in/a.png, cat"),
     "two columns of files": ("file,path,label\n", "2 of its columns are called one of file"),

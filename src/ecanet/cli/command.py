@@ -1,12 +1,14 @@
 """``ecanet VERB [options]``: finds the verb, parses its options, runs it, and says an error in one line."""
 
 import argparse
+import contextlib
 import os
 import re
 import select
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from itertools import pairwise
 from types import ModuleType
@@ -108,7 +110,20 @@ def _run(name: str, words: list[str]) -> None:
         run = _module(name).add(parser)
         parser.words = words
         options = parser.parse_args(words)
-    run(options)
+    with _plain_warnings():
+        run(options)
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings are notes to the user, in one line, without the place in the code."""
+    format_before = warnings.formatwarning
+    if not os.environ.get("ECANET_TRACEBACK"):
+        warnings.formatwarning = lambda message, *_, **__: f"note: {' '.join(str(message).split())}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = format_before
 
 
 def _about(name: str) -> dict[str, Any]:

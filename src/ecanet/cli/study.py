@@ -10,7 +10,7 @@ from tqdm import tqdm
 from ecanet.cli.options import CONFIG_HELP
 from ecanet.study.comparison import check_parts, check_recipes, comparison_jobs, seconds_of_an_epoch, study_recipes
 from ecanet.study.conclusions import next_step
-from ecanet.study.engine import ENGINES, workers_on
+from ecanet.study.engine import ENGINES, check_engine, workers_on
 from ecanet.study.statistics import plan
 from ecanet.study.study_file import conditions_and_seeds, with_study_read
 from ecanet.train.config import Recipe
@@ -55,13 +55,15 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
             print(f"wrote {args.out / 'results.csv'}, {args.out / 'summary.json'} and {args.out / 'report.html'}")
             print(next_step(study.summary))
             return
+        check_engine(args.on, args.workers)
         check_recipes(entries, seeds)
         jobs = comparison_jobs(entries, seeds, args.out)
         left = sum(job.read() is None for job in jobs)
         print(f"{len(entries)} conditions x {len(seeds)} seeds = {len(jobs)} runs, {left} left, into {args.out}")
         if left:
             print("".join(f"{note}\n" for note in check_parts(entries)), end="")
-            seconds, workers = seconds_of_an_epoch(recipe), min(_room(args.on, args.workers), left)
+            seconds = seconds_of_an_epoch(next(iter(entries.values())))
+            workers = min(_room(args.on, args.workers), left)
             total = tqdm.format_interval(math.ceil(left / workers) * recipe.optim.epochs * seconds)
             at_a_time = f"{recipe.optim.epochs} in a run, {workers} runs at a time"
             print(f"an epoch took {seconds:.1f} s: {at_a_time}, about {total} in all if each has a core of its own")

@@ -60,7 +60,7 @@ def verdict_lines(summary: Summary) -> list[str]:
     if fewest and detectable(fewest, len(others)) is None:
         lines.append(plan(len(summary.conditions), fewest))
     if fewest == 1:
-        lines.append("One seed gives no spread: run at least three before reading anything into a difference.")
+        lines.append("One seed gives no spread, so nothing can be read into a difference.")
     elif fewest > 1:
         lines.append("Each interval covers the true difference in 95 of 100 such studies.")
     return lines

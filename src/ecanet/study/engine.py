@@ -42,13 +42,15 @@ class Workers(Protocol):
         """Kill what still runs."""
 
 
-def check_engine(on: str) -> None:
-    """Raise unless runs can run there.
+def check_engine(on: str, most: int | None) -> None:
+    """Raise unless runs can run there, so many at a time.
 
     Raises:
         ImportError: it needs a package that is not installed.
-        ValueError: there is no such engine.
+        ValueError: there is no such engine, or ``most`` is below 1.
     """
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+        raise ValueError(f"workers must be 1 or more, or None, got {most!r}")
     if on not in ENGINES:
         raise ValueError(f"on must be one of {', '.join(ENGINES)}, got {shown(on)!r}")
     if on == "ray" and importlib.util.find_spec("ray") is None:
@@ -66,7 +68,7 @@ def workers_on(on: str, most: int | None) -> Workers:
         ConnectionError: there is no Ray cluster at ``RAY_ADDRESS``.
         ImportError, ValueError: as in :func:`check_engine`.
     """
-    check_engine(on)
+    check_engine(on, most)
     if on == "ray":
         from ecanet.study.on_ray import OnRay
 

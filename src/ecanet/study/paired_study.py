@@ -143,9 +143,7 @@ def run_jobs(
     Raises:
         ValueError, BlockingIOError, ConnectionError, ImportError, RuntimeError: as in :func:`run`.
     """
-    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
-        raise ValueError(f"workers must be 1 or more, or None, got {workers!r}")
-    check_engine(on)
+    check_engine(on, workers)
     folder = Path(out)
     with _study_folder(folder):
         return _run_jobs(jobs, folder, metric, workers, progress, on, settings)

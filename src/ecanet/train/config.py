@@ -110,9 +110,11 @@ def _no_such_network(name: object) -> str:
     end = str(name)[:100].rpartition("/")[2]
     ends = difflib.get_close_matches(end, {each.rpartition("/")[2].removeprefix("eca_") for each in known}, 2, 0.7)
     close = [each for end in ends for each in known if each.rpartition("/")[2].removeprefix("eca_") == end][:4]
+    is_path = os.path.splitext(end)[1] in (".pt", ".pth", ".ckpt")
+    no_file = ": there is no such file" if is_path else ", which is a folder" if os.path.isdir(str(name)) else ""
     return (
         f"model.name must be one of {', '.join(OPTIONS)}, torchvision/NAME, timm/NAME or a file of `ecanet insert "
-        f"--save`, got {shown(name)!r}" + (f": did you mean {', '.join(close)}?" if close else "")
+        f"--save`, got {shown(name)!r}" + (f": did you mean {', '.join(close)}?" if close else no_file)
     )
 
 

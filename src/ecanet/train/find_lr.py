@@ -1,19 +1,27 @@
 """A learning rate to start from, by Lightning's finder: loss against a rate that grows with every step."""
 
+import contextlib
+import signal
+import sys
 import tempfile
-import warnings
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import lightning as L
 import torch
+from lightning.pytorch.tuner import lr_finder
 from lightning.pytorch.tuner.tuning import Tuner
+from tqdm import tqdm
 
 from ecanet.inspect.style import DARK, OTHERS, SMALL_FONT_SIZE, new_figure, style_axes
 from ecanet.train.config import Recipe
 from ecanet.train.data.loading import ImageData
 from ecanet.train.fit import build_classifier
 from ecanet.train.networks import without_insertion_file
+from ecanet.train.progress import columns
 from ecanet.train.quiet import quiet_lightning
 
 if TYPE_CHECKING:
@@ -81,7 +89,7 @@ def find_learning_rate(recipe: Recipe) -> RateSearch:
         0.068
     """
     recipe = replace(recipe, trainer=replace(recipe.trainer, compile=False))
-    with quiet_lightning(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+    with quiet_lightning(), _own_bar(), tempfile.TemporaryDirectory() as folder:
         # Lightning's finder reads back a checkpoint of its own, which it wrote a moment ago.
         L.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
         data = ImageData(recipe.data, recipe.trainer.seed)
@@ -118,6 +126,24 @@ def find_learning_rate(recipe: Recipe) -> RateSearch:
     # Against the logarithm of the rate: Lightning's own suggestion takes the slope against the rate itself, which noise
     # at the lowest rates decides.
     return RateSearch(rates[_FIRST + int(torch.gradient(middle)[0].argmin())], rates, losses)
+
+
+@contextlib.contextmanager
+def _own_bar() -> Iterator[None]:
+    """In place of Lightning's bar, which is drawn anywhere: one on a terminal alone, gone at the end."""
+
+    def begin(desc: str, total: int) -> tqdm:
+        layout = "finding a learning rate {percentage:3.0f} %|{bar}| left {remaining}"
+        width = columns() if sys.stderr.isatty() else None
+        return bars.enter_context(tqdm(total=total, bar_format=layout, leave=False, disable=None, ncols=width))
+
+    handler = signal.getsignal(signal.SIGINT)
+    with contextlib.ExitStack() as bars, patch.object(lr_finder, "tqdm", begin):
+        try:
+            yield
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, handler)  # after Ctrl-C Lightning leaves it ignored
 
 
 def _smoothed(losses: list[float]) -> list[float]:

@@ -155,7 +155,7 @@ class Progress(Callback):
         loss = trainer.callback_metrics.get("train/loss_step") if trainer.training else None
         losses = [] if loss is None else [f"loss {float(loss):.3g}"]  # last: it is cut off where there is no room
         self._bar.n, self._bar.total = done, of
-        self._bar.ncols = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - _MARGIN
+        self._bar.ncols = columns()
         said = ", ".join([*known, *self._left(trainer), *losses])
         self._bar.bar_format = f"{what} {{percentage:3.0f}} %|{{bar}}| {said}"
         self._bar.refresh()
@@ -174,6 +174,11 @@ class Progress(Callback):
         self._open.enter_context(contextlib.redirect_stdout(above[id(out)]))
         self._open.enter_context(contextlib.redirect_stderr(above[id(err)]))
         return bar
+
+
+def columns() -> int:
+    """Columns that a bar may take on stderr, which is a terminal."""
+    return (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - _MARGIN
 
 
 def accuracy(record: dict[str, float]) -> str:

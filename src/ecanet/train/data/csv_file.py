@@ -157,6 +157,8 @@ def _rows(file: IO[str], columns: Columns) -> Iterator[_Row]:
     file.seek(0)
     reader = csv.reader(file, delimiter=delimiter, strict=True)
     names = [name.strip() for name in next(reader, [])]
+    if not any(names):
+        raise ValueError("its first line is empty, and must name the columns, as in file,label")
     image = _column(names, columns.image, IMAGE_COLUMNS, "image")
     label = _column(names, columns.label, LABEL_COLUMNS, "label")
     part = next((i for i, name in enumerate(names) if name.lower() == SPLIT_COLUMN), None)

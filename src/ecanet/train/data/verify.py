@@ -36,7 +36,8 @@ def verify_images(splits: Splits) -> None:
     parts: list[Named] = [splits.train, splits.val]  # type: ignore[list-item]
     total, bad = sum(map(len, parts)), list[str]()
     chunk = 4096  # a pool queues all its tasks at once, and ImageNet has over a million files
-    with ThreadPoolExecutor() as pool, tqdm(total=total, desc="verifying images", unit="image", disable=None) as bar:
+    shown: Any = tqdm(total=total, desc="verifying images", unit="image", disable=None, leave=False)
+    with ThreadPoolExecutor() as pool, shown as bar:
         for part in parts:
             for start in range(0, len(part), chunk):
                 indices = range(start, min(start + chunk, len(part)))

@@ -297,3 +297,17 @@ def test_a_fingerprint_is_that_of_the_values_and_not_of_where_they_are() -> None
     assert all(fingerprint(a) == fingerprint(b) for a, b in same)
     different = [None, 0, 1, "1", 1.5, [1], {"1": 1}, Path("1"), made_up_runs.train, made_up_runs.fail, Plain, {"1"}]
     assert len({fingerprint(value) for value in different}) == len(different)
+
+
+def test_a_call_that_only_reads_runs_does_not_say_that_its_command_and_commit_made_them(tmp_path: Path) -> None:
+    study(tmp_path, seeds=[0], conditions={"none": 0.0}, workers=1)
+    file = tmp_path / "study.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"commit": "that of the runs", "command": "that one"}))
+    study(tmp_path, seeds=[0], conditions={"none": 0.0}, workers=1)
+    about = json.loads(file.read_text())
+    assert (about["commit"], about["command"], about["seeds"]) == ("that of the runs", "that one", [0])
+    file.unlink()  # a study by an earlier version
+    study(tmp_path, seeds=[0], conditions={"none": 0.0}, workers=1)
+    assert json.loads(file.read_text())["command"] is None
+    study(tmp_path, seeds=[0, 1], conditions={"none": 0.0}, workers=1)
+    assert "pytest" in json.loads(file.read_text())["command"]

@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ FILE = "study.json"
 _MAX_BYTES = 2**22
 #: Packages whose versions may change a result.
 _PACKAGES = ("torch", "torchvision", "lightning", "timm", "ultralytics", "numpy", "scipy", "statsmodels")
+#: What a start decides, and a call that finds every run there does not.
+_OF_A_START = ("command", "date", "commit", "versions", "machine")
 
 
 @dataclass
@@ -58,6 +60,7 @@ def write_about(
     seeds: Sequence[int],
     conditions: Mapping[str, Any],
     lost: Sequence[tuple[str, int, str]] = (),
+    is_start: bool = True,
 ) -> None:
     """Write ``study.json``; one of an earlier start is replaced.
 
@@ -67,6 +70,8 @@ def write_about(
         seeds: Its seeds.
         conditions: By name, the baseline first, plain settings of each.
         lost: As in :class:`About`.
+        is_start: Whether runs are made now. Otherwise command, day, commit, versions and machine stay those of the
+            file, or unknown without one: what only reads runs did not make them.
 
     Raises:
         OSError: it cannot be written.
@@ -82,6 +87,12 @@ def write_about(
         machine=f"{platform.system()} {platform.machine()}{_processor()}, {available_cores()} cores",
         lost=list(lost),
     )
+    if not is_start:
+        try:
+            before = read_about(folder)
+        except ValueError:  # damaged: it says nothing
+            before = About()
+        about = replace(about, **{name: getattr(before, name) for name in _OF_A_START})
     text = json.dumps(asdict(about), indent=2)
     if len(text) > _MAX_BYTES:
         about.conditions = dict.fromkeys(conditions)

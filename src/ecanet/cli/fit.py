@@ -62,7 +62,8 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
 def _find_rate(recipe: Recipe, out: Path) -> None:
     new_figure(1.0)  # an error without matplotlib comes before the search
     found = find_learning_rate(recipe)
-    picture, content = out / "learning_rate.png", io.BytesIO()
+    picture = out / "learning_rate.png"
+    content = io.BytesIO()
     found.plot().savefig(content)
     out.mkdir(parents=True, exist_ok=True)
     write_whole(picture, content.getvalue())

@@ -22,6 +22,8 @@ from ecanet.inspect import (
     gate_responses,
     gate_values,
     gates,
+    plot_confusion,
+    plot_explanation,
     plot_gate_responses,
     plot_gates_per_class,
     plot_kernel_sizes,
@@ -800,6 +802,10 @@ def test_wrong_animations(tmp_path: Path) -> None:
 
 #: One picture of every function that draws.
 EXAMPLES: dict[str, Callable[[], Figure]] = {
+    "plot_confusion": lambda: plot_confusion(torch.tensor([[8, 2, 0], [0, 9, 1], [3, 0, 7]]), CLASSES),
+    "plot_explanation": lambda: plot_explanation(
+        torch.zeros(3, 28, 28, dtype=torch.uint8), "a.png", CLASSES, [0.5, 0.3, 0.2], {"layer1": torch.rand(8)}
+    ),
     "plot_gate_responses": lambda: plot_gate_responses(gate_responses(trained("grn"), torch.randn(3, 3, 12, 12))),
     "plot_gates_per_class": lambda: plot_gates_per_class({"a": torch.rand(3, 4)}, CLASSES),
     "plot_kernel_sizes": plot_kernel_sizes,

@@ -62,6 +62,8 @@ def run(model: nn.Module, x: Tensor) -> Tensor:
 
 def in_a_fresh_process(code: str, *args: Any, **env: str) -> Any:
     """Run code that ends by printing a line of JSON, and knows nothing of register() that it does not call."""
+    # As in pyproject.toml: where Ray is installed, Ultralytics asks it after each epoch whether it is tuning.
+    code = f"import warnings; warnings.filterwarnings('ignore', '.get_trial_id. is meant to only')\n{code}"
     done = fresh.run(code, *args, environment={**os.environ, **env}, warnings_are_errors=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,5 +1,6 @@
 """What the tests of studies share."""
 
+import importlib
 import multiprocessing
 
 import pytest
@@ -10,7 +11,8 @@ from tests import fresh  # noqa: F401  what the server of forks imports
 @pytest.fixture(autouse=True)
 def _reports_without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """A study's report comes without its PNG files, which take a second each."""
-    monkeypatch.setattr("ecanet.study.html_report.draw", lambda found: ())
+    # The module that is imported: a test that imports the package anew leaves it without this attribute.
+    monkeypatch.setattr(importlib.import_module("ecanet.study.html_report"), "draw", lambda found: ())
 
 
 @pytest.fixture(autouse=True)

@@ -310,4 +310,4 @@ def test_a_call_that_only_reads_runs_does_not_say_that_its_command_and_commit_ma
     study(tmp_path, seeds=[0], conditions={"none": 0.0}, workers=1)
     assert json.loads(file.read_text())["command"] is None
     study(tmp_path, seeds=[0, 1], conditions={"none": 0.0}, workers=1)
-    assert "pytest" in json.loads(file.read_text())["command"]
+    assert "python" in json.loads(file.read_text())["command"]

@@ -79,7 +79,12 @@ def workers_on(on: str, most: int | None) -> Workers:
 
 
 def run_all(
-    jobs: Sequence[Job], workers: int | None, on: str, progress: bool, why_failed: Callable[[dict[str, Any]], str]
+    jobs: Sequence[Job],
+    workers: int | None,
+    on: str,
+    progress: bool,
+    why_failed: Callable[[dict[str, Any]], str],
+    begin: Callable[[], None],
 ) -> dict[Path, str]:
     """Run jobs, each of which then has its file.
 
@@ -89,6 +94,7 @@ def run_all(
         on: As in :func:`workers_on`.
         progress: Show a bar: runs done, running, left, and the time left.
         why_failed: Says why a run that ended counts as failed; an empty text where it does not.
+        begin: Called when there are workers, before the first run starts.
 
     Returns:
         By their folders, why jobs have no file: their processes died, each twice.
@@ -101,6 +107,7 @@ def run_all(
         return {}
     team = _Team(jobs, workers_on(on, workers), progress, why_failed)
     try:
+        begin()
         while team.is_busy():
             team.step()
     except BaseException:

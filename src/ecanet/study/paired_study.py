@@ -184,10 +184,12 @@ def _run_jobs(
     todo = [job for job in jobs if job.folder not in ended]
     names = list(dict.fromkeys(job.condition for job in jobs))
     seeds = list(dict.fromkeys(job.seed for job in jobs))
-    write_about(folder, metric, seeds, settings, is_start=bool(todo))
+    if not todo:
+        write_about(folder, metric, seeds, settings, is_start=False)
     if progress and todo and len(names) > 1:
         print(plan(len(names), len(jobs) // len(names)), file=sys.stderr)
-    lost = run_all(todo, workers, on, progress, partial(why_not_counted, metric=metric))
+    begin = partial(write_about, folder, metric, seeds, settings)
+    lost = run_all(todo, workers, on, progress, partial(why_not_counted, metric=metric), begin)
     ended |= {job.folder: stored for job in todo if (stored := job.read()) is not None}
     if metric is None:
         try:
@@ -197,7 +199,7 @@ def _run_jobs(
             raise
     runs, failed = _sorted_out(jobs, ended, lost, metric)
     if unwritten := [(run.condition, run.seed, run.reason) for run in failed if not run.file.exists()]:
-        write_about(folder, metric, seeds, settings, unwritten, is_start=bool(todo))
+        write_about(folder, metric, seeds, settings, unwritten)
     write_whole(folder / "results.csv", _results(runs, jobs))
     if metric is None:
         reasons = [f"{run.condition}, seed {run.seed}: {run.reason}" for run in failed[:5]]

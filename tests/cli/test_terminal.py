@@ -93,6 +93,14 @@ class Terminal:
         return list(self.screens())[-1]
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c_is_heard() -> Iterator[None]:
+    """As in a command that somebody types; what a script starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def words(image_folder: Path, tmp_path: Path) -> list[str]:
     return [

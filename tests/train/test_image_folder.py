@@ -140,7 +140,7 @@ class TestVerify:
     ):
         monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
         verify_images(image_folder(write_folder(tmp_path)))
-        assert ("verifying images: 100%" in capsys.readouterr().err) == terminal
+        assert ("verifying images" in capsys.readouterr().err) == terminal
 
     def test_lists_every_damaged_image_of_both_splits(self, tmp_path):
         root = write_folder(tmp_path)

@@ -201,7 +201,8 @@ def test_a_library_downloads_its_weights_by_its_own_names_and_offline_says_what_
     with pytest.raises(OSError, match=r"weights='r160_in1k' of timm/test_resnet could not be .*a file's path"):
         build_network(ModelConfig("timm/test_resnet", weights="r160_in1k"), 7)
     network = build_network(ModelConfig("timm/test_resnet", weights="DEFAULT"), 7)
-    assert torch.equal(network.state_dict()["layer1.0.bn1.weight"], torch.load(plain)["layer1.0.bn1.weight"])
+    held = torch.load(plain, weights_only=True)
+    assert torch.equal(network.state_dict()["layer1.0.bn1.weight"], held["layer1.0.bn1.weight"])
     assert set(asked) == {"test_resnet", "test_resnet.r160_in1k"}
     for name, says in {
         "timm/test_resnet": "weights='V1' is neither a file nor a name of weights for timm/test_resnet: r160_in1k",

@@ -5,8 +5,9 @@ are imported where they are used and say which ``pip install`` brings what is mi
 else, not even torch: what a name needs is imported when the name is first used.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ecanet.lazy import names_of
 
 if TYPE_CHECKING:
     from ecanet import models, nn
@@ -38,31 +39,15 @@ __all__ = [
     "replace_gates_",
 ]
 
-#: Where a name is that is no module of this package.
-_FOUND_IN = {
-    **dict.fromkeys(
-        ("ECA", "ECANS", "SE", "SEGroup", "SEVar1", "SEVar2", "SEVar3", "adaptive_kernel_size", "fold_factors_"),
-        "ecanet.nn",
-    ),
-    **dict.fromkeys(("fuse_tails_", "insert_gates_", "remove_gates_", "replace_gates_"), "ecanet.surgery"),
-    "backend": "ecanet.ops.backend",
-    "optimize_for_inference": "ecanet.inference",
-}
-_MODULES = ("inference", "inspect", "integrations", "models", "nn", "ops", "study", "surgery", "train")
+_GATES = ("ECA", "ECANS", "SE", "SEGroup", "SEVar1", "SEVar2", "SEVar3", "adaptive_kernel_size", "fold_factors_")
 
-
-def __getattr__(name: str) -> Any:
-    """Import what a public name needs, the first time that it is used (PEP 562)."""
-    if name in _FOUND_IN:
-        value = getattr(importlib.import_module(_FOUND_IN[name]), name)
-    elif name in _MODULES:
-        value = importlib.import_module(f"ecanet.{name}")
-    else:
-        raise AttributeError(f"module 'ecanet' has no attribute {name!r}")
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    """Public names, whether used already or not."""
-    return sorted({*globals(), *__all__, *_MODULES})
+__getattr__, __dir__ = names_of(
+    __name__,
+    {
+        "inference": ("optimize_for_inference",),
+        "nn": _GATES,
+        "ops.backend": ("backend",),
+        "surgery": ("fuse_tails_", "insert_gates_", "remove_gates_", "replace_gates_"),
+    },
+    ("inference", "inspect", "integrations", "models", "nn", "ops", "profile", "study", "surgery", "train"),
+)

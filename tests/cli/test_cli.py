@@ -287,6 +287,19 @@ def test_a_run_to_resume_that_was_not_begun_begins_and_says_so(run: Path, tmp_pa
     assert "from the beginning" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words", [["--out", "runs/fashoin"], ["--out=runs/fashoin"], []], ids=["out", "out=", "nothing"]
+)
+def test_a_run_to_resume_that_is_not_there_is_an_error_where_no_option_says_what_to_train(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = "runs/fashoin" if words else "runs/fit"
+    said = complaint(["fit", "--resume", *words], capsys)
+    assert f"there is no run in {folder} to resume: say its folder with --out, or a new run's recipe" in said
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("leads_to", ["nowhere", "last.ckpt"], ids=["nothing", "itself"])
 def test_a_run_whose_last_checkpoint_is_a_link_to_nothing_is_neither_begun_anew_nor_written_over(
     leads_to: str, copied: Path, capsys

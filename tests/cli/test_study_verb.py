@@ -111,7 +111,7 @@ def test_places_and_starts_are_conditions_of_a_network_of_another_library(tmp_pa
     assert check_parts(found) == [
         "block and norms are the same: all but one of them take time and seeds, and can show nothing."
     ]
-    with pytest.raises(ValueError, match=r"entries\['last'\]: .*layer9"):
+    with pytest.raises(ValueError, match=r"conditions\['last'\]: .*layer9"):
         check_parts(recipes(shared, {"none": {"gate": None}, "last": {"where": "layer9.*"}}))
     with pytest.raises(ValueError, match=r"condition last: model\.where must be block in small_eca_resnet"):
         recipes(Recipe(), {"last": {"where": "stage"}})
@@ -140,6 +140,10 @@ def test_a_folder_of_images_is_the_source_where_only_its_root_is_said() -> None:
 
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
+    "a single seed": (
+        ["study.yaml", "--trainer.seed=3"],
+        "--trainer.seed is not for a study: every condition is trained",
+    ),
     "no gates": (
         ["--seeds", "9"],
         "conditions must be named once, by --gates none,eca or --kernel-sizes 1,3,5, or",
@@ -187,6 +191,7 @@ FILES: dict[str, tuple[str, str]] = {
     "a number as a name": ("conditions: {1: {gate: eca}}", "must be a name with gate, kernel_size"),
     "a condition with a learning rate": ("conditions: {none: {lr: 1}}", "conditions.none has no lr; it may have gate"),
     "a condition that calls": ("conditions: {none: {build: 'os:system'}}", "conditions.none has no build"),
+    "a seed of its recipe": ("recipe: {trainer: {seed: 3}}", "recipe.trainer.seed is not for a study: every condition"),
     "a recipe that calls": ("recipe: {model: {build: 'os:system'}}", "model.build is never taken from a file"),
     "a condition with weights": ("conditions: {none: {weights: /etc/passwd}}", "conditions.none has no weights"),
     "a gate that is none": (

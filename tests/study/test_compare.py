@@ -25,7 +25,7 @@ from ecanet.train import Recipe, fit
 from tests.fresh import FreshProcess
 
 
-def entries(tiny: Callable[..., Recipe], **changes: object) -> dict[str, Recipe]:
+def conditions(tiny: Callable[..., Recipe], **changes: object) -> dict[str, Recipe]:
     return {name: tiny(gate=gate, epochs=1, **changes) for name, gate in (("none", None), ("ECA", "eca"))}
 
 
@@ -35,8 +35,8 @@ def stop_once_saved(record: dict[str, float]) -> None:
         raise InterruptedError
 
 
-def test_every_entry_runs_with_every_seed(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
-    comparison = compare(entries(tiny), [0, 3], tmp_path, workers=2, progress=False)
+def test_every_condition_runs_with_every_seed(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    comparison = compare(conditions(tiny), [0, 3], tmp_path, workers=2, progress=False)
     assert list(comparison.runs) == ["none", "ECA"]
     assert comparison.baseline == "none"
     assert [run.seed for run in comparison.runs["ECA"]] == [0, 3]
@@ -52,31 +52,31 @@ def test_every_entry_runs_with_every_seed(tiny: Callable[..., Recipe], tmp_path:
 
 
 def test_a_run_in_a_worker_equals_the_same_run_alone(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
-    comparison = compare(entries(tiny), [5], tmp_path, workers=2, progress=False)
-    recipe = entries(tiny)["ECA"]
+    comparison = compare(conditions(tiny), [5], tmp_path, workers=2, progress=False)
+    recipe = conditions(tiny)["ECA"]
     alone = fit(replace(recipe, trainer=replace(recipe.trainer, seed=5)), None, progress=False)
     assert comparison.runs["ECA"][0].top1 == alone.top1
     assert comparison.runs["ECA"][0].history[-1]["val/loss"] == alone.history[-1]["val/loss"]
 
 
 def test_finished_runs_are_read_and_new_ones_added(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
-    compare(entries(tiny), [0], tmp_path, progress=False)
+    compare(conditions(tiny), [0], tmp_path, progress=False)
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
-    comparison = compare(entries(tiny), [0, 1], tmp_path, progress=False)
+    comparison = compare(conditions(tiny), [0, 1], tmp_path, progress=False)
     assert len(comparison.runs["none"]) == 2
     assert {path: path.stat().st_mtime_ns for path in written} == written
 
 
 def test_runs_of_another_recipe_are_refused(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
-    compare(entries(tiny), [0], tmp_path, progress=False)
+    compare(conditions(tiny), [0], tmp_path, progress=False)
     with pytest.raises(ValueError, match=r"none-seed0\.json was made by another recipe, function or version"):
-        compare(entries(tiny, lr=0.01), [0], tmp_path, progress=False)
+        compare(conditions(tiny, lr=0.01), [0], tmp_path, progress=False)
 
 
 def test_a_half_finished_run_of_another_version_goes_on_after_saying_so_and_names_both(
     tiny: Callable[..., Recipe], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = replace(entries(tiny)["ECA"], optim=tiny(epochs=2).optim)
+    recipe = replace(conditions(tiny)["ECA"], optim=tiny(epochs=2).optim)
     folder = tmp_path / "runs" / "eca-seed0"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ecanet.__version__", "0.0.9")
@@ -104,11 +104,11 @@ def test_there_is_a_worker_for_each_cpu_without_affinity_too_and_one_where_there
 
 
 def test_a_failing_run_is_named_and_leaves_the_others_finished(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
-    broken = entries(tiny)["ECA"]
+    broken = conditions(tiny)["ECA"]
     broken = replace(broken, trainer=replace(broken.trainer, precision="17-true"))
     for _ in range(2):  # it is not tried again
         with pytest.raises(RuntimeError, match=r"^1 of 2 runs failed, .*broken, seed 0: ValueError: .*17-true"):
-            compare({"broken": broken, "none": entries(tiny)["none"]}, [0], tmp_path, workers=1, progress=False)
+            compare({"broken": broken, "none": conditions(tiny)["none"]}, [0], tmp_path, workers=1, progress=False)
     runs = {name: json.loads((tmp_path / f"runs/{name}-seed0.json").read_text()) for name in ("none", "broken")}
     assert runs["none"]["metrics"].keys() == {"top1"}
     assert runs["broken"]["metrics"] == {}
@@ -124,7 +124,7 @@ def test_pictures_that_are_not_there_and_networks_that_cannot_be_are_named_befor
         "no.pth": replace(recipe, model=replace(recipe.model, weights=str(tmp_path / "no.pth"))),
     }
     for words, broken in wrong.items():
-        with pytest.raises(ValueError, match=rf"entries\['ECA'\]: .*{words}"):
+        with pytest.raises(ValueError, match=rf"conditions\['ECA'\]: .*{words}"):
             compare({"none": recipe, "ECA": broken}, [0], tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
@@ -209,7 +209,7 @@ def test_a_comparison_whose_worker_and_then_whose_parent_is_killed_gives_the_tab
 @pytest.mark.parametrize(
     ("names", "seeds", "message"),
     [
-        ([], [0], "entries must name at least one"),
+        ([], [0], "conditions must name at least one"),
         (["a"], [], "seeds must be one or more different"),
         (["a"], [1, 1], "seeds must be one or more different"),
         (["ECA!", "eca"], [0], "differ in letters and digits"),
@@ -226,7 +226,7 @@ def test_wrong_arguments_are_named(
 def test_a_recipe_for_several_devices_is_refused_before_anything_runs(tiny, tmp_path, changes) -> None:
     recipe = tiny()
     recipe = replace(recipe, trainer=replace(recipe.trainer, **changes))
-    with pytest.raises(ValueError, match=r"entries\['ECA'\] must train on one device, got trainer\.devices="):
+    with pytest.raises(ValueError, match=r"conditions\['ECA'\] must train on one device, got trainer\.devices="):
         compare({"none": tiny(), "ECA": recipe}, [0], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -280,7 +280,7 @@ def test_three_seeds_show_no_difference_however_far_the_intervals_are_from_zero(
     assert why.startswith("3 seeds cannot show a difference at 0.05")
 
 
-def test_table_has_a_row_for_every_entry() -> None:
+def test_table_has_a_row_for_every_condition() -> None:
     comparison = comparison_of(none=[80.0, 81.0], ECA=[81.0, 83.0])
     lines = table(comparison, {"none": Cost(0, 0, 0.1), "ECA": Cost(9, 1000, 0.11)}).splitlines()
     assert lines[2].split()[:2] == ["none", "80.50"]

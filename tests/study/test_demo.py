@@ -84,13 +84,13 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(
 
 def test_demo(made: tuple[Comparison, Path, str]) -> None:
     comparison, folder, said = made
-    for entry in demo_recipes():
-        assert 30 < comparison.mean(entry) < 100, "ten classes: chance is 10 %"
-        assert entry in said
+    for condition in demo_recipes():
+        assert 30 < comparison.mean(condition) < 100, "ten classes: chance is 10 %"
+        assert condition in said
     assert "One seed gives no spread" in said
     assert json.loads((folder / "costs.json").read_text())["ECA"]["parameters"] == 9
     rows = json.loads((folder / "summary.json").read_text())["conditions"]
-    assert {entry: row["mean"] for entry, row in rows.items()} == {
+    assert {condition: row["mean"] for condition, row in rows.items()} == {
         name: comparison.mean(name) for name in demo_recipes()
     }
     assert said.splitlines()[-1] == f"wrote {folder / 'report.html'}"

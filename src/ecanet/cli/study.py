@@ -48,26 +48,26 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
 
     def run(args: Namespace) -> None:
         recipe = Recipe(args.model, args.data, args.optim, args.trainer)
-        entries, seeds = conditions_and_seeds(recipe, args.study, args.gates, args.kernel_sizes, args.seeds)
+        recipes, seeds = conditions_and_seeds(recipe, args.study, args.gates, args.kernel_sizes, args.seeds)
         if not args.dry_run:
-            study = study_recipes(entries, seeds, args.out, args.workers, on=args.on)
+            study = study_recipes(recipes, seeds, args.out, args.workers, on=args.on)
             print(study)
             print(f"wrote {args.out / 'results.csv'}, {args.out / 'summary.json'} and {args.out / 'report.html'}")
             print(next_step(study.summary))
             return
         check_engine(args.on, args.workers)
-        check_recipes(entries, seeds)
-        jobs = comparison_jobs(entries, seeds, args.out)
+        check_recipes(recipes, seeds)
+        jobs = comparison_jobs(recipes, seeds, args.out)
         left = sum(job.read() is None for job in jobs)
-        print(f"{len(entries)} conditions x {len(seeds)} seeds = {len(jobs)} runs, {left} left, into {args.out}")
+        print(f"{len(recipes)} conditions x {len(seeds)} seeds = {len(jobs)} runs, {left} left, into {args.out}")
         if left:
-            print("".join(f"{note}\n" for note in check_parts(entries)), end="")
-            seconds = seconds_of_an_epoch(next(iter(entries.values())))
+            print("".join(f"{note}\n" for note in check_parts(recipes)), end="")
+            seconds = seconds_of_an_epoch(next(iter(recipes.values())))
             workers = min(_room(args.on, args.workers), left)
             total = tqdm.format_interval(math.ceil(left / workers) * recipe.optim.epochs * seconds)
             at_a_time = f"{recipe.optim.epochs} in a run, {workers} runs at a time"
             print(f"an epoch took {seconds:.1f} s: {at_a_time}, about {total} in all if each has a core of its own")
-        print(plan(len(entries), len(seeds)))
+        print(plan(len(recipes), len(seeds)))
 
     return run
 

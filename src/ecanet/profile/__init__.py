@@ -3,8 +3,9 @@
 Each name is imported where it is first used.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ecanet.lazy import names_of
 
 if TYPE_CHECKING:
     from ecanet.profile.counts import Counts
@@ -15,16 +16,13 @@ if TYPE_CHECKING:
 
 __all__ = ["TABLE3", "Counts", "Measured", "PaperRow", "Profile", "Row", "profile_models", "table3"]
 
-_FOUND_IN = {
-    **{"Counts": "counts", "Measured": "measure", "PaperRow": "paper", "Profile": "result", "Row": "result"},
-    **dict.fromkeys(("profile_models", "table3"), "run"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import what a public name needs, the first time that it is used (PEP 562)."""
-    if name not in __all__:
-        raise AttributeError(f"module 'ecanet.profile' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"ecanet.profile.{_FOUND_IN.get(name, 'paper')}"), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = names_of(
+    __name__,
+    {
+        "counts": ("Counts",),
+        "measure": ("Measured",),
+        "paper": ("TABLE3", "PaperRow"),
+        "result": ("Profile", "Row"),
+        "run": ("profile_models", "table3"),
+    },
+)

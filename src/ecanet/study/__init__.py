@@ -4,8 +4,9 @@ Needs ``pip install 'ecanet[study]'``; what trains by recipes, times networks or
 Each name is imported where it is first used.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ecanet.lazy import names_of
 
 if TYPE_CHECKING:
     from ecanet.study.comparison import Comparison, Run, compare
@@ -52,21 +53,21 @@ __all__ = [
     "write_report",
 ]
 
-_FOUND_IN = {
-    **dict.fromkeys(("Comparison", "Run", "compare"), "comparison"),
-    **dict.fromkeys(("Cost", "measure_costs"), "costs"),
-    **dict.fromkeys(("FailedRun", "FinishedRun", "Study"), "results"),
-    **dict.fromkeys(("summary_table", "verdict"), "conclusions"),
-    "run": "paired_study",
-    "table": "report",
-    "write_report": "html_report",
-}
+_STATISTICS = (
+    *("ConditionSummary", "Difference", "Summary"),
+    *("detectable", "paired_difference", "plan", "power", "seeds_needed", "summarise"),
+)
 
-
-def __getattr__(name: str) -> Any:
-    """Import what a public name needs, the first time that it is used (PEP 562)."""
-    if name not in __all__:
-        raise AttributeError(f"module 'ecanet.study' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"ecanet.study.{_FOUND_IN.get(name, 'statistics')}"), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = names_of(
+    __name__,
+    {
+        "comparison": ("Comparison", "Run", "compare"),
+        "conclusions": ("summary_table", "verdict"),
+        "costs": ("Cost", "measure_costs"),
+        "html_report": ("write_report",),
+        "paired_study": ("run",),
+        "report": ("table",),
+        "results": ("FailedRun", "FinishedRun", "Study"),
+        "statistics": _STATISTICS,
+    },
+)

@@ -31,14 +31,14 @@ class Run:
     """One finished training run.
 
     Attributes:
-        entry: Name of its recipe in the comparison.
+        condition: Name of its recipe in the comparison.
         seed: Its seed.
         top1: Validation top-1 after the last epoch, in per cent.
         history: One record for each epoch: ``val/top1``, ``train/loss``, ``seconds``, ...
         folder: Folder of its checkpoints and logs.
     """
 
-    entry: str
+    condition: str
     seed: int
     top1: float
     history: list[dict[str, float]]
@@ -47,45 +47,47 @@ class Run:
 
 @dataclass
 class Comparison:
-    """Every run of every entry, in the order given.
+    """Every run of every condition, in the order given.
 
     Attributes:
-        runs: Runs by entry, one for each seed.
+        runs: Runs by condition, one for each seed.
     """
 
     runs: dict[str, list[Run]]
 
     @property
     def baseline(self) -> str:
-        """The first entry, with which the others are compared."""
+        """The first condition, with which the others are compared."""
         return next(iter(self.runs))
 
-    def top1(self, entry: str) -> list[float]:
+    def top1(self, condition: str) -> list[float]:
         """Top-1 of each seed, in per cent."""
-        return [run.top1 for run in self.runs[entry]]
+        return [run.top1 for run in self.runs[condition]]
 
-    def mean(self, entry: str) -> float:
+    def mean(self, condition: str) -> float:
         """Mean top-1 over the seeds, in per cent."""
-        return statistics.fmean(self.top1(entry))
+        return statistics.fmean(self.top1(condition))
 
-    def spread(self, entry: str) -> float | None:
+    def spread(self, condition: str) -> float | None:
         """Sample standard deviation of top-1 over the seeds, in percentage points; None with one seed."""
-        values = self.top1(entry)
+        values = self.top1(condition)
         return statistics.stdev(values) if len(values) > 1 else None
 
-    def difference(self, entry: str) -> Difference:
-        """The entry minus the baseline, paired by seed."""
-        pairs = zip(self.top1(entry), self.top1(self.baseline), strict=True)
+    def difference(self, condition: str) -> Difference:
+        """The condition minus the baseline, paired by seed."""
+        pairs = zip(self.top1(condition), self.top1(self.baseline), strict=True)
         return paired_difference([a - b for a, b in pairs])
 
     @property
     def summary(self) -> Summary:
-        """Differences, intervals and tests of all entries."""
-        return summarise({entry: {run.seed: run.top1 for run in runs} for entry, runs in self.runs.items()}, "top1")
+        """Differences, intervals and tests of all conditions."""
+        return summarise(
+            {condition: {run.seed: run.top1 for run in runs} for condition, runs in self.runs.items()}, "top1"
+        )
 
 
 def compare(
-    entries: Mapping[str, Recipe],
+    conditions: Mapping[str, Recipe],
     seeds: Sequence[int],
     out: str | Path,
     workers: int | None = None,
@@ -94,13 +96,13 @@ def compare(
 ) -> Comparison:
     """Train every recipe with every seed; the same seed means the same backbone weights and order of images.
 
-    The engine is that of :func:`ecanet.study.run`. A finished run is a file ``out/runs/ENTRY-seedK.json``, with its
-    checkpoints and logs in the folder ``out/runs/ENTRY-seedK``. A second call reads finished runs and does not repeat
-    them. An interrupted run goes on from its last checkpoint; a run by another recipe is refused. If a run goes on with
-    other versions of torch or ecanet, it warns, and its file names all of them.
+    The engine is that of :func:`ecanet.study.run`. A finished run is a file ``out/runs/CONDITION-seedK.json``, with its
+    checkpoints and logs in the folder ``out/runs/CONDITION-seedK``. A second call reads finished runs and does not
+    repeat them. An interrupted run goes on from its last checkpoint; a run by another recipe is refused. If a run goes
+    on with other versions of torch or ecanet, it warns, and its file names all of them.
 
     Args:
-        entries: Recipes by name, the baseline first, each for one device; their own seeds are not used.
+        conditions: Recipes by name, the baseline first, each for one device; their own seeds are not used.
         seeds: Seeds, at least one.
         out: Folder for the results.
         workers: Runs at a time, each in its own process with one thread. By default one for each core, or a single run
@@ -112,14 +114,14 @@ def compare(
         All runs.
 
     Raises:
-        ValueError: no entry, no or repeated seeds, names that give the same file, a recipe for several devices, or
+        ValueError: no condition, no or repeated seeds, names that give the same file, a recipe for several devices, or
             results in ``out`` that are damaged, by another recipe or of another study; or pictures or weights that are
             not there, or a network that cannot be built.
         RuntimeError: runs failed; the message says why. The others went on and are kept.
     """
-    study = study_recipes(entries, seeds, out, workers, progress, on)
+    study = study_recipes(conditions, seeds, out, workers, progress, on)
     if study.failed:
-        total = len(entries) * len(seeds)
+        total = len(conditions) * len(seeds)
         raise RuntimeError(
             f"{len(study.failed)} of {total} runs failed, the others are kept in {Path(out) / 'runs'}: "
             + "; ".join(f"{run.condition}, seed {run.seed}: {run.reason}" for run in study.failed)
@@ -134,7 +136,7 @@ def compare(
 
 
 def study_recipes(
-    entries: Mapping[str, Recipe],
+    conditions: Mapping[str, Recipe],
     seeds: Sequence[int],
     out: str | Path,
     workers: int | None = None,
@@ -146,16 +148,16 @@ def study_recipes(
     Raises:
         ValueError: as in :func:`compare`.
     """
-    check_recipes(entries, seeds)
-    jobs = comparison_jobs(entries, seeds, out)
+    check_recipes(conditions, seeds)
+    jobs = comparison_jobs(conditions, seeds, out)
     if any(job.read() is None for job in jobs):
-        notes = check_parts(entries)
+        notes = check_parts(conditions)
         if progress:
             print("".join(f"{note}\n" for note in notes), file=sys.stderr, end="")
-    settings = {name: to_plain(recipe) for name, recipe in entries.items()}
+    settings = {name: to_plain(recipe) for name, recipe in conditions.items()}
     study = run_jobs(jobs, out, "top1", workers, progress, on, settings)
     if any(study.runs.values()):
-        gather(entries, study, Path(out), progress)
+        gather(conditions, study, Path(out), progress)
     report(out, progress)
     return study
 
@@ -175,18 +177,18 @@ def seconds_of_an_epoch(recipe: Recipe) -> float:
         torch.set_num_threads(threads)
 
 
-def check_recipes(entries: Mapping[str, Recipe], seeds: Sequence[int]) -> None:
+def check_recipes(conditions: Mapping[str, Recipe], seeds: Sequence[int]) -> None:
     """Raise ValueError for names, seeds and devices with which no comparison starts."""
-    check_names(entries, "entries")
+    check_names(conditions)
     check_seeds(seeds)
-    _check_devices(entries)
+    _check_devices(conditions)
 
 
-def comparison_jobs(entries: Mapping[str, Recipe], seeds: Sequence[int], out: str | Path) -> list[Job]:
+def comparison_jobs(conditions: Mapping[str, Recipe], seeds: Sequence[int], out: str | Path) -> list[Job]:
     """The runs of a comparison.
 
     Args:
-        entries: Recipes by name.
+        conditions: Recipes by name.
         seeds: Seeds.
         out: Folder of the study.
     """
@@ -194,7 +196,7 @@ def comparison_jobs(entries: Mapping[str, Recipe], seeds: Sequence[int], out: st
     jobs = []
     # Seed by seed, so that after an early stop the finished runs form pairs.
     for seed in seeds:
-        for name, recipe in entries.items():
+        for name, recipe in conditions.items():
             recipe = replace(recipe, trainer=replace(recipe.trainer, seed=int(seed), devices=1))
             decides = {"recipe": to_plain(recipe), "torch": torch.__version__, "ecanet": ecanet.__version__}
             work = partial(_fit, recipe)
@@ -208,21 +210,21 @@ def _fit(recipe: Recipe, folder: Path) -> dict[str, Any]:
     return {"top1": result.top1, "history": result.history, "recipe": to_plain(recipe), "versions": result.versions}
 
 
-def check_parts(entries: Mapping[str, Recipe]) -> list[str]:
+def check_parts(conditions: Mapping[str, Recipe]) -> list[str]:
     """Find the pictures and build the networks once, so that a mistake in a recipe stops the study before it starts.
 
     Args:
-        entries: Recipes by name.
+        conditions: Recipes by name.
 
     Returns:
-        What is odd about them, a sentence each: entries that are the same.
+        What is odd about them, a sentence each: conditions that are the same.
 
     Raises:
-        ValueError: there are no such pictures, or no such network; the message names the entry.
+        ValueError: there are no such pictures, or no such network; the message names the condition.
     """
     classes: dict[str, int] = {}
     same: dict[tuple[str, str], list[str]] = {}
-    for name, recipe in entries.items():
+    for name, recipe in conditions.items():
         try:
             key = fingerprint(recipe.data)
             if key not in classes:
@@ -238,18 +240,18 @@ def check_parts(entries: Mapping[str, Recipe]) -> list[str]:
                 torch.manual_seed(0)
                 network = build_network(recipe.model, classes[key], image_size_of(recipe.data))
         except (OSError, TypeError, ValueError) as error:
-            raise ValueError(f"entries[{name!r}]: {error}") from error
+            raise ValueError(f"conditions[{name!r}]: {error}") from error
         others = fingerprint([recipe.data, recipe.optim, replace(recipe.trainer, seed=0)])
         same.setdefault((others, digest(network)), []).append(name)
     return said_of_the_same(list(same.values()))
 
 
-def _check_devices(entries: Mapping[str, Recipe]) -> None:
-    for name, recipe in entries.items():
+def _check_devices(conditions: Mapping[str, Recipe]) -> None:
+    for name, recipe in conditions.items():
         devices, nodes = recipe.trainer.devices, recipe.trainer.nodes
         if devices not in ("auto", 1) or nodes != 1:  # Lightning would start the whole comparison once more for each
             raise ValueError(
-                f"entries[{name!r}] must train on one device, got trainer.devices={devices}, trainer.nodes={nodes}: "
+                f"conditions[{name!r}] must train on one device, got trainer.devices={devices}, trainer.nodes={nodes}: "
                 "several runs at a time keep the others busy, with workers"
             )
 

@@ -98,13 +98,13 @@ def recipes(recipe: Recipe, conditions: Mapping[str, Mapping[str, Any]]) -> dict
     Raises:
         ValueError: a condition is none; the message names it.
     """
-    entries = {}
+    found = {}
     for name, change in expanded(conditions).items():
         try:
-            entries[name] = replace(recipe, model=replace(recipe.model, **change))
+            found[name] = replace(recipe, model=replace(recipe.model, **change))
         except (TypeError, ValueError) as error:
             raise ValueError(f"condition {shown(name)}: {error}") from error
-    return entries
+    return found
 
 
 def digest(network: nn.Module) -> str:

@@ -13,7 +13,7 @@ from ecanet.profile.measure import step_seconds, threads_of_torch
 
 @dataclass
 class Cost:
-    """What one training step of an entry costs.
+    """What one training step of a condition costs.
 
     Attributes:
         parameters: Parameters of its gates.

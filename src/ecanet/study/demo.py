@@ -18,7 +18,7 @@ BASELINE, TRAINED = "none", "ECA"
 
 
 def demo_recipes(epochs: int = 6) -> dict[str, Recipe]:
-    """The four entries: no gate first, then SE, ECA and ECA with a neutral start.
+    """The four conditions: no gate first, then SE, ECA and ECA with a neutral start.
 
     Args:
         epochs: Passes over the 8,000 training pictures.
@@ -38,13 +38,13 @@ def demo_recipes(epochs: int = 6) -> dict[str, Recipe]:
 
 
 def demo(out: str | Path = "runs/demo", seeds: int = 3, epochs: int = 6, workers: int | None = None) -> Comparison:
-    """Train the entries, print a table and what it means, and write the report and pictures.
+    """Train the conditions, print a table and what it means, and write the report and pictures.
 
     It needs no internet and no GPU. A second call reads the finished runs.
 
     Args:
         out: Folder for what every study writes (runs, ``report.html``, ``figures``, ...), and ``summary.txt``.
-        seeds: Seeds of each entry.
+        seeds: Seeds of each condition.
         epochs: Passes over the 8,000 training pictures.
         workers: Runs at a time, by default one for each core.
 
@@ -62,7 +62,7 @@ def demo(out: str | Path = "runs/demo", seeds: int = 3, epochs: int = 6, workers
     comparison = compare(recipes, range(seeds), out, workers)
     costs = read_costs(out, list(recipes))
     limits = "These are short runs of a small network on small data: they say little about others."
-    noise = "The two ECA entries are the same network: where their times differ, that is the machine's noise."
+    noise = "The two ECA conditions are the same network: where their times differ, that is the machine's noise."
     summary = f"{table(comparison, costs)}\n\n{verdict(comparison.summary)}\n{limits}\n{noise}\n"
     print(f"\n{summary}")
     write_whole(out / "summary.txt", summary)

@@ -82,7 +82,7 @@ def run(
     """
     if not isinstance(conditions, Mapping):
         conditions = _by_name(conditions)
-    check_names(conditions, "conditions")
+    check_names(conditions)
     check_seeds(seeds)
     if metric is not None and (not isinstance(metric, str) or not metric):
         raise ValueError(f"metric must name what train returns, such as 'accuracy', or be None, got {shown(metric)!r}")
@@ -259,16 +259,16 @@ def _results(runs: Mapping[str, Sequence[FinishedRun]], jobs: Sequence[Job]) -> 
     return table.getvalue()
 
 
-def check_names(conditions: Mapping[str, Any], argument: str) -> None:
+def check_names(conditions: Mapping[str, Any]) -> None:
     """Raise ValueError unless there are names, each of a file of its own."""
     if not conditions:
-        raise ValueError(f"{argument} must name at least one, the baseline, got none")
+        raise ValueError("conditions must name at least one, the baseline, got none")
     files: dict[str, str] = {}
     for name in conditions:
         if not isinstance(name, str) or not name:
-            raise ValueError(f"{argument} must have texts for names, got {shown(name)}")
+            raise ValueError(f"conditions must have texts for names, got {shown(name)}")
         if slug(name) in files:
-            raise ValueError(f"{argument} need names that differ in letters and digits, got {listed(conditions)}")
+            raise ValueError(f"conditions need names that differ in letters and digits, got {listed(conditions)}")
         files[slug(name)] = name
 
 

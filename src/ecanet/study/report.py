@@ -8,18 +8,18 @@ from ecanet.study.costs import Cost
 
 
 def table(comparison: Comparison, costs: Mapping[str, Cost]) -> str:
-    """One row for each entry: accuracy and spread, difference from the baseline with its interval, and costs."""
+    """One row for each condition: accuracy and spread, difference from the baseline with its interval, and costs."""
     header = ["gate", "top-1 %", "spread", "difference", "95 % interval", "params +", "MAdds +", "ms/step", "time"]
     rows = [header]
     plain = costs[comparison.baseline].seconds
-    for entry in comparison.runs:
-        spread, difference, cost = comparison.spread(entry), comparison.difference(entry), costs[entry]
-        is_baseline = entry == comparison.baseline
+    for condition in comparison.runs:
+        spread, difference, cost = comparison.spread(condition), comparison.difference(condition), costs[condition]
+        is_baseline = condition == comparison.baseline
         interval = "-" if difference.low is None else f"{difference.low:+.2f} to {difference.high:+.2f}"
         rows.append(
             [
-                entry,
-                f"{comparison.mean(entry):.2f}",
+                condition,
+                f"{comparison.mean(condition):.2f}",
                 "-" if spread is None else f"{spread:.2f}",
                 "-" if is_baseline else f"{difference.mean:+.2f}",
                 "-" if is_baseline else interval,

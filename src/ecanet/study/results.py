@@ -106,4 +106,4 @@ def why_not_counted(stored: Mapping[str, Any], metric: str | None) -> str:
 
 def slug(name: str) -> str:
     """A name as part of a file's name."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "entry"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "condition"

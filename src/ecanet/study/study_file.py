@@ -15,6 +15,7 @@ _OF_A_CONDITION = (*SETTINGS, SWEEP)
 _KEYS = ("conditions", "seeds", "recipe")
 #: Conditions and seeds of a file, at most.
 _MOST = 1000
+_ITS_SEEDS = "every condition is trained with each of its seeds, such as --seeds 9 or seeds: [0, 1, 2]"
 
 
 @dataclass
@@ -52,6 +53,8 @@ def read_study(path: str | Path) -> StudyFile:
     conditions, seeds, recipe = content.get("conditions", {}), content.get("seeds", []), content.get("recipe", {})
     _check_conditions(conditions, source)
     recipe = check_blocks(recipe, f"{source}: recipe")
+    if "seed" in recipe.get("trainer", {}):
+        raise ValueError(f"{source}: recipe.trainer.seed is not for a study: {_ITS_SEEDS}")
     return StudyFile(conditions, _seeds_of(seeds, source), recipe)
 
 
@@ -89,10 +92,12 @@ def with_study_read(args: list[str]) -> list[str]:
         args: The command line; a study's file comes first, if there is one. Options after it override its recipe.
 
     Raises:
-        FileNotFoundError, ValueError: as in :func:`read_study`.
+        FileNotFoundError, ValueError: as in :func:`read_study`; or an option says a single seed.
     """
     recipe = read_study(args[0]).recipe if args and not args[0].startswith("-") else {}
     words = [word.partition("=")[0] for word in args]
+    if "--trainer.seed" in words:
+        raise ValueError(f"--trainer.seed is not for a study: {_ITS_SEEDS}")
     says_source = "source" in recipe.get("data", {}) or {"--data.source", "--config"} & set(words)
     if "--data.root" in words and not says_source:
         args = [*args, "--data.source", "image_folder"]
@@ -120,12 +125,12 @@ def conditions_and_seeds(
         how = "--gates none,eca or --kernel-sizes 1,3,5, or conditions in a study's file"
         raise ValueError(f"conditions must be named once, by {how}, got {'both' if by_options else 'neither'}")
     changes = of_gates("none,eca" if gates is None else gates, kernel_sizes) if by_options else said.conditions
-    entries = recipes(recipe, changes)
+    found = recipes(recipe, changes)
     if seeds is not None and seeds < 1:
         raise ValueError(f"seeds must be 1 or more, got {seeds}")
     if seeds is None and not said.seeds:
-        fewest = fewest_seeds(len(entries) - 1)
+        fewest = fewest_seeds(len(found) - 1)
         raise ValueError(
-            f"seeds must be given: with {len(entries)} conditions, fewer than --seeds {fewest} can show nothing"
+            f"seeds must be given: with {len(found)} conditions, fewer than --seeds {fewest} can show nothing"
         )
-    return entries, said.seeds if seeds is None else range(seeds)
+    return found, said.seeds if seeds is None else range(seeds)

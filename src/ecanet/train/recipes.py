@@ -234,20 +234,28 @@ def with_own_recipe(args: list[str], out: str | Path) -> list[str]:
         out: Folder of the run if the command line does not say ``--out``.
 
     Raises:
-        OSError, ValueError: there is a run, and its recipe is missing, cannot be read or is no recipe.
+        OSError, ValueError: there is a run, and its recipe is missing, cannot be read or is no recipe; or there is
+            none, and the command line says nothing of one.
     """
     words = [word.partition("=")[0] for word in args]
-    if "--resume" not in words or "--config" in words:
+    if "--resume" not in words or {"--config", "--help", "-h"} & set(words):
         return args
     for word, following in zip(args, [*args[1:], ""], strict=True):
         name, equals, value = word.partition("=")
         if name == "--out":
             out = value if equals else following
-    own, last = Path(out) / "recipe.json", Path(out) / "last.ckpt"
-    options = tuple(f"--{block}." for block in _BLOCKS)
-    needs_no_own_recipe = not os.path.lexists(last) or any(word.startswith(options) for word in words)
-    if needs_no_own_recipe and not os.path.lexists(own):
+    if not out:  # the parser says it
         return args
+    own, last = Path(out) / "recipe.json", Path(out) / "last.ckpt"
+    says_one = any(word.startswith(tuple(f"--{block}." for block in _BLOCKS)) for word in words)
+    if not os.path.lexists(own):
+        if says_one:
+            return args
+        if not os.path.lexists(last):
+            where = shown(str(out), 200)
+            raise ValueError(
+                f"there is no run in {where} to resume: say its folder with --out, or a new run's recipe with --config"
+            )
     try:
         return ["--config", for_parser(read_recipe(own, "--model.build" in words)), *args]
     except (OSError, ValueError) as error:

@@ -62,6 +62,9 @@ def test_a_file_is_trained_with_what_the_command_line_overrides_and_its_tables_a
     assert (model["gate"], model["kernel_size"], len(details["history"])) == ("eca", 3, 1)
     main(["study", str(file), "--optim.epochs", "1", "--out", "out", "--dry-run"])
     assert "3 conditions x 1 seeds = 3 runs, 0 left, into out" in capsys.readouterr().out
+    assert "out holds another study: " in refused(
+        ["--gates", "none,se", "--seeds", "1", "--out", "out", "--dry-run"], capsys
+    )
 
 
 def test_a_dry_run_says_how_many_runs_how_long_an_epoch_of_the_baseline_is_and_what_they_show_and_writes_nothing(
@@ -155,7 +158,19 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a gate twice": (["--gates", "none,eca,eca", "--seeds", "9"], "gates must be different, got none, eca, eca"),
     "no seeds": (["--gates", "none,se,eca"], "with 3 conditions, fewer than --seeds 7 can show nothing"),
     "zero seeds": (["--gates", "none,eca", "--seeds", "0"], "seeds must be 1 or more, got 0"),
-    "no such pictures": (["--gates", "none,eca", "--seeds", "2", "--data.root", "nowhere"], "nowhere"),
+    "a gate beside gates": (
+        ["--gates", "none,eca", "--seeds", "2", "--model.gate=se"],
+        "--model.gate says the gate of every condition: leave it out, as --gates names them all",
+    ),
+    "no such pictures": (
+        ["--gates", "none,eca", "--seeds", "2", "--data.root", "nowhere"],
+        "Error: no folder",
+    ),
+    "a file for a folder": (
+        ["study.yaml", "--out", "study.yaml/out"],
+        "out must be a folder, got study.yaml/out: ",
+    ),
+    "a dry run with a file for a folder": (["study.yaml", "--dry-run", "--out", "study.yaml"], "study.yaml is a file"),
     "no such file": (["nothing.yaml"], "no such file: nothing.yaml"),
     "gates and a file with conditions": (["study.yaml", "--gates", "none,eca"], "got both"),
     "sizes and a file with conditions": (["study.yaml", "--kernel-sizes", "1,3"], "got both"),
@@ -186,7 +201,10 @@ def test_a_mistake_is_named_before_anything_trains(
 FILES: dict[str, tuple[str, str]] = {
     "a list": ("[1]", "is no study: it must hold conditions, seeds, recipe, got a list"),
     "another part": ("gates: [eca]", "gates is no part of a study, which are conditions, seeds, recipe"),
-    "conditions in a list": ("conditions: [eca]", "conditions must hold at most 1000 names"),
+    "conditions in a list": (
+        "conditions: [eca]",
+        "conditions must be at most 1000 names with changes, such as none: {gate: null}, got a list",
+    ),
     "a condition that is a text": ("conditions: {none: eca}", "conditions.none must be a name with gate, kernel_size"),
     "a number as a name": ("conditions: {1: {gate: eca}}", "must be a name with gate, kernel_size"),
     "a condition with a learning rate": ("conditions: {none: {lr: 1}}", "conditions.none has no lr; it may have gate"),
@@ -206,7 +224,7 @@ FILES: dict[str, tuple[str, str]] = {
         "seeds must be their number, from 1 to 1000, or a list",
     ),
     "no seed": ("conditions: {none: {}}\nseeds: 0", "seeds must be their number, from 1 to 1000, or a list"),
-    "a seed twice": ("conditions: {none: {}}\nseeds: [1, 1]", "seeds must be one or more different integers"),
+    "a seed twice": ("conditions: {none: {}}\nseeds: [1, 1]", "seeds must be one or more different integers from 0"),
     "two names with one file": ("conditions: {ECA: {}, eca!: {}}\nseeds: 1", "names that differ in letters and digits"),
     "two conditions with one name": ("conditions:\n  a: {}\n  a: {}\nseeds: 1", "a is there twice"),
     "no list of kernel sizes": (

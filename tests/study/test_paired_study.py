@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from typing import Any
 
 import made_up_runs
 import pytest
+from tqdm import tqdm
 
 from ecanet.files.folder_lock import lock_folder, unlock_folder
-from ecanet.study import run
+from ecanet.study import engine, run
+from ecanet.study.job import Job
 from ecanet.study.paired_study import fingerprint
 
 CONDITIONS = {"none": 0.0, "SE": 0.1, "ECA, k=3": 0.9}
@@ -74,6 +77,35 @@ def test_a_study_has_a_file_for_each_run_a_table_and_a_summary(tmp_path: Path, c
     assert said.startswith("7 seeds, 2 comparisons with the baseline: a difference of ")
     assert "21/21 done" in said
     assert "0 running, 0 left, time left 00:00" in said
+
+
+class EndsAtOnce:
+    """Workers whose runs end when they are looked for."""
+
+    size = 2
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+
+    def start(self, job: Job) -> None:
+        self.jobs.append(job)
+
+    def ended(self) -> list[tuple[Job, str | None]]:
+        return [(self.jobs.pop(), "was killed")]
+
+    def close(self) -> None: ...
+
+
+def test_what_the_bar_says_is_done_running_and_left_is_all_runs_in_every_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "workers_on", lambda *_: EndsAtOnce())
+    monkeypatch.setattr(engine, "tqdm", lambda **settings: tqdm(**settings | {"mininterval": 0}))
+    jobs = [Job("none", seed, tmp_path / f"none-seed{seed}", dict, "") for seed in range(5)]
+    engine.run_all(jobs, 2, "processes", True, lambda _: "", lambda: None)
+    said = re.findall(r"(\d+)/5 done .* (\d+) running, (\d+) left", capsys.readouterr().err)
+    assert len(said) > 5
+    assert {sum(map(int, numbers)) for numbers in said} == {5}
 
 
 def test_more_seeds_and_more_conditions_are_added_and_nothing_is_repeated(tmp_path: Path) -> None:
@@ -230,7 +262,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a text": ({"conditions": "eca"}, ValueError, "conditions must be names or a dict, got the text 'eca'"),
     "an empty name": ({"conditions": {"": 1}}, ValueError, "conditions must have texts for names"),
     "a number as a name": ({"conditions": [1, 2]}, ValueError, "conditions must have texts for names, got 1"),
-    "no seeds": ({"seeds": []}, ValueError, "seeds must be one or more different integers, such as range"),
+    "no seeds": ({"seeds": []}, ValueError, "seeds must be one or more different integers from 0, such as range"),
     "a number of seeds": ({"seeds": 9}, ValueError, r"seeds must be .* such as range\(9\), got 9"),
     "a seed twice": ({"seeds": [1, 1]}, ValueError, "seeds must be one or more different"),
     "a negative seed": ({"seeds": [-1]}, ValueError, "seeds must be one or more different"),

@@ -161,6 +161,19 @@ def test_seeds_that_only_one_of_two_finished_do_not_count() -> None:
     assert "se: no seed finished both with it and with none." in verdict(summarise(values, "top1"))
 
 
+def test_a_condition_without_enough_seeds_counts_in_holms_correction_and_hides_no_limit_of_the_others() -> None:
+    nine = {seed: 80.0 + seed for seed in range(9)}
+    higher = {seed: value + 1 + 0.01 * seed for seed, value in nine.items()}
+    for seeds in (0, 1):
+        summary = summarise({"none": nine, "eca": higher, "se": dict(list(higher.items())[:seeds])}, "top1")
+        row = summary.conditions["eca"]
+        assert (row.p, row.p_holm) == (2**-8, 2 * 2**-8)
+        said = verdict(summary)
+        assert "Each interval covers the true difference in 95 of 100 such studies." in said
+        assert ("One seed gives no spread, so nothing can be read into its difference." in said) is (seeds == 1)
+        assert ("1 seed cannot show a difference" in said) is (seeds == 1)
+
+
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_a_summary_is_plain_json_whatever_the_numbers_are(seeds: int) -> None:
     same = dict.fromkeys(range(seeds), 0.5)
@@ -195,12 +208,15 @@ def test_the_verdict_says_a_difference_is_there_only_if_interval_and_corrected_p
 
 
 def test_the_next_step_is_more_seeds_only_where_they_could_show_more() -> None:
-    def after(seeds: int, shift: float, spread: float) -> str:
+    def after(seeds: int, shift: float, spread: float, failed: int = 0) -> str:
         noise = [spread * (-1) ** i for i in range(seeds)]
         base = dict.fromkeys(range(seeds), 80.0)
-        return next_step(summarise({"none": base, "a": {i: 80 + shift + n for i, n in enumerate(noise)}}, "top1"))
+        found = summarise({"none": base, "a": {i: 80 + shift + n for i, n in enumerate(noise)}}, "top1")
+        return next_step(found, seeds + failed)
 
     assert "--seeds 6; finished runs are not repeated, and fewer can show nothing" in after(5, 3.0, 0.1)
+    assert "--seeds 8; finished runs are not repeated, and fewer can show nothing" in after(5, 3.0, 0.1, failed=2)
+    assert f"--seeds {seeds_needed(1.0, float(np.std([1, -1] * 5, ddof=1))) + 1}; " in after(10, 0.0, 1.0, failed=1)
     unclear = after(10, 0.0, 1.0)
     spread = float(np.std([(-1.0) ** i for i in range(10)], ddof=1))
     assert f"--seeds {seeds_needed(1.0, spread)}; " in unclear

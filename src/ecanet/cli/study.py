@@ -11,6 +11,7 @@ from ecanet.cli.options import CONFIG_HELP
 from ecanet.study.comparison import check_parts, check_recipes, comparison_jobs, seconds_of_an_epoch, study_recipes
 from ecanet.study.conclusions import next_step
 from ecanet.study.engine import ENGINES, check_engine, workers_on
+from ecanet.study.paired_study import check_folder
 from ecanet.study.statistics import plan
 from ecanet.study.study_file import conditions_and_seeds, with_study_read
 from ecanet.train.config import Recipe
@@ -53,11 +54,12 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
             study = study_recipes(recipes, seeds, args.out, args.workers, on=args.on)
             print(study)
             print(f"wrote {args.out / 'results.csv'}, {args.out / 'summary.json'} and {args.out / 'report.html'}")
-            print(next_step(study.summary))
+            print(next_step(study.summary, len(seeds)))
             return
         check_engine(args.on, args.workers)
         check_recipes(recipes, seeds)
         jobs = comparison_jobs(recipes, seeds, args.out)
+        check_folder(jobs, args.out)
         left = sum(job.read() is None for job in jobs)
         print(f"{len(recipes)} conditions x {len(seeds)} seeds = {len(jobs)} runs, {left} left, into {args.out}")
         if left:

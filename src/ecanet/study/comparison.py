@@ -220,22 +220,20 @@ def check_parts(conditions: Mapping[str, Recipe]) -> list[str]:
         What is odd about them, a sentence each: conditions that are the same.
 
     Raises:
-        ValueError: there are no such pictures, or no such network; the message names the condition.
+        ValueError: there are no such pictures, or no such network; the message names the condition, unless all share
+            the pictures.
     """
     classes: dict[str, int] = {}
+    several = len({fingerprint(recipe.data) for recipe in conditions.values()}) > 1
     same: dict[tuple[str, str], list[str]] = {}
     for name, recipe in conditions.items():
         try:
             key = fingerprint(recipe.data)
             if key not in classes:
-                data = ImageData(recipe.data)
-                if data.multi_label:
-                    raise ValueError(
-                        "its images have several labels each, and recipes are compared by top-1: give "
-                        "ecanet.study.run a function that calls ecanet.train.fit, and metric='mAP'"
-                    )
-                data.verify()
-                classes[key] = len(data.classes)
+                classes[key] = _classes_of(recipe)
+        except (OSError, TypeError, ValueError) as error:
+            raise ValueError(f"conditions[{name!r}]: {error}" if several else str(error)) from error
+        try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 network = build_network(recipe.model, classes[key], image_size_of(recipe.data))
@@ -244,6 +242,18 @@ def check_parts(conditions: Mapping[str, Recipe]) -> list[str]:
         others = fingerprint([recipe.data, recipe.optim, replace(recipe.trainer, seed=0)])
         same.setdefault((others, digest(network)), []).append(name)
     return said_of_the_same(list(same.values()))
+
+
+def _classes_of(recipe: Recipe) -> int:
+    """How many classes its pictures have, once they were found and can be compared."""
+    data = ImageData(recipe.data)
+    if data.multi_label:
+        raise ValueError(
+            "its images have several labels each, and recipes are compared by top-1: give "
+            "ecanet.study.run a function that calls ecanet.train.fit, and metric='mAP'"
+        )
+    data.verify()
+    return len(data.classes)
 
 
 def _check_devices(conditions: Mapping[str, Recipe]) -> None:

@@ -56,12 +56,12 @@ def verdict_lines(summary: Summary) -> list[str]:
     """
     others = {name: row for name, row in summary.conditions.items() if name != summary.baseline}
     lines = [_sentence(name, summary.baseline, row, len(others)) for name, row in others.items()]
-    fewest = min((row.seeds for row in others.values()), default=0)
-    if fewest and detectable(fewest, len(others)) is None:
-        lines.append(plan(len(summary.conditions), fewest))
-    if fewest == 1:
-        lines.append("One seed gives no spread, so nothing can be read into a difference.")
-    elif fewest > 1:
+    seeds = {row.seeds for row in others.values()} - {0}
+    if seeds and detectable(min(seeds), len(others)) is None:
+        lines.append(plan(len(summary.conditions), min(seeds)))
+    if 1 in seeds:
+        lines.append("One seed gives no spread, so nothing can be read into its difference.")
+    if seeds - {1}:
         lines.append("Each interval covers the true difference in 95 of 100 such studies.")
     return lines
 
@@ -86,18 +86,24 @@ def _together(names: Sequence[str]) -> str:
     return "; ".join(names) if len(names) <= _MOST_NAMES else f"{len(names)} of the conditions"
 
 
-def next_step(summary: Summary) -> str:
-    """What to run next, in a sentence: more seeds where a difference may have been missed, otherwise nothing."""
+def next_step(summary: Summary, seeds_given: int) -> str:
+    """What to run next, in a sentence: more seeds where a difference may have been missed, otherwise nothing.
+
+    Args:
+        summary: What a study found.
+        seeds_given: How many seeds it was given. Where runs failed, fewer count, and so many more are asked for.
+    """
     others = [row for name, row in summary.conditions.items() if name != summary.baseline]
     fewest, seeds = fewest_seeds(len(others)), min((row.seeds for row in others), default=0)
     go_on = "the same command with --seeds {}; finished runs are not repeated"
+    failed = seeds_given - seeds
     if others and seeds < fewest:
-        return f"next: {go_on.format(fewest)}, and fewer can show nothing"
+        return f"next: {go_on.format(fewest + failed)}, and fewer can show nothing"
     open_ones = [row for row in others if not is_shown(row)]
     for size in sorted(DIFFERENCES, reverse=True):
         needed = max((row.seeds_needed[str(size)] or 0 for row in open_ones), default=0)
         if needed > seeds:
-            return f"next: {go_on.format(needed)}, and a difference of {size:g} is shown in 80 of 100 cases"
+            return f"next: {go_on.format(needed + failed)}, and a difference of {size:g} is shown in 80 of 100 cases"
     return "next: the networks of the conditions are in the folder runs, for ecanet validate and ecanet predict"
 
 

@@ -146,6 +146,7 @@ class _Team:
         self.running: dict[Path, tuple[Job, float]] = {}
         self.attempts: dict[Path, int] = {}
         self.lost: dict[Path, str] = {}
+        self.ended = 0
         self.seconds: dict[str, list[float]] = {}
         self._shown, self._every = -math.inf, 1 if sys.stderr.isatty() else 60  # seconds
         layout = "{desc}: {n_fmt}/{total_fmt} done |{bar}| {elapsed}{postfix}"
@@ -192,7 +193,7 @@ class _Team:
         if stored is not None and (why := self.why_failed(stored)):
             trace = f"; see {job.folder / 'error.txt'}" if stored["error"] else ""
             self.tell(f"{job.name} failed: {why}{trace}")
-        self._bar.update()
+        self.ended += 1
 
     def _try_again(self, job: Job, how: str) -> None:
         """Let the run of a process that died start once more, as the next one."""
@@ -202,13 +203,16 @@ class _Team:
         else:
             self.lost[job.folder] = f"its process {how}, for the second time"
             self.tell(f"{job.name} failed: {self.lost[job.folder]}.")
-            self._bar.update()
+            self.ended += 1
 
     def _show(self, size: int) -> None:
         is_time = time.monotonic() - self._shown > self._every
         left = f"{len(self.running)} running, {len(self.waiting)} left, time left {self._time_left(size)}"
-        self._bar.set_postfix_str(left, refresh=is_time)
+        self._bar.set_postfix_str(left, refresh=False)  # before the bar moves: done, running and left make the total
+        if self.ended > self._bar.n:
+            self._bar.update(self.ended - self._bar.n)
         if is_time:
+            self._bar.refresh()
             self._shown = time.monotonic()
 
     def _time_left(self, size: int) -> str:

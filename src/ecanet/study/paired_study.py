@@ -145,6 +145,7 @@ def run_jobs(
     """
     check_engine(on, workers)
     folder = Path(out)
+    check_folder(jobs, folder)
     with _study_folder(folder):
         return _run_jobs(jobs, folder, metric, workers, progress, on, settings)
 
@@ -178,7 +179,6 @@ def _run_jobs(
     on: str,
     settings: Mapping[str, Any],
 ) -> Study:
-    _check_folder(jobs, folder)
     ended = {job.folder: stored for job in jobs if (stored := job.read()) is not None}
     _metric_of(ended.values(), metric, folder)
     todo = [job for job in jobs if job.folder not in ended]
@@ -281,7 +281,7 @@ def check_seeds(seeds: Sequence[int]) -> None:
         or not all(hasattr(seed, "__index__") and not isinstance(seed, bool) and seed >= 0 for seed in given)
     ):
         shown_seeds = seeds if given is None else given
-        raise ValueError(f"seeds must be one or more different integers, such as range(9), got {shown_seeds}")
+        raise ValueError(f"seeds must be one or more different integers from 0, such as range(9), got {shown_seeds}")
 
 
 def fingerprint(what: Any) -> str:
@@ -336,8 +336,11 @@ def _check_train(train: Train, conditions: Mapping[str, Any]) -> None:
             ) from error
 
 
-def _check_folder(jobs: Sequence[Job], out: Path) -> None:
-    """Raise ValueError if the folder has runs of conditions that this study has not."""
+def check_folder(jobs: Sequence[Job], out: Path) -> None:
+    """Raise ValueError unless it can be the folder of this study: a file, or one with runs of other conditions."""
+    place = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise ValueError(f"out must be a folder, got {out}: {place} is a file")
     ours = {slug(job.condition) for job in jobs}
     found = {match[1]: file for file in out.glob("runs/*.json") if (match := re.fullmatch(r"(.+)-seed\d+", file.stem))}
     if others := [file for name, file in sorted(found.items()) if name not in ours]:

@@ -60,7 +60,10 @@ def read_study(path: str | Path) -> StudyFile:
 
 def _check_conditions(conditions: object, source: str) -> None:
     if not isinstance(conditions, dict) or len(conditions) > _MOST:
-        raise ValueError(f"{source}: conditions must hold at most {_MOST} names, each with its changes")
+        got = f"{len(conditions)} of them" if isinstance(conditions, dict) else shown(conditions)
+        raise ValueError(
+            f"{source}: conditions must be at most {_MOST} names with changes, such as none: {{gate: null}}, got {got}"
+        )
     for name, changes in conditions.items():
         where = f"{source}: conditions.{shown(name)}"
         if not isinstance(name, str) or not isinstance(changes, dict):
@@ -98,6 +101,8 @@ def with_study_read(args: list[str]) -> list[str]:
     words = [word.partition("=")[0] for word in args]
     if "--trainer.seed" in words:
         raise ValueError(f"--trainer.seed is not for a study: {_ITS_SEEDS}")
+    if "--model.gate" in words and {"--gates", "--kernel-sizes"} & set(words):
+        raise ValueError("--model.gate says the gate of every condition: leave it out, as --gates names them all")
     says_source = "source" in recipe.get("data", {}) or {"--data.source", "--config"} & set(words)
     if "--data.root" in words and not says_source:
         args = [*args, "--data.source", "image_folder"]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import ecanet
+from ecanet.nn import build_gate
 from ecanet.study import Study, run
 
 
@@ -55,8 +56,14 @@ def study(
         out: Folder of the study.
         settings: Passed to ``YOLO.train``: ``epochs``, ``imgsz``, ``batch`` and so on.
         workers: Trainings at a time.
+
+    Raises:
+        FileNotFoundError: there is no such description.
+        ValueError: a gate is unknown.
     """
-    shared = {"model": model, "train": {"data": str(data.resolve()), **settings}}
+    for gate in set(gates) - {"none"}:
+        build_gate(gate, 64)  # a name that is none is told here, and not by every run
+    shared = {"model": model, "train": {"data": str(data.resolve(strict=True)), **settings}}
     conditions = {gate: {"gate": None if gate == "none" else gate, **shared} for gate in gates}
     return run(train, conditions, range(seeds), out, metric="mAP50-95", workers=workers)
 

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import re
 
 import pytest
 import torch
@@ -32,6 +33,20 @@ def test_a_detector_is_studied_with_ultralytics_own_training(tmp_path):
             gates[condition, run.seed] = sum(type(m).__name__ == "ECA" for m in network.modules())
     assert gates["none", 0] == gates["none", 1] == 0
     assert gates["eca", 0] == gates["eca", 1] == 77
+
+
+@pytest.mark.parametrize(
+    ("data", "gates", "kind", "message"),
+    [
+        ("trees.yaml", ["none", "ecaa"], ValueError, "got 'ecaa': did you mean 'eca'?"),
+        ("nowhere.yaml", ["none", "eca"], FileNotFoundError, "nowhere.yaml"),
+    ],
+)
+def test_a_study_of_detectors_names_a_mistake_before_it_starts(tmp_path, data, gates, kind, message):
+    (tmp_path / "trees.yaml").touch()
+    with pytest.raises(kind, match=re.escape(message)):
+        yolo_study.study(tmp_path / data, "yolo11n.yaml", gates, 2, tmp_path / "out", {}, workers=1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_1d_network_is_studied_and_a_seed_gives_every_condition_the_same_backbone(tmp_path):

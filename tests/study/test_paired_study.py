@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ import pytest
 from tqdm import tqdm
 
 from ecanet.files.folder_lock import lock_folder, unlock_folder
-from ecanet.study import engine, run
+from ecanet.study import engine, processes, run
 from ecanet.study.job import Job
 from ecanet.study.paired_study import fingerprint
 
@@ -204,6 +205,17 @@ def test_a_study_killed_in_the_middle_and_one_whose_workers_are_killed_give_the_
     assert tables(out) == tables(alone)
     assert "ECA, k=3 is" in said
     assert "not counted" not in said
+
+
+def test_a_worker_whose_study_is_gone_ends_without_a_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    ours, theirs = multiprocessing.Pipe()
+    worker = multiprocessing.get_context("spawn").Process(target=processes._work, args=(theirs,))
+    worker.start()
+    theirs.close()
+    assert ours.poll(60)
+    ours.close()  # what it said stays unread, as when the study is killed: its pipe is reset
+    worker.join(60)
+    assert (worker.exitcode, capfd.readouterr().err) == (0, "")
 
 
 def test_a_run_whose_process_dies_twice_is_told_and_the_study_neither_hangs_nor_loses_the_others(

@@ -132,9 +132,11 @@ def _work(pipe: Connection) -> None:
     while True:
         try:
             job = pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):  # the parent has gone
             return
-        pipe.send(job.run())
+        succeeded = job.run()
+        with contextlib.suppress(ConnectionError):
+            pipe.send(succeeded)
 
 
 def _exit_with_parent() -> None:

@@ -231,7 +231,8 @@ def test_a_run_whose_process_dies_twice_is_told_and_the_study_neither_hangs_nor_
     told = capsys.readouterr().err
     assert told.count("eca, seed 1: its process ended with exit status 3; it is tried once more.") == 1
     assert told.count(f"eca, seed 1 failed: {reason}.") == 1
-    assert f"Failed and not counted: none, seed 1: {reason}." in str(found)
+    assert f"Failed and not counted: none, seed 1: {reason}. The same call runs it again." in str(found)
+    assert "eca-seed1.json" not in (tmp_path / "report.html").read_text(), "there is no file to delete"
     assert calls(tmp_path)["eca-seed1"] == 2
     assert not (tmp_path / "runs" / "eca-seed1.json").exists(), "the next call tries again"
 

@@ -45,7 +45,7 @@ class FailedRun:
         condition: Name of its condition.
         seed: Its seed.
         reason: What it raised, or what is wrong with its metric.
-        file: Its file: without it, it runs again.
+        file: Its file, which is not there if its process died: without it, it runs again.
     """
 
     condition: str
@@ -79,7 +79,8 @@ class Study:
         lines = [summary_table(self.summary), "", verdict(self.summary)]
         for run in self.failed:
             failed = f"Failed and not counted: {run.condition}, seed {run.seed}: {run.reason}."
-            lines.append(f"{failed} Without {run.file} it runs again.")
+            again = f"Without {run.file} it runs again." if run.file.exists() else "The same call runs it again."
+            lines.append(f"{failed} {again}")
         return "\n".join(lines)
 
 

@@ -275,7 +275,10 @@ def _costs(found: StudyFolder) -> Table | None:
 
 
 def _failed(found: StudyFolder) -> Table | None:
-    rows = [[run.condition, str(run.seed), run.reason, run.file.name] for run in found.study.failed]
+    rows = [
+        [run.condition, str(run.seed), run.reason, run.file.name if run.file.exists() else "-"]
+        for run in found.study.failed
+    ]
     return Table("Runs that are not counted", ["condition", "seed", "why", "file"], rows, {2, 3}) if rows else None
 
 

@@ -1,4 +1,4 @@
-"""Which gate helps a 1-D network? A paired study on MNIST-1D, digits as signals of 40 samples: minutes on a laptop.
+"""Which gate helps a 1-D network? A paired study on MNIST-1D, digits as signals of 40 samples.
 
 pip install 'ecanet[study]' mnist1d
 python examples/signal_study.py --seeds 20 --out runs/signal_study

@@ -356,3 +356,16 @@ def test_a_call_that_only_reads_runs_does_not_say_that_its_command_and_commit_ma
     assert json.loads(file.read_text())["command"] is None
     study(tmp_path, seeds=[0, 1], conditions={"none": 0.0}, workers=1)
     assert "python" in json.loads(file.read_text())["command"]
+
+
+def test_a_call_that_compares_finished_runs_in_another_way_is_the_command_that_makes_it_again(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"seeds": [0, 1], "conditions": {"none": 0.0, "SE": 0.1}}
+    study(tmp_path, **given, workers=2)
+    file = tmp_path / "study.json"
+    before = json.loads(file.read_text()) | {"commit": "that of the runs", "command": "that one"}
+    for change in ({"metric": "loss"}, {"seeds": [0]}, {"conditions": {"SE": 0.1, "none": 0.0}}):
+        file.write_text(json.dumps(before))
+        study(tmp_path, **given | change)
+        about = json.loads(file.read_text())
+        assert about["commit"] == "that of the runs"
+        assert "python" in about["command"], "that one does not compare them so"

@@ -71,7 +71,8 @@ def write_about(
         conditions: By name, the baseline first, plain settings of each.
         lost: As in :class:`About`.
         is_start: Whether runs are made now. Otherwise command, day, commit, versions and machine stay those of the
-            file, or unknown without one: what only reads runs did not make them.
+            file, or unknown without one: what only reads runs did not make them. The command is the new one where it
+            compares something else: the old one would not make this study again.
 
     Raises:
         OSError: it cannot be written.
@@ -92,7 +93,10 @@ def write_about(
             before = read_about(folder)
         except ValueError:  # damaged: it says nothing
             before = About()
+        command = about.command
         about = replace(about, **{name: getattr(before, name) for name in _OF_A_START})
+        if before.command is not None and _compared(before) != _compared(about):
+            about.command = command
     text = json.dumps(asdict(about), indent=2)
     if len(text) > _MAX_BYTES:
         about.conditions = dict.fromkeys(conditions)
@@ -158,6 +162,10 @@ def read_json(file: Path, most_bytes: int = _MAX_BYTES) -> Any:
     except (OSError, ValueError) as error:
         why = str(error)
     raise ValueError(f"{file} cannot be read ({why}): delete it")
+
+
+def _compared(about: About) -> tuple[str | None, list[int], list[str]]:
+    return about.metric, about.seeds, list(about.conditions)
 
 
 def _command(argv: Sequence[str]) -> str:

@@ -258,12 +258,14 @@ def test_a_run_that_raises_or_has_no_number_is_marked_told_and_not_tried_again(t
 
 def test_a_script_without_a_guard_is_told_to_have_one(tmp_path: Path) -> None:
     script = tmp_path / "go.py"
-    script.write_text(SCRIPT.replace('if __name__ == "__main__":', "if True:"))
+    unguarded = SCRIPT.replace('if __name__ == "__main__":', "if True:").replace("workers=2", "workers=1")
+    script.write_text(unguarded)
     command = [sys.executable, str(script), str(Path(made_up_runs.__file__).parent), str(tmp_path / "out"), "train"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("RuntimeError: no worker process starts: the last one ended with")
     assert 'if __name__ == "__main__": around the call' in done.stderr
+    assert "another study is writing" not in done.stderr, "the worker says what is wrong, too"
 
 
 # --- refused before anything runs ---------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from ecanet.cli import main
 
 
 def test_it_prints_a_row_for_each_network_and_gate_and_writes_three_files(tmp_path: Path, capsys) -> None:
-    main(["profile", "small_eca_resnet", "eca_resnet50", "--gate", "none", "eca", "--no-time", "--out", str(tmp_path)])
+    main(["profile", "small_eca_resnet", "eca_resnet50", "--gates", "none, eca", "--no-time", "--out", str(tmp_path)])
     printed, said = capsys.readouterr()
     lines = printed.splitlines()
     names = [f"{model} + {gate}" for model in ("small_eca_resnet", "eca_resnet50") for gate in ("none", "eca")]
@@ -33,7 +33,7 @@ def test_it_measures_with_the_options_that_it_is_given(capsys) -> None:
     [
         ([], "either MODEL ... or --table3"),
         (["eca_resnet18", "--table3"], "either MODEL ... or --table3"),
-        (["--table3", "--gate", "eca"], "--gate goes with MODEL"),
+        (["--table3", "--gates", "eca"], "--gates goes with MODEL"),
         (["eca_resnet18", "--out", __file__], "--out must be a folder, got the file"),
         (["eca_resnet18", "--device", "tpu"], "device must be cpu or cuda"),
         (["eca_resnet18", "--rounds", "0"], "rounds must be a whole number of 1 or more, got 0"),

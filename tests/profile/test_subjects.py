@@ -1,5 +1,6 @@
 """Every kind of network that can be profiled, and bad names, told before anything is built or timed."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -110,6 +111,7 @@ def _with_gates(network: nn.Module) -> nn.Module:
         ),
         ({"models": ["eca_resnet18"], "batch_size": 0}, "batch_size must be a whole number of 1 or more, got 0"),
         ({"models": ["eca_resnet18"], "rounds": 2.5}, "rounds must be a whole number of 1 or more, got 2.5"),
+        ({"models": ["eca_resnet18"], "threads": 99_999}, f"threads must be at most {os.cpu_count()}, the cores of"),
         ({"models": ["eca_resnet18"], "threads": True}, "threads must be a whole number of 1 or more, got True"),
         ({"models": ["eca_resnet18"], "image_size": -1}, "image_size must be a whole number of 1 or more, got -1"),
         ({"models": ["eca_resnet18"], "device": "gpu"}, "device must be cpu or cuda, such as cuda:0, got 'gpu'"),

@@ -21,11 +21,9 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
     )
     parser.add_argument("--table3", action="store_true", help="The networks of the paper's Table 3 instead of MODEL.")
     parser.add_argument(
-        "--gate",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help=f"Every MODEL with each: none, timm:NAME, {', '.join(GATES)}.",
+        "--gates",
+        metavar="NAMES",
+        help=f"With commas between, every MODEL with each: none, timm:NAME, {', '.join(GATES)}.",
     )
     parser.add_argument("--no-time", action="store_true", help="Count only: neither time nor memory.")
     parser.add_argument("--batch-size", type=int, metavar="N", help="Pictures in a batch: 8, or 64 on a GPU.")
@@ -38,10 +36,11 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
     def run(args: Namespace) -> None:
         if args.table3 == bool(args.models):
             raise ValueError("either MODEL ... or --table3: name the networks, or take those of the paper")
-        if args.table3 and args.gate:
-            raise ValueError("--gate goes with MODEL; --table3 has the gates of the paper's table")
+        if args.table3 and args.gates is not None:
+            raise ValueError("--gates goes with MODEL; --table3 has the gates of the paper's table")
         if args.out is not None and args.out.exists() and not args.out.is_dir():
             raise ValueError(f"--out must be a folder, got the file {args.out}")
+        gates = [] if args.gates is None else [name.strip() for name in args.gates.split(",")]
         clear = "\r\x1b[K" if sys.stderr.isatty() else ""
         options = {
             "time": not args.no_time,
@@ -52,7 +51,7 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
             "device": args.device,
             "on_progress": partial(_say, clear),
         }
-        profile = table3(**options) if args.table3 else profile_models(args.models, args.gate, **options)
+        profile = table3(**options) if args.table3 else profile_models(args.models, gates, **options)
         print(clear, end="", file=sys.stderr, flush=True)
         print(profile)
         if args.out is not None:

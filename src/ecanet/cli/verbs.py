@@ -62,7 +62,7 @@ VERBS = {
     ),
     "profile": Verb(
         "What networks cost here: parameters, multiply-adds, time, memory, share of the gates; the paper's Table 3.",
-        "ecanet profile eca_resnet50 timm/resnet50d --gate none eca se --no-time",
+        "ecanet profile eca_resnet50 timm/resnet50d --gates none,eca,se --no-time",
         needs_extras=False,
     ),
     "gates": Verb(

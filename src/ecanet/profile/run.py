@@ -38,7 +38,7 @@ def profile_models(
         time: Measure time and memory; otherwise count only.
         batch_size: Pictures in a batch: 8, or 64 on a GPU.
         image_size: Height and width in pixels, by default each network's own.
-        threads: Of torch, by default what it has.
+        threads: Of torch, by default what it has; at most the cores of the machine.
         rounds: Turns of each network.
         device: ``cpu``, or ``cuda`` with or without a number.
         on_progress: Called with a line of text.
@@ -46,7 +46,8 @@ def profile_models(
     Raises:
         ImportError: a network of a library that is not installed.
         FileNotFoundError: no such file.
-        ValueError: an unknown name, a number below 1, a device that is not there, or a network that does not run.
+        ValueError: an unknown name, a number below 1, more threads than cores, a device that is not there, or a network
+            that does not run.
 
     Example:
         >>> row = profile_models(["eca_resnet18"], ["se"], time=False).rows[0]
@@ -125,6 +126,9 @@ def _checked(batch_size: int | None, image_size: int | None, threads: int | None
     for name, value in numbers.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}")
+    cores = os.cpu_count() or 1
+    if threads is not None and threads > cores:
+        raise ValueError(f"threads must be at most {cores}, the cores of this machine, got {threads}")
     try:
         place = torch.device(device)
     except RuntimeError:

@@ -154,6 +154,15 @@ def test_conditions_that_are_the_same_are_told(tmp_path: Path, capsys) -> None:
     assert told in capsys.readouterr().err
 
 
+def test_names_are_of_any_script(tmp_path: Path) -> None:
+    names = {"基线": 0.0, "注意力": 0.1, "Größe, k=3": 0.2}
+    found = study(tmp_path, seeds=[0], conditions=names, workers=2)
+    assert [len(runs) for runs in found.runs.values()] == [1, 1, 1]
+    files = {path.name for path in (tmp_path / "runs").glob("*.json")}
+    assert files == {"基线-seed0.json", "注意力-seed0.json", "größe-k-3-seed0.json"}
+    assert "注意力" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_names_alone_are_conditions_and_numbers_of_other_libraries_are_metrics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,10 +283,20 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no condition": ({"conditions": {}}, ValueError, "conditions must name at least one"),
     "two names that are one": ({"conditions": ["eca", "se", "eca"]}, ValueError, "conditions need different names"),
     "two names with one file": ({"conditions": {"ECA!": 1, "eca": 2}}, ValueError, "differ in letters and digits"),
-    "a text": ({"conditions": "eca"}, ValueError, "conditions must be names or a dict, got the text 'eca'"),
+    "a text": ({"conditions": "eca"}, ValueError, "conditions must be a list of names or a dict, got eca"),
+    "names in no order": ({"conditions": {"none", "eca"}}, ValueError, "must be a list of names or a dict, got a set"),
+    "no names": ({"conditions": None}, ValueError, "conditions must be a list of names or a dict, got"),
+    "a list as a name": ({"conditions": [["eca"], ["se"]]}, ValueError, "conditions must have texts for names, got"),
+    "a name too long for a file": ({"conditions": ["a" * 151]}, ValueError, "names of at most 150 bytes, got aaa"),
     "an empty name": ({"conditions": {"": 1}}, ValueError, "conditions must have texts for names"),
     "a number as a name": ({"conditions": [1, 2]}, ValueError, "conditions must have texts for names, got 1"),
-    "no seeds": ({"seeds": []}, ValueError, "seeds must be one or more different integers from 0, such as range"),
+    "no seeds": ({"seeds": []}, ValueError, "integers from 0 to 2\\^63 - 1, such as range"),
+    "seeds that can be read once": (
+        {"seeds": iter([0, 1])},
+        ValueError,
+        "seeds must be one or more different integers",
+    ),
+    "a seed beyond 64 bits": ({"seeds": [2**63]}, ValueError, "seeds must be one or more different integers from 0 to"),
     "a number of seeds": ({"seeds": 9}, ValueError, r"seeds must be .* such as range\(9\), got 9"),
     "a seed twice": ({"seeds": [1, 1]}, ValueError, "seeds must be one or more different"),
     "a negative seed": ({"seeds": [-1]}, ValueError, "seeds must be one or more different"),

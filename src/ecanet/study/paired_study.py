@@ -9,7 +9,7 @@ import json
 import pickle
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,8 @@ from ecanet.study.results import FailedRun, FinishedRun, Study, slug, why_not_co
 from ecanet.study.statistics import plan
 from ecanet.untrusted import listed, shown
 
+#: Bytes of a condition's name, which is part of the names of files, at most.
+_MOST_BYTES = 150
 #: What a user's training function looks like: condition, seed, folder -> metrics by name.
 Train = Callable[[Any, int, Path], Mapping[str, Any]]
 
@@ -267,21 +269,25 @@ def check_names(conditions: Mapping[str, Any]) -> None:
     for name in conditions:
         if not isinstance(name, str) or not name:
             raise ValueError(f"conditions must have texts for names, got {shown(name)}")
+        if len(slug(name).encode()) > _MOST_BYTES:
+            raise ValueError(f"conditions need names of at most {_MOST_BYTES} bytes, got {shown(name)}")
         if slug(name) in files:
             raise ValueError(f"conditions need names that differ in letters and digits, got {listed(conditions)}")
         files[slug(name)] = name
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
-    """Raise ValueError unless these are one or more different integers from 0."""
-    given = list(seeds) if isinstance(seeds, Iterable) and not isinstance(seeds, str) else None
+    """Raise ValueError unless these are one or more different integers from 0 to 2^63 - 1."""
+    given = list(seeds) if isinstance(seeds, Collection) and not isinstance(seeds, str) else None
     if (
         not given
         or len(set(given)) != len(given)
-        or not all(hasattr(seed, "__index__") and not isinstance(seed, bool) and seed >= 0 for seed in given)
+        or not all(hasattr(seed, "__index__") and not isinstance(seed, bool) and 0 <= seed < 2**63 for seed in given)
     ):
         shown_seeds = seeds if given is None else given
-        raise ValueError(f"seeds must be one or more different integers from 0, such as range(9), got {shown_seeds}")
+        raise ValueError(
+            f"seeds must be one or more different integers from 0 to 2^63 - 1, such as range(9), got {shown_seeds}"
+        )
 
 
 def fingerprint(what: Any) -> str:
@@ -309,9 +315,11 @@ def _plain(value: Any) -> Any:
 
 
 def _by_name(names: Sequence[str]) -> dict[str, str]:
-    if isinstance(names, str):
-        raise ValueError(f"conditions must be names or a dict, got the text {shown(names)!r}")
+    if isinstance(names, str | Set) or not isinstance(names, Iterable):  # a set has no first one
+        raise ValueError(f"conditions must be a list of names or a dict, got {shown(names)}")
     given = list(names)
+    if wrong := [name for name in given if not isinstance(name, str)]:
+        raise ValueError(f"conditions must have texts for names, got {shown(wrong[0])}")
     if len(set(given)) != len(given):
         raise ValueError(f"conditions need different names, got {listed(map(str, given))}")
     return {name: name for name in given}

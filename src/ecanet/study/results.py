@@ -2,6 +2,7 @@
 
 import math
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -106,5 +107,5 @@ def why_not_counted(stored: Mapping[str, Any], metric: str | None) -> str:
 
 
 def slug(name: str) -> str:
-    """A name as part of a file's name."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "condition"
+    """A name as part of a file's name: its letters and digits, of any script."""
+    return re.sub(r"[\W_]+", "-", unicodedata.normalize("NFKC", name).lower()).strip("-") or "condition"

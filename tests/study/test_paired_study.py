@@ -3,9 +3,7 @@
 import csv
 import json
 import multiprocessing
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -20,6 +18,7 @@ from ecanet.files.folder_lock import lock_folder, unlock_folder
 from ecanet.study import engine, processes, run
 from ecanet.study.job import Job
 from ecanet.study.paired_study import fingerprint
+from tests.fresh import FreshProcess
 
 CONDITIONS = {"none": 0.0, "SE": 0.1, "ECA, k=3": 0.9}
 SCRIPT = """
@@ -190,20 +189,16 @@ def test_a_worker_imports_neither_torch_nor_scipy_unless_its_function_does() -> 
 def test_a_study_killed_in_the_middle_and_one_whose_workers_are_killed_give_the_table_of_one_left_alone(
     tmp_path: Path,
 ) -> None:
-    script, out, alone = tmp_path / "go.py", tmp_path / "out", tmp_path / "alone"
-    script.write_text(SCRIPT)
+    out, alone = tmp_path / "out", tmp_path / "alone"
 
-    def start(folder: Path) -> subprocess.Popen[str]:
-        name = "train_and_be_killed_once"
-        command = [sys.executable, str(script), str(Path(made_up_runs.__file__).parent), str(folder), name]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    def start(folder: Path) -> FreshProcess:
+        return FreshProcess(SCRIPT, Path(made_up_runs.__file__).parent, folder, "train_and_be_killed_once")
 
     first = start(out)
     while len(list(out.glob("runs/*.json"))) < 5:
-        assert first.poll() is None
+        assert first.returncode is None
         time.sleep(0.01)
-    os.kill(first.pid, signal.SIGKILL)
+    first.kill()
     first.communicate(timeout=30)  # the workers have their end of the pipes: it returns when they are gone
     finished = {path: path.read_bytes() for path in out.glob("runs/*.json")}
     assert 5 <= len(finished) < 27

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import made_up_runs
 import pytest
 from html_elements import Element, read_html
 from made_up_studies import CONDITIONS, trained_study, write_made_up_run, write_summary
@@ -451,9 +452,12 @@ def test_a_folder_without_a_study_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
-def test_a_missing_package_is_named_before_a_study_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_before_a_study_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in [name for name in sys.modules if name.startswith("ecanet.study")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "jinja2", None)
+    from ecanet.study.paired_study import run
+
     with pytest.raises(ImportError, match=r"needs jinja2: pip install 'ecanet\[study\]'"):
-        import ecanet.study.paired_study  # noqa: F401
+        run(made_up_runs.train, {"none": 0.0}, [0], tmp_path / "out", "acc")
+    assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import hashlib
+import importlib
 import inspect
 import io
 import json
@@ -146,6 +147,7 @@ def run_jobs(
     Raises:
         ValueError, BlockingIOError, ConnectionError, ImportError, RuntimeError: as in :func:`run`.
     """
+    importlib.import_module("ecanet.study.html_report")  # a package that it needs is missed now, not after all runs
     check_engine(on, workers)
     folder = Path(out)
     check_folder(jobs, folder)

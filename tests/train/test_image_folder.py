@@ -212,6 +212,20 @@ class TestWhereValidationIs:
         splits = image_folder(write_classes(tmp_path, car=4, bus=4, train=4), split=Split(0.25))
         assert splits.classes == ("bus", "car", "train")
 
+    @pytest.mark.parametrize("parts", [("val",), ("train", "valid"), ("train", "val", "test")])
+    def test_another_folder_to_validate_on_may_hold_parts(self, tmp_path, parts):
+        write_classes(tmp_path / "photos", cat=3, dog=2)
+        for count, part in enumerate(parts, 1):
+            write_classes(tmp_path / "others" / part, cat=count, dog=1)
+        splits = image_folder(tmp_path / "photos", tmp_path / "others")
+        assert len(splits.val) == (2 if parts == ("val",) else 3)
+
+    def test_a_file_in_place_of_the_folder_is_told_its_source(self, tmp_path):
+        (tmp_path / "labels.csv").write_text("file,label\n")
+        for arguments in ((tmp_path / "labels.csv",), (write_folder(tmp_path), tmp_path / "labels.csv")):
+            with pytest.raises(NotADirectoryError, match=r"labels.csv' is a file, .* a CSV file is data.source=csv"):
+                image_folder(*arguments)
+
     def test_a_missing_root_is_named(self, tmp_path):
         for arguments in ((tmp_path / "nothing",), (write_folder(tmp_path), tmp_path / "nothing")):
             with pytest.raises(FileNotFoundError, match=f"no folder '{names(tmp_path / 'nothing')}'"):

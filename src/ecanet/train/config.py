@@ -147,7 +147,7 @@ def model_of_a_file(block: object, where: str) -> dict[str, Any]:
 FILE_SOURCES = {
     "image_folder": "the folder that holds train/ and val/, or the classes",
     "csv": "the CSV file",
-    "hf": "the folder of the Arrow or Parquet files",
+    "hf": "the folder of the Arrow or Parquet files, or one of them",
 }
 _FILES = tuple(FILE_SOURCES)
 #: The sources that read an option; all others are read by all.

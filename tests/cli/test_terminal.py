@@ -302,6 +302,7 @@ def test_output_that_cannot_be_written_is_an_error_with_its_reason() -> None:
         (["fit", "--data.source", "imagefolder"], "got 'imagefolder': did you mean 'image_folder'?"),
         (["fit", "--trainer.devices", "atuo"], "got 'atuo': did you mean 'auto'?"),
         (["fit", "--trainer.accelerator", "gpus"], "got 'gpus': did you mean 'gpu'?"),
+        (["fit", "--trainer.loggers", "csv,wandv"], "got 'wandv': did you mean 'wandb'?"),
         (["fit", "--model.gate", "ecaa"], "did you mean 'eca'?"),
         (["fit", "--optim.epochs", "many"], "ecanet fit: --optim.epochs must be an integer, got 'many'\n"),
         (["fit", "--optim.nesterov=ture"], "--optim.nesterov must be true or false, got 'ture'"),

@@ -113,6 +113,8 @@ def test_mistakes_are_named_before_the_network_runs(
     image, file = str(image_folder / "val" / "bag" / "00.png"), tmp_path / "file"
     file.write_text("")
     assert "--confusion must be a folder" in refused(["validate", str(run), "--confusion", str(file)], capsys)
+    said = refused(["validate", str(run), "--confusion", str(tmp_path / "new.png")], capsys)
+    assert "--confusion must be a folder, for confusion.png and confusion.csv, got " in said
     assert "did you mean 'image_folder'?" in refused(["validate", str(run), "--source", "imagefolder"], capsys)
     assert "did you mean 'cpu'?" in refused(["validate", str(run), "--accelerator", "cpus"], capsys)
     said = refused(["explain", str(run), image, "--out", str(tmp_path / "a.jpg")], capsys)

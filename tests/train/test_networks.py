@@ -39,6 +39,8 @@ def number(classes):
     return 3
 def no_argument():
     return make(3)
+def fails(classes):
+    return make(classes // 0)
 """
 
 
@@ -103,11 +105,12 @@ def test_the_network_of_a_function_is_built_by_the_one_that_the_user_names_again
         "own_networks:wider": r"do not fit .*own_networks:wider.*5\.weight \(3, 8\) instead of \(4, 8\)",
         "own_networks:number": r"model\.build=own_networks:number, called with .*3: model must be a torch\.nn\.Module",
         "own_networks:no_argument": r"model\.build=own_networks:no_argument, called with the number of classes, 3",
+        "own_networks:fails": r"own_networks:fails, called with the number of classes, 3: ZeroDivisionError",
         "own_networks:none": "own_networks has no function none",
         "no_such_package:make": "model.build=no_such_package:make: no_such_package cannot be imported",
         "own_networks.make": "model.build must be module:function",
     }.items():
-        with pytest.raises((ImportError, TypeError, ValueError), match=says):
+        with pytest.raises((ImportError, TypeError, ValueError, RuntimeError), match=says):
             load_trained(out, build)
 
 

@@ -15,7 +15,7 @@ _TYPES = re.compile(
 _KIND, _WORDS, _LIST = re.compile(r"<class '(?:\w+\.)*(\w+)'>"), re.compile(r"typing\.Literal\[([^\]]*)\]"), "list[int]"
 #: This library's own, in whatever layer, and argparse's.
 _CHOICES = (
-    re.compile(r"must be one of (?P<known>.+?), got (?P<given>'[^']*'|[^\s:;]+)"),
+    re.compile(r"must be (?:one|some) of (?P<known>.+?), got (?P<given>'[^']*'|[^\s:;]+)"),
     re.compile(r"invalid choice: (?P<given>'[^']*') \(choose from (?P<known>.+)\)"),
 )
 _UNKNOWN = re.compile(r"unrecognized arguments: (?P<given>-[^\s=]+)")

@@ -103,6 +103,8 @@ def _check_confusion(folder: Path, trained: TrainedNetwork) -> None:
             f"{_MOST_CLASSES:,} classes; --out FILE.json has the accuracy of each class"
         )
     new_figure(1)  # matplotlib is there
+    if folder.suffix in (".png", ".csv"):
+        raise ValueError(f"--confusion must be a folder, for confusion.png and confusion.csv, got {str(folder)!r}")
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"--confusion must be a folder, and {folder} is a file")
 

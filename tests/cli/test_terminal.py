@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -320,6 +321,23 @@ def test_a_typo_is_answered_in_one_line_with_what_was_meant(words: list[str], sa
     _, *hint, end = printed.split("\n")
     assert all(line[0] == "(" and line[-1] == ")" for line in hint)
     assert (len(hint) <= 1, end) == (True, "")
+
+
+def test_pictures_that_cannot_be_read_are_listed_line_by_line(image_folder: Path, tmp_path: Path, capsys) -> None:
+    root = tmp_path / "pictures"
+    shutil.copytree(image_folder, root)
+    (root / "train" / "bag" / "empty.png").write_bytes(b"")
+    (root / "train" / "bag" / "gone.png").symlink_to("nowhere")
+    words = ["--data.source", "image_folder", "--data.root", str(root), "--trainer.accelerator", "cpu"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", *words, "--out", str(tmp_path / "out")])
+    first, *listed, hint = str(stopped.value.code).splitlines()
+    assert first.endswith("images cannot be read, remove or replace them:")
+    assert listed == [
+        f"  '{root}/train/bag/empty.png': it is empty;",
+        f"  '{root}/train/bag/gone.png': No such file or directory",
+    ]
+    assert hint.startswith("(ECANET_TRACEBACK")
 
 
 def test_a_message_of_another_form_only_loses_its_line_breaks() -> None:

@@ -56,11 +56,9 @@ class TableImages(Dataset[Any]):
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
             path = value.get("path") if isinstance(value, dict) else None
-            what = f"it holds no picture{f', only the path {shown(path)!r}' if path else ''}"
-            raise ValueError(
-                f"cannot read the image {self.name(index)}: {what}. Paths in a table are not followed: save it with "
-                "save_to_disk, which puts the pictures into it"
-            ) from ValueError(what)
+            what = f"it holds only the path {shown(path)!r}, which is not followed" if path else "it holds no picture"
+            what += ": save_to_disk puts pictures into the table"
+            raise ValueError(f"cannot read the image {self.name(index)}: {what}") from ValueError(what)
         return read_image(data, self.name(index)), target(self.labels[row], self.classes)
 
     def label(self, index: int) -> Label:

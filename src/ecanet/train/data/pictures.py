@@ -136,7 +136,7 @@ def what_is_wrong(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "there is not enough memory for it"
     if isinstance(error, (OSError, ValueError)) and str(error):
-        return shown(error, 300)
+        return shown(getattr(error, "strerror", None) or error, 300)  # without the path that the system's errors end in
     return shown(f"it is damaged ({type(error).__name__}: {error})", 300)
 
 

@@ -23,6 +23,7 @@ from ecanet.train import ModelConfig, Recipe, build_network, fit, load_trained, 
 from ecanet.train.checkpoint import read_checkpoint
 from ecanet.train.classifier import AUXILIARY, Classifier
 from ecanet.train.networks import check_classifies, without_insertion_file
+from ecanet.train.recipes import read_recipe
 
 timm = pytest.importorskip("timm")
 
@@ -239,6 +240,16 @@ def test_a_file_of_insert_brings_its_gates_and_weights_and_nothing_else_is_asked
 
 
 # --- what cannot be trained, said before anything is --------------------------------------------------------------
+
+
+def test_places_of_gates_may_be_a_list_or_a_text_with_commas(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {name: torchvision/resnet18, where: 'layer1.*.bn2,fc'}")
+    said: list[Any] = [["layer1.*.bn2", "fc"], "layer1.*.bn2, fc", read_recipe(recipe)["model"]["where"]]
+    for where in said:
+        assert ModelConfig("torchvision/resnet18", where=where).where == ["layer1.*.bn2", "fc"]
+    with pytest.raises(ValueError, match=r"model\.where must be some names or patterns"):
+        ModelConfig("torchvision/resnet18", where="fc,")
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,8 @@ _TEXTS = {
 _PATHS = {"data.root", "data.val_root", "model.weights", "optim.freeze"}
 #: A text that is a name, and not YAML that the parser could read a second time.
 _NO_YAML = re.compile(r"[^\[\]{}&*!|>\n]*")
-#: The same for a name or a pattern of modules.
-_PATTERN = re.compile(r"[\w.*?-]*")
+#: The same for names and patterns of modules.
+_PATTERN = re.compile(r"[\w.*?,-]*")
 
 
 def _text(loader: _Loader, node: yaml.ScalarNode) -> str:

@@ -306,6 +306,8 @@ def test_output_that_cannot_be_written_is_an_error_with_its_reason() -> None:
         (["fit", "--trainer.loggers", "csv,wandv"], "got 'wandv': did you mean 'wandb'?"),
         (["fit", "--model.gate", "ecaa"], "did you mean 'eca'?"),
         (["fit", "--optim.epochs", "many"], "ecanet fit: --optim.epochs must be an integer, got 'many'\n"),
+        (["fit", "--optim.epochs="], "ecanet fit: --optim.epochs must be an integer, got ''\n"),
+        (["fit", "--data.image_size="], "ecanet fit: --data.image_size must be an integer or null, got ''\n"),
         (["fit", "--optim.nesterov=ture"], "--optim.nesterov must be true or false, got 'ture'"),
         (["fit", "--data.image_size", "big"], "--data.image_size must be an integer or null, got 'big'\n"),
         (["gates", "simma"], "did you mean 'simam'?"),

@@ -110,6 +110,7 @@ def test_mistakes_are_named_before_the_network_runs(
 ) -> None:
     monkeypatch.setattr("ecanet.cli.validate.validate", lambda *_: pytest.fail("it runs"))
     monkeypatch.setattr("ecanet.cli.explain.explain_prediction", lambda *_: pytest.fail("it runs"))
+    monkeypatch.setattr("ecanet.cli.predict.predict", lambda *_, **__: pytest.fail("it runs"))
     image, file = str(image_folder / "val" / "bag" / "00.png"), tmp_path / "file"
     file.write_text("")
     assert "--confusion must be a folder" in refused(["validate", str(run), "--confusion", str(file)], capsys)
@@ -119,6 +120,11 @@ def test_mistakes_are_named_before_the_network_runs(
     assert "did you mean 'cpu'?" in refused(["validate", str(run), "--accelerator", "cpus"], capsys)
     said = refused(["explain", str(run), image, "--out", str(tmp_path / "a.jpg")], capsys)
     assert "--out must end in one of png, pdf, svg, got 'a.jpg'" in said
+    (folder := tmp_path / "folder.png").mkdir()
+    for verb in (["validate", str(run)], ["explain", str(run), image], ["predict", str(run), image]):
+        said = refused([*verb, "--out", str(folder)], capsys)
+        assert f"ecanet {verb[0]}: IsADirectoryError: --out must be a file, and {folder} is a folder" in said
+    folder.rmdir()
     monkeypatch.setattr("ecanet.cli.validate._MOST_CLASSES", 2)
     said = refused(["validate", str(run), "--confusion", str(tmp_path / "new")], capsys)
     assert "a matrix of 3 classes has 9 cells, and it is written for up to 2 classes" in said

@@ -226,6 +226,17 @@ class TestWhereValidationIs:
             with pytest.raises(NotADirectoryError, match=r"labels.csv' is a file, .* a CSV file is data.source=csv"):
                 image_folder(*arguments)
 
+    def test_pictures_of_formats_that_are_not_read_are_counted_and_said(self, tmp_path):
+        root = write_folder(tmp_path)
+        for name in ("IMG_1.HEIC", "IMG_2.heic", "b.avif", "notes.txt"):
+            (root / "train" / "cat" / name).write_bytes(b"x")
+        write_image(root / "train" / "dog" / "c.jpg").rename(root / "train" / "dog" / "c.jfif")
+        says = rf"^'{names(root / 'train')}' has pictures .* left out: 1 \.avif, 2 \.heic\."
+        with pytest.warns(UserWarning, match=says):
+            splits = image_folder(root)
+        assert files(splits.train) == {"a.png", "b.png", "c.jfif"}
+        verify_images(splits)
+
     def test_a_missing_root_is_named(self, tmp_path):
         for arguments in ((tmp_path / "nothing",), (write_folder(tmp_path), tmp_path / "nothing")):
             with pytest.raises(FileNotFoundError, match=f"no folder '{names(tmp_path / 'nothing')}'"):

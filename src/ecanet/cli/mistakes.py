@@ -7,10 +7,10 @@ from collections.abc import Iterable
 _KINDS = {"int": "an integer", "float": "a number", "bool": "true or false", "NoneType": "null"}
 #: jsonargparse's messages about a value: of one type, and of several.
 _KEY = r"Parser key \"(?P<key>[\w.]+)\": "
-_TYPE = re.compile(_KEY + r"Expected a (?P<types>.*)\. Got value: (?P<given>.*)")
+_TYPE = re.compile(_KEY + r"Expected a (?P<types>.*)\. Got value: ?(?P<given>.*)")
 _TYPES = re.compile(
     _KEY + r"Does not validate against any of the Union subtypes Subtypes: \[(?P<types>.*)\] Errors: .*"
-    r" Given value: (?P<given>.*)"
+    r" Given value: ?(?P<given>.*)"
 )
 _KIND, _WORDS, _LIST = re.compile(r"<class '(?:\w+\.)*(\w+)'>"), re.compile(r"typing\.Literal\[([^\]]*)\]"), "list[int]"
 #: This library's own, in whatever layer, and argparse's.

@@ -10,7 +10,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from ecanet.cli.options import add_accelerator, add_build, add_data, data_named, write_out
+from ecanet.cli.options import add_accelerator, add_build, add_data, check_out, data_named, write_out
 from ecanet.files.atomic import write_whole
 from ecanet.inspect.confusion import plot_confusion
 from ecanet.inspect.style import new_figure
@@ -35,6 +35,7 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
     add_build(parser)
 
     def run(args: Namespace) -> None:
+        check_out(args.out)
         trained = load_trained(args.run, args.model.build)
         if args.confusion is not None:
             _check_confusion(args.confusion, trained)

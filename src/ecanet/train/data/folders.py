@@ -1,6 +1,8 @@
 """A folder of images with a sub-folder for each class."""
 
 import os
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,9 @@ def image_folder(root: str | Path, val_root: str | Path | None = None, split: Sp
 
     Returns:
         Images ``(3, H, W)``, each in its own size.
+
+    Warns:
+        UserWarning: there are pictures of formats that are not read.
 
     Raises:
         FileNotFoundError: a folder is missing.
@@ -156,14 +161,22 @@ def _check_same_classes(train: Path, train_classes: list[str], val: Path, val_cl
 
 def _samples(split: Path, classes: Sequence[str]) -> list[tuple[str, Label]]:
     samples: list[tuple[str, Label]] = []
+    left_out: Counter[str] = Counter()
     for label, name in enumerate(classes):
-        paths = sorted(image_files(split / name))
+        paths = sorted(image_files(split / name, left_out))
         if not paths:
             raise ValueError(
                 f"no images in the class folder {str(split / name)!r}: add some, of suffix {', '.join(SUFFIXES)}, or "
                 "remove the class from train and val"
             )
         samples += [(path, label) for path in paths]
+    if left_out:
+        counts = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(left_out.items()))
+        warnings.warn(
+            f"'{shown(split, 300)}' has pictures of formats that are not read, which are left out: {counts}. Convert "
+            "them, for example to JPEG",
+            stacklevel=2,
+        )
     return samples
 
 

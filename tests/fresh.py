@@ -21,6 +21,7 @@ import torch.multiprocessing
 
 #: What takes long to import, and imports neither ecanet nor Ultralytics. What is not installed is left out.
 IMPORTED = ("pytest", "torch", "torchvision", "torch.distributed.fsdp", "lightning.pytorch", "jsonargparse", "cv2")
+IMPORTED += ("scipy.stats", "statsmodels.stats.power", "statsmodels.stats.multitest")
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(list(IMPORTED))

@@ -31,7 +31,7 @@ def test_torch_is_not_imported_before_it_must(argv) -> None:
 def test_every_public_name_can_be_used_after_import_ecanet_alone() -> None:
     code = """
 import json, ecanet
-packages = [ecanet, ecanet.profile, ecanet.study]
+packages = [ecanet, ecanet.inspect, ecanet.profile, ecanet.study]
 unlisted = [name for each in packages for name in each.__all__ if name not in dir(each)]
 print(json.dumps(unlisted + [name for each in packages for name in each.__all__ if getattr(each, name) is None]))
 """

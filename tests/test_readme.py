@@ -61,11 +61,26 @@ def test_every_python_block_runs_as_pasted_in_order_and_without_a_network(
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.chdir(tmp_path)
+    if "from ecanet.train" in page.read_text():
+        _train_on_few_pictures(monkeypatch)
     names: dict[str, object] = {}
     for block in blocks(page, "python"):
         exec(compile(block, page.name, "exec"), names)
     if page == README:
         assert "17 gates inserted: +59 parameters" in capsys.readouterr().out
+
+
+def _train_on_few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ecanet.train import find_lr
+    from ecanet.train.data import TensorImages, embedded, loading
+
+    there = embedded()
+    few = {
+        part: TensorImages(of.images[:256], of.labels[:256])
+        for part, of in (("train", there.train), ("val", there.val))
+    }
+    monkeypatch.setattr(loading, "embedded", lambda: there._replace(**few))
+    monkeypatch.setattr(find_lr, "_STEPS", 20)
 
 
 def test_the_page_about_the_tail_and_the_readme_have_blocks_to_run() -> None:

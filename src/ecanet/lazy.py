@@ -13,7 +13,7 @@ def names_of(
 
     Args:
         package: Its full name.
-        found_in: For modules of the package, the public names that are in them.
+        found_in: For modules, as ``from .MODULE import`` names them, the public names that are in them.
         modules: Modules that are public names themselves.
     """
     where = {name: module for module, names in found_in.items() for name in names}
@@ -22,7 +22,7 @@ def names_of(
     def get(name: str) -> Any:
         if name not in public:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = importlib.import_module(f"{package}.{where.get(name, name)}")
+        value = importlib.import_module(f".{where.get(name, name)}", package)
         if name in where:
             value = getattr(value, name)
         setattr(sys.modules[package], name, value)

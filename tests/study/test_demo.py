@@ -3,7 +3,9 @@
 import errno
 import io
 import json
+import multiprocessing
 import os
+import struct
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,8 @@ import ecanet.study.evidence
 from ecanet.study.comparison import Comparison
 from ecanet.study.costs import measure_costs
 from ecanet.study.demo import demo, demo_recipes, draw
-from ecanet.train import Recipe, build_network
+from ecanet.train import DataConfig, Recipe, build_network
+from ecanet.train.data import embedded
 
 
 def test_entries_share_everything_but_the_gate() -> None:
@@ -48,17 +51,31 @@ def test_costs_are_those_of_the_gates() -> None:
     assert all(cost.seconds > 0 for cost in costs.values())
 
 
+def as_idx(values: torch.Tensor) -> bytes:
+    """A file of bytes in MNIST's format."""
+    return bytes([0, 0, 8, values.dim()]) + struct.pack(f">{values.dim()}I", *values.shape) + values.numpy().tobytes()
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path, str]:
-    """The comparison of a demonstration with networks of half the width, its folder, and what it printed."""
+    """The comparison of a demonstration with half the width and a quarter of the pictures, its folder, its output."""
+    pictures = tmp_path_factory.mktemp("pictures")
+    there = embedded()
+    for name, of, count in (("train", there.train, 2000), ("t10k", there.val, 500)):
+        (pictures / f"{name}-images-idx3-ubyte").write_bytes(as_idx(of.images[:count, 0]))
+        (pictures / f"{name}-labels-idx1-ubyte").write_bytes(as_idx(of.labels[:count].byte()))
 
-    def narrow(epochs: int) -> dict[str, Recipe]:
+    def small(epochs: int) -> dict[str, Recipe]:
         options = {"widths": [8, 16, 32], "stem_stride": 2}
-        return {name: replace(r, model=replace(r.model, options=options)) for name, r in demo_recipes(epochs).items()}
+        data = DataConfig("fashion_mnist", root=pictures, batch_size=32, augment="none")
+        recipes = demo_recipes(epochs).items()
+        return {name: replace(r, data=data, model=replace(r.model, options=options)) for name, r in recipes}
 
     folder, said = tmp_path_factory.mktemp("demo"), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
-        patch.setattr(ecanet.study.demo, "demo_recipes", narrow)
+        context = multiprocessing.get_context("forkserver")  # workers need not import torch
+        patch.setattr(multiprocessing, "get_context", lambda method=None: context)
+        patch.setattr(ecanet.study.demo, "demo_recipes", small)
         patch.setattr(ecanet.study.evidence, "_ROUNDS", 1)
         patch.setattr(ecanet.study.evidence, "_PIXELS", 2 * 28 * 28)
         comparison = demo(folder, seeds=1, epochs=1)

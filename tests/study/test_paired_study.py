@@ -2,8 +2,6 @@
 
 import csv
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +14,7 @@ import pytest
 from ecanet.files.folder_lock import lock_folder, unlock_folder
 from ecanet.study import run
 from ecanet.study.paired_study import fingerprint
+from tests.fresh import FreshProcess
 
 CONDITIONS = {"none": 0.0, "SE": 0.1, "ECA, k=3": 0.9}
 SCRIPT = """
@@ -148,20 +147,16 @@ def test_a_worker_imports_neither_torch_nor_scipy_unless_its_function_does() -> 
 def test_a_study_killed_in_the_middle_and_one_whose_workers_are_killed_give_the_table_of_one_left_alone(
     tmp_path: Path,
 ) -> None:
-    script, out, alone = tmp_path / "go.py", tmp_path / "out", tmp_path / "alone"
-    script.write_text(SCRIPT)
+    out, alone = tmp_path / "out", tmp_path / "alone"
 
-    def start(folder: Path) -> subprocess.Popen[str]:
-        name = "train_and_be_killed_once"
-        command = [sys.executable, str(script), str(Path(made_up_runs.__file__).parent), str(folder), name]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    def start(folder: Path) -> FreshProcess:
+        return FreshProcess(SCRIPT, Path(made_up_runs.__file__).parent, folder, "train_and_be_killed_once")
 
     first = start(out)
     while len(list(out.glob("runs/*.json"))) < 5:
-        assert first.poll() is None
+        assert first.returncode is None
         time.sleep(0.01)
-    os.kill(first.pid, signal.SIGKILL)
+    first.kill()
     first.communicate(timeout=30)  # the workers have their end of the pipes: it returns when they are gone
     finished = {path: path.read_bytes() for path in out.glob("runs/*.json")}
     assert 5 <= len(finished) < 27
@@ -213,12 +208,14 @@ def test_a_run_that_raises_or_has_no_number_is_marked_told_and_not_tried_again(t
 
 def test_a_script_without_a_guard_is_told_to_have_one(tmp_path: Path) -> None:
     script = tmp_path / "go.py"
-    script.write_text(SCRIPT.replace('if __name__ == "__main__":', "if True:"))
+    unguarded = SCRIPT.replace('if __name__ == "__main__":', "if True:").replace("workers=2", "workers=1")
+    script.write_text(unguarded)
     command = [sys.executable, str(script), str(Path(made_up_runs.__file__).parent), str(tmp_path / "out"), "train"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("RuntimeError: no worker process starts: the last one ended with")
     assert 'if __name__ == "__main__": around the call' in done.stderr
+    assert "another study is writing" not in done.stderr, "the worker says what is wrong, too"
 
 
 # --- refused before anything runs ---------------------------------------------------------------------------------

@@ -1,16 +1,24 @@
-"""Look inside: what gates cost, what their matrices look like, what they learned. Figures need matplotlib."""
+"""Look inside: what gates cost, what their matrices look like, what they learned. Figures need matplotlib.
 
-from ecanet.inspect.blocks import plot_se_and_eca
-from ecanet.inspect.confusion import plot_confusion
-from ecanet.inspect.curves import plot_training_curves
-from ecanet.inspect.explanation import plot_explanation
-from ecanet.inspect.kernel_plot import RELEASED_KERNELS, plot_kernel_sizes
-from ecanet.inspect.matrices import plot_matrices
-from ecanet.inspect.per_class import gate_values, plot_gates_per_class
-from ecanet.inspect.responses import Responses, gate_responses, plot_gate_responses
-from ecanet.inspect.sliding import plot_sliding_kernel, save_animation
-from ecanet.networks.cost import gate_parameters, multiply_adds, parameters
-from ecanet.networks.running import gates
+Each name is imported where it is first used.
+"""
+
+from typing import TYPE_CHECKING
+
+from ecanet.lazy import names_of
+
+if TYPE_CHECKING:
+    from ecanet.inspect.blocks import plot_se_and_eca
+    from ecanet.inspect.confusion import plot_confusion
+    from ecanet.inspect.curves import plot_training_curves
+    from ecanet.inspect.explanation import plot_explanation
+    from ecanet.inspect.kernel_plot import RELEASED_KERNELS, plot_kernel_sizes
+    from ecanet.inspect.matrices import plot_matrices
+    from ecanet.inspect.per_class import gate_values, plot_gates_per_class
+    from ecanet.inspect.responses import Responses, gate_responses, plot_gate_responses
+    from ecanet.inspect.sliding import plot_sliding_kernel, save_animation
+    from ecanet.networks.cost import gate_parameters, multiply_adds, parameters
+    from ecanet.networks.running import gates
 
 __all__ = [
     "RELEASED_KERNELS",
@@ -32,3 +40,20 @@ __all__ = [
     "plot_training_curves",
     "save_animation",
 ]
+
+__getattr__, __dir__ = names_of(
+    __name__,
+    {
+        "blocks": ("plot_se_and_eca",),
+        "confusion": ("plot_confusion",),
+        "curves": ("plot_training_curves",),
+        "explanation": ("plot_explanation",),
+        "kernel_plot": ("RELEASED_KERNELS", "plot_kernel_sizes"),
+        "matrices": ("plot_matrices",),
+        "per_class": ("gate_values", "plot_gates_per_class"),
+        "responses": ("Responses", "gate_responses", "plot_gate_responses"),
+        "sliding": ("plot_sliding_kernel", "save_animation"),
+        ".networks.cost": ("gate_parameters", "multiply_adds", "parameters"),
+        ".networks.running": ("gates",),
+    },
+)

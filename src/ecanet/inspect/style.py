@@ -44,17 +44,20 @@ _WORDS = {
 def looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Colour and dashes for each name: an idea has its own colour, anything else the next of the others.
 
-    Names with one colour differ by their dashes.
+    Names with one colour differ by their dashes. How a gate starts has one colour for one gate, which names begin with.
 
     Example:
         >>> looks(["none", "ECA", "ECA, k = 9", "ECA, neutral start", "mine"])["ECA, k = 9"]
         ('#0072B2', '--')
+        >>> looks(["ECA, neutral start", "GCT, neutral start"])["GCT, neutral start"][0] == OTHERS[0]
+        True
     """
     found: dict[str, tuple[str, str]] = {}
+    starts: dict[str, str] = {}
     other = 0
     for name in names:
-        idea = idea_of(name)
-        if idea is None:
+        idea, gate = idea_of(name), re.split(r"\W", name.lower())[0]
+        if idea is None or (idea in ("neutral", "fresh") and starts.setdefault(idea, gate) != gate):
             colour, other = OTHERS[other % len(OTHERS)], other + 1
         else:
             colour = IDEAS[idea]

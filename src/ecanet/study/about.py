@@ -15,7 +15,6 @@ from typing import Any
 
 import ecanet
 from ecanet.files.atomic import write_whole
-from ecanet.ops.build import available_cores
 from ecanet.untrusted import check_file
 
 FILE = "study.json"
@@ -76,6 +75,8 @@ def write_about(
     Raises:
         OSError: it cannot be written.
     """
+    from ecanet.ops.build import available_cores  # imports torch, which reading a study does not need
+
     about = About(
         metric=metric,
         seeds=[int(seed) for seed in seeds],

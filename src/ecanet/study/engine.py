@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import multiprocessing
 import os
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any, Protocol, TextIO
 from tqdm import tqdm
 
 from ecanet.study.job import Job
+from ecanet.study.processes import GUARD, Processes
 from ecanet.untrusted import shown
 
 #: Where runs run: processes of this machine, or a Ray cluster.
@@ -47,6 +49,7 @@ def check_engine(on: str, most: int | None) -> None:
 
     Raises:
         ImportError: it needs a package that is not installed.
+        RuntimeError: this process is a worker that is starting.
         ValueError: there is no such engine, or ``most`` is below 1.
     """
     if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
@@ -55,6 +58,8 @@ def check_engine(on: str, most: int | None) -> None:
         raise ValueError(f"on must be one of {', '.join(ENGINES)}, got {shown(on)!r}")
     if on == "ray" and importlib.util.find_spec("ray") is None:
         raise ImportError("on='ray' needs Ray: pip install 'ecanet[ray]'")
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # what multiprocessing itself looks at
+        raise RuntimeError(f"a worker of a study imports this script, which starts a study then: {GUARD}")
 
 
 def workers_on(on: str, most: int | None) -> Workers:
@@ -73,8 +78,6 @@ def workers_on(on: str, most: int | None) -> Workers:
         from ecanet.study.on_ray import OnRay
 
         return OnRay(most)
-    from ecanet.study.processes import Processes
-
     return Processes(most)
 
 

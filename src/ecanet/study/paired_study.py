@@ -20,7 +20,6 @@ from ecanet.files.folder_lock import lock_folder, unlock_folder
 from ecanet.study.about import write_about
 from ecanet.study.conclusions import said_of_the_same
 from ecanet.study.engine import check_engine, run_all
-from ecanet.study.html_report import write_report
 from ecanet.study.job import Job
 from ecanet.study.results import FailedRun, FinishedRun, Study, slug, why_not_counted
 from ecanet.study.statistics import plan
@@ -115,6 +114,8 @@ def run(
 
 def report(out: str | Path, progress: bool) -> None:
     """Write the report of a study, and say where it is."""
+    from ecanet.study.html_report import write_report  # imports torch, which workers need not
+
     path = write_report(out)
     if progress:
         print(f"report: {path}", file=sys.stderr)

@@ -12,6 +12,9 @@ from typing import Any
 
 from ecanet.study.job import Job
 
+#: What a script needs.
+GUARD = 'it needs if __name__ == "__main__": around the call, as every worker imports it'
+
 
 def default_size() -> int:
     """Runs at a time if nobody says: one for each core, or one on a machine with a GPU."""
@@ -112,8 +115,7 @@ class Processes:
         self._failed_starts += 1
         if self._failed_starts > 1:
             raise RuntimeError(
-                f"no worker process starts: the last one {how}, and its own error is above. A script needs "
-                'if __name__ == "__main__": around the call, as every worker imports it'
+                f"no worker process starts: the last one {how}, and its own error is above. A script: {GUARD}"
             )
         assert worker.job is not None
         self.start(worker.job)  # it was never tried

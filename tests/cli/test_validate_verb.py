@@ -98,6 +98,18 @@ def test_all_numbers_are_written_as_json(run: Path, tmp_path: Path, monkeypatch)
     assert [row["top1"] for row in written["classes"]] == [100.0, None]
 
 
+def test_files_are_written_also_where_a_reader_such_as_head_has_seen_enough(run: Path, tmp_path, monkeypatch) -> None:
+    def closed(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", closed)
+    folder, out = tmp_path / "confusion", tmp_path / "metrics.json"
+    with pytest.raises(SystemExit):
+        main(["validate", str(run), "--accelerator", "cpu", "--confusion", str(folder), "--out", str(out)])
+    assert json.loads(out.read_text())["metrics"]
+    assert sorted(path.name for path in folder.iterdir()) == ["confusion.csv", "confusion.png"]
+
+
 def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as stopped:
         main(words)

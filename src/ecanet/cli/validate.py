@@ -40,17 +40,28 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
         if args.confusion is not None:
             _check_confusion(args.confusion, trained)
         result = validate(args.run, data_named(args, trained), args.accelerator, args.model.build)
-        for name, value in result.metrics.items():
-            print(f"{name}: {value:.4f}" if name == "val/loss" else f"{name}: {value:.2f} %")
-        print("\n".join(["", *_table(result)]))
-        if args.out is not None:
-            write_out(args.out, json.dumps(_as_json(result), indent=2, allow_nan=False) + "\n")
-            print(f"wrote {args.out}")
-        if args.confusion is not None:
-            _write_confusion(args.confusion, result)
-            print(f"wrote {args.confusion / 'confusion.csv'} and {args.confusion / 'confusion.png'}")
+        try:
+            for name, value in result.metrics.items():
+                print(f"{name}: {value:.4f}" if name == "val/loss" else f"{name}: {value:.2f} %")
+            print("\n".join(["", *_table(result)]))
+        finally:  # also where head has closed the pipe
+            wrote = _write(result, args.out, args.confusion)
+        for files in wrote:
+            print(f"wrote {files}")
 
     return run
+
+
+def _write(result: Validation, out: Path | None, confusion: Path | None) -> list[str]:
+    """Write what the options ask for; the files, as they are printed."""
+    wrote = []
+    if out is not None:
+        write_out(out, json.dumps(_as_json(result), indent=2, allow_nan=False) + "\n")
+        wrote.append(str(out))
+    if confusion is not None:
+        _write_confusion(confusion, result)
+        wrote.append(f"{confusion / 'confusion.csv'} and {confusion / 'confusion.png'}")
+    return wrote
 
 
 def _table(result: Validation) -> list[str]:

@@ -288,7 +288,9 @@ def test_a_run_to_resume_that_was_not_begun_begins_and_says_so(run: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "words", [["--out", "runs/fashoin"], ["--out=runs/fashoin"], []], ids=["out", "out=", "nothing"]
+    "words",
+    [["--out", "runs/fashoin"], ["--out=runs/fashoin", "--optim.epochs=40"], []],
+    ids=["a folder", "more epochs", "nothing"],
 )
 def test_a_run_to_resume_that_is_not_there_is_an_error_where_no_option_says_what_to_train(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys

@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -302,8 +303,11 @@ def test_output_that_cannot_be_written_is_an_error_with_its_reason() -> None:
         (["fit", "--data.source", "imagefolder"], "got 'imagefolder': did you mean 'image_folder'?"),
         (["fit", "--trainer.devices", "atuo"], "got 'atuo': did you mean 'auto'?"),
         (["fit", "--trainer.accelerator", "gpus"], "got 'gpus': did you mean 'gpu'?"),
+        (["fit", "--trainer.loggers", "csv,wandv"], "got 'wandv': did you mean 'wandb'?"),
         (["fit", "--model.gate", "ecaa"], "did you mean 'eca'?"),
         (["fit", "--optim.epochs", "many"], "ecanet fit: --optim.epochs must be an integer, got 'many'\n"),
+        (["fit", "--optim.epochs="], "ecanet fit: --optim.epochs must be an integer, got ''\n"),
+        (["fit", "--data.image_size="], "ecanet fit: --data.image_size must be an integer or null, got ''\n"),
         (["fit", "--optim.nesterov=ture"], "--optim.nesterov must be true or false, got 'ture'"),
         (["fit", "--data.image_size", "big"], "--data.image_size must be an integer or null, got 'big'\n"),
         (["gates", "simma"], "did you mean 'simam'?"),
@@ -319,6 +323,23 @@ def test_a_typo_is_answered_in_one_line_with_what_was_meant(words: list[str], sa
     _, *hint, end = printed.split("\n")
     assert all(line[0] == "(" and line[-1] == ")" for line in hint)
     assert (len(hint) <= 1, end) == (True, "")
+
+
+def test_pictures_that_cannot_be_read_are_listed_line_by_line(image_folder: Path, tmp_path: Path, capsys) -> None:
+    root = tmp_path / "pictures"
+    shutil.copytree(image_folder, root)
+    (root / "train" / "bag" / "empty.png").write_bytes(b"")
+    (root / "train" / "bag" / "gone.png").symlink_to("nowhere")
+    words = ["--data.source", "image_folder", "--data.root", str(root), "--trainer.accelerator", "cpu"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", *words, "--out", str(tmp_path / "out")])
+    first, *listed, hint = str(stopped.value.code).splitlines()
+    assert first.endswith("images cannot be read, remove or replace them:")
+    assert listed == [
+        f"  '{root}/train/bag/empty.png': it is empty;",
+        f"  '{root}/train/bag/gone.png': No such file or directory",
+    ]
+    assert hint.startswith("(ECANET_TRACEBACK")
 
 
 def test_a_message_of_another_form_only_loses_its_line_breaks() -> None:

@@ -98,6 +98,18 @@ def test_all_numbers_are_written_as_json(run: Path, tmp_path: Path, monkeypatch)
     assert [row["top1"] for row in written["classes"]] == [100.0, None]
 
 
+def test_files_are_written_also_where_a_reader_such_as_head_has_seen_enough(run: Path, tmp_path, monkeypatch) -> None:
+    def closed(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", closed)
+    folder, out = tmp_path / "confusion", tmp_path / "metrics.json"
+    with pytest.raises(SystemExit):
+        main(["validate", str(run), "--accelerator", "cpu", "--confusion", str(folder), "--out", str(out)])
+    assert json.loads(out.read_text())["metrics"]
+    assert sorted(path.name for path in folder.iterdir()) == ["confusion.csv", "confusion.png"]
+
+
 def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as stopped:
         main(words)
@@ -110,13 +122,21 @@ def test_mistakes_are_named_before_the_network_runs(
 ) -> None:
     monkeypatch.setattr("ecanet.cli.validate.validate", lambda *_: pytest.fail("it runs"))
     monkeypatch.setattr("ecanet.cli.explain.explain_prediction", lambda *_: pytest.fail("it runs"))
+    monkeypatch.setattr("ecanet.cli.predict.predict", lambda *_, **__: pytest.fail("it runs"))
     image, file = str(image_folder / "val" / "bag" / "00.png"), tmp_path / "file"
     file.write_text("")
     assert "--confusion must be a folder" in refused(["validate", str(run), "--confusion", str(file)], capsys)
+    said = refused(["validate", str(run), "--confusion", str(tmp_path / "new.png")], capsys)
+    assert "--confusion must be a folder, for confusion.png and confusion.csv, got " in said
     assert "did you mean 'image_folder'?" in refused(["validate", str(run), "--source", "imagefolder"], capsys)
     assert "did you mean 'cpu'?" in refused(["validate", str(run), "--accelerator", "cpus"], capsys)
     said = refused(["explain", str(run), image, "--out", str(tmp_path / "a.jpg")], capsys)
     assert "--out must end in one of png, pdf, svg, got 'a.jpg'" in said
+    (folder := tmp_path / "folder.png").mkdir()
+    for verb in (["validate", str(run)], ["explain", str(run), image], ["predict", str(run), image]):
+        said = refused([*verb, "--out", str(folder)], capsys)
+        assert f"ecanet {verb[0]}: IsADirectoryError: --out must be a file, and {folder} is a folder" in said
+    folder.rmdir()
     monkeypatch.setattr("ecanet.cli.validate._MOST_CLASSES", 2)
     said = refused(["validate", str(run), "--confusion", str(tmp_path / "new")], capsys)
     assert "a matrix of 3 classes has 9 cells, and it is written for up to 2 classes" in said

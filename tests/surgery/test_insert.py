@@ -1,6 +1,7 @@
 """insert_gates_: where gates go, what they keep, and what is refused."""
 
 import copy
+import logging
 import pickle
 import warnings
 
@@ -390,6 +391,24 @@ class TestReport:
         assert any("does not run on an input of shape (1, 3, 224, 224)" in note for note in report.notes)
         again = insert_gates_(timm.create_model("resnet10t", in_chans=1), input_shape=(1, 1, 64, 64))
         assert again.multiply_adds is not None
+
+    def test_a_network_of_another_size_has_that_said_once_and_no_traceback_of_torch(self) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 32 * 32, 10))
+        records: list[logging.LogRecord] = []
+        handler = logging.Handler()
+        handler.emit = records.append  # type: ignore[method-assign]
+        torch_s = logging.getLogger("torch._subclasses.fake_tensor")
+        torch_s.addHandler(handler)
+        try:
+            with pytest.raises(
+                ValueError, match=r"no residual block in Sequential \(the network does not run on an input"
+            ):
+                insert_gates_(model)
+            assert not torch_s.disabled
+        finally:
+            torch_s.removeHandler(handler)
+        assert not records
+        assert len(insert_gates_(model, where="conv").rows) == 1
 
     def test_the_dry_run_leaves_the_network_alone(self) -> None:
         model = resnet18().train()

@@ -83,6 +83,12 @@ def test_without_images_to_validate_on_the_ways_are_named(table: Callable[..., P
         csv_images(table(PLAIN))
 
 
+def test_a_folder_in_place_of_the_table_is_told_its_source(table: Callable[..., Path], tmp_path: Path) -> None:
+    for arguments in ((tmp_path,), (table(PLAIN), tmp_path)):
+        with pytest.raises(IsADirectoryError, match=r"is a folder, .* class folders are data.source=image_folder"):
+            csv_images(*arguments)
+
+
 SEVERAL = "file,labels\nin/a.png,sea|sky\nin/b.png,sky\nin/c.png,\nin/d.png, sky | sea |\n"
 
 
@@ -205,7 +211,7 @@ def test_what_is_no_table_is_named(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "labels.csv"
     if kind != "nothing":
         (Path.mkdir if kind == "folder" else os.mkfifo)(path)
-    with pytest.raises((FileNotFoundError, ValueError), match=f"(no such file: )?{path}"):
+    with pytest.raises((OSError, ValueError), match=f"(no such file: )?{path}"):
         csv_images(path)
 
 

@@ -1,5 +1,6 @@
 """What the data block of a recipe says: refused where it makes no sense, and the same pictures at every reading."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,6 +133,17 @@ def run(config: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
         fit(small(config), out, progress=False, on_epoch=interrupt)
     fit(small(config), out, resume=True, progress=False)
     return out
+
+
+def test_a_run_on_a_fraction_is_validated_on_a_folder_that_sets_its_own_pictures_apart(
+    run: Path, classes: Path, tmp_path: Path
+) -> None:
+    for part in ("train", "val"):
+        shutil.copytree(classes, tmp_path / "other" / part)
+    data = data_of(load_trained(run), root=tmp_path / "other")
+    assert len(validate(run, data, "cpu").labels) == 40
+    moved = data_of(load_trained(run), root=tmp_path / "other" / "val")  # the run's own pictures, elsewhere
+    assert len(validate(run, moved, "cpu").labels) == 10
 
 
 def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(run: Path, config: DataConfig, tmp_path: Path) -> None:

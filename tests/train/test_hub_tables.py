@@ -93,6 +93,32 @@ def parts_in_folders(root: Path, held: str) -> None:
         make(count).to_parquet(root / "default" / name / "0000.parquet")
 
 
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_one_file_is_a_table_too(tmp_path: Path, ending: str) -> None:
+    if ending == "parquet":
+        make().to_parquet(tmp_path / "train-photos.parquet")
+    else:
+        make().save_to_disk(tmp_path / "saved")
+        next((tmp_path / "saved").glob("*.arrow")).rename(tmp_path / "train-photos.arrow")
+    file = tmp_path / f"train-photos.{ending}"
+    assert contents(hub_images(file, file)) == [{0: 0, 1: 1, 2: 0, 3: 1}] * 2
+    assert len(hub_images(file, split=HALF).val) == 2  # type: ignore[arg-type]
+    (tmp_path / "photos.csv").write_text("file,label\n")
+    with pytest.raises(FileNotFoundError, match=r"photos.csv' has no .arrow .*data.source=csv"):
+        hub_images(tmp_path / "photos.csv", split=HALF)
+
+
+def test_tables_are_read_without_bars_where_nobody_looks_on(tmp_path: Path, capfd) -> None:
+    one_parquet(tmp_path / "photos")
+    datasets.enable_progress_bars()
+    try:
+        hub_images(tmp_path / "photos", split=HALF)
+        assert not datasets.are_progress_bars_disabled(), "the user's own setting is kept"
+    finally:
+        datasets.disable_progress_bars()
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("held", ["validation", "test"])
 @pytest.mark.parametrize("save", [parts_on_disk, parts_of_the_hub, parts_in_folders])
 def test_parts_are_known_by_their_names(tmp_path: Path, save: Callable[[Path, str], None], held: str) -> None:
@@ -160,9 +186,15 @@ def test_a_path_in_a_table_is_not_followed(tmp_path: Path) -> None:
     table = make(4, image=[{"bytes": None, "path": path} for path in elsewhere]).data.table
     parquet.write_table(table, tmp_path / "x.parquet")  # datasets' own writer would fetch the pictures
     splits = hub_images(tmp_path, tmp_path)
-    for index in range(4):
-        with pytest.raises(ValueError, match=rf"in row {index} of '{re.escape(str(tmp_path))}' holds no picture"):
+    for index, path in enumerate(elsewhere):
+        says = (
+            rf"in row {index} of '{re.escape(str(tmp_path))}': it holds only the path '{path}', which is not followed: "
+        )
+        with pytest.raises(ValueError, match=says + "save_to_disk puts"):
             splits.train[index]
+    with pytest.raises(ValueError, match=r"8 of 8 images cannot be read") as listed:
+        verify_images(splits)
+    assert str(listed.value).count("in row 1 of") == 2, "once for each part"
 
 
 def test_what_a_folder_says_beside_its_tables_is_not_read(tmp_path: Path) -> None:

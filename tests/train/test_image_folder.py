@@ -212,6 +212,31 @@ class TestWhereValidationIs:
         splits = image_folder(write_classes(tmp_path, car=4, bus=4, train=4), split=Split(0.25))
         assert splits.classes == ("bus", "car", "train")
 
+    @pytest.mark.parametrize("parts", [("val",), ("train", "valid"), ("train", "val", "test")])
+    def test_another_folder_to_validate_on_may_hold_parts(self, tmp_path, parts):
+        write_classes(tmp_path / "photos", cat=3, dog=2)
+        for count, part in enumerate(parts, 1):
+            write_classes(tmp_path / "others" / part, cat=count, dog=1)
+        splits = image_folder(tmp_path / "photos", tmp_path / "others")
+        assert len(splits.val) == (2 if parts == ("val",) else 3)
+
+    def test_a_file_in_place_of_the_folder_is_told_its_source(self, tmp_path):
+        (tmp_path / "labels.csv").write_text("file,label\n")
+        for arguments in ((tmp_path / "labels.csv",), (write_folder(tmp_path), tmp_path / "labels.csv")):
+            with pytest.raises(NotADirectoryError, match=r"labels.csv' is a file, .* a CSV file is data.source=csv"):
+                image_folder(*arguments)
+
+    def test_pictures_of_formats_that_are_not_read_are_counted_and_said(self, tmp_path):
+        root = write_folder(tmp_path)
+        for name in ("IMG_1.HEIC", "IMG_2.heic", "b.avif", "notes.txt"):
+            (root / "train" / "cat" / name).write_bytes(b"x")
+        write_image(root / "train" / "dog" / "c.jpg").rename(root / "train" / "dog" / "c.jfif")
+        says = rf"^'{names(root / 'train')}' has pictures .* left out: 1 \.avif, 2 \.heic\."
+        with pytest.warns(UserWarning, match=says):
+            splits = image_folder(root)
+        assert files(splits.train) == {"a.png", "b.png", "c.jfif"}
+        verify_images(splits)
+
     def test_a_missing_root_is_named(self, tmp_path):
         for arguments in ((tmp_path / "nothing",), (write_folder(tmp_path), tmp_path / "nothing")):
             with pytest.raises(FileNotFoundError, match=f"no folder '{names(tmp_path / 'nothing')}'"):

@@ -23,6 +23,7 @@ from ecanet.train import ModelConfig, Recipe, build_network, fit, load_trained, 
 from ecanet.train.checkpoint import read_checkpoint
 from ecanet.train.classifier import AUXILIARY, Classifier
 from ecanet.train.networks import check_classifies, without_insertion_file
+from ecanet.train.recipes import read_recipe
 
 timm = pytest.importorskip("timm")
 
@@ -39,6 +40,8 @@ def number(classes):
     return 3
 def no_argument():
     return make(3)
+def fails(classes):
+    return make(classes // 0)
 """
 
 
@@ -103,11 +106,12 @@ def test_the_network_of_a_function_is_built_by_the_one_that_the_user_names_again
         "own_networks:wider": r"do not fit .*own_networks:wider.*5\.weight \(3, 8\) instead of \(4, 8\)",
         "own_networks:number": r"model\.build=own_networks:number, called with .*3: model must be a torch\.nn\.Module",
         "own_networks:no_argument": r"model\.build=own_networks:no_argument, called with the number of classes, 3",
+        "own_networks:fails": r"own_networks:fails, called with the number of classes, 3: ZeroDivisionError",
         "own_networks:none": "own_networks has no function none",
         "no_such_package:make": "model.build=no_such_package:make: no_such_package cannot be imported",
         "own_networks.make": "model.build must be module:function",
     }.items():
-        with pytest.raises((ImportError, TypeError, ValueError), match=says):
+        with pytest.raises((ImportError, TypeError, ValueError, RuntimeError), match=says):
             load_trained(out, build)
 
 
@@ -236,6 +240,16 @@ def test_a_file_of_insert_brings_its_gates_and_weights_and_nothing_else_is_asked
 
 
 # --- what cannot be trained, said before anything is --------------------------------------------------------------
+
+
+def test_places_of_gates_may_be_a_list_or_a_text_with_commas(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {name: torchvision/resnet18, where: 'layer1.*.bn2,fc'}")
+    said: list[Any] = [["layer1.*.bn2", "fc"], "layer1.*.bn2, fc", read_recipe(recipe)["model"]["where"]]
+    for where in said:
+        assert ModelConfig("torchvision/resnet18", where=where).where == ["layer1.*.bn2", "fc"]
+    with pytest.raises(ValueError, match=r"model\.where must be some names or patterns"):
+        ModelConfig("torchvision/resnet18", where="fc,")
 
 
 @pytest.mark.parametrize(

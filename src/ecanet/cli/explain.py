@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from ecanet.cli.options import add_build, add_data, data_named
+from ecanet.cli.options import add_build, add_data, check_out, data_named
 from ecanet.files.atomic import write_whole
 from ecanet.inspect.explanation import plot_explanation
 from ecanet.inspect.style import new_figure
@@ -35,6 +35,7 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
         ending = args.out.suffix[1:].lower()
         if ending not in _FORMATS:
             raise ValueError(f"--out must end in one of {', '.join(_FORMATS)}, got {shown(args.out.name)!r}")
+        check_out(args.out)
         new_figure(1)  # matplotlib is there
         trained = load_trained(args.run, args.model.build)
         found = explain_prediction(trained, args.image, _pictures(args, trained), args.top)

@@ -7,17 +7,19 @@ from collections.abc import Iterable
 _KINDS = {"int": "an integer", "float": "a number", "bool": "true or false", "NoneType": "null"}
 #: jsonargparse's messages about a value: of one type, and of several.
 _KEY = r"Parser key \"(?P<key>[\w.]+)\": "
-_TYPE = re.compile(_KEY + r"Expected a (?P<types>.*)\. Got value: (?P<given>.*)")
+_TYPE = re.compile(_KEY + r"Expected a (?P<types>.*)\. Got value: ?(?P<given>.*)")
 _TYPES = re.compile(
     _KEY + r"Does not validate against any of the Union subtypes Subtypes: \[(?P<types>.*)\] Errors: .*"
-    r" Given value: (?P<given>.*)"
+    r" Given value: ?(?P<given>.*)"
 )
 _KIND, _WORDS, _LIST = re.compile(r"<class '(?:\w+\.)*(\w+)'>"), re.compile(r"typing\.Literal\[([^\]]*)\]"), "list[int]"
 #: This library's own, in whatever layer, and argparse's.
 _CHOICES = (
-    re.compile(r"must be one of (?P<known>.+?), got (?P<given>'[^']*'|[^\s:;]+)"),
+    re.compile(r"must be (?:one|some) of (?P<known>.+?), got (?P<given>'[^']*'|[^\s:;]+)"),
     re.compile(r"invalid choice: (?P<given>'[^']*') \(choose from (?P<known>.+)\)"),
 )
+#: What is wrong with each of several things, a line for each, as :mod:`ecanet.train.data.verify` writes it.
+_LIST_OF_PROBLEMS = re.compile(r"[^\n]+:(\n  [^\n]+;)*\n  [^\n]+")
 _UNKNOWN = re.compile(r"unrecognized arguments: (?P<given>-[^\s=]+)")
 
 
@@ -35,6 +37,8 @@ def closest(given: str, known: Iterable[str]) -> str:
 def explained(message: str, options: Iterable[str] = (), words: Iterable[str] = ()) -> str:
     """An error's message in one line, in plain words, with the closest of what would be right where that is known.
 
+    A list of problems keeps its lines.
+
     Args:
         message: Of this library, argparse or jsonargparse; one of another form only loses its line breaks.
         options: The options of the verb.
@@ -47,6 +51,8 @@ def explained(message: str, options: Iterable[str] = (), words: Iterable[str] = 
     text, options = " ".join(message.split()), list(options)
     if (value := _TYPE.fullmatch(text) or _TYPES.fullmatch(text)) is not None:
         return _of_value(value["key"], value["types"], value["given"])
+    if _LIST_OF_PROBLEMS.fullmatch(message):
+        return message
     if "did you mean" in text:
         return text
     if (unknown := _UNKNOWN.search(text)) is not None:

@@ -9,6 +9,7 @@ from ecanet.files.atomic import write_whole
 from ecanet.train.checkpoint import TrainedNetwork
 from ecanet.train.config import DataConfig
 from ecanet.train.evaluate import data_of
+from ecanet.untrusted import shown
 
 CONFIG_HELP = (
     "A recipe: YAML with the blocks model, data, optim, trainer. Later options on the command line override it."
@@ -39,6 +40,12 @@ def data_named(args: Namespace, trained: TrainedNetwork) -> DataConfig | None:
     """The pictures that the options of :func:`add_data` name, or None for the run's own."""
     changes = {name: value for name in ("root", "val_root", "source") if (value := getattr(args, name)) is not None}
     return data_of(trained, **changes) if changes else None
+
+
+def check_out(path: Path | None) -> None:
+    """Raise for an ``--out`` that names a folder, before any work is done."""
+    if path is not None and path.is_dir():
+        raise IsADirectoryError(f"--out must be a file, and {shown(path, 300)} is a folder")
 
 
 def write_out(path: Path, content: str) -> None:

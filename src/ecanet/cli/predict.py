@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from ecanet.cli.options import add_accelerator, add_build, write_out
+from ecanet.cli.options import add_accelerator, add_build, check_out, write_out
 from ecanet.train.evaluate import predict
 from ecanet.untrusted import shown
 
@@ -22,6 +22,7 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
     add_build(parser)
 
     def run(args: Namespace) -> None:
+        check_out(args.out)
         predictions = predict(args.run, args.images, args.top, accelerator=args.accelerator, build=args.model.build)
         if args.out is None:
             for p in predictions:

@@ -10,7 +10,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from ecanet.cli.options import add_accelerator, add_build, add_data, data_named, write_out
+from ecanet.cli.options import add_accelerator, add_build, add_data, check_out, data_named, write_out
 from ecanet.files.atomic import write_whole
 from ecanet.inspect.confusion import plot_confusion
 from ecanet.inspect.style import new_figure
@@ -35,21 +35,33 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
     add_build(parser)
 
     def run(args: Namespace) -> None:
+        check_out(args.out)
         trained = load_trained(args.run, args.model.build)
         if args.confusion is not None:
             _check_confusion(args.confusion, trained)
         result = validate(args.run, data_named(args, trained), args.accelerator, args.model.build)
-        for name, value in result.metrics.items():
-            print(f"{name}: {value:.4f}" if name == "val/loss" else f"{name}: {value:.2f} %")
-        print("\n".join(["", *_table(result)]))
-        if args.out is not None:
-            write_out(args.out, json.dumps(_as_json(result), indent=2, allow_nan=False) + "\n")
-            print(f"wrote {args.out}")
-        if args.confusion is not None:
-            _write_confusion(args.confusion, result)
-            print(f"wrote {args.confusion / 'confusion.csv'} and {args.confusion / 'confusion.png'}")
+        try:
+            for name, value in result.metrics.items():
+                print(f"{name}: {value:.4f}" if name == "val/loss" else f"{name}: {value:.2f} %")
+            print("\n".join(["", *_table(result)]))
+        finally:  # also where head has closed the pipe
+            wrote = _write(result, args.out, args.confusion)
+        for files in wrote:
+            print(f"wrote {files}")
 
     return run
+
+
+def _write(result: Validation, out: Path | None, confusion: Path | None) -> list[str]:
+    """Write what the options ask for; the files, as they are printed."""
+    wrote = []
+    if out is not None:
+        write_out(out, json.dumps(_as_json(result), indent=2, allow_nan=False) + "\n")
+        wrote.append(str(out))
+    if confusion is not None:
+        _write_confusion(confusion, result)
+        wrote.append(f"{confusion / 'confusion.csv'} and {confusion / 'confusion.png'}")
+    return wrote
 
 
 def _table(result: Validation) -> list[str]:
@@ -103,6 +115,8 @@ def _check_confusion(folder: Path, trained: TrainedNetwork) -> None:
             f"{_MOST_CLASSES:,} classes; --out FILE.json has the accuracy of each class"
         )
     new_figure(1)  # matplotlib is there
+    if folder.suffix in (".png", ".csv"):
+        raise ValueError(f"--confusion must be a folder, for confusion.png and confusion.csv, got {str(folder)!r}")
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"--confusion must be a folder, and {folder} is a file")
 

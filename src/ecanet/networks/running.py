@@ -1,6 +1,7 @@
 """Run a network, or a copy of it without data, observe its gates, and leave it unchanged."""
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
@@ -59,17 +60,30 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def _quiet(logger: logging.Logger) -> Iterator[None]:
+    """Let a logger say nothing."""
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+@contextmanager
 def running_without_data(twin: nn.Module) -> Iterator[None]:
     """Make calls compute only shapes, in eval mode, without global hooks; the random generator is restored after it."""
     with (
         evaluating(twin),
         _only_shapes(),
+        _quiet(_SHAPES_LOG),  # whoever runs the twin says what fails
         torch.random.fork_rng(devices=[]),
         without_hooks_on_all_modules(),
     ):
         yield
 
 
+#: Where torch writes a traceback of every operation without data that fails, before it raises the error.
+_SHAPES_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 _BATCH_NORM = torch.ops.aten.native_batch_norm.default
 
 

@@ -36,7 +36,8 @@ class ModelConfig:
         gate: A name that ``ecanet gates`` explains: GATES; or timm:NAME, a layer of timm's; or null for none.
         kernel_size: adaptive or an odd integer; in a network of ecanet also released, or a list with one for each
             stage.
-        where: block, stage, conv, or names and patterns of modules; in a network of ecanet block alone.
+        where: block, stage, conv, or names and patterns of modules with commas between; in a network of ecanet block
+            alone.
         preserve: Start as the network without gates, with gates that are 1; null: if it starts from weights.
         weights: Weights to start from: a file, or the library's own name for them, which it downloads, or DEFAULT.
             Those of a head for other classes are left out.
@@ -58,6 +59,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.gate == "none":
             self.gate = None
+        if isinstance(self.where, str) and "," in self.where:
+            self.where = _list_of_names(self.where, "model.where")
         chosen = {"gate": self.gate, "kernel_size": self.kernel_size, "where": self.where, "preserve": self.preserve}
         check_arguments(chosen, "model", tuple(chosen))
         if self.build is not None:
@@ -147,7 +150,7 @@ def model_of_a_file(block: object, where: str) -> dict[str, Any]:
 FILE_SOURCES = {
     "image_folder": "the folder that holds train/ and val/, or the classes",
     "csv": "the CSV file",
-    "hf": "the folder of the Arrow or Parquet files",
+    "hf": "the folder of the Arrow or Parquet files, or one of them",
 }
 _FILES = tuple(FILE_SOURCES)
 #: The sources that read an option; all others are read by all.

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from ecanet.train.checkpoint import (
 )
 from ecanet.train.classifier import Classifier
 from ecanet.train.config import FILE_SOURCES, SOURCES_OF, DataConfig
-from ecanet.train.data.loading import ImageData, Plain, test_transform
+from ecanet.train.data.loading import ImageData, Plain, read_splits, test_transform
 from ecanet.train.data.pictures import SUFFIXES, image_files, read_image
+from ecanet.train.data.splits import TwoValidationPartsError
 from ecanet.train.progress import Progress
 from ecanet.train.quiet import quiet_lightning
 from ecanet.untrusted import check_file, listed, shown
@@ -232,6 +233,7 @@ def data_of(trained: TrainedNetwork, **changes: Any) -> DataConfig:
     Args:
         trained: The network.
         changes: Fields of :class:`DataConfig`. With ``val_root`` alone, these pictures are validated on, all of them.
+            Where ``root`` sets pictures to validate on apart, the run's ``val_fraction`` does not count.
 
     Raises:
         ValueError: it was trained on pictures in files, and the caller does not say where they are.
@@ -252,7 +254,15 @@ def data_of(trained: TrainedNetwork, **changes: Any) -> DataConfig:
             "the network was trained on a folder or table of images, and its checkpoint does not say where they are: "
             "give it, on the command line --root FOLDER"
         )
-    return DataConfig(**wanted)
+    config = DataConfig(**wanted)
+    if config.val_fraction is not None and "root" in changes:
+        try:
+            read_splits(config)
+        except TwoValidationPartsError:
+            return replace(config, val_fraction=None)
+        except (OSError, ValueError):  # said by whoever reads them
+            pass
+    return config
 
 
 def _classifier(trained: TrainedNetwork) -> Classifier:

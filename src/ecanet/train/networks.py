@@ -170,11 +170,14 @@ def _create(config: ModelConfig) -> Create | None:
 
 
 def _call(name: str, function: Callable[[int | None], Any], num_classes: int | None) -> nn.Module:
+    what = f"model.build={name}, called with the number of classes, {num_classes}"
     try:
         model = function(num_classes)
         check_model(model)
     except TypeError as error:
-        raise TypeError(f"model.build={name}, called with the number of classes, {num_classes}: {error}") from error
+        raise TypeError(f"{what}: {error}") from error
+    except Exception as error:  # the user's code may raise anything
+        raise RuntimeError(f"{what}: {type(error).__name__}: {error}") from error
     return model
 
 

@@ -58,8 +58,8 @@ _TEXTS = {
 _PATHS = {"data.root", "data.val_root", "model.weights", "optim.freeze"}
 #: A text that is a name, and not YAML that the parser could read a second time.
 _NO_YAML = re.compile(r"[^\[\]{}&*!|>\n]*")
-#: The same for a name or a pattern of modules.
-_PATTERN = re.compile(r"[\w.*?-]*")
+#: The same for names and patterns of modules.
+_PATTERN = re.compile(r"[\w.*?,-]*")
 
 
 def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
@@ -247,11 +247,12 @@ def with_own_recipe(args: list[str], out: str | Path) -> list[str]:
     if not out:  # the parser says it
         return args
     own, last = Path(out) / "recipe.json", Path(out) / "last.ckpt"
-    says_one = any(word.startswith(tuple(f"--{block}." for block in _BLOCKS)) for word in words)
     if not os.path.lexists(own):
-        if says_one:
+        is_begun = os.path.lexists(last)
+        blocks = tuple(_BLOCKS) if is_begun else ("model", "data")  # more epochs alone are for a run that is there
+        if any(word.startswith(tuple(f"--{block}." for block in blocks)) for word in words):
             return args
-        if not os.path.lexists(last):
+        if not is_begun:
             where = shown(str(out), 200)
             raise ValueError(
                 f"there is no run in {where} to resume: say its folder with --out, or a new run's recipe with --config"

@@ -154,6 +154,7 @@ def _at_blocks(
     if not branches:
         reasons = "; ".join(f"{name or 'the network itself'}: {why}" for name, why in list(not_searched.items())[:3])
         could_not = f" (not looked into: {reasons})" if not_searched else ""
+        could_not += f" (the network {run.failed})" if run is not None and run.failed is not None else ""
         groups = "try where='conv', or " if find_groups(model, names_of(model), shapes).ends else ""
         raise ValueError(
             f"where={where!r} finds no residual block in {type(model).__name__}{could_not}: {groups}name modules; "

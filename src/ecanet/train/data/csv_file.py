@@ -128,6 +128,10 @@ def _held_rows(parts: dict[str, list[_Row]], where: str) -> list[_Row]:
 
 def _parts(path: Path, columns: Columns) -> dict[str, list[_Row]]:
     """The rows of a CSV file by their part."""
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"{_called(path)} is a folder, and data.source=csv reads a file; class folders are data.source=image_folder"
+        )
     check_file(path, MAX_CSV_BYTES)
     parts: dict[str, list[_Row]] = {}
     seen: dict[str, int] = {}

@@ -1,6 +1,8 @@
 """A folder of images with a sub-folder for each class."""
 
 import os
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,11 +64,15 @@ def image_folder(root: str | Path, val_root: str | Path | None = None, split: Sp
 
     Args:
         root: The folder. Without a folder ``train`` in it, its sub-folders are the classes.
-        val_root: Folder of the classes to validate on, where ``root`` has none or another one.
+        val_root: Folder of the classes to validate on, where ``root`` has none or another one; or one that holds such
+            a folder by its name, beside ``train``.
         split: Split images off to validate on; see :func:`~ecanet.train.data.splits.split_off`.
 
     Returns:
         Images ``(3, H, W)``, each in its own size.
+
+    Warns:
+        UserWarning: there are pictures of formats that are not read.
 
     Raises:
         FileNotFoundError: a folder is missing.
@@ -78,7 +84,7 @@ def image_folder(root: str | Path, val_root: str | Path | None = None, split: Sp
     """
     train, val = _find_folders(Path(root), split._replace(elsewhere=val_root is not None))
     if val_root is not None:
-        val = Path(val_root)
+        val = _held_folder(Path(val_root))
     classes = _class_names(train)
     if val is not None:
         _check_same_classes(train, classes, val, _class_names(val))
@@ -104,7 +110,21 @@ def _find_folders(root: Path, split: Split) -> tuple[Path, Path | None]:
     return root / (train or ""), None if val is None else root / val
 
 
+def _held_folder(root: Path) -> Path:
+    """The folder of classes to validate on: ``root``, or its part for that if it holds nothing but parts."""
+    names = _sub_folders(root)
+    if not names or any(name.lower() not in PART_NAMES for name in names):
+        return root
+    val = names[0] if len(names) == 1 else find_parts(names, f"the folder '{shown(root, 300)}'", Split())[1]
+    return root / (val or "")
+
+
 def _sub_folders(folder: Path) -> list[str]:
+    if folder.is_file():
+        raise NotADirectoryError(
+            f"'{shown(folder, 300)}' is a file, and data.source=image_folder reads a folder; a CSV file is "
+            "data.source=csv, Arrow and Parquet files are data.source=hf"
+        )
     if not folder.is_dir():
         raise FileNotFoundError(
             f"no folder '{shown(folder, 300)}': it must have train/<class>/ and val/<class>/, or <class>/, and images "
@@ -141,14 +161,22 @@ def _check_same_classes(train: Path, train_classes: list[str], val: Path, val_cl
 
 def _samples(split: Path, classes: Sequence[str]) -> list[tuple[str, Label]]:
     samples: list[tuple[str, Label]] = []
+    left_out: Counter[str] = Counter()
     for label, name in enumerate(classes):
-        paths = sorted(image_files(split / name))
+        paths = sorted(image_files(split / name, left_out))
         if not paths:
             raise ValueError(
                 f"no images in the class folder {str(split / name)!r}: add some, of suffix {', '.join(SUFFIXES)}, or "
                 "remove the class from train and val"
             )
         samples += [(path, label) for path in paths]
+    if left_out:
+        counts = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(left_out.items()))
+        warnings.warn(
+            f"'{shown(split, 300)}' has pictures of formats that are not read, which are left out: {counts}. Convert "
+            "them, for example to JPEG",
+            stacklevel=2,
+        )
     return samples
 
 

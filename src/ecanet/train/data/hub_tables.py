@@ -3,8 +3,10 @@
 Only the tables are read: no loading script, no format and no path that a file names, and nothing from the Hub.
 """
 
+import contextlib
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,10 @@ class TableImages(Dataset[Any]):
         (value,) = self.table[row].values()
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
-            raise ValueError(f"{self.name(index)} holds no picture: save the data with the pictures in it")
+            path = value.get("path") if isinstance(value, dict) else None
+            what = f"it holds only the path {shown(path)!r}, which is not followed" if path else "it holds no picture"
+            what += ": save_to_disk puts pictures into the table"
+            raise ValueError(f"cannot read the image {self.name(index)}: {what}") from ValueError(what)
         return read_image(data, self.name(index)), target(self.labels[row], self.classes)
 
     def label(self, index: int) -> Label:
@@ -78,7 +83,7 @@ def hub_images(
     where it holds lists, the data is multi-label.
 
     Args:
-        root: Folder of the files.
+        root: Folder of the files, or one file.
         val_root: Another one, whose pictures are validated on.
         split: Split images off to validate on; see :func:`~ecanet.train.data.splits.split_off`.
         columns: Names of the columns, where their types do not tell.
@@ -130,20 +135,21 @@ def hub_images(
 
 def _files_by_part(root: Path) -> dict[str, list[Path]]:
     """The files of each part, in order; the part is empty where names say nothing."""
-    if not root.is_dir():
+    if not root.exists():
         raise FileNotFoundError(
-            f"no folder '{shown(root, 300)}': it must hold the files of save_to_disk or Parquet files"
+            f"no folder or file '{shown(root, 300)}': it must hold what save_to_disk wrote, or be Parquet files"
         )
-    every = sorted(p for p in root.rglob("*") if p.suffix in _SUFFIXES and not p.name.startswith((".", "cache-")))
+    files = root.rglob("*") if root.is_dir() else [root]
+    every = sorted(p for p in files if p.suffix in _SUFFIXES and not p.name.startswith((".", "cache-")))
     if not every:
         raise FileNotFoundError(
-            f"'{shown(root, 300)}' has no .arrow and no .parquet files: write them with save_to_disk or to_parquet; "
+            f"'{shown(root, 300)}' has no .arrow and no .parquet files: write them with save_to_disk; "
             "class folders are data.source=image_folder, and metadata.csv is data.source=csv"
         )
     parts: dict[str, list[Path]] = {}
     for path in every:
         check_file(path)
-        parts.setdefault(_part_of(path.relative_to(root)), []).append(path)
+        parts.setdefault(_part_of(path.relative_to(root)), []).append(path)  # one file alone is of no part
     if "" in parts and len(parts) > 1:
         first, other = parts[""][0], next(name for name in parts if name)
         raise ValueError(
@@ -158,6 +164,18 @@ def _part_of(path: Path) -> str:
     return next((name for name in names if name.lower() in PART_NAMES), "")
 
 
+@contextlib.contextmanager
+def _no_bars_but_on_a_terminal(datasets: Any) -> Iterator[None]:
+    if sys.stderr.isatty() or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+
+
 def _read(files: Sequence[Path], where: str, columns: Columns) -> tuple[Any, list[Any], bool, list[str]]:
     """Pictures, labels, whether a picture has several, and the names of the classes if they are numbered."""
     try:
@@ -165,11 +183,12 @@ def _read(files: Sequence[Path], where: str, columns: Columns) -> tuple[Any, lis
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("data.source=hf needs datasets: pip install 'ecanet[hf]'", name="datasets") from error
     try:
-        arrows = [datasets.Dataset.from_file(str(path)) for path in files if path.suffix == ".arrow"]
-        parquets = [str(path) for path in files if path.suffix == ".parquet"]
-        if parquets:
-            arrows.append(datasets.Dataset.from_parquet(parquets))
-        table = datasets.concatenate_datasets(arrows)
+        with _no_bars_but_on_a_terminal(datasets):
+            arrows = [datasets.Dataset.from_file(str(path)) for path in files if path.suffix == ".arrow"]
+            parquets = [str(path) for path in files if path.suffix == ".parquet"]
+            if parquets:
+                arrows.append(datasets.Dataset.from_parquet(parquets))
+            table = datasets.concatenate_datasets(arrows)
     except Exception as error:  # pyarrow and datasets raise many
         reason = shown(" ".join(str(error.__cause__ or error).split()), 300)
         raise ValueError(f"{where}: its tables cannot be read ({type(error).__name__}: {reason})") from error

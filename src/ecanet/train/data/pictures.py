@@ -5,6 +5,7 @@ import os
 import re
 import stat
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -17,8 +18,13 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ecanet.untrusted import shown
 
-#: Suffixes of image files: torchvision's, and .gif.
-SUFFIXES = (*IMG_EXTENSIONS, ".gif")
+#: Suffixes of image files: torchvision's, .gif, and two more of JPEG.
+SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".jfif", ".jpe")
+#: Suffixes of pictures that are not read: of phones, cameras and browsers.
+OTHER_SUFFIXES = (
+    *(".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"),
+)
 #: Formats that are read, whatever a file's name: those of :data:`SUFFIXES`.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 #: The most pixels of an image: 8192 x 8192.
@@ -52,10 +58,14 @@ _TURNED = {
 }
 
 
-def image_files(folder: str | Path) -> Iterator[str]:
+def image_files(folder: str | Path, left_out: Counter[str] | None = None) -> Iterator[str]:
     """Image files below a folder, by suffix; names that start with a dot are left out.
 
     Links to folders are followed, but each folder is searched only once, and never one that contains ``folder``.
+
+    Args:
+        folder: The folder.
+        left_out: Counts the files of :data:`OTHER_SUFFIXES` by their suffix.
 
     Raises:
         OSError: a folder cannot be listed; the message names it.
@@ -72,6 +82,8 @@ def image_files(folder: str | Path) -> Iterator[str]:
                 below.append(entry.path)
             elif entry.name.lower().endswith(SUFFIXES):
                 yield entry.path
+            elif left_out is not None and (suffix := os.path.splitext(entry.name)[1].lower()) in OTHER_SUFFIXES:
+                left_out[suffix] += 1
         todo += sorted(below, reverse=True)
 
 
@@ -136,7 +148,7 @@ def what_is_wrong(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "there is not enough memory for it"
     if isinstance(error, (OSError, ValueError)) and str(error):
-        return shown(error, 300)
+        return shown(getattr(error, "strerror", None) or error, 300)  # without the path that the system's errors end in
     return shown(f"it is damaged ({type(error).__name__}: {error})", 300)
 
 

@@ -63,6 +63,10 @@ class Split(NamedTuple):
     elsewhere: bool = False
 
 
+class TwoValidationPartsError(ValueError):
+    """A fraction of the training images is to be validated on, and a part is called as if it were."""
+
+
 def find_parts(names: Iterable[str], where: str, split: Split) -> tuple[str | None, str | None]:
     """The names of the part to train on and of the part to validate on.
 
@@ -77,7 +81,8 @@ def find_parts(names: Iterable[str], where: str, split: Split) -> tuple[str | No
 
     Raises:
         FileNotFoundError: there is nothing to train on, or nothing to validate on.
-        ValueError: two parts could be meant, or there is one and ``split`` has a fraction, too.
+        TwoValidationPartsError: there is one to validate on and ``split`` has a fraction, too.
+        ValueError: two parts could be meant.
     """
     every, known = sorted(names), (TRAIN_NAMES, VAL_NAMES, TEST_NAMES)
     train, val, test = ([name for name in every if name.lower() in each] for each in known)
@@ -91,7 +96,7 @@ def find_parts(names: Iterable[str], where: str, split: Split) -> tuple[str | No
         return next(iter(train), None), None
     if split.fraction is not None:
         if val:
-            raise ValueError(
+            raise TwoValidationPartsError(
                 f"data.val_fraction={split.fraction} splits off images to validate on, and {where} has {_quoted(val)}: "
                 "leave data.val_fraction out, or rename that"
             )

@@ -147,8 +147,8 @@ def run_jobs(
     Raises:
         ValueError, BlockingIOError, ConnectionError, ImportError, RuntimeError: as in :func:`run`.
     """
-    importlib.import_module("ecanet.study.html_report")  # a package that it needs is missed now, not after all runs
     check_engine(on, workers)
+    importlib.import_module("ecanet.study.html_report")  # a package that it needs is missed now, not after all runs
     folder = Path(out)
     check_folder(jobs, folder)
     with _study_folder(folder):

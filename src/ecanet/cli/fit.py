@@ -73,4 +73,4 @@ def _find_rate(recipe: Recipe, out: Path) -> None:
 
 def prepare(words: list[str]) -> list[str]:
     """With ``--resume`` alone, the recipe of the run's folder goes first."""
-    return with_own_recipe(words, _OUT)
+    return words if "--find-lr" in words else with_own_recipe(words, _OUT)

@@ -327,7 +327,7 @@ def test_the_costs_in_the_readme_are_the_best_and_the_worst_figure_of_all_files(
     assert f"`optimize_for_inference` | {optimised} |" in readme
     assert f"(one processor, one thread) | {', '.join(compiled)} |" in readme
     saved = each(ONE, "network/memory", "no gate", digits=3), each(ONE, "network/memory", "timm")
-    assert f"| bytes saved for the backward | {' | '.join(cell.split(', ')[0] for cell in saved)} |" in readme
+    assert f"| bytes kept for the backward pass | {' | '.join(cell.split(', ')[0] for cell in saved)} |" in readme
     tails = [f"{geometric_mean(values(file, 'inference/tail', 'ecanet', 'no gate')):.1f}" for file in (ONE, TWO)]
     largest = max(v for file in (ONE, TWO) for v in values(file, "inference/tail", "ecanet", "no gate"))
     assert (
@@ -345,11 +345,11 @@ def test_the_first_screen_says_what_the_result_files_say() -> None:
     )
     assert f"{geometric_mean(one):.2f} of its time with timm's module on one thread of an AMD EPYC" in first_screen
     assert f"({spread(one)} by shape of the map), {geometric_mean(two):.2f} on two ({spread(two)})" in first_screen
-    assert f"ResNet-50's training step takes {step}, its inference {call}" in first_screen
+    assert f"whole ResNet-50 takes {step} of timm's time in a training step, {call} at inference" in first_screen
     ours, timm = (
         spread(values(GPU, "training/tail", f"{name} compiled", "no gate compiled")) for name in ("operation", "timm")
     )
-    assert f"takes {ours} of the time without a gate, timm's {timm}" in first_screen
+    assert f"took {ours} of the time without a gate, timm's {timm}" in first_screen
     photographs = cases("photographs").items()
     right = {
         name: {case["running"]["right"] for key, case in photographs if key.startswith(f"mobilenet_v2/{name}/")}

@@ -231,7 +231,12 @@ def test_unknown_key_in_a_recipe_is_named(tmp_path: Path, capsys: pytest.Capture
         (["fit", "--model.kernel_size", "4"], ["kernel_size must be odd", "4"]),
         (["fit", "--data.source", "image_folder"], ["data.root"]),
         (["fit", "--data.source", "image_folder", "--data.root", "nowhere"], ["nowhere"]),
-        (["fit", "--data.root", "photos"], ["data.root='photos'", "data.source to image_folder"]),
+        (["fit", "--data.root", "photos"], ["no folder 'photos': it must have train/<class>/"]),
+        (["fit", "--data.root=photos.csv"], ["photos.csv"]),
+        (
+            ["fit", "--data.root", "photos", "--data.source", "embedded"],
+            ["data.root='photos'", "data.source to image_folder"],
+        ),
         (["fit", "--data.verify", "true"], ["data.verify is for"]),
         (["fit", "--model.options", '{"depth": 3}'], ["model.options", "depth"]),
         (["fit", "--trainer.devices", "9", "--trainer.accelerator", "gpu"], ["the trainer block does not fit"]),

@@ -108,7 +108,7 @@ def test_weights_in_gates_saved_and_loaded_in_a_fresh_process(
     assert "8 gates inserted" in said
     assert "layer1.0.bn2" not in said, "the table is not asked for"
     assert f"wrote {target}: torchvision/resnet18 with the weights {tmp_path / 'plain.pth'}" in said
-    assert f"next: ecanet fit --model.name '{target}' --data.source image_folder --data.root " in said
+    assert f"next: ecanet fit --model.name '{target}' --data.root " in said
     assert said.endswith(f"or in Python: model = ecanet.surgery.load({str(target)!r})\n")
     assert [path.name for path in target.parent.iterdir()] == ["gated.pt"]
 

@@ -4,12 +4,13 @@ import csv
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from ecanet.cli import main
+from ecanet.cli import fit, main
 from ecanet.study.comparison import check_parts
 from ecanet.study.conditions import of_gates, recipes
 from ecanet.study.study_file import with_study_read
@@ -134,12 +135,14 @@ def test_a_sweep_in_a_file_is_the_same_conditions_and_what_a_condition_says_besi
     assert [recipe.model.kernel_size for recipe in by_options.values()] == ["adaptive", 5, "adaptive", "adaptive"]
 
 
-def test_a_folder_of_images_is_the_source_where_only_its_root_is_said() -> None:
-    inferred = ["--data.source", "image_folder"]
-    assert with_study_read(["--data.root", "x"]) == ["--data.root", "x", *inferred]
-    assert with_study_read(["--data.root=x"]) == ["--data.root=x", *inferred]
+@pytest.mark.parametrize("prepare", [with_study_read, fit.prepare], ids=["study", "fit"])
+def test_a_folder_or_a_csv_file_is_the_source_where_only_the_root_is_said(prepare: Callable[..., list[str]]) -> None:
+    for root, source in (("x", "image_folder"), ("x.csv", "csv"), ("X.CSV", "csv"), ("csv", "image_folder")):
+        for said in (["--data.root", root], [f"--data.root={root}", "--optim.epochs", "1"]):
+            assert prepare(said) == [*said, "--data.source", source]
+    assert prepare(["--data.root=x.csv", "--data.root", "y"])[-1] == "image_folder", "the last one counts"
     for said in (["--data.root=x", "--data.source", "fashion_mnist"], ["--config", "{}", "--data.root=x"], []):
-        assert with_study_read(said) == said
+        assert prepare(said) == said
 
 
 MISTAKES: dict[str, tuple[list[str], str]] = {

@@ -16,7 +16,7 @@ from ecanet.train.config import Recipe
 from ecanet.train.find_lr import find_learning_rate
 from ecanet.train.fit import fit
 from ecanet.train.progress import accuracy
-from ecanet.train.recipes import with_own_recipe
+from ecanet.train.recipes import with_own_recipe, with_source_named
 
 _OUT = "runs/fit"
 
@@ -72,5 +72,5 @@ def _find_rate(recipe: Recipe, out: Path) -> None:
 
 
 def prepare(words: list[str]) -> list[str]:
-    """With ``--resume`` alone, the recipe of the run's folder goes first."""
-    return words if "--find-lr" in words else with_own_recipe(words, _OUT)
+    """With ``--resume`` alone, the recipe of the run's folder goes first; ``--data.root`` alone gets its source."""
+    return with_source_named(words if "--find-lr" in words else with_own_recipe(words, _OUT))

@@ -58,7 +58,7 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
             print(f"wrote {args.save}: {args.model} with {values}")
             load = f"model = ecanet.surgery.load({str(args.save)!r})"
             if classifies_pictures(args.model):
-                words = f"--model.name {shlex.quote(str(args.save))} --data.source image_folder --data.root PHOTOS"
+                words = f"--model.name {shlex.quote(str(args.save))} --data.root PHOTOS"
                 print(f"next: ecanet fit {words} --out runs/photos\nor in Python: {load}")
             else:
                 print(f"next, in Python: {load}")

@@ -8,7 +8,7 @@ from typing import Any
 from ecanet.study.conditions import SETTINGS, SWEEP, of_gates, recipes
 from ecanet.study.statistics import fewest_seeds
 from ecanet.train.config import Recipe, model_of_a_file
-from ecanet.train.recipes import check_blocks, for_parser, read_plain
+from ecanet.train.recipes import check_blocks, for_parser, read_plain, with_source_named
 from ecanet.untrusted import check_plain, listed, shown
 
 _OF_A_CONDITION = (*SETTINGS, SWEEP)
@@ -89,7 +89,7 @@ def _seeds_of(seeds: object, source: str) -> list[int]:
 
 
 def with_study_read(args: list[str]) -> list[str]:
-    """A command line with the recipe of its study, which then names the folder of images where ``--data.root`` does.
+    """A command line with the recipe of its study, and with the source of ``--data.root`` if nothing names it.
 
     Args:
         args: The command line; a study's file comes first, if there is one. Options after it override its recipe.
@@ -103,9 +103,8 @@ def with_study_read(args: list[str]) -> list[str]:
         raise ValueError(f"--trainer.seed is not for a study: {_ITS_SEEDS}")
     if "--model.gate" in words and {"--gates", "--kernel-sizes"} & set(words):
         raise ValueError("--model.gate says the gate of every condition: leave it out, as --gates names them all")
-    says_source = "source" in recipe.get("data", {}) or {"--data.source", "--config"} & set(words)
-    if "--data.root" in words and not says_source:
-        args = [*args, "--data.source", "image_folder"]
+    if "source" not in recipe.get("data", {}):
+        args = with_source_named(args)
     return ["--config", for_parser(recipe), *args] if recipe else args
 
 

@@ -172,7 +172,8 @@ class DataConfig:
         source: embedded (10,000 pictures of Fashion-MNIST in the package), fashion_mnist (the four original files),
             image_folder (root/train/CLASS/*, root/val/CLASS/*; validation, valid and test will do for val; or
             root/CLASS/* with val_fraction or val_root), csv (a file with the columns file and label) or hf (what
-            Hugging Face's datasets saved on disk, or Parquet files).
+            Hugging Face's datasets saved on disk, or Parquet files). On the command line --data.root alone, without a
+            recipe, means image_folder, or csv for a .csv file.
         root: Folder of the data, or the CSV file; for fashion_mnist by default the one of Debian's package
             dataset-fashion-mnist.
         val_root: Where the pictures to validate on are, if not in root: a folder of the classes, a CSV file, a folder

@@ -265,6 +265,20 @@ def with_own_recipe(args: list[str], out: str | Path) -> list[str]:
         ) from error
 
 
+def with_source_named(args: list[str]) -> list[str]:
+    """A command line that says ``--data.root`` and nothing of its source, with the source: a .csv file, or a folder.
+
+    Args:
+        args: The command line, as :func:`with_recipes_read` returns it. A recipe in it says the source.
+    """
+    words = [word.partition("=")[0] for word in args]
+    if "--data.root" not in words or {"--data.source", "--config"} & set(words):
+        return args
+    place = len(words) - 1 - words[::-1].index("--data.root")
+    root = args[place].partition("=")[2] or "".join(args[place + 1 : place + 2])
+    return [*args, "--data.source", "csv" if root.lower().endswith(".csv") else "image_folder"]
+
+
 #: Options whose value the parser would read as a file.
 _WHOLE_BLOCKS = tuple(f"--{block}" for block in _BLOCKS)
 

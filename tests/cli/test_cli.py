@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from ecanet.cli import main
+from ecanet.cli import VERBS, main
 from ecanet.models.arguments import OPTIONS
 from ecanet.nn import GATES
 from ecanet.train import load_trained
@@ -174,7 +174,7 @@ def test_the_help_of_fit_names_every_network_and_every_gate(capsys: pytest.Captu
     assert f"{', '.join(GATES)}; or timm:NAME, a layer of timm's; or null for none." in said
 
 
-@pytest.mark.parametrize("verb", ["fit", "validate", "predict", "demo"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([verb, "--help"])
@@ -185,7 +185,7 @@ def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFi
 def test_overview_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     main([])
     said = capsys.readouterr().out
-    assert all(f"  {verb} " in said for verb in ("fit", "validate", "predict", "demo"))
+    assert all(f"  {verb} " in said for verb in VERBS)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

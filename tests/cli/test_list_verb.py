@@ -40,7 +40,7 @@ def test_words_choose_names_that_have_all_of_them_and_weights_are_named(capsys: 
 
 
 def test_no_such_name_and_no_timm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match=r"no name of [\d,]+ contains 'resnet' and 'zebra'"):
+    with pytest.raises(SystemExit, match=r"none of the [\d,]+ names contains 'resnet' and 'zebra'"):
         main(["list", "resnet", "zebra"])
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "timm" else find(name, *a))

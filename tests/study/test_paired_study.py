@@ -336,6 +336,19 @@ def test_a_folder_of_another_study_is_refused_before_anything_runs(tmp_path: Pat
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
+def test_what_a_killed_study_left_half_written_is_removed(tmp_path: Path) -> None:
+    study(tmp_path, seeds=[0], workers=1)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left = [
+        tmp_path / f"{name}.{ended.pid}.partial" for name in (".summary.json", "runs/.none-seed1.json", ".notes.txt")
+    ]
+    for path in left:
+        path.write_text("half")
+    study(tmp_path, workers=1)
+    assert [path.exists() for path in left] == [False, False, True], "what is none of a study's stays"
+
+
 def test_two_studies_in_one_folder_at_a_time_are_refused_and_the_second_may_come_later(tmp_path: Path) -> None:
     handle = lock_folder(tmp_path)
     with pytest.raises(BlockingIOError, match=f"another study is writing into {tmp_path}: wait until it ends"):

@@ -381,8 +381,11 @@ def entry(**values: Any) -> Callable[[dict[str, Any]], None]:
 HOSTILE = {
     "another shape": (entry(exp_avg=torch.ones(77)), r"exp_avg of shape \(77,\), and the parameter has \(8, 3, 3, 3\)"),
     "the shape of another parameter": (entry(exp_avg_sq=torch.ones(8)), r"exp_avg_sq of shape \(8,\)"),
-    "NaN": (entry(exp_avg=torch.full((8, 3, 3, 3), math.nan)), "exp_avg with values that cannot be"),
-    "a negative square": (entry(exp_avg_sq=-torch.ones(8, 3, 3, 3)), "exp_avg_sq with values that cannot be"),
+    "NaN": (entry(exp_avg=torch.full((8, 3, 3, 3), math.nan)), "exp_avg with values that are not finite"),
+    "a negative square": (
+        entry(exp_avg_sq=-torch.ones(8, 3, 3, 3)),
+        "exp_avg_sq with values that are not finite, or negative",
+    ),
     "more steps than were done": (entry(step=torch.tensor(1e9)), "counts 1e.09 steps, and the run has done 2"),
     "no step": (entry(step=torch.tensor(0.0)), "counts 0 steps"),
     "steps that are no tensor": (entry(step=3), "has no floating-point tensor step"),

@@ -23,6 +23,8 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
         if not has_timm():
             print("timm is not installed, and has more: pip install 'ecanet[timm]'", file=sys.stderr)
         if not found:
-            raise ValueError(f"no name of {len(MODELS) + len(known)} contains {' and '.join(map(repr, args.words))}")
+            raise ValueError(
+                f"none of the {len(MODELS) + len(known)} names contains {' and '.join(map(repr, args.words))}"
+            )
 
     return run

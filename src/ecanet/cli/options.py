@@ -24,7 +24,7 @@ def add_accelerator(parser: ArgumentParser) -> None:
 
 def add_build(parser: ArgumentParser) -> None:
     """Add ``--model.build``, as ``args.model.build``."""
-    what = "module:function of your own that built the network, as fit had it; a checkpoint calls none by itself."
+    what = "module:function of your own that built the network, as given to fit; a checkpoint never calls a function."
     parser.add_argument("--model.build", type=str | None, default=None, help=what)
 
 

@@ -18,7 +18,7 @@ from ecanet.train.checkpoint import TrainedNetwork, load_trained
 from ecanet.train.evaluate import Validation, validate
 from ecanet.untrusted import shown
 
-#: Classes that are printed of more, from the worst on; most of which a confusion matrix is written.
+#: The most lines that are printed, the worst class first; the most classes of a confusion matrix.
 _PRINTED, _MOST_CLASSES = 20, 4000
 _NAME = 30  # characters
 

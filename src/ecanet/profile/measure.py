@@ -36,14 +36,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a network takes on this machine. Intervals cover 95 % of what comes out when rounds are drawn again.
+    """What a network takes on this machine: medians with bootstrap intervals of 95 % over the rounds.
 
     Attributes:
         seconds: Of one call, for every round: of ``training``, ``inference`` and ``latency``.
         training: Pictures a second in training.
         inference: Pictures a second at inference.
         latency: Seconds that one picture takes.
-        share_of_training: Share of a step that goes when the gates are taken out; None without gates. Within noise it
+        share_of_training: Share of a step that removing the gates saves; None without gates. Within noise it
             may be below 0.
         share_of_inference: The same at inference.
         saved_bytes: What the forward pass of a step keeps for the backward, without parameters and buffers.

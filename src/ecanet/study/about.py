@@ -69,9 +69,9 @@ def write_about(
         seeds: Its seeds.
         conditions: By name, the baseline first, plain settings of each.
         lost: As in :class:`About`.
-        is_start: Whether runs are made now. Otherwise command, day, commit, versions and machine stay those of the
-            file, or unknown without one: what only reads runs did not make them. The command is the new one where it
-            compares something else: the old one would not make this study again.
+        is_start: Whether runs are made now. If not, command, day, commit, versions and machine keep their stored
+            values, and are unknown without a file. The command is replaced if metric, seeds or conditions have changed,
+            as the stored one would not make this study again.
 
     Raises:
         OSError: it cannot be written.

@@ -108,7 +108,7 @@ def recipes(recipe: Recipe, conditions: Mapping[str, Mapping[str, Any]]) -> dict
 
 
 def digest(network: nn.Module) -> str:
-    """Tells a network with its weights from others: its layers with their arguments, and all of its values."""
+    """A hash of a network's layers, with their arguments, and of all its tensors."""
     found = hashlib.sha256(repr(network).encode())
     for name, tensor in network.state_dict().items():
         found.update(name.encode())

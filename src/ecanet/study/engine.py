@@ -24,7 +24,7 @@ _ATTEMPTS = 2
 
 
 class Workers(Protocol):
-    """Where runs run. What runs, in which order and how often, is not theirs to decide."""
+    """Where runs run. They do not decide what runs, in which order or how often."""
 
     @property
     def size(self) -> int:

@@ -33,8 +33,8 @@ _MOST_PICTURES = 2_000
 def gather(recipes: Mapping[str, Recipe], study: Study, out: Path, progress: bool) -> None:
     """Write ``costs.json`` and ``gates.json`` into the folder of a study, unless they are there for its conditions.
 
-    Nothing here decides what a study found: what cannot be measured, because pictures or checkpoints are gone, is told
-    and left out.
+    Nothing here decides what a study found. If something cannot be measured, because pictures or checkpoints are gone,
+    a note is printed and the report omits it.
 
     Args:
         recipes: By condition.

@@ -14,7 +14,7 @@ from ecanet.files.atomic import write_whole
 from ecanet.study.run_files import is_number, read_run, write_run
 from ecanet.untrusted import shown
 
-#: A full disk ends the process, as a folder that another process has locked does, and another one tries again.
+#: On a full disk, as with a locked folder, the worker ends, and the run is tried again in a new one.
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 

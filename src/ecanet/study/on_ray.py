@@ -1,4 +1,4 @@
-"""Runs on a Ray cluster: Ray finds a place for each, the study keeps the books."""
+"""Runs on a Ray cluster: Ray finds a place for each, the study tracks them."""
 
 import logging
 import os

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ecanet.files.atomic import write_whole
+from ecanet.files.atomic import remove_partial_files, write_whole
 from ecanet.files.folder_lock import lock_folder, unlock_folder
 from ecanet.study.about import write_about
 from ecanet.study.conclusions import said_of_the_same
@@ -26,6 +26,8 @@ from ecanet.study.results import FailedRun, FinishedRun, Study, slug, why_not_co
 from ecanet.study.statistics import plan
 from ecanet.untrusted import listed, shown
 
+#: Files beside the runs.
+_TABLES = ("study.json", "results.csv", "summary.json", "costs.json", "gates.json", "results.parquet", "report.html")
 #: Bytes of a condition's name, which is part of the names of files, at most.
 _MOST_BYTES = 150
 #: What a user's training function looks like: condition, seed, folder -> metrics by name.
@@ -152,12 +154,14 @@ def run_jobs(
     folder = Path(out)
     check_folder(jobs, folder)
     with _study_folder(folder):
+        remove_partial_files(folder, _TABLES)  # what a killed study left
+        remove_partial_files(folder / "runs", {job.file.name for job in jobs})
         return _run_jobs(jobs, folder, metric, workers, progress, on, settings)
 
 
 @contextlib.contextmanager
 def _study_folder(folder: Path) -> Iterator[None]:
-    """Make and lock the folder of a study; what was made for one that is refused goes."""
+    """Make and lock the folder of a study; new folders that stay empty are removed at the end."""
     made = [path for path in (folder / "runs", folder, *folder.parents) if not path.exists()]
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     try:

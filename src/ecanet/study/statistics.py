@@ -141,9 +141,9 @@ def fewest_seeds(comparisons: int, level: float = LEVEL) -> int:
 def power(effect: float, seeds: int, comparisons: int = 1, level: float = LEVEL) -> float:
     """The chance that a study shows a difference, at least.
 
-    It counts on the first step of Holm's correction, so that the other conditions may differ or not. Up to eight
-    patterns of signs at the level, the test finds what all seeds agree on; with more, it finds what the paired t-test
-    finds with one seed fewer.
+    It counts on the first step of Holm's correction, so that the other conditions may differ or not. If at most
+    eight patterns of signs fit into the level, it is the chance that all seeds agree; otherwise it is the power of the
+    paired t-test with one seed fewer.
 
     Args:
         effect: The true difference, in standard deviations of the paired differences, which are normal.

@@ -38,7 +38,8 @@ class ModelConfig:
             stage.
         where: block, stage, conv, or names and patterns of modules with commas between; in a network of ecanet block
             alone.
-        preserve: Start as the network without gates, with gates that are 1; null: if it starts from weights.
+        preserve: true: gates start at 1, so that the outputs stay at first; false: fresh gates; null: true if weights
+            is set.
         weights: Weights to start from: a file, or the library's own name for them, which it downloads, or DEFAULT.
             Those of a head for other classes are left out.
         options: Further arguments of a network of ecanet, such as widths or dropout; of others fold and fuse, as
@@ -179,7 +180,7 @@ class DataConfig:
         val_root: Where the pictures to validate on are, if not in root: a folder of the classes, a CSV file, a folder
             of Arrow or Parquet files.
         val_fraction: Share of the training pictures of each class to validate on instead, such as 0.1.
-        split_seed: Which pictures these are. The seed of the trainer leaves them where they are.
+        split_seed: Seed of this split, independent of the seed of the trainer.
         image_column: Column of the pictures, for csv and hf; by default found by its name or type.
         label_column: Column of the labels, likewise.
         label_separator: What stands between several labels in a cell of a CSV file: pipe, semicolon, comma, space, or
@@ -285,8 +286,8 @@ class OptimConfig:
         schedule: step (times gamma every step_epochs), exponential (times gamma every epoch), cosine (to 0), constant.
         step_epochs: Epochs of a step, for the schedule step.
         gamma: Factor of the learning rate, for step and exponential.
-        warmup_epochs: Epochs of linear increase at the start; may be a fraction. Where they are not below epochs, they
-            are a third of them.
+        warmup_epochs: Epochs of linear increase at the start; may be a fraction. If not below epochs, a third of
+            epochs.
         early_stopping: Stop after this many epochs in a row in which validation top-1 or mAP does not exceed its best;
             null is off.
         label_smoothing: Share of the target that is spread over all classes.

@@ -232,8 +232,8 @@ def data_of(trained: TrainedNetwork, **changes: Any) -> DataConfig:
 
     Args:
         trained: The network.
-        changes: Fields of :class:`DataConfig`. With ``val_root`` alone, these pictures are validated on, all of them.
-            Where ``root`` sets pictures to validate on apart, the run's ``val_fraction`` does not count.
+        changes: Fields of :class:`DataConfig`. With ``val_root`` alone, all of its pictures are used. If ``root``
+            has a part to validate on, the run's ``val_fraction`` is ignored.
 
     Raises:
         ValueError: it was trained on pictures in files, and the caller does not say where they are.

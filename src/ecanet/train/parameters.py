@@ -120,4 +120,5 @@ def build_optimizer(network: nn.Module, optim: OptimConfig) -> torch.optim.Optim
     groups = parameter_groups(network, optim)
     if optim.name == "adamw":
         return torch.optim.AdamW(groups, betas=(optim.momentum, 0.999))
+    assert optim.name == "sgd"
     return torch.optim.SGD(groups, momentum=optim.momentum, nesterov=optim.nesterov)

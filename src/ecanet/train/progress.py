@@ -47,7 +47,7 @@ class _Above:
 
 
 class Progress(Callback):
-    """Says how far training, validation or prediction is; of the processes of a run, the first one does.
+    """Shows the progress of training, validation or prediction; only the first process of a run prints.
 
     After each epoch it prints a line to stdout. If stderr is a terminal, a bar is drawn there while the context lasts,
     and whatever is printed, warned or logged meanwhile appears above it. Without a terminal there is no bar.

@@ -134,7 +134,7 @@ def _check_epochs(folder: Path, done: int, before: int, optim: OptimConfig, stop
 
 
 def check_same_training(checkpoint: dict[str, Any], classifier: Classifier) -> None:
-    """Check an optimiser's state, and put what follows from the recipe in place of what else the checkpoint says of it.
+    """Check an optimiser's state, and replace its other settings by those that follow from the recipe.
 
     A checkpoint also holds rates, decays and switches of the optimiser and its schedule, which would override the
     recipe's. They are computed again from the recipe and the number of steps.
@@ -174,7 +174,7 @@ def _problem_with_state(state: dict[Any, Any], parameter: Tensor, optim: OptimCo
         if value.shape != (torch.Size() if name == "step" else parameter.shape):
             return f"has a {name} of shape {tuple(value.shape)}, and the parameter has {tuple(parameter.shape)}"
         if not value.isfinite().all() or (name != "momentum_buffer" and name != "exp_avg" and value.min() < 0):
-            return f"has a {name} with values that cannot be"
+            return f"has a {name} with values that are not finite, or negative where they cannot be"
         if name == "step" and not 1 <= float(value) <= steps:
             return f"counts {float(value):g} steps, and the run has done {steps}"
     return None

@@ -138,7 +138,7 @@ def _read_runs(files: Sequence[Path]) -> tuple[_Runs, list[FailedRun]]:
 
 
 def _names(about: About, summary: Any, runs: _Runs) -> list[str]:
-    """The conditions in order, those last that are in no table; none where the baseline is unknown."""
+    """The conditions in order, last those that only runs name; empty if the baseline is unknown."""
     said = summary.get("conditions") if isinstance(summary, dict) else None
     known = [name for name in (about.conditions or said or {}) if isinstance(name, str)]
     return list(dict.fromkeys([*known, *(name for name, _ in runs)])) if known else []

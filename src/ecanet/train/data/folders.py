@@ -64,8 +64,8 @@ def image_folder(root: str | Path, val_root: str | Path | None = None, split: Sp
 
     Args:
         root: The folder. Without a folder ``train`` in it, its sub-folders are the classes.
-        val_root: Folder of the classes to validate on, where ``root`` has none or another one; or one that holds such
-            a folder by its name, beside ``train``.
+        val_root: Folder to validate on, instead of any in ``root``: it holds the classes, or a folder ``val`` with the
+            classes.
         split: Split images off to validate on; see :func:`~ecanet.train.data.splits.split_off`.
 
     Returns:

@@ -237,8 +237,7 @@ def read_splits(config: DataConfig) -> Splits:
     if config.source == "image_folder":
         return image_folder(config.root, config.val_root, split)
     columns = Columns(config.image_column, config.label_column, SEPARATORS[config.label_separator])
-    read = csv_images if config.source == "csv" else hub_images
-    return read(config.root, config.val_root, split, columns)
+    return {"csv": csv_images, "hf": hub_images}[config.source](config.root, config.val_root, split, columns)
 
 
 def train_transform(config: DataConfig) -> Callable[[Tensor], Tensor]:

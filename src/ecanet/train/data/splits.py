@@ -64,7 +64,7 @@ class Split(NamedTuple):
 
 
 class TwoValidationPartsError(ValueError):
-    """A fraction of the training images is to be validated on, and a part is called as if it were."""
+    """``val_fraction`` is set, and the data has a part to validate on already."""
 
 
 def find_parts(names: Iterable[str], where: str, split: Split) -> tuple[str | None, str | None]:

@@ -76,7 +76,7 @@ def _train_on_few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
     there = embedded()
     few = {
-        part: TensorImages(of.images[:128], of.labels[:128])
+        part: TensorImages(of.images[:256], of.labels[:256])
         for part, of in (("train", there.train), ("val", there.val))
     }
     monkeypatch.setattr(loading, "embedded", lambda: there._replace(**few))

@@ -101,7 +101,10 @@ def test_a_hostile_state_dict_is_an_error_that_names_the_file(change, says, offi
 
 def packed_again(raw: bytes, compression: int = zipfile.ZIP_STORED, pickle_name: str = "data.pkl") -> bytes:
     packed = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(raw)) as source, zipfile.ZipFile(packed, "w", compression, compresslevel=1) as target:
+    with (
+        zipfile.ZipFile(io.BytesIO(raw)) as source,
+        zipfile.ZipFile(packed, "w", compression, compresslevel=1) as target,
+    ):
         for entry in source.infolist():
             target.writestr(entry.filename.replace("data.pkl", pickle_name), source.read(entry))
     return packed.getvalue()

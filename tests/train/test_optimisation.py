@@ -580,7 +580,11 @@ def test_weights_and_biases_without_an_account_says_what_to_do_before_training(t
 # --- the learning-rate finder ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optim", [{"accumulate": 2, "gate_lr_scale": 3.0}, {"name": "adamw", "ema": 0.9}])
+@pytest.mark.parametrize(
+    "optim",
+    [{"accumulate": 2, "gate_lr_scale": 3.0}, {"name": "adamw", "ema": 0.9}, {"accumulate": 3}],
+    ids=["two batches a step", "AdamW", "more batches a step than there are"],
+)
 def test_the_finder_raises_the_rate_and_suggests_where_the_loss_falls_and_writes_nothing(
     tiny, tmp_path, monkeypatch, optim
 ) -> None:

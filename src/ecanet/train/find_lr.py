@@ -94,12 +94,14 @@ def find_learning_rate(recipe: Recipe) -> RateSearch:
         L.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
         data = ImageData(recipe.data, recipe.trainer.seed)
         classifier = build_classifier(recipe, without_insertion_file(recipe.model), data, processes=1)
+        # An epoch has a step at least, of all its batches if there are fewer; Lightning's finder would see none.
+        accumulate = min(recipe.optim.accumulate, data.batches_per_epoch(1))
         trainer = L.Trainer(
             accelerator=recipe.trainer.accelerator,
             devices=1,
             precision=recipe.trainer.precision,  # type: ignore[arg-type]
-            max_epochs=_STEPS * recipe.optim.accumulate,  # an epoch has a step at least
-            accumulate_grad_batches=recipe.optim.accumulate,
+            max_epochs=_STEPS,
+            accumulate_grad_batches=accumulate,
             gradient_clip_val=recipe.optim.clip_norm,
             logger=False,
             enable_checkpointing=False,
@@ -116,7 +118,7 @@ def find_learning_rate(recipe: Recipe) -> RateSearch:
             num_training=_STEPS,
             update_attr=False,
         )
-    rates, losses = found.results["lr"], _smoothed([loss * recipe.optim.accumulate for loss in found.results["loss"]])
+    rates, losses = found.results["lr"], _smoothed([loss * accumulate for loss in found.results["loss"]])
     middle = torch.tensor(losses[_FIRST:-1])
     if len(middle) < 2 or not middle.isfinite().all():
         raise ValueError(

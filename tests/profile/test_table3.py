@@ -1,5 +1,6 @@
 """The paper's Table 3 beside what is counted here: parameters digit for digit, FLOPs by the rule behind them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from ecanet.profile import TABLE3, Profile, table3
 from ecanet.profile.counts import count
 from ecanet.profile.subjects import Subject
 
-DOCS = Path(__file__).parents[2] / "docs" / "profile.md"
+ROOT = Path(__file__).parents[2]
+DOCS, README = ROOT / "docs" / "profile.md", ROOT / "README.md"
+TIMED = ROOT / "benchmarks" / "results" / "table3-cpu-1-thread"
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +99,21 @@ def test_counting_leaves_no_hooks() -> None:
     network.eval()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
     assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+
+
+def test_the_times_in_the_docs_are_those_of_the_kept_profile_and_so_is_what_they_say_of_gates() -> None:
+    kept, docs = (TIMED / "profile.md").read_text(), DOCS.read_text()
+    rows = [row for row in json.loads((TIMED / "profile.json").read_text())["rows"] if row["measured"] is not None]
+    for row in rows:
+        timed = [line for line in kept.splitlines() if line.startswith(f"| {row['name']} | ")][1]
+        assert timed in docs
+    shares = {row["name"]: row["measured"]["share_of_training"] for row in rows}
+    of = {gate: [share for name, share in shares.items() if name.endswith(gate)] for gate in ("ECA", "SE", "CBAM")}
+    assert max(share["value"] for share in of["ECA"]) < 0.0055
+    assert all(share["low"] < 0 < share["high"] for share in of["ECA"])
+    se, cbam = (
+        " to ".join(str(round(100 * end(share["value"] for share in of[gate]))) for end in (min, max))
+        for gate in ("SE", "CBAM")
+    )
+    assert f"SE's take {se} %, CBAM's {cbam} %" in docs
+    assert f"ECA's gates take at most 0.5 % of a training step, SE's {se} %, CBAM's {cbam} %" in README.read_text()

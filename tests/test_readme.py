@@ -80,7 +80,7 @@ def _train_on_few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         for part, of in (("train", there.train), ("val", there.val))
     }
     monkeypatch.setattr(loading, "embedded", lambda: there._replace(**few))
-    monkeypatch.setattr(find_lr, "_STEPS", 20)
+    monkeypatch.setattr(find_lr, "_STEPS", 14)
 
 
 def test_the_page_about_the_tail_and_the_readme_have_blocks_to_run() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from ecanet.ops import build
 
-SECONDS = 4
+SECONDS = 3
 SEED = 1
 
 # Calls instead of inline checks compile in two thirds of the time; so does leaving out the checks of every pointer and

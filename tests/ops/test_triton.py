@@ -93,7 +93,7 @@ def test_values_with_every_option(name, make) -> None:
 )
 @pytest.mark.parametrize("name", op.ON_MEANS)
 def test_values_of_operations_on_means(name, rank, make, dtype) -> None:
-    for shape in [(3, 5), (1, 1), (40, 35)]:
+    for shape in [(3, 5), (1, 1), (33, 34)]:
         for o in op.every_option(name) if shape == (3, 5) else [op.Options(), op.Options(kernel=9, norm="none")]:
             args = op.arguments(name, shape, dtype, make, o)
             promised = getattr(torch.ops.ecanet, name)(*(op.without_data(a) for a in args))
@@ -103,11 +103,14 @@ def test_values_of_operations_on_means(name, rank, make, dtype) -> None:
 
 @pytest.mark.usefixtures("small_tiles")
 @both_layouts
-@pytest.mark.parametrize("shape", [(1, 3, 27, 19), (2, 11, 8, 8), (2, 70, 3, 3), (3, 5, 9, 9)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "act"),
+    [((1, 3, 27, 19), op.RELU), ((2, 11, 8, 8), op.SILU), ((2, 70, 3, 3), op.RELU), ((3, 5, 9, 9), op.SILU)],
+    ids=str,
+)
 @pytest.mark.parametrize("name", op.ON_MAPS)
-def test_positions_and_channels_of_many_programs(name, shape, make) -> None:
-    for act in (op.RELU, op.SILU):
-        checks.assert_values(name, op.arguments(name, shape, torch.float32, make, op.Options(act, kernel=5)))
+def test_positions_and_channels_of_many_programs(name, shape, act, make) -> None:
+    checks.assert_values(name, op.arguments(name, shape, torch.float32, make, op.Options(act, kernel=5)))
 
 
 @pytest.mark.parametrize("size", range(1, 21))
@@ -267,7 +270,7 @@ def test_a_mean_of_10000_deviations_costs_no_more_digits_than_in_torch(shape, ma
 @both_layouts
 @pytest.mark.parametrize("name", op.EVERY)
 def test_results_repeat_themselves_bit_by_bit(name, make) -> None:
-    checks.assert_repeats(name, op.arguments(name, (2, 3, 25, 20), torch.float32, make, op.Options(op.SILU)))
+    checks.assert_repeats(name, op.arguments(name, (2, 3, 13, 10), torch.float32, make, op.Options(op.SILU)))
 
 
 X, ONES, C = torch.ones(2, 3, 4, 4), torch.ones(2, 3), torch.ones(3)

@@ -27,9 +27,9 @@ from ecanet.train.checkpoint import read_checkpoint
 from tests.fresh import FreshProcess
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-EPOCHS, IMAGES = 8, 37
-#: So many checkpoints a run writes, about: one every two of its 112 steps, and one more each epoch.
-SAVES = 60
+EPOCHS, IMAGES = 4, 37
+#: So many checkpoints a run writes, about: one every two of its 56 steps, and one more each epoch.
+SAVES = 30
 GOES_ON = re.compile(r"with the same command and --resume|run the same command again")
 _BAR = re.compile(r"(Epoch|Training|Validation)[^|]*\|[^|]*\|[^\]]*\]|\x1b\[A")
 #: Seconds in which all processes must have ended after one was killed.
@@ -58,23 +58,15 @@ def command(root: Path, out: Path, processes: int, *more: str) -> list[str]:
     return [*words, *more]
 
 
-_AS_PYTHON_DOES = """
-import runpy, signal, sys, warnings
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in the background ignore
-warnings.simplefilter("ignore")
-_, what, *sys.argv[1:] = sys.argv
-if what == "-m":
-    runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
-else:
-    sys.argv[0] = what
-    runpy.run_path(what, run_name="__main__")
-"""
+def start(words: Sequence[str], fork_the_second: bool = False) -> FreshProcess:
+    """Start what ``python`` is told by these words in a session of its own.
 
-
-def start(words: Sequence[str]) -> FreshProcess:
-    """Start what ``python`` is told by these words in a session of its own. Lightning starts the second process."""
+    The second process is a new interpreter, which Lightning starts, or a fork, where thousands of modules need not be
+    imported again.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    return FreshProcess(_AS_PYTHON_DOES, *words, environment=environment)
+    code = f"from tests.train.launching import as_python_does; as_python_does({fork_the_second})"
+    return FreshProcess(code, *words, environment=environment)
 
 
 def _processes() -> Iterator[tuple[int, str, int, int]]:
@@ -94,8 +86,10 @@ def second_of(first: int) -> int | None:
     """The second process of a run, once its first has started it."""
     for child, _, parent, _ in _processes():
         with contextlib.suppress(OSError):
-            environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0") if parent == first else ()
-            if b"LOCAL_RANK=1" in environment:  # not a helper of an import
+            if parent == first and (  # not a helper of an import
+                b"LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+                or Path(f"/proc/{child}/comm").read_text() == "second\n"
+            ):
                 return child
     return None
 
@@ -143,9 +137,9 @@ def said(run: FreshProcess) -> str:
     return "\n".join(shown for piece in pieces if (shown := _BAR.sub("", piece).strip()))
 
 
-def go_on(root: Path, out: Path, processes: int) -> tuple[int, str]:
+def go_on(root: Path, out: Path, processes: int, fork_the_second: bool = False) -> tuple[int, str]:
     """Exit status and output of the run that goes on."""
-    run = start(command(root, out, processes, "--resume"))
+    run = start(command(root, out, processes, "--resume"), fork_the_second)
     output = said(run)
     return run.returncode, output
 
@@ -185,7 +179,13 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(t, b[key]) for key, t in a.items())
 
 
-def problems_after(root: Path, out: Path, whole: dict[str, torch.Tensor], others: Sequence[int] = (1, 3)) -> list[str]:
+def problems_after(
+    root: Path,
+    out: Path,
+    whole: dict[str, torch.Tensor],
+    others: Sequence[int] = (1, 3),
+    fork_the_second: bool = False,
+) -> list[str]:
     """What is wrong with a killed run when it goes on: on other numbers of processes first, on two last."""
     problems = []
     last = out / "last.ckpt"
@@ -195,7 +195,7 @@ def problems_after(root: Path, out: Path, whole: dict[str, torch.Tensor], others
             code, output = go_on(root, out, processes)
             if code == 0 or "it was started on 2 processes" not in output or last.read_bytes() != before:
                 problems.append(f"on {processes} processes it was not refused: {output[-2000:]}")
-    code, output = go_on(root, out, 2)
+    code, output = go_on(root, out, 2, fork_the_second)
     if code != 0:
         problems.append(f"on 2 processes it failed: {output[-2000:]}")
     elif not same_bits(weights(out), whole):

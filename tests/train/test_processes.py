@@ -38,7 +38,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run on two processes that nobody killed."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    run = kill_runs.start(kill_runs.command(pictures, out, 2))
+    run = kill_runs.start(kill_runs.command(pictures, out, 2), fork_the_second=True)
     said = kill_runs.said(run)
     assert run.returncode == 0, said
     return out
@@ -67,7 +67,7 @@ def test_a_killed_run_ends_and_goes_on_to_the_same_bits_or_not_at_all(
     rank, signum, second_answers, pictures, whole, tmp_path
 ) -> None:
     out = tmp_path / "out"
-    run = kill_runs.start(kill_runs.command(pictures, out, 2))
+    run = kill_runs.start(kill_runs.command(pictures, out, 2), fork_the_second=True)
     kill_runs.wait_for(out / "last.ckpt", run)
     if not second_answers:
         second = kill_runs.second_of(run.pid)
@@ -85,11 +85,11 @@ def test_a_killed_run_ends_and_goes_on_to_the_same_bits_or_not_at_all(
     assert "on 1 process: it was started on 2 processes of 4 images a step each" in str(refused.value)
     assert "--trainer.devices" in str(refused.value)
     assert (out / "last.ckpt").read_bytes() == before
-    assert kill_runs.problems_after(pictures, out, whole, others=()) == []
+    assert kill_runs.problems_after(pictures, out, whole, others=(), fork_the_second=True) == []
 
 
 def test_a_run_told_to_end_while_its_second_process_starts_ends(pictures, tmp_path) -> None:
-    run = kill_runs.start(kill_runs.command(pictures, tmp_path / "out", 2))
+    run = kill_runs.start(kill_runs.command(pictures, tmp_path / "out", 2), fork_the_second=True)
     while kill_runs.second_of(run.pid) is None:
         time.sleep(0.02)
     killed = kill_runs.kill(run, 0, signal.SIGTERM)
@@ -173,7 +173,7 @@ def test_nothing_stays_of_a_run_and_it_says_what_was_wrong(fault, signals, code,
     script = tmp_path / "faulty.py"
     script.write_text(FAULTY.replace("{fault}", fault))
     words = kill_runs.command(pictures, tmp_path / "out", 2)
-    run = kill_runs.start([str(script), *words[2:]])
+    run = kill_runs.start([str(script), *words[2:]], fork_the_second=True)
     kill_runs.wait_for(tmp_path / ("rests" if signals else "out/last.ckpt"), run)
     processes = {0: run.pid, 1: kill_runs.second_of(run.pid)}
     for rank, signum in signals:

@@ -17,8 +17,10 @@ from ecanet.nn import SRM, norm_gate_add_act
 from ecanet.nn.attached import attach_
 
 C = 64
-#: A gate of every class, and a circular one: the groups of se_gc1 to se_gc3 differ in their size alone.
-NAMES = [name for name in GATES if name not in ("eca_ns circular", "se_gc1", "se_gc3")]
+#: A gate of every class, a circular one, and ECA with a hard sigmoid, which has no closed form: the groups of se_gc1 to
+#: se_gc3 differ in their size alone, gates of another activation in one function of their logits.
+OF_ANOTHER_ACTIVATION = ("eca_ns hard", "se hard", "se_var1 hard", "ese soft")
+NAMES = [name for name in GATES if name not in ("eca_ns circular", "se_gc1", "se_gc3", *OF_ANOTHER_ACTIVATION)]
 STEPS = 20
 MAP = (4, C, 28, 28)  # 0.8 MiB: one that is kept a step comes to 16 MiB
 MOST_MIB = 12

@@ -109,6 +109,7 @@ def compiled() -> Iterator[dict[str, Any]]:
     seen: set[str] = set()
     triton.knobs.compilation.always_compile = True  # else there is no log
     triton.knobs.nvidia.dump_ptxas_log = True
+    triton.knobs.compilation.disable_line_info = True  # for debuggers
     for (shape, dtype, last, kind), longest in [*((m, 2**31) for m in MAPS), (MAPS[0], 0), (MAPS[2], 0)]:
         with patch.object(gpu_maps, "LONGEST_INT32", longest):
             launched = launches(shape, dtype, last)

@@ -51,12 +51,13 @@ def assert_values(name: str, args: list[Any], case: str = "") -> None:
             op.assert_close(g, w, op.TOLERANCE[small], size, case)
 
 
-def assert_values_of_means(name: str, args: list[Any], case: str = "") -> None:
-    """Likewise for the operations on ``(N, C)`` means."""
-    dtype = args[0].dtype
-    for g, w in zip(launch(name, args), op.NAIVE[name](*args), strict=True):
+def assert_values_of_means(name: str, args: list[Any], case: str = "") -> tuple[Tensor, ...]:
+    """Likewise for the operations on ``(N, C)`` means; returns what they give."""
+    dtype, got = args[0].dtype, launch(name, args)
+    for g, w in zip(got, op.NAIVE[name](*args), strict=True):
         assert (g.shape, g.dtype) == (w.shape, dtype), case
         op.assert_close(g, w, op.TOLERANCE[dtype], 100, case)
+    return got
 
 
 def assert_in_place(name: str, args: list[Any]) -> None:

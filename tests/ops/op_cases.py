@@ -258,13 +258,8 @@ WITH_AND_WITHOUT = [
 ]
 NORMS_AND_BANDS = [
     *(
-        Options(SILU, residual=residual, norm=norm, kernel=kernel, circular=circular, factor=factor)
-        for residual, norm in [
-            (True, "affine"),
-            (False, "statistics"),
-            (True, "weights of the type of x"),
-            (True, "none"),
-        ]
+        Options(norm=norm, kernel=kernel, circular=circular, factor=factor)
+        for norm in ("affine", "statistics", "none")
         for kernel, circular, factor in (
             (3, False, 1.0),
             (3, True, 2.0),
@@ -275,8 +270,12 @@ NORMS_AND_BANDS = [
     ),
     Options(kernel=None, gate=False),
     *(Options(kernel=None, variances=True, norm=norm) for norm in ("affine", "statistics", "none")),
-    *EVERY_ACT,
 ]
+
+
+def acts(name: str, *wanted: int) -> tuple[int, ...]:
+    """These activations; one alone for an operation that has none, and for which they are all the same."""
+    return wanted[:1] if name in ("squeeze", "moments", "batch_moments") else wanted
 
 
 def every_option(name: str) -> list[Options]:

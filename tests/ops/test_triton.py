@@ -67,8 +67,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("rank", "make"), op.LAYOUTS.values(), ids=op.LAYOUTS)
 @pytest.mark.parametrize("name", op.ON_MAPS)
 def test_values_in_every_layout(name, rank, make) -> None:
+    options = {op.RELU: op.Options(op.RELU), op.SILU: op.Options(op.SILU, residual=False, d=False, kernel=5)}
     for shape in SHAPES[rank]:
-        for o in [op.Options(op.RELU), op.Options(op.SILU, residual=False, d=False, kernel=5)]:
+        for o in [options[act] for act in op.acts(name, *options)]:
             checks.assert_values(name, op.arguments(name, shape, torch.float32, make, o), f"{shape} {o}")
 
 
@@ -76,7 +77,7 @@ def test_values_in_every_layout(name, rank, make) -> None:
 @both_layouts
 @pytest.mark.parametrize("name", op.ON_MAPS)
 def test_values_of_every_type(name, make, dtype) -> None:
-    for act in (op.RELU, op.SILU):
+    for act in op.acts(name, op.RELU, op.SILU):
         checks.assert_values(name, op.arguments(name, (2, 19, 3, 5), dtype, make, op.Options(act)))
 
 
@@ -97,8 +98,8 @@ def test_values_of_operations_on_means(name, rank, make, dtype) -> None:
         for o in op.every_option(name) if shape == (3, 5) else [op.Options(), op.Options(kernel=9, norm="none")]:
             args = op.arguments(name, shape, dtype, make, o)
             promised = getattr(torch.ops.ecanet, name)(*(op.without_data(a) for a in args))
-            checks.assert_values_of_means(name, args, f"{shape} {o}")
-            assert [op.significant(t) for t in checks.launch(name, args)] == [op.significant(t) for t in promised]
+            got = checks.assert_values_of_means(name, args, f"{shape} {o}")
+            assert [op.significant(t) for t in got] == [op.significant(t) for t in promised]
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -119,7 +120,7 @@ def test_contiguous_rows_of_every_alignment(name, size) -> None:
     """Runs of neighbours that lie in two rows; rows that begin between two multiples of 16 bytes."""
     for dtype in (torch.float32, torch.bfloat16):
         for shape in [(3, 5, size), (2, 4, 7, size)]:
-            for act in (op.RELU, op.SILU):
+            for act in op.acts(name, op.RELU, op.SILU):
                 checks.assert_values(
                     name, op.arguments(name, shape, dtype, op.dense, op.Options(act)), f"{shape} {dtype} {act}"
                 )
@@ -229,7 +230,7 @@ def test_the_residual_may_lie_partly_under_the_map_that_is_written(name, overlap
 @both_layouts
 @pytest.mark.parametrize("name", op.ON_MAPS)
 def test_nan_and_inf_propagate_as_in_the_reference(name, make, value) -> None:
-    for o in [op.Options(act) for act in op.ACTS]:
+    for o in [op.Options(act) for act in op.acts(name, *op.ACTS)]:
         args = op.arguments(name, (2, 5, 3, 3), torch.float32, make, o)
         args[0] = args[0].clone()
         args[0][1, 2, 1, 1] = value

@@ -17,7 +17,7 @@ def _reports_without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _workers_need_not_import_torch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers get pickles and know nothing of ecanet, as spawned ones; those of killed studies are spawned."""
+    """Workers get pickles and know nothing of ecanet, as spawned ones."""
     if "capfd" in request.fixturenames:  # what they say would come out of the server
         return
     context = multiprocessing.get_context

@@ -73,15 +73,15 @@ def test_a_run_in_a_worker_equals_the_same_run_alone(tiny: Callable[..., Recipe]
 
 
 def test_finished_runs_are_read_and_new_ones_added(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
-    compare(conditions(tiny), [0], tmp_path, progress=False)
+    compare(conditions(tiny), [0], tmp_path, workers=1, progress=False)
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
-    comparison = compare(conditions(tiny), [0, 1], tmp_path, progress=False)
+    comparison = compare(conditions(tiny), [0, 1], tmp_path, workers=1, progress=False)
     assert len(comparison.runs["none"]) == 2
     assert {path: path.stat().st_mtime_ns for path in written} == written
 
 
 def test_runs_of_another_recipe_are_refused(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
-    compare(conditions(tiny), [0], tmp_path, progress=False)
+    compare(conditions(tiny), [0], tmp_path, workers=1, progress=False)
     with pytest.raises(ValueError, match=r"none-seed0\.json was made by another recipe, function or version"):
         compare(conditions(tiny, lr=0.01), [0], tmp_path, progress=False)
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import re
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from ecanet.study.comparison import check_parts
 from ecanet.study.conditions import of_gates, recipes
 from ecanet.study.study_file import with_study_read
 from ecanet.train.config import DataConfig, ModelConfig, Recipe
+from tests import fresh  # noqa: F401  what the server of forks imports
 
 TINY = {"image_size": 12, "resize": 12, "batch_size": 8}
 STUDY = {
@@ -45,8 +47,11 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_a_file_is_trained_with_what_the_command_line_overrides_and_its_tables_are_written(
-    file: Path, capsys: pytest.CaptureFixture[str]
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    context = multiprocessing.get_context("forkserver")  # workers need not import torch
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method=None: context)
+    monkeypatch.setattr("ecanet.study.evidence._ROUNDS", 1)
     main(["study", str(file), "--optim.epochs", "1", "--out", "out", "--workers", "1"])
     said, told = capsys.readouterr()
     assert "neutral is " in said

@@ -83,11 +83,19 @@ def with_metadata(state: State, beside: Any) -> State:
     return result
 
 
-@pytest.mark.parametrize(("change", "says"), HOSTILE_STATES.values(), ids=HOSTILE_STATES)
-def test_a_hostile_state_dict_is_an_error_that_names_the_file(change, says, official, tmp_path, monkeypatch) -> None:
+@pytest.fixture(scope="module")
+def hostile_files(official: State, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each of them in a file."""
+    files = {name: tmp_path_factory.mktemp("hostile") / "hostile.pth" for name in HOSTILE_STATES}
+    for name, path in files.items():
+        torch.save(HOSTILE_STATES[name][0](official), path)
+    return files
+
+
+@pytest.mark.parametrize("name", HOSTILE_STATES)
+def test_a_hostile_state_dict_is_an_error_that_names_the_file(name, hostile_files, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    path = tmp_path / "hostile.pth"
-    torch.save(change(official), path)
+    path, says = hostile_files[name], HOSTILE_STATES[name][1]
     if not says:
         assert load_official(path).fc.out_features == 5
         return
@@ -503,13 +511,9 @@ def test_a_hostile_insertion(lies, says, inserted, tmp_path) -> None:
     assert "hostile.pt" in str(refused.value)
 
 
-def test_memory_and_time_are_bounded(official, tmp_path) -> None:
+def test_memory_and_time_are_bounded(hostile_files, tmp_path) -> None:
     """In a process of its own, with half a GiB beside what importing takes and 10 s a file."""
-    names = []
-    for i, (change, says) in enumerate(HOSTILE_STATES.values()):
-        if says:
-            names.append(str(tmp_path / f"{i}.pth"))
-            torch.save(change(official), names[-1])
+    names = [str(path) for name, path in hostile_files.items() if HOSTILE_STATES[name][1]]
     for i, content in enumerate([*DAMAGED_FILES.values(), deflated(saved({"w": torch.zeros(150_000_000)}))]):
         names.append(str(tmp_path / f"damaged{i}.pth"))
         Path(names[-1]).write_bytes(content)

@@ -1,9 +1,9 @@
 """Image and idx files from strangers: bounded in memory and time, refused by name; honest ones are read."""
 
+import contextlib
 import json
 import os
 import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +15,9 @@ from hostile_pictures import HOSTILE, NO_FILES, gzipped_zeros, idx, photograph
 from PIL import Image
 
 from ecanet.train.data import pictures, read_idx, read_image
+from tests import fresh
 
-#: Reads every named file with 1 GiB more address space than the libraries take, and says what came of each.
+#: Reads every file of a list with 1 GiB more address space than the libraries take, and writes what came of each.
 READ = """
 import json, resource, sys, time, warnings
 from pathlib import Path
@@ -29,7 +30,8 @@ resized = test_transform(DataConfig("image_folder", root=Path("/")))
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + 2**30
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-for line in sys.stdin:
+answers = open(sys.argv[2], "w")
+for line in open(sys.argv[1]):
     path, begun = line.rstrip("\\n"), time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -38,7 +40,7 @@ for line in sys.stdin:
         except Exception as error:
             said = f"{type(error).__name__}: {error}"
     leaked = [str(warning.message) for warning in caught]
-    print(json.dumps([path, said, time.perf_counter() - begun, leaked]), flush=True)
+    print(json.dumps([path, said, time.perf_counter() - begun, leaked]), file=answers, flush=True)
 """
 
 GIB = 2**30
@@ -98,19 +100,11 @@ def what_came_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Pa
         files[name] = folder / f"{len(files)}" / "x.png"
         files[name].parent.mkdir()
         make(files[name])
-    child = subprocess.Popen(
-        [sys.executable, "-c", READ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    try:
-        out, _ = child.communicate("".join(f"{path}\n" for path in files.values()), timeout=120)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        out, _ = child.communicate()
-    said = {path: (Path(path), *rest) for path, *rest in map(json.loads, out.splitlines())}
+    (folder / "paths").write_text("".join(f"{path}\n" for path in files.values()))
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        fresh.run(READ, folder / "paths", folder / "answers", timeout=120)
+    answers = (folder / "answers").read_text().splitlines()
+    said = {path: (Path(path), *rest) for path, *rest in map(json.loads, answers)}
     return {name: said[str(path)] for name, path in files.items() if str(path) in said}
 
 

@@ -18,6 +18,7 @@ from ecanet.files.folder_lock import lock_folder, unlock_folder
 from ecanet.study import engine, processes, run
 from ecanet.study.job import Job
 from ecanet.study.paired_study import fingerprint
+from tests import fresh
 from tests.fresh import FreshProcess
 
 CONDITIONS = {"none": 0.0, "SE": 0.1, "ECA, k=3": 0.9}
@@ -264,8 +265,8 @@ def test_a_script_without_a_guard_is_told_to_have_one(tmp_path: Path) -> None:
     script = tmp_path / "go.py"
     unguarded = SCRIPT.replace('if __name__ == "__main__":', "if True:").replace("workers=2", "workers=1")
     script.write_text(unguarded)
-    command = [sys.executable, str(script), str(Path(made_up_runs.__file__).parent), str(tmp_path / "out"), "train"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    code = f"__file__ = {str(script)!r}\n{unguarded}"  # the script itself, which its workers import
+    done = fresh.run(code, Path(made_up_runs.__file__).parent, tmp_path / "out", "train")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("RuntimeError: no worker process starts: the last one ended with")
     assert 'if __name__ == "__main__": around the call' in done.stderr

@@ -37,7 +37,7 @@ NETWORKS = {
 
 def assert_trains_the_same(model: nn.Module, twin: nn.Module, tolerance: float = 1e-10) -> None:
     """Output, every gradient, every running statistic, in float64 and training mode."""
-    x = images(64, batch=4, dtype=torch.float64)
+    x = images(40, batch=4, dtype=torch.float64)  # the smallest whose last maps have 2 x 2 pixels
     outputs = []
     for network in (model, twin):
         network.double().train()

@@ -101,7 +101,7 @@ def test_gates_leave_logits_and_predictions(
     if len(labels) == 20:
         assert (after.argmax(1) == labels).sum() == NETWORKS[name].right
     _randomise_gates_(network)
-    assert _difference(_logits(network, images), before) > 0.1  # the gates are in the network's way
+    assert _difference(_logits(network, images[:4]), before[:4]) > 0.1  # the gates are in the network's way
 
 
 @each_network

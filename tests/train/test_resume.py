@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -31,7 +32,21 @@ class KilledError(Exception):
     pass
 
 
-def fit_until(monkeypatch: pytest.MonkeyPatch, recipe: Recipe, out: Path, step: int) -> None:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Path]:
+    """The folder of a run that nothing disturbs, trained once for each recipe."""
+    folders: dict[str, Path] = {}
+
+    def train(recipe: Recipe) -> Path:
+        if repr(recipe) not in folders:
+            folders[repr(recipe)] = tmp_path_factory.mktemp("whole")
+            fit(recipe, folders[repr(recipe)], progress=False)
+        return folders[repr(recipe)]
+
+    return train
+
+
+def fit_until(monkeypatch: pytest.MonkeyPatch, recipe: Recipe, out: Path, step: int, resume: bool = False) -> None:
     training_step = Classifier.training_step
 
     def stop_at_step(self: Classifier, batch: Any, batch_idx: int) -> torch.Tensor:
@@ -42,7 +57,21 @@ def fit_until(monkeypatch: pytest.MonkeyPatch, recipe: Recipe, out: Path, step: 
     with monkeypatch.context() as patch:
         patch.setattr(Classifier, "training_step", stop_at_step)
         with pytest.raises(KilledError):
-            fit(recipe, out, progress=False)
+            fit(recipe, out, resume=resume, progress=False)
+
+
+@pytest.fixture(scope="module")
+def killed_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the run lies that :func:`killed` copies."""
+    return tmp_path_factory.mktemp("killed") / "run"
+
+
+@pytest.fixture
+def killed(killed_once: Path, tiny: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a run of ``tiny()`` that was killed after 12 of its 24 steps: a copy, as it is trained once."""
+    if not killed_once.exists():
+        fit_until(monkeypatch, tiny(), killed_once, 12)
+    return Path(shutil.copytree(killed_once, tmp_path / "killed"))
 
 
 def assert_same_end(a: Path, b: Path) -> None:
@@ -75,31 +104,27 @@ STEPS = {"before the first checkpoint": 2, "in the first epoch": 5, "between epo
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_resumed_run_ends_with_the_same_bits(
-    tiny: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str
+def test_a_run_that_is_killed_and_resumed_again_and_again_ends_with_the_same_bits(
+    tiny: Callable[..., Recipe], whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str
 ) -> None:
     recipe = tiny(**VARIANTS[variant])
-    fit(recipe, tmp_path / "whole", progress=False)
-    for name, step in STEPS.items():
-        out = tmp_path / name
-        fit_until(monkeypatch, recipe, out, step)
-        fit(recipe, out, resume=True, progress=False)
-        assert_same_end(tmp_path / "whole", out)
+    for step in STEPS.values():
+        fit_until(monkeypatch, recipe, tmp_path, step, resume=True)
+    fit(recipe, tmp_path, resume=True, progress=False)
+    assert_same_end(whole(recipe), tmp_path)
 
 
-def test_different_seeds_end_with_different_bits(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
-    for seed in (0, 1):
-        fit(tiny(seed=seed), tmp_path / str(seed), progress=False)
-    a, b = (read_checkpoint(tmp_path / str(seed) / "last.ckpt")["state_dict"] for seed in (0, 1))
+def test_different_seeds_end_with_different_bits(tiny: Callable[..., Recipe], whole) -> None:
+    a, b = (read_checkpoint(whole(tiny(seed=seed)) / "last.ckpt")["state_dict"] for seed in (0, 1))
     assert not torch.equal(a["network.fc.weight"], b["network.fc.weight"])
 
 
 @pytest.mark.parametrize("write", [1, 2, 3, 4])
 def test_killed_between_two_writes(
-    tiny: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: int
+    tiny: Callable[..., Recipe], whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: int
 ) -> None:
     recipe = tiny(checkpoint_steps=None)
-    fit(recipe, tmp_path / "whole", progress=False)
+    want = whole(recipe)
     save, writes = SafeCheckpointIO.save_checkpoint, []
 
     def die_after(self: SafeCheckpointIO, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -113,7 +138,7 @@ def test_killed_between_two_writes(
         with pytest.raises(KilledError):
             fit(recipe, tmp_path / "killed", progress=False)
     fit(recipe, tmp_path / "killed", resume=True, progress=False)
-    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+    assert_same_end(want, tmp_path / "killed")
 
 
 SCRIPT = """
@@ -135,10 +160,9 @@ fit(Recipe(*(kind(**block) for kind, block in blocks)), sys.argv[2], progress=Fa
     ids=lambda s: getattr(s, "name", ""),
 )
 def test_killed_process_resumes_to_the_same_bits(
-    tiny: Callable[..., Recipe], tmp_path: Path, killer: signal.Signals, status: int
+    tiny: Callable[..., Recipe], whole, tmp_path: Path, killer: signal.Signals, status: int
 ) -> None:
     recipe = tiny(checkpoint_steps=None)
-    fit(recipe, tmp_path / "whole", progress=False)
     process = FreshProcess(SCRIPT, json.dumps(to_plain(recipe)), tmp_path / "killed")
     lines = []
     while "epoch\n" not in lines or not (tmp_path / "killed" / "last.ckpt").exists():
@@ -154,7 +178,7 @@ def test_killed_process_resumes_to_the_same_bits(
     if killer != signal.SIGKILL:
         assert "go on with the same command and --resume" in "".join(lines) + rest
     fit(recipe, tmp_path / "killed", resume=True, progress=False)
-    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+    assert_same_end(whole(recipe), tmp_path / "killed")
 
 
 def test_finished_run_is_not_repeated(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -189,12 +213,10 @@ def test_another_recipe_is_not_resumed(tiny: Callable[..., Recipe], tmp_path: Pa
             fit(other, tmp_path, resume=True, progress=False)
 
 
-def test_the_number_of_loading_processes_may_change(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_the_number_of_loading_processes_may_change(tiny: Callable[..., Recipe], whole) -> None:
     recipe = tiny()
-    fit(recipe, tmp_path / "whole", progress=False)
-    other = replace(recipe, data=replace(recipe.data, workers=1))
-    fit(other, tmp_path / "other", progress=False)
-    assert_same_end(tmp_path / "whole", tmp_path / "other")
+    other = replace(recipe, data=replace(recipe.data, workers=2))
+    assert_same_end(whole(recipe), whole(other))
 
 
 def test_logs_of_an_interrupted_run_are_kept(
@@ -229,16 +251,15 @@ def test_a_run_from_plain_weights_goes_on_and_loads_without_their_file(tiny, mon
 @pytest.mark.parametrize("changes", [{"schedule": "step", "step_epochs": 2}, {"schedule": "exponential", "ema": 0.9}])
 @pytest.mark.parametrize("first", ["finished", "killed"])
 def test_an_extended_run_ends_as_one_that_was_longer_from_the_start(
-    tiny, tmp_path, monkeypatch, first, changes
+    tiny, whole, tmp_path, monkeypatch, first, changes
 ) -> None:
-    fit(tiny(**changes), tmp_path / "whole", progress=False)
     shorter = tiny(epochs=2, **changes)
     if first == "finished":
         fit(shorter, tmp_path / "extended", progress=False)
     else:
         fit_until(monkeypatch, shorter, tmp_path / "extended", 12)
     fit(tiny(**changes), tmp_path / "extended", resume=True, progress=False)
-    assert_same_end(tmp_path / "whole", tmp_path / "extended")
+    assert_same_end(whole(tiny(**changes)), tmp_path / "extended")
     assert read_checkpoint(tmp_path / "extended" / "last.ckpt")["ecanet"]["recipe"]["optim"]["epochs"] == 3
 
 
@@ -300,22 +321,21 @@ def rewrite(last: Path, change: Callable[[dict[str, Any]], None]) -> None:
     ],
     ids=["processes", "images", "classes", "not made by anything", "a text", "no versions", "a long version"],
 )
-def test_what_cannot_go_on_exactly_is_refused_with_the_reason(tiny, tmp_path, monkeypatch, change, message) -> None:
-    fit_until(monkeypatch, tiny(), tmp_path, 12)
-    rewrite(tmp_path / "last.ckpt", change)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+def test_what_cannot_go_on_exactly_is_refused_with_the_reason(tiny, killed, change, message) -> None:
+    rewrite(killed / "last.ckpt", change)
+    before = {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match=message):
-        fit(tiny(), tmp_path, resume=True, progress=False)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+        fit(tiny(), killed, resume=True, progress=False)
+    assert {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()} == before
 
 
-def test_devices_and_nodes_may_be_said_otherwise_where_there_are_as_many_processes(tiny, tmp_path, monkeypatch) -> None:
+def test_devices_and_nodes_may_be_said_otherwise_where_there_are_as_many_processes(
+    tiny, whole, killed, tmp_path
+) -> None:
     recipe = tiny()
-    fit(recipe, tmp_path / "whole", progress=False)
-    fit_until(monkeypatch, recipe, tmp_path / "killed", 12)
     other = replace(recipe, trainer=replace(recipe.trainer, devices=1))
-    fit(other, tmp_path / "killed", resume=True, progress=False)
-    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+    fit(other, killed, resume=True, progress=False)
+    assert_same_end(whole(recipe), killed)
 
 
 def test_a_run_that_goes_on_with_another_version_says_so_and_names_both(tiny, tmp_path, monkeypatch) -> None:
@@ -354,11 +374,10 @@ def test_a_run_that_goes_on_with_other_kernels_or_threads_says_so_and_names_both
     assert [key for key in first if first[key] != last[key]] == [what]
 
 
-def test_what_a_checkpoint_says_of_versions_is_shown_without_escape_codes(tiny, tmp_path, monkeypatch) -> None:
-    fit_until(monkeypatch, tiny(), tmp_path, 12)
-    rewrite(tmp_path / "last.ckpt", lambda about: about["made_by"]["versions"][0].update(torch="\x1b[2J"))
+def test_what_a_checkpoint_says_of_versions_is_shown_without_escape_codes(tiny, killed) -> None:
+    rewrite(killed / "last.ckpt", lambda about: about["made_by"]["versions"][0].update(torch="\x1b[2J"))
     with pytest.warns(UserWarning, match=r"torch \\x1b\[2J"):
-        fit(tiny(), tmp_path, resume=True, progress=False)
+        fit(tiny(), killed, resume=True, progress=False)
 
 
 def test_loading_processes_give_the_same_batches_however_they_are_started(tiny) -> None:
@@ -391,9 +410,8 @@ def test_loading_processes_give_the_same_batches_however_they_are_started(tiny) 
     ids=["step", "training images", "validation images", "classes", "recipe"],
 )
 def test_a_process_that_does_not_do_what_the_first_does_ends(
-    tiny, tmp_path, monkeypatch, of_the_first: dict[str, Any], message: str
+    tiny, killed, monkeypatch, of_the_first: dict[str, Any], message: str
 ) -> None:
-    fit_until(monkeypatch, tiny(), tmp_path, 13)
 
     def broadcast(self: SingleDeviceStrategy, mine: Any, src: int = 0) -> Any:
         is_compared = isinstance(mine, dict) and mine.keys() & of_the_first.keys()
@@ -401,7 +419,7 @@ def test_a_process_that_does_not_do_what_the_first_does_ends(
 
     monkeypatch.setattr(SingleDeviceStrategy, "broadcast", broadcast)
     with pytest.raises(ValueError, match=f"process 0 has {message}"):
-        fit(tiny(), tmp_path, resume=True, progress=False)
+        fit(tiny(), killed, resume=True, progress=False)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ from ecanet.ops import gpu, gpu_maps
 pytestmark = pytest.mark.skipif(gpu.why_not() is not None, reason=str(gpu.why_not()))
 
 SHAPES = {0: [(3, 5)], 1: [(2, 3, 7)], 2: [(2, 3, 5, 7), (3, 1, 4, 4), (2, 17, 1, 3)], 3: [(2, 5, 3, 2, 5)]}
+#: norm_eca_add_act alone is squeeze, what is done with means, and apply: how they walk a map is tested with them.
+WALKING = [name for name in op.ON_MAPS if name != "norm_eca_add_act"]
 both_layouts = pytest.mark.parametrize("make", [op.dense, op.channels_last])
 
 if gpu.why_not() is None:
@@ -109,13 +111,13 @@ def test_values_of_operations_on_means(name, rank, make, dtype) -> None:
     [((1, 3, 27, 19), op.RELU), ((2, 11, 8, 8), op.SILU), ((2, 70, 3, 3), op.RELU), ((3, 5, 9, 9), op.SILU)],
     ids=str,
 )
-@pytest.mark.parametrize("name", op.ON_MAPS)
+@pytest.mark.parametrize("name", WALKING)
 def test_positions_and_channels_of_many_programs(name, shape, act, make) -> None:
     checks.assert_values(name, op.arguments(name, shape, torch.float32, make, op.Options(act, kernel=5)))
 
 
 @pytest.mark.parametrize("size", range(1, 21))
-@pytest.mark.parametrize("name", op.ON_MAPS)
+@pytest.mark.parametrize("name", WALKING)
 def test_contiguous_rows_of_every_alignment(name, size) -> None:
     """Runs of neighbours that lie in two rows; rows that begin between two multiples of 16 bytes."""
     for dtype in (torch.float32, torch.bfloat16):

@@ -17,7 +17,7 @@ from ecanet.nn import Gate
 from ecanet.nn.attached import attached_gate
 from ecanet.nn.hooks import called_differently
 from ecanet.nn.tail import eager
-from ecanet.nn.tail.functional import follow
+from ecanet.nn.tail.functional import run_plan
 from ecanet.nn.tail.plan import plan
 from ecanet.nn.tail.reading import read_act
 from ecanet.ops import reference
@@ -59,11 +59,11 @@ class InferenceTail(nn.Module):
             return reference.activate(x if residual is None else x + residual, self.act)
         act = reference.ACTS[self.act]
         tail_plan = plan(x, None, self.gate, residual, act)
-        if self.in_place and tail_plan.who == "kernels" and tail_plan.adds and not tail_plan.calls_gate:
+        if self.in_place and tail_plan.executor == "kernels" and tail_plan.adds and not tail_plan.calls_gate:
             read = (x, residual, *(() if tail_plan.gate is None else tail_plan.gate.parameters))
             if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in read)):
                 return eager.gate_add_act_(tail_plan.backend, x, tail_plan.gate, residual, self.act)
-        return follow(tail_plan, x, None, self.gate, residual, act)
+        return run_plan(tail_plan, x, None, self.gate, residual, act)
 
     def extra_repr(self) -> str:
         """Activation and whether the input is overwritten."""

@@ -133,10 +133,10 @@ def test_they_are_described_by_their_names_and_are_not_among_ours() -> None:
     [
         ("timm:cbma", "gate must be one of 'timm:se', .*got 'timm:cbma': did you mean 'timm:cbam'"),
         ("TIMM:gc", "got 'TIMM:gc': did you mean 'timm:gc'"),
-        ("coord", "'timm:NAME' for a layer of timm's.*got 'coord': did you mean 'timm:coord'"),
+        ("coord", "'timm:NAME' for a layer of timm.*got 'coord': did you mean 'timm:coord'"),
         ("timm:", "gate must be one of 'timm:se', .*got 'timm:'$"),
-        ("timm:halo", "gate must not be 'timm:halo', as it takes the place of a convolution; .* may be 'timm:se'"),
-        ("timm:bat", "gate must not be 'timm:bat', as it takes maps of whole blocks"),
+        ("timm:halo", "gate must not be 'timm:halo', because it takes the place of a convolution; .* gates: 'timm:se'"),
+        ("timm:bat", "gate must not be 'timm:bat', because it only takes maps that divide into blocks"),
     ],
 )
 def test_a_wrong_name_is_answered_with_what_would_be_right(wrong, words) -> None:

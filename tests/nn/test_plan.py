@@ -338,7 +338,7 @@ def test_who_looks_on_sees_the_modules(monkeypatch) -> None:
         assert explain(**given).endswith("forward-mode derivatives are taken")
     said = []
     torch.func.vmap(lambda x: said.append(explain(x, given["norm"], given["gate"])) or x)(given["x"][None])
-    assert said[0].endswith("a transform of torch.func looks on")
+    assert said[0].endswith("a transform of torch.func is active")
 
 
 @needs_kernels

@@ -96,7 +96,7 @@ def test_surgery_puts_it_in_swaps_it_for_ours_takes_it_out_and_its_file_loads(tm
     again = load(tmp_path / "gated.pt")
     assert [type(module) for module in again.modules() if isinstance(module, TimmGate)] == [TimmGate] * 4
     assert torch.equal(again(x), plain(x))
-    with pytest.raises(ValueError, match=r"has a gate already, TimmGate\(64, 'cbam'\), and not TimmGate\(64, 'se'"):
+    with pytest.raises(ValueError, match=r"has a gate already, TimmGate\(64, 'cbam'\), not TimmGate\(64, 'se'"):
         ecanet.insert_gates_(model, "timm:se", "stage", input_shape=(1, 3, 32, 32))
     swapped = ecanet.replace_gates_(copy.deepcopy(model), "cbam", input_shape=(1, 3, 32, 32))
     assert len(swapped.rows) == 4, "layers of timm's inside a gate are no attention of their own"

@@ -49,7 +49,7 @@ def check_optimizer(optimizer: object, model: nn.Module) -> None:
     """Raise unless it is None or an optimizer of the model's parameters that can take new ones.
 
     Raises:
-        TypeError: it is no optimizer, or one that cannot take new parameters.
+        TypeError: it is not an optimizer, or one that cannot take new parameters.
         ValueError: it has none of the model's parameters.
     """
     if optimizer is None:

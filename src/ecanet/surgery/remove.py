@@ -1,4 +1,4 @@
-"""Take out the gates that were put in."""
+"""Take out the gates that were inserted."""
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +39,9 @@ def remove_gates_(
         What was removed; ``replaced`` holds the gates by name. Empty if there are no gates.
 
     Raises:
-        TypeError: ``model`` is no module, or is compiled, scripted or wrapped for parallel training.
+        TypeError: ``model`` is not a module, or is compiled, scripted or wrapped for parallel training.
         ValueError: gates are not 1 and neither ``force`` nor ``fold`` helps, or the optimizer has none of the model's
-            parameters. The network is then as it was.
+            parameters. The network is then unchanged.
 
     Example:
         >>> import torchvision

@@ -1,4 +1,4 @@
-"""Figure of ``benchmarks.finetune``: what insertion leaves of a trained network, and how it learns afterwards."""
+"""Figure of ``benchmarks.finetune``: what a trained network still knows after insertion, and how it then learns."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLOURS = {way: colour for way, (colour, _) in looks(WAYS).items()}
-#: The yardstick is dashed and on top: where the function is kept, the lines lie on one another.
+#: The baseline is dashed and on top: if the function is kept, the lines lie on top of each other.
 _DASHES = {PLAIN: "--", KEPT: "-", RANDOM: "-"}
 _TICKS = {PLAIN: "no\ngate", KEPT: "function\nkept", RANDOM: "random\ngate"}
 
@@ -94,7 +94,7 @@ def _line(
     low: Sequence[float | None],
     high: Sequence[float | None],
 ) -> None:
-    """A mean with its band; one seed has none."""
+    """Draw a mean with its band; a single seed has no band."""
     if None not in (*low, *high):
         axes.fill_between(steps, low, high, color=_COLOURS[way], alpha=0.15, linewidth=0)
     axes.plot(

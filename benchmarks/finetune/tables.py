@@ -12,12 +12,12 @@ from ecanet.study import Comparison, Difference, Run, paired_difference
 
 #: What is compared, the first minus the second.
 PAIRS = ((KEPT, PLAIN), (RANDOM, PLAIN), (KEPT, RANDOM))
-#: Of the mean over the evaluations after the first, where no way has learned anything yet.
+#: Key of the mean over all evaluations but the first, before which no way has learned anything.
 AVERAGE = "average"
 
 
 def key(way: str, seed: int) -> str:
-    """Under which a result file has a run."""
+    """The key of a run in a result file."""
     return f"{way}/seed {seed}"
 
 
@@ -31,7 +31,7 @@ def summary(document: results.Document) -> dict[str, Any]:
     """Means, spreads and paired differences with their intervals, from the runs of a result file.
 
     Args:
-        document: With at least one seed that all ways were run with.
+        document: A result file with at least one seed that all ways were run with.
     """
     seeds = seeds_of(document)
     steps = runs_of(document, PLAIN)[0]["steps"]
@@ -70,7 +70,7 @@ def summary(document: results.Document) -> dict[str, Any]:
 
 
 def comparison(document: results.Document, point: int | str, baseline: str) -> Comparison:
-    """Every way after so many steps, or on average over the evaluations, paired by seed.
+    """Every way after a number of steps, or on average over the evaluations, paired by seed.
 
     Args:
         document: The result file.
@@ -117,7 +117,8 @@ def report(document: results.Document) -> str:
             + aligned([["", "right", "logits moved, %"], *right]),
             f"Top-1 on {document['settings']['held_out']} held-out pictures in per cent, mean of {n}\n"
             + aligned([head, *accuracy]),
-            f"Training loss since the evaluation before, where norms go by the batch, mean of {n}\n" + aligned(losses),
+            f"Training loss since the previous evaluation, with norms on batch statistics, mean of {n}\n"
+            + aligned(losses),
             "Difference in training loss over all steps, paired by seed, with 95 % intervals\n"
             + "\n".join(f"{pair}: {_interval(d, 3)}" for pair, d in found["train_loss_difference"].items()),
             f"Differences in points, paired by seed, with 95 % intervals (Student's t, {n})\n"
@@ -138,7 +139,7 @@ def _value(run: Mapping[str, Any], point: int | str) -> float:
 
 
 def _train_loss(document: results.Document, way: str) -> dict[int, float]:
-    """Mean over runs and the steps between two evaluations, by the later one."""
+    """Mean over runs and over the steps between two evaluations, by the step of the later one."""
     losses = [
         statistics.fmean(values) for values in zip(*(r["train_loss"] for r in runs_of(document, way)), strict=True)
     ]
@@ -146,7 +147,7 @@ def _train_loss(document: results.Document, way: str) -> dict[int, float]:
 
 
 def _train_loss_difference(document: results.Document, way: str, baseline: str) -> Difference:
-    """Of the mean over all steps."""
+    """The paired difference of the mean training loss over all steps."""
     pairs = zip(runs_of(document, way), runs_of(document, baseline), strict=True)
     return paired_difference([statistics.fmean(a["train_loss"]) - statistics.fmean(b["train_loss"]) for a, b in pairs])
 
@@ -172,11 +173,11 @@ def _interval(difference: Mapping[str, float | None], digits: int = 1) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Rows of cells as a table, the first a head.
+    """Rows of cells as a table; the first row is the header.
 
     Args:
-        rows: All of one length.
-        left: How many columns are text; the others stand right.
+        rows: Rows of the same length.
+        left: How many columns are left-aligned; the others are right-aligned.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [

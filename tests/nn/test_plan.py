@@ -383,7 +383,7 @@ def test_explain_refuses_what_the_tail_refuses(changed, error) -> None:
 def test_the_table_in_the_docs_has_every_situation() -> None:
     rows = re.findall(r"^\| ([^|]+) \|", DOCS.read_text(), re.MULTILINE)
     of_half_precision = "compiled: half precision on a GPU"
-    assert "The type plays no part: half precision takes the same rows" in DOCS.read_text()
+    assert "The type does not matter: half precision takes the same rows" in DOCS.read_text()
     assert set(rows) >= {*EAGER, *COMPILED, *ON_CPU_AND_GPU, *LOOKING_ON} - {of_half_precision}
 
 

@@ -263,7 +263,7 @@ def op_arguments(name: str, setup: Setup, shape: tuple[int, ...], memory_format:
         return randn(), scale, None, randn(), _RELU
     if name == "apply_backward":
         return randn(), randn(), scale, None, center, torch.relu(randn()), _RELU, True
-    if name == "input_backward":  # as after apply_backward: grad is d, behind the activation
+    if name == "input_backward":  # as after apply_backward: grad is already d
         return randn(), randn(), scale, None, None, 0, offset, slope, center
     return (randn(),)
 

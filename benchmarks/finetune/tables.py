@@ -23,8 +23,8 @@ def key(way: str, seed: int) -> str:
 
 def seeds_of(document: results.Document) -> list[int]:
     """Seeds that every way was run with."""
-    found = [{int(name.rpartition(" ")[2]) for name in document["cases"] if name.startswith(f"{way}/")} for way in WAYS]
-    return sorted(set.intersection(*found))
+    seeds = [{int(name.rpartition(" ")[2]) for name in document["cases"] if name.startswith(f"{way}/")} for way in WAYS]
+    return sorted(set.intersection(*seeds))
 
 
 def summary(document: results.Document) -> dict[str, Any]:
@@ -91,23 +91,23 @@ def comparison(document: results.Document, point: int | str, baseline: str) -> C
 
 def report(document: results.Document) -> str:
     """The tables: what insertion did, accuracy by step, differences by step."""
-    found = summary(document)
-    points = [*found["steps"], AVERAGE]
-    photographs, seeds = document["settings"]["photographs"], len(found["seeds"])
+    data = summary(document)
+    points = [*data["steps"], AVERAGE]
+    photographs, seeds = document["settings"]["photographs"], len(data["seeds"])
     right = [
         [
             way,
-            from_to(found["photographs_right"][way]),
-            from_to([round(100 * v, 1) for v in found["logits_moved"][way]]),
+            from_to(data["photographs_right"][way]),
+            from_to([round(100 * v, 1) for v in data["logits_moved"][way]]),
         ]
         for way in WAYS
     ]
-    accuracy = [[way, *(f"{found['top1'][way][str(point)]['mean']:.1f}" for point in points)] for way in WAYS]
-    losses = [["to step", *map(str, found["steps"][1:])]]
-    losses += [[way, *(f"{loss:.2f}" for loss in found["train_loss"][way].values())] for way in WAYS]
+    accuracy = [[way, *(f"{data['top1'][way][str(point)]['mean']:.1f}" for point in points)] for way in WAYS]
+    losses = [["to step", *map(str, data["steps"][1:])]]
+    losses += [[way, *(f"{loss:.2f}" for loss in data["train_loss"][way].values())] for way in WAYS]
     differences = [
-        [pair, *(cell for point in points for cell in [_interval(found["difference"][pair][str(point)])])]
-        for pair in found["difference"]
+        [pair, *(cell for point in points for cell in [_interval(data["difference"][pair][str(point)])])]
+        for pair in data["difference"]
     ]
     head = ["steps", *map(str, points)]
     n = f"{seeds} seed{'' if seeds == 1 else 's'}"
@@ -120,7 +120,7 @@ def report(document: results.Document) -> str:
             f"Training loss since the previous evaluation, with norms on batch statistics, mean of {n}\n"
             + aligned(losses),
             "Difference in training loss over all steps, paired by seed, with 95 % intervals\n"
-            + "\n".join(f"{pair}: {_interval(d, 3)}" for pair, d in found["train_loss_difference"].items()),
+            + "\n".join(f"{pair}: {_interval(d, 3)}" for pair, d in data["train_loss_difference"].items()),
             f"Differences in points, paired by seed, with 95 % intervals (Student's t, {n})\n"
             + aligned(list(zip(*[head, *differences], strict=True))),
         ]

@@ -80,7 +80,7 @@ class Workers:
             thread.start()
 
     def wait(self, seconds: float) -> None:
-        """Wait until all jobs are done, or for so many seconds at most; then stop what still runs."""
+        """Wait until all jobs are done, or for ``seconds`` at most; then stop what still runs."""
         deadline = time.monotonic() + seconds
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))

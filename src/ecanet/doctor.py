@@ -182,11 +182,11 @@ def _extras() -> list[str]:
         return ["extras     unknown: ecanet is not installed with pip"]
     missing: dict[str, list[str]] = {}
     for requirement in declared:
-        found = re.match(r"([\w.-]+).*extra == ['\"]([\w-]+)['\"]", requirement)
-        if found is not None and found[1] != "ecanet" and found[2] != "dev":
-            absent = missing.setdefault(found[2], [])
-            if _version(found[1]) is None:
-                absent.append(found[1])
+        match = re.match(r"([\w.-]+).*extra == ['\"]([\w-]+)['\"]", requirement)
+        if match is not None and match[1] != "ecanet" and match[2] != "dev":
+            absent = missing.setdefault(match[2], [])
+            if _version(match[1]) is None:
+                absent.append(match[1])
     complete = [extra for extra, absent in missing.items() if not absent]
     return [
         f"extras     {', '.join(complete) or 'none'}",

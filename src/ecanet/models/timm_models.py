@@ -304,7 +304,7 @@ class TimmECAMobileNetV2(_TimmModel, ECAMobileNetV2):
 
     def _set_classifier(self, classifier: nn.Module) -> None:
         if isinstance(classifier, nn.Linear):
-            nn.init.normal_(classifier.weight, 0, 0.01)  # as torchvision has it
+            nn.init.normal_(classifier.weight, 0, 0.01)  # as in torchvision
             nn.init.zeros_(classifier.bias)
         self.classifier[1] = classifier
 

@@ -127,8 +127,8 @@ def _keep_when_wrapped(parent: nn.Module, old: nn.Module, new: nn.Module, gate: 
     """
     if not any(child is old for child in new.children()) or not callable(getattr(new, "merge", None)):
         own = {*new.parameters()} - {*old.parameters()}
-        others = any(attached_gate(module) is not None for module in new.modules() if module is not old)
-        if not own or others or type(new).__module__.startswith("torch."):
+        has_other_gate = any(attached_gate(module) is not None for module in new.modules() if module is not old)
+        if not own or has_other_gate or type(new).__module__.startswith("torch."):
             return None
         return (
             "holds it: the gate scales what the old one returns, but not what the new one adds. To scale both, call "

@@ -203,7 +203,7 @@ def _needs(gate: torch.nn.Module) -> str:
 
 
 def table(gates: Sequence[GateDescription]) -> str:
-    """The gates as a table in Markdown, as docs/gates.md has it."""
+    """The gates as a table in Markdown, as in docs/gates.md."""
     lines = [
         "| gate | class | formula | needs | parameters | at C = 256 | neutral start | fused | source |",
         "|-|-|-|-|-|-|-|-|-|",

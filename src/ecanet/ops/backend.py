@@ -100,8 +100,8 @@ class backend(ContextDecorator):  # noqa: N801
     def __call__(self, function: Any) -> Any:
         """Decorate a function."""
         kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
-        what_runs = function, inspect.unwrap(function), type(function).__call__
-        if any(kind(one) for kind in kinds for one in what_runs):
+        callables = function, inspect.unwrap(function), type(function).__call__
+        if any(is_kind(f) for is_kind in kinds for f in callables):
             name = getattr(function, "__name__", type(function).__name__)
             raise TypeError(
                 f"ecanet.backend decorates functions, and {name} is a coroutine or a generator, which "

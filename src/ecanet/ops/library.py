@@ -177,7 +177,7 @@ def _with_promised_layout(function: Callable[..., Any], fake: Callable[..., Any]
 
 
 def _as_promised(output: Tensor, promised: Tensor, taken: set[int]) -> Tensor:
-    """The output itself if it has the promised strides and type and shares no memory; otherwise such a copy of it."""
+    """The output itself if it has the promised strides and type and shares no memory; otherwise a copy that does."""
     fits = (output.stride(), output.dtype) == (promised.stride(), promised.dtype)
     if not fits or _storage_address(output) in taken:
         return promised.copy_(output)

@@ -195,14 +195,14 @@ def _upstream(grad, x, saved, scale, shift, place, mask, ACT: tl.constexpr, ACC:
 
 
 @jit
-def _fold_positions(tile, BESIDE: tl.constexpr):
+def _fold_positions(tile, THREADS: tl.constexpr):
     """The part of a tile, [ROWS, POSITIONS], that a program accumulates over its tiles.
 
-    With channels last, ``BESIDE`` threads share a row and each takes every ``BESIDE``-th position: the result has the
-    sum of each thread, [ROWS, BESIDE]. Otherwise ``BESIDE`` is 0, and the result is the tile.
+    With channels last, ``THREADS`` threads share a row and each takes every ``THREADS``-th position: the result has the
+    sum of each thread, [ROWS, THREADS]. Otherwise ``THREADS`` is 0, and the result is the tile.
     """
-    if BESIDE > 0:
-        tile = tl.sum(tl.reshape(tile, (tile.shape[0], tile.shape[1] // BESIDE, BESIDE)), 1)
+    if THREADS > 0:
+        tile = tl.sum(tl.reshape(tile, (tile.shape[0], tile.shape[1] // THREADS, THREADS)), 1)
     return tile
 
 
@@ -210,7 +210,7 @@ def _fold_positions(tile, BESIDE: tl.constexpr):
 def moments(
     x, mean, m2, samples, channels, positions, splits, per_split,
     SECOND: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr, TOTAL: tl.constexpr, START: tl.constexpr,
-    BESIDE: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
+    THREADS: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
     OUT: tl.constexpr,
 ):  # fmt: skip
     """Mean of every row over one split and, if ``SECOND``, the sum of squared deviations from it.
@@ -232,15 +232,15 @@ def moments(
         origin = tl.sum(tl.where(inside, value, 0.0), 1) / first.to(ACC)
         origin = tl.where(origin - origin == 0.0, origin, 0.0)  # 0 if not finite: Inf - Inf would be NaN
     centered = tl.where(inside, value - origin[:, None], 0.0)
-    total = _fold_positions(centered, BESIDE)
-    squares = _fold_positions(centered * centered, BESIDE)
+    total = _fold_positions(centered, THREADS)
+    squares = _fold_positions(centered * centered, THREADS)
     for at in range(begin + POSITIONS, end, POSITIONS):
         place, readable, inside = _tile(start, lead, exists, step, at, end, positions, size, POSITIONS, START, INDEX)
         value = tl.load(x + place, readable, 0.0).to(ACC)
         centered = tl.where(inside, value - origin[:, None], 0.0)
-        total += _fold_positions(centered, BESIDE)
+        total += _fold_positions(centered, THREADS)
         if SECOND:
-            squares += _fold_positions(centered * centered, BESIDE)
+            squares += _fold_positions(centered * centered, THREADS)
     at_split = split.to(INDEX) * samples * channels + row
     shift = tl.sum(total, 1) / count
     tl.store(mean + at_split, origin.to(OUT) + shift.to(OUT), exists)
@@ -384,7 +384,7 @@ def apply(
 def reduce(
     grad, x, scale, shift, center, saved, d, p, q, samples, channels, positions, splits, per_split,
     ACT: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr, TOTAL: tl.constexpr, START: tl.constexpr,
-    BESIDE: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
+    THREADS: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """First pass of the backward: d, and the sums of d and of d (x - center) over one split of every row.
 
@@ -406,8 +406,8 @@ def reduce(
     middle = tl.zeros((ROWS,), ACC)
     if center is not None:
         middle = tl.load(center + channel, exists, 0.0).to(ACC)
-    p_total = _fold_positions(tl.zeros((ROWS, POSITIONS), ACC), BESIDE)
-    q_total = _fold_positions(tl.zeros((ROWS, POSITIONS), ACC), BESIDE)
+    p_total = _fold_positions(tl.zeros((ROWS, POSITIONS), ACC), THREADS)
+    q_total = _fold_positions(tl.zeros((ROWS, POSITIONS), ACC), THREADS)
     for at in range(begin, end, POSITIONS):
         place, readable, inside = _tile(start, lead, exists, step, at, end, positions, size, POSITIONS, START, INDEX)
         value = tl.load(x + place, readable, 0.0).to(ACC)
@@ -417,8 +417,8 @@ def reduce(
             if ACT == 3 or ACT == 4:
                 readable = inside
             tl.store(d + place, g.to(d.dtype.element_ty), readable)
-        p_total += _fold_positions(tl.where(inside, g, 0.0), BESIDE)
-        q_total += _fold_positions(tl.where(inside, g * (value - middle[:, None]), 0.0), BESIDE)
+        p_total += _fold_positions(tl.where(inside, g, 0.0), THREADS)
+        q_total += _fold_positions(tl.where(inside, g * (value - middle[:, None]), 0.0), THREADS)
     at_split = split.to(INDEX) * samples * channels + row
     tl.store(p + at_split, tl.sum(p_total, 1), exists)
     tl.store(q + at_split, tl.sum(q_total, 1), exists)

@@ -107,7 +107,7 @@ def _constant_value(gate: nn.Module) -> float | None:
 
 
 def _adds(gate: nn.Module) -> bool:
-    """Whether a gate adds something other than 0 to the map, beside scaling it."""
+    """Whether a gate adds something other than 0 to the map, besides scaling it."""
     shift = gate.try_out()[1] if isinstance(gate, Gate) and type(gate).forward is Gate.forward else None
     return shift is not None and bool(shift.any())
 

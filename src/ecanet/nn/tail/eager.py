@@ -104,11 +104,11 @@ class _Coefficients(NamedTuple):
         norm_var: ``(C,)``, its variance, likewise.
         values: Number of values in a channel, if mean and variance are those of the batch.
         m2: ``(N, C)``, sums of squared deviations of the maps of x, for a gate that sees variances.
-        norm_scale: ``(1, C)``, the scale of the norm alone, if the gate is no band.
+        norm_scale: ``(1, C)``, the scale of the norm alone, if the gate is not a band.
         gate: ``(N, C)``, the gate's scale, or None without a gate.
         scale: ``(N, C)``: ``out = act(scale * x + shift + residual)``.
         shift: ``(N, C)``.
-        graph: Autograd's graph of a gate that is no band and has no closed form.
+        graph: Autograd's graph of a gate that is not a band and has no closed form.
     """
 
     map_means: Tensor

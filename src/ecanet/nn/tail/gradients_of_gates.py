@@ -99,9 +99,9 @@ def gate_backward(
         return None, None, [None] * len(leaves)
     wanted = [*graph.inputs, *(leaf for leaf in leaves if leaf.requires_grad)]
     outputs, grads_of_outputs = [t for t, _ in pairs], [g.to(t.dtype) for t, g in pairs]
-    found = torch.autograd.grad(outputs, wanted, grads_of_outputs, retain_graph=True, allow_unused=True)
-    grads_inputs = [None if g is None else g.to(grad_scale.dtype) for g in found[: len(graph.inputs)]]
-    remaining = iter(found[len(graph.inputs) :])
+    gradients = torch.autograd.grad(outputs, wanted, grads_of_outputs, retain_graph=True, allow_unused=True)
+    grads_inputs = [None if g is None else g.to(grad_scale.dtype) for g in gradients[: len(graph.inputs)]]
+    remaining = iter(gradients[len(graph.inputs) :])
     grads_leaves = [next(remaining) if leaf.requires_grad else None for leaf in leaves]
     return grads_inputs[0], grads_inputs[1] if len(grads_inputs) > 1 else None, grads_leaves
 
@@ -127,7 +127,7 @@ def _expand_to_maps(outputs: ScaleAndShift, s: Tensor) -> tuple[Tensor, ...]:
 
 @contextlib.contextmanager
 def _aliases(gate: GateMaths) -> Iterator[dict[int, Tensor]]:
-    """Put aliases in the place of the gate's parameters. Yields the aliases, by the ids of the parameters."""
+    """Replace the gate's parameters by aliases inside ``with``. Yields the aliases, by the ids of the parameters."""
     owner = getattr(gate.function, "__self__", None)
     modules = owner.modules() if isinstance(owner, nn.Module) else ()
     slots: list[tuple[dict[str, Any], str, Tensor]] = [

@@ -68,8 +68,8 @@ def differentiable_backward(
         out = reference.apply(x, a.expand_as(s), shift, residual, code)
     inputs = [x, residual, weight, bias, *parameters]
     wanted = [t for t, needs in zip(inputs, needed, strict=True) if needs and t is not None]
-    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True) if wanted else ())
-    grads = [next(found) if needs and t is not None else None for t, needs in zip(inputs, needed, strict=True)]
+    gradients = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True) if wanted else ())
+    grads = [next(gradients) if needs and t is not None else None for t, needs in zip(inputs, needed, strict=True)]
     if any(needs and g is None for needs, g in zip(needed[4:], grads[4:], strict=True)):
         raise no_second_derivative(what, "its gate computes with weights that are not its own")
     if residual is None:

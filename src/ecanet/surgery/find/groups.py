@@ -331,12 +331,12 @@ def _is_returned(module: nn.Module, node: fx.Node) -> bool:
 
 def _without_layers_after(module: nn.Module, graph: fx.Graph) -> set[fx.Node]:
     """The nodes of a module's code that no layer with weights follows."""
-    found: set[fx.Node] = set()
+    last_nodes: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if all(
             user.op == "output"
-            or (user in found and ((child := called(module, user)) is None or not _has_weights(child)))
+            or (user in last_nodes and ((child := called(module, user)) is None or not _has_weights(child)))
             for user in node.users
         ):
-            found.add(node)
-    return found
+            last_nodes.add(node)
+    return last_nodes

@@ -61,7 +61,7 @@ def find_sites(
     if where in ("block", "stage"):
         return _at_blocks(model, str(where), filter_fn, run)
     names = names_of(model)
-    found: dict[str, int | None]
+    channels_by_name: dict[str, int | None]
     notes: list[str] = []
     if where == "conv":
         groups = find_groups(model, names, {} if run is None else run.shapes)
@@ -69,25 +69,25 @@ def find_sites(
             for name in _pooled_at_any_size(model, groups.ends, run):
                 del groups.ends[name]
                 groups.left_out.append(f"{name}: it works on features that are pooled to one position")
-        found, notes = {**groups.ends}, [f"left out: {what}" for what in groups.left_out]
-        if not found:
+        channels_by_name, notes = {**groups.ends}, [f"left out: {what}" for what in groups.left_out]
+        if not channels_by_name:
             more = f" ({'; '.join(groups.left_out[:3])})" if notes else ""
             raise ValueError(
                 f"where='conv' finds no convolution with an activation after it{more}; {_what_to_name(model)}"
             )
     else:
-        found = dict.fromkeys(_names_matching(model, where))
+        channels_by_name = dict.fromkeys(_names_matching(model, where))
     modules = dict(model.named_modules(remove_duplicate=False))
     sites: dict[nn.Module, Site] = {}
-    if not found:
+    if not channels_by_name:
         raise ValueError(f"where={where!r} names only gates that are already there; {_what_to_name(model)}")
-    for name, channels in found.items():
+    for name, channels in channels_by_name.items():
         if filter_fn is not None and not filter_fn(modules[name], name):
             continue
         site = _site(model, name, channels or out_channels(modules[name]))._replace(certain=channels is not None)
         sites.setdefault(site.host, site)
     if not sites:
-        raise ValueError(f"filter_fn refuses all of the {len(found)} modules that where={where!r} finds")
+        raise ValueError(f"filter_fn refuses all of the {len(channels_by_name)} modules that where={where!r} finds")
     return list(sites.values()), notes
 
 
@@ -111,17 +111,17 @@ def _names_matching(model: nn.Module, where: object) -> list[str]:
     gates = tuple(f"{f'{name}.' if name else ''}{GATE}." for name, _, _ in attached_gates(model))
     names = [n for n, _ in model.named_modules(remove_duplicate=False) if n and not f"{n}.".startswith(gates)]
     if callable(where):
-        found = [name for name in names if where(model.get_submodule(name), name)]
-        if not found:
+        matching = [name for name in names if where(model.get_submodule(name), name)]
+        if not matching:
             raise ValueError(f"where={where!r} is true for no module; {_what_to_name(model)}")
-        return found
+        return matching
     patterns = [where] if isinstance(where, str) else where
     if not isinstance(patterns, Iterable) or not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(
             f"where must be one of {', '.join(map(repr, KINDS))}, names or patterns of modules, or a function of "
             f"module and name, got {where!r}"
         )
-    found = []
+    matching = []
     for pattern in patterns:
         if pattern in KINDS:
             raise ValueError(f"where={where!r}: {pattern!r} stands alone, without other kinds, names or patterns")
@@ -133,10 +133,10 @@ def _names_matching(model: nn.Module, where: object) -> list[str]:
                 f"where={pattern!r} is neither one of {', '.join(map(repr, KINDS))} nor the name of a module, nor a "
                 f"pattern such as 'layer4.*.bn3' that fits one{near}; {_what_to_name(model)}"
             )
-        found += matched
-    if not found:
+        matching += matched
+    if not matching:
         raise ValueError(f"where={where!r} names nothing; {_what_to_name(model)}")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(matching))
 
 
 def _what_to_name(model: nn.Module) -> str:

@@ -124,10 +124,10 @@ def called(module: nn.Module, node: fx.Node | None) -> nn.Module | None:
 
 def ancestors_in(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
     """Everything that each node is computed from, itself included."""
-    found: dict[fx.Node, set[fx.Node]] = {}
+    ancestors: dict[fx.Node, set[fx.Node]] = {}
     for node in graph.nodes:
-        found[node] = {node}.union(*(found[source] for source in node.all_input_nodes))
-    return found
+        ancestors[node] = {node}.union(*(ancestors[source] for source in node.all_input_nodes))
+    return ancestors
 
 
 def multiplier_in(module: nn.Module, node: fx.Node, ancestors: dict[fx.Node, set[fx.Node]]) -> set[fx.Node] | None:
@@ -166,10 +166,10 @@ def _maps_and_multipliers(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
 
 def _origins(node: fx.Node) -> set[fx.Node]:
     """A node, and the nodes that it is a product or a slice of, step by step: a map may be scaled several times."""
-    found = {node}
+    origins = {node}
     if node.target in MULTIPLICATIONS or node.target in _SELECTIONS:
-        found.update(*map(_origins, node.all_input_nodes))
-    return found
+        origins.update(*map(_origins, node.all_input_nodes))
+    return origins
 
 
 def _has_weights_or_pools(module: nn.Module, nodes: set[fx.Node]) -> bool:

@@ -1,4 +1,4 @@
-"""What is measured on feature maps on a CPU: the operations, the module, the tail at inference and in training."""
+"""Benchmarks on feature maps: the operations, the module, the tail at inference and in training."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -28,13 +28,13 @@ _RELU = reference.ACTS.index("relu")
 
 
 @dataclass(frozen=True)
-class On:
-    """What is measured on.
+class Setup:
+    """Device, type and backend of a measurement.
 
     Attributes:
         device: ``cpu`` or ``cuda``.
-        dtype: Of the maps; weights are float32, and autocast is on if that is another type.
-        kernels: The backend that "ecanet" takes.
+        dtype: Type of the maps. Weights are float32; autocast is on for any other type.
+        kernels: Backend of the competitor "ecanet".
     """
 
     device: str = "cpu"
@@ -43,11 +43,11 @@ class On:
 
     @property
     def tolerance(self) -> float:
-        """How far outputs may be apart, relative to their norms: half types are rounded."""
+        """Largest difference of outputs, relative to their norms: half types are rounded."""
         return 1e-4 if self.dtype is torch.float32 else 2e-2
 
     def context(self, *, backend: str | None = None, grad: bool = False) -> AbstractContextManager[object]:
-        """What one turn of a competitor runs in."""
+        """The context in which one turn of a competitor runs."""
         stack = ExitStack()
         stack.enter_context(ecanet.backend(backend or self.kernels))
         if not grad:
@@ -62,16 +62,16 @@ class Work:
     """What one case times.
 
     Attributes:
-        competitors: By name. ``no gate`` does the same without attention; ``copy`` moves two maps and does nothing.
-        agree: Names whose outputs must be the same, a group at a time, the yardstick first.
+        competitors: By name. ``no gate`` does the same without attention; ``copy`` only moves two maps.
+        agree: Groups of names whose outputs must agree; the first name of a group is the reference.
         tolerance: As :func:`benchmarks.measure.check_agreement` takes it.
-        maps: So many feature maps must be read or written at least: the roofline.
+        maps: Number of feature maps that must be read or written at least: the roofline.
         map_bytes: Bytes of one map.
-        images: A call works on so many, where that is what counts.
-        peak: Whether the allocator sees what a call takes: not where a CUDA graph is replayed.
-        sets: A call does the work so often, each time on tensors of its own.
-        replayed: On a GPU, calls are captured in CUDA graphs and replayed: what the GPU takes, as in a network where
-            the CPU runs ahead, and not what the CPU takes to launch it.
+        images: Number of images in a call, for networks.
+        peak: Whether to measure the peak memory of a call: the allocator does not see that of a replayed CUDA graph.
+        sets: How many times a call does the work, each time on tensors of its own.
+        replayed: Whether calls on a GPU are captured in CUDA graphs and replayed. That measures the time of the GPU, as
+            in a network where the CPU runs ahead, without the time that the CPU takes to launch.
         poison_bytes: As :func:`benchmarks.measure.check_agreement` takes it.
     """
 
@@ -89,7 +89,7 @@ class Work:
 
 @dataclass(frozen=True)
 class SavedBytes:
-    """What networks keep for the backward pass; counted, not timed."""
+    """Bytes that networks keep for the backward pass; counted, not timed."""
 
     count: dict[str, Callable[[], int]]
 
@@ -100,11 +100,11 @@ class Case:
 
     Attributes:
         group: What ``--only`` selects: op, module, inference, training or network.
-        name: Of the case in its group.
-        shape: Of the input.
+        name: Name of the case in its group.
+        shape: Shape of the input.
         memory_format: ``contiguous`` or ``channels_last``.
-        build: Makes tensors and modules, when it is the case's turn; for a GPU, of the competitors named alone.
-        device: What it is measured on, ``cpu`` or ``cuda``.
+        build: Makes tensors and modules, when it is the case's turn. On a GPU, ``only=`` names the competitors to make.
+        device: ``cpu`` or ``cuda``.
     """
 
     group: str
@@ -120,13 +120,13 @@ class Case:
         return "/".join((self.group, self.name, "x".join(map(str, self.shape)), self.memory_format))
 
 
-def map_cases(quick: bool, compiled: bool, on: On = On()) -> Iterator[Case]:
+def map_cases(quick: bool, compiled: bool, setup: Setup = Setup()) -> Iterator[Case]:
     """Every case on feature maps, largest shapes first.
 
     Args:
         quick: Tiny shapes.
         compiled: Whether torch.compile competes.
-        on: Device and type.
+        setup: Device and type.
     """
     stages, batches = (QUICK_STAGES, QUICK_BATCHES) if quick else (STAGES, BATCHES)
     shapes = [(n, *s) for s in stages for n in reversed(batches)]
@@ -142,7 +142,7 @@ def map_cases(quick: bool, compiled: bool, on: On = On()) -> Iterator[Case]:
     for group, name, build in builders:
         for shape in shapes:
             for memory_format in MEMORY_FORMATS:
-                yield Case(group, name, shape, memory_format, partial(build, on, shape, memory_format))
+                yield Case(group, name, shape, memory_format, partial(build, setup, shape, memory_format))
 
 
 def gate_add_relu_(x: Tensor, gate: ECA, residual: Tensor) -> Tensor:
@@ -167,10 +167,10 @@ class Tail(nn.Module):
 
 
 class FusedTail(Tail):
-    """The same by the library."""
+    """The same tail by the library's fused function."""
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """The same maps."""
+        """As :class:`Tail`."""
         return norm_gate_add_act(x, self.norm, self.gate, residual, "relu")
 
 
@@ -203,7 +203,7 @@ class _GateOp(torch.autograd.Function):
 
 
 class OperationTail(FusedTail):
-    """All of it in one operation, with the derivative it is registered with."""
+    """The whole tail as one operation, with its registered derivative."""
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """As :class:`Tail`."""
@@ -226,15 +226,17 @@ class GateOpTail(FusedTail):
         return reference.apply(x, scale, shift, residual, _RELU)
 
 
-def _randn(on: On, shape: tuple[int, ...], memory_format: str) -> Tensor:
-    return torch.randn(shape, device=on.device, dtype=on.dtype).contiguous(memory_format=MEMORY_FORMATS[memory_format])
+def _randn(setup: Setup, shape: tuple[int, ...], memory_format: str) -> Tensor:
+    return torch.randn(shape, device=setup.device, dtype=setup.dtype).contiguous(
+        memory_format=MEMORY_FORMATS[memory_format]
+    )
 
 
-def _gates(on: On, channels: int) -> tuple[ECA, EcaModule]:
-    """The library's and timm's, with the same weights."""
+def _gates(setup: Setup, channels: int) -> tuple[ECA, EcaModule]:
+    """The library's gate and timm's, with the same weights."""
     eca, timm = ECA(channels), EcaModule(channels)
     timm.load_state_dict(eca.state_dict())
-    return eca.to(on.device), timm.to(on.device)
+    return eca.to(setup.device), timm.to(setup.device)
 
 
 def _compile(module: nn.Module) -> Callable[..., Any]:
@@ -246,29 +248,29 @@ def _copy(x: Tensor) -> Competitor:
     return Competitor(lambda: destination.copy_(source))
 
 
-#: Operations by the maps they must move.
+#: Operations, and how many maps each must move.
 OPS = {"squeeze": 1, "moments": 1, "batch_moments": 1, "apply_": 3, "apply_backward": 4, "input_backward": 3}
 CPU_OPS = ("squeeze", "moments", "apply_", "apply_backward", "input_backward")
 
 
-def op_arguments(name: str, on: On, shape: tuple[int, ...], memory_format: str) -> tuple[Any, ...]:
+def op_arguments(name: str, setup: Setup, shape: tuple[int, ...], memory_format: str) -> tuple[Any, ...]:
     """Random arguments of one of :data:`OPS`, the map first."""
     n, c = shape[:2]
-    randn = partial(_randn, on, shape, memory_format)
-    scale, offset = torch.rand(n, c, device=on.device), torch.randn(n, c, device=on.device)
-    slope, center = torch.randn(c, device=on.device), torch.randn(c, device=on.device)
+    randn = partial(_randn, setup, shape, memory_format)
+    scale, offset = torch.rand(n, c, device=setup.device), torch.randn(n, c, device=setup.device)
+    slope, center = torch.randn(c, device=setup.device), torch.randn(c, device=setup.device)
     if name == "apply_":
         return randn(), scale, None, randn(), _RELU
     if name == "apply_backward":
         return randn(), randn(), scale, None, center, torch.relu(randn()), _RELU, True
-    if name == "input_backward":  # as after apply_backward: grad is d, and the activation is done with
+    if name == "input_backward":  # as after apply_backward: grad is already d
         return randn(), randn(), scale, None, None, 0, offset, slope, center
     return (randn(),)
 
 
-def _op(name: str, on: On, shape: tuple[int, ...], memory_format: str) -> Work:
+def _op(name: str, setup: Setup, shape: tuple[int, ...], memory_format: str) -> Work:
     torch.manual_seed(0)
-    x, *arguments = op_arguments(name, on, shape, memory_format)
+    x, *arguments = op_arguments(name, setup, shape, memory_format)
     op = getattr(torch.ops.ecanet, name)
     if name == "apply_":
         mine, other = x.clone(), x.clone()
@@ -281,59 +283,59 @@ def _op(name: str, on: On, shape: tuple[int, ...], memory_format: str) -> Work:
     else:
         runs = partial(op, x, *arguments), partial(getattr(reference, name), x, *arguments)
     competitors = {"ecanet": Competitor(runs[0], torch.no_grad), "plain": Competitor(runs[1], torch.no_grad)}
-    return Work(competitors | {"copy": _copy(x)}, (("plain", "ecanet"),), on.tolerance, OPS[name], x.nbytes)
+    return Work(competitors | {"copy": _copy(x)}, (("plain", "ecanet"),), setup.tolerance, OPS[name], x.nbytes)
 
 
-def _module(compiled: bool, on: On, shape: tuple[int, ...], memory_format: str) -> Work:
+def _module(compiled: bool, setup: Setup, shape: tuple[int, ...], memory_format: str) -> Work:
     torch.manual_seed(0)
-    x = _randn(on, shape, memory_format)
-    eca, timm = _gates(on, shape[1])
-    plain = partial(on.context, backend="reference")
+    x = _randn(setup, shape, memory_format)
+    eca, timm = _gates(setup, shape[1])
+    plain = partial(setup.context, backend="reference")
     competitors = {
-        "timm": Competitor(partial(timm, x), on.context),
-        "ecanet": Competitor(partial(eca, x), on.context),
+        "timm": Competitor(partial(timm, x), setup.context),
+        "ecanet": Competitor(partial(eca, x), setup.context),
         "plain": Competitor(partial(eca, x), plain),
     }
     if compiled:
         torch.compiler.reset()
-        competitors["timm compiled"] = Competitor(partial(_compile(timm), x), on.context)
+        competitors["timm compiled"] = Competitor(partial(_compile(timm), x), setup.context)
         competitors["plain compiled"] = Competitor(partial(_compile(eca), x), plain)
     agree = tuple(competitors)
     competitors |= {"clone": Competitor(x.clone, torch.no_grad), "copy": _copy(x)}
-    return Work(competitors, (agree,), on.tolerance, 2, x.nbytes)
+    return Work(competitors, (agree,), setup.tolerance, 2, x.nbytes)
 
 
-def _inference(compiled: bool, on: On, shape: tuple[int, ...], memory_format: str) -> Work:
+def _inference(compiled: bool, setup: Setup, shape: tuple[int, ...], memory_format: str) -> Work:
     torch.manual_seed(0)
-    x, residual = _randn(on, shape, memory_format), _randn(on, shape, memory_format)
-    eca, timm = _gates(on, shape[1])
-    # Each in-place one has a map of its own; their values stay bounded, or grow linearly without a gate.
+    x, residual = _randn(setup, shape, memory_format), _randn(setup, shape, memory_format)
+    eca, timm = _gates(setup, shape[1])
+    # Each in-place competitor has its own map; the values stay bounded, or grow linearly without a gate.
     mine, vanilla = x.clone(), x.clone()
     eager = Tail(None, timm)
     competitors = {
-        "timm": Competitor(partial(eager, x, residual), on.context),
-        "ecanet": Competitor(partial(gate_add_relu_, mine, eca, residual), on.context),
+        "timm": Competitor(partial(eager, x, residual), setup.context),
+        "ecanet": Competitor(partial(gate_add_relu_, mine, eca, residual), setup.context),
     }
     if compiled:
         torch.compiler.reset()
-        competitors["timm compiled"] = Competitor(partial(_compile(eager), x, residual), on.context)
+        competitors["timm compiled"] = Competitor(partial(_compile(eager), x, residual), setup.context)
     agree = tuple(competitors)
     competitors["no gate"] = Competitor(lambda: torch.relu_(vanilla.add_(residual)), torch.no_grad)
     competitors["copy"] = _copy(x)
-    return Work(competitors, (agree,), on.tolerance, 3, x.nbytes)
+    return Work(competitors, (agree,), setup.tolerance, 3, x.nbytes)
 
 
-def _training(compiled: bool, on: On, shape: tuple[int, ...], memory_format: str, backward: bool = True) -> Work:
+def _training(compiled: bool, setup: Setup, shape: tuple[int, ...], memory_format: str, backward: bool = True) -> Work:
     torch.manual_seed(0)
-    x, residual = (_randn(on, shape, memory_format).requires_grad_() for _ in range(2))
-    grad = _randn(on, shape, memory_format)
-    eca, timm = _gates(on, shape[1])
+    x, residual = (_randn(setup, shape, memory_format).requires_grad_() for _ in range(2))
+    grad = _randn(setup, shape, memory_format)
+    eca, timm = _gates(setup, shape[1])
 
     norm = nn.BatchNorm2d(shape[1])
-    with torch.no_grad():  # a new norm makes every mean of a single sample 0, and nothing depends on ECA's weight
+    with torch.no_grad():  # after a new norm, means of a single sample are 0: ECA's weight would not matter
         norm.weight.uniform_(0.5, 1.5)
         norm.bias.normal_()
-    norms = (copy.deepcopy(norm).to(on.device) for _ in range(3))
+    norms = (copy.deepcopy(norm).to(setup.device) for _ in range(3))
     modules = {
         "timm": Tail(next(norms), timm),
         "ecanet": FusedTail(next(norms), eca),
@@ -343,23 +345,23 @@ def _training(compiled: bool, on: On, shape: tuple[int, ...], memory_format: str
     if compiled:
         torch.compiler.reset()
         forwards |= {f"{name} compiled": _compile(module) for name, module in modules.items()}
-        # What is not the default on a CPU: the same formulas in plain PyTorch, for the compiler to fuse.
+        # Not the default on a CPU: the same formulas in plain PyTorch, for the compiler to fuse.
         modules["formula"] = copy.deepcopy(modules["ecanet"])
         forwards["formula compiled"] = _compile(modules["formula"])
         # Statistics and gate by the library's operations, and only what writes maps for the compiler to fuse.
-        modules["gate op"] = GateOpTail(copy.deepcopy(norm).to(on.device), copy.deepcopy(eca))
+        modules["gate op"] = GateOpTail(copy.deepcopy(norm).to(setup.device), copy.deepcopy(eca))
         forwards["gate op compiled"] = _compile(modules["gate op"])
 
     def step(name: str) -> tuple[Tensor, ...]:
         out = forwards[name](x, residual)
-        if not backward:  # but all is saved that a backward needs
+        if not backward:  # everything that a backward needs is still saved
             return (out,)
         # autograd.grad and not backward(): inside a network nothing is a leaf, so no gradient is copied into .grad.
         inputs = [x, residual, *modules[name.removesuffix(" compiled")].parameters()]
         return (out, *torch.autograd.grad(out, inputs, grad))
 
     def context(name: str) -> AbstractContextManager[object]:
-        return on.context(backend="reference" if name.startswith("formula") else None, grad=True)
+        return setup.context(backend="reference" if name.startswith("formula") else None, grad=True)
 
     competitors = {name: Competitor(partial(step, name), partial(context, name)) for name in forwards}
     agree = (
@@ -370,36 +372,36 @@ def _training(compiled: bool, on: On, shape: tuple[int, ...], memory_format: str
     # Forward: moments read x; apply reads x and residual, writes out. Backward: the first pass reads the gradient, out
     # and x and writes d; the second reads d and x and writes the gradient of x.
     if not backward:
-        return Work(competitors, agree, on.tolerance, 4, x.nbytes)
-    # One ReLU that rounds otherwise is 6e-3 of a gradient.
-    return Work(competitors, agree, max(2e-2, 5 * on.tolerance), 4 + 4 + 3, x.nbytes)
+        return Work(competitors, agree, setup.tolerance, 4, x.nbytes)
+    # A single ReLU that rounds differently changes a gradient by 6e-3.
+    return Work(competitors, agree, max(2e-2, 5 * setup.tolerance), 4 + 4 + 3, x.nbytes)
 
 
-def _factor(training: bool, on: On, shape: tuple[int, ...], memory_format: str) -> Work:
+def _factor(training: bool, setup: Setup, shape: tuple[int, ...], memory_format: str) -> Work:
     """What a gate's factor costs: the tail with a gate that is 1 by its factor 2, and with gates without a factor.
 
-    No copy among them: what takes its turn after one is slower.
+    There is no copy among the competitors: whatever runs after a copy is slower.
     """
     torch.manual_seed(0)
-    x, residual, grad = (_randn(on, shape, memory_format) for _ in range(3))
-    eca = ECA(shape[1]).to(on.device)
+    x, residual, grad = (_randn(setup, shape, memory_format) for _ in range(3))
+    eca = ECA(shape[1]).to(setup.device)
     neutral, constant = copy.deepcopy(eca), copy.deepcopy(eca)
     neutral.make_identity_()
     constant.make_neutral_()
     gates = {"ecanet": eca, "neutral": neutral, "constant": constant}
-    if not training:  # in place: each has a map of its own, and their values stay bounded or grow linearly
+    if not training:  # in place: each has its own map, and the values stay bounded or grow linearly
         runs = {name: partial(gate_add_relu_, x.clone(), gate, residual) for name, gate in gates.items()}
-        competitors = {name: Competitor(run, on.context) for name, run in runs.items()}
-        return Work(competitors, (), on.tolerance)
+        competitors = {name: Competitor(run, setup.context) for name, run in runs.items()}
+        return Work(competitors, (), setup.tolerance)
     x.requires_grad_()
     residual.requires_grad_()
-    norm = nn.BatchNorm2d(shape[1]).to(on.device)
+    norm = nn.BatchNorm2d(shape[1]).to(setup.device)
     tails = {name: FusedTail(copy.deepcopy(norm), gate) for name, gate in gates.items()}
 
     def step(tail: FusedTail) -> tuple[Tensor, ...]:
         out = tail(x, residual)
         return (out, *torch.autograd.grad(out, [x, residual, *tail.parameters()], grad))
 
-    context = partial(on.context, grad=True)
+    context = partial(setup.context, grad=True)
     competitors = {name: Competitor(partial(step, tail), context) for name, tail in tails.items()}
-    return Work(competitors, (), on.tolerance)
+    return Work(competitors, (), setup.tolerance)

@@ -20,7 +20,7 @@ from ecanet.ops import cpu
 
 GROUPS = ("op", "module", "inference", "training", "network", "surgery", "gates")
 _QUICK_ROUNDS = 3
-#: A training step of ResNet-50 takes seconds.
+#: Load average from which on a warning is printed.
 _BUSY = 0.3
 
 
@@ -53,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.exit(2, f"python -m benchmarks.cpu: {error}\n")
     document = {**header, "cases": done}
     if header["load_average_at_start"][0] > _BUSY:
-        run.say(f"load average {header['load_average_at_start'][0]}: something else runs here, and disturbs")
+        run.say(f"load average {header['load_average_at_start'][0]}: other processes disturb the measurement")
     if args.compile:
-        torch._inductor.config.compile_threads = 1  # no processes beside the one that measures
+        torch._inductor.config.compile_threads = 1  # no other processes while this one measures
     run.measure_all(_cases(args), document, path, _command)
     run.finish(document, path)
     show(document, args.plot)
@@ -67,7 +67,7 @@ def _cases(args: argparse.Namespace) -> list[Case]:
 
 
 def _command(document: results.Document) -> str:
-    """What makes the file again, however many runs it took."""
+    """The command that makes the file again in one run, however many runs it took."""
     settings, threads = document["settings"], document["machine"]["threads"]
     groups = {key.partition("/")[0] for key in document["cases"]}
     words = [
@@ -92,25 +92,25 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.cpu",
         description="Time ECA by this library, by timm, in plain PyTorch and under torch.compile against the same "
-        "without a gate. Leave the machine alone meanwhile.",
+        "without a gate. Run nothing else meanwhile.",
         epilog="Example: OMP_NUM_THREADS=1 python -m benchmarks.cpu --plot cost.png; "
         "OMP_PROC_BIND=true OMP_NUM_THREADS=2 python -m benchmarks.cpu --threads 2",
     )
     parser.add_argument("--threads", type=run.positive, default=1, help="threads of torch (default: 1)")
-    parser.add_argument("--rounds", type=run.positive, default=20, help="turns of each (default: 20)")
+    parser.add_argument("--rounds", type=run.positive, default=20, help="turns of each competitor (default: 20)")
     parser.add_argument(
         "--only", type=_groups, default=GROUPS, metavar="GROUPS", help=f"some of {','.join(GROUPS)} (default: all)"
     )
     parser.add_argument(
-        "--matching", default="", metavar="TEXT", help="only cases whose key has it, such as /inference/"
+        "--matching", default="", metavar="TEXT", help="only cases whose key contains TEXT, such as /inference/"
     )
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run? The numbers mean nothing")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to see if it runs; the numbers mean nothing")
     parser.add_argument(
         "--out", type=Path, metavar="FILE.json", help="default: benchmarks/results/cpu-THREADS-threads.json"
     )
-    parser.add_argument("--resume", action="store_true", help="keep the cases that the file has, measure the others")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the picture, too")
+    parser.add_argument("--resume", action="store_true", help="keep the cases in the file, measure the others")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the picture")
     return parser
 
 

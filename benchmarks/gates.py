@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import results
-from benchmarks.cases import MEMORY_FORMATS, QUICK_STAGES, STAGES, Case, FusedTail, On, SavedBytes, Tail, Work
+from benchmarks.cases import MEMORY_FORMATS, QUICK_STAGES, STAGES, Case, FusedTail, SavedBytes, Setup, Tail, Work
 from benchmarks.tables import ratio
 from ecanet.inspect.style import DARK, FONT_SIZE, IDEAS, SMALL_FONT_SIZE, new_figure, style_axes
 from ecanet.nn import GATES
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SAMPLES = 8
-#: What is drawn, and in which words.
+#: The competitors that are drawn, and their labels.
 _DRAWN = {"ecanet": "in ecanet's tail", "plain": "its modules one after another"}
 
 
@@ -40,11 +40,11 @@ def gate_cases(quick: bool) -> Iterator[Case]:
 
 
 def _tails(name: str, shape: tuple[int, ...], memory_format: str) -> tuple[dict[str, Tail], list[Tensor]]:
-    """Fused, one after another, and without a gate; and x, the residual and the gradient of the output."""
+    """Three tails (fused, module by module, without a gate); and x, the residual and the gradient of the output."""
     torch.manual_seed(0)
     tensors = [torch.randn(shape).contiguous(memory_format=MEMORY_FORMATS[memory_format]) for _ in range(3)]
     norm, gate = nn.BatchNorm2d(shape[1]), GATES[name](shape[1])
-    with torch.no_grad():  # as after some training: a start as the identity or as a constant could be cheaper
+    with torch.no_grad():  # as after some training: a gate that starts as the identity or a constant could be cheaper
         for t in (*norm.parameters(), *gate.parameters()):
             t.add_(0.1 * torch.randn_like(t))
     tails = {
@@ -63,31 +63,31 @@ def _training(name: str, shape: tuple[int, ...], memory_format: str) -> Work:
         # autograd.grad and not backward(): inside a network nothing is a leaf, so no gradient is copied into .grad.
         return (out, *torch.autograd.grad(out, [x, residual, *tail.parameters()], grad))
 
-    def context(of: str) -> Any:
-        return On().context(backend="reference" if of == "plain" else None, grad=True)
+    def context(kind: str) -> Any:
+        return Setup().context(backend="reference" if kind == "plain" else None, grad=True)
 
-    competitors = {of: Competitor(partial(step, tail), partial(context, of)) for of, tail in tails.items()}
-    return Work(competitors, (("plain", "ecanet"), ("no gate",)), 2e-2)  # one ReLU that rounds otherwise is 6e-3
+    competitors = {kind: Competitor(partial(step, tail), partial(context, kind)) for kind, tail in tails.items()}
+    return Work(competitors, (("plain", "ecanet"), ("no gate",)), 2e-2)  # one ReLU that rounds differently is 6e-3
 
 
 def _saved(name: str, shape: tuple[int, ...], memory_format: str) -> SavedBytes:
     tails, (x, residual, _) = _tails(name, shape, memory_format)
 
-    def count(of: str, tail: Tail) -> int:
-        with On().context(backend="reference" if of == "plain" else None, grad=True):
+    def count(kind: str, tail: Tail) -> int:
+        with Setup().context(backend="reference" if kind == "plain" else None, grad=True):
             return bytes_kept(tail, lambda: tail(x, residual))
 
-    return SavedBytes({of: partial(count, of, tail) for of, tail in tails.items()})
+    return SavedBytes({kind: partial(count, kind, tail) for kind, tail in tails.items()})
 
 
 def measured_gates(cases: Mapping[str, Any]) -> list[str]:
-    """Names of the gates of which a result file has times."""
-    found = (key.split("/")[1] for key in cases if key.startswith("gates/"))
-    return list(dict.fromkeys(name for name in found if not name.endswith("-saved")))
+    """Names of the gates for which a result file has times."""
+    names = (key.split("/")[1] for key in cases if key.startswith("gates/"))
+    return list(dict.fromkeys(name for name in names if not name.endswith("-saved")))
 
 
 def draw_gates(document: results.Document) -> "Figure":
-    """A row for each gate: its tail's time and the modules' over norm, residual and ReLU without a gate.
+    """A row for each gate: the time of its tail and of its modules, relative to norm, residual and ReLU alone.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -97,17 +97,17 @@ def draw_gates(document: results.Document) -> "Figure":
     rows = []
     for name in names:
         keys = [key for key in cases if key.startswith(f"gates/{name}/")]
-        rows.append((name, {of: ratio(cases, keys, of, "no gate").value for of in _DRAWN}))
+        rows.append((name, {kind: ratio(cases, keys, kind, "no gate").value for kind in _DRAWN}))
     rows.sort(key=lambda row: -row[1]["ecanet"])
     figure = new_figure(1.3 + 0.42 * len(rows))
     axes = figure.subplots()
     style_axes(axes, xlabel="time of a training step over that without a gate", grid=False)
-    for (of, label), colour, shift in zip(_DRAWN.items(), (IDEAS["ECA"], IDEAS["plain"]), (0.2, -0.2), strict=True):
-        values = [row[1][of] for row in rows]
+    for (kind, label), colour, shift in zip(_DRAWN.items(), (IDEAS["ECA"], IDEAS["plain"]), (0.2, -0.2), strict=True):
+        values = [row[1][kind] for row in rows]
         bars = axes.barh([i + shift for i in range(len(rows))], values, 0.38, color=colour, label=label)
-        labels = axes.bar_label(bars, [f"{v:.2f}" for v in values], padding=3, fontsize=SMALL_FONT_SIZE, color=DARK)
-        for label in labels:  # the line at 1 runs behind it
-            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
+        numbers = axes.bar_label(bars, [f"{v:.2f}" for v in values], padding=3, fontsize=SMALL_FONT_SIZE, color=DARK)
+        for number in numbers:  # the line at 1 runs behind it
+            number.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
     axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=FONT_SIZE)
     axes.axvline(1.0, color=DARK, linewidth=1.0)
     axes.set_ylim(-0.6, len(rows) - 0.4)

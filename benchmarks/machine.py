@@ -1,4 +1,4 @@
-"""Where and on what a result was measured."""
+"""The machine, software and settings that a result was measured with."""
 
 import importlib.metadata
 import importlib.util
@@ -44,11 +44,11 @@ def describe(threads: int, environment: Mapping[str, str] = os.environ) -> dict[
 
 
 def describe_gpu(copy_bytes: int, matrix: int) -> dict[str, Any]:
-    """The GPU, and its two ceilings.
+    """The GPU and its two ceilings: bandwidth of a copy in GB/s, read and written, and of a matrix product in TFLOP/s.
 
     Args:
-        copy_bytes: Bytes that are copied: GB/s, read and written.
-        matrix: Rows and columns of the bfloat16 matrices that are multiplied: TFLOP/s.
+        copy_bytes: Bytes that are copied.
+        matrix: Rows and columns of the bfloat16 matrices that are multiplied.
     """
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     source = torch.randint(256, (copy_bytes,), dtype=torch.uint8, device="cuda")

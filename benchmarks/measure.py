@@ -1,4 +1,4 @@
-"""What the benchmarks ask of what they time: does it agree, may it be timed here, what does a GPU do in it."""
+"""Checks before timing (the environment, and whether competitors agree), CUDA graphs, and times of GPU kernels."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -32,11 +32,11 @@ def fault_of_environment(threads: int, environment: Mapping[str, str], cores: in
 
 
 def replayed(competitor: Competitor) -> Competitor:
-    """Captured in a CUDA graph: calling it replays what the GPU was given to do."""
+    """The competitor captured in a CUDA graph: a call replays the recorded work of the GPU."""
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with competitor.context():
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # allocates and compiles what only a first call does
+        with torch.cuda.stream(side):  # warm-up: a first call allocates and compiles
             for _ in range(2):
                 competitor.run()
         torch.cuda.current_stream().wait_stream(side)
@@ -50,7 +50,7 @@ def kernel_seconds(competitor: Competitor) -> dict[str, float]:
     """Seconds of each kernel that a call launches, by the GPU's own profiler; the median of five calls."""
     from torch.profiler import ProfilerActivity, profile
 
-    found: dict[str, list[float]] = {}
+    seconds: dict[str, list[float]] = {}
     with competitor.context():
         competitor.run()
         torch.cuda.synchronize()
@@ -60,8 +60,8 @@ def kernel_seconds(competitor: Competitor) -> dict[str, float]:
             torch.cuda.synchronize()
     for event in profiler.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
-            found.setdefault(event.name[:60], []).append(event.device_time / 1e6)
-    return {name: float(f"{statistics.median(times):.4g}") for name, times in found.items()}
+            seconds.setdefault(event.name[:60], []).append(event.device_time / 1e6)
+    return {name: float(f"{statistics.median(times):.4g}") for name, times in seconds.items()}
 
 
 def check_agreement(
@@ -71,25 +71,25 @@ def check_agreement(
 
     Args:
         competitors: By name.
-        names: Those that compute the same; the first is the yardstick.
-        tolerance: Euclidean norm of the difference over that of the yardstick. Not the largest difference: a sum of
-            nearly 0 before a ReLU may round to either side, and one gradient then passes or not.
-        poison_bytes: So much of the GPU's memory is NaN before each runs: what one forgets to write then shows.
+        names: Those that compute the same; the first is the reference.
+        tolerance: Euclidean norm of the difference, relative to that of the reference. Not the largest difference: a
+            sum of nearly 0 before a ReLU may round to either side, and one gradient then passes or not.
+        poison_bytes: Bytes of the GPU's memory that are set to NaN before each runs, so that unwritten outputs show.
 
     Raises:
-        RuntimeError: one computes something else.
+        RuntimeError: one disagrees with the reference.
     """
-    first: tuple[Tensor, ...] | None = None
+    expected: tuple[Tensor, ...] | None = None
     for name in names:
         if poison_bytes:
             _poison(poison_bytes)
         with competitors[name].context():
             outputs = competitors[name].run()
         assert outputs is not None
-        found = tuple(t.detach().float().clone() for t in ((outputs,) if isinstance(outputs, Tensor) else outputs))
-        if first is None:
-            first = found
-        for i, (a, b) in enumerate(zip(found, first, strict=True)):
+        values = tuple(t.detach().float().clone() for t in ((outputs,) if isinstance(outputs, Tensor) else outputs))
+        if expected is None:
+            expected = values
+        for i, (a, b) in enumerate(zip(values, expected, strict=True)):
             error, size = (a - b).norm().item(), b.norm().item()
             if not error <= tolerance * size:  # NaN is an error too
                 raise RuntimeError(f"{name} and {names[0]} disagree: output {i} is {size:.3g}, off by {error:.2g}")

@@ -1,4 +1,4 @@
-"""What is measured on whole networks: ResNet-50 with ECA and without, at inference and in training."""
+"""Benchmarks on whole networks: ResNet-50 with ECA and without, at inference and in training."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -69,7 +69,7 @@ def _fused(network: nn.Module) -> nn.Module:
     return network
 
 
-#: Competitors by network, built anew for each case.
+#: Competitors by network; a new network is built for each case.
 NETWORKS: dict[str, dict[str, Callable[[], nn.Module]]] = {
     **{
         name: {
@@ -104,7 +104,7 @@ def network_cases(quick: bool, compiled: bool) -> Iterator[Case]:
 
     Args:
         quick: Tiny images; nothing is compiled, which would take minutes.
-        compiled: Whether the networks compete under torch.compile, too.
+        compiled: Whether the networks also compete under torch.compile.
     """
     shape = _QUICK_SHAPE if quick else _SHAPE
     compiled = compiled and not quick
@@ -129,7 +129,7 @@ def _example(shape: tuple[int, ...], memory_format: str) -> tuple[Tensor, Tensor
 
 
 def _models(memory_format: str) -> dict[str, nn.Module]:
-    """The networks, in training mode, with the same weights as far as they have the same layers."""
+    """The networks, in training mode, with the same weights where they have the same layers."""
     torch.manual_seed(0)
     vanilla, ours, timm = resnet50(weights=None), ecanet.models.eca_resnet50(), ResNet(TimmBottleneck, [3, 4, 6, 3])
     ours.load_state_dict({**ours.state_dict(), **vanilla.state_dict()})

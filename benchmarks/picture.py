@@ -1,4 +1,4 @@
-"""Figure: the time of every implementation over that of the same without a gate, operations and whole networks."""
+"""Figure: the time of every implementation relative to the same without a gate, for operations and whole networks."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Case, label, what is 1, and what is compared with it.
+#: Case, label, the baseline, and the competitors that are compared with it.
 _Group = tuple[str, str, str, tuple[str, ...]]
 _OURS_AND_TIMM = ("ecanet", "timm")
 _CPU_PANELS: dict[str, tuple[_Group, ...]] = {
@@ -30,7 +30,7 @@ _CPU_PANELS: dict[str, tuple[_Group, ...]] = {
         ("module/forward", "module alone\n1: copying the map", "clone", ("ecanet", "timm", "plain")),
     ),
 }
-#: Against what is compiled, exactly what is named.
+#: If the baseline is compiled, exactly these are drawn.
 _ON_A_GPU = ("ecanet", "operation compiled", "timm compiled", "SE compiled")
 _GPU_PANELS: dict[str, tuple[_Group, ...]] = {
     "Whole networks, 1: no gate": tuple(
@@ -82,8 +82,8 @@ class _Bar:
 def draw(document: results.Document) -> "Figure":
     """Bars from 1: geometric means over the shapes, on a log axis; below each a line from the smallest to the largest.
 
-    One panel for whole networks and one for operations, each with its own scale; hatched is what runs under
-    torch.compile.
+    One panel for whole networks and one for operations, each with its own scale. What runs under
+    torch.compile is hatched.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -91,16 +91,16 @@ def draw(document: results.Document) -> "Figure":
     """
     cases: Mapping[str, Mapping[str, Any]] = document["cases"]
     panels = _GPU_PANELS if document["settings"].get("device") == "cuda" else _CPU_PANELS
-    found = {title: _bars(cases, groups) for title, groups in panels.items()}
-    found = {title: (bars, ticks) for title, (bars, ticks) in found.items() if bars}
-    if not found:
+    drawn = {title: _bars(cases, groups) for title, groups in panels.items()}
+    drawn = {title: (bars, ticks) for title, (bars, ticks) in drawn.items() if bars}
+    if not drawn:
         groups = sorted({"/".join(key.split("/")[:2]) for key in cases})
         raise ValueError(f"document must have a case of a module, tail or network, got {', '.join(groups) or 'none'}")
-    heights = [bars[-1].place + _BAR + _SPACE for bars, _ in found.values()]
+    heights = [bars[-1].place + _BAR + _SPACE for bars, _ in drawn.values()]
     figure = new_figure(sum(heights) + _PANEL * len(heights) + _AROUND)
     rows = figure.subplots(len(heights), 1, squeeze=False, height_ratios=[h + _PANEL for h in heights])[:, 0]
     shown: dict[str, Any] = {}
-    for axes, (title, (bars, ticks)), height in zip(rows, found.items(), heights, strict=True):
+    for axes, (title, (bars, ticks)), height in zip(rows, drawn.items(), heights, strict=True):
         style_axes(axes, grid="x")
         axes.set_title(title, fontsize=FONT_SIZE, loc="left", fontweight="bold")
         axes.set_ylim(height, 0)
@@ -113,10 +113,10 @@ def draw(document: results.Document) -> "Figure":
             shown.setdefault(kind, axes.patches[-1])
         axes.axvline(1.0, color=DARK, linewidth=1.2)
     rows[-1].set_xlabel("ratio to the same without a gate (log scale); left of 1 is less", fontsize=FONT_SIZE)
-    several = any(len(bar.ratios) > 1 for bars, _ in found.values() for bar in bars)
-    told = "\nBar and number: geometric mean over shapes and formats. Thin line below: smallest to largest"
+    several = any(len(bar.ratios) > 1 for bars, _ in drawn.values() for bar in bars)
+    explanation = "\nBar and number: geometric mean over shapes and formats. Thin line below: smallest to largest"
     figure.suptitle(
-        f"{_where(document)}, {document['settings'].get('dtype', 'float32')}{told * several}",
+        f"{_where(document)}, {document['settings'].get('dtype', 'float32')}{explanation * several}",
         fontsize=SMALL_FONT_SIZE,
         x=0.01,
         ha="left",
@@ -134,16 +134,16 @@ def _bars(
     bars: list[_Bar] = []
     ticks = []
     place = _SPACE
-    for case, label, one, names in groups:
+    for case, label, baseline, names in groups:
         keys = [key for key in cases if key.startswith(case + "/")]
-        present = _present(cases, keys, one, names)
+        present = _present(cases, keys, baseline, names)
         if not present:
             continue
         ticks.append((place + _BAR * len(present) / 2, label))
         space = max(0.0, 2 * 0.17 - _BAR * len(present))  # a label has two lines
         place += space / 2
         for name in present:
-            bars.append(_Bar(name, [value(cases[key], name, one) for key in keys], place))
+            bars.append(_Bar(name, [value(cases[key], name, baseline) for key in keys], place))
             place += _BAR
         place += space / 2 + _SPACE
         ticks[-1] = (place - _SPACE - (space + _BAR * len(present)) / 2, label)
@@ -151,7 +151,7 @@ def _bars(
 
 
 def _scale(axes: "Axes", ratios: Sequence[float]) -> None:
-    """A log axis around 1 with room for numbers, and ticks that are few and round."""
+    """Set a log axis around 1 with room for numbers, and a few round ticks."""
     low, high = min(1.0, *ratios), max(1.0, *ratios)
     room = 0.09 * math.log(high / low) + 0.01
     low, high = low * math.exp(-room), high * math.exp(room)
@@ -207,16 +207,16 @@ def _where(document: results.Document) -> str:
 
 
 def _present(
-    cases: Mapping[str, Mapping[str, Any]], keys: Sequence[str], one: str, names: Sequence[str]
+    cases: Mapping[str, Mapping[str, Any]], keys: Sequence[str], baseline: str, names: Sequence[str]
 ) -> tuple[str, ...]:
-    """Those of the names, plain and compiled, that were measured in every case."""
+    """The names, plain and compiled, that were measured in every case."""
     if not keys:
         return ()
     measured = set.intersection(*(set(cases[key].get("seconds") or cases[key]["saved_bytes"]) for key in keys))
-    if _is_compiled(one):
+    if _is_compiled(baseline):
         return tuple(name for name in names if name in measured)
-    wanted = (*(kind for name in names for kind in (name, f"{name} compiled")), f"{one} compiled")
-    return tuple(name for name in wanted if one in measured and name in measured)
+    wanted = (*(kind for name in names for kind in (name, f"{name} compiled")), f"{baseline} compiled")
+    return tuple(name for name in wanted if baseline in measured and name in measured)
 
 
 def _kind(name: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks import results
 from benchmarks.tables import report
 
-#: What shows a result file, by the command that wrote it.
+#: The module that shows a result file, by the command that wrote the file.
 SHOWN_BY = {
     "benchmarks.cpu": "benchmarks.report",
     "benchmarks.gpu": "benchmarks.report",
@@ -17,16 +17,16 @@ SHOWN_BY = {
 
 
 def show(document: results.Document, plot: Path | None) -> None:
-    """Print the tables, and draw the picture where a file is named and there is something to draw."""
+    """Print the tables, and draw the picture if a file is named and there is something to draw."""
     print(report(document))
     if plot:
         from benchmarks.gates import draw_gates, measured_gates
         from benchmarks.picture import draw
 
         cases = document["cases"]
-        of_gates_alone = measured_gates(cases) and all(key.startswith("gates/") for key in cases)
+        has_only_gates = measured_gates(cases) and all(key.startswith("gates/") for key in cases)
         try:
-            figure = (draw_gates if of_gates_alone else draw)(document)
+            figure = (draw_gates if has_only_gates else draw)(document)
         except ValueError as error:
             print(f"no picture {plot}: {error}")
         else:
@@ -34,31 +34,31 @@ def show(document: results.Document, plot: Path | None) -> None:
 
 
 def check_shown_by(module: str, document: results.Document, file: Path) -> None:
-    """Refuse a file of a command whose files are not shown here.
+    """Raise unless a module shows the result files of the command that wrote a file.
 
     Raises:
-        ValueError: it names who wrote the file, whose files are shown, and who shows this one.
+        ValueError: it does not; the message names the writer, what the module shows, and the right module.
     """
     writer = re.search(r"python -m (\S+)", document.get("command", ""))
     name = writer[1] if writer else "a command that it does not name"
     viewer = SHOWN_BY.get(name)
     if viewer == module:
         return
-    shown = " and ".join(each for each, by in SHOWN_BY.items() if by == module)
+    writers = " and ".join(writer for writer, shower in SHOWN_BY.items() if shower == module)
     remedy = f"; python -m {viewer} {file} shows this one" if viewer else ""
-    raise ValueError(f"{file} was written by {name}: {module} shows files of {shown}{remedy}")
+    raise ValueError(f"{file} was written by {name}: {module} shows files of {writers}{remedy}")
 
 
 def show_again(
     argv: Sequence[str] | None, show: Callable[[results.Document, Path | None], None], module: str, example: str
 ) -> None:
-    """A command that shows a result file without measuring.
+    """Run a command that shows a result file without measuring.
 
     Args:
         argv: Its arguments.
         show: Prints the tables of a document, and draws its picture into a file.
-        module: That is run.
-        example: A result file and what follows it.
+        module: The module that is run.
+        example: A result file and options, for the help.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}",

@@ -1,4 +1,4 @@
-"""The result file: everything that was measured and what it was measured on, written after every case."""
+"""The result file: all measurements, and the machine and settings they were made with; written after every case."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from ecanet.files.atomic import write_whole
 
-#: A run that differs in one of these is another run.
+#: A run can only be resumed if these are the same.
 _SAME = ("settings", "machine", "versions", "kernels", "commit")
 
 Document = dict[str, Any]
@@ -21,7 +21,7 @@ def read(path: Path) -> Document:
     """Read a result file.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a result file.
     """
     try:
         document = json.loads(path.read_text())
@@ -33,20 +33,20 @@ def read(path: Path) -> Document:
 
 
 def resume(path: Path, header: Document) -> Document:
-    """What an earlier run has found, to go on with; no cases where there is no file.
+    """The document of an earlier run, to be continued; without cases if there is no file.
 
     Args:
         path: The result file.
-        header: What is measured now, and on what.
+        header: Settings and machine of the present run.
 
     Raises:
-        ValueError: the file was measured in another way, on another machine or from another commit.
+        ValueError: the file was measured with other settings, on another machine or from another commit.
     """
     if not path.exists():
         return {"cases": {}}
     before = read(path)
     for name in _SAME:
-        if _given(before.get(name)) != _given(header[name]):
+        if _without_ceilings(before.get(name)) != _without_ceilings(header[name]):
             raise ValueError(
                 f"{path} cannot be resumed, its {name} differ: {before.get(name)} there, {header[name]} now; "
                 "measure again without --resume, or write to another file"
@@ -54,15 +54,15 @@ def resume(path: Path, header: Document) -> Document:
     return before
 
 
-def _given(value: Any) -> Any:
-    """Without what is measured anew in every run: the ceilings of the GPU."""
+def _without_ceilings(value: Any) -> Any:
+    """A header's value without what every run measures again: the ceilings of the GPU."""
     if not isinstance(value, dict) or "gpu" not in value:
         return value
     return {**value, "gpu": {k: v for k, v in (value["gpu"] or {}).items() if "_per_second" not in k}}
 
 
 def _dumps(document: Document) -> str:
-    """Indented, but a case a line: the file stays short and its differences readable."""
+    """Indented JSON with one line per case: the file stays short and its differences readable."""
     rest = {name: value for name, value in document.items() if name != "cases"}
     cases = ",\n".join(f"    {json.dumps(key)}: {json.dumps(case)}" for key, case in document["cases"].items())
     head = json.dumps(rest, indent=2, ensure_ascii=False).removesuffix("\n}")

@@ -32,14 +32,14 @@ def measure_all(
 
     Args:
         cases: What to measure.
-        document: Header and cases of the result file; ``failed`` and ``skipped`` cases are told there.
+        document: Header and cases of the result file; ``failed`` and ``skipped`` cases are recorded in it.
         path: The file.
-        command: From the document to what makes it again.
-        deadline: Of :func:`time.monotonic`: no case is begun afterwards.
+        command: Returns the command that makes the document again.
+        deadline: The time of :func:`time.monotonic` after which no case starts.
     """
     todo = [case for case in cases if case.key not in document["cases"]]
     failed, skipped = document.setdefault("failed", {}), document.setdefault("skipped", [])
-    gc.freeze()  # take_turns collects garbage; not among what was imported, again and again
+    gc.freeze()  # take_turns collects garbage: it need not look through all imported modules each time
     try:
         for i, case in enumerate(todo, start=1):
             prefix = f"[{i:>{len(str(len(todo)))}}/{len(todo)}] {case.key}"
@@ -66,10 +66,10 @@ def measure_all(
 
 
 def finish(document: results.Document, path: Path) -> None:
-    """Sum up what was measured, and write it.
+    """Summarise what was measured, and write it.
 
     Raises:
-        RuntimeError: nothing was.
+        RuntimeError: all cases failed.
     """
     for name in ("failed", "skipped"):
         if not document.get(name):
@@ -83,7 +83,7 @@ def finish(document: results.Document, path: Path) -> None:
 
 
 def free_memory() -> None:
-    """Give back what a GPU's last case has left."""
+    """Free the memory that the last case left on a GPU."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -127,23 +127,23 @@ def _measure(case: Case, settings: dict[str, Any], prefix: str) -> dict[str, Any
 
 
 def _disagreements(work: Work, device: str) -> list[str]:
-    """What competitors that should agree do not agree in: on a CPU an error.
+    """Messages about competitors that should agree and do not. On a CPU that is an error.
 
-    On a GPU it is told as wrong; its time says something all the same, and is lent.
+    On a GPU the case is reported as wrong and timed all the same: its time still says something.
     """
-    found = []
+    messages = []
     for names in work.agree:
         try:
             check_agreement(work.competitors, names, work.tolerance, work.poison_bytes)
         except RuntimeError as error:
             if device == "cpu":
                 raise
-            found.append(str(error))
-    return found
+            messages.append(str(error))
+    return messages
 
 
 def _peak(competitor: Competitor) -> int | None:
-    """Bytes of a GPU's memory that one call takes at most, beside what stays."""
+    """Peak of the GPU's memory during one call, in bytes, above what was allocated before."""
     if not torch.cuda.is_available():
         return None
     before = torch.cuda.memory_allocated()
@@ -155,17 +155,17 @@ def _peak(competitor: Competitor) -> int | None:
 
 
 def _restart(line: str) -> str:
-    """What replaces the line on a terminal; elsewhere the line stands already."""
+    """The text that starts the line again on a terminal; empty elsewhere, where the line is already printed."""
     return f"\r\x1b[K{line}" if sys.stderr.isatty() else ""
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Tell about progress."""
+    """Print progress to standard error."""
     print(text, end=end, file=sys.stderr, flush=True)
 
 
 def positive(value: str) -> int:
-    """An option that counts something."""
+    """Parse an option that must be an integer of 1 or more."""
     if not value.isdecimal() or int(value) < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
     return int(value)

@@ -15,15 +15,15 @@ PASSES = ("squeeze", "moments", "batch_moments", "apply_", "apply_backward", "in
 
 @dataclass(frozen=True)
 class Target:
-    """What the library sets out to reach: a ratio, and what it must not exceed.
+    """A ratio that the library sets out to reach, and its limit.
 
     Attributes:
-        case: Group and name.
-        ours: What is compared ...
-        other: ... with what.
-        limit: Of the ratio.
-        worst: The largest ratio over the shapes counts, instead of their geometric mean.
-        each_format: Memory formats count one by one.
+        case: Group and name of the case.
+        ours: The competitor in the numerator.
+        other: The competitor in the denominator.
+        limit: What the ratio must not exceed.
+        worst: Whether the largest ratio over the shapes counts, instead of their geometric mean.
+        each_format: Whether each memory format is judged by itself.
         of: ``time``, or ``memory``: the peak of a call.
         least_bytes: Smaller maps do not count.
     """
@@ -69,8 +69,8 @@ CPU_TARGETS = (
 
 
 #: Every pass at 85 % of a copy's bandwidth; the tail as fast as compiled norm, addition and ReLU, and 1.25 times as
-#: fast as with timm's gate; networks at 0.98 of the images a second of the network without a gate and 1.12 times those
-#: with timm's, compiled alike.
+#: fast as with timm's gate; networks at 0.98 of the images per second of the network without a gate and 1.12 times
+#: those with timm's, all compiled.
 GPU_TARGETS = (
     *(Target(f"op/{op}", "ecanet", "roofline", 1 / 0.85, least_bytes=64 * 2**20, worst=True) for op in PASSES),
     Target("training/tail", "ecanet compiled", "no gate compiled", 1.0, each_format=True),
@@ -87,12 +87,12 @@ GPU_TARGETS = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a target fared.
+    """Whether a target was met.
 
     Attributes:
         what: The ratio in words.
         limit: What it must not exceed.
-        ratio: What it is.
+        ratio: The measured ratio.
         verdict: ``met``; ``within noise`` if only the interval reaches the limit; or ``missed``.
     """
 
@@ -103,29 +103,29 @@ class Verdict:
 
 
 def targets(settings: Mapping[str, Any]) -> tuple[Target, ...]:
-    """Those for the device that was measured."""
+    """The targets for the device that was measured."""
     return GPU_TARGETS if settings.get("device", "cpu") == "cuda" else CPU_TARGETS
 
 
 def verdicts(cases: Cases, among: tuple[Target, ...] = CPU_TARGETS) -> list[Verdict]:
-    """Every target of which something was measured."""
+    """A verdict on every target for which there are measurements."""
     found = []
     for target in among:
         for where, keys in _keys_of(cases, target):
             if target.worst:
                 keys = [max(keys, key=lambda key: ratio(cases, [key], target.ours, target.other).value)]
                 where = "worst: " + " ".join(keys[0].split("/")[2:])
-            found_ratio = ratio(cases, keys, target.ours, target.other, target.of)
-            verdict = "within noise" if found_ratio.low <= target.limit else "missed"
-            verdict = "met" if found_ratio.value <= target.limit else verdict
+            measured = ratio(cases, keys, target.ours, target.other, target.of)
+            verdict = "within noise" if measured.low <= target.limit else "missed"
+            verdict = "met" if measured.value <= target.limit else verdict
             memory = ", peak memory" * (target.of == "memory")
             what = f"{target.case}{memory}, {where}: {target.ours} / {target.other}"
-            found.append(Verdict(what, round(target.limit, 3), found_ratio, verdict))
+            found.append(Verdict(what, round(target.limit, 3), measured, verdict))
     return found
 
 
 def _keys_of(cases: Cases, target: Target) -> Iterator[tuple[str, list[str]]]:
-    """Words and keys of what counts together."""
+    """Groups of cases that are judged together: a description and the keys of each."""
     names = {target.ours, target.other} - {"roofline"}
     keys = [k for k in _of(cases, target.case) if names <= set(_measured(cases[k]))]
     keys = [k for k in keys if cases[k].get("map_bytes", 0) >= target.least_bytes]
@@ -151,7 +151,7 @@ def _measured(case: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def ratio(cases: Cases, keys: list[str], ours: str, other: str, of: str = "time") -> Ratio:
-    """Geometric mean of ``ours / other`` over some cases; ``roofline`` is what a copy of as many bytes takes."""
+    """Geometric mean of ``ours / other`` over some cases; ``roofline`` is the time of a copy of as many bytes."""
     if of == "memory":
         exact = geometric_mean([cases[key]["peak_bytes"][ours] / cases[key]["peak_bytes"][other] for key in keys])
         return Ratio(exact, exact, exact)
@@ -173,7 +173,7 @@ def value(case: Mapping[str, Any], ours: str, other: str) -> float:
 
 
 def _seconds_of_copies(case: Mapping[str, Any]) -> list[float]:
-    """What copying as many bytes as the case must move takes, in each round."""
+    """The time to copy as many bytes as the case must move, in each round."""
     return [case["maps"] / 2 * seconds for seconds in case["seconds"]["copy"]]
 
 
@@ -203,7 +203,7 @@ def summary(cases: Cases, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pairs(names: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the columns compare."""
+    """The pairs of competitors that the columns compare."""
     ours = [name for name in names if name.startswith("ecanet")]
     others = [name for name in names if name != "copy" and name not in ours]
     pairs = []
@@ -215,7 +215,7 @@ def _pairs(names: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def report(document: results.Document) -> str:
-    """All tables, targets last."""
+    """All tables; the targets come last."""
     cases: Cases = document["cases"]
     machine, versions = document["machine"], document["versions"]
     gpu = machine.get("gpu")
@@ -263,7 +263,7 @@ def _checks(checks: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _compilation(compiled: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Seconds of first calls of compiled networks, in processes beside others."""
+    """Seconds of first calls of compiled networks, while other processes were running."""
     seconds = {what: s for job in compiled.values() for what, s in job.get("seconds", {}).items() if "network/" in what}
     if not seconds:
         return []
@@ -318,7 +318,7 @@ def _heading(ours: str, other: str) -> str:
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
-    """Columns of text, the first to the left, the others to the right."""
+    """Columns of text, the first left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()

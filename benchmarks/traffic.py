@@ -16,7 +16,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torchvision.ops import SqueezeExcitation
 
 import ecanet
-from benchmarks import pretended_gpu, results, run
+from benchmarks import results, run, simulated_gpu
 from benchmarks.cases import MEMORY_FORMATS, STAGES, FusedTail, Tail
 from benchmarks.machine import describe
 from benchmarks.networks import NETWORKS
@@ -28,12 +28,12 @@ _BATCH = 128
 
 
 class Traffic(NamedTuple):
-    """What a step or a call moves.
+    """What one training step or one call moves.
 
     Attributes:
         forward: Bytes that kernels read and write.
         backward: Likewise; 0 at inference.
-        kernels: So many are launched.
+        kernels: Number of kernels that are launched.
     """
 
     forward: int
@@ -42,11 +42,11 @@ class Traffic(NamedTuple):
 
 
 class Case(NamedTuple):
-    """One row.
+    """One row of the table.
 
     Attributes:
-        name: Of what is compiled.
-        shape: Of its input.
+        name: Name of what is compiled.
+        shape: Shape of its input.
         memory_format: ``contiguous`` or ``channels_last``.
         training: Whether there is a backward pass.
         builders: Competitors by name.
@@ -69,7 +69,7 @@ def cases(quick: bool) -> Iterator[Case]:
     """Tails of the four stages of a ResNet-50, and networks.
 
     Args:
-        quick: Small ones.
+        quick: One small tail.
     """
     for channels, height, width in [(64, 28, 28)] if quick else STAGES:
         for memory_format in ("channels_last",) if quick else MEMORY_FORMATS:
@@ -89,23 +89,23 @@ def cases(quick: bool) -> Iterator[Case]:
 
 
 def count(case: Case, build: Callable[[], nn.Module]) -> Traffic:
-    """Compile one competitor for a pretended GPU."""
-    found: dict[bool, pretended_gpu.Written] = {}
+    """Compile one competitor for a simulated GPU, and count what it moves."""
+    generated: dict[bool, simulated_gpu.GeneratedCode] = {}
     with FakeTensorMode():
         model = _in_bfloat16(build()).train(case.training)
         maps = [_map(case) for _ in range(2 if case.name == "tail" else 1)]
         with ecanet.backend("reference"), torch.set_grad_enabled(case.training):  # as on a GPU: no kernels of a CPU
             graphs: dict[bool, tuple[torch.fx.GraphModule, list[Any]]] = {}
-            out = pretended_gpu.capture(
+            out = simulated_gpu.capture(
                 lambda inputs: model(*inputs), maps, lambda back, *graph: graphs.update({back: graph})
             )
             if case.training:
                 wanted = [*(maps if case.name == "tail" else ()), *model.parameters()]
                 torch.autograd.grad(out, wanted, torch.empty_like(out))
     for is_backward, (graph, inputs) in graphs.items():
-        found[is_backward] = pretended_gpu.write(*_on_gpu(graph, inputs), is_backward)
-    backward = found[True].bytes if case.training else 0
-    return Traffic(found[False].bytes, backward, sum(written.kernels for written in found.values()))
+        generated[is_backward] = simulated_gpu.generate(*_on_gpu(graph, inputs), is_backward)
+    backward = generated[True].bytes if case.training else 0
+    return Traffic(generated[False].bytes, backward, sum(code.kernels for code in generated.values()))
 
 
 def _map(case: Case) -> Tensor:
@@ -114,7 +114,7 @@ def _map(case: Case) -> Tensor:
 
 
 def _in_bfloat16(model: nn.Module) -> nn.Module:
-    """Weights as autocast gives them to convolutions; norms stay in float32. Without dropout."""
+    """The model with weights as autocast gives them to convolutions, norms in float32, and no dropout."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -127,7 +127,7 @@ def _in_bfloat16(model: nn.Module) -> nn.Module:
 
 
 def _on_gpu(graph: torch.fx.GraphModule, inputs: list[Any]) -> tuple[torch.fx.GraphModule, list[Any]]:
-    """The graph, captured on the CPU since autograd asks the driver of a GPU, for tensors on one."""
+    """The graph for tensors on a GPU. It was captured on the CPU, because autograd asks a GPU's driver."""
     graph = copy.deepcopy(graph)
     for node in graph.graph.nodes:
         if "device" in node.kwargs:
@@ -160,22 +160,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.traffic",
         description="Count the bytes that compiled networks with a gate and without move through a GPU's memory in a "
-        "step of training and at inference. There need not be a GPU: Inductor writes its code for an H100 and counts. "
-        "It is no measurement of time; kernels bound by memory take time in proportion.",
+        "step of training and at inference. No GPU is needed: Inductor generates code for an H100 and counts. "
+        "This does not measure time; kernels bound by memory take time in proportion.",
         epilog="Example: python -m benchmarks.traffic --quick",
     )
-    parser.add_argument("--quick", action="store_true", help="one small tail: does it run?")
+    parser.add_argument("--quick", action="store_true", help="one small tail, to see whether it runs")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="default: benchmarks/results/traffic.json")
     args = parser.parse_args(argv)
     path = args.out or Path(f"benchmarks/results/{'quick-' * args.quick}traffic.json")
     document: results.Document = {
         "command": f"{parser.prog}{' --quick' * args.quick}",
-        "settings": {"gpu": "H100, pretended", "batch": _BATCH, "dtype": "bfloat16", "quick": args.quick},
+        "settings": {"gpu": "H100, simulated", "batch": _BATCH, "dtype": "bfloat16", "quick": args.quick},
         **describe(torch.get_num_threads()),
         "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
         "cases": {},
     }
-    pretended_gpu.start()
+    simulated_gpu.start()
     warnings.filterwarnings("ignore", "Your compiler for AOTAutograd")
     for case in cases(args.quick):
         run.say(case.key)

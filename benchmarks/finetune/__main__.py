@@ -1,4 +1,4 @@
-"""Fine-tune a trained network with gates put in, two ways and without: ``python -m benchmarks.finetune --help``."""
+"""Fine-tune a trained network without gates, and with gates inserted in two ways; see ``--help``."""
 
 import argparse
 import time
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run_all(document: results.Document, seeds: int, path: Path) -> None:
-    """Seed by seed, so that an early stop leaves pairs; the file is written after each run."""
+    """Run seed by seed, so that an early stop leaves pairs; write the file after each run."""
     jobs = [(way, seed) for seed in range(seeds) for way in WAYS]
     todo = [(way, seed) for way, seed in jobs if key(way, seed) not in document["cases"]]
     for i, (way, seed) in enumerate(todo, start=1):
@@ -70,7 +70,7 @@ def _run_all(document: results.Document, seeds: int, path: Path) -> None:
 
 
 def _command(document: results.Document) -> str:
-    """What makes the file again, however many runs it took."""
+    """The command that makes the file again in one run, however many runs it took."""
     settings, threads = document["settings"], document["machine"]["threads"]
     words = [f"OMP_NUM_THREADS={threads} python -m benchmarks.finetune --threads {threads}"]
     words += [f"--network {settings['network']} --seeds {len(seeds_of(document))}"]
@@ -113,16 +113,16 @@ def _parser() -> argparse.ArgumentParser:
         "--network", choices=tuple(pretrained.NETWORKS), default="mobilenet_v2", help="(default: mobilenet_v2)"
     )
     parser.add_argument("--seeds", type=run.positive, default=5, help="0, 1, ...: runs of each way (default: 5)")
-    parser.add_argument("--steps", type=run.positive, default=60, help="of fine-tuning (default: 60)")
-    parser.add_argument("--batch", type=_several, default=32, help="pictures a step (default: 32)")
+    parser.add_argument("--steps", type=run.positive, default=60, help="steps of fine-tuning (default: 60)")
+    parser.add_argument("--batch", type=_several, default=32, help="pictures per step (default: 32)")
     parser.add_argument("--lr", type=_rate, default=1e-3, help="highest learning rate of AdamW (default: 0.001)")
     parser.add_argument("--size", type=_several, default=96, help="side of a picture in pixels (default: 96)")
     parser.add_argument("--held-out", type=run.positive, default=300, help="pictures to evaluate on (default: 300)")
     parser.add_argument("--threads", type=run.positive, default=1, help="threads of torch (default: 1)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run? The numbers mean nothing")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see if it runs; the numbers mean nothing")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help=f"default: {_RESULTS}/finetune-NETWORK.json")
-    parser.add_argument("--resume", action="store_true", help="keep the runs that the file has, do the others")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the picture, too")
+    parser.add_argument("--resume", action="store_true", help="keep the runs in the file, do the others")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the picture")
     return parser
 
 

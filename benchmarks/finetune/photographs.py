@@ -1,4 +1,4 @@
-"""What insertion leaves of trained networks: ``python -m benchmarks.finetune.photographs --help``."""
+"""How much trained networks still know after insertion: ``python -m benchmarks.finetune.photographs --help``."""
 
 import argparse
 import copy
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         images, labels = (values[: args.photographs] for values in pretrained.photographs(name))
         before = dict(_logits(network, images))
         for way in WAYS:
-            for seed in range(args.seeds if way == RANDOM else 1):  # nothing else is left to chance
+            for seed in range(args.seeds if way == RANDOM else 1):  # nothing else is random
                 key = f"{name}/{way}/seed {seed}"
                 run.say(key)
                 document["cases"][key] = measure(network, way, seed, images, labels, before)
@@ -58,15 +58,15 @@ def measure(
     Args:
         network: The trained network, in evaluation mode.
         way: One of :data:`benchmarks.finetune.runs.WAYS`.
-        seed: Of random gates.
+        seed: Seed of random gates.
         images: Photographs ``(N, 3, H, W)``.
         labels: Their classes ``(N,)``.
-        before: Logits of the network, by what norms go by.
+        before: Logits of the network without gates, by the statistics that norms use.
 
     Returns:
-        For norms that go by ``running`` statistics, as in evaluation, and by those of the ``batch``, as in training:
-        how many are ``right``, what the logits ``moved``, relative to their norm, and the 5, 50 and 95 % quantiles of
-        all ``gates``, None without any.
+        For norms that use ``running`` statistics, as in evaluation, and those of the ``batch``, as in training: how
+        many are ``right``, how far the logits ``moved``, relative to their norm, and the 5, 50 and 95 % quantiles of
+        all ``gates``, None without gates.
     """
     network = copy.deepcopy(network)
     torch.manual_seed(seed)
@@ -76,20 +76,20 @@ def measure(
     for module in network.modules():
         if isinstance(module, Gate):
             module.register_forward_pre_hook(lambda gate, args: gates.append(gate.gate(args[0].mean((2, 3))).flatten()))
-    found = {}
+    results_by_statistics = {}
     for statistics, logits in _logits(network, images):
-        found[statistics] = {
+        results_by_statistics[statistics] = {
             "right": int((logits.argmax(1) == labels).sum()),
             "moved": float(f"{float((logits - before[statistics]).norm() / before[statistics].norm()):.4g}"),
             "gates": [round(float(torch.cat(gates).quantile(q)), 3) for q in (0.05, 0.5, 0.95)] if gates else None,
         }
         gates.clear()
-    return found
+    return results_by_statistics
 
 
 @torch.no_grad()
 def _logits(network: nn.Module, images: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """By what the norms go by. The network's statistics stay as they are."""
+    """Logits by the statistics that norms use; the network's own statistics do not change."""
     yield "running", network(images)
     by_batch = copy.deepcopy(network)  # hooks and what they write to are shared
     for module in by_batch.modules():
@@ -99,7 +99,7 @@ def _logits(network: nn.Module, images: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def report(document: results.Document) -> str:
-    """One row a network and way."""
+    """One row for each network and way."""
     rows: list[list[str]] = [["network", "", *2 * ["right", "logits moved, %", "gates, 5 to 95 %"]]]
     for name in pretrained.NETWORKS:
         for way in WAYS:
@@ -115,7 +115,7 @@ def report(document: results.Document) -> str:
     return (
         f"{document['settings']['photographs']} photographs of ImageNet right after insertion, "
         f"{document['settings']['seeds']} random draws;\n"
-        "first norms by running statistics, as in evaluation, then by those of the batch, as in training\n"
+        "first with norms on running statistics, as in evaluation, then on those of the batch, as in training\n"
         + aligned(rows, left=2)
     )
 
@@ -129,9 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: OMP_NUM_THREADS=1 python -m benchmarks.finetune.photographs --seeds 5",
     )
     parser.add_argument("--seeds", type=run.positive, default=5, help="0, 1, ...: draws of random gates (default: 5)")
-    parser.add_argument(
-        "--photographs", type=run.positive, default=20, help="the first so many, at most 20 (default: 20)"
-    )
+    parser.add_argument("--photographs", type=run.positive, default=20, help="how many, at most 20 (default: 20)")
     parser.add_argument("--threads", type=run.positive, default=1, help="threads of torch (default: 1)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", default=_RESULT, help="default: %(default)s")
     return parser

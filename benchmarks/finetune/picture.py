@@ -1,4 +1,4 @@
-"""Figure of ``benchmarks.finetune``: what insertion leaves of a trained network, and how it learns afterwards."""
+"""Figure of ``benchmarks.finetune``: what a trained network still knows after insertion, and how it then learns."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLOURS = {way: colour for way, (colour, _) in looks(WAYS).items()}
-#: The yardstick is dashed and on top: where the function is kept, the lines lie on one another.
+#: The baseline is dashed and on top: if the function is kept, the lines lie on top of each other.
 _DASHES = {PLAIN: "--", KEPT: "-", RANDOM: "-"}
 _TICKS = {PLAIN: "no\ngate", KEPT: "function\nkept", RANDOM: "random\ngate"}
 
@@ -28,32 +28,32 @@ def draw(document: results.Document) -> "Figure":
     Raises:
         ImportError: matplotlib is missing.
     """
-    found = summary(document)
-    seeds = len(found["seeds"])
+    data = summary(document)
+    seeds = len(data["seeds"])
     figure = new_figure(6.8)
     (photographs, curves), (losses, differences) = figure.subplots(2, 2, width_ratios=(1, 1.25))
-    _draw_photographs(photographs, found["photographs_right"], document["settings"]["photographs"])
+    _draw_photographs(photographs, data["photographs_right"], document["settings"]["photographs"])
 
-    _style(curves, f"Evaluation (mean, and band of {seeds} seeds)", found["steps"], "top-1, held-out pictures (%)")
+    _style(curves, f"Evaluation (mean, and band of {seeds} seeds)", data["steps"], "top-1, held-out pictures (%)")
     for way in (KEPT, RANDOM, PLAIN):
         by_step = list(zip(*(run["top1"] for run in runs_of(document, way)), strict=True))
         mean = [statistics.fmean(values) for values in by_step]
-        _line(curves, way, found["steps"], mean, [min(v) for v in by_step], [max(v) for v in by_step])
+        _line(curves, way, data["steps"], mean, [min(v) for v in by_step], [max(v) for v in by_step])
     curves.set_ylim(bottom=0)
     curves.legend(loc="lower right", frameon=False, fontsize=SMALL_FONT_SIZE)
 
-    _style(losses, f"Training, norms by the batch (mean of {seeds} seeds)", found["steps"], "training loss")
+    _style(losses, f"Training, batch statistics (mean of {seeds} seeds)", data["steps"], "training loss")
     for way in (KEPT, RANDOM, PLAIN):
         mean = [statistics.fmean(v) for v in zip(*(run["train_loss"] for run in runs_of(document, way)), strict=True)]
         losses.plot(range(1, 1 + len(mean)), mean, color=_COLOURS[way], linestyle=_DASHES[way], linewidth=1.5)
     losses.set_ylim(bottom=0)
 
-    _style(differences, "Paired by seed (mean, and 95 % interval)", found["steps"], f"top-1 - that of {PLAIN} (points)")
+    _style(differences, "Paired by seed (mean, and 95 % interval)", data["steps"], f"top-1 - that of {PLAIN} (points)")
     differences.axhline(0, color=DARK, linewidth=1, linestyle="--", zorder=3)
     for way in (KEPT, RANDOM):
-        cells = [found["difference"][f"{way} - {PLAIN}"][str(step)] for step in found["steps"]]
+        cells = [data["difference"][f"{way} - {PLAIN}"][str(step)] for step in data["steps"]]
         low, high = [c["low"] for c in cells], [c["high"] for c in cells]
-        _line(differences, way, found["steps"], [c["mean"] for c in cells], low, high)
+        _line(differences, way, data["steps"], [c["mean"] for c in cells], low, high)
     return figure
 
 
@@ -94,7 +94,7 @@ def _line(
     low: Sequence[float | None],
     high: Sequence[float | None],
 ) -> None:
-    """A mean with its band; one seed has none."""
+    """Draw a mean with its band; a single seed has no band."""
     if None not in (*low, *high):
         axes.fill_between(steps, low, high, color=_COLOURS[way], alpha=0.15, linewidth=0)
     axes.plot(

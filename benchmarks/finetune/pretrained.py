@@ -1,7 +1,7 @@
-"""Networks trained on ImageNet and photographs of its classes, where packages that carry them are installed.
+"""Networks trained on ImageNet and photographs of its classes, if the packages that contain them are installed.
 
-Nothing of these packages is imported or copied: they are data, and the files are found through their metadata. The
-photographs are read as they are and enlarged or cut as each network was trained.
+Nothing in these packages is imported or copied: they are data, and the files are found through their metadata. The
+photographs are resized and cropped as in the training of each network.
 """
 
 import functools
@@ -25,12 +25,12 @@ class Pretrained(NamedTuple):
     """A network with trained weights in an installed package.
 
     Attributes:
-        package: The distribution whose one .pth file has them.
-        mean: Of the channels of pixels in 0..1, as it was trained.
-        std: Standard deviation, as above.
-        right: How many of the 20 photographs it classifies right.
-        build: The architecture, with other weights.
-        rename: From the file's state dict to the architecture's keys.
+        package: The distribution whose only .pth file has them.
+        mean: Mean of each channel in its training, for pixels in 0..1.
+        std: Standard deviation, likewise.
+        right: How many of the 20 photographs it classifies correctly.
+        build: Builds the architecture, with other weights.
+        rename: Gives the file's state dict the architecture's keys.
     """
 
     package: str
@@ -48,7 +48,7 @@ def _efficientnet_lite0() -> nn.Module:
 
 
 def _by_position(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """Other names for the same tensors in the same order: strict loading checks the count, and every shape."""
+    """The same tensors in the same order under the network's names; strict loading then checks every shape."""
     return dict(zip(network.state_dict(), state.values(), strict=True))
 
 
@@ -78,7 +78,7 @@ def load(name: str) -> nn.Module:
     """A network of :data:`NETWORKS` with its trained weights, in evaluation mode.
 
     Raises:
-        ModuleNotFoundError: the package that carries them is not installed.
+        ModuleNotFoundError: the package that contains them is not installed.
     """
     info = NETWORKS[name]
     network = info.build()
@@ -90,11 +90,11 @@ def weights(name: str, network: nn.Module) -> dict[str, Tensor]:
     """The state dict in the package's file, under the keys of the architecture.
 
     Args:
-        name: Of a network of :data:`NETWORKS`.
-        network: One of that architecture, for its keys.
+        name: Name in :data:`NETWORKS`.
+        network: A network of that architecture, for its keys.
 
     Raises:
-        ModuleNotFoundError: the package that carries them is not installed.
+        ModuleNotFoundError: the package that contains them is not installed.
     """
     info = NETWORKS[name]
     (file,) = _files(info.package, "*.pth")
@@ -110,14 +110,14 @@ def photographs(name: str) -> tuple[Tensor, Tensor]:
         ``(20, 3, 224, 224)`` and ``(20,)``.
 
     Raises:
-        ModuleNotFoundError: the package that carries them is not installed.
+        ModuleNotFoundError: the package that contains them is not installed.
     """
     pixels, labels = _photographs()
     return v2.Normalize(NETWORKS[name].mean, NETWORKS[name].std)(pixels), labels
 
 
 def right(network: nn.Module, images: Tensor, labels: Tensor) -> int:
-    """How many images a network classifies right."""
+    """How many images a network classifies correctly."""
     with torch.no_grad():
         return int((network(images).argmax(1) == labels).sum())
 
@@ -126,7 +126,7 @@ def missing(*names: str) -> str | None:
     """What is not installed, and how to install it; None if everything is.
 
     Args:
-        names: Of the networks of :data:`NETWORKS` that are wanted, with the photographs.
+        names: Names in :data:`NETWORKS` of the networks that are needed, besides the photographs.
     """
     absent = []
     for package in (*(NETWORKS[name].package for name in names), PHOTOGRAPHS_IN):

@@ -9,7 +9,7 @@ from benchmarks.report import show_again
 
 
 def show(document: results.Document, plot: Path | None) -> None:
-    """Print the tables, and draw the picture where a file is named."""
+    """Print the tables, and draw the picture if a file is named."""
     print(report(document))
     if plot:
         from benchmarks.finetune.picture import draw

@@ -1,4 +1,4 @@
-"""One run of ``benchmarks.finetune``: a trained network, gates or none put into it, some steps on other pictures."""
+"""One run of ``benchmarks.finetune``: a trained network, with gates or without, and some steps on other pictures."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -15,11 +15,11 @@ from ecanet.train import DataConfig
 from ecanet.train.data import TensorImages, embedded
 from ecanet.train.data.loading import EpochSampler, test_transform
 
-#: The yardstick first. In the others ECA follows every block, and ``preserve`` is what tells them apart.
+#: The baseline first. In the others ECA follows every block; they differ in ``preserve``.
 PLAIN, KEPT, RANDOM = "no gate", "ECA, function kept", "ECA, random gate"
 WAYS: Mapping[str, bool | None] = {PLAIN: None, KEPT: True, RANDOM: False}
 CLASSES = 10
-#: Share of the steps after which the network is evaluated; closer at the start, where the ways differ.
+#: Shares of the steps after which the network is evaluated; denser at the start, where the ways differ.
 EVALUATED_AT = (0, 1 / 12, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 3 / 4, 1)
 _WARMUP_STEPS = 5
 _EVALUATION_BATCH = 100
@@ -29,9 +29,9 @@ class Inserted(NamedTuple):
     """A network right after insertion, still with the classifier it was trained with.
 
     Attributes:
-        network: With the new classifier already.
+        network: The network, already with the new classifier.
         photographs_right: How many of the photographs the old classifier gets right.
-        logits_moved: Norm of what the logits of the photographs differ by, relative to the norm before insertion.
+        logits_moved: Norm of the change of the photographs' logits, relative to their norm before insertion.
     """
 
     network: nn.Module
@@ -45,13 +45,13 @@ def evaluated_after(steps: int) -> list[int]:
 
 
 def insert(name: str, way: str, seed: int, photographs: int) -> Inserted:
-    """Load the trained network, put gates in, judge it on photographs, and give it a new classifier.
+    """Load the trained network, insert gates, evaluate it on photographs, and give it a new classifier.
 
     Args:
-        name: Of a network of :data:`benchmarks.finetune.pretrained.NETWORKS`.
+        name: Name in :data:`benchmarks.finetune.pretrained.NETWORKS`.
         way: One of :data:`WAYS`.
-        seed: Of the new classifier, the same for every way, and of random gates.
-        photographs: How many to judge it on, at most 20.
+        seed: Seed of the new classifier, the same for every way, and of random gates.
+        photographs: How many photographs to use, at most 20.
     """
     network = pretrained.load(name)
     torch.manual_seed(seed)
@@ -74,20 +74,20 @@ def insert(name: str, way: str, seed: int, photographs: int) -> Inserted:
 def finetune(
     way: str, seed: int, settings: Mapping[str, Any], on_evaluation: Callable[[int, float], None]
 ) -> dict[str, Any]:
-    """Fine-tune all weights and say how it went.
+    """Fine-tune all weights, and return how it went.
 
     The same seed gives every way the same classifier, the same pictures in the same order and the same dropout.
 
     Args:
         way: One of :data:`WAYS`.
-        seed: The run's.
+        seed: Seed of the run.
         settings: ``network`` (its name), ``steps``, ``batch``, ``lr``, ``size`` (pixels), ``held_out`` (pictures),
             ``photographs``.
         on_evaluation: Called with the number of steps done and top-1 in per cent.
 
     Returns:
         ``photographs_right``, ``logits_moved``; ``steps`` and for each of them ``top1`` in per cent and ``loss``, both
-        on the held-out pictures; ``train_loss`` of every step, whose norms go by the batch; ``seconds``.
+        on the held-out pictures; ``train_loss`` of every step, with norms on batch statistics; ``seconds``.
     """
     start = time.monotonic()
     splits = embedded()
@@ -146,7 +146,7 @@ def _evaluate(network: nn.Module, images: Tensor, labels: Tensor) -> tuple[float
 
 
 def _schedule(step: int, steps: int) -> float:
-    """Factor on the learning rate: up in a few steps, then down to nothing in a straight line."""
+    """Factor on the learning rate: a linear rise over a few steps, then a linear decay to 0."""
     return min(1.0, (step + 1) / _WARMUP_STEPS) * (1 - step / steps)
 
 

@@ -12,26 +12,26 @@ from ecanet.study import Comparison, Difference, Run, paired_difference
 
 #: What is compared, the first minus the second.
 PAIRS = ((KEPT, PLAIN), (RANDOM, PLAIN), (KEPT, RANDOM))
-#: Of the mean over the evaluations after the first, where no way has learned anything yet.
+#: Key of the mean over all evaluations but the first, before which no way has learned anything.
 AVERAGE = "average"
 
 
 def key(way: str, seed: int) -> str:
-    """Under which a result file has a run."""
+    """The key of a run in a result file."""
     return f"{way}/seed {seed}"
 
 
 def seeds_of(document: results.Document) -> list[int]:
     """Seeds that every way was run with."""
-    found = [{int(name.rpartition(" ")[2]) for name in document["cases"] if name.startswith(f"{way}/")} for way in WAYS]
-    return sorted(set.intersection(*found))
+    seeds = [{int(name.rpartition(" ")[2]) for name in document["cases"] if name.startswith(f"{way}/")} for way in WAYS]
+    return sorted(set.intersection(*seeds))
 
 
 def summary(document: results.Document) -> dict[str, Any]:
     """Means, spreads and paired differences with their intervals, from the runs of a result file.
 
     Args:
-        document: With at least one seed that all ways were run with.
+        document: A result file with at least one seed that all ways were run with.
     """
     seeds = seeds_of(document)
     steps = runs_of(document, PLAIN)[0]["steps"]
@@ -70,7 +70,7 @@ def summary(document: results.Document) -> dict[str, Any]:
 
 
 def comparison(document: results.Document, point: int | str, baseline: str) -> Comparison:
-    """Every way after so many steps, or on average over the evaluations, paired by seed.
+    """Every way after a number of steps, or on average over the evaluations, paired by seed.
 
     Args:
         document: The result file.
@@ -91,23 +91,23 @@ def comparison(document: results.Document, point: int | str, baseline: str) -> C
 
 def report(document: results.Document) -> str:
     """The tables: what insertion did, accuracy by step, differences by step."""
-    found = summary(document)
-    points = [*found["steps"], AVERAGE]
-    photographs, seeds = document["settings"]["photographs"], len(found["seeds"])
+    data = summary(document)
+    points = [*data["steps"], AVERAGE]
+    photographs, seeds = document["settings"]["photographs"], len(data["seeds"])
     right = [
         [
             way,
-            from_to(found["photographs_right"][way]),
-            from_to([round(100 * v, 1) for v in found["logits_moved"][way]]),
+            from_to(data["photographs_right"][way]),
+            from_to([round(100 * v, 1) for v in data["logits_moved"][way]]),
         ]
         for way in WAYS
     ]
-    accuracy = [[way, *(f"{found['top1'][way][str(point)]['mean']:.1f}" for point in points)] for way in WAYS]
-    losses = [["to step", *map(str, found["steps"][1:])]]
-    losses += [[way, *(f"{loss:.2f}" for loss in found["train_loss"][way].values())] for way in WAYS]
+    accuracy = [[way, *(f"{data['top1'][way][str(point)]['mean']:.1f}" for point in points)] for way in WAYS]
+    losses = [["to step", *map(str, data["steps"][1:])]]
+    losses += [[way, *(f"{loss:.2f}" for loss in data["train_loss"][way].values())] for way in WAYS]
     differences = [
-        [pair, *(cell for point in points for cell in [_interval(found["difference"][pair][str(point)])])]
-        for pair in found["difference"]
+        [pair, *(cell for point in points for cell in [_interval(data["difference"][pair][str(point)])])]
+        for pair in data["difference"]
     ]
     head = ["steps", *map(str, points)]
     n = f"{seeds} seed{'' if seeds == 1 else 's'}"
@@ -117,9 +117,10 @@ def report(document: results.Document) -> str:
             + aligned([["", "right", "logits moved, %"], *right]),
             f"Top-1 on {document['settings']['held_out']} held-out pictures in per cent, mean of {n}\n"
             + aligned([head, *accuracy]),
-            f"Training loss since the evaluation before, where norms go by the batch, mean of {n}\n" + aligned(losses),
+            f"Training loss since the previous evaluation, with norms on batch statistics, mean of {n}\n"
+            + aligned(losses),
             "Difference in training loss over all steps, paired by seed, with 95 % intervals\n"
-            + "\n".join(f"{pair}: {_interval(d, 3)}" for pair, d in found["train_loss_difference"].items()),
+            + "\n".join(f"{pair}: {_interval(d, 3)}" for pair, d in data["train_loss_difference"].items()),
             f"Differences in points, paired by seed, with 95 % intervals (Student's t, {n})\n"
             + aligned(list(zip(*[head, *differences], strict=True))),
         ]
@@ -138,7 +139,7 @@ def _value(run: Mapping[str, Any], point: int | str) -> float:
 
 
 def _train_loss(document: results.Document, way: str) -> dict[int, float]:
-    """Mean over runs and the steps between two evaluations, by the later one."""
+    """Mean over runs and over the steps between two evaluations, by the step of the later one."""
     losses = [
         statistics.fmean(values) for values in zip(*(r["train_loss"] for r in runs_of(document, way)), strict=True)
     ]
@@ -146,7 +147,7 @@ def _train_loss(document: results.Document, way: str) -> dict[int, float]:
 
 
 def _train_loss_difference(document: results.Document, way: str, baseline: str) -> Difference:
-    """Of the mean over all steps."""
+    """The paired difference of the mean training loss over all steps."""
     pairs = zip(runs_of(document, way), runs_of(document, baseline), strict=True)
     return paired_difference([statistics.fmean(a["train_loss"]) - statistics.fmean(b["train_loss"]) for a, b in pairs])
 
@@ -172,11 +173,11 @@ def _interval(difference: Mapping[str, float | None], digits: int = 1) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Rows of cells as a table, the first a head.
+    """Rows of cells as a table; the first row is the header.
 
     Args:
-        rows: All of one length.
-        left: How many columns are text; the others stand right.
+        rows: Rows of the same length.
+        left: How many columns are left-aligned; the others are right-aligned.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [

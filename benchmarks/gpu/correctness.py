@@ -21,19 +21,19 @@ def _checks() -> Any:
 
 
 def names() -> list[str]:
-    """What :func:`check` knows: operations, and what is made of them."""
+    """The names that :func:`check` knows: operations, and what is built from them."""
     return list(_checks().CHECKS)
 
 
 def check(of: Sequence[str], quick: bool) -> dict[str, Any]:
-    """Run checks, with all that torch allocates set to NaN before.
+    """Run checks, with all memory that torch allocates set to NaN.
 
     Args:
         of: Some of :func:`names`.
-        quick: A few of each.
+        quick: Only a few of each.
 
     Returns:
-        ``checks``: how many were run; ``failures``: what they said; ``not_reached``: how many time was too short for.
+        ``checks``: how many were run; ``failures``: their messages; ``not_reached``: how many there was no time for.
     """
     checks = _checks()
     torch.use_deterministic_algorithms(True, warn_only=True)

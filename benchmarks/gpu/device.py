@@ -1,26 +1,26 @@
-"""What is measured on, and how every process compiles."""
+"""The setup of a measurement on a GPU, and how every process compiles."""
 
 import torch
 
-from benchmarks.cases import On
+from benchmarks.cases import Setup
 from ecanet.ops import gpu
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def on_of(dtype: str) -> On:
+def setup_of(dtype: str) -> Setup:
     """The GPU, or the CPU in the interpreter.
 
     Args:
         dtype: A key of :data:`DTYPES`.
     """
-    return On("cpu" if gpu.interpreting() else "cuda", DTYPES[dtype], "triton")
+    return Setup("cpu" if gpu.interpreting() else "cuda", DTYPES[dtype], "triton")
 
 
 def configure() -> None:
-    """Let every process compile alike: found in the cache is what another has compiled, not which form it found best.
+    """Make every process compile in the same way: processes share compiled code, but not results of autotuning.
 
-    Others were running beside it then.
+    Those were timed while other processes were running.
     """
     import torch._inductor.config
 

@@ -9,85 +9,87 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.cases import MEMORY_FORMATS, OPS, STAGES, Case, On, Work, op_arguments
+from benchmarks.cases import MEMORY_FORMATS, OPS, STAGES, Case, Setup, Work, op_arguments
 from ecanet.ops import coefficients, gpu, gpu_maps
 from ecanet.profile.turns import Competitor
 
 #: Maps of 103 and 205 MB in bfloat16: ResNet-50's stages, and the largest map of a stem.
 SHAPES = (*((128, *stage) for stage in STAGES[:2]), *((512, *stage) for stage in STAGES[2:]), (128, 64, 112, 112))
 QUICK_SHAPES = ((2, 16, 6, 6), (2, 32, 3, 3))
-#: On (N, C) numbers; no copy to compare with.
+#: Operations on (N, C) numbers; there is no copy to compare with.
 SMALL_OPS = ("eca_coefficients", "eca_coefficients_backward")
-#: Elements of a tile and warps, in the place of ``gpu_maps.SIZES``.
+#: Elements of a tile and warps that replace ``gpu_maps.SIZES``.
 _CONFIGURATIONS = ((1024, 1), (2048, 1), (1024, 2), (2048, 2), (1024, 4), (2048, 4), (4096, 4), (4096, 8))
 _TUNED_SHAPES = ((128, 256, 56, 56), (512, 2048, 7, 7))
-#: Twice the largest cache of today's GPUs: what is read between two uses of one tensor.
+#: Bytes to be read between two uses of a tensor: twice the largest cache of today's GPUs.
 _NOT_CACHED = 2**28
 
 
 def sets_of(map_bytes: int, maps: int) -> int:
-    """So many sets of so many maps fill no cache between two uses."""
+    """How many sets of ``maps`` maps are needed so that no set is still in the cache when it is used again."""
     return max(1, -(-_NOT_CACHED // (maps * map_bytes))) if map_bytes > 2**20 else 1
 
 
-def kernel_cases(quick: bool, on: On) -> Iterator[Case]:
+def kernel_cases(quick: bool, setup: Setup) -> Iterator[Case]:
     """Passes by layout and size, then the small operations.
 
     Args:
         quick: Tiny shapes.
-        on: Device and type.
+        setup: Device and type.
     """
     shapes = QUICK_SHAPES if quick else SHAPES
     for name in OPS:
         for memory_format in MEMORY_FORMATS:
             for shape in shapes:
-                build = partial(_pass, name, on, shape, memory_format)
-                yield Case("op", name, shape, memory_format, build, on.device)
+                build = partial(_pass, name, setup, shape, memory_format)
+                yield Case("op", name, shape, memory_format, build, setup.device)
     for name in SMALL_OPS:
         for small in dict.fromkeys(shape[:2] for shape in shapes):
-            yield Case("op", name, small, "contiguous", partial(_small, name, on, small), on.device)
+            yield Case("op", name, small, "contiguous", partial(_small, name, setup, small), setup.device)
 
 
-def _pass(name: str, on: On, shape: tuple[int, ...], memory_format: str, only: Collection[str] | None = None) -> Work:
+def _pass(
+    name: str, setup: Setup, shape: tuple[int, ...], memory_format: str, only: Collection[str] | None = None
+) -> Work:
     torch.manual_seed(0)
     op = getattr(gpu, name)
-    first = op_arguments(name, on, shape, memory_format)
+    first = op_arguments(name, setup, shape, memory_format)
     map_bytes, maps = first[0].nbytes, OPS[name]
     count = sets_of(map_bytes, maps)
-    sets = [first, *(op_arguments(name, on, shape, memory_format) for _ in range(count - 1))]
+    sets = [first, *(op_arguments(name, setup, shape, memory_format) for _ in range(count - 1))]
     competitors = {"ecanet": Competitor(_all([partial(op, *arguments) for arguments in sets]), torch.no_grad)}
     if only is None:
         pairs = [(first[0].clone(), torch.empty_like(first[0])) for _ in range(count)]
         copies = [partial(target.copy_, source) for source, target in pairs]
         competitors["copy"] = Competitor(_all(copies), torch.no_grad)
-    return Work(competitors, (), on.tolerance, maps, map_bytes, sets=count, replayed=True)
+    return Work(competitors, (), setup.tolerance, maps, map_bytes, sets=count, replayed=True)
 
 
-def tuning_cases(quick: bool, on: On) -> Iterator[Case]:
-    """Each pass in tiles of several sizes and with several numbers of warps; "ecanet" is what the library takes.
+def tuning_cases(quick: bool, setup: Setup) -> Iterator[Case]:
+    """Each pass in tiles of several sizes and with several numbers of warps; "ecanet" has the library's own.
 
     Args:
         quick: Tiny shapes, two tiles.
-        on: Device and type.
+        setup: Device and type.
     """
     shapes = QUICK_SHAPES[:1] if quick else _TUNED_SHAPES
     configurations = _CONFIGURATIONS[:2] if quick else _CONFIGURATIONS
     for name in OPS:
         for memory_format in MEMORY_FORMATS:
             for shape in shapes:
-                build = partial(_tuned, name, configurations, on, shape, memory_format)
-                yield Case("tuning", name, shape, memory_format, build, on.device)
+                build = partial(_tuned, name, configurations, setup, shape, memory_format)
+                yield Case("tuning", name, shape, memory_format, build, setup.device)
 
 
 def _tuned(
     name: str,
     configurations: tuple[tuple[int, int], ...],
-    on: On,
+    setup: Setup,
     shape: tuple[int, ...],
     memory_format: str,
     only: Collection[str] | None = None,
 ) -> Work:
-    work = _pass(name, on, shape, memory_format)
+    work = _pass(name, setup, shape, memory_format)
     ours = work.competitors["ecanet"].run
     others = {str(sizes): Competitor(ours, partial(_configured, sizes)) for sizes in configurations}
     return replace(work, competitors={**work.competitors, **others})
@@ -101,7 +103,7 @@ def _configured(sizes: tuple[int, int]) -> Iterator[None]:
 
 
 def _all(runs: list[Callable[[], Any]]) -> Callable[[], None]:
-    """A call makes all of them."""
+    """A function that calls all of them."""
 
     def run() -> None:
         for one in runs:
@@ -110,12 +112,12 @@ def _all(runs: list[Callable[[], Any]]) -> Callable[[], None]:
     return run
 
 
-def _small(name: str, on: On, shape: tuple[int, int], only: Collection[str] | None = None) -> Work:
+def _small(name: str, setup: Setup, shape: tuple[int, int], only: Collection[str] | None = None) -> Work:
     torch.manual_seed(0)
     channels = shape[1]
-    means, p, q = (torch.randn(shape, device=on.device) for _ in range(3))
-    weight, bias = torch.rand(channels, device=on.device) + 0.5, torch.randn(channels, device=on.device)
-    kernel = torch.randn(5, device=on.device)
+    means, p, q = (torch.randn(shape, device=setup.device) for _ in range(3))
+    weight, bias = torch.rand(channels, device=setup.device) + 0.5, torch.randn(channels, device=setup.device)
+    kernel = torch.randn(5, device=setup.device)
     norm_and_band = means.mean(0), torch.ones_like(weight), weight, bias, 1e-5, kernel, False
     arguments: tuple[Any, ...] = (means, *norm_and_band)
     if name == "eca_coefficients_backward":
@@ -126,4 +128,4 @@ def _small(name: str, on: On, shape: tuple[int, int], only: Collection[str] | No
         for where, module in (("ecanet", gpu), ("plain", coefficients))
         if only is None or where in only
     }
-    return Work(competitors, () if only else (("plain", "ecanet"),), On().tolerance, replayed=True)
+    return Work(competitors, () if only else (("plain", "ecanet"),), Setup().tolerance, replayed=True)

@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
 import ecanet
-from benchmarks.cases import Case, On, Work
+from benchmarks.cases import Case, Setup, Work
 from benchmarks.networks import NETWORKS
 from ecanet.ops import backend
 from ecanet.profile.turns import Competitor
 from ecanet.profile.work import settle
 
 NAMES = ("timm", "ecanet", "no gate", "SE")
-#: Of the library's forms under torch.compile, the one that is not the default competes, too.
+#: For each of the library's forms under torch.compile, the other one. The one that is not the default competes, too.
 OTHER_FORM = {"formula": "operation", "operation": "formula"}
-#: How a network runs, and what torch.compile is given; None does not compile.
+#: How a network runs, and the options of torch.compile; None: not compiled.
 MODES: dict[str, dict[str, Any] | None] = {"eager": None, "compiled": {}, "graphs": {"mode": "reduce-overhead"}}
-#: For --quick: what an interpreter gets through.
+#: For --quick: small enough for an interpreter.
 QUICK_NETWORK, _QUICK_SHAPE = "small_resnet", (2, 3, 8, 8)
 _small = partial(ecanet.models.small_eca_resnet, widths=[8, 16], num_classes=1000)
 _QUICK_BUILDERS = {
@@ -33,7 +33,7 @@ _QUICK_BUILDERS = {
     "no gate": partial(_small, None),
     "SE": partial(_small, lambda channels: SqueezeExcitation(channels, 4)),
 }
-#: Network, mode and batch by what is learnt: ResNet-50 first, then what is left of the time.
+#: Network, mode and batch, the most informative first: ResNet-50, then the others if time is left.
 _FIRST = (("resnet50", "compiled", 256), ("resnet50", "eager", 256))
 _THEN = (
     ("mobilenet_v2", "compiled", 256),
@@ -47,14 +47,14 @@ _THEN = (
 )
 
 
-def network_cases(quick: bool, compiled: bool, on: On, first: bool) -> Iterator[Case]:
-    """Networks, channels last, in the type of ``on``.
+def network_cases(quick: bool, compiled: bool, setup: Setup, first: bool) -> Iterator[Case]:
+    """Networks, channels last, in the type of ``setup``.
 
     Args:
         quick: One small network.
         compiled: Whether to compile.
-        on: Device and type.
-        first: ResNet-50 compiled and eager; else the others.
+        setup: Device and type.
+        first: Whether to yield ResNet-50, compiled and eager; otherwise the others.
     """
     plan = _FIRST if first else _THEN
     if quick:
@@ -64,8 +64,8 @@ def network_cases(quick: bool, compiled: bool, on: On, first: bool) -> Iterator[
             continue
         shape = _QUICK_SHAPE if quick else (batch, 3, 224, 224)
         for what in ("training", "inference"):
-            work = partial(build, what, on, network, MODES[mode], shape)
-            yield Case("network", f"{network}-{what}-{mode}", shape, "channels_last", work, on.device)
+            work = partial(build, what, setup, network, MODES[mode], shape)
+            yield Case("network", f"{network}-{what}-{mode}", shape, "channels_last", work, setup.device)
 
 
 def other_form(what: str) -> str:
@@ -73,20 +73,20 @@ def other_form(what: str) -> str:
     return OTHER_FORM[backend.FORMS_ON_GPU[what]]
 
 
-def _context(name: str, on: On, grad: bool) -> AbstractContextManager[object]:
+def _context(name: str, setup: Setup, grad: bool) -> AbstractContextManager[object]:
     stack = ExitStack()
-    stack.enter_context(on.context(grad=grad))
+    stack.enter_context(setup.context(grad=grad))
     if name in OTHER_FORM:
         stack.enter_context(patch.dict(backend.FORMS_ON_GPU, dict.fromkeys(backend.FORMS_ON_GPU, name)))
     return stack
 
 
 def _models(
-    on: On, network: str, options: dict[str, Any] | None, what: str, only: Collection[str] | None
+    setup: Setup, network: str, options: dict[str, Any] | None, what: str, only: Collection[str] | None
 ) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """Each network, and what is called: itself or what torch.compile makes of it."""
+    """Each network, and what is called: the network itself or the result of torch.compile."""
     torch.manual_seed(0)
-    torch.backends.cudnn.benchmark = only is None  # the same convolutions for all; not where nothing is timed
+    torch.backends.cudnn.benchmark = only is None  # the same convolutions for all; off if nothing is timed
     builders = _QUICK_BUILDERS if network == QUICK_NETWORK else NETWORKS[network]
     names = NAMES if options is None else (*NAMES, other_form(what))
     wanted = [name for name in names if only is None or name in only]
@@ -97,7 +97,7 @@ def _models(
             if name not in ("no gate", "SE"):
                 models[name].load_state_dict({**models["timm"].state_dict(), **plain})
     for model in models.values():
-        model.to(on.device, memory_format=torch.channels_last)
+        model.to(setup.device, memory_format=torch.channels_last)
         for module in model.modules():
             if isinstance(module, nn.Dropout):  # so that all compute the same
                 module.p = 0.0
@@ -107,10 +107,10 @@ def _models(
     return {name: (model, torch.compile(model, dynamic=False, **options)) for name, model in models.items()}
 
 
-def _example(on: On, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def _example(setup: Setup, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
-    x = torch.randn(shape, device=on.device).contiguous(memory_format=torch.channels_last)
-    return x, torch.randint(1000, shape[:1], device=on.device)
+    x = torch.randn(shape, device=setup.device).contiguous(memory_format=torch.channels_last)
+    return x, torch.randint(1000, shape[:1], device=setup.device)
 
 
 def _step(run: nn.Module, x: Tensor, target: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
@@ -127,11 +127,11 @@ def _infer(run: nn.Module, x: Tensor) -> Tensor:
     return run(x)
 
 
-def _settle_all(models: dict[str, tuple[nn.Module, nn.Module]], x: Tensor, on: On) -> None:
+def _settle_all(models: dict[str, tuple[nn.Module, nn.Module]], x: Tensor, setup: Setup) -> None:
     """Give all forms of the library the running statistics of timm's network."""
     for name, (model, _run) in models.items():
         if name in ("no gate", "timm", "SE"):
-            with on.context():
+            with setup.context():
                 settle(model, x)
         else:
             model.load_state_dict(models["timm"][0].state_dict())
@@ -139,27 +139,27 @@ def _settle_all(models: dict[str, tuple[nn.Module, nn.Module]], x: Tensor, on: O
 
 def build(
     what: str,
-    on: On,
+    setup: Setup,
     network: str,
     options: dict[str, Any] | None,
     shape: tuple[int, ...],
     only: Collection[str] | None = None,
 ) -> Work:
-    """What is timed of one network.
+    """The work to time for one network.
 
     Args:
         what: ``training``: a step; ``inference``: a call.
-        on: Device and type.
+        setup: Device and type.
         network: :data:`QUICK_NETWORK`, or a key of :data:`benchmarks.networks.NETWORKS`.
-        options: For torch.compile; None does not compile.
-        shape: Of the images ``(N, 3, H, W)``.
-        only: These of :data:`NAMES` and :data:`OTHER_FORM`, to be compiled and not timed; None for all.
+        options: Options of torch.compile; None: not compiled.
+        shape: Shape of the images ``(N, 3, H, W)``.
+        only: Names in :data:`NAMES` and :data:`OTHER_FORM` that are compiled and not timed; None for all.
     """
     training = what == "training"
-    x, target = _example(on, shape)
-    models = _models(on, network, options, what, only)
+    x, target = _example(setup, shape)
+    models = _models(setup, network, options, what, only)
     if not training and only is None:
-        _settle_all(models, x, on)
+        _settle_all(models, x, setup)
     competitors = {}
     for name, (model, run) in models.items():
         if training:
@@ -167,8 +167,8 @@ def build(
         else:
             model.eval()
             call = partial(_infer, run, x)
-        competitors[name] = Competitor(call, partial(_context, name, on, grad=training))
+        competitors[name] = Competitor(call, partial(_context, name, setup, grad=training))
     agree = (tuple(name for name in ("timm", "ecanet", *OTHER_FORM) if name in competitors),)
-    tolerance = (5 if training else 10) * on.tolerance
-    # A replayed CUDA graph asks the allocator for nothing, and its pool, which stays, is shared by all networks.
+    tolerance = (5 if training else 10) * setup.tolerance
+    # A replayed CUDA graph asks the allocator for nothing, and its pool is kept and shared by all networks.
     return Work(competitors, agree, tolerance, images=shape[0], peak=options != MODES["graphs"])

@@ -1,10 +1,10 @@
-"""What ``python -m benchmarks.gpu`` does, the most valuable first: a cut loses the least."""
+"""The stages of ``python -m benchmarks.gpu``, the most valuable first: an early stop then loses least."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
-from benchmarks.cases import Case, On
+from benchmarks.cases import Case, Setup
 from benchmarks.gpu.kernels import kernel_cases, tuning_cases
 from benchmarks.gpu.networks import network_cases
 from benchmarks.gpu.tails import tail_cases
@@ -15,16 +15,16 @@ class Stage:
     """A part of the run.
 
     Attributes:
-        name: For ``--stages``.
-        what: In words.
-        cases: What is timed: of ``(quick, compiled, on)``; nothing where a stage checks something.
-        asked_for: Whether it is left out unless ``--stages`` names it.
+        name: Its name in ``--stages``.
+        what: A description.
+        cases: The cases to time, from ``(quick, compiled, setup)``; none if the stage checks something.
+        on_request: Whether it only runs if ``--stages`` names it.
     """
 
     name: str
     what: str
-    cases: Callable[[bool, bool, On], Iterator[Case]] = lambda quick, compiled, on: iter(())
-    asked_for: bool = False
+    cases: Callable[[bool, bool, Setup], Iterator[Case]] = lambda quick, compiled, setup: iter(())
+    on_request: bool = False
 
 
 STAGES = (
@@ -33,25 +33,29 @@ STAGES = (
     Stage(
         "tails",
         "norm, gate, addition, ReLU of ResNet-50's stages, in training and at inference",
-        lambda quick, compiled, on: tail_cases(quick, compiled, on, "channels_last"),
+        lambda quick, compiled, setup: tail_cases(quick, compiled, setup, "channels_last"),
     ),
     Stage(
         "networks",
-        "ResNet-50: images a second and peak memory",
-        lambda quick, compiled, on: network_cases(quick, compiled, on, True),
+        "ResNet-50: images per second and peak memory",
+        lambda quick, compiled, setup: network_cases(quick, compiled, setup, True),
     ),
-    Stage("kernels", "each pass against the bandwidth of a copy", lambda quick, compiled, on: kernel_cases(quick, on)),
+    Stage(
+        "kernels",
+        "each pass against the bandwidth of a copy",
+        lambda quick, compiled, setup: kernel_cases(quick, setup),
+    ),
     Stage(
         "more",
         "MobileNetV2, ECA-ResNet-50-D, CUDA graphs, ResNet-101, another batch; contiguous tails",
-        lambda quick, compiled, on: chain(
-            network_cases(quick, compiled, on, False), tail_cases(quick, compiled, on, "contiguous")
+        lambda quick, compiled, setup: chain(
+            network_cases(quick, compiled, setup, False), tail_cases(quick, compiled, setup, "contiguous")
         ),
     ),
     Stage(
         "tuning",
         "each pass in other tiles and with other numbers of warps; only if asked for",
-        lambda quick, compiled, on: tuning_cases(quick, on),
-        asked_for=True,
+        lambda quick, compiled, setup: tuning_cases(quick, setup),
+        on_request=True,
     ),
 )

@@ -1,4 +1,4 @@
-"""The tail of a residual branch on a GPU: norm, gate, addition, ReLU; eager and compiled, in training and after it."""
+"""The tail of a residual branch on a GPU: norm, gate, addition, ReLU; eager and compiled, training and inference."""
 
 import copy
 from collections.abc import Callable, Collection, Iterator
@@ -11,7 +11,7 @@ from timm.layers import EcaModule
 from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
-from benchmarks.cases import MEMORY_FORMATS, STAGES, Case, FusedTail, GateOpTail, On, OperationTail, Tail, Work
+from benchmarks.cases import MEMORY_FORMATS, STAGES, Case, FusedTail, GateOpTail, OperationTail, Setup, Tail, Work
 from benchmarks.gpu.kernels import QUICK_SHAPES, sets_of
 from ecanet.nn import ECA
 from ecanet.nn.tail.compiled import formula
@@ -20,7 +20,7 @@ from ecanet.ops import reference
 from ecanet.profile.turns import Competitor
 
 _BATCH = 128
-#: So small that the CPU is waited for: what launching takes.
+#: Shapes so small that the GPU waits for the CPU: the time of launching.
 _CALLED, _QUICK_CALLED = (8, 256, 14, 14), (2, 16, 3, 3)
 #: Maps that must be read or written in a step, and in a call at inference.
 _TRAINING_MAPS, _INFERENCE_MAPS = 4 + 4 + 3, 1 + 3
@@ -49,35 +49,35 @@ class InferenceOperationTail(FusedTail):
         return torch.ops.ecanet.norm_eca_add_act(x, residual, *given, reference.ACTS.index("relu"))
 
 
-#: What is timed, compiled too unless it is eager alone; "ecanet" is what users get.
+#: Competitors, each also compiled; "ecanet" is what users get. The forms in ``_FORMS`` are only compiled.
 _EAGER = ("no gate", "ecanet", "timm", "SE")
 _FORMS = {"training": ("formula", "operation", "gate op"), "inference": ("formula", "operation")}
 
 
-def tail_cases(quick: bool, compiled: bool, on: On, memory_format: str) -> Iterator[Case]:
+def tail_cases(quick: bool, compiled: bool, setup: Setup, memory_format: str) -> Iterator[Case]:
     """Training steps of the four stages of a ResNet-50, then their inference.
 
     Args:
         quick: Tiny shapes.
         compiled: Whether torch.compile competes.
-        on: Device and type.
+        setup: Device and type.
         memory_format: ``channels_last`` or ``contiguous``.
     """
     shapes = QUICK_SHAPES if quick else tuple((_BATCH, *stage) for stage in STAGES)
     for group in _FORMS:
         for shape in shapes:
-            build = partial(_tail, group == "training", compiled, on, shape, memory_format)
-            yield Case(group, "tail", shape, memory_format, build, on.device)
+            build = partial(_tail, group == "training", compiled, setup, shape, memory_format)
+            yield Case(group, "tail", shape, memory_format, build, setup.device)
     for group in _FORMS:
         shape = _QUICK_CALLED if quick else _CALLED
-        build = partial(_tail, group == "training", compiled, on, shape, memory_format, replayed=False)
-        yield Case("calls", group, shape, memory_format, build, on.device)
+        build = partial(_tail, group == "training", compiled, setup, shape, memory_format, replayed=False)
+        yield Case("calls", group, shape, memory_format, build, setup.device)
 
 
 def _tail(
     training: bool,
     compiled: bool,
-    on: On,
+    setup: Setup,
     shape: tuple[int, ...],
     memory_format: str,
     only: Collection[str] | None = None,
@@ -86,7 +86,7 @@ def _tail(
     group = "training" if training else "inference"
     names = [*_EAGER, *(f"{name} compiled" for name in (*_EAGER, *_FORMS[group]) if compiled)]
     wanted = [name for name in names if only is None or name in only]
-    build_module = _modules(training, on, shape[1])
+    build_module = _modules(training, setup, shape[1])
     if any(name.endswith("compiled") for name in wanted):
         torch.compiler.reset()
     modules, calls = {}, {}
@@ -95,29 +95,29 @@ def _tail(
         is_compiled = name.endswith(" compiled")
         calls[name] = torch.compile(modules[name], dynamic=False) if is_compiled else modules[name]
 
-    def new() -> Tensor:
-        x = torch.randn(shape, device=on.device, dtype=on.dtype)
+    def new_map() -> Tensor:
+        x = torch.randn(shape, device=setup.device, dtype=setup.dtype)
         return x.contiguous(memory_format=MEMORY_FORMATS[memory_format]).requires_grad_(training)
 
-    map_bytes = shape[0] * shape[1] * shape[2] * shape[3] * on.dtype.itemsize
-    sets = [(new(), new(), new().detach()) for _ in range(sets_of(map_bytes, 3 if training else 2))]
+    map_bytes = shape[0] * shape[1] * shape[2] * shape[3] * setup.dtype.itemsize
+    sets = [(new_map(), new_map(), new_map().detach()) for _ in range(sets_of(map_bytes, 3 if training else 2))]
 
     def step(name: str) -> tuple[Tensor, ...]:
-        # First all outputs, then all gradients: as in a network, what a backward reads has left the cache.
+        # All outputs before all gradients: as in a network, what a backward reads has then left the cache.
         outs = [calls[name](x, residual) for x, residual, _ in sets]
         if not training:
             return (outs[0],)
         parameters, first = list(modules[name].parameters()), None
         for out, (x, residual, grad) in zip(outs, sets, strict=True):
-            found = torch.autograd.grad(out, [x, residual, *parameters], grad)
-            first = first or (out, *found)
+            grads = torch.autograd.grad(out, [x, residual, *parameters], grad)
+            first = first or (out, *grads)
         return first or ()
 
     def context(name: str) -> AbstractContextManager[object]:
-        return on.context(grad=training)
+        return setup.context(grad=training)
 
     competitors = {name: Competitor(partial(step, name), partial(context, name)) for name in wanted}
-    # Not SE: in half types a hidden unit is 0 or not by a rounding.
+    # Not SE: in half types, rounding decides whether a hidden unit is 0.
     kinds = (("no gate",), ("timm", "ecanet", *_FORMS[group]))
     agree = tuple(tuple(n for n in wanted if n.removesuffix(" compiled") in kind) for kind in kinds)
     if only is None:
@@ -126,13 +126,13 @@ def _tail(
     return Work(
         competitors,
         agree,
-        # In half types one sum in 200 is rounded to the other side of 0, and its gradient passes or not: a tenth.
-        max(2e-2, 10 * on.tolerance),
+        # In half types one sum in 200 is rounded to the other side of 0, and its gradient passes or not: 0.1 in all.
+        max(2e-2, 10 * setup.tolerance),
         _TRAINING_MAPS if training else _INFERENCE_MAPS,
         map_bytes,
         sets=len(sets),
         replayed=replayed,
-        poison_bytes=16 * map_bytes if on.device == "cuda" else 0,
+        poison_bytes=16 * map_bytes if setup.device == "cuda" else 0,
     )
 
 
@@ -141,8 +141,8 @@ def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
         target.copy_(source)
 
 
-def _modules(training: bool, on: On, channels: int) -> Callable[[str], nn.Module]:
-    """What makes a tail by its name; all with the same weights."""
+def _modules(training: bool, setup: Setup, channels: int) -> Callable[[str], nn.Module]:
+    """A function that makes a tail by its name; all have the same weights."""
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(channels).train(training)
     with torch.no_grad():
@@ -164,6 +164,6 @@ def _modules(training: bool, on: On, channels: int) -> Callable[[str], nn.Module
     def build(name: str) -> nn.Module:
         kind, gate = parts[name]
         module = kind(copy.deepcopy(norm), copy.deepcopy(gate))
-        return module.to(on.device).train(training)
+        return module.to(setup.device).train(training)
 
     return build

@@ -1,7 +1,7 @@
 """Jobs in processes of their own, several at a time: checks, and compiling ahead into caches on the disk.
 
-A job that crashes, never ends or breaks the GPU's context loses itself alone. What is compiled here is found by the
-process that measures: Inductor's code and triton's kernels.
+A job that crashes, never ends or breaks the GPU's context only loses its own result. The process that measures finds
+what was compiled here in the caches: Inductor's code and triton's kernels.
 """
 
 import argparse
@@ -33,7 +33,7 @@ class Job:
     Attributes:
         kind: ``check`` or ``compile``.
         names: What to check, or keys of the cases to compile.
-        competitors: Of these cases; None for all.
+        competitors: The competitors of these cases to compile; None for all.
         heavy: Whether it takes tens of GB.
     """
 
@@ -48,21 +48,21 @@ class Job:
 
 
 def heavy_jobs_at_a_time() -> int:
-    """So many fit into the GPU's memory."""
+    """How many heavy jobs fit into the GPU's memory."""
     return max(1, int(torch.cuda.mem_get_info()[0] / 1e9 // _HEAVY_GB))
 
 
 class Workers:
-    """Runs jobs, each as soon as there is room; ``results`` fills meanwhile."""
+    """Runs jobs, each as soon as there is room, and collects their ``results``."""
 
     def __init__(self, jobs: Sequence[Job], settings: dict[str, Any], at_a_time: int, heavy_at_a_time: int) -> None:
-        """Start.
+        """Start the jobs, in their order.
 
         Args:
-            jobs: The first come first.
+            jobs: The jobs.
             settings: ``quick``, ``compiled`` and ``dtype`` of the run.
-            at_a_time: Processes.
-            heavy_at_a_time: Of these, with heavy jobs.
+            at_a_time: Number of processes at a time.
+            heavy_at_a_time: Number of these that may run heavy jobs.
         """
         self.results: dict[str, dict[str, Any]] = {}
         self._settings = settings
@@ -71,7 +71,7 @@ class Workers:
         heavy, light = SimpleQueue[Job](), SimpleQueue[Job]()
         for job in jobs:
             (heavy if job.heavy else light).put(job)
-        # Some take heavy jobs first and light ones when these are done; the others light ones alone.
+        # Some threads take heavy jobs first, and light ones when these are done; the others take only light ones.
         self._threads = [
             threading.Thread(target=self._work, args=([heavy, light] if i < heavy_at_a_time else [light],), daemon=True)
             for i in range(at_a_time)
@@ -80,7 +80,7 @@ class Workers:
             thread.start()
 
     def wait(self, seconds: float) -> None:
-        """Until all are done, or so long; what still runs then is stopped."""
+        """Wait until all jobs are done, or for ``seconds`` at most; then stop what still runs."""
         deadline = time.monotonic() + seconds
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -112,20 +112,20 @@ class Workers:
         took = {"wall_seconds": round(time.monotonic() - start, 1)}
         if process.returncode == 0 and out.strip():
             return {**json.loads(out.splitlines()[-1]), **took}
-        last = [line for line in error.splitlines() if line.strip()][-1:] or ["no word"]
+        last = [line for line in error.splitlines() if line.strip()][-1:] or ["no message"]
         why = "stopped: out of time" if self._stopped else f"exit status {process.returncode}: {last[0]}"
         return {"failures": [why], **took}
 
 
 def compile_ahead(keys: Sequence[str], competitors: Sequence[str] | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """Call each competitor once; seconds of these first calls."""
-    from benchmarks.gpu.device import configure, on_of  # seconds of imports that a check can do without
+    """Call each competitor once; returns the seconds of these first calls, and failures."""
+    from benchmarks.gpu.device import configure, setup_of  # imports that take seconds, and that a check does not need
     from benchmarks.gpu.stages import STAGES
     from benchmarks.run import free_memory
 
     configure()
-    on = on_of(settings["dtype"])
-    known = {case.key: case for stage in STAGES for case in stage.cases(settings["quick"], settings["compiled"], on)}
+    setup = setup_of(settings["dtype"])
+    known = {case.key: case for stage in STAGES for case in stage.cases(settings["quick"], settings["compiled"], setup)}
     seconds, failures = {}, []
     for key in keys:
         work = known[key].build(only=competitors)
@@ -143,8 +143,8 @@ def compile_ahead(keys: Sequence[str], competitors: Sequence[str] | None, settin
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """One job, described in JSON; its result is the last line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.workers", description="For benchmarks.gpu alone.")
+    """Run one job, described in JSON; its result is the last line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.workers", description="Only for benchmarks.gpu.")
     parser.add_argument("job", help="JSON")
     job = json.loads(parser.parse_args(argv).job)
     if job["kind"] == "check":

@@ -1,7 +1,7 @@
 """Efficient Channel Attention (ECA-Net, CVPR 2020): gates, networks, training and evidence.
 
-Needs torch and torchvision alone; the parts that need more (``ecanet.train``, ``ecanet.study``, ``ecanet.inspect``)
-are imported where they are used and say which ``pip install`` brings what is missing. ``import ecanet`` imports nothing
+Needs only torch and torchvision. The parts that need more (``ecanet.train``, ``ecanet.study``, ``ecanet.inspect``) are
+imported when they are used, and say which ``pip install`` provides what is missing. ``import ecanet`` imports nothing
 else, not even torch: what a name needs is imported when the name is first used.
 """
 

@@ -27,8 +27,8 @@ class Diagnosis:
     """What ``ecanet doctor`` prints.
 
     Attributes:
-        lines: What there is and what is missing; the last line says what to do next, or that all is well.
-        broken: Whether something does not work that should.
+        lines: What works and what is missing; the last line says what to do next, or that all is well.
+        broken: Whether something that should work does not.
     """
 
     lines: tuple[str, ...]
@@ -37,7 +37,7 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Threads:
-    """How many threads torch uses, and on what.
+    """How many threads torch uses, and on which CPUs.
 
     Attributes:
         torch: Threads of one operation.
@@ -58,10 +58,10 @@ def doctor() -> Diagnosis:
     threads = measure_threads()
     limits = f"{threads.cpus} CPUs on {threads.cores} cores" + (f", quota {threads.quota:g}" if threads.quota else "")
     settings = ", ".join(f"{name} {os.environ.get(name) or 'unset'}" for name in ("OMP_NUM_THREADS", "OMP_PROC_BIND"))
-    hurts = what_hurts(threads, os.environ)
+    slow = slow_settings(threads, os.environ)
     lines += [
         f"threads    {threads.torch} of torch; {limits}; {settings}",
-        *(f"           {setting}: {why}" for setting, why in hurts),
+        *(f"           {setting}: {why}" for setting, why in slow),
     ]
     lines += [f"torch      has no {path}: {without}" for path, without in private_torch.missing.items()]
     lines.append(f"tail       {_tail()}")
@@ -69,18 +69,18 @@ def doctor() -> Diagnosis:
 
     choice_refused = backend.reason_against(backend.current())
     broken = choice_refused is not None or (os.path.lexists(LIBRARY) and cpu.why_not() is not None)
-    lines.append(_next_step(choice_refused, [setting for setting, _ in hurts]))
+    lines.append(_next_step(choice_refused, [setting for setting, _ in slow]))
     return Diagnosis(tuple(lines), broken)
 
 
-def what_hurts(threads: Threads, environment: Mapping[str, str]) -> list[tuple[str, str]]:
+def slow_settings(threads: Threads, environment: Mapping[str, str]) -> list[tuple[str, str]]:
     """Settings of OpenMP that make torch slower here.
 
     Returns:
         Pairs: what to set instead, and why.
     """
     best = max(1, min(threads.cores, int(threads.quota or threads.cores)))
-    found = []
+    pairs = []
     if threads.torch > best:
         if threads.quota is not None and threads.torch > threads.quota:
             why = f"the control group stops {threads.torch} threads when they have used {threads.quota:g} CPUs' time"
@@ -88,11 +88,11 @@ def what_hurts(threads: Threads, environment: Mapping[str, str]) -> list[tuple[s
             why = f"{threads.torch} threads take turns on {threads.cpus} CPUs, and each waits for all"
         else:
             why = f"{threads.torch} threads share the arithmetic units of {threads.cores} cores"
-        found.append((f"OMP_NUM_THREADS={best}", why))
+        pairs.append((f"OMP_NUM_THREADS={best}", why))
     if min(best, threads.torch) > 1 and environment.get("OMP_PROC_BIND", "").lower() in ("", "false"):
         why = "threads may share a core while others idle; not where a DataLoader has workers: all would get one core"
-        found.append(("OMP_PROC_BIND=true", why))
-    return found
+        pairs.append(("OMP_PROC_BIND=true", why))
+    return pairs
 
 
 def measure_threads(root: Path = Path("/")) -> Threads:
@@ -182,11 +182,11 @@ def _extras() -> list[str]:
         return ["extras     unknown: ecanet is not installed with pip"]
     missing: dict[str, list[str]] = {}
     for requirement in declared:
-        found = re.match(r"([\w.-]+).*extra == ['\"]([\w-]+)['\"]", requirement)
-        if found is not None and found[1] != "ecanet" and found[2] != "dev":
-            absent = missing.setdefault(found[2], [])
-            if _version(found[1]) is None:
-                absent.append(found[1])
+        match = re.match(r"([\w.-]+).*extra == ['\"]([\w-]+)['\"]", requirement)
+        if match is not None and match[1] != "ecanet" and match[2] != "dev":
+            absent = missing.setdefault(match[2], [])
+            if _version(match[1]) is None:
+                absent.append(match[1])
     complete = [extra for extra, absent in missing.items() if not absent]
     return [
         f"extras     {', '.join(complete) or 'none'}",

@@ -17,7 +17,7 @@ from ecanet.nn import Gate
 from ecanet.nn.attached import attached_gate
 from ecanet.nn.hooks import called_differently
 from ecanet.nn.tail import eager
-from ecanet.nn.tail.functional import follow
+from ecanet.nn.tail.functional import run_plan
 from ecanet.nn.tail.plan import plan
 from ecanet.nn.tail.reading import read_act
 from ecanet.ops import reference
@@ -59,11 +59,11 @@ class InferenceTail(nn.Module):
             return reference.activate(x if residual is None else x + residual, self.act)
         act = reference.ACTS[self.act]
         tail_plan = plan(x, None, self.gate, residual, act)
-        if self.in_place and tail_plan.who == "kernels" and tail_plan.adds and not tail_plan.calls_gate:
+        if self.in_place and tail_plan.executor == "kernels" and tail_plan.adds and not tail_plan.calls_gate:
             read = (x, residual, *(() if tail_plan.gate is None else tail_plan.gate.parameters))
             if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in read)):
                 return eager.gate_add_act_(tail_plan.backend, x, tail_plan.gate, residual, self.act)
-        return follow(tail_plan, x, None, self.gate, residual, act)
+        return run_plan(tail_plan, x, None, self.gate, residual, act)
 
     def extra_repr(self) -> str:
         """Activation and whether the input is overwritten."""
@@ -71,12 +71,12 @@ class InferenceTail(nn.Module):
 
 
 def optimize_for_inference(model: nn.Module) -> fx.GraphModule:
-    """Copy a network for inference: the same outputs to rounding, in less time.
+    """Copy a network for inference: the same outputs up to rounding, in less time.
 
     Every BatchNorm (and torchvision's FrozenBatchNorm2d) that follows a convolution is folded into it. Gate, addition
     and activation at the end of a branch become one :class:`InferenceTail`, which writes over the branch's output. The
     copy is in eval mode, its weights need no gradient, and it can be exported, compiled and traced. Its state dict has
-    other keys: load weights before.
+    other keys: load weights before the copy.
 
     Args:
         model: A network that :func:`torch.fx.symbolic_trace` can trace: those of :mod:`ecanet.models`, torchvision's
@@ -85,7 +85,7 @@ def optimize_for_inference(model: nn.Module) -> fx.GraphModule:
             convolution of the copy, the tail may write over the output that the hook saw.
 
     Raises:
-        TypeError: ``model`` is no module, or is compiled, scripted or wrapped for parallel training.
+        TypeError: ``model`` is not a module, or is compiled, scripted or wrapped for parallel training.
         ValueError: ``model`` cannot be traced, or it or one of its blocks has a hook, which would be lost.
 
     Example:
@@ -117,8 +117,8 @@ def _trace(model: nn.Module) -> fx.GraphModule:
     for name, block in model.named_modules():
         hooks = (block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks)
         # The hook that calls an attached gate is traced with the block.
-        others = len(block._forward_hooks) > (attached_gate(block) is not None)
-        if (others or any(hooks)) and (name == "" or not tracer.is_leaf_module(block, name)):
+        has_other_hooks = len(block._forward_hooks) > (attached_gate(block) is not None)
+        if (has_other_hooks or any(hooks)) and (name == "" or not tracer.is_leaf_module(block, name)):
             raise ValueError(
                 f"{f'block {name!r} of ' if name else ''}model {type(model).__name__} has a hook, which the copy would "
                 "lose: remove it, and put it on the copy"
@@ -189,7 +189,7 @@ def _act_of(traced: fx.GraphModule, node: fx.Node) -> int | None:
     """Index in ``reference.ACTS`` of the activation that a node applies, or None."""
     module = _called_module(traced, node)
     if module is not None:
-        return read_act(module) or None  # an identity is no activation
+        return read_act(module) or None  # an identity is not an activation
     name = _ACT_FUNCTIONS.get(node.target) if node.op == "call_function" else None
     return None if name is None else reference.ACTS.index(name)
 

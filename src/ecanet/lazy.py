@@ -1,4 +1,4 @@
-"""Packages that import each of their public names where it is first used (PEP 562)."""
+"""Packages that import each of their public names when it is first used (PEP 562)."""
 
 import importlib
 import sys
@@ -13,7 +13,7 @@ def names_of(
 
     Args:
         package: Its full name.
-        found_in: For modules, as ``from .MODULE import`` names them, the public names that are in them.
+        found_in: The public names in each module; modules are named as in ``from .MODULE import``.
         modules: Modules that are public names themselves.
     """
     where = {name: module for module, names in found_in.items() for name in names}

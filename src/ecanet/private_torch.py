@@ -43,7 +43,7 @@ def _never(*_: object) -> bool:
     return False
 
 
-# --- Who observes the call. Asked at every call, so bound to module names: attribute look-ups are slow on small maps.
+# --- What observes the call. Asked at every call, so bound to module names: attribute look-ups are slow on small maps.
 
 #: Whether torch.jit.trace is running. Public: torch.jit.is_tracing, which does more before it asks this.
 is_tracing: Callable[[], bool] = _find("torch._C._is_tracing", "calls take longer", torch.jit.is_tracing)
@@ -85,7 +85,7 @@ def is_exporting() -> bool:
 #: Truthy if a global hook (one on all modules) is registered. No public equivalent.
 has_any_global_hook: Callable[[], Any] = _find("torch.nn.modules.module._has_any_global_hook", _NO_KERNELS, _always)
 
-#: The global forward pre-hooks and forward hooks, by id. Public: only the handles, which whoever registered them holds.
+#: The global forward pre-hooks and forward hooks, by id. Public: only the handles that their registration returned.
 GLOBAL_HOOKS: list[dict[int, Any]] = [
     _find(f"torch.nn.modules.module.{name}", "hooks on all modules run in a dry run", {})
     for name in ("_global_forward_pre_hooks", "_global_forward_hooks")

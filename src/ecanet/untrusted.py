@@ -1,4 +1,4 @@
-"""Checks on what a file says before it is trusted: how large it may make things, and how errors quote it."""
+"""Checks on a file's content before it is trusted: how large it may make things, and how errors quote it."""
 
 import math
 import os

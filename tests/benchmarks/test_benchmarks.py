@@ -191,7 +191,7 @@ def test_all_forms_of_the_training_tail_agree(
 ) -> None:
     """Compiled as far as Inductor, whose code takes minutes to write."""
     monkeypatch.setattr(cases, "_compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
-    work = cases._training(True, cases.On(), (2, 16, 3, 5), memory_format, backward)
+    work = cases._training(True, cases.Setup(), (2, 16, 3, 5), memory_format, backward)
     forms = {"timm", "ecanet", "timm compiled", "ecanet compiled", "formula compiled", "gate op compiled"}
     assert set(work.agree[0]) == forms
     assert work.maps == (11 if backward else 4)
@@ -327,16 +327,16 @@ def test_a_network_with_a_wrong_gate_is_noticed(monkeypatch: pytest.MonkeyPatch)
         def logits(self, s: torch.Tensor) -> torch.Tensor:
             return torch.full_like(s, -3.0)
 
-    on = cases.On("cpu", torch.bfloat16, "auto")
+    setup = cases.Setup("cpu", torch.bfloat16, "auto")
     for make, right in ((gpu_networks._small, True), (partial(gpu_networks._small, Wrong), False)):
         monkeypatch.setitem(gpu_networks._QUICK_BUILDERS, "ecanet", make)
-        work = gpu_networks.build("training", on, gpu_networks.QUICK_NETWORK, None, (8, 3, 32, 32))
+        work = gpu_networks.build("training", setup, gpu_networks.QUICK_NETWORK, None, (8, 3, 32, 32))
         with nullcontext() if right else pytest.raises(RuntimeError, match="ecanet and timm disagree"):
             check_agreement(work.competitors, ("timm", "ecanet"), work.tolerance)
 
 
 #: As the command in the interpreter measures.
-INTERPRETED = cases.On("cpu", torch.bfloat16, "triton")
+INTERPRETED = cases.Setup("cpu", torch.bfloat16, "triton")
 QUICK = {"rounds": 1, "quick": True}
 in_the_interpreter = pytest.mark.skipif(not gpu.interpreting(), reason="the interpreter is off")
 
@@ -346,8 +346,8 @@ in_the_interpreter = pytest.mark.skipif(not gpu.interpreting(), reason="the inte
 def test_all_forms_of_the_tail_on_a_gpu_agree(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled as far as Inductor, whose code takes minutes to write."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
-    on = cases.On("cpu", torch.float32, "triton")
-    work = tails._tail(training, True, on, (2, 16, 3, 5), "channels_last")
+    setup = cases.Setup("cpu", torch.float32, "triton")
+    work = tails._tail(training, True, setup, (2, 16, 3, 5), "channels_last")
     assert {"formula compiled", "operation compiled", "SE compiled", "no gate", "copy"} <= work.competitors.keys()
     assert ("gate op compiled" in work.competitors) == training
     for names in work.agree:
@@ -368,7 +368,7 @@ def test_operations_on_a_gpu(name: str) -> None:
 def test_what_is_read_twice_has_left_the_cache() -> None:
     """Of 25 MB maps there are several sets, of 205 MB one."""
     assert [kernels.sets_of(size, 3) for size in (25 * 2**20, 205 * 2**20)] == [4, 1]
-    work = tails._tail(True, False, cases.On(), (2, 512, 32, 32), "contiguous")
+    work = tails._tail(True, False, cases.Setup(), (2, 512, 32, 32), "contiguous")
     assert work.sets == kernels.sets_of(4 * 2 * 512 * 32 * 32, 3) > 1
 
 
@@ -379,14 +379,14 @@ def test_peak_memory_is_left_out_where_a_graph_is_replayed(
 ) -> None:
     monkeypatch.setattr(run, "_peak", lambda _: 7)
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
-    on, shape = cases.On("cpu", torch.bfloat16, "auto"), (2, 3, 8, 8)
+    setup, shape = cases.Setup("cpu", torch.bfloat16, "auto"), (2, 3, 8, 8)
     options = gpu_networks.MODES[mode]
     case = cases.Case(
         "network",
         mode,
         shape,
         "channels_last",
-        partial(gpu_networks.build, what, on, gpu_networks.QUICK_NETWORK, options, shape),
+        partial(gpu_networks.build, what, setup, gpu_networks.QUICK_NETWORK, options, shape),
     )
     result = run._measure(case, QUICK, "")
     assert set(result["peak_bytes"].values()) == {None if mode == "graphs" else 7}
@@ -493,7 +493,7 @@ def test_no_gpu_is_said(
     with pytest.raises(SystemExit) as stopped:
         gpu_benchmark.main([])
     assert stopped.value.code == 2
-    assert ("only --quick" if interpreting else "torch sees no GPU") in capsys.readouterr().err
+    assert ("use --quick" if interpreting else "torch sees no GPU") in capsys.readouterr().err
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

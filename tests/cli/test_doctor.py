@@ -9,7 +9,7 @@ import pytest
 
 from ecanet import doctor as doctors
 from ecanet.cli import main
-from ecanet.doctor import Threads, cpu_quota, loops_for, measure_threads, what_hurts
+from ecanet.doctor import Threads, cpu_quota, loops_for, measure_threads, slow_settings
 from ecanet.ops import backend as backends
 from ecanet.ops import cpu, gpu
 from ecanet.ops.build import SOURCES
@@ -151,8 +151,8 @@ def test_extras_say_what_brings_them(calm: Path, monkeypatch: pytest.MonkeyPatch
     ],
     ids=["one", "bound", "unbound", "bind_false", "hyperthreads", "affinity", "quota", "small_quota"],
 )
-def test_what_hurts(threads: Threads, environment: dict[str, str], settings: list[str], why: str) -> None:
-    found = what_hurts(threads, environment)
+def test_slow_settings(threads: Threads, environment: dict[str, str], settings: list[str], why: str) -> None:
+    found = slow_settings(threads, environment)
     assert [setting for setting, _ in found] == settings
     assert why in " ".join(reason for _, reason in found)
 
@@ -165,7 +165,9 @@ def test_what_hurts(threads: Threads, environment: dict[str, str], settings: lis
     ],
     ids=["unbound", "too_many"],
 )
-def test_what_hurts_is_the_last_line(threads: Threads, last: str, calm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_setting_is_the_last_line(
+    threads: Threads, last: str, calm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("OMP_PROC_BIND", raising=False)
     monkeypatch.setattr(doctors, "measure_threads", lambda: threads)
     assert doctors.doctor().lines[-1] == last

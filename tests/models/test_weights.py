@@ -443,7 +443,7 @@ def test_a_norm_without_weight_and_bias_can_take_no_factor_and_need_not():
     model = build(weights=plain.state_dict()).eval()
     x = pictures()
     assert torch.equal(model(x), plain(x))
-    message = r"layer1\.0\.eca cannot be folded.*InstanceNorm2d is no norm with a plain weight and bias"
+    message = r"layer1\.0\.eca cannot be folded.*InstanceNorm2d is not a norm with a plain weight and bias"
     assert_refused_and_unchanged(build(), plain.state_dict(), message, fold=True)
     with pytest.raises(ValueError, match=message):
         build(neutral=True, fold=True)

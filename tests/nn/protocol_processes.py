@@ -76,7 +76,7 @@ def interpreted(net: nn.Sequential, stack: contextlib.ExitStack) -> None:
 
 def without_library(net: nn.Sequential, stack: contextlib.ExitStack) -> None:
     stack.enter_context(mock.patch.object(cpu, "_reason", "the C++ kernels are not built"))
-    stack.enter_context(mock.patch.object(ecanet.ops.backend, "_told", True))
+    stack.enter_context(mock.patch.object(ecanet.ops.backend, "_has_warned", True))
 
 
 def hook_on(child: str, register: str) -> Callable[[nn.Sequential, contextlib.ExitStack], None]:

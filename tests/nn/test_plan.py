@@ -65,7 +65,7 @@ EAGER: dict[str, tuple[Callable[[], dict[str, Any]], str, str]] = {
     "another norm": (
         lambda: arguments(norm=nn.GroupNorm(2, C)),
         "the C++ kernels (gate, residual, relu); called: norm",
-        "it is no BatchNorm of torch",
+        ", not a BatchNorm of torch",
     ),
     "a hook on the norm": (
         lambda: arguments(norm=hooked(nn.BatchNorm2d(C))),
@@ -80,7 +80,7 @@ EAGER: dict[str, tuple[Callable[[], dict[str, Any]], str, str]] = {
     "a gate from another library": (
         lambda: arguments(gate=nn.Identity()),
         "the C++ kernels (norm); called: gate; afterwards: residual, relu",
-        "the gate is called: it is no Gate of this library but an Identity",
+        "the gate is called: it is an Identity, not a Gate of this library",
     ),
     "a gate of the map itself: CBAM, SimAM": (
         lambda: arguments(gate=CBAM(C)),
@@ -250,7 +250,7 @@ def with_tensor(norm: nn.Module, name: str, tensor: Any) -> nn.Module:
 REASONS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "a forward of an instance": (
         lambda: arguments(norm=without_forward(nn.BatchNorm2d(C))),
-        "the norm is called: it has a forward of its own, which is not its class's",
+        "the norm is called: it has a forward of its own, not its class's",
     ),
     "a parametrized norm": (
         lambda: arguments(norm=nn.utils.parametrize.register_parametrization(nn.BatchNorm2d(C), "weight", nn.Tanh())),
@@ -262,7 +262,7 @@ REASONS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     ),
     "a norm of another kind": (
         lambda: arguments(norm=nn.InstanceNorm2d(C)),
-        "the norm is called: it is no BatchNorm of torch but an InstanceNorm2d",
+        "the norm is called: it is an InstanceNorm2d, not a BatchNorm of torch",
     ),
     "a gate with its own call": (
         lambda: arguments(gate=GateWithItsOwnCall(C)),
@@ -338,7 +338,7 @@ def test_who_looks_on_sees_the_modules(monkeypatch) -> None:
         assert explain(**given).endswith("forward-mode derivatives are taken")
     said = []
     torch.func.vmap(lambda x: said.append(explain(x, given["norm"], given["gate"])) or x)(given["x"][None])
-    assert said[0].endswith("a transform of torch.func looks on")
+    assert said[0].endswith("a transform of torch.func is active")
 
 
 @needs_kernels
@@ -367,7 +367,7 @@ def test_a_norm_that_returns_another_type_is_followed_by_the_modules() -> None:
 
 def test_a_plan_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
-        plans.plan(**arguments()).who = "modules"
+        plans.plan(**arguments()).executor = "modules"
 
 
 @pytest.mark.parametrize(
@@ -383,7 +383,7 @@ def test_explain_refuses_what_the_tail_refuses(changed, error) -> None:
 def test_the_table_in_the_docs_has_every_situation() -> None:
     rows = re.findall(r"^\| ([^|]+) \|", DOCS.read_text(), re.MULTILINE)
     of_half_precision = "compiled: half precision on a GPU"
-    assert "The type plays no part: half precision takes the same rows" in DOCS.read_text()
+    assert "The type does not matter: half precision takes the same rows" in DOCS.read_text()
     assert set(rows) >= {*EAGER, *COMPILED, *ON_CPU_AND_GPU, *LOOKING_ON} - {of_half_precision}
 
 

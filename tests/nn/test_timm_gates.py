@@ -96,7 +96,7 @@ def test_surgery_puts_it_in_swaps_it_for_ours_takes_it_out_and_its_file_loads(tm
     again = load(tmp_path / "gated.pt")
     assert [type(module) for module in again.modules() if isinstance(module, TimmGate)] == [TimmGate] * 4
     assert torch.equal(again(x), plain(x))
-    with pytest.raises(ValueError, match=r"has a gate already, TimmGate\(64, 'cbam'\), and not TimmGate\(64, 'se'"):
+    with pytest.raises(ValueError, match=r"has a gate already, TimmGate\(64, 'cbam'\), not TimmGate\(64, 'se'"):
         ecanet.insert_gates_(model, "timm:se", "stage", input_shape=(1, 3, 32, 32))
     swapped = ecanet.replace_gates_(copy.deepcopy(model), "cbam", input_shape=(1, 3, 32, 32))
     assert len(swapped.rows) == 4, "layers of timm's inside a gate are no attention of their own"
@@ -133,10 +133,10 @@ def test_they_are_described_by_their_names_and_are_not_among_ours() -> None:
     [
         ("timm:cbma", "gate must be one of 'timm:se', .*got 'timm:cbma': did you mean 'timm:cbam'"),
         ("TIMM:gc", "got 'TIMM:gc': did you mean 'timm:gc'"),
-        ("coord", "'timm:NAME' for a layer of timm's.*got 'coord': did you mean 'timm:coord'"),
+        ("coord", "'timm:NAME' for a layer of timm.*got 'coord': did you mean 'timm:coord'"),
         ("timm:", "gate must be one of 'timm:se', .*got 'timm:'$"),
-        ("timm:halo", "gate must not be 'timm:halo', as it takes the place of a convolution; .* may be 'timm:se'"),
-        ("timm:bat", "gate must not be 'timm:bat', as it takes maps of whole blocks"),
+        ("timm:halo", "gate must not be 'timm:halo', because it takes the place of a convolution; .* gates: 'timm:se'"),
+        ("timm:bat", "gate must not be 'timm:bat', because it only takes maps that divide into blocks"),
     ],
 )
 def test_a_wrong_name_is_answered_with_what_would_be_right(wrong, words) -> None:

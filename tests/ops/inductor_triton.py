@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ecanet.ops import gpu
 
 sys.path.append(str(Path(__file__).parents[2]))
-from benchmarks import pretended_gpu
+from benchmarks import simulated_gpu
 
 KERNEL = re.compile(
     r"^\w+ = async_compile\.triton\('(\w+)', '''(.*?)''', device_str='cuda'\)", re.DOTALL | re.MULTILINE
@@ -33,9 +33,9 @@ def inductor_code(operation: Any, args: list[Any]) -> str:
     written: list[str] = []
 
     def write(is_backward: bool, graph: torch.fx.GraphModule, inputs: list[Any]) -> None:
-        written.append(pretended_gpu.write(graph, inputs, is_backward).code)
+        written.append(simulated_gpu.generate(graph, inputs, is_backward).code)
 
-    pretended_gpu.capture(lambda inputs: operation(*inputs), args, write)
+    simulated_gpu.capture(lambda inputs: operation(*inputs), args, write)
     return written[0]
 
 
@@ -56,7 +56,7 @@ def compile_kernels(code: str) -> None:
 
 def main() -> None:
     """All operations; what does not compile raises."""
-    pretended_gpu.start()
+    simulated_gpu.start()
     gpu.why_not = lambda: None  # type: ignore[assignment]
     called = {}
     for name in (*op.EVERY, "batch_norm_eca_add_act"):

@@ -29,7 +29,7 @@ MISSING = "the C++ kernels are not built; to build them: ecanet build"
 @pytest.fixture(autouse=True)
 def _from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_choice", "auto")
-    monkeypatch.setattr(backends, "_told", False)
+    monkeypatch.setattr(backends, "_has_warned", False)
 
 
 @pytest.fixture
@@ -324,7 +324,7 @@ def test_environment_is_the_choice_to_start_from(value: str, choice: str, monkey
 
 def test_wrong_environment_is_an_error_at_import(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ECANET_BACKEND", "Cpu")
-    with pytest.raises(ValueError, match="ECANET_BACKEND must be one of auto, reference, cpu, triton; it is 'Cpu'"):
+    with pytest.raises(ValueError, match="ECANET_BACKEND must be one of auto, reference, cpu, triton, got 'Cpu'"):
         runpy.run_path(backends.__file__)
 
 

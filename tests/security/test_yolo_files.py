@@ -26,7 +26,14 @@ CHANGE_LIBRARIES = [
     f"ecanet.{module}.{name}"
     for module, names in {
         "integrations.ultralytics": ("register", "keep_gates", "example"),
-        "nn.keep.ultralytics": ("follow", "keep_gates", "teach", "read_rows", "_parse_with_gates", "_train_with_gates"),
+        "nn.keep.ultralytics": (
+            "patch_when_imported",
+            "keep_gates",
+            "patch_if_possible",
+            "read_rows",
+            "_parse_with_gates",
+            "_train_with_gates",
+        ),
         "nn.keep.transformers": ("keep_gates", "_initializing_gates"),
         "nn.attached": ("_patch_tools", "attach_"),
         "surgery": ("insert_gates_",),

@@ -5,7 +5,7 @@ from typing import NamedTuple
 OK = "ok"
 NO_BLOCK = "finds no residual block"
 HAS_ATTENTION = "replace_gates_ swaps it"
-NO_MODULE = "which is no module: name a module before it"
+NO_MODULE = "which is not a module: name a module before it"
 CHANNELS_LAST = "channels last"
 
 

@@ -127,7 +127,7 @@ NO_ACTIVATIONS: dict[str, Code] = {
 
 @pytest.mark.parametrize("code", NO_ACTIVATIONS.values(), ids=NO_ACTIVATIONS)
 def test_what_works_on_several_values_or_only_scales_them_ends_no_group(code) -> None:
-    with pytest.raises(ValueError, match="where='conv' finds no convolution with an activation behind it"):
+    with pytest.raises(ValueError, match="where='conv' finds no convolution with an activation after it"):
         insert_gates_(Network(code), where="conv", input_shape=(1, 3, 16, 16))
 
 
@@ -268,11 +268,11 @@ def group_normed(net: Any, x: Tensor) -> Tensor:
 SKIPPED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a module that does not run": (
         lambda: nn.Sequential(nn.Conv2d(3, C, 3), TooSmall(), nn.Conv2d(C, C, 3), nn.ReLU(), nn.Conv2d(C, 4, 1)),
-        r"left out: 0: whether TooSmall behind it is an activation cannot be told \(ValueError: at least 6 x 6\)",
+        r"left out: 0: whether TooSmall after it is an activation is unknown \(ValueError: at least 6 x 6\)",
     ),
     "a module that is none": (
         lambda: nn.Sequential(nn.Conv2d(3, C, 3), LayerNorm(), nn.Conv2d(C, C, 3), nn.ReLU(), nn.Conv2d(C, 4, 1)),
-        "left out: 0: LayerNorm behind it works on several values at a time",
+        "left out: 0: LayerNorm after it works on several values at a time",
     ),
     "a norm of one's own": (
         lambda: nn.Sequential(
@@ -282,7 +282,7 @@ SKIPPED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "code that does not run": (
         lambda: nn.Sequential(Network(place_dependent), nn.Conv2d(4, C, 3), nn.ReLU(), nn.Conv2d(C, 4, 1)),
-        r"left out: 0.bn: whether mul behind it is an activation cannot be told \(RuntimeError: The size of",
+        r"left out: 0.bn: whether mul after it is an activation is unknown \(RuntimeError: The size of",
     ),
     "a norm as a function": (
         lambda: nn.Sequential(Network(group_normed, False), nn.Conv2d(4, C, 3), nn.ReLU(), nn.Conv2d(C, 4, 1)),

@@ -574,7 +574,7 @@ def test_code_that_calls_the_network_from_its_copy_is_stopped_and_the_report_kno
     assert [row.multiply_adds for row in report.rows] == [None]
     assert report.multiply_adds is None
     assert any("cannot be run on a copy, which calls the network's inner itself" in note for note in report.notes)
-    assert "multiply-adds a sample" not in str(report)
+    assert "multiply-adds per sample" not in str(report)
 
 
 def test_a_module_that_is_its_own_copy_does_not_run() -> None:

@@ -142,7 +142,7 @@ def test_a_shortcut_that_is_handed_in() -> None:
     ("forward", "says"),
     [
         (lambda b, x: b.act(b.second(b.act(b.conv(x)))) + x, "calls several times"),
-        (lambda b, x: b.conv(x).flip(1) + x, "ends in flip, which is no module"),
+        (lambda b, x: b.conv(x).flip(1) + x, "ends in flip, which is not a module"),
     ],
 )
 def test_an_end_that_a_gate_cannot_follow_says_why(forward, says) -> None:
@@ -156,7 +156,7 @@ def test_what_is_left_out_is_noted_where_others_get_a_gate() -> None:
     model = nn.Sequential(Block(in_place), Block(lambda b, x: b.conv(x).flip(1) + x))
     report = insert_gates_(model, input_shape=(1, C, 4, 4))
     assert len(report.rows) == 1
-    assert report.notes == ("left out: 1: its branch ends in flip, which is no module: name a module before it",)
+    assert report.notes == ("left out: 1: its branch ends in flip, which is not a module: name a module before it",)
 
 
 def test_code_that_cannot_be_traced_is_noted_where_others_get_a_gate() -> None:

@@ -50,4 +50,4 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     names: dict[str, object] = {}
     for block in blocks:
         exec(block, names)
-    assert "16 gates inserted: +86 parameters, +5,607,168 multiply-adds a sample" in capsys.readouterr().out
+    assert "16 gates inserted: +86 parameters, +5,607,168 multiply-adds per sample" in capsys.readouterr().out

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from ecanet import insert_gates_
 from ecanet.networks.running import running_without_data
 from ecanet.surgery.find.blocks import find_blocks
-from ecanet.surgery.find.equal import Answer, asked_once, asking_once, description_of
+from ecanet.surgery.find.equal import Answer, cached_by_module, caching_answers, description_of
 
 C = 4
 
@@ -78,11 +78,11 @@ def traced(monkeypatch) -> list[str]:
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_block_is_found_by_what_it_holds_itself_though_its_neighbour_differs_in_one_thing_only(change, which) -> None:
     model = nn.Sequential(Block(), Block())
-    with asking_once():
+    with caching_answers():
         assert find_blocks(model)[0] == []
     change(model[which])
     assert description_of(model[0]) != description_of(model[1])
-    with asking_once():
+    with caching_answers():
         assert [branch.block for branch in find_blocks(model)[0]] == [str(which)]
 
 
@@ -91,7 +91,7 @@ def test_values_of_buffers_are_not_compared_and_code_that_reads_one_is_looked_in
     model = nn.Sequential(SwitchedBlock(), SwitchedBlock(), Block(), Block())
     model[which].switch.fill_(True)
     assert description_of(model[0]) == description_of(model[1])
-    with asking_once():
+    with caching_answers():
         assert [branch.block for branch in find_blocks(model)[0]] == [str(which)]
     assert traced.count("SwitchedBlock") > traced.count("Block")
 
@@ -121,10 +121,10 @@ def test_insertion_traces_equal_blocks_once(traced) -> None:
     assert traced.count("Bottleneck") == 8  # the first and the other blocks of each of four stages
 
 
-def test_outside_of_asking_once_and_in_the_next_nothing_is_remembered() -> None:
+def test_outside_of_caching_answers_and_in_the_next_nothing_is_remembered() -> None:
     asked: list[nn.Module] = []
 
-    @asked_once
+    @cached_by_module
     def ask(module: nn.Module) -> Answer:
         asked.append(module)
         return Answer(len(asked), holds_for_equal_ones=type(module) is Block)
@@ -133,7 +133,7 @@ def test_outside_of_asking_once_and_in_the_next_nothing_is_remembered() -> None:
     assert [ask(equal[0]), ask(equal[0])] == [1, 2]
     for _ in range(2):
         asked.clear()
-        with asking_once():
+        with caching_answers():
             assert [ask(module) for module in (*equal, *not_shared, *equal, *not_shared)] == [1, 1, 2, 3] * 2
 
 

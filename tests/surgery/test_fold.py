@@ -225,7 +225,11 @@ def tied() -> nn.Module:
 
 @pytest.mark.parametrize(
     ("build", "says"),
-    [(one_for_all, "follows several modules"), (hooked, "no norm with a plain weight"), (tied, "weights of its own")],
+    [
+        (one_for_all, "follows several modules"),
+        (hooked, "not a norm with a plain weight"),
+        (tied, "weights of its own"),
+    ],
     ids=["one gate for all", "a hook on the norm", "gates that share a weight"],
 )
 def test_what_would_change_the_function_is_refused(build, says) -> None:

@@ -381,7 +381,7 @@ class TestReport:
             "name               gate  where         channels  k  params     MAdds",
             "--------------------------------------------------------------------",
             "layer1.0.bn2.gate  ECA   layer1.0.bn2        64  3      +3  +200,896",
-            "1 gate inserted: +3 parameters, +200,896 multiply-adds a sample",
+            "1 gate inserted: +3 parameters, +200,896 multiply-adds per sample",
         ]
 
     def test_a_network_that_wants_another_input_says_that_nothing_was_counted(self) -> None:
@@ -498,7 +498,7 @@ class TestRefusals:
         assert len(insert_gates_(resnet18(), lambda channels: nn.Identity(), preserve=False).rows) == 8
 
     def test_maps_with_channels_last_in_their_shape(self) -> None:
-        with pytest.raises(ValueError, match="has its 96 channels last, and not in dimension 1"):
+        with pytest.raises(ValueError, match="has its 96 channels last, not in dimension 1"):
             insert_gates_(build("torchvision/convnext_tiny"), where="features.1.0.block.5")
 
     def test_a_module_that_has_something_called_gate(self) -> None:

@@ -1,6 +1,6 @@
-// What the loops over feature maps are called with. No torch here: the loops can be built, read and fuzzed alone.
+// The arguments of the loops over feature maps. No torch here: the loops can be built, read and fuzzed alone.
 //
-// Names follow ecanet/ops/reference.py and coefficients.py, which say the same in plain PyTorch.
+// Names follow ecanet/ops/reference.py and coefficients.py, which compute the same in plain PyTorch.
 #pragma once
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -45,7 +45,7 @@ struct Map {
   int64_t samples, channels, positions;
   bool channels_last;
 
-  // Element-wise loops run over lines: what is contiguous in memory and has one sample (and channel, if not last).
+  // Element-wise loops run over lines: contiguous elements of one sample (and of one channel, unless channels last).
   int64_t lines() const { return samples * (channels_last ? positions : channels); }
   int64_t line_size() const { return channels_last ? channels : positions; }
 
@@ -54,8 +54,8 @@ struct Map {
   int64_t bundles_per_sample() const { return channels_last ? (channels + kBundle - 1) / kBundle : channels; }
   int64_t bundles() const { return samples * bundles_per_sample(); }
 
-  // The squeeze alone runs over blocks of so many positions if channels last: what one thread reads then lies together,
-  // as what it writes afterwards does.
+  // If channels last, only the squeeze runs over blocks of this many positions: what one thread reads is then
+  // contiguous, and so is what it writes.
   static constexpr int64_t kPositions = 64;
   int64_t blocks_per_sample() const { return channels_last ? (positions + kPositions - 1) / kPositions : channels; }
   int64_t blocks() const { return samples * blocks_per_sample(); }
@@ -72,7 +72,7 @@ template <class T>
 struct MomentsArgs {
   Map map;
   const T* x;
-  double* mean;  // (N, C); in double, or the variance of means far from zero would lose digits when they are merged
+  double* mean;  // (N, C); in double: in float, merging means far from zero would cost the variance digits
   double* m2;    // (N, C): sums of (x - mean)^2
 };
 
@@ -85,10 +85,10 @@ struct ApplyArgs {
   const Acc<T>* shift;  // (N, C)
   const T* residual;    // or null
   T* out;               // may be x
-  bool streams;         // `out` goes past the caches: it is not x, and so large that nobody finds it there
+  bool streams;         // write `out` past the caches: it is not x, and too large to stay in them
 };
 
-// What the derivative of the activation is taken from: `out` for ReLU and ReLU6, what went into the activation
+// What the derivative of the activation is computed from: `out` for ReLU and ReLU6, the activation's input
 // (x * scale + shift + residual) for SiLU and Hardswish.
 template <class T>
 struct ActGrad {
@@ -105,7 +105,7 @@ struct ReduceArgs {
   ActGrad<T> act_grad;
   const T* x;
   const Acc<T>* center;  // (C)
-  T* d;                  // or null: gradient of what went into the activation
+  T* d;                  // or null: gradient of the activation's input
   bool streams;          // as in ApplyArgs, for d
   Acc<T>* p;             // (N, C): sums of d
   Acc<T>* q;             // (N, C): sums of d (x - center)
@@ -124,8 +124,8 @@ struct InputGradArgs {
   bool streams;          // as in ApplyArgs
 };
 
-// A BatchNorm, y = a (x - mean) + bias with a = weight / sqrt(var + eps); every pointer (C) or null: mean 0, var + eps
-// 1, weight 1, bias 0. A is float or double.
+// A BatchNorm, y = a (x - mean) + bias with a = weight / sqrt(var + eps). Each pointer is (C), or null for mean 0,
+// var + eps = 1, weight 1 and bias 0. A is float or double.
 template <class A>
 struct NormArgs {
   const A *mean, *var, *weight, *bias;
@@ -136,7 +136,7 @@ template <class A>
 struct StatisticsArgs {
   int64_t samples, channels, positions;
   const double *mean, *m2;    // (N, C)
-  double *total, *spread;     // (C), zeros: room to add up in
+  double *total, *spread;     // (C), zeros: scratch space for sums
   A *batch_mean, *batch_var;  // (C)
 };
 
@@ -158,14 +158,14 @@ struct CoefficientArgs {
   A* padded;     // (N, C + k - 1), zeros; null without a band
 };
 
-// reference.eca_coefficients_backward has the formulas.
+// eca_coefficients_backward in coefficients.py has the formulas.
 template <class A>
 struct CoefficientGradArgs {
   int64_t samples, channels, positions;
   NormArgs<A> norm;
   const A *p, *q, *map_means;        // (N, C)
   const A *gate, *grad_s;        // (N, C) or null
-  const A *m2, *grad_v;          // (N, C); null where the gate sees no variances
+  const A *m2, *grad_v;          // (N, C); null if the gate sees no variances
   const A* band;                 // (k) or null
   int64_t k;
   bool circular;
@@ -173,9 +173,9 @@ struct CoefficientGradArgs {
   A *offset, *slope;             // (N, C); slope with grad_v
   A *weight, *bias, *band_grad;  // (C), (C), (k)
   A *mean, *var;                 // (C)
-  A *a, *ds;                     // (C): room
-  A *padded, *logits;            // (C + k - 1), zeros: room for s and for the gradient of the logits
-  double *sum_a, *sum_b;         // (C), zeros: room to add up in
+  A *a, *ds;                     // (C): scratch space
+  A *padded, *logits;            // (C + k - 1), zeros: scratch space for s and for the gradient of the logits
+  double *sum_a, *sum_b;         // (C), zeros: scratch space for sums
 };
 
 // One instruction set's loops; ranges are lines (apply, input_grad), blocks (squeeze), bundles (the other reductions) or

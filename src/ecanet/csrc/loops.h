@@ -41,10 +41,10 @@ struct Line {
 
 // Sums of long runs are kept in blocks, so that the rounding error does not grow with the size of the map.
 constexpr int64_t kBlock = 4096;
-// So many vectors are summed up before they are added to what came before.
+// This many vectors are summed before they are added to the running total.
 constexpr int64_t kPartial = 32;
 
-// What a run of at least one vector adds up to, lane by lane.
+// The sums of a run of at least one vector, lane by lane.
 template <class T>
 ECANET_INLINE Vec<Acc<T>> lane_sums(const T* x, int64_t size) {
   using A = Acc<T>;
@@ -102,7 +102,7 @@ ECANET_INLINE void add_rows(const T* x, int64_t stride, int64_t count, Acc<T>* t
     const int64_t some = count - i;
     Vec<A> s = {};
     for (int r = 0; r < rows; ++r) s += load_some(x + r * stride + i, some);
-    store(total + i, load(total + i) + s);  // total is as wide as whole vectors
+    store(total + i, load(total + i) + s);  // total is padded to whole vectors
   }
 }
 
@@ -172,7 +172,7 @@ struct Moments {
   }
 };
 
-// In double, value by value: for what overflows on the way, and for what is not finite.
+// In double, value by value: for sums that overflow, and for values that are not finite.
 template <class T>
 void slow_moments(const T* x, int64_t stride, int64_t size, double* mean, double* m2) {
   double total = 0, spread = 0;
@@ -224,7 +224,7 @@ void row_moments(const T* x, int64_t size, double* mean, double* m2) {
     }
     const A d = sum<A>(d0 + d1), q = sum<A>(q0 + q1);
     if (!std::isfinite(q)) return slow_moments(x, 1, size, mean, m2);
-    // What the rounding of `about` left over.
+    // What `about` lost by rounding.
     const A rest = d / A(count);
     if (count == size) {
       *mean = double(about) + rest;
@@ -304,7 +304,7 @@ ECANET_INLINE int64_t aligned_from(const T* p, int64_t size) {
   return from + width<T> <= size ? from : 0;
 }
 
-// Write `result(i)`, a vector, to out + i for a line of at least one vector; result may read what is written over.
+// Write `result(i)`, a vector, to out + i for a line of at least one vector; result may read what is overwritten.
 template <bool streams, class T, class F>
 ECANET_INLINE void write_line(T* out, int64_t size, F&& result) {
   constexpr int64_t W = width<T>;
@@ -371,7 +371,7 @@ void apply_act(const ApplyArgs<T>& a, int64_t begin, int64_t end) {
   a.residual ? apply_residual<T, last, act, true>(a, begin, end) : apply_residual<T, last, act, false>(a, begin, end);
 }
 
-// Calls f<act>() for the act that is only known now.
+// Runs `call` with A_, the activation as a constant for templates.
 #define ECANET_FOR_ACT(act, call)                           \
   switch (act) {                                            \
     case Act::none: { constexpr Act A_ = Act::none; call; } break;           \
@@ -391,7 +391,7 @@ void apply(const ApplyArgs<T>& a, int64_t begin, int64_t end) {
 
 constexpr bool needs_input(Act act) { return act == Act::silu || act == Act::hardswish; }
 
-// Gradient of what went into the activation, at i of a line. `some` > 0 asks for so many elements alone.
+// Gradient of the activation's input, from element i of a line on: a vector, or its first n elements (`some`).
 template <class T, bool last, Act act>
 struct Upstream {
   using A = Acc<T>;
@@ -457,7 +457,7 @@ void reduce_rows(const ReduceArgs<T>& a, int64_t begin, int64_t end) {
         p0 += d0;
         q0 += d0 * (x0 - center);
       }
-      if (i < stop && size >= W) {  // overlaps the vector before; what it has already counted is left out
+      if (i < stop && size >= W) {  // overlaps the vector before; elements already counted are left out
         const int64_t at = stop - W;
         const Vec<A> x0 = load(x + at);
         const Vec<A> d0 = upstream(at, x0);
@@ -493,7 +493,7 @@ ECANET_INLINE void reduce_line(const ReduceArgs<T>& a, int64_t at, int64_t nc, c
     store(p + i, load(p + i) + d);
     store(q + i, load(q + i) + d * (x - load(center + i)));
   }
-  if (i < count) {  // p and q are as wide as whole vectors
+  if (i < count) {  // p and q are padded to whole vectors
     const int64_t some = count - i;
     const Vec<A> x = load_some(a.x + at + i, some);
     const Vec<A> d = upstream.some(i, x, some);
@@ -634,7 +634,7 @@ void prepare(const CoefficientArgs<A>& a) {
   for (int64_t c = 0; a.norm.mean && c < a.channels; ++c) a.b[c] -= a.a[c] * a.norm.mean[c];
 }
 
-// Fill the margins of (C + k - 1) numbers whose middle is there.
+// Fill the margins of (C + k - 1) numbers whose middle is already filled.
 template <class A>
 void wrap_around(A* padded, int64_t channels, int64_t margin) {
   for (int64_t j = 0; j < margin; ++j) {

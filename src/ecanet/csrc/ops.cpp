@@ -1,6 +1,6 @@
-// The operations of ecanet.ops on the CPU: implementations only. Their schemas, what they return without data, and
-// their derivatives are in ecanet/ops/library.py; plain PyTorch that says the same is in ecanet/ops/reference.py
-// and ecanet/ops/coefficients.py.
+// The operations of ecanet.ops on the CPU: implementations only. Their schemas, fakes (shapes without data) and
+// derivatives are in ecanet/ops/library.py; the same operations in plain PyTorch are in ecanet/ops/reference.py and
+// ecanet/ops/coefficients.py.
 //
 // Written against libtorch's stable ABI, so that one binary serves every torch from 2.10 on.
 #include <torch/csrc/stable/library.h>
@@ -31,10 +31,10 @@ using Optional = std::optional<Tensor>;
 
 // Fewer elements than this are not worth a second thread.
 constexpr int64_t kElementsPerThread = 32768;
-// Samples whose maps together have about so many bytes are squeezed and then scaled while they are in the cache.
+// Samples whose maps together have about this many bytes are squeezed and then scaled while they are in the cache.
 constexpr int64_t kCacheBytes = 1 << 20;
 
-// An output of at least so many bytes has left the caches before anybody reads it.
+// An output of at least this many bytes has left the caches before it is read.
 constexpr int64_t kStreamedBytes = 8 << 20;
 
 template <class T>
@@ -54,7 +54,7 @@ const Kernels<T>& kernels() {
 #endif
 }
 
-// What error messages say of a tensor, in the words of Python.
+// How error messages describe a tensor: as Python does.
 std::string shape_of(const Tensor& t) {
   std::string text = "(";
   for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
@@ -98,7 +98,7 @@ int32_t dtype_of(const Tensor& t) {
   return dtype;
 }
 
-// The type to compute in.
+// The accumulation type.
 int32_t small_type(const Tensor& x) {
   return dtype_of(x) == aoti_torch_dtype_float64() ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
 }
@@ -123,7 +123,7 @@ Tensor new_small(const Tensor& x, int64_t size) {
   return empty(1, &size, &stride, small_type(x));
 }
 
-// (N, H, W, C) in memory, for 4 and 5 dimensions; strides of sizes of 1 say nothing.
+// (N, H, W, C) in memory, for 4 and 5 dimensions; strides of dimensions of size 1 do not matter.
 bool is_channels_last(const Tensor& t) {
   const int64_t dims = t.dim();
   if (dims != 4 && dims != 5) return false;
@@ -147,7 +147,7 @@ Map map_of(const Tensor& x) {
   return map;
 }
 
-// The tensor in the map's order; other strides are copied.
+// The tensor in the map's memory order; a copy if its strides differ.
 Tensor ordered(const Tensor& t, const Map& map) {
   if (!map.channels_last) return t.is_contiguous() ? t : torch::stable::contiguous(t);
   if (is_channels_last(t)) return t;
@@ -161,7 +161,7 @@ void check_same(const Tensor& t, const Tensor& x, const char* name) {
                   type_of(x), ", on the CPU; got ", shape_of(t), ", ", type_of(t), ", ", device_of(t));
 }
 
-// A small tensor of so many elements: contiguous, of the type to compute in.
+// A small tensor made contiguous, in the accumulation type.
 Tensor typed(const Tensor& t, const Tensor& x) {
   const Tensor same = dtype_of(t) == small_type(x) ? t
                       : small_type(x) == aoti_torch_dtype_float64()
@@ -182,7 +182,7 @@ Tensor small(const Tensor& t, const Tensor& x, int64_t size, const char* name) {
   return typed(t, x);
 }
 
-// What is read while x is written over: itself, or a copy where it lies partly under x. Both are dense.
+// A tensor to read while x is overwritten: t itself, or a copy if it overlaps x partly. Both are dense.
 Tensor apart(const Tensor& t, const Tensor& x) {
   const auto item = [](const Tensor& s) -> int64_t {
     return dtype_of(s) == aoti_torch_dtype_float64() ? 8 : dtype_of(s) == aoti_torch_dtype_float32() ? 4 : 2;
@@ -193,7 +193,7 @@ Tensor apart(const Tensor& t, const Tensor& x) {
   return exactly || end <= x_begin || x_end <= begin ? t : torch::stable::clone(t);
 }
 
-// What adds nothing, not even a sign to -0.
+// A shift that changes nothing, not even the sign of -0.
 Tensor no_shift(const Tensor& scale) {
   const Tensor zeros = empty_as(scale);
   return torch::stable::fill_(zeros, -0.0);
@@ -262,12 +262,12 @@ std::tuple<Tensor, Tensor> moments(const Tensor& input) {
   const Map map = map_of(input);
   const Tensor x = ordered(input, map);
   const Tensor mean = new_small(x, map.samples, map.channels), m2 = new_small(x, map.samples, map.channels);
-  const std::vector<double> found = moments_of(x, map);
+  const std::vector<double> mean_and_m2 = moments_of(x, map);
   dispatch(mean, [&](auto t) {
     using A = Acc<decltype(t)>;
     const int64_t nc = map.samples * map.channels;
-    std::copy(found.begin(), found.begin() + nc, out<A>(mean));
-    std::copy(found.begin() + nc, found.end(), out<A>(m2));
+    std::copy(mean_and_m2.begin(), mean_and_m2.begin() + nc, out<A>(mean));
+    std::copy(mean_and_m2.begin() + nc, mean_and_m2.end(), out<A>(m2));
   });
   return {mean, m2};
 }
@@ -278,15 +278,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_moments(const Tensor& input, bo
   const Tensor map_means = new_small(x, map.samples, map.channels);
   const Tensor mean = new_small(x, map.channels), var = new_small(x, map.channels);
   const Tensor m2 = new_small(x, needs_m2 ? map.samples : 0, map.channels);
-  const std::vector<double> found = moments_of(x, map);
+  const std::vector<double> mean_and_m2 = moments_of(x, map);
   dispatch(map_means, [&](auto t) {
     using A = Acc<decltype(t)>;
     const int64_t nc = map.samples * map.channels;
-    std::copy(found.begin(), found.begin() + nc, out<A>(map_means));
-    if (needs_m2) std::copy(found.begin() + nc, found.end(), out<A>(m2));
-    std::vector<double> room(2 * map.channels);
-    kernels<A>().statistics({map.samples, map.channels, map.positions, found.data(), found.data() + nc, room.data(),
-                             room.data() + map.channels, out<A>(mean), out<A>(var)});
+    std::copy(mean_and_m2.begin(), mean_and_m2.begin() + nc, out<A>(map_means));
+    if (needs_m2) std::copy(mean_and_m2.begin() + nc, mean_and_m2.end(), out<A>(m2));
+    std::vector<double> scratch(2 * map.channels);
+    kernels<A>().statistics({map.samples, map.channels, map.positions, mean_and_m2.data(), mean_and_m2.data() + nc,
+                             scratch.data(), scratch.data() + map.channels, out<A>(mean), out<A>(var)});
   });
   return {map_means, mean, var, m2};
 }
@@ -349,7 +349,7 @@ void apply_(Tensor x, const Tensor& scale, const Optional& shift, const Optional
 
 bool needs_input(Act act) { return act == Act::silu || act == Act::hardswish; }
 
-// Tensors that ActGrad points to.
+// The tensors that ActGrad points to.
 struct Upstream {
   Tensor grad, scale, shift;
   Optional saved;
@@ -468,9 +468,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> eca_coefficients(const Tensor& map_me
   dispatch(m, [&](auto t) {
     using A = Acc<decltype(t)>;
     const int64_t k = w ? w->numel() : 1;
-    std::vector<A> room(2 * channels), padded(w ? samples * (channels + k - 1) : 0);
+    std::vector<A> scratch(2 * channels), padded(w ? samples * (channels + k - 1) : 0);
     const CoefficientArgs<A> args{channels,    norm.args<A>(),           in<A>(m),  in<A>(w),     k,
-                                  circular,    factor,                   room.data(), room.data() + channels, out<A>(s),
+                                  circular,    factor,                   scratch.data(), scratch.data() + channels, out<A>(s),
                                   out<A>(gate), out<A>(scale),           out<A>(shift), padded.data()};
     kernels<A>().prepare(args);
     kernels<A>().coefficients(args, 0, samples);
@@ -506,9 +506,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> eca_coefficie
   dispatch(m, [&](auto t) {
     using A = Acc<decltype(t)>;
     const int64_t padded = channels + std::max<int64_t>(k, 1) - 1;
-    std::vector<A> room(2 * channels + 2 * padded);
+    std::vector<A> scratch(2 * channels + 2 * padded);
     std::vector<double> sums(2 * channels);
-    A* const r = room.data();
+    A* const r = scratch.data();
     kernels<A>().coefficients_backward({samples, channels, positions, norm.args<A>(), in<A>(pp), in<A>(qq), in<A>(m),
                                         in<A>(g), in<A>(ds), in<A>(squares), in<A>(dv), in<A>(w), k, circular, factor,
                                         out<A>(offset), out<A>(slope),
@@ -548,8 +548,8 @@ void norm_eca_add_act_into(const Tensor& x, const Map& map, const Optional& resi
       // For each channel a and b; for each map scale and shift, and with a gate the mean (which becomes s), the gate, and
       // s between margins of zeros.
       const int64_t nc = group * channels, padded = w ? group * (channels + k - 1) : 0;
-      const std::unique_ptr<A[]> room(new A[2 * channels + (w ? 4 : 2) * nc + padded]);
-      A *const a = room.get(), *const scale = a + 2 * channels, *const s = scale + 2 * nc, *const margins = s + 2 * nc;
+      const std::unique_ptr<A[]> scratch(new A[2 * channels + (w ? 4 : 2) * nc + padded]);
+      A *const a = scratch.get(), *const scale = a + 2 * channels, *const s = scale + 2 * nc, *const margins = s + 2 * nc;
       if (w) std::fill(margins, margins + padded, A(0));
       const CoefficientArgs<A> coefficients{channels, norm.args<A>(), w ? s : nullptr, in<A>(w), k, circular, factor, a,
                                             a + channels, w ? s : nullptr, s + nc, scale, scale + nc, margins};
@@ -565,7 +565,7 @@ void norm_eca_add_act_into(const Tensor& x, const Map& map, const Optional& resi
         parallel(0, part.lines(), part.line_size(), [&](int64_t b, int64_t e) { loops.apply(args, b, e); });
       }
     };
-    // Threads share whole samples where there are enough: what one has squeezed is in its own cache.
+    // If there are enough samples, each thread takes whole ones: what it has squeezed is in its own cache.
     if (w && map.samples >= int64_t(torch::stable::get_num_threads())) return parallel(0, map.samples, sample, run);
     run(0, map.samples);
   });

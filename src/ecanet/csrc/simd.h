@@ -1,4 +1,5 @@
-// Vectors as wide as the instruction set that this is included for: ECANET_ISA names it, ECANET_BYTES is its width.
+// Vectors as wide as those of the instruction set that this is included for: ECANET_ISA is its name, ECANET_BYTES
+// the width.
 //
 // Only GCC's and Clang's vector extensions, so the same lines become SSE2, AVX2, AVX-512 or NEON.
 
@@ -156,7 +157,7 @@ ECANET_INLINE void store(float16* p, Vec<float> v) {
   store_bits(p, h | ((u >> 16) & 0x8000));
 }
 
-// Whether lines of so many elements can be streamed from p on: whole, aligned vectors of a type that needs no rounding.
+// Whether lines of `line_size` elements from p on can be streamed: whole, aligned vectors of a type without rounding.
 template <class T>
 ECANET_INLINE bool can_stream([[maybe_unused]] const T* p, [[maybe_unused]] int64_t line_size) {
 #ifdef ECANET_X86
@@ -221,7 +222,7 @@ ECANET_INLINE Vec<float> exp(Vec<float> x) {
   e = e * r + 5.0000001201e-1f;
   e = e * r * r + r + 1.0f;
   const Int<float> power = bits_as<Int<float>>(k + 12582912.0f) - 0x4b400000;
-  const Int<float> half = power >> 1;  // in two factors, since 2^128 is no float
+  const Int<float> half = power >> 1;  // two factors, because 2^128 is not a float
   return e * bits_as<Vec<float>>((half + 127) << 23) * bits_as<Vec<float>>((power - half + 127) << 23);
 }
 
@@ -272,7 +273,7 @@ ECANET_INLINE Vec<A> activate(Vec<A> x) {
   return x;
 }
 
-// grad * act'(...), from the output for ReLU and ReLU6, from the input for SiLU and Hardswish.
+// grad * act'(...); `from` is the output for ReLU and ReLU6, the input for SiLU and Hardswish.
 template <Act act, class A>
 ECANET_INLINE Vec<A> activate_backward(Vec<A> grad, Vec<A> from) {
   const Vec<A> zero = {};

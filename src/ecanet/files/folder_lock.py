@@ -15,7 +15,7 @@ _held: set[int] = set()
 
 
 def _close_held() -> None:
-    # A lock lasts while any process has the folder open, and loading processes outlive a killed run by seconds.
+    # A lock lasts while any process has the folder open, and a killed run's loading processes outlive it by seconds.
     for handle in _held:
         os.close(handle)
     _held.clear()
@@ -53,7 +53,7 @@ def lock_folder(path: Path) -> int | None:
 
 
 def unlock_folder(handle: int | None) -> None:
-    """Give a lock back; not in a process that was forked since, which has none."""
+    """Release a lock; does nothing in a process that was forked after the lock was taken."""
     if handle in _held:
         _held.remove(handle)
         os.close(handle)

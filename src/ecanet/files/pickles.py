@@ -14,8 +14,9 @@ _BYTES_PER_VALUE = {
     "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1, "BoolStorage": 1, "ComplexDoubleStorage": 16,
     "ComplexFloatStorage": 8, "UntypedStorage": 1, "QInt8Storage": 1, "QUInt8Storage": 1, "QInt32Storage": 4,
 }  # fmt: skip
-#: What honest checkpoints refer to: tensors, their parts, and ordered dictionaries. None of it takes more memory than
-#: the storages hold. Torch would accept other names, such as ``bytearray``, which allocate whatever size they are told.
+#: What honest checkpoints refer to: tensors, their parts, and ordered dictionaries. None of these take more memory
+#: than the storages hold. Torch would accept other names, such as ``bytearray``, which allocate any size that a file
+#: asks for.
 _ALLOWED = {
     *(("torch", name) for name in _BYTES_PER_VALUE),
     *(("torch.storage", name) for name in ("UntypedStorage", "TypedStorage", "_LegacyStorage")),
@@ -31,7 +32,7 @@ _ALLOWED = {
     ("torch.serialization", "_get_layout"),
     ("collections", "OrderedDict"),
 }
-#: Allowed names that must not be called: they would allocate whatever size they are told.
+#: Allowed names that must not be called: they would allocate any size that a file asks for.
 _NEVER_CALLED = {name for module, name in _ALLOWED if module in ("torch", "torch.storage") and name.endswith("Storage")}
 _NEVER_CALLED |= {"Tensor"}
 #: Most parts a file may have: enough for a network's tensors and an optimizer's.
@@ -48,7 +49,7 @@ class _Placeholder:
 
     def __call__(self, *_: Any) -> "_Placeholder":
         if self.name in _NEVER_CALLED:
-            raise ValueError(f"it makes a {self.name} of a size of its own")
+            raise ValueError(f"it creates a {self.name} of any size that it names")
         return _Placeholder("")
 
     def __setstate__(self, state: Any) -> None:

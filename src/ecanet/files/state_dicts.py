@@ -224,8 +224,8 @@ def _without_wrapper_prefixes(state: StateDict) -> dict[str, Tensor]:
 
 def _versions(state: StateDict) -> dict[str, dict[str, int]]:
     """The modules' version numbers from the metadata that ``state_dict()`` attaches; all other metadata is dropped."""
-    beside = getattr(state, "_metadata", None)
-    named = beside.items() if isinstance(beside, Mapping) else ()
+    metadata = getattr(state, "_metadata", None)
+    named = metadata.items() if isinstance(metadata, Mapping) else ()
     return {
         name: {"version": about["version"]}
         for name, about in named

@@ -8,7 +8,7 @@ from ecanet.nn.build import check_gate_name
 from ecanet.untrusted import check_number, listed, shown
 
 _Check = Callable[[Any, str], None]
-#: Places for gates in one network, and characters in the name of each.
+#: Most places for gates in one network, and most characters in the name of each.
 _MOST_PLACES, _LONGEST_NAME = 1000, 300
 
 

@@ -52,8 +52,9 @@ class HubModel(
 ):
     """A network that can be saved to a folder: its arguments as config.json, its weights as model.safetensors.
 
-    A subclass sets ``config`` to the arguments that rebuild it, ``backbone`` to torchvision's name of its plain twin,
-    and ``classifier_name`` to the prefix of its classifier's keys. It lists its gates in :meth:`gated_norms`.
+    A subclass sets ``config`` to the arguments that rebuild it, ``backbone`` to torchvision's name of the network
+    without gates, and ``classifier_name`` to the prefix of its classifier's keys. It lists its gates in
+    :meth:`gated_norms`.
     """
 
     config: dict[str, Any]
@@ -86,12 +87,12 @@ class HubModel(
 
         Because neutral gates have a known factor, this also shows whether factors were folded later.
         """
-        found = [gate for _, gate in self.gated_norms() if isinstance(gate, Gate)]
-        factors = {gate.factor for gate in found}
+        gates = [gate for _, gate in self.gated_norms() if isinstance(gate, Gate)]
+        factors = {gate.factor for gate in gates}
         config = {**self.config, **changes, "factor": factors.pop() if len(factors) == 1 else None}
         factor = config["factor"]
         if factor is not None and config["neutral"]:
-            needed = 1 / found[0].neutral_value
+            needed = 1 / gates[0].neutral_value
             config |= {"fold": factor == 1 and needed != 1, "neutral": factor in (1, needed)}
         elif factor not in (None, 1):
             config["fold"] = False
@@ -190,8 +191,8 @@ class HubModel(
         if not strict:
             problem.pop("unexpected")
         missing = [key for key in own if key not in state] if strict else []
-        if found := describe(missing=missing, **problem):
-            raise ValueError(f"{weights} does not fit the network that {config_file} describes: {found}")
+        if misfit := describe(missing=missing, **problem):
+            raise ValueError(f"{weights} does not fit the network that {config_file} describes: {misfit}")
         model = cls(**given)
         model.load_state_dict(state, strict=strict)
         return model.to(map_location).eval()

@@ -1,4 +1,4 @@
-"""Makes networks start as their plain twins, with gates that are 1."""
+"""Makes networks start with gates that are 1, so that they compute what they compute without gates."""
 
 import copy
 from collections.abc import Iterator

@@ -69,10 +69,10 @@ def load_official(path: str | os.PathLike[str], strict: bool = True) -> ECAResNe
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     problems = describe(missing=missing, **misfits(state, own))
     if problems:
-        found = f"{path} looks like {model.backbone}, but {problems}"
+        message = f"{path} looks like {model.backbone}, but {problems}"
         if strict:
-            raise ValueError(f"{found}: pass strict=False to load what fits")
-        warnings.warn(found, stacklevel=2)
+            raise ValueError(f"{message}: pass strict=False to load what fits")
+        warnings.warn(message, stacklevel=2)
     model = build()
     fitting = {key: value for key, value in state.items() if key in own and value.shape == own[key].shape}
     model.load_state_dict(fitting, strict=False)
@@ -86,7 +86,7 @@ def _one_per_stage(stages: list[set[int]], backbone: str, path: object) -> list[
                 f"{path} has kernel sizes {sorted(sizes)} within stage {i} of {backbone}: "
                 "the paper's networks, which this function builds, have one kernel size per stage"
             )
-    # A stage without gates is no error here, so that load_official can name every missing key.
+    # A stage without gates is not an error here, so that load_official can name every missing key.
     return [next(iter(sizes), released) for sizes, released in zip(stages, RELEASED[backbone], strict=True)]
 
 

@@ -117,7 +117,7 @@ class ECAResNet(_GatedStages, ResNet):
 
     Source:
         Wang et al., ECA-Net, CVPR 2020, arXiv:1910.03151; He et al., arXiv:1512.03385 (stride in the 3 x 3
-        convolution, as torchvision and the official code have it).
+        convolution, as in torchvision and the official code).
 
     Example:
         >>> model = ECAResNet(18, num_classes=10)
@@ -244,11 +244,11 @@ class SmallECAResNet(_GatedStages):
         self.stage_names = tuple(f"layer{i}" for i in range(1, len(widths) + 1))  # type: ignore[misc]
         stages = []
         for i, (name, width) in enumerate(zip(self.stage_names, widths, strict=True)):
-            inside, stride = (widths[0], 1) if i == 0 else (widths[i - 1], 2)
+            in_width, stride = (widths[0], 1) if i == 0 else (widths[i - 1], 2)
             downsample = None
-            if stride != 1 or inside != width:
-                downsample = nn.Sequential(nn.Conv2d(inside, width, 1, stride, bias=False), nn.BatchNorm2d(width))
-            first = GatedBasicBlock(inside, width, stride, downsample)
+            if stride != 1 or in_width != width:
+                downsample = nn.Sequential(nn.Conv2d(in_width, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+            first = GatedBasicBlock(in_width, width, stride, downsample)
             stages.append(nn.Sequential(first, *(GatedBasicBlock(width, width) for _ in range(1, blocks))))
             self.add_module(name, stages[-1])
         self.avgpool = nn.AdaptiveAvgPool2d(1)

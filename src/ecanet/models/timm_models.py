@@ -162,7 +162,7 @@ class TimmECAResNet(_TimmModel, ECAResNet):
 
     Args:
         depth: As in :class:`~ecanet.models.ECAResNet`.
-        gate: As there; ``"none"`` also means no gate, because ``timm.create_model`` drops arguments that are None.
+        gate: Likewise; ``"none"`` also means no gate, because ``timm.create_model`` drops arguments that are None.
         num_classes: Outputs of the classifier; 0 for no classifier.
         in_chans: Channels of the images.
         global_pool: timm's name of a pooling.
@@ -254,7 +254,7 @@ class TimmECAMobileNetV2(_TimmModel, ECAMobileNetV2):
         global_pool: timm's name of a pooling.
         drop_rate: Dropout before the classifier.
         weights: A plain network's weights, loaded without changing the function that it computes.
-        kwargs: ``kernel_size``, ``width_mult``, ``neutral``, ``factor``, ``fold`` and ``norm_layer``, as there.
+        kwargs: ``kernel_size``, ``width_mult``, ``neutral``, ``factor``, ``fold`` and ``norm_layer``, as in that class.
 
     Raises:
         TypeError, ValueError: as :class:`~ecanet.models.ECAMobileNetV2` and
@@ -304,7 +304,7 @@ class TimmECAMobileNetV2(_TimmModel, ECAMobileNetV2):
 
     def _set_classifier(self, classifier: nn.Module) -> None:
         if isinstance(classifier, nn.Linear):
-            nn.init.normal_(classifier.weight, 0, 0.01)  # as torchvision has it
+            nn.init.normal_(classifier.weight, 0, 0.01)  # as in torchvision
             nn.init.zeros_(classifier.bias)
         self.classifier[1] = classifier
 

@@ -1,4 +1,4 @@
-"""What can be asked of any network: may it be changed, what shapes run through it, what does it cost.
+"""Questions about any network: whether it can be changed, which shapes run through it, what it costs.
 
 Nothing here changes a network; :mod:`ecanet.surgery` does.
 """

@@ -45,14 +45,14 @@ def multiply_adds(model: nn.Module, input_shape: Sequence[int], others: Sequence
       included; this is half of what :class:`torch.utils.flop_counter.FlopCounterMode` counts;
     - inside the gates, besides these, one for every value of a product of two tensors, of a square, and of a map whose
       variance is found. On a map of C channels and S positions, every gate scales C S values (per value, one addition
-      in the squeeze and one multiplication in the scaling make one multiply-add), and one that sees variances squares
-      C S more. ECA and ECA-NS add k C, SE-Var2 C, SE-GC and SE-Var3 C^2 / G, SE 2 C (C // r), SRM and GRN 2 C, GCT 4 C.
+      in the squeeze and one multiplication in the scaling make one multiply-add), and a gate that sees variances also
+      squares C S values. ECA and ECA-NS add k C, SE-Var2 C, SE-GC and SE-Var3 C^2 / G, SE 2 C (C // r), SRM and GRN
+      2 C, GCT 4 C.
 
     Norms, activations, biases, pooling and the additions of residuals are not counted. The totals of the paper's Table
-    3 are 1 % (ResNet-50) to 11 % (MobileNetV2) higher, as its rule counts norms and activations, too
-    (:class:`ecanet.profile.Counts`). Its differences
-    agree: over the blocks of MobileNetV2, C S adds up to 572,320, which is 0.55 of 2^20, and the paper reports 319.9M
-    with ECA and 319.4M without.
+    3 are 1 % (ResNet-50) to 11 % (MobileNetV2) higher, because its rule counts norms and activations, too
+    (:class:`ecanet.profile.Counts`). Its differences agree: over the blocks of MobileNetV2, C S adds up to 572,320,
+    which is 0.55 of 2^20, and the paper reports 319.9M with ECA and 319.4M without.
 
     The model is left unchanged, with its modes, running statistics and hooks, and so are the random generators.
 
@@ -83,7 +83,7 @@ def multiply_adds(model: nn.Module, input_shape: Sequence[int], others: Sequence
 
 @contextmanager
 def counting(model: nn.Module, others: Sequence[nn.Module] = ()) -> Iterator[FlopCounterMode]:
-    """Make a counter that counts products of single values inside gates and ``others``; gates run in plain PyTorch.
+    """Yield a counter that also counts products of single values inside gates and ``others``, run in plain PyTorch.
 
     Raises:
         ValueError: a gate never ran.
@@ -115,7 +115,7 @@ def _of_the_map(shapes: Sequence[Any], _: Any) -> int:
     return math.prod(shapes[0])
 
 
-#: From the shapes of an operation's arguments (others as they are) and of its result to its number of products.
+#: Number of products of an operation, from its arguments (tensors as their shapes) and the shape of its result.
 _Products = Callable[[Sequence[Any], Any], int]
 _PRODUCTS: dict[Any, _Products] = {
     torch.ops.aten.mul: _of_two_tensors,

@@ -61,7 +61,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _quiet(logger: logging.Logger) -> Iterator[None]:
-    """Let a logger say nothing."""
+    """Silence a logger."""
     before, logger.disabled = logger.disabled, True
     try:
         yield
@@ -75,14 +75,14 @@ def running_without_data(twin: nn.Module) -> Iterator[None]:
     with (
         evaluating(twin),
         _only_shapes(),
-        _quiet(_SHAPES_LOG),  # whoever runs the twin says what fails
+        _quiet(_SHAPES_LOG),  # the caller reports what fails
         torch.random.fork_rng(devices=[]),
         without_hooks_on_all_modules(),
     ):
         yield
 
 
-#: Where torch writes a traceback of every operation without data that fails, before it raises the error.
+#: Where torch logs a traceback of every operation without data that fails, before it raises the error.
 _SHAPES_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 _BATCH_NORM = torch.ops.aten.native_batch_norm.default
 
@@ -90,9 +90,9 @@ _BATCH_NORM = torch.ops.aten.native_batch_norm.default
 @functools.cache
 def _mode_of_shapes() -> Any:
     class ModeOfShapes(FakeTensorMode):
-        """Knows what a BatchNorm in eval mode returns; torch finds it by 20 operations, at the price of 7 convolutions.
+        """Knows what a BatchNorm in eval mode returns: torch needs 20 operations for it, as long as 7 convolutions.
 
-        The operation comes here after torch has compared the sizes of its tensors.
+        Torch has compared the sizes of the operation's tensors before it calls this.
         """
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -112,8 +112,8 @@ def _only_shapes() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def observing(model: nn.Module, see: Callable[[str, Gate, Tensor], None]) -> Iterator[None]:
-    """Call ``see(name, gate, x)`` after every forward pass of every gate; x is the gate's input.
+def observing(model: nn.Module, observe: Callable[[str, Gate, Tensor], None]) -> Iterator[None]:
+    """Call ``observe(name, gate, x)`` after every forward pass of every gate; x is the gate's input.
 
     Raises:
         ValueError: a gate never ran, so that the observations do not describe the model.
@@ -124,7 +124,7 @@ def observing(model: nn.Module, see: Callable[[str, Gate, Tensor], None]) -> Ite
     def hook_for(name: str) -> Callable[..., None]:
         def hook(gate: Gate, args: tuple[Any, ...], kwargs: dict[str, Any], _: Tensor) -> None:
             waiting.pop(name, None)
-            see(name, gate, args[0] if args else kwargs["x"])
+            observe(name, gate, args[0] if args else kwargs["x"])
 
         return hook
 

@@ -52,4 +52,4 @@ __all__ = [
     "se_gc3",
 ]
 
-_ultralytics.follow()
+_ultralytics.patch_when_imported()

@@ -1,4 +1,4 @@
-"""What turns a gate's logits into its values."""
+"""Activations: functions from a gate's logits to its values."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -7,19 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: What turns logits into gate values, as an argument; both are 1/2 at 0.
+#: The values of an ``activation=`` argument; both functions are 1/2 at 0.
 Activation = Literal["sigmoid", "hard_sigmoid"]
 
-#: By name.
+#: The functions by name.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "hard_sigmoid": lambda logits: F.relu6(logits + 3) / 6,  # torch's own has a float32 1/6, in float64 too
-    "exp": torch.exp,  # of gates that are made with it, and take no other
+    "exp": torch.exp,  # fixed by the class of a gate; not an argument
 }
 
 
 def check_activation(activation: str) -> str:
-    """A gate's activation.
+    """Return a gate's activation if it is one that users may choose.
 
     Raises:
         ValueError: ``activation`` is neither ``"sigmoid"`` nor ``"hard_sigmoid"``.

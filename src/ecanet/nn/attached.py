@@ -32,7 +32,7 @@ from ecanet.private_torch import NormBase
 #: Name of the gate as a child of its host.
 GATE = "gate"
 
-#: Containers run all of their children, or others do: a gate added as a child would run too.
+#: They, or the code that iterates over them, run every child: a gate added as a child would run too.
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -51,7 +51,7 @@ _run_gate.__name__ = _run_gate.__qualname__ = "run_gate"  # the name in pickles
 
 
 def __getattr__(name: str) -> Any:
-    """Provide the hook under its name in pickles; loading one means that this process has an attached gate."""
+    """Return the hook by its name in pickles, and patch the tools: the network that is unpickled has a gate."""
     if name != "run_gate":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _patch_tools()
@@ -104,12 +104,12 @@ def _keep_the_gate(parent: nn.Module, name: str, new: nn.Module | None) -> None:
 
 
 def _keep_when_replaced(parent: nn.Module, old: nn.Module, new: nn.Module, gate: nn.Module) -> str | None:
-    """Attach the gate to its host's replacement, or say why not: if used elsewhere, that would be scaled there too."""
+    """Attach the gate to its host's replacement, or say why not: if used elsewhere, it would be scaled there too."""
     if any(module is gate or getattr(module, ATTACHED, False) for module in new.modules()):
         return None  # it has a gate
     if any(module is new for module in parent.children()):
         return None  # children of one parent swap places
-    if _is_registered(new, but_in=old.modules()):
+    if _is_registered(new, ignoring=old.modules()):
         return "the gate goes with the old one: insert_gates_ attaches another to the new one"
     if new in old.modules():  # an adapter is removed
         detach_(old)
@@ -127,14 +127,14 @@ def _keep_when_wrapped(parent: nn.Module, old: nn.Module, new: nn.Module, gate: 
     """
     if not any(child is old for child in new.children()) or not callable(getattr(new, "merge", None)):
         own = {*new.parameters()} - {*old.parameters()}
-        others = any(attached_gate(module) is not None for module in new.modules() if module is not old)
-        if not own or others or type(new).__module__.startswith("torch."):
+        has_other_gate = any(attached_gate(module) is not None for module in new.modules() if module is not old)
+        if not own or has_other_gate or type(new).__module__.startswith("torch."):
             return None
         return (
             "holds it: the gate scales what the old one returns, but not what the new one adds. To scale both, call "
             "remove_gates_ before, and insert_gates_ afterwards with where= that place"
         )
-    if [*parent._modules.values()].count(old) > 1 or _is_registered(old, but_in=(parent, *new.modules())):
+    if [*parent._modules.values()].count(old) > 1 or _is_registered(old, ignoring=(parent, *new.modules())):
         return (
             "adapts it, but the old one is also part of something else: the gate does not scale what the new one adds. "
             "Adapt it without a gate, and insert_gates_ afterwards"
@@ -145,9 +145,9 @@ def _keep_when_wrapped(parent: nn.Module, old: nn.Module, new: nn.Module, gate: 
     return None
 
 
-def _is_registered(module: nn.Module, but_in: Iterable[nn.Module] = ()) -> bool:
-    """Whether a module is a child of any module outside ``but_in``. Slow: it inspects all references to the module."""
-    excluded = [id(vars(owner)["_modules"]) for owner in but_in]
+def _is_registered(module: nn.Module, ignoring: Iterable[nn.Module] = ()) -> bool:
+    """Whether a module is a child of any module not in ``ignoring``. Slow: it inspects all references to the module."""
+    excluded = [id(vars(owner)["_modules"]) for owner in ignoring]
     return any(
         isinstance(held, dict) and id(held) not in excluded and _holds_children(held)
         for held in gc.get_referrers(module)
@@ -196,13 +196,13 @@ def calls_the_gate(trace: Callable[..., fx.Graph]) -> Callable[..., fx.Graph]:
         if gate is None:
             return graph
 
-        def as_it_is(*args: Any, **kwargs: Any) -> fx.Proxy:  # a single call: the trace is over
+        def create_call(*args: Any, **kwargs: Any) -> fx.Proxy:  # a single call: the trace is over
             return tracer.create_proxy("call_module", GATE, args, kwargs)
 
         end = graph.output_node()
         with graph.inserting_before(end):
             end.args = fx.map_arg(
-                end.args, lambda node: tracer.call_module(gate, as_it_is, (tracer.proxy(node),), {}).node
+                end.args, lambda node: tracer.call_module(gate, create_call, (tracer.proxy(node),), {}).node
             )
         return graph
 

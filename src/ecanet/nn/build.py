@@ -14,13 +14,13 @@ from ecanet.nn.gate import Gate
 from ecanet.nn.maps import CBAM, SimAM
 from ecanet.nn.moments import GCT, GRN, SRM
 from ecanet.nn.se import ESE, SE, SEGroup, SEShift, SEVar1, SEVar2, SEVar3, se_gc2, se_gc3
-from ecanet.nn.timm_gates import PREFIX, TIMM_GATES, why_no_gate
+from ecanet.nn.timm_gates import PREFIX, TIMM_GATES, why_not_a_gate
 from ecanet.untrusted import shown
 
 GateFactory = Callable[..., nn.Module]
 GateSpec = str | GateFactory | None
 
-#: Every gate by name: the modules of the paper's Table 2, other gates of means, of means and variances, of the map.
+#: Every gate by name: the modules of the paper's Table 2, then other gates that see means, variances too, or the map.
 GATES: dict[str, GateFactory] = {
     "eca": ECA,
     "eca_ns": ECANS,
@@ -43,26 +43,28 @@ GATES: dict[str, GateFactory] = {
 }
 
 
-#: What a ``gate=`` argument may name: :data:`GATES`, and timm's layers behind ``timm:``.
+#: What a ``gate=`` argument may name: :data:`GATES`, and timm's layers with the prefix ``timm:``.
 NAMED_GATES: ChainMap[str, GateFactory] = ChainMap(GATES, dict(TIMM_GATES))
 
 
 def check_gate_name(name: str, others: str = "") -> str:
-    """A name in :data:`NAMED_GATES`.
+    """Return a name if it is in :data:`NAMED_GATES`.
 
     Args:
-        name: What was given.
-        others: What else would be right, for the error.
+        name: The name that was given.
+        others: What else the caller accepts, for the error.
 
     Raises:
-        ValueError: unknown name; the message has the names, and the closest.
+        ValueError: unknown name; the message lists the known names and suggests the closest one.
     """
     if name in NAMED_GATES:
         return name
-    if name.startswith(PREFIX) and (why := why_no_gate(name)):
-        raise ValueError(f"gate must not be {name!r}, as {why}; of timm's layers it may be {_known(TIMM_GATES)}")
+    if name.startswith(PREFIX) and (why := why_not_a_gate(name)):
+        raise ValueError(
+            f"gate must not be {name!r}, because {why}; layers of timm that are gates: {_known(TIMM_GATES)}"
+        )
     known = _known(TIMM_GATES if name.startswith(PREFIX) else GATES)
-    more = "" if name.startswith(PREFIX) else f", {PREFIX + 'NAME'!r} for a layer of timm's"
+    more = "" if name.startswith(PREFIX) else f", {PREFIX + 'NAME'!r} for a layer of timm"
     raise ValueError(f"gate must be one of {known}{more}{others}, got {shown(name)!r}{did_you_mean(name)}")
 
 
@@ -77,11 +79,11 @@ def did_you_mean(name: str) -> str:
         >>> did_you_mean("ECA-NS"), did_you_mean("timm:cbma"), did_you_mean("coord")
         (": did you mean 'eca_ns'?", ": did you mean 'timm:cbam'?", ": did you mean 'timm:coord'?")
     """
-    timms = name.lower().startswith(PREFIX)
-    written = {_letters(known.removeprefix(PREFIX)): known for known in (TIMM_GATES if timms else NAMED_GATES)}
-    written |= {} if timms else {_letters(known): known for known in GATES}  # ours, where both have the name
-    close = difflib.get_close_matches(_letters(name[:64].lower().removeprefix(PREFIX)), written, 1, 0.6)
-    return f": did you mean {written[close[0]]!r}?" if close else ""
+    is_timm = name.lower().startswith(PREFIX)
+    by_letters = {_letters(known.removeprefix(PREFIX)): known for known in (TIMM_GATES if is_timm else NAMED_GATES)}
+    by_letters |= {} if is_timm else {_letters(known): known for known in GATES}  # if both have the name, ours
+    close = difflib.get_close_matches(_letters(name[:64].lower().removeprefix(PREFIX)), by_letters, 1, 0.6)
+    return f": did you mean {by_letters[close[0]]!r}?" if close else ""
 
 
 def _letters(name: str) -> str:
@@ -92,7 +94,7 @@ def gate_factory(gate: str | GateFactory) -> GateFactory:
     """The callable ``(channels, ...) -> module`` behind a ``gate=`` argument.
 
     Args:
-        gate: A name in :data:`GATES`, that of a layer of timm's as ``timm:cbam``, or a class or function that takes the
+        gate: A name in :data:`GATES`, a layer of timm such as ``timm:cbam``, or a class or function that takes the
             number of channels.
 
     Raises:
@@ -142,7 +144,7 @@ def build_gate(
     """Build one gate.
 
     Args:
-        gate: A name in :data:`GATES`, that of a layer of timm's as ``timm:cbam``, or a class or function that takes the
+        gate: A name in :data:`GATES`, a layer of timm such as ``timm:cbam``, or a class or function that takes the
             number of channels.
         channels: Number of channels C.
         kernel_size: For gates that have one; ``"adaptive"`` keeps the gate's default, which for ECA and ECA-NS is

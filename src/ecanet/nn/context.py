@@ -12,19 +12,20 @@ from ecanet.nn.moments import check_eps
 from ecanet.nn.se import check_groups
 from ecanet.ops import reference
 
-#: Groups of the paper's networks, whose gates have 256 channels or more, and the fewest channels of a group there.
-_GROUPS, _CHANNELS_A_GROUP = 64, 4
+#: Number of groups in the paper's networks, whose gates have 256 channels or more, and their fewest channels per group.
+_PAPER_GROUPS, _MIN_CHANNELS_PER_GROUP = 64, 4
 
 
 class LCT(Gate):
     """Linear Context Transform: ``sigmoid(w v + b)`` per channel, v the mean normalised in its group. 2 C parameters.
 
-    ``v = (s - mean of the group) / sqrt(variance of the group + eps)``. At the start w is 0 and b is 1, as the authors
-    have it: the gate is sigmoid(1) = 0.73.
+    ``v = (s - mean of the group) / sqrt(variance of the group + eps)``. At the start w is 0 and b is 1, as in the
+    authors' code: the gate is sigmoid(1) = 0.73.
 
     Args:
         channels: Number of channels C.
-        groups: Number of groups, a divisor of C. By default 64 as in the paper, or as many as leave a group 4 channels.
+        groups: Number of groups, a divisor of C. By default the largest one, up to 64 as in the paper, that leaves each
+            group at least 4 channels.
         eps: Added to the variance of a group.
         activation: ``"sigmoid"`` or ``"hard_sigmoid"``.
         factor: Multiplies every gate value; 2 undoes the sigmoid of 0.
@@ -59,7 +60,7 @@ class LCT(Gate):
         factor: float = 1.0,
     ) -> None:
         super().__init__(channels, activation=activation, factor=factor)
-        self.groups = check_groups(_usual_groups(channels) if groups is None else groups, channels)
+        self.groups = check_groups(_default_groups(channels) if groups is None else groups, channels)
         self.eps = check_eps(eps)
         self.w, self.b = (nn.Parameter(torch.empty(channels)) for _ in range(2))
         self.reset_parameters()
@@ -91,8 +92,8 @@ class LCT(Gate):
         return [f"groups={self.groups}", *([] if self.eps == 1e-5 else [f"eps={self.eps:g}"])]
 
 
-def _usual_groups(channels: int) -> int:
-    most = max(1, min(_GROUPS, channels // _CHANNELS_A_GROUP))
+def _default_groups(channels: int) -> int:
+    most = max(1, min(_PAPER_GROUPS, channels // _MIN_CHANNELS_PER_GROUP))
     return next(groups for groups in range(most, 0, -1) if channels % groups == 0)
 
 
@@ -103,8 +104,8 @@ class GaussianGCT(Gate):
     average passes unchanged, and the further it is from that, above or below, the less of it passes. No choice of c
     makes the gate constant, so it has no neutral start.
 
-    The paper's equations decide here. Public code differs from them: some has ``exp(-c v^2 / 2)``, some the unbiased
-    deviation, some eps below the root.
+    This follows the paper's equations. Public code differs from them: some has ``exp(-c v^2 / 2)``, some the unbiased
+    deviation, some eps under the root.
 
     Args:
         channels: Number of channels C.
@@ -131,7 +132,7 @@ class GaussianGCT(Gate):
     """
 
     activation = "exp"
-    #: Range of a learnable c: alpha and beta.
+    #: A learnable c is between beta and alpha + beta.
     alpha: ClassVar[float] = 3.0
     beta: ClassVar[float] = 1.0
 

@@ -12,7 +12,7 @@ from ecanet.nn.build import GATES, NAMED_GATES, GateFactory, check_gate_name
 from ecanet.nn.gate import Gate
 from ecanet.nn.timm_gates import LAYERS, PREFIX
 
-#: C where parameters are counted.
+#: The number of channels C for which parameters are counted.
 CHANNELS = 256
 
 
@@ -20,16 +20,16 @@ class GateDescription(NamedTuple):
     """One gate of :data:`ecanet.nn.GATES`.
 
     Attributes:
-        name: In :data:`ecanet.nn.GATES`.
+        name: Its name in :data:`ecanet.nn.GATES`.
         call: The class or function and its arguments without ``factor``.
         formula: What it computes of a map x with channel means s, in one line.
         parameters_of_c: The number of parameters as a formula of the number of channels C.
         parameters: Their number at 256 channels.
-        neutral: The constant, without the factor, that neutral weights make of the gate; None where there are none.
-        neutral_weights: What is set for that; or why there is no neutral start.
+        neutral: The gate's value with neutral weights, without the factor; None if it has no neutral weights.
+        neutral_weights: Which weights a neutral start sets; or why there is no neutral start.
         needs: ``"means"``, ``"means, variances"`` or ``"the map"``.
         fused: Whether the fused tail computes it; otherwise the tail calls it.
-        source: Where the formula is from.
+        source: The publication or code that the formula is from.
     """
 
     name: str
@@ -52,7 +52,7 @@ class GateDescription(NamedTuple):
 
 
 class _Facts(NamedTuple):
-    """What cannot be asked of a gate."""
+    """What a gate object cannot tell about itself."""
 
     formula: str
     parameters_of_c: str
@@ -63,7 +63,8 @@ class _Facts(NamedTuple):
 _ECA_NET = "Wang et al., ECA-Net, CVPR 2020, arXiv:1910.03151"
 _TABLE_2 = f"{_ECA_NET}, Table 2"
 
-#: s: channel means; mean, max and | |, the l2 norm: over the positions of a channel, unless the formula says otherwise.
+#: s: channel means; | |: the l2 norm. Means, maxima and norms are over the positions of a channel, unless the formula
+#: says otherwise.
 _FACTS: dict[str, _Facts] = {
     "eca": _Facts("x sigmoid(conv1d_k(s))", "k", "W = 0", f"{_ECA_NET}, Eq. (8), (9)"),
     "eca_ns": _Facts("x sigmoid(W s), W a band of k", "k C", "W = 0", f"{_ECA_NET}, Eq. (6), (7)"),
@@ -134,10 +135,10 @@ def describe_gates(names: Sequence[str] | None = None) -> list[GateDescription]:
     """What every gate computes, needs and costs.
 
     Args:
-        names: Names in :data:`ecanet.nn.GATES`, by default all of them; or of timm's layers, as ``timm:cbam``.
+        names: Names in :data:`ecanet.nn.GATES`, by default all of them; or layers of timm such as ``timm:cbam``.
 
     Raises:
-        ImportError: a layer of timm's without timm installed.
+        ImportError: a layer of timm is named, and timm is not installed.
         TypeError: ``names`` is one string.
         ValueError: unknown name.
 
@@ -153,9 +154,9 @@ def describe_gates(names: Sequence[str] | None = None) -> list[GateDescription]:
 
 def _describe(name: str) -> GateDescription:
     factory = NAMED_GATES[name]
-    with torch.device("meta"):  # no values: nobody's random numbers move on
+    with torch.device("meta"):  # no values, so no random numbers are drawn
         gate = factory(CHANNELS)
-    facts = _FACTS.get(name) or _facts_of_timm(name) or _Facts(_first_line(factory), "", "", "")  # somebody added it
+    facts = _FACTS.get(name) or _facts_of_timm(name) or _Facts(_first_line(factory), "", "", "")  # added by a user
     return GateDescription(
         name,
         _call(factory),
@@ -180,10 +181,10 @@ def _first_line(factory: GateFactory) -> str:
 
 
 def _call(factory: GateFactory) -> str:
-    taken = [p for p in inspect.signature(factory).parameters.values() if p.name != "factor"]
-    arguments = ["C", *(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in taken[1:])]
-    made = factory.func if isinstance(factory, partial) else factory
-    return f"{getattr(made, '__name__', type(made).__name__)}({', '.join(arguments)})"
+    parameters = [p for p in inspect.signature(factory).parameters.values() if p.name != "factor"]
+    arguments = ["C", *(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters[1:])]
+    function = factory.func if isinstance(factory, partial) else factory
+    return f"{getattr(function, '__name__', type(function).__name__)}({', '.join(arguments)})"
 
 
 def _neutral_value(gate: torch.nn.Module) -> float | None:
@@ -202,7 +203,7 @@ def _needs(gate: torch.nn.Module) -> str:
 
 
 def table(gates: Sequence[GateDescription]) -> str:
-    """The gates as a table in Markdown, as docs/gates.md has it."""
+    """The gates as a table in Markdown, as in docs/gates.md."""
     lines = [
         "| gate | class | formula | needs | parameters | at C = 256 | neutral start | fused | source |",
         "|-|-|-|-|-|-|-|-|-|",

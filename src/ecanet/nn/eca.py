@@ -62,8 +62,8 @@ class ECA(_BandGate):
         kernel_size: k, odd: how many neighbouring channels each gate value depends on. ``"adaptive"`` is
             :func:`~ecanet.nn.adaptive_kernel_size` of C.
         circular: Make the first and the last channel neighbours instead of padding with zeros: channels have no order.
-        activation: ``"sigmoid"`` or ``"hard_sigmoid"``. The kernels' own derivative is the former's; with the latter
-            autograd goes through the gate, as through any other.
+        activation: ``"sigmoid"`` or ``"hard_sigmoid"``. The kernels only have a derivative for the sigmoid; with the
+            hard sigmoid, autograd goes through the gate, as through any other.
         factor: Multiplies every gate value; 2 undoes the sigmoid of 0.
 
     Raises:
@@ -143,7 +143,7 @@ class ECA(_BandGate):
     def maths(self) -> GateMaths | None:
         """ECA's own maths, whose derivative the kernels know, unless the gate was changed."""
         own, cls = self.__dict__, type(self)
-        conv = own["_modules"].get("conv")  # attribute access on a module takes as long as a small map
+        conv = own["_modules"].get("conv")  # attribute access on a module is slow compared with a small map
         changed = (cls.scale_and_shift, cls.gate, cls.activate, cls.scaled, cls.logits) != _KNOWN_METHODS
         if changed or has_own_maths(own) or self.activation != "sigmoid":
             return super().maths()

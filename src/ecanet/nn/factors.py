@@ -34,7 +34,7 @@ def version_of(t: Tensor) -> float:
 
 
 def has_no_value(t: Tensor) -> bool:
-    """Whether a tensor has a shape alone."""
+    """Whether a tensor has only a shape, and no value."""
     return t.is_meta or isinstance(t, FakeTensor)
 
 

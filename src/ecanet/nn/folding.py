@@ -51,27 +51,29 @@ def fold_factors_(model: nn.Module, *, factor: float = 1.0) -> list[str]:
         for name, norm, gate in changes
     ]
     with all_or_nothing(model) as undo:
-        for (_, _, gate), (of_norm, of_gate) in zip(changes, tensors, strict=True):
+        for (_, _, gate), (norm_tensors, gate_weights) in zip(changes, tensors, strict=True):
             undo.cover(gate)
-            undo.keep(of_norm)
-            fold_(gate, of_norm, of_gate, factor)
+            undo.keep(norm_tensors)
+            fold_(gate, norm_tensors, gate_weights, factor)
     return [name for name, _, _ in changes]
 
 
 @torch.no_grad()
-def fold_(gate: Gate, of_norm: tuple[Tensor, ...], of_gate: tuple[Tensor, ...] = (), factor: float = 1.0) -> None:
+def fold_(
+    gate: Gate, norm_tensors: tuple[Tensor, ...], gate_weights: tuple[Tensor, ...] = (), factor: float = 1.0
+) -> None:
     """Set a gate's factor, and move the ratio of the old one to the new one into a norm.
 
     Args:
         gate: The gate.
-        of_norm: Weight and bias of the norm before it: :func:`tensors_to_scale`.
-        of_gate: The gate's weights on the means of the norm's output.
+        norm_tensors: Weight and bias of the norm before it: :func:`tensors_to_scale`.
+        gate_weights: The gate's weights on the means of the norm's output.
         factor: The gate's new factor.
     """
     ratio = gate.factor / factor
-    for tensor in of_norm:
+    for tensor in norm_tensors:
         tensor.mul_(ratio)
-    for tensor in of_gate:
+    for tensor in gate_weights:
         tensor.div_(ratio)
     gate.factor = factor
 
@@ -129,7 +131,7 @@ def tensors_to_scale(what: str, norm: nn.Module, count: Counter[int]) -> tuple[T
     """
     tensors = affine(norm)
     if tensors is None:
-        problem = f"{type(norm).__name__} is no norm with a plain weight and bias that could take it"
+        problem = f"{type(norm).__name__} is not a norm with a plain weight and bias that could take it"
     elif any(count[id(t)] > 1 for t in tensors):
         problem = f"another module shares the weights of its {type(norm).__name__}"
     else:

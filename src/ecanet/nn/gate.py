@@ -24,12 +24,12 @@ from ecanet.private_torch import count_dispatch_modes, is_tracing, is_transforme
 
 
 def has_own_maths(own: dict[str, Any]) -> bool:
-    """Whether somebody put another method on a gate itself, so that its class does not tell its values.
+    """Whether a method was replaced on the gate object itself, so that its class does not tell what it computes.
 
     Args:
         own: The gate's ``__dict__``.
     """
-    # Each by itself: this is asked at every call, and a set would look at everything that the gate has.
+    # Five separate tests, because this runs at every call: an intersection of sets would visit all attributes.
     return "logits" in own or "activate" in own or "gate" in own or "scaled" in own or "scale_and_shift" in own
 
 
@@ -47,7 +47,7 @@ class Gate(nn.Module, ABC):
         factor: Multiplies every gate value. 2 undoes the sigmoid of 0: :meth:`make_identity_`.
 
     Attributes:
-        needs_variances: Whether :meth:`scale_and_shift` wants the variances of the map's channels.
+        needs_variances: Whether :meth:`scale_and_shift` needs the variances of the map's channels.
         sees_map: Whether the gate has no :meth:`scale_and_shift`, because statistics are not enough for it.
         activation: What turns logits into gate values.
         channels: Number of channels C.
@@ -82,7 +82,7 @@ class Gate(nn.Module, ABC):
 
     @abstractmethod
     def logits(self, s: Tensor) -> Tensor:
-        """The input of the activation, ``(N, C)``, from channel means ``(N, C)`` in the type to compute in."""
+        """The input of the activation, ``(N, C)``, from channel means ``(N, C)`` in the accumulation type."""
 
     @property
     def factor(self) -> float:
@@ -171,7 +171,7 @@ class Gate(nn.Module, ABC):
         """What a map is multiplied by, and what is added to it: ``out = scale * x + shift``.
 
         Args:
-            statistics: Of the map, in the type to compute in; with variances where :attr:`needs_variances` is true.
+            statistics: Of the map, in the accumulation type; with variances if :attr:`needs_variances` is true.
 
         Returns:
             The scale ``(N, C)``, times :attr:`factor`, and the shift ``(N, C)``, or None for no shift.
@@ -179,7 +179,7 @@ class Gate(nn.Module, ABC):
         return self.gate(statistics.means), None
 
     def statistics(self, x: Tensor) -> Statistics:
-        """What :meth:`scale_and_shift` wants to know of a map.
+        """The statistics of a map that :meth:`scale_and_shift` takes.
 
         Args:
             x: As :meth:`forward` takes it.
@@ -230,7 +230,7 @@ class Gate(nn.Module, ABC):
         statistics = self.statistics(x)
         s = statistics.means
         if isinstance(s, Tensor) and s.device.type != "meta" and torch.is_autocast_enabled(s.device.type):
-            with reference.no_autocast(s.device.type):  # as the kernels' gates: layers of a subclass would be rounded
+            with reference.no_autocast(s.device.type):  # as in the kernels: autocast would round in a subclass's layers
                 return self._applied(x, statistics)
         return self._applied(x, statistics)
 
@@ -325,12 +325,12 @@ class Gate(nn.Module, ABC):
         is_lost = scale is not None and not is_factor(scale, self._factor)
         return is_lost or not all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
 
-    #: The gate's value without its factor where :meth:`is_neutral`: what :meth:`make_neutral_` returns.
+    #: The gate's value without its factor when it is neutral: what :meth:`make_neutral_` returns.
     neutral_value: float = 0.5
 
     @property
     def value_at_start(self) -> float:
-        """The value from which the gate is trained, with its present factor; on the device ``"meta"``, too."""
+        """The gate's value at the start of training, with its present factor; known on the device ``"meta"``, too."""
         return self.neutral_value * self.factor
 
     def constant(self) -> float | None:
@@ -341,9 +341,9 @@ class Gate(nn.Module, ABC):
         if any(weight.is_meta for weight in self.parameters()) or not self.is_neutral():
             return None
         cls = type(self)
-        judge: Any = next(c for c in cls.__mro__ if "is_neutral" in vars(c))
-        of_judge = (judge.scale_and_shift, judge.gate, cls.logits if judge.logits is Gate.logits else judge.logits)
-        if of_judge == (cls.scale_and_shift, cls.gate, cls.logits) and not has_own_maths(vars(self)):
+        base: Any = next(c for c in cls.__mro__ if "is_neutral" in vars(c))
+        known_methods = (base.scale_and_shift, base.gate, cls.logits if base.logits is Gate.logits else base.logits)
+        if known_methods == (cls.scale_and_shift, cls.gate, cls.logits) and not has_own_maths(vars(self)):
             return self.value_at_start
         scale, shift = self.try_out()  # a subclass or instance computes something else from these weights
         is_constant = bool((scale == scale[0, 0]).all()) and (shift is None or not bool(shift.any()))
@@ -351,7 +351,7 @@ class Gate(nn.Module, ABC):
 
     @torch.no_grad()
     def try_out(self) -> ScaleAndShift:
-        """Scale and shift for two samples whose means differ in every channel, in evaluation; the gate stays as it is.
+        """Scale and shift for two samples whose means differ in every channel, in eval mode; the gate does not change.
 
         Returns:
             ``(2, C)``, and ``(2, C)`` or None.
@@ -391,27 +391,27 @@ class Gate(nn.Module, ABC):
         Weights may have more or fewer dimensions of size 1, as those of a 1 x 1 convolution do.
         """
         own = {prefix + name for name, _ in chain(self.named_parameters(), self.named_buffers())} | {f"{prefix}scale"}
-        is_ours = all(key in own for key in state_dict if key.startswith(prefix))  # not of attention that it replaced
+        is_ours = all(key in own for key in state_dict if key.startswith(prefix))  # not keys of replaced attention
         for name, weight in self.named_parameters() if is_ours else ():
-            of_file = state_dict.get(prefix + name)
-            if isinstance(of_file, Tensor) and of_file.shape != weight.shape and _same_but_ones(of_file, weight):
-                state_dict[prefix + name] = of_file.reshape(weight.shape)
+            given = state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and given.shape != weight.shape and _same_except_ones(given, weight):
+                state_dict[prefix + name] = given.reshape(weight.shape)
         names = {name for name, _ in chain(self.named_parameters(), self.named_buffers())} - {"scale"}
         has_weights = not names or any(prefix + name in state_dict for name in names)
-        given = state_dict.get(f"{prefix}scale")
+        scale = state_dict.get(f"{prefix}scale")
         problem = None
-        if has_weights and (given is not None or names):
-            problem = self._why_factor_does_not_fit(given)
+        if has_weights and (scale is not None or names):
+            problem = self._why_factor_does_not_fit(scale)
         if problem is not None:
             error_msgs.append(f"{prefix}*: {problem}")
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if self._buffers["scale"] is None or given is None or problem is not None:
+        if self._buffers["scale"] is None or scale is None or problem is not None:
             return
         # Without weights, the loader only allocates missing tensors; their values come later.
-        keeps = not has_weights or has_no_value(given) or is_factor(given, self._factor)
-        self.factor = self._factor if keeps else float(given)
+        keeps = not has_weights or has_no_value(scale) or is_factor(scale, self._factor)
+        self.factor = self._factor if keeps else float(scale)
 
     def _why_factor_does_not_fit(self, given: object) -> str | None:
         """Why weights with this ``scale`` (None if they have none) do not fit this gate; None if they do."""
@@ -426,7 +426,7 @@ class Gate(nn.Module, ABC):
             )
         problem = why_no_factor(given)
         if problem is not None:
-            return f"scale {problem}, which is not a factor of a gate: that is one number above 0"
+            return f"scale {problem}, which is not a gate's factor: a factor is one number above 0"
         assert isinstance(given, Tensor)
         if has_factor or has_no_value(given) or is_factor(given, 1.0):
             return None
@@ -445,7 +445,7 @@ class Gate(nn.Module, ABC):
         return [f"{self.channels}", *self._options(), *activation]
 
     def _options(self) -> list[str]:
-        """Those between the number of channels and the activation."""
+        """The constructor arguments between the number of channels and the activation, as ``repr`` shows them."""
         return []
 
 
@@ -461,8 +461,8 @@ class ResetWithGate:
         self.gate.make_identity_()
 
 
-def _same_but_ones(first: Tensor, second: Tensor) -> bool:
-    """Whether two shapes are the same but for dimensions of size 1."""
+def _same_except_ones(first: Tensor, second: Tensor) -> bool:
+    """Whether two shapes are the same except for dimensions of size 1."""
     return [n for n in first.shape if n != 1] == [n for n in second.shape if n != 1]
 
 

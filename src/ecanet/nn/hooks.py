@@ -13,7 +13,7 @@ _KNOWN: tuple[type[nn.Module], ...] = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear,
     nn.Identity, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish,
 )  # fmt: skip
-#: The methods of classes that the library computes itself, as they were at import: somebody may put others there.
+#: The methods, at import, of classes that the library computes itself: user code may replace them later.
 _METHODS: dict[type, tuple[tuple[str, Callable[..., Any]], ...]] = {
     cls: tuple((name, getattr(cls, name)) for name in ("forward", "_conv_forward") if hasattr(cls, name))
     for cls in _KNOWN
@@ -21,7 +21,7 @@ _METHODS: dict[type, tuple[tuple[str, Callable[..., Any]], ...]] = {
 
 
 def why_called(module: nn.Module, known_hooks: int = 0) -> str | None:
-    """Why a call of the module does something else than its class is known for, or None if it does not.
+    """Why a call of the module does something other than its class is known for; None if it does not.
 
     Args:
         module: The module.
@@ -39,18 +39,18 @@ def why_called(module: nn.Module, known_hooks: int = 0) -> str | None:
         return "has a hook"
     own = module.__dict__
     if "forward" in own or "_conv_forward" in own:
-        return "has a forward of its own, which is not its class's"
+        return "has a forward of its own, not its class's"
     cls = type(module)
     if cls.__call__ is not nn.Module.__call__:
         return f"is a {cls.__name__}, whose __call__ is not torch's"
     for name, method in _METHODS.get(cls, ()):
         if getattr(cls, name) is not method:
-            return f"is a {cls.__name__}, whose {name} somebody replaced"
+            return f"is a {cls.__name__}, whose {name} was replaced"
     return "is seen by a hook on all modules" if has_any_global_hook() else None
 
 
 def called_differently(module: nn.Module, known_hooks: int = 0) -> bool:
-    """Whether a call of the module does something else than its class is known for: see :func:`why_called`."""
+    """Whether a call of the module does something other than its class is known for: see :func:`why_called`."""
     return why_called(module, known_hooks) is not None
 
 

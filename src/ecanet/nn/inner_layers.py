@@ -21,7 +21,7 @@ def is_plain(layer: nn.Module, cls: type[nn.Module], shape: tuple[int, ...], bia
         layer: The layer.
         cls: The class that it must be, not a subclass.
         shape: The shape that its weight must have.
-        bias: Whether it must have a bias, of one value for each output, or must not.
+        bias: Whether it must have a bias, of one value for each output; otherwise it must have none.
     """
     if type(layer) is not cls:
         return False

@@ -1,4 +1,4 @@
-"""Gates that see the map itself: CBAM and SimAM. The tail calls them, and fuses what is left."""
+"""Gates that see the map itself: CBAM and SimAM. The tail calls them, and fuses the rest."""
 
 from abc import abstractmethod
 
@@ -16,17 +16,17 @@ from ecanet.ops import reference
 
 
 class MapGate(Gate):
-    """A gate that statistics are not enough for: it may scale every position of a map by another number.
+    """A gate that statistics are not enough for: it may scale every position of a map by a different number.
 
     Factor, neutral start, files and surgery are those of every :class:`Gate`. A subclass defines :meth:`scale_map`.
-    There are no gate values of a channel: :meth:`gate`, :meth:`logits` and :meth:`scale_and_shift` say so.
+    A channel has no single gate value, so :meth:`gate`, :meth:`logits` and :meth:`scale_and_shift` raise an error.
     """
 
     sees_map = True
 
     @abstractmethod
     def scale_map(self, x: Tensor) -> Tensor:
-        """A checked map times the gate, without :attr:`factor`; float32 for half types, and the base class rounds."""
+        """A checked map times the gate, without :attr:`factor`; float32 for half types: the base class rounds it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale a feature map.
@@ -44,7 +44,7 @@ class MapGate(Gate):
         return self.scaled(self.scale_map(reference.check_map(x, self.channels))).to(x.dtype)
 
     def logits(self, s: Tensor) -> Tensor:
-        """There are none of the means.
+        """Not available: the gate is not a function of the means.
 
         Raises:
             TypeError: always.
@@ -52,7 +52,7 @@ class MapGate(Gate):
         raise TypeError(f"{type(self).__name__} needs more of a map than statistics: call the module on the map")
 
     def scale_and_shift(self, statistics: Statistics) -> ScaleAndShift:
-        """There is no scale of a whole channel.
+        """Not available: a channel has no single scale.
 
         Raises:
             TypeError: always.
@@ -60,7 +60,7 @@ class MapGate(Gate):
         raise TypeError(f"{type(self).__name__} needs more of a map than statistics: call the module on the map")
 
     def answer(self, x: Tensor) -> ScaleAndShift:
-        """Every channel's mean over its positions of what they are multiplied by, and no shift.
+        """For every channel, the mean over its positions of the number that they are multiplied by; no shift.
 
         Positions where x is 0 do not show it and are left out; a channel of zeros is NaN.
         """
@@ -73,20 +73,20 @@ class MapGate(Gate):
         return None
 
     def constant(self) -> float | None:
-        """As :meth:`Gate.constant`; None where a subclass has its own :meth:`scale_map` for the weights of another."""
-        judge = next(c for c in type(self).__mro__ if "is_neutral" in vars(c))
-        is_known = getattr(judge, "scale_map", None) is type(self).scale_map and "scale_map" not in vars(self)
+        """As :meth:`Gate.constant`; None if a subclass has its own :meth:`scale_map` but inherits ``is_neutral``."""
+        base = next(c for c in type(self).__mro__ if "is_neutral" in vars(c))
+        is_known = getattr(base, "scale_map", None) is type(self).scale_map and "scale_map" not in vars(self)
         return super().constant() if is_known else None
 
 
 class CBAM(MapGate):
-    """Convolutional Block Attention Module: a gate of every channel, then one of every position.
+    """Convolutional Block Attention Module: a gate for every channel, then one for every position.
 
     ``y = x sigmoid(mlp(means of x) + mlp(maxima of x))`` with ``mlp(s) = W2 relu(W1 s)``, means and maxima over the
-    positions; ``out = y sigmoid(bn(conv(means of y, maxima of y)))``, over the channels, a convolution of 7 x 7.
+    positions; ``out = y sigmoid(bn(conv(means of y, maxima of y)))``, over the channels, with a 7 x 7 convolution.
     2 C h + 100 parameters, with h = C / r rounded.
 
-    A map of one dimension counts as one of width 1; one of three is a stack of slices, each convolved by itself.
+    A map of one dimension counts as one of width 1; a map of three is a stack of slices, each convolved by itself.
 
     Keys are those of timm's ``CbamModule``: state dicts load both ways. A layer that is more than torch's plain one is
     called, as in every gate.
@@ -100,7 +100,7 @@ class CBAM(MapGate):
     Raises:
         TypeError: ``channels`` or ``reduction`` is not an integer, ``factor`` is not a number.
         ValueError: ``channels`` or ``reduction`` below 1, unknown ``activation``, ``factor`` not finite and above 0;
-            torch's own, in training on a single position.
+            torch's BatchNorm, in training on a single position.
 
     Source:
         Woo et al., CBAM, ECCV 2018, arXiv:1807.06521, Eq. (1) to (3); the norm after the convolution as in the authors'
@@ -124,15 +124,15 @@ class CBAM(MapGate):
         self.spatial = _SpatialHalf()
 
     def reset_parameters(self) -> None:
-        """Draw the layers' weights anew, as torch does."""
+        """Draw the layers' weights again, as torch does."""
         for layer in (self.channel.fc1, self.channel.fc2, self.spatial.conv.conv, self.spatial.conv.bn):
             layer.reset_parameters()
         super().reset_parameters()
 
     def scale_map(self, x: Tensor) -> Tensor:
         """Both halves, one after the other."""
-        of_channels = self.activate(self.channel(reference.squeeze(x, self.channels), reference.maxima(x)))
-        y = reference.scale_exactly(x, of_channels)
+        channel_gates = self.activate(self.channel(reference.squeeze(x, self.channels), reference.maxima(x)))
+        y = reference.scale_exactly(x, channel_gates)
         return reference.scale_positions(y, self.activate(self.spatial(reference.over_channels(y))))
 
     @torch.no_grad()
@@ -145,8 +145,9 @@ class CBAM(MapGate):
 
     def is_neutral(self) -> bool:
         """Whether W2, and the norm's weight and bias are 0."""
-        of_norm = list(self.spatial.conv.bn.parameters())
-        return is_zero(self.channel.fc2, nn.Conv2d) and bool(of_norm) and not any(bool(t.any()) for t in of_norm)
+        norm_weights = list(self.spatial.conv.bn.parameters())
+        is_norm_zero = bool(norm_weights) and not any(bool(t.any()) for t in norm_weights)
+        return is_zero(self.channel.fc2, nn.Conv2d) and is_norm_zero
 
     def _options(self) -> list[str]:
         return [f"reduction={self.reduction}"]
@@ -174,7 +175,7 @@ class _ChannelHalf(nn.Module):
 
 
 class _ConvNorm(nn.Module):
-    """A convolution of 7 x 7 and its norm, ``(N, 2, H, W)`` to ``(N, 1, H, W)``."""
+    """A 7 x 7 convolution and its norm, ``(N, 2, H, W)`` to ``(N, 1, H, W)``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,7 +193,7 @@ class _ConvNorm(nn.Module):
 
 
 class _SpatialHalf(nn.Module):
-    """As timm's: its keys begin with ``spatial.conv``."""
+    """Wraps the convolution and its norm as timm does: their keys begin with ``spatial.conv``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -203,7 +204,7 @@ class _SpatialHalf(nn.Module):
 
 
 class SimAM(MapGate):
-    """SimAM: a gate of every single value, by its distance from its channel's mean. No parameters, no neutral start.
+    """SimAM: a gate for every single value, by its distance from its channel's mean. No parameters, no neutral start.
 
     ``x sigmoid(d / (4 (sum of d / (S - 1) + e_lambda)) + 1/2)`` with ``d = (x - mean)^2`` over the S positions.
 

@@ -30,7 +30,7 @@ class MomentGate(Gate):
         """What a map is multiplied by, and what is added to it."""
 
     def logits(self, s: Tensor) -> Tensor:
-        """There are none of the means alone.
+        """Not available: the gate is not a function of the means alone.
 
         Raises:
             TypeError: always.
@@ -41,10 +41,10 @@ class MomentGate(Gate):
 
 
 class _ClosedFormGate(MomentGate):
-    """A gate that is 1 at its start and knows its own gradient: autograd's graph would cost more than the gate."""
+    """A gate that is 1 at the start and knows its own gradient: autograd's graph would cost more than the gate."""
 
     neutral_value = 1.0
-    #: All parameters, as :meth:`gradients` takes them, and those that make the gate 1 when they are 0.
+    #: All parameters, in the order in which :meth:`gradients` takes them; those that make the gate 1 when they are 0.
     parameter_names: ClassVar[tuple[str, ...]] = ()
     zero_for_identity: ClassVar[tuple[str, ...]] = ()
 
@@ -55,8 +55,8 @@ class _ClosedFormGate(MomentGate):
         """Gradients of what :meth:`scale_and_shift` computed from the same statistics, in closed form.
 
         Args:
-            statistics: As there.
-            parameters: Those of the forward pass, as in ``parameter_names``; the gate may have others by now.
+            statistics: What :meth:`scale_and_shift` got.
+            parameters: Those of the forward pass, in the order of ``parameter_names``; the gate may have others by now.
             grad_scale: ``(N, C)``, gradient of the scale without the factor.
             grad_shift: ``(N, C)``.
         """
@@ -64,8 +64,8 @@ class _ClosedFormGate(MomentGate):
     def maths(self) -> GateMaths | None:
         """The gate and its closed form, unless it was changed or has other parameters, as a pruned one has."""
         cls = type(self)
-        judge: Any = next(c for c in cls.__mro__ if "gradients" in vars(c))
-        is_known = cls.scale_and_shift is judge.scale_and_shift and cls.scaled is Gate.scaled
+        base: Any = next(c for c in cls.__mro__ if "gradients" in vars(c))
+        is_known = cls.scale_and_shift is base.scale_and_shift and cls.scaled is Gate.scaled
         if not is_known or tuple(self._parameters) != self.parameter_names:
             return super().maths()
         if has_own_maths(vars(self)) or not has_plain_tensors(self):
@@ -97,12 +97,12 @@ class GCT(_ClosedFormGate):
     """Gated Channel Transformation: channels compete or cooperate by their l2 norms. 3 C parameters.
 
     With ``e = alpha sqrt(sum of x^2 + eps)`` per channel:
-    ``out = x (1 + tanh(gamma e / sqrt(mean over channels of e^2 + eps) + beta))``. At its start gamma and beta are 0,
+    ``out = x (1 + tanh(gamma e / sqrt(mean over channels of e^2 + eps) + beta))``. At the start gamma and beta are 0,
     and the gate is 1. State dicts of the authors' module, ``(1, C, 1, 1)``, load.
 
     Args:
         channels: Number of channels C.
-        eps: Added below both roots.
+        eps: Added under both roots.
         factor: Multiplies every gate value.
 
     Attributes:
@@ -141,7 +141,7 @@ class GCT(_ClosedFormGate):
         super().reset_parameters()
 
     def _embedding(self, statistics: Statistics, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The channels' l2 norms, these times alpha, and the root of the latter's mean square, ``(N, 1)``."""
+        """The channels' l2 norms; e, which is these times alpha; and the root mean square of e, ``(N, 1)``."""
         norm = (_squares(statistics) + self.eps).sqrt()
         e = norm * alpha.to(norm.dtype)
         return norm, e, (e.square().mean(1, keepdim=True) + self.eps).sqrt()
@@ -172,7 +172,7 @@ class GCT(_ClosedFormGate):
 class GRN(_ClosedFormGate):
     """Global Response Normalisation of ConvNeXt V2: ``out = x + weight x n + bias``. 2 C parameters.
 
-    n is a channel's l2 norm, divided by the mean of these norms over the channels. At its start weight and bias are 0,
+    n is a channel's l2 norm, divided by the mean of these norms over the channels. At the start weight and bias are 0,
     and the map passes unchanged. Keys are those of timm's ``GlobalResponseNorm``.
 
     Args:
@@ -241,7 +241,7 @@ class GRN(_ClosedFormGate):
 class SRM(MomentGate):
     """Style-based Recalibration: ``sigmoid(bn(cfc[:, 0] mean + cfc[:, 1] deviation))`` per channel. 4 C parameters.
 
-    ``bn`` is a BatchNorm over the batch's N values a channel: in training it wants more than one sample, and several
+    ``bn`` is a BatchNorm over the N values of each channel: in training it needs more than one sample, and several
     processes share its statistics when it is converted to SyncBatchNorm. The deviation is
     ``sqrt(variance S / (S - 1) + eps)``, as in the authors' code: unbiased (for a map of one position, 0).
 
@@ -251,13 +251,13 @@ class SRM(MomentGate):
         factor: Multiplies every gate value; 2 undoes the sigmoid of 0.
 
     Attributes:
-        cfc: ``(C, 2)``, 0 at the start, as the authors have it.
+        cfc: ``(C, 2)``, 0 at the start, as in the authors' code.
         bn: A BatchNorm1d of C channels.
 
     Raises:
         TypeError: ``channels`` is not an integer, ``eps`` or ``factor`` is not a number.
-        ValueError: ``channels`` below 1, ``eps`` not above 0, ``factor`` not finite and above 0; torch's own, in
-            training on one sample.
+        ValueError: ``channels`` below 1, ``eps`` not above 0, ``factor`` not finite and above 0; torch's
+            BatchNorm, in training on one sample.
 
     Source:
         Lee et al., SRM: A Style-based Recalibration Module for Convolutional Neural Networks, ICCV 2019,
@@ -307,12 +307,12 @@ class SRM(MomentGate):
 
 
 def check_eps(eps: float, name: str = "eps", usual: float = 1e-5) -> float:
-    """A number that is finite and above 0, as a float; such as the small one that is added below a root.
+    """Return a number, such as an eps, as a float if it is finite and above 0.
 
     Args:
         eps: The number.
-        name: Of the argument.
-        usual: What it usually is.
+        name: Name of the argument, for the error.
+        usual: A usual value, for the error.
 
     Raises:
         TypeError: it is not a number.

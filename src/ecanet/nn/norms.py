@@ -30,10 +30,10 @@ def class_with_forward(module: nn.Module) -> str:
 
     For a block that :func:`ecanet.fuse_tails_` fused, it is the original class.
     """
-    theirs = (
+    candidates = (
         cls for cls in type(module).__mro__ if "forward" in vars(cls) and not cls.__module__.startswith("ecanet.")
     )
-    return qualified_name(next(theirs))
+    return qualified_name(next(candidates))
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -52,10 +52,9 @@ def affine(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
 
     It is None for norms of unknown code, with a hook, or with computed weights (parametrized, pruned).
     """
-    theirs = class_with_forward(norm)
-    known = theirs.startswith(_KNOWN_NORMS) and is_norm(norm) and not activation_inside(norm)
-    others = len(norm._forward_hooks) > (attached_gate(norm) is not None)
-    if not known or others or norm._forward_pre_hooks or "forward" in vars(norm):
+    known = class_with_forward(norm).startswith(_KNOWN_NORMS) and is_norm(norm) and not activation_inside(norm)
+    has_other_hooks = len(norm._forward_hooks) > (attached_gate(norm) is not None)
+    if not known or has_other_hooks or norm._forward_pre_hooks or "forward" in vars(norm):
         return None
     weight, bias = ((norm._parameters | norm._buffers).get(name) for name in ("weight", "bias"))
     if weight is None or bias is None or not all(t.is_contiguous() and not t.is_inference() for t in (weight, bias)):

@@ -84,9 +84,9 @@ class SE(Gate):
     def make_neutral_(self) -> float:
         """Set W2 and its bias, if there is one, to 0, and keep W1; every gate value becomes 1/2.
 
-        So W2 gets gradients from the start.
+        Because W1 is not 0, W2 gets gradients from the start.
         """
-        for weight in self.fc2.parameters():  # if the weight is pruned, the parameter that it is computed from
+        for weight in self.fc2.parameters():  # of a pruned weight, this is what it is computed from
             weight.zero_()
         return 0.5
 
@@ -110,8 +110,8 @@ class SEShift(SE):
 
     Args:
         channels: Number of channels C.
-        reduction: r; the hidden layer has C // r channels, at least 1. Leela Chess Zero has 32 for 256 channels.
-        activation: Of the scale, ``"sigmoid"`` or ``"hard_sigmoid"``.
+        reduction: r; the hidden layer has C // r channels, at least 1. Leela Chess Zero uses 32 for 256 channels.
+        activation: That of the scale, ``"sigmoid"`` or ``"hard_sigmoid"``.
         factor: Multiplies every gate value; not the shift.
 
     Raises:
@@ -137,7 +137,7 @@ class SEShift(SE):
         super().__init__(channels, reduction, activation=activation, factor=factor)
 
     def logits(self, s: Tensor) -> Tensor:
-        """Those of the scale, ``(N, C)`` to ``(N, C)``."""
+        """The logits of the scale, ``(N, C)`` to ``(N, C)``."""
         return self._layers(s)[:, : self.channels]
 
     def scale_and_shift(self, statistics: Statistics) -> ScaleAndShift:
@@ -324,7 +324,7 @@ def _groups_of(channels: int, size: int, activation: Activation, factor: float) 
 
 
 def check_reduction(reduction: int) -> int:
-    """How many channels share one of a hidden layer.
+    """Return ``reduction`` if it is an integer of at least 1.
 
     Raises:
         TypeError: ``reduction`` is not an integer.
@@ -338,7 +338,7 @@ def check_reduction(reduction: int) -> int:
 
 
 def check_groups(groups: int, channels: int) -> int:
-    """A number of groups of equal size.
+    """Return ``groups`` if it divides the channels into groups of equal size.
 
     Raises:
         TypeError: ``groups`` is not an integer.
@@ -353,7 +353,7 @@ def check_groups(groups: int, channels: int) -> int:
 
 
 def _apply(layer: nn.Linear, s: Tensor) -> Tensor:
-    """A plain layer in the type of ``s``, ``(N, inputs)`` to ``(N, outputs)``."""
+    """The output of a plain layer, computed in the type of ``s``, ``(N, inputs)`` to ``(N, outputs)``."""
     out = reference.grouped_linear(s, layer.weight.unsqueeze(0))
     bias = layer.bias
     return out if bias is None else out + bias.to(s.dtype)

@@ -15,13 +15,13 @@ PREFIX = "timm:"
 
 
 class _Layer(NamedTuple):
-    """One of timm's layers that scale a map, or add something to it.
+    """A layer of timm that scales a map, or adds something to it.
 
     Attributes:
         formula: What it computes.
-        source: Where that is from.
+        source: The publication or code that it is from.
         zeroed: Inner layers whose weights and biases are 0 in a neutral start.
-        neutral: The constant that they then make of the gate.
+        neutral: The gate's value after a neutral start, without the factor.
         adds: Whether it adds to the map instead of scaling it.
     """
 
@@ -56,29 +56,30 @@ LAYERS: dict[str, _Layer] = {
     "strip": _Layer("x sigmoid(of rows + of columns), by channel", "timm", ("conv_h", "conv_w")),
     "nl": _Layer("x + bn(W softmax(t(x) p(x)) g(x))", "Wang et al., arXiv:1711.07971", ("norm",), 1.0, adds=True),
 }
-#: Layers of timm's that are no gates, and why.
-_NO_GATES = {
+#: Layers of timm that are not gates, and why.
+_NOT_GATES = {
     **dict.fromkeys(("sk", "splat", "lambda", "bottleneck", "halo"), "it takes the place of a convolution"),
-    "bat": "it takes maps of whole blocks of 7 x 7 alone",
+    "bat": "it only takes maps that divide into blocks of 7 x 7",
 }
 
 
 class TimmGate(MapGate):
-    """An attention layer of timm's, built as timm builds it, with the factor and the neutral start of every gate.
+    """An attention layer of timm, built as timm builds it, with the factor and the neutral start of every gate.
 
-    The tail calls it. Its keys are timm's, behind ``layer.``. It runs in the type of its weights, or under autocast as
-    timm's own. A map of one dimension counts as one of width 1.
+    The tail calls it. Its keys are timm's, with the prefix ``layer.``. It runs in the type of its weights; autocast
+    treats it as it treats timm's own layer. A map of one dimension counts as one of width 1.
 
     Args:
         channels: Number of channels C.
-        name: In :data:`LAYERS`.
+        name: A name in :data:`LAYERS`.
         factor: Multiplies what it returns.
 
     Raises:
         ImportError: timm is not installed.
         TypeError: ``channels`` is not an integer, ``factor`` is not a number.
-        ValueError: ``channels`` below 1, ``factor`` not finite and above 0; timm has no such layer, or not with so many
-            channels; in a call, a map of three dimensions; torch's own, in training on a single position.
+        ValueError: ``channels`` below 1, ``factor`` not finite and above 0; timm has no such layer, or cannot build it
+            for this number of channels; in a call, a map of three dimensions; torch's BatchNorm, in training on a
+            single position.
 
     Example:
         >>> gate, x = TimmGate(64, "cbam"), torch.randn(2, 64, 14, 14)
@@ -105,7 +106,7 @@ class TimmGate(MapGate):
         return self.layer(as_map).reshape(x.shape)
 
     def answer(self, x: Tensor) -> ScaleAndShift:
-        """As :meth:`MapGate.answer`; of a layer that adds, 1 and the mean of what it adds, times :attr:`factor`."""
+        """As :meth:`MapGate.answer`; for a layer that adds: 1 and the mean of what it adds, times :attr:`factor`."""
         if not LAYERS[self.name].adds:
             return super().answer(x)
         x = reference.check_map(x, self.channels).to(reference.accumulation_dtype(x.dtype))
@@ -113,8 +114,8 @@ class TimmGate(MapGate):
         return self.scaled(torch.ones_like(added)), self.scaled(added)
 
     def reset_parameters(self) -> None:
-        """Draw the layers' weights anew, as torch and timm do."""
-        for layer in reversed(list(self.layer.modules())):  # what a layer sets in those inside it comes last
+        """Draw the layers' weights again, as torch and timm do."""
+        for layer in reversed(list(self.layer.modules())):  # a layer may reset those inside it: it comes after them
             if callable(reset := getattr(layer, "reset_parameters", None)):
                 reset()
         super().reset_parameters()
@@ -139,9 +140,9 @@ class TimmGate(MapGate):
 TIMM_GATES = {PREFIX + name: partial(TimmGate, name=name) for name in LAYERS}
 
 
-def why_no_gate(name: str) -> str:
-    """Why a layer of timm's is no gate, or an empty text if timm has no layer of this name."""
-    return _NO_GATES.get(name.removeprefix(PREFIX).lower(), "")
+def why_not_a_gate(name: str) -> str:
+    """Why a layer of timm is not a gate; an empty text if it is one, or if timm has no layer of this name."""
+    return _NOT_GATES.get(name.removeprefix(PREFIX).lower(), "")
 
 
 def _build(name: str, channels: int) -> nn.Module:
@@ -153,13 +154,13 @@ def _build(name: str, channels: int) -> nn.Module:
         if name == "ge":
             return _gather_excite(channels)
         return timm.layers.create_attn(name, channels)
-    except AssertionError as error:  # it has no other error for a name that it does not know
+    except AssertionError as error:  # create_attn has no other error for an unknown name
         version = timm.__version__
         raise ValueError(f"timm {version} has no attention {name!r} for {channels} channels: {error}") from error
 
 
 def _gather_excite(channels: int) -> nn.Module:
-    # In timm 1.0.31, GatherExcite hands ConvMlp its arguments in the wrong order and cannot be built with one.
+    # In timm 1.0.31, GatherExcite passes ConvMlp its arguments in the wrong order and cannot be built with one.
     from timm.layers import ConvMlp, GatherExcite
     from timm.layers.helpers import make_divisible
 

@@ -54,7 +54,8 @@ def all_or_nothing(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
         optimizer: Its parameter groups and state are restored; or None.
 
     Yields:
-        The record. Before a change, tell it of any other module, and of tensors whose values may be written.
+        The record. Before a change, call its ``cover`` with any other module, and its ``keep`` with tensors whose
+        values may be written.
     """
     undo = Undo()
     undo._cover_attributes(model)
@@ -77,7 +78,7 @@ _Snapshot = list[tuple[Any, Any]]
 
 
 def _snapshot(attributes: dict[str, Any]) -> _Snapshot:
-    """A dictionary and its dictionaries, lists and sets, which others may share, each with a copy of its content."""
+    """A dictionary and the dictionaries, lists and sets in it, which may be shared, each with a copy of its content."""
     containers = [attributes, *(value for value in attributes.values() if isinstance(value, (dict, list, set)))]
     return [(container, container.copy()) for container in containers]
 

@@ -1,6 +1,6 @@
 """Which implementation of an operation runs: plain PyTorch (the reference), the C++ or the Triton kernels.
 
-:func:`decide` is the one chain: everybody who has to know asks it, or a part of it.
+:func:`decide` makes the decision: all code that depends on it calls this function, or one of its parts.
 """
 
 import inspect
@@ -27,58 +27,58 @@ from ecanet.private_torch import (
 
 NAMES = ("auto", "reference", "cpu", "triton")
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-#: Tensors that are what they seem: no shard, no quantised weight, nothing with operations of its own.
+#: Types of plain tensors: not a shard, a quantised weight or another subclass with operations of its own.
 PLAIN_TENSORS = (Tensor, nn.Parameter)
-#: What torch.compile is given of the tail on a GPU: the ``operation``, whose kernels Inductor launches, or the
+#: What torch.compile gets for the tail on a GPU: the ``operation``, whose kernels Inductor launches, or the
 #: ``formula`` in plain PyTorch, which it fuses. Measured: python -m benchmarks.gpu.
 FORMS_ON_GPU = {"training": "operation", "inference": "operation"}
 
 
-def _from_environment() -> str:
+def _name_from_environment() -> str:
     name = os.environ.get("ECANET_BACKEND") or "auto"
     if name not in NAMES:
-        raise ValueError(f"ECANET_BACKEND must be one of {', '.join(NAMES)}; it is {name!r}")
+        raise ValueError(f"ECANET_BACKEND must be one of {', '.join(NAMES)}, got {name!r}")
     return name
 
 
-# A plain global and neither a ContextVar, which torch.compile of torch 2.10 cannot trace, nor a threading.local, which
-# it reads once and for all: a compiled function recompiles when this one changes.
-_choice = _from_environment()
-_told = False
+# A plain global, so that a compiled function recompiles when it changes. torch.compile of torch 2.10 cannot trace a
+# ContextVar, and reads a threading.local only once.
+_choice = _name_from_environment()
+_has_warned = False
 
 
 class _Token:
-    """One entered and not left."""
+    """Stands for one ``with backend(...)`` that was entered and not left yet."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
 
-#: In the order in which they were entered: the last one is in force. Outside of all: _outside.
+#: In the order in which they were entered: the last one is in force. Outside of all of them, ``_outside`` is.
 _entered: list[_Token] = []
 _outside = _choice
-_lock = threading.RLock()  # which a signal's handler may take, too, while the main thread holds it
-if hasattr(os, "register_at_fork"):  # not while another thread, which the child lacks, holds it
+_lock = threading.RLock()  # reentrant: a signal handler may take it while the main thread holds it
+if hasattr(os, "register_at_fork"):  # no fork while another thread holds it, because the child lacks that thread
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 class backend(ContextDecorator):  # noqa: N801
-    """Choose the implementation for what runs inside ``with``, or inside the function this decorates.
+    """Choose the implementation for everything inside ``with``, or inside the decorated function.
 
-    The choice holds for the whole process, other threads and asyncio tasks too, as torch's own flags do. Where several
-    are in force at a time, the one that was entered last is; leaving one takes that one back and no other, in whatever
-    order they are left, and after the last one the choice is what it was before the first. ``ECANET_BACKEND`` in the
-    environment is the choice to start from, also in a process that is spawned; one that is forked keeps its parent's.
+    The choice holds for the whole process, other threads and asyncio tasks included, like torch's own flags. If several
+    choices are entered, the one that was entered last is in force. They may be left in any order: leaving one removes
+    only that one, and after all are left, the choice is what it was before the first. The environment variable
+    ``ECANET_BACKEND`` is the initial choice, also in spawned processes; a forked process keeps its parent's choice.
 
     Args:
-        name: ``"auto"`` takes the C++ kernels on the CPU, the Triton kernels on a GPU and the reference where they
-            cannot run; ``"reference"`` is plain PyTorch, anywhere; ``"cpu"`` is the C++ kernels or an error that says
-            why not; ``"triton"`` likewise, on the CPU too where ``TRITON_INTERPRET=1`` is in the environment.
+        name: ``"auto"``: the C++ kernels on the CPU, the Triton kernels on a GPU, and the reference where these cannot
+            run. ``"reference"``: plain PyTorch everywhere. ``"cpu"``: the C++ kernels, or an error that says why they
+            cannot run. ``"triton"``: likewise, also on the CPU if ``TRITON_INTERPRET=1`` is in the environment.
 
     Raises:
-        ValueError: another name.
-        RuntimeError: that implementation cannot run here; the reason and what to do.
-        TypeError: it decorates a coroutine or a generator, which runs after the call that makes it.
+        ValueError: unknown name.
+        RuntimeError: the implementation cannot run here; the message says why, and what to do.
+        TypeError: it decorates a coroutine or a generator, whose body runs after the call has returned.
 
     Example:
         >>> import torch, ecanet
@@ -95,13 +95,13 @@ class backend(ContextDecorator):  # noqa: N801
         self._tokens: list[_Token] = []
 
     def _recreate_cm(self) -> "backend":
-        return type(self)(self.name)  # one for every call of a decorated function
+        return type(self)(self.name)  # a new one for every call of a decorated function
 
     def __call__(self, function: Any) -> Any:
         """Decorate a function."""
         kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
-        what_runs = function, inspect.unwrap(function), type(function).__call__
-        if any(kind(one) for kind in kinds for one in what_runs):
+        callables = function, inspect.unwrap(function), type(function).__call__
+        if any(is_kind(f) for is_kind in kinds for f in callables):
             name = getattr(function, "__name__", type(function).__name__)
             raise TypeError(
                 f"ecanet.backend decorates functions, and {name} is a coroutine or a generator, which "
@@ -110,11 +110,11 @@ class backend(ContextDecorator):  # noqa: N801
         return super().__call__(function)
 
     def __enter__(self) -> None:
-        """Put the choice in force."""
+        """Make the choice effective."""
         if (reason := reason_against(self.name)) is not None:
             raise RuntimeError(_refusal(self.name, reason))
         token = _Token(self.name)
-        if torch.compiler.is_compiling():  # which traces in one thread, and no locks
+        if torch.compiler.is_compiling():  # it traces in one thread, and cannot trace locks
             self._tokens.append(token)
             _enter(token)
             return
@@ -122,14 +122,14 @@ class backend(ContextDecorator):  # noqa: N801
             with _lock:
                 self._tokens.append(token)
                 _enter(token)
-        except BaseException:  # from a signal's handler: nobody will leave what was not entered
+        except BaseException:  # from a signal handler: __exit__ will not run
             with _lock:
                 _leave(token)
                 self._tokens.remove(token)
             raise
 
     def __exit__(self, *exc: object) -> None:
-        """Take it back."""
+        """Undo the choice."""
         if torch.compiler.is_compiling():
             _leave(self._tokens.pop())
             return
@@ -159,12 +159,12 @@ def current() -> str:
 
 
 class Decision(NamedTuple):
-    """Who computes on a feature map now.
+    """What computes on a feature map now.
 
     Attributes:
-        name: ``"cpu"`` or ``"triton"``, the kernels; ``"reference"``, plain PyTorch; ``"compiler"``, what it makes.
-        why: In a few words.
-        is_watched: Whether somebody wants to see plain PyTorch: :func:`watched_by`.
+        name: ``"cpu"`` or ``"triton"``: the kernels; ``"reference"``: plain PyTorch; ``"compiler"``: its own code.
+        why: The reason, in a few words.
+        is_watched: Whether something has to see plain PyTorch: :func:`watched_by`.
     """
 
     name: str
@@ -174,16 +174,16 @@ class Decision(NamedTuple):
 
 _CPP = Decision("cpu", "x is on the CPU")
 _TRITON = Decision("triton", "x is on a GPU, or Triton's interpreter was asked for")
-#: What it gets, a formula or an operation: :func:`is_operation_in_graph`.
+#: :func:`is_operation_in_graph` says whether it gets a formula or an operation.
 _COMPILER = Decision("compiler", "torch.compile or torch.export traces")
 _NOT_A_MAP = Decision("reference", "x is empty or has no shape (N, C, *spatial) with 0 to 3 spatial dimensions")
 
 
 def decide(x: Tensor) -> Decision:
-    """Who computes on a feature map now.
+    """Decide what computes on a feature map now.
 
     Args:
-        x: A map; anything else is left to the reference.
+        x: A map; anything else goes to the reference.
 
     Raises:
         RuntimeError: the backend asked for by :func:`ecanet.backend` cannot run.
@@ -201,7 +201,7 @@ def decide(x: Tensor) -> Decision:
 
 
 def decide_in_graph(x: Tensor) -> Decision:
-    """Who computes on a feature map in a compiler's graph: what the compiler makes. Refused as by :func:`decide`.
+    """The decision for a feature map in a compiler's graph: the code that the compiler generates.
 
     Args:
         x: A map.
@@ -218,9 +218,9 @@ def decide_in_graph(x: Tensor) -> Decision:
 
 @torch.compiler.assume_constant_result
 def _reason_before_compiling(name: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """None if the kernels asked for can run on such a tensor, or somebody looks on; else why not.
+    """Why the kernels of that name cannot run on such a tensor; None if they can, or if something watches the call.
 
-    It runs while a compiler traces, which cannot trace it: it looks at the machine.
+    A compiler calls this while it traces, and does not trace into it, because it inspects the machine.
     """
     if are_transforms_active() or is_forward_ad_on():
         return None
@@ -228,26 +228,26 @@ def _reason_before_compiling(name: str, device_type: str, dtype: torch.dtype) ->
 
 
 def watched_by(x: Tensor) -> str | None:
-    """Who wants to see plain PyTorch done to x; None for nobody. Compilers are not asked for.
+    """What has to see plain PyTorch operations on x; None for nothing. Compilers are not considered.
 
-    That is torch.jit.trace, torch.fx, a transform of torch.func, forward-mode derivatives and tensors with operations
-    of their own.
+    It can be torch.jit.trace, torch.fx, a transform of torch.func, forward-mode differentiation, or x itself if it is
+    a tensor with operations of its own.
     """
     if is_tracing():
-        return "torch.jit.trace looks on"
+        return "torch.jit.trace is running"
     if type(x) not in PLAIN_TENSORS:
         return f"x is a {type(x).__name__}, which sees every operation"
     if x.layout is not torch.strided:
         return f"x is not dense but {x.layout}"
     if are_transforms_active():
-        return "a transform of torch.func looks on"
+        return "a transform of torch.func is active"
     return "forward-mode derivatives are taken" if is_forward_ad_on() else None
 
 
 def is_operation_in_graph(x: Tensor, training: bool) -> bool:
     """Whether a compiler's graph gets the tail of x as one operation, and not as a formula that it fuses.
 
-    On a CPU the C++ kernels take a quarter of the time of what Inductor makes of the same formulas
+    On a CPU the C++ kernels take a quarter of the time that Inductor's code for the same formulas takes
     (``python -m benchmarks.cpu --only training``).
 
     Args:
@@ -267,7 +267,7 @@ def choose(x: Tensor) -> str:
     Raises:
         RuntimeError: the implementation that :func:`backend` or ``ECANET_BACKEND`` asks for cannot run on ``x``.
     """
-    # First, and without a look at anything else: small maps take no longer than such questions.
+    # First and without any other check, because a check takes as long as a small map.
     if _choice in ("auto", "cpu") and x.is_cpu and x.dtype in CPU_DTYPES and cpu.why_not() is None:
         return "cpu"
     if _choice == "reference":
@@ -281,8 +281,8 @@ def choose(x: Tensor) -> str:
             return "triton"
         if _choice == "triton":
             raise RuntimeError(_refusal("triton", reason))
-    if not _told and device_type in ("cpu", "cuda") and not torch.compiler.is_compiling():
-        _tell(device_type)
+    if not _has_warned and device_type in ("cpu", "cuda") and not torch.compiler.is_compiling():
+        _warn_once(device_type)
     return "reference"
 
 
@@ -296,7 +296,7 @@ def _why_reference(x: Tensor) -> str:
 
 
 def reason_against(name: str) -> str | None:
-    """None if the named choice can run on this machine, on some tensor at least; else why not."""
+    """Why the named choice cannot run on this machine; None if it can, at least on some tensors."""
     if name == "cpu":
         return cpu.why_not()
     if name == "triton":
@@ -305,7 +305,7 @@ def reason_against(name: str) -> str | None:
 
 
 def cpu_reason(device_type: str, dtype: torch.dtype) -> str | None:
-    """None if the C++ kernels can run on such a tensor, else why not."""
+    """Why the C++ kernels cannot run on such a tensor; None if they can."""
     if (reason := cpu.why_not()) is not None:
         return reason
     if device_type != "cpu":
@@ -316,7 +316,7 @@ def cpu_reason(device_type: str, dtype: torch.dtype) -> str | None:
 
 
 def triton_reason(device_type: str, dtype: torch.dtype) -> str | None:
-    """None if the Triton kernels can run on such a tensor, else why not."""
+    """Why the Triton kernels cannot run on such a tensor; None if they can."""
     if (reason := gpu.why_not()) is not None:
         return reason
     if device_type != "cuda" and not (device_type == "cpu" and gpu.interpreting()):
@@ -330,10 +330,10 @@ def _refusal(name: str, reason: str) -> str:
     return f"backend {name!r} cannot run: {reason}"
 
 
-def _tell(device_type: str) -> None:
-    # Once, when the reference first stands in for kernels.
-    global _told
-    _told = True
+def _warn_once(device_type: str) -> None:
+    # Once, when the reference first runs in place of kernels.
+    global _has_warned
+    _has_warned = True
     reason = cpu.why_not() if device_type == "cpu" else gpu.why_not()
     if reason is not None:
         where = "CPU" if device_type == "cpu" else "GPU"

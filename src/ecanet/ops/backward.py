@@ -1,6 +1,6 @@
 """The backward of norm, gate, residual and activation: two passes over the maps, ``(N, C)``-sized maths between them.
 
-It is written once, for whoever computes: ``ops`` is :data:`ecanet.ops.kernels.KERNELS` of a make in eager code, and
+It is written once for all implementations: ``ops`` is an entry of :data:`ecanet.ops.kernels.KERNELS` in eager code, and
 ``torch.ops.ecanet`` where a compiler's graph shows the operations. ``docs/how-it-works.md`` derives it.
 """
 
@@ -12,7 +12,7 @@ from ecanet.ops import reference
 
 
 class Saved(NamedTuple):
-    """What the forward pass leaves: x, one more map where the activation wants it, and small tensors.
+    """What the forward pass saves: x, one more map if the activation needs it, and small tensors.
 
     Attributes:
         x: ``(N, C, *spatial)``, the norm's input.
@@ -20,13 +20,13 @@ class Saved(NamedTuple):
         weight: ``(C,)`` of the norm, or None.
         bias: ``(C,)`` of the norm, or None.
         map_means: ``(N, C)``, means of the maps of x.
-        norm_mean: ``(C,)`` that the norm takes away, or None without a norm.
-        norm_var: ``(C,)``, likewise.
+        norm_mean: ``(C,)``, the mean that the norm subtracts, or None without a norm.
+        norm_var: ``(C,)``, its variance, likewise.
         m2: ``(N, C)``, sums of squared deviations of the maps of x, for a gate that sees variances.
-        norm_scale: ``(1, C)`` of the norm alone; set only if the gate is not ECA's.
+        norm_scale: ``(1, C)`` of the norm alone; set only if there is a gate other than ECA's.
         gate: ``(N, C)``, what the gate multiplies the norm's output by, or None.
         scale: ``(N, C)``: ``out = act(scale * x + shift + residual)``.
-        shift: ``(N, C)``; None where the activation's slope does not depend on it.
+        shift: ``(N, C)``; None if the activation's slope does not depend on it.
     """
 
     x: Tensor
@@ -47,10 +47,10 @@ class Upstream(NamedTuple):
     """The gradient of what went into the activation, and its sums.
 
     Attributes:
-        grad: That gradient, with ``act`` 0; or the gradient of out, and the second pass goes through ``act`` again.
+        grad: This gradient, with ``act`` 0; or the gradient of out: the second pass then goes through ``act`` again.
         act: Index in :data:`ecanet.ops.reference.ACTS`.
-        p: ``(N, C)``, sums over the positions.
-        q: ``(N, C)``, sums of it times ``x - norm_mean``.
+        p: ``(N, C)``, its sums over the positions.
+        q: ``(N, C)``, sums of its products with ``x - norm_mean``.
     """
 
     grad: Tensor
@@ -60,7 +60,7 @@ class Upstream(NamedTuple):
 
 
 class SmallGradients(NamedTuple):
-    """What follows from the sums.
+    """The gradients that follow from the sums.
 
     Attributes:
         offset: ``(N, C)``, the squeeze's part of the gradient of x.
@@ -69,7 +69,7 @@ class SmallGradients(NamedTuple):
         kernel: ``(k,)`` of ECA's band; of size 0 without one.
         norm_mean: ``(C,)``.
         norm_var: ``(C,)``.
-        slope: ``(N, C)``, the variances' part of the gradient of x; of size 0 x C for a gate that sees none.
+        slope: ``(N, C)``, the variances' part of the gradient of x; of size 0 x C for a gate that sees no variances.
     """
 
     offset: Tensor
@@ -93,14 +93,14 @@ def needs_shift(act: int) -> bool:
 
 
 def first_pass(ops: Any, saved: Saved, grad: Tensor, act: int, needs_residual: bool) -> Upstream:
-    """Read the gradient of out, and x; write the residual's gradient where somebody needs it.
+    """Read the gradient of out, and x; write the residual's gradient if it is needed.
 
     Args:
-        ops: Who computes.
-        saved: By the forward pass.
+        ops: The implementation.
+        saved: What the forward pass saved.
         grad: Gradient of out.
         act: Index in :data:`ecanet.ops.reference.ACTS`.
-        needs_residual: Whether the residual wants its gradient: then it is kept, and the second pass reads it.
+        needs_residual: Whether the residual needs its gradient: it is then kept, and the second pass reads it.
     """
     keep = needs_residual and act != 0
     d, p, q = ops.apply_backward(
@@ -118,16 +118,17 @@ def between_passes(
     grad_s: Tensor | None = None,
     grad_v: Tensor | None = None,
 ) -> SmallGradients:
-    """From the sums to the gradients of all that is small.
+    """Compute the gradients of all small tensors from the sums.
 
     Args:
-        ops: Who computes.
-        saved: By the forward pass.
-        up: Of :func:`first_pass`.
+        ops: The implementation.
+        saved: What the forward pass saved.
+        up: The result of :func:`first_pass`.
         eps: Of the norm.
-        band: Kernel ``(k,)``, circular and factor of ECA's gate; without a kernel the gate is another, or none.
-        grad_s: ``(N, C)``, gradient of the means that another gate sees: :func:`gradient_at_other_gate`, passed back
-            through that gate.
+        band: Kernel ``(k,)``, circular and factor of ECA's gate. Without a kernel, the gate is of another kind, or
+            there is none.
+        grad_s: ``(N, C)``, gradient of the means that a gate of another kind sees: :func:`gradient_at_other_gate`,
+            passed back through that gate.
         grad_v: ``(N, C)``, likewise of the variances.
     """
     kernel, circular, factor = band
@@ -153,19 +154,19 @@ def second_pass(
     """Read the gradient and x once more, and write the gradient of x.
 
     Args:
-        ops: Who computes.
-        saved: By the forward pass.
-        up: Of :func:`first_pass`.
-        small: Of :func:`between_passes`; its offset and slope are used up.
-        batch: Gradients of mean and variance, ``(C,)`` both, and the number of values behind them; None where the
-            norm's statistics are given.
+        ops: The implementation.
+        saved: What the forward pass saved.
+        up: The result of :func:`first_pass`.
+        small: The result of :func:`between_passes`; its offset and slope are overwritten.
+        batch: Gradients of mean and variance, ``(C,)`` both, and the number of values that they are computed from;
+            None if the norm's statistics are given.
     """
     offset, slope = small.offset, small.slope if small.slope.shape[0] else None
     if batch is not None:  # in place: all of these were just created and are not used elsewhere
         grad_mean, grad_var, count = batch
         offset.add_(grad_mean / count)
-        of_batch = grad_var.mul_(2 / count)
-        slope = of_batch if slope is None else slope.add_(of_batch)
+        batch_slope = grad_var.mul_(2 / count)
+        slope = batch_slope if slope is None else slope.add_(batch_slope)
     for_act = saved.for_act if up.act else None
     return ops.input_backward(
         up.grad, saved.x, saved.scale, saved.shift, for_act, up.act, offset, slope, saved.norm_mean

@@ -191,12 +191,12 @@ def _check_torch(torch_dir: Path | None) -> Path:
     if torch_dir is None:
         raise NothingToBuildWithError("torch is not installed where the build can see it")
     version_file = torch_dir / "version.py"
-    found = re.search(r"__version__ = '(\d+)\.(\d+)", version_file.read_text() if version_file.is_file() else "")
-    if found is None or not (torch_dir / "include" / "torch" / "csrc" / "stable" / "library.h").is_file():
-        version = f" {found[1]}.{found[2]}" if found else ""
+    match = re.search(r"__version__ = '(\d+)\.(\d+)", version_file.read_text() if version_file.is_file() else "")
+    if match is None or not (torch_dir / "include" / "torch" / "csrc" / "stable" / "library.h").is_file():
+        version = f" {match[1]}.{match[2]}" if match else ""
         raise NothingToBuildWithError(f"torch{version} has no C++ headers of the stable ABI")
-    if (int(found[1]), int(found[2])) < _OLDEST_TORCH:
-        raise NothingToBuildWithError(f"torch {found[1]}.{found[2]} is too old: 2.10 or newer is needed")
+    if (int(match[1]), int(match[2])) < _OLDEST_TORCH:
+        raise NothingToBuildWithError(f"torch {match[1]}.{match[2]} is too old: 2.10 or newer is needed")
     return torch_dir.resolve()  # the form in which the compiler writes it
 
 

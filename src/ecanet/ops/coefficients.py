@@ -96,9 +96,9 @@ def eca_coefficients_backward(
     ``dg = a q + bias p``, which gives ``ds`` through the gate; then ``da = sum_n g q + ds (m - mean)``,
     ``dbias = sum_n g p + ds``, ``dmean = -a dbias`` and ``dvar = -da weight / (2 (var + eps)^(3/2))``.
 
-    A gate that sees the variances ``v = a^2 m2 / S`` as well gives dv: ``da`` gets ``sum_n 2 a dv m2 / S`` more, and x
-    gets ``2 a^2 dv / S (x - m)``. The second pass multiplies its slope by ``x - mean``, so ``2 a^2 dv / S (mean - m)``
-    goes into the offset.
+    A gate that also sees the variances ``v = a^2 m2 / S`` gives dv. It adds ``sum_n 2 a dv m2 / S`` to ``da``, and
+    ``2 a^2 dv / S (x - m)`` to the gradient of x. The second pass multiplies its slope by ``x - mean``, so
+    ``2 a^2 dv / S (mean - m)`` goes into the offset.
 
     Args:
         p: ``(N, C)``, returned by :func:`~ecanet.ops.reference.apply_backward`.
@@ -115,11 +115,11 @@ def eca_coefficients_backward(
         circular: As in :func:`~ecanet.ops.reference.band`.
         positions: S, the number of positions of a map.
         factor: As in :func:`eca_coefficients`.
-        m2: ``(N, C)``, as :func:`~ecanet.ops.reference.moments` returns it; wanted with ``grad_v``.
+        m2: ``(N, C)``, as :func:`~ecanet.ops.reference.moments` returns it; needed with ``grad_v``.
         grad_v: ``(N, C)``, dv of a gate that sees variances.
 
     Returns:
-        ``offset`` ``(N, C)``: ds a / S, the squeeze's part of the input's gradient, and the part of dv; the gradients
+        ``offset`` ``(N, C)``: ds a / S, the squeeze's part of the input's gradient, plus the part of dv; the gradients
         of weight and bias, ``(C,)``; that of the kernel, ``(k,)`` (of size 0 without one); those of norm_mean and
         norm_var, ``(C,)``; ``slope`` ``(N, C)``, 2 a^2 dv / S (of size 0 x C without ``grad_v``).
     """
@@ -135,14 +135,14 @@ def eca_coefficients_backward(
         grad_kernel = (windows * grad_logits.unsqueeze(-1)).sum((0, 1))
         ds = band(grad_logits, kernel.flip(-1), circular)
     g = torch.ones_like(s) if gate is None else gate
-    away = map_means if norm_mean is None else map_means - norm_mean.to(map_means.dtype)
-    grad_a, grad_bias = g * q + ds * away, (g * p + ds).sum(0)
+    centered = map_means if norm_mean is None else map_means - norm_mean.to(map_means.dtype)
+    grad_a, grad_bias = g * q + ds * centered, (g * p + ds).sum(0)
     offset, slope = ds * a / positions, s.new_empty(0, s.shape[1])
     if grad_v is not None:
         assert m2 is not None
         per_position = 2 * a / positions * grad_v
         grad_a, slope = grad_a + per_position * m2, per_position * a
-        offset = offset - slope * away
+        offset = offset - slope * centered
     grad_a = grad_a.sum(0)
     inverse = torch.ones_like(a) if norm_var is None else torch.rsqrt(norm_var.to(a.dtype) + eps)
     gamma = torch.ones_like(a) if weight is None else weight.to(a.dtype)

@@ -28,8 +28,8 @@ _reason: str | None = "the C++ kernels are not loaded: import ecanet.ops"
 def load() -> None:
     """Load the library. If that fails, :func:`why_not` says why; nothing is raised or printed."""
     global _reason
-    lack = why_no_kernels()
-    _reason = _load_or_reason() if lack is None else f"the C++ kernels are not loaded: {lack}"
+    reason = why_no_kernels()
+    _reason = _load_or_reason() if reason is None else f"the C++ kernels are not loaded: {reason}"
 
 
 def why_not() -> str | None:
@@ -41,13 +41,13 @@ def _load_or_reason() -> str | None:
     if not os.path.lexists(LIBRARY):
         return "the C++ kernels are not built; to build them: ecanet build"
     try:
-        found = fault(LIBRARY)  # checked first: loading a damaged file would kill this process
-        if found is None:
+        problem = fault(LIBRARY)  # checked first: loading a damaged file would kill this process
+        if problem is None:
             torch.ops.load_library(LIBRARY)
-            found = _missing_kernels()
+            problem = _missing_kernels()
     except (OSError, RuntimeError) as error:
-        found = f"cannot be loaded ({str(error.__cause__ or error).splitlines()[0]})"
-    return f"the C++ kernels {found}; to build them again: ecanet build" if found else None
+        problem = f"cannot be loaded ({str(error.__cause__ or error).splitlines()[0]})"
+    return f"the C++ kernels {problem}; to build them again: ecanet build" if problem else None
 
 
 def _missing_kernels() -> str | None:

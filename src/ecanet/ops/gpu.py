@@ -24,7 +24,7 @@ _MOST_SPLITS = 16  # most splits that the statistics kernel merges itself, one a
 
 @functools.cache
 def interpreting() -> bool:
-    """Whether Triton's kernels run in its interpreter, on the CPU: ``TRITON_INTERPRET=1`` in the environment."""
+    """Whether Triton's kernels run in its interpreter, on the CPU: if ``TRITON_INTERPRET=1`` is in the environment."""
     asked = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # as triton parses it
     return asked and importlib.util.find_spec("triton") is not None
 
@@ -32,8 +32,8 @@ def interpreting() -> bool:
 @functools.cache
 def why_not() -> str | None:
     """None if the Triton kernels can run on this machine, otherwise one line that says why not and what to do."""
-    if (lack := why_no_kernels()) is not None:
-        return f"the Triton kernels are not called: {lack}"
+    if (reason := why_no_kernels()) is not None:
+        return f"the Triton kernels are not called: {reason}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; it comes with torch for NVIDIA and AMD GPUs"
     if not torch.cuda.is_available() and not interpreting():
@@ -370,10 +370,10 @@ def eca_coefficients_backward(
     def new(*shape: int) -> Tensor:
         return map_means.new_empty(shape, dtype=dtype)
 
-    block, a_time = min(power_of_2(channels), 32), min(power_of_2(samples), 8)
+    block, samples_at_a_time = min(power_of_2(channels), 32), min(power_of_2(samples), 8)
     blocks = cdiv(channels, block)
-    groups = max(1, min(cdiv(samples, a_time), 1024 // blocks, 64))
-    per_program = cdiv(cdiv(samples, groups), a_time) * a_time
+    groups = max(1, min(cdiv(samples, samples_at_a_time), 1024 // blocks, 64))
+    per_program = cdiv(cdiv(samples, groups), samples_at_a_time) * samples_at_a_time
     groups = cdiv(samples, per_program)
     taps = max(power_of_2(k), 1)
     offset, slope = new(*nc), new(0 if grad_v is None else samples, channels)
@@ -382,7 +382,7 @@ def eca_coefficients_backward(
         "coefficients_backward", groups * blocks, map_means,
         p, q, map_means.contiguous(), gate, grad_s, m2, grad_v, *norm, kernel, offset, slope, sum_a, sum_b,
         kernel_sums, samples, channels, positions, per_program,
-        eps=eps, factor=factor, K=k, CIRCULAR=circular, SAMPLES=a_time, CHANNELS=block, TAPS=taps,
+        eps=eps, factor=factor, K=k, CIRCULAR=circular, SAMPLES=samples_at_a_time, CHANNELS=block, TAPS=taps,
         INDEX=index_type(map_means.numel()), ACC=type_of_sums(dtype),
     )  # fmt: skip
     grad_weight, grad_bias, grad_mean, grad_var = (new(channels) for _ in range(4))

@@ -142,8 +142,8 @@ def walk_of(
     splits = cdiv(positions, per_split)
     aligned = channels_last or align >= at_once or positions < 2 * at_once
     start = 1 if aligned or splits > 1 else at_once  # reads of rows start at a multiple of this
-    beside = min(LANES * at_once // rows, at_a_time) if channels_last else 0
-    return Walk(blocks * splits, constants(rows, at_a_time, START=start, BESIDE=beside), splits, per_split)
+    threads_per_row = min(LANES * at_once // rows, at_a_time) if channels_last else 0
+    return Walk(blocks * splits, constants(rows, at_a_time, START=start, THREADS=threads_per_row), splits, per_split)
 
 
 class Map(NamedTuple):

@@ -28,12 +28,12 @@ def launch(function: Any, programs: int, args: tuple[Any, ...], constants: dict[
         function[(programs,)](*args, **constants)
         return
     key = (function.__name__, torch.cuda.current_device(), *constants.values(), *map(_specialization, args))
-    if (found := _compiled.get(key)) is None:
+    if (cached := _compiled.get(key)) is None:
         compiled = function[(programs,)](*args, **constants)
         names = tuple(name for name in function.arg_names[len(args) :])
         _compiled[key] = compiled, names
         return
-    compiled, names = found
+    compiled, names = cached
     compiled[programs, 1, 1](*args, *[constants[name] for name in names])
 
 

@@ -177,7 +177,7 @@ def _with_promised_layout(function: Callable[..., Any], fake: Callable[..., Any]
 
 
 def _as_promised(output: Tensor, promised: Tensor, taken: set[int]) -> Tensor:
-    """The output itself if it has the promised strides and type and shares no memory; otherwise a copy like that."""
+    """The output itself if it has the promised strides and type and shares no memory; otherwise a copy that does."""
     fits = (output.stride(), output.dtype) == (promised.stride(), promised.dtype)
     if not fits or _storage_address(output) in taken:
         return promised.copy_(output)
@@ -190,7 +190,7 @@ def _storage_address(t: Tensor) -> int:
 
 
 def _triton_or(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
-    """The Triton kernels where they can run, otherwise the reference; it also takes empty tensors."""
+    """The Triton kernels where they can run; otherwise, and for empty tensors, the reference."""
     launch = getattr(gpu, name)
 
     def run(*args: Any) -> Any:
@@ -243,26 +243,26 @@ def _backward_of(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
-        again = torch.is_grad_enabled()
+        create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             inputs = [
                 next(saved) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)
             ]
             wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
             for i in wanted:
-                inputs[i] = inputs[i].view_as(inputs[i]) if again else inputs[i].detach().requires_grad_()
+                inputs[i] = inputs[i].view_as(inputs[i]) if create_graph else inputs[i].detach().requires_grad_()
             outputs = function(*inputs)
             outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
             pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
-            found = torch.autograd.grad(
+            gradients = torch.autograd.grad(
                 [o for o, _ in pairs],
                 [inputs[i] for i in wanted],
                 [g.to(o.dtype) for o, g in pairs],
-                create_graph=again,
+                create_graph=create_graph,
                 allow_unused=True,
             )
         result: list[Tensor | None] = [None] * len(inputs)
-        for i, gradient in zip(wanted, found, strict=True):
+        for i, gradient in zip(wanted, gradients, strict=True):
             result[i] = gradient
         return tuple(result)
 

@@ -27,7 +27,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def no_autocast(device_type: str) -> AbstractContextManager[object]:
     """A context without autocast, so that the maths on ``(N, C)`` keeps its type."""
     # Not torch.amp.is_autocast_available: torch.compile of torch 2.10 cannot trace it.
-    if not isinstance(device_type, str) or device_type == "meta":  # while torch.fx traces, it is no string
+    if not isinstance(device_type, str) or device_type == "meta":  # while torch.fx traces, it is not a string
         return nullcontext()
     if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(device_type):
         return nullcontext()  # entering a context takes as long as a small map
@@ -108,7 +108,7 @@ def variances(x: Tensor) -> Tensor:
 
 @torch.fx.wrap
 def unbiased(variances: Tensor, positions: int) -> Tensor:
-    """Biased variances of so many positions, as they are with Bessel's correction; those of one position stay 0."""
+    """Biased variances over ``positions`` positions, with Bessel's correction; those of one position stay 0."""
     others = positions - 1
     others = others.clamp(min=1) if isinstance(others, Tensor) else max(others, 1)  # torch.jit traces tensors
     return variances * (positions / others)
@@ -116,11 +116,11 @@ def unbiased(variances: Tensor, positions: int) -> Tensor:
 
 @torch.fx.wrap
 def root(squares: Tensor) -> Tensor:
-    """A root whose slope at 0 is 0, as that of torch's norm of zeros."""
+    """The square root, with a slope of 0 at 0, as torch's norm has at zeros."""
     if not squares.requires_grad:
         return squares.sqrt()
-    some = squares != 0  # NaN stays NaN
-    return squares.where(some, 1).sqrt().where(some, 0)
+    nonzero = squares != 0  # NaN stays NaN
+    return squares.where(nonzero, 1).sqrt().where(nonzero, 0)
 
 
 @torch.fx.wrap
@@ -238,7 +238,7 @@ def grouped_linear(s: Tensor, weight: Tensor) -> Tensor:
     return blocks.reshape(-1, groups * out)
 
 
-# The parts of gates that see the map itself. What they return is not yet rounded to a half type.
+# Parts of the gates that see the map itself. Their results are not yet rounded to a half type.
 
 
 @torch.fx.wrap
@@ -271,7 +271,7 @@ def over_channels(x: Tensor) -> Tensor:
     """Mean and largest value of every position over the channels, as a batch of 2-D maps.
 
     Args:
-        x: Feature map ``(N, C, *spatial)``. One of one dimension has width 1; one of three is a stack of slices.
+        x: Feature map ``(N, C, *spatial)``. One spatial dimension gives width 1; three are a stack of slices.
 
     Returns:
         ``(N, 2, *spatial)`` with 2 spatial dimensions, or ``(N D, 2, H, W)`` for maps of D slices.
@@ -300,7 +300,7 @@ def scale_positions(x: Tensor, gate: Tensor) -> Tensor:
 
     Args:
         x: Feature map ``(N, C, *spatial)``.
-        gate: One value a position, in the order of :func:`over_channels`.
+        gate: One value per position, in the order of :func:`over_channels`.
     """
     if x.dim() == 5:
         return x * gate.reshape(x.shape[0], x.shape[2], 1, *x.shape[3:]).transpose(1, 2)
@@ -309,7 +309,7 @@ def scale_positions(x: Tensor, gate: Tensor) -> Tensor:
 
 @torch.fx.wrap
 def simam(x: Tensor, e_lambda: float) -> Tensor:
-    """SimAM: every value times the sigmoid of how far it is from its channel's mean, squared and relative.
+    """SimAM: every value times the sigmoid of its squared distance from its channel's mean, relative to the variance.
 
     ``x * sigmoid(d / (4 (sum of d / (S - 1) + e_lambda)) + 1/2)`` with ``d = (x - mean)^2`` and S positions.
 
@@ -461,8 +461,8 @@ def input_backward(
         saved: As in :func:`apply_backward`.
         act: As in :func:`apply_backward`.
         offset: ``(N, C)``.
-        slope: ``(N, C)``, or ``(C,)`` where it is the same for all samples; None for zeros, as where neither the norm
-            uses statistics of the batch nor the gate variances.
+        slope: ``(N, C)``, or ``(C,)`` if it is the same for all samples; None for zeros, for example if the norm does
+            not use statistics of the batch and the gate does not use variances.
         center: ``(C,)`` or None for zeros.
     """
     d = _upstream(grad, x, scale, shift, saved, act)
@@ -481,7 +481,7 @@ def batch_moments(x: Tensor, needs_m2: bool = False) -> tuple[Tensor, Tensor, Te
 
     Args:
         x: ``(N, C, *spatial)``; mean and var of an empty batch are NaN.
-        needs_m2: Whether somebody wants the maps' own sums of squared deviations, too.
+        needs_m2: Whether to return the maps' own sums of squared deviations, too.
 
     Returns:
         ``map_means`` ``(N, C)``, ``norm_mean`` and ``norm_var`` ``(C,)``, and ``m2`` as :func:`moments` returns it, of

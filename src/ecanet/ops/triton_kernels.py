@@ -4,15 +4,15 @@ Names and formulas are those of :mod:`ecanet.ops.reference`; :mod:`ecanet.ops.gp
 imports triton.
 
 A map ``(N, C, S)`` has N C rows; a row is one channel of one sample. The map is walked in tiles of ``ROWS`` by
-``POSITIONS`` elements. In memory the positions of a row are neighbours or, channels last (``LAST``), the channels of a
-position. ``ALIGN`` divides the number of neighbours and ``TOTAL`` the number of elements: loads and stores are as wide
-as these allow.
+``POSITIONS`` elements. In memory the positions of a row are neighbours or, with channels last (``LAST``), the channels
+of a position. ``ALIGN`` divides the number of neighbours and ``TOTAL`` the number of elements: loads and stores are as
+wide as these allow.
 
 A kernel that sums over positions takes a tile of rows and moves along their positions, so that most sums happen within
-a thread. Channels last, all of them do: each thread of a warp has its own channels. The positions may be split over
-``splits`` programs; their partial sums are merged in a fixed order, so results are the same bit for bit on every run.
-Contiguous rows that are not aligned (such as those of 7 x 7) are read from the last multiple of ``START`` before them;
-elements of neighbouring rows are left out of the sums.
+a thread. With channels last, all of them do: each thread of a warp has its own channels. The positions may be split
+over ``splits`` programs; their partial sums are merged in a fixed order, so results are the same bit for bit on every
+run. Contiguous rows that are not aligned (such as those of 7 x 7) are read from the last multiple of ``START`` before
+them; elements of neighbouring rows are left out of the sums.
 
 An element-wise kernel cuts a contiguous map into runs of ``POSITIONS`` neighbours, each in one row or in two.
 """
@@ -195,14 +195,14 @@ def _upstream(grad, x, saved, scale, shift, place, mask, ACT: tl.constexpr, ACC:
 
 
 @jit
-def _fold_positions(tile, BESIDE: tl.constexpr):
+def _fold_positions(tile, THREADS: tl.constexpr):
     """The part of a tile, [ROWS, POSITIONS], that a program accumulates over its tiles.
 
-    Channels last, ``BESIDE`` threads share a row and each takes every ``BESIDE``-th position: the result has the sum of
-    each thread, [ROWS, BESIDE]. Otherwise ``BESIDE`` is 0, and the result is the tile.
+    With channels last, ``THREADS`` threads share a row and each takes every ``THREADS``-th position: the result has the
+    sum of each thread, [ROWS, THREADS]. Otherwise ``THREADS`` is 0, and the result is the tile.
     """
-    if BESIDE > 0:
-        tile = tl.sum(tl.reshape(tile, (tile.shape[0], tile.shape[1] // BESIDE, BESIDE)), 1)
+    if THREADS > 0:
+        tile = tl.sum(tl.reshape(tile, (tile.shape[0], tile.shape[1] // THREADS, THREADS)), 1)
     return tile
 
 
@@ -210,7 +210,7 @@ def _fold_positions(tile, BESIDE: tl.constexpr):
 def moments(
     x, mean, m2, samples, channels, positions, splits, per_split,
     SECOND: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr, TOTAL: tl.constexpr, START: tl.constexpr,
-    BESIDE: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
+    THREADS: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
     OUT: tl.constexpr,
 ):  # fmt: skip
     """Mean of every row over one split and, if ``SECOND``, the sum of squared deviations from it.
@@ -231,21 +231,21 @@ def moments(
         first = tl.minimum(begin + POSITIONS - lead, tl.minimum(begin + per_split, positions)) - begin
         origin = tl.sum(tl.where(inside, value, 0.0), 1) / first.to(ACC)
         origin = tl.where(origin - origin == 0.0, origin, 0.0)  # 0 if not finite: Inf - Inf would be NaN
-    away = tl.where(inside, value - origin[:, None], 0.0)
-    total = _fold_positions(away, BESIDE)
-    squares = _fold_positions(away * away, BESIDE)
+    centered = tl.where(inside, value - origin[:, None], 0.0)
+    total = _fold_positions(centered, THREADS)
+    squares = _fold_positions(centered * centered, THREADS)
     for at in range(begin + POSITIONS, end, POSITIONS):
         place, readable, inside = _tile(start, lead, exists, step, at, end, positions, size, POSITIONS, START, INDEX)
         value = tl.load(x + place, readable, 0.0).to(ACC)
-        away = tl.where(inside, value - origin[:, None], 0.0)
-        total += _fold_positions(away, BESIDE)
+        centered = tl.where(inside, value - origin[:, None], 0.0)
+        total += _fold_positions(centered, THREADS)
         if SECOND:
-            squares += _fold_positions(away * away, BESIDE)
-    here = split.to(INDEX) * samples * channels + row
+            squares += _fold_positions(centered * centered, THREADS)
+    at_split = split.to(INDEX) * samples * channels + row
     shift = tl.sum(total, 1) / count
-    tl.store(mean + here, origin.to(OUT) + shift.to(OUT), exists)
+    tl.store(mean + at_split, origin.to(OUT) + shift.to(OUT), exists)
     if SECOND:
-        tl.store(m2 + here, tl.sum(squares, 1) - shift * shift * count, exists)
+        tl.store(m2 + at_split, tl.sum(squares, 1) - shift * shift * count, exists)
 
 
 @jit
@@ -265,8 +265,8 @@ def _merge_splits(
     m = tl.sum(part * count, 0) / positions
     q = tl.zeros_like(m)
     if SECOND:
-        away = tl.where(known, part - m[None, :, :], 0.0)
-        q = tl.sum(tl.load(m2 + place, known, 0.0).to(part.dtype) + away * away * count, 0)
+        centered = tl.where(known, part - m[None, :, :], 0.0)
+        q = tl.sum(tl.load(m2 + place, known, 0.0).to(part.dtype) + centered * centered * count, 0)
     return m, q
 
 
@@ -304,8 +304,8 @@ def statistics(
 
     The rows' own sums of squared deviations are stored unless the pointer ``m2_out`` is None.
 
-    The first mean of the channel is subtracted from all its means. It is one of the values that are summed, so at most
-    as many digits are lost as their number has.
+    The first mean of the channel is subtracted from all its means. It is one of the values that are summed, so no
+    more digits are lost than the number of values has.
     """
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     known = channel < channels
@@ -318,26 +318,26 @@ def statistics(
         sample = n + tl.arange(0, SAMPLES)
         at = sample.to(INDEX)[:, None] * channels + channel[None, :]
         exists = (sample < samples)[:, None] & known[None, :]
-        of_row = tl.zeros((SAMPLES, CHANNELS), tl.float64)
+        row_mean = tl.zeros((SAMPLES, CHANNELS), tl.float64)
         for split in tl.static_range(SPLITS):
-            there = exists & (split < splits)
+            valid = exists & (split < splits)
             count = tl.maximum(tl.minimum(positions - split * per_split, per_split), 0).to(tl.float64)
-            here = split * rows + at
-            away = tl.where(there, tl.load(mean + here, there, 0.0).to(tl.float64) - pivot[None, :], 0.0)
-            of_row += away * count
-            squares += tl.load(m2 + here, there, 0.0).to(tl.float64) + away * away * count
-        of_row /= positions
-        tl.store(means_out + at, (pivot[None, :] + of_row).to(means_out.dtype.element_ty), exists)
-        total += of_row
+            place = split * rows + at
+            centered = tl.where(valid, tl.load(mean + place, valid, 0.0).to(tl.float64) - pivot[None, :], 0.0)
+            row_mean += centered * count
+            squares += tl.load(m2 + place, valid, 0.0).to(tl.float64) + centered * centered * count
+        row_mean /= positions
+        tl.store(means_out + at, (pivot[None, :] + row_mean).to(means_out.dtype.element_ty), exists)
+        total += row_mean
         if m2_out is not None:
             own = tl.zeros((SAMPLES, CHANNELS), tl.float64)
             for split in tl.static_range(SPLITS):
-                there = exists & (split < splits)
+                valid = exists & (split < splits)
                 count = tl.maximum(tl.minimum(positions - split * per_split, per_split), 0).to(tl.float64)
-                here = split * rows + at
-                away = tl.load(mean + here, there, 0.0).to(tl.float64) - pivot[None, :] - of_row
-                away = tl.where(there, away, 0.0) if SPLITS > 1 else tl.zeros_like(own)
-                own += tl.load(m2 + here, there, 0.0).to(tl.float64) + away * away * count
+                place = split * rows + at
+                centered = tl.load(mean + place, valid, 0.0).to(tl.float64) - pivot[None, :] - row_mean
+                centered = tl.where(valid, centered, 0.0) if SPLITS > 1 else tl.zeros_like(own)
+                own += tl.load(m2 + place, valid, 0.0).to(tl.float64) + centered * centered * count
             tl.store(m2_out + at, own.to(m2_out.dtype.element_ty), exists)
     shift = tl.sum(total, 0) / samples
     tl.store(mean_out + channel, (pivot + shift).to(mean_out.dtype.element_ty), known)
@@ -384,7 +384,7 @@ def apply(
 def reduce(
     grad, x, scale, shift, center, saved, d, p, q, samples, channels, positions, splits, per_split,
     ACT: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr, TOTAL: tl.constexpr, START: tl.constexpr,
-    BESIDE: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
+    THREADS: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """First pass of the backward: d, and the sums of d and of d (x - center) over one split of every row.
 
@@ -406,19 +406,19 @@ def reduce(
     middle = tl.zeros((ROWS,), ACC)
     if center is not None:
         middle = tl.load(center + channel, exists, 0.0).to(ACC)
-    p_total = _fold_positions(tl.zeros((ROWS, POSITIONS), ACC), BESIDE)
-    q_total = _fold_positions(tl.zeros((ROWS, POSITIONS), ACC), BESIDE)
+    p_total = _fold_positions(tl.zeros((ROWS, POSITIONS), ACC), THREADS)
+    q_total = _fold_positions(tl.zeros((ROWS, POSITIONS), ACC), THREADS)
     for at in range(begin, end, POSITIONS):
         place, readable, inside = _tile(start, lead, exists, step, at, end, positions, size, POSITIONS, START, INDEX)
         value = tl.load(x + place, readable, 0.0).to(ACC)
-        here = _upstream(grad, value, saved, a, b, place, readable, ACT, ACC)
+        g = _upstream(grad, value, saved, a, b, place, readable, ACT, ACC)
         if d is not None:
             # If d does not depend on scale and shift, any row's program writes the same value: store all that was read.
             if ACT == 3 or ACT == 4:
                 readable = inside
-            tl.store(d + place, here.to(d.dtype.element_ty), readable)
-        p_total += _fold_positions(tl.where(inside, here, 0.0), BESIDE)
-        q_total += _fold_positions(tl.where(inside, here * (value - middle[:, None]), 0.0), BESIDE)
+            tl.store(d + place, g.to(d.dtype.element_ty), readable)
+        p_total += _fold_positions(tl.where(inside, g, 0.0), THREADS)
+        q_total += _fold_positions(tl.where(inside, g * (value - middle[:, None]), 0.0), THREADS)
     at_split = split.to(INDEX) * samples * channels + row
     tl.store(p + at_split, tl.sum(p_total, 1), exists)
     tl.store(q + at_split, tl.sum(q_total, 1), exists)
@@ -572,13 +572,13 @@ def coefficients_backward(
         g = tl.full((SAMPLES, CHANNELS), 1.0, ACC)
         if gate is not None:
             g = tl.load(gate + row + channel, inside, 0.0).to(ACC)
-        away = tl.load(map_means + row + channel, inside, 0.0).to(ACC) - middle
-        grad_a = g * tl.load(q + row + channel, inside, 0.0).to(ACC) + ds * away
+        centered = tl.load(map_means + row + channel, inside, 0.0).to(ACC) - middle
+        grad_a = g * tl.load(q + row + channel, inside, 0.0).to(ACC) + ds * centered
         offset = ds * a / positions
         if grad_v is not None:
             per_position = tl.load(grad_v + row + channel, inside, 0.0).to(ACC) * 2.0 * a / positions
             grad_a += per_position * tl.load(m2 + row + channel, inside, 0.0).to(ACC)
-            offset -= per_position * a * away
+            offset -= per_position * a * centered
             tl.store(slope_out + row + channel, per_position * a, inside)
         a_total += tl.where(inside, grad_a, 0.0)
         b_total += tl.where(inside, g * tl.load(p + row + channel, inside, 0.0).to(ACC) + ds, 0.0)
@@ -602,9 +602,9 @@ def finish(
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     known = channel < channels
     group = tl.arange(0, GROUPS)[:, None]
-    at, there = group * channels + channel[None, :], known[None, :] & (group < groups)
-    a = tl.sum(tl.load(sum_a + at, there, 0.0), 0)
-    b = tl.sum(tl.load(sum_b + at, there, 0.0), 0)
+    at, valid = group * channels + channel[None, :], known[None, :] & (group < groups)
+    a = tl.sum(tl.load(sum_a + at, valid, 0.0), 0)
+    b = tl.sum(tl.load(sum_b + at, valid, 0.0), 0)
     inverse = _norm_slope(var, None, channel, known, eps, ACC)
     gamma = tl.full((CHANNELS,), 1.0, ACC)
     if weight is not None:

@@ -1,4 +1,4 @@
-"""Put gates into a network somebody else wrote, swap them, take them out, and give its blocks the fused tail."""
+"""Put gates into a network that somebody else wrote, swap them, remove them, and give its blocks the fused tail."""
 
 from ecanet.surgery.find.blocks import BLOCKS
 from ecanet.surgery.find.layers import ATTENTION

@@ -18,7 +18,7 @@ def build_fitting_gate(
     gate: str | GateFactory,
     kernel_size: int | Literal["adaptive"],
     name: str,
-    beside: nn.Module,
+    neighbour: nn.Module,
     channels: int | None,
     like: Tensor | None,
     undo: Undo,
@@ -29,7 +29,7 @@ def build_fitting_gate(
         gate: As in :func:`ecanet.insert_gates_`.
         kernel_size: As in :func:`ecanet.insert_gates_`.
         name: Name of the place, for errors.
-        beside: The module that the gate follows or replaces; the gate gets its mode.
+        neighbour: The module that the gate follows or replaces; the gate gets its mode.
         channels: Number of channels there, or None if it is not known.
         like: A tensor whose type and device the gate gets, if there is one.
         undo: Records the gate before it is changed: a function may return a module that is used elsewhere.
@@ -39,7 +39,7 @@ def build_fitting_gate(
     """
     if channels is None:
         raise ValueError(
-            f"the number of channels at {name} ({type(beside).__name__}) cannot be told from its layers: pass "
+            f"the number of channels at {name} ({type(neighbour).__name__}) cannot be told from its layers: pass "
             "input_shape=, the shape of an input that the network takes"
         )
     try:
@@ -53,4 +53,4 @@ def build_fitting_gate(
     undo.cover(built)
     if like is not None:
         built = built.to(device=like.device, dtype=like.dtype)
-    return built.train(beside.training)
+    return built.train(neighbour.training)

@@ -64,8 +64,8 @@ def fuse_tails_(model: nn.Module) -> Report:
     It works on torchvision's and timm's blocks in :data:`ecanet.surgery.FUSED`: with gates that
     :func:`ecanet.insert_gates_` put in, with timm's own ECA and squeeze-and-excitation (``ecaresnet*``,
     ``seresnet*``), and without attention. A block's class becomes one derived from it. The block keeps its modules,
-    parameters, buffers and keys: checkpoints load as before, an optimizer goes on, values and gradients are the same to
-    rounding. A second call does nothing. Call it before or after gates are put in.
+    parameters, buffers and keys: checkpoints load as before, an optimizer keeps working, and values and gradients are
+    the same up to rounding. A second call does nothing. Call it before or after gates are put in.
 
     Args:
         model: The network.
@@ -75,7 +75,7 @@ def fuse_tails_(model: nn.Module) -> Report:
         with the same parameters replaced.
 
     Raises:
-        TypeError: ``model`` is no module, or is compiled, scripted or wrapped for parallel training.
+        TypeError: ``model`` is not a module, or is compiled, scripted or wrapped for parallel training.
         ValueError: it has none of these blocks.
 
     Example:

@@ -30,7 +30,7 @@ class _Plan(NamedTuple):
     channels: int
     spatial: torch.Size | None
     norm: tuple[Tensor, ...]  # the norm's tensors that take the gate's factor; empty if the gate keeps it
-    runs: bool  # whether it ran in the dry run; True if unknown
+    runs: bool  # whether the site ran in the dry run; True if unknown
 
 
 def insert_gates_(
@@ -79,12 +79,12 @@ def insert_gates_(
         Which gate was put where, and what it costs; prints as a table.
 
     Raises:
-        TypeError: ``model`` is no module, or is compiled, scripted or wrapped for parallel training; other arguments
+        TypeError: ``model`` is not a module, or is compiled, scripted or wrapped for parallel training; other arguments
             of a wrong type.
         ValueError: ``where`` finds nothing (the message says what can be named), another gate is there, the gate
             cannot have that many channels or cannot be neutral, the number of channels is unknown, ``input_shape``
             has no batch dimension, with ``fold`` no norm can take a factor, or the optimizer has none of the model's
-            parameters. The network is then as it was.
+            parameters. The network is then unchanged.
 
     Source:
         Wang et al., ECA-Net, CVPR 2020, arXiv:1910.03151, for the place of the gate.
@@ -109,7 +109,7 @@ def insert_gates_(
             raise TypeError(f"{argument} must be True or False, got {value!r}")
     run = dry_run(model, input_shape)
     sites, notes = find_sites(model, where, filter_fn, run)
-    todo, already = _without_such_a_gate(sites, gate, kernel_size)
+    todo, already = _sites_without_this_gate(sites, gate, kernel_size)
     if already:
         notes.append(f"{already} of these have such a gate already")
     notes += _notes_on_what_did_not_run(todo, run)
@@ -139,7 +139,7 @@ def insert_gates_(
             add_parameters_(optimizer, module, f"{site.name}.{GATE}", site.host)
         if plans:
             keep_loading_(model)
-            _tell_libraries(model)
+            _patch_libraries(model)
     return Report("inserted", tuple(rows), tuple(notes))
 
 
@@ -151,31 +151,34 @@ def _notes_on_what_did_not_run(sites: list[Site], run: DryRun | None) -> list[st
         return [f"the network {run.failed}: multiply-adds are not counted"]
     if not run.saw_layers():
         return [
-            f"no layer was seen to run on the input of shape {run.input_shape}, perhaps because code reads their "
-            "weights instead of calling them: multiply-adds are not counted, and it may be that no gate runs"
+            f"no layer was seen to run on the input of shape {run.input_shape}, perhaps because code reads the "
+            "layers' weights instead of calling them: multiply-adds are not counted, and perhaps no gate runs"
         ]
     return [f"{name} did not run on the input of shape {run.input_shape}" for name in silent]
 
 
-def _tell_libraries(model: nn.Module) -> None:
+def _patch_libraries(model: nn.Module) -> None:
     """Make libraries that rebuild networks, for training or to fill in what a file lacks, keep the gates."""
     if any(cls.__module__.startswith("ultralytics.") for cls in type(model).__mro__):
         ultralytics.keep_gates()
     transformers.keep_gates()  # if it is imported: the model may be part of one of its networks
 
 
-def _without_such_a_gate(sites: list[Site], gate: str | GateFactory, kernel_size: int | str) -> tuple[list[Site], int]:
+def _sites_without_this_gate(
+    sites: list[Site], gate: str | GateFactory, kernel_size: int | str
+) -> tuple[list[Site], int]:
+    """The sites that have no gate, and the number of those that have this gate; raises if one has another gate."""
     todo = []
     for site in sites:
-        there = attached_gate(site.host)
-        if there is None:
+        attached = attached_gate(site.host)
+        if attached is None:
             todo.append(site)
             continue
-        channels = getattr(there, "channels", site.channels)
+        channels = getattr(attached, "channels", site.channels)
         wanted = build_gate(gate, channels, kernel_size) if channels is not None else None  # type: ignore[arg-type]
-        if wanted is not None and (type(wanted), arguments_of(wanted)) != (type(there), arguments_of(there)):
+        if wanted is not None and (type(wanted), arguments_of(wanted)) != (type(attached), arguments_of(attached)):
             raise ValueError(
-                f"{site.name} has a gate already, {type(there).__name__}({arguments_of(there)}), and not "
+                f"{site.name} has a gate already, {type(attached).__name__}({arguments_of(attached)}), not "
                 f"{type(wanted).__name__}({arguments_of(wanted)}): replace_gates_ swaps gates, remove_gates_ takes "
                 "them out"
             )
@@ -192,7 +195,7 @@ def _plan(
     run: DryRun | None,
     undo: Undo,
 ) -> _Plan:
-    """Build the gate of one site and check all that could fail, before anything of the network changes."""
+    """Build the gate of one site, and check everything that could fail before the network is changed."""
     channels, spatial = _channels_and_spatial(site, run)
     runs = run is None or run.failed is not None or site.host in run.shapes
     module = build_fitting_gate(
@@ -211,18 +214,19 @@ def _plan(
     if owner_counts is not None and isinstance(module, Gate) and module.factor != 1:
         if not runs:
             raise ValueError(
-                f"fold=True: {site.name} did not run on the input, so nothing tells whether its gate does: call "
-                "without fold"
+                f"fold=True: {site.name} did not run on the input, so it is unknown whether its gate does: "
+                "call without fold"
             )
         norm = tensors_to_scale(f"the factor of the gate after {site.name}", site.host, owner_counts)
     return _Plan(site, module, channels, spatial, norm, runs)
 
 
 def _channels_and_spatial(site: Site, run: DryRun | None) -> tuple[int | None, torch.Size | None]:
-    """Channels and spatial size of a site's output, from the dry run or the layers; None where neither knows.
+    """Channels and spatial size of a site's output, from the dry run or the layers; None if neither shows them.
 
     Raises:
-        ValueError: it returns no map with its channels in dimension 1, or the run failed and the layers do not show it.
+        ValueError: the output is not a map with its channels in dimension 1; or the run failed, and the layers do not
+            show the number of channels.
     """
     if run is None:
         return site.channels if site.certain else certain_channels(site.host), None
@@ -251,11 +255,11 @@ def _shape_of_map(site: Site, run: DryRun) -> torch.Size:
     shape = run.shapes[site.host].output
     if shape is None or len(shape) < 2:
         got = "no tensor" if shape is None else f"a tensor of shape {tuple(shape)}"
-        raise ValueError(f"a gate cannot follow {site.name}: it returns {got}, and not a map (N, C, *spatial)")
+        raise ValueError(f"a gate cannot follow {site.name}: it returns {got}, not a map (N, C, *spatial)")
     if site.channels is not None and _has_channels_last(site, shape):
         raise ValueError(
-            f"a gate cannot follow {site.name}: its output {tuple(shape)} has its {site.channels} channels last, and "
-            "not in dimension 1: name a module that returns (N, C, *spatial)"
+            f"a gate cannot follow {site.name}: its output {tuple(shape)} has its {site.channels} channels last, not "
+            "in dimension 1: name a module that returns (N, C, *spatial)"
         )
     return shape
 

@@ -23,7 +23,7 @@ from ecanet.surgery.networks import check_network_name, create_network, default_
 from ecanet.surgery.report import Report
 from ecanet.untrusted import listed, shown
 
-#: The key under which a file says how its network is built.
+#: The key under which a file describes how its network is built.
 INSERTION = "ecanet_insertion"
 #: From a number of classes (None for the library's own) to a network without gates.
 Create: TypeAlias = Callable[[int | None], nn.Module]
@@ -65,15 +65,15 @@ class Insertion:
         """The network, in eval mode, and what was done to it.
 
         Args:
-            weights: Weights to start from: a file, or the library's own name for them, such as ``"DEFAULT"``. They are
-                of the network without gates, or of one with these gates.
-            new_head: Weights of a head for another number of classes are left out. Otherwise all have to fit.
+            weights: Weights to start from: a file, or the library's own name for them, such as ``"DEFAULT"``. They
+                belong to the network without gates, or with these gates.
+            new_head: Leave out weights of a head for another number of classes. Otherwise all weights have to fit.
             create: Called with the number of classes, returns the network without gates, in place of the one that
                 ``model`` names.
 
         Raises:
             ImportError: a network of timm without timm installed.
-            OSError: there is no checkpoint there, or the library cannot download its weights.
+            OSError: there is no such checkpoint, or the library cannot download its weights.
             ValueError: no such network, the weights do not fit, or what :func:`ecanet.insert_gates_` raises.
 
         Example:
@@ -123,7 +123,7 @@ def save(model: nn.Module, insertion: Insertion, path: str | os.PathLike[str]) -
     alone.
 
     Args:
-        model: The network that ``insertion`` built, trained since or not.
+        model: The network that ``insertion`` built, whether trained since or not.
         insertion: How it was built.
         path: The file, of ``torch.save``.
 
@@ -150,7 +150,7 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     Raises:
         FileNotFoundError: no such file.
         ImportError: a network of timm without timm installed.
-        ValueError: the file is damaged, is not such a file, or the installed libraries build another network from it.
+        ValueError: the file is damaged or is of another kind, or the installed libraries build another network from it.
 
     Example:
         >>> import tempfile
@@ -175,7 +175,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Insertion, dict[str, Tensor], st
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is damaged, or is not such a file.
+        ValueError: the file is damaged or is of another kind.
     """
     loaded = safe_load(path)
     if not isinstance(loaded, Mapping) or not isinstance(loaded.get(INSERTION), Mapping):
@@ -208,7 +208,7 @@ def rebuild(
         insertion: How it is built. A network of a library takes no memory for sizes that the weights do not have.
         state: The weights, gates included.
         path: The file that both are from, for errors.
-        hint: What else to say of it then.
+        hint: What errors add in brackets.
         create: As in :meth:`Insertion.build`.
 
     Raises:
@@ -250,7 +250,7 @@ def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
 def _with_own_head(
     state: Mapping[str, Tensor], model: nn.Module, create: Create, num_classes: int | None
 ) -> Mapping[str, Tensor]:
-    """Weights with the network's own head, where theirs is of another shape; the head is what the classes change."""
+    """The weights, with the network's own head if theirs has another shape: that follows from the number of classes."""
     own = model.state_dict()
     if all(key in state and state[key].shape == value.shape for key, value in own.items()):
         return state
@@ -267,7 +267,7 @@ def _on_meta(create: Create, num_classes: int | None) -> dict[str, Tensor]:
     try:
         with torch.device("meta"):
             return create(num_classes).state_dict()
-    except Exception:  # torchvision's RegNets, and others whose code reads what it makes
+    except Exception:  # torchvision's RegNets, and others whose code reads the values that it creates
         return create(num_classes).state_dict()
 
 

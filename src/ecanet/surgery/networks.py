@@ -155,7 +155,7 @@ def trained_weights(name: str, weights: str | os.PathLike[str]) -> dict[str, Ten
 
     Args:
         name: ``"torchvision/NAME"`` or ``"timm/NAME"``; or a name of something else, for which only a file will do.
-        weights: A file; or the library's name for them, as :func:`weights_names` has it, or ``"DEFAULT"``, which the
+        weights: A file; or the library's name for them, as :func:`weights_names` lists it, or ``"DEFAULT"``, which the
             library downloads unless it has them.
 
     Raises:
@@ -178,7 +178,7 @@ def trained_weights(name: str, weights: str | os.PathLike[str]) -> dict[str, Ten
     tagged = short if weights == "DEFAULT" else f"{short.partition('.')[0]}.{weights}"
     try:
         return dict(timm.create_model(tagged, pretrained=True).state_dict())
-    except Exception as error:  # of its own kind from each library on the way, and not all are OSErrors
+    except Exception as error:  # each library involved raises its own kind, and not all are OSErrors
         raise OSError(
             f"weights={weights!r} of {name} could not be downloaded ({type(error).__name__}: {shown(error, 200)}): "
             "without a network, pass a file's path"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 
-def add_parameters_(optimizer: torch.optim.Optimizer | None, gate: nn.Module, name: str, beside: nn.Module) -> None:
+def add_parameters_(optimizer: torch.optim.Optimizer | None, gate: nn.Module, name: str, neighbour: nn.Module) -> None:
     """Add a gate's parameters to the group that holds its neighbour's, so that they share its settings.
 
     A group of its own would break learning rate schedulers, which count groups.
@@ -16,13 +16,13 @@ def add_parameters_(optimizer: torch.optim.Optimizer | None, gate: nn.Module, na
         optimizer: The optimizer, or None.
         gate: The gate.
         name: Name of the gate in the network, for optimizers that hold names.
-        beside: The module that the gate follows; if no group has a parameter of it, the first group is taken.
+        neighbour: The module that the gate follows; if no group has a parameter of it, the first group is taken.
     """
     if optimizer is None:
         return
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
     new = [(key, p) for key, p in gate.named_parameters() if id(p) not in known]
-    neighbours = {id(p) for p in beside.parameters()} - {id(p) for p in gate.parameters()}
+    neighbours = {id(p) for p in neighbour.parameters()} - {id(p) for p in gate.parameters()}
     groups = optimizer.param_groups
     group = next((g for g in groups if any(id(p) in neighbours for p in g["params"])), groups[0])
     group["params"].extend(p for _, p in new)
@@ -49,7 +49,7 @@ def check_optimizer(optimizer: object, model: nn.Module) -> None:
     """Raise unless it is None or an optimizer of the model's parameters that can take new ones.
 
     Raises:
-        TypeError: it is no optimizer, or one that cannot take new parameters.
+        TypeError: it is not an optimizer, or one that cannot take new parameters.
         ValueError: it has none of the model's parameters.
     """
     if optimizer is None:

@@ -1,4 +1,4 @@
-"""Take out the gates that were put in."""
+"""Take out the gates that were inserted."""
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +39,9 @@ def remove_gates_(
         What was removed; ``replaced`` holds the gates by name. Empty if there are no gates.
 
     Raises:
-        TypeError: ``model`` is no module, or is compiled, scripted or wrapped for parallel training.
+        TypeError: ``model`` is not a module, or is compiled, scripted or wrapped for parallel training.
         ValueError: gates are not 1 and neither ``force`` nor ``fold`` helps, or the optimizer has none of the model's
-            parameters. The network is then as it was.
+            parameters. The network is then unchanged.
 
     Example:
         >>> import torchvision
@@ -107,7 +107,7 @@ def _constant_value(gate: nn.Module) -> float | None:
 
 
 def _adds(gate: nn.Module) -> bool:
-    """Whether a gate adds something other than 0 to the map, beside scaling it."""
+    """Whether a gate adds something other than 0 to the map, besides scaling it."""
     shift = gate.try_out()[1] if isinstance(gate, Gate) and type(gate).forward is Gate.forward else None
     return shift is not None and bool(shift.any())
 

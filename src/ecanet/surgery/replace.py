@@ -1,4 +1,4 @@
-"""Swap the attention of a network: its own, or gates that were put in."""
+"""Swap the attention of a network: its own, or gates that were inserted."""
 
 import copy
 import functools
@@ -70,17 +70,18 @@ def replace_gates_(
 ) -> Report:
     """Swap every attention module of a network for a gate: squeeze-and-excitation for ECA, and back.
 
-    It finds this library's gates wherever they are, and squeeze-and-excitation, ECA and the like of torchvision and
-    timm (:data:`ecanet.surgery.ATTENTION`). The new gate takes the place and name of the old one, and the hooks on its
-    calls. State dicts with the old one's keys still load: its values in them are ignored. A neutral gate becomes a
-    neutral one of the same value, so the function stays the same. For a trained gate only the value at its start stays,
-    such as 1 of factor 2 times the sigmoid of 0: the network needs fine-tuning. Attention that already is such a gate
-    is left alone.
+    It finds this library's gates wherever they are, and squeeze-and-excitation, ECA and similar modules of torchvision
+    and timm (:data:`ecanet.surgery.ATTENTION`). The new gate takes the place and name of the old one, and the hooks on
+    its calls. State dicts with the old one's keys still load: its values in them are ignored. A neutral gate becomes a
+    neutral one of the same value, so the function stays the same. A trained gate only passes on its value at the start,
+    such as 1 (factor 2 times the sigmoid of 0): the network needs fine-tuning. Attention that already is such a gate is
+    left alone.
 
     Args:
         model: The network.
         gate: A name in :data:`ecanet.nn.GATES`, or a class or function of the number of channels; or a mapping from
-            names of attention modules to new modules, such as ``replaced`` of an earlier report, which undoes that.
+            names of attention modules to new modules, such as ``replaced`` of an earlier report, which undoes that
+            call.
         kernel_size: For gates that have one; ``"adaptive"`` is Eq. (12).
         filter_fn: Function of an attention module and its name that says whether to swap it.
         optimizer: The old gates' parameters are removed from it, and the new ones' added.
@@ -90,9 +91,9 @@ def replace_gates_(
         What was swapped; ``replaced`` holds the old modules by name.
 
     Raises:
-        TypeError: ``model`` is no module, or is compiled, scripted or wrapped for parallel training.
+        TypeError: ``model`` is not a module, or is compiled, scripted or wrapped for parallel training.
         ValueError: the network has no attention, the gate cannot have that many channels, or the optimizer has none
-            of the model's parameters. The network is then as it was.
+            of the model's parameters. The network is then unchanged.
 
     Example:
         >>> import torchvision
@@ -108,15 +109,15 @@ def replace_gates_(
     check_optimizer(optimizer, model)
     if input_shape is not None and input_shape != "auto":
         check_input_shape(input_shape)
-    found = list(attention_in(model))
+    attention = list(attention_in(model))
     registered = names_of(model)
     rows: list[Row] = []
     notes: list[str] = []
     with all_or_nothing(model, optimizer) as undo:
         if isinstance(gate, Mapping):
-            swaps = list(_plan_named_swaps(dict(found), gate, undo))
+            swaps = list(_plan_named_swaps(dict(attention), gate, undo))
         else:
-            swaps = _plan_swaps(model, found, gate, kernel_size, filter_fn, input_shape, undo)
+            swaps = _plan_swaps(model, attention, gate, kernel_size, filter_fn, input_shape, undo)
         for name, old, new, channels, spatial in swaps:
             row = gate_row(name, new, name.removesuffix(f".{GATE}"), channels, spatial)
             before = gate_row(name, old, "", channels, spatial).multiply_adds
@@ -131,9 +132,9 @@ def replace_gates_(
             add_parameters_(optimizer, new, name, parent)
         if swaps:
             keep_loading_(model)
-    same = len(found) - len(swaps)
+    same = len(attention) - len(swaps)
     if swaps and same:
-        notes.insert(0, f"{same} of the {len(found)} attention modules stay as they are")
+        notes.insert(0, f"{same} of the {len(attention)} attention modules stay as they are")
     return Report("replaced", tuple(rows), tuple(notes), {swap.name: swap.old for swap in swaps})
 
 
@@ -165,21 +166,21 @@ def channels_of(model: nn.Module, name: str, attention: nn.Module) -> int | None
 
 def _plan_swaps(
     model: nn.Module,
-    found: list[tuple[str, nn.Module]],
+    attention: list[tuple[str, nn.Module]],
     gate: str | GateFactory,
     kernel_size: int | Literal["adaptive"],
     filter_fn: FilterFn | None,
     input_shape: Sequence[int] | Literal["auto"] | None,
     undo: Undo,
 ) -> list[_Swap]:
-    if not found:
+    if not attention:
         raise ValueError(
             f"{type(model).__name__} has no attention to replace (known: gates of ecanet, "
             f"{', '.join(name.rpartition('.')[2] for name in ATTENTION)}): insert_gates_ puts gates in"
         )
-    wanted = [(name, old) for name, old in found if filter_fn is None or filter_fn(old, name)]
+    wanted = [(name, old) for name, old in attention if filter_fn is None or filter_fn(old, name)]
     if not wanted:
-        raise ValueError(f"filter_fn refuses all of the {len(found)} attention modules")
+        raise ValueError(f"filter_fn refuses all of the {len(attention)} attention modules")
     run = dry_run(model, input_shape)
     return [s for name, old in wanted if (s := _plan_swap(model, name, old, gate, kernel_size, run, undo)) is not None]
 
@@ -236,16 +237,16 @@ def _make_constant_(name: str, gate: nn.Module, constant: float) -> None:
         )
 
 
-def _plan_named_swaps(found: dict[str, nn.Module], modules: Mapping[str, nn.Module], undo: Undo) -> Iterator[_Swap]:
+def _plan_named_swaps(attention: dict[str, nn.Module], modules: Mapping[str, nn.Module], undo: Undo) -> Iterator[_Swap]:
     for name, module in modules.items():  # check all before any is changed
-        if name not in found:
+        if name not in attention:
             raise ValueError(
-                f"gate names {name!r}, where the network has no attention: it has {', '.join(found) or 'none'}"
+                f"gate names {name!r}, where the network has no attention: it has {', '.join(attention) or 'none'}"
             )
         if not isinstance(module, nn.Module):
             raise TypeError(f"gate[{name!r}] must be a module, got {type(module).__name__}")
     for name, module in modules.items():
-        old = found[name]
+        old = attention[name]
         if module is not old:
             undo.cover(module)
             like = next(old.parameters(), None)
@@ -292,7 +293,7 @@ def _notes_on_lost_changes(name: str, old: nn.Module, new: nn.Module) -> Iterato
             yield f"left behind: the hooks on state dicts of {what}{f', on {part}' if part else ''}"
     own = [key for key, value in vars(old).items() if callable(value) and callable(getattr(type(old), key, None))]
     if own:
-        yield f"left behind: the {', '.join(own)} that {what} has in place of its class's"
+        yield f"left behind: the {', '.join(own)} that was set on {what} in place of its class's"
     frozen = [p for p in old.parameters() if not p.requires_grad]
     if frozen and any(p.requires_grad for p in new.parameters()):
         some = "" if len(frozen) == len(list(old.parameters())) else " in part"

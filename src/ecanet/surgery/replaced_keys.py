@@ -18,10 +18,10 @@ def accept_replaced_keys_(new: nn.Module, old: nn.Module) -> None:
 def _put_own_values(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Hook that puts the module's own values into a state dict in place of the replaced module's."""
     own = module.state_dict()
-    found = [prefix + key for key in getattr(module, REPLACED_KEYS) if prefix + key in state]
+    old_keys = [prefix + key for key in getattr(module, REPLACED_KEYS) if prefix + key in state]
     is_own = all(prefix + key in state and state[prefix + key].shape == value.shape for key, value in own.items())
-    if is_own or not found:
+    if is_own or not old_keys:
         return
-    for key in found:
+    for key in old_keys:
         del state[key]
     state.update({prefix + key: value for key, value in own.items()})

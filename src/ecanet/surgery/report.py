@@ -43,7 +43,7 @@ class Report:
     Attributes:
         done: What was done, for the last line: ``"inserted"``, ``"replaced"``, ``"removed"`` or ``"fused"``.
         rows: One for each gate or tail.
-        notes: What else to know: what was left out and why, what was there already.
+        notes: Remarks: what was left out and why, what was already there.
         replaced: Modules that are no longer part of the network, by name.
     """
 
@@ -82,7 +82,9 @@ class Report:
         )
         lines += list(self.notes)
         madds = self.multiply_adds
-        cost = f": {self.parameters:+,} parameters" + ("" if madds is None else f", {madds:+,} multiply-adds a sample")
+        cost = f": {self.parameters:+,} parameters" + (
+            "" if madds is None else f", {madds:+,} multiply-adds per sample"
+        )
         what = "tail" if self.done == "fused" else "gate"
         count = f"{len(self.rows)} {what}{'' if len(self.rows) == 1 else 's'} {self.done}"
         return "\n".join([*lines, count + (cost if self.rows and self.done != "fused" else "")])
@@ -127,7 +129,7 @@ def gate_row(name: str, gate: nn.Module, where: str, channels: int | None, spati
 
 
 def _multiply_adds(attention: nn.Module, channels: int | None, spatial: Sequence[int] | None) -> int | None:
-    """Counted as by :func:`ecanet.inspect.multiply_adds`; of other attention, C S for scaling and the layers inside."""
+    """As :func:`ecanet.inspect.multiply_adds` counts; for other attention, its layers and C S for the scaling."""
     if channels is None or spatial is None:
         return None
     like = example_tensor(attention)

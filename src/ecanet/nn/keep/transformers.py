@@ -41,9 +41,9 @@ def _initializing_gates(initialize: Callable[..., None]) -> Callable[..., None]:
     def initialize_with_gates(self: Any, module: Any, *args: Any, **kwargs: Any) -> None:
         is_new = isinstance(module, Gate) and not getattr(module, _LOADED_FLAG, False)
         # Checked first, because transformers also flags what it has initialised.
-        loaded = is_new and _comes_from_a_file(module)
+        is_loaded = is_new and _comes_from_a_file(module)
         initialize(self, module, *args, **kwargs)
-        if is_new and not loaded:
+        if is_new and not is_loaded:
             module.reset_parameters()
 
     initialize_with_gates.keeps_gates = True  # type: ignore[attr-defined]
@@ -56,11 +56,11 @@ def _refusing_lost_factors(adjust: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(adjust)
     def adjust_with_gates(self: Any, loading: Any, *args: Any, **kwargs: Any) -> Any:
         gates = {name for name, module in self.named_modules() if isinstance(module, Gate) and module.scale is None}
-        found = [key for key in getattr(loading, "unexpected_keys", ()) if key.removesuffix(".scale") in gates]
-        if found:
+        factors = [key for key in getattr(loading, "unexpected_keys", ()) if key.removesuffix(".scale") in gates]
+        if factors:
             raise ValueError(
-                f"the checkpoint has gates with a factor ({found[0]} and {len(found) - 1} more), and this network's "
-                "gates have none: insert them with preserve=True and without fold"
+                f"the checkpoint has gates with a factor ({factors[0]} and {len(factors) - 1} more), and this "
+                "network's gates have none: insert them with preserve=True and without fold"
             )
         return adjust(self, loading, *args, **kwargs)
 
@@ -75,10 +75,10 @@ def _comes_from_a_file(gate: Gate) -> bool:
         ValueError: it has the weights, but not the factor that belongs to them.
     """
     weights: list[Any] = list(gate.parameters()) or [gate.scale]
-    found = any(getattr(weight, _LOADED_FLAG, False) for weight in weights)
-    if found and gate.scale is not None and not getattr(gate.scale, _LOADED_FLAG, False):
+    is_loaded = any(getattr(weight, _LOADED_FLAG, False) for weight in weights)
+    if is_loaded and gate.scale is not None and not getattr(gate.scale, _LOADED_FLAG, False):
         raise ValueError(
             f"the checkpoint has weights of a {type(gate).__name__} gate without a factor, and this network's gates "
             f"have one, {gate.extra_repr()}: insert them with preserve=False"
         )
-    return found
+    return is_loaded

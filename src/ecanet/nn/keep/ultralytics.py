@@ -25,14 +25,14 @@ from ecanet.nn.gate import Gate
 _WATCHED_MODULE = "ultralytics.engine.model"  # importing it imports ultralytics.nn.tasks first
 
 
-def follow() -> None:
-    """Patch Ultralytics in every process that imports both libraries, whichever comes first.
+def patch_when_imported() -> None:
+    """Patch Ultralytics in every process that imports both libraries, whichever it imports first.
 
     A saved network is data, and reading it must not patch a library. But a process that has read one with gates has
     imported :mod:`ecanet.nn`, which calls this, so it can continue training.
     """
     if _WATCHED_MODULE in sys.modules:
-        teach()
+        patch_if_possible()
     elif not any(isinstance(finder, _ImportWatcher) for finder in sys.meta_path):
         sys.meta_path.insert(0, _ImportWatcher())
 
@@ -46,11 +46,11 @@ class _ImportWatcher(importlib.abc.MetaPathFinder):
             return None
         execute = spec.loader.exec_module
 
-        def execute_and_teach(module: ModuleType) -> None:
+        def execute_and_patch(module: ModuleType) -> None:
             execute(module)
-            teach()
+            patch_if_possible()
 
-        spec.loader.exec_module = execute_and_teach  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_patch  # type: ignore[method-assign]
         return spec
 
 
@@ -87,7 +87,7 @@ _HINTS = {"ECA": ", [3] a kernel size of 3", "ECANS": ", [3] a kernel size of 3"
 
 
 class _Arguments(list[Any]):
-    """Arguments of a gate's row in ``parse_model``, which replaces names of its variables in them by their values."""
+    """Arguments of a gate's row. ``parse_model`` replaces those that name its local variables by their values."""
 
     def __str__(self) -> str:  # the table that Ultralytics prints
         _, channels, source, *args = self
@@ -118,7 +118,7 @@ def _parse_with_gates(tasks: Any, rows: dict[str, type[_ModelFileRow]]) -> Calla
         d = dict(d)
         row = 0
         for part in ("backbone", "head"):
-            written = []
+            rewritten = []
             for source, repeats, module, arguments in d[part]:
                 if module in rows and getattr(tasks, module, None) is rows[module]:
                     if not isinstance(source, int):
@@ -127,19 +127,19 @@ def _parse_with_gates(tasks: Any, rows: dict[str, type[_ModelFileRow]]) -> Calla
                             f"{source}: put a Concat row before it"
                         )
                     arguments = _Arguments([row, "ch", "f", *arguments])
-                written.append([source, repeats, module, arguments])
+                rewritten.append([source, repeats, module, arguments])
                 row += 1
-            d[part] = written
+            d[part] = rewritten
         return parse_model(d, *args, **kwargs)
 
     parse.reads_gates = True  # type: ignore[attr-defined]
     return parse
 
 
-def teach() -> None:
+def patch_if_possible() -> None:
     """Patch Ultralytics as :func:`register` does, but ignore failures: the process may not need gates.
 
-    :func:`follow` arranges for this call once Ultralytics is imported.
+    :func:`patch_when_imported` arranges for this call once Ultralytics is imported.
     """
     with contextlib.suppress(AttributeError, ImportError, ValueError):
         keep_gates()
@@ -235,10 +235,10 @@ def _load_with_gates(load: Callable[..., Any]) -> Callable[..., Any]:
             if name in modules and attached_gate(modules[name]) is None and _same_shapes(modules[name], host):
                 attach_(modules[name], copy.deepcopy(gate).float())
         result = load(self, weights, *args, **kwargs)  # layers of the head may become copies of the source's
-        there = {name for name, _, _ in attached_gates(self)}
-        if there:
+        kept = {name for name, _, _ in attached_gates(self)}
+        if kept:
             keep_loading_(self)
-        missing = [name for name, _, _ in attached_gates(source) if name not in there]
+        missing = [name for name, _, _ in attached_gates(source) if name not in kept]
         if missing:
             warnings.warn(
                 f"{len(missing)} gates are left out, because layers of the new network have other shapes: "
@@ -262,8 +262,8 @@ def _same_gate(first: nn.Module, second: nn.Module) -> bool:
 
 
 def _same_shapes(host: nn.Module, source: nn.Module) -> bool:
-    theirs = source.state_dict()
-    return all(key in theirs and theirs[key].shape == value.shape for key, value in host.state_dict().items())
+    tensors = source.state_dict()
+    return all(key in tensors and tensors[key].shape == value.shape for key, value in host.state_dict().items())
 
 
 def _train_with_gates(train: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ def operation(x: Tensor, norm: NormMaths, gate: GateMaths, residual: Tensor | No
 
     Args:
         x: ``(N, C, *spatial)``, not empty.
-        norm: A BatchNorm. One of given statistics has no gradient here.
+        norm: A BatchNorm. If its statistics are given, the operation has no gradient.
         gate: A band.
         residual: Shape and type of ``x``, or None.
         act: Index in :data:`ecanet.ops.reference.ACTS`.
@@ -29,7 +29,7 @@ def operation(x: Tensor, norm: NormMaths, gate: GateMaths, residual: Tensor | No
         return out
     if x.is_cuda:
         return torch.ops.ecanet.norm_eca_add_act(x, residual, *norm_and_band(norm, gate), act, gate.factor)
-    out = x.clone()  # a compiler leaves the copy out if nobody else reads x: the operation then writes over x
+    out = x.clone()  # a compiler leaves the copy out if nothing else reads x: the operation then writes over x
     torch.ops.ecanet.norm_eca_add_act_(out, residual, *norm_and_band(norm, gate), act, gate.factor)
     return out
 

@@ -58,7 +58,7 @@ def norm_gate_add_act(
         rest = None
         if norm is not None and norm.group is not None:
             rest = _RestOfTheBackward()
-            x = _WaitForTheOthers.apply(x, weight, bias, rest)
+            x = _WaitForOtherProcesses.apply(x, weight, bias, rest)
         return _NormGateAddAct.apply(x, residual, weight, bias, ops, norm, gate, act, rest, *parameters)
     if (gate is None or gate.is_band) and (norm is None or not norm.takes_batch_statistics):
         return ops.norm_eca_add_act(x, residual, *norm_and_band(norm, gate), act, 1.0 if gate is None else gate.factor)
@@ -96,7 +96,7 @@ def norm_and_band(norm: NormMaths | None, gate: GateMaths | None) -> tuple[Any, 
 
 
 class _Coefficients(NamedTuple):
-    """What the first pass over x and the ``(N, C)``-sized maths give.
+    """Results of the first pass over x and of the ``(N, C)``-sized maths.
 
     Attributes:
         map_means: ``(N, C)``, the means of the maps of x.
@@ -104,11 +104,11 @@ class _Coefficients(NamedTuple):
         norm_var: ``(C,)``, its variance, likewise.
         values: Number of values in a channel, if mean and variance are those of the batch.
         m2: ``(N, C)``, sums of squared deviations of the maps of x, for a gate that sees variances.
-        norm_scale: ``(1, C)``, the scale of the norm alone, if the gate is no band.
+        norm_scale: ``(1, C)``, the scale of the norm alone, if the gate is not a band.
         gate: ``(N, C)``, the gate's scale, or None without a gate.
         scale: ``(N, C)``: ``out = act(scale * x + shift + residual)``.
         shift: ``(N, C)``.
-        graph: Autograd's graph of a gate that is no band and has no closed form.
+        graph: Autograd's graph of a gate that is not a band and has no closed form.
     """
 
     map_means: Tensor
@@ -148,9 +148,9 @@ def _coefficients(
     if gate is not None and not gate.is_band:
         # All rows are the same; what is kept for the backward must not keep the others.
         norm_scale = scale[:1].clone() if differentiate else scale
-        g, of_gate, graph = run_gate(gate, _statistics(x, s, norm_scale, m2, gate), differentiate)
+        g, gate_shift, graph = run_gate(gate, _statistics(x, s, norm_scale, m2, gate), differentiate)
         scale, shift = g * norm_scale, g * shift
-        shift = shift if of_gate is None else shift.add_(of_gate)
+        shift = shift if gate_shift is None else shift.add_(gate_shift)
     if norm is not None and count is not None:  # after the gate, which may raise
         assert mean is not None
         assert var is not None
@@ -172,7 +172,7 @@ class _NormGateAddAct(torch.autograd.Function):
     """Norm, gate, residual and activation as one node of autograd's graph.
 
     It saves x and out, as norm and activation alone do. For SiLU and Hardswish it saves the residual and not out. With
-    ``rest``, :class:`_WaitForTheOthers` computes the gradients of x, weight and bias.
+    ``rest``, :class:`_WaitForOtherProcesses` computes the gradients of x, weight and bias.
     """
 
     @staticmethod
@@ -211,35 +211,35 @@ class _NormGateAddAct(torch.autograd.Function):
             return *grads[:4], None, None, None, None, None, *grads[4:]
         up = first_pass(ctx.ops, saved, grad, ctx.act, needs_residual)
         eps = 0.0 if norm is None else norm.eps
-        of_gate: list[Tensor | None]
+        grads_gate: list[Tensor | None]
         if gate is None or gate.is_band:
             band = NO_BAND if gate is None else (parameters[0], gate.circular, gate.factor)
             small = between_passes(ctx.ops, saved, up, eps, band)
-            of_gate = [small.kernel.reshape(kernel.shape) for kernel in parameters]  # one, or none
+            grads_gate = [small.kernel.reshape(kernel.shape) for kernel in parameters]  # one, or none
         else:
             statistics = _statistics_again(saved, gate)
             at_gate = gradient_at_other_gate(saved, up), up.p
-            grad_s, grad_v, of_gate = gate_backward(gate, ctx.graph, statistics, parameters, *at_gate)
+            grad_s, grad_v, grads_gate = gate_backward(gate, ctx.graph, statistics, parameters, *at_gate)
             if saved.x.shape[2:].numel() == 1:  # the variance of one position is 0, and so is its slope
                 grad_v = None
             small = between_passes(ctx.ops, saved, up, eps, NO_BAND, grad_s, grad_v)
-        of_residual = up.grad if needs_residual else None
-        of_gate = [_in_type_of(t, g) for t, g in zip(parameters, of_gate, strict=True)]
+        grad_residual = up.grad if needs_residual else None
+        grads_gate = [_in_type_of(t, g) for t, g in zip(parameters, grads_gate, strict=True)]
         if ctx.rest is not None:
             if needs_x:
                 ctx.rest.finish = partial(_finish, ctx.ops, norm, saved, up, small, ctx.values)
             placeholder = saved.x.new_zeros(()).expand_as(saved.x)
-            return placeholder, of_residual, None, None, None, None, None, None, None, *of_gate
+            return placeholder, grad_residual, None, None, None, None, None, None, None, *grads_gate
         grad_x = None
         if needs_x:
             batch = None if ctx.values is None else (small.norm_mean, small.norm_var, ctx.values)
             grad_x = second_pass(ctx.ops, saved, up, small, batch)
-        of_weight, of_bias = _in_type_of(saved.weight, small.weight), _in_type_of(saved.bias, small.bias)
-        return grad_x, of_residual, of_weight, of_bias, None, None, None, None, None, *of_gate
+        grad_weight, grad_bias = _in_type_of(saved.weight, small.weight), _in_type_of(saved.bias, small.bias)
+        return grad_x, grad_residual, grad_weight, grad_bias, None, None, None, None, None, *grads_gate
 
 
 def _statistics_again(saved: Saved, gate: GateMaths) -> Statistics:
-    """What a gate with a closed form saw, from what was saved; other gates keep it in their graph."""
+    """The statistics that a gate with a closed form saw, from what was saved; other gates have them in their graph."""
     if gate.backward is None:
         return Statistics(saved.map_means)
     assert saved.norm_scale is not None
@@ -256,16 +256,16 @@ _Finish = Callable[[bool], tuple[Tensor | None, Tensor | None, Tensor | None]]
 
 
 class _RestOfTheBackward:
-    """Holds the part of a backward that needs the sums of other processes, until :class:`_WaitForTheOthers` runs it."""
+    """Holds the part of a backward that needs other processes' sums, until :class:`_WaitForOtherProcesses` runs it."""
 
     finish: _Finish
 
 
-class _WaitForTheOthers(torch.autograd.Function):
+class _WaitForOtherProcesses(torch.autograd.Function):
     """The part of a tail's backward that waits for other processes, as a node of its own.
 
     As with a norm that is called, the gradients of gate and residual are complete before its collective, and those of
-    x and the norm after it. This order counts: DistributedDataParallel starts its own collectives as gradients come.
+    x and the norm after it. This order matters: DistributedDataParallel starts its own collectives as gradients come.
     """
 
     @staticmethod
@@ -276,7 +276,7 @@ class _WaitForTheOthers(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads = ctx.rest.finish(ctx.needs_input_grad[0])
-        del ctx.rest.finish  # which holds maps
+        del ctx.rest.finish  # it holds maps
         return *grads, None
 
 
@@ -291,7 +291,7 @@ def _finish(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, with the sums of all processes."""
     grad_x = None
-    if needs_x:  # otherwise nobody takes part in the collective, nor do processes without a batch
+    if needs_x:  # otherwise no process takes part in the collective, not even one without a batch
         assert saved.norm_var is not None
         batch = *share_gradients(small.weight, small.bias, saved.norm_var, saved.weight, norm.eps, norm.group), count
         grad_x = second_pass(ops, saved, up, small, batch)

@@ -31,24 +31,24 @@ def norm_gate_add_act(
     called. A gate attached to the norm (:func:`ecanet.insert_gates_`) counts as ``gate``. Under :func:`torch.compile`
     the tail with ECA is one operation of the graph. With other gates, and without kernels, Inductor fuses the same
     formulas in plain PyTorch. :func:`conv_norm_gate_add_act` includes the convolution before the norm.
-    :func:`explain` says who computes a call, and why.
+    :func:`explain` says what computes a call, and why.
 
     Args:
         x: ``(N, C, *spatial)`` with 0 to 3 spatial dimensions.
         norm: The norm, or None.
         gate: The gate, or None.
-        residual: The shape and type of ``x``, or what can be added to it, or None.
+        residual: A tensor of the shape and type of ``x``, or one that can be added to it, or None.
         act: ``"relu"``, ``"relu6"``, ``"silu"``, ``"hardswish"``, an activation module, or None for none.
 
     Returns:
         The shape, type and memory format of ``x``; where ``residual`` has another shape or type, those of the sum.
 
     Raises:
-        TypeError: ``x`` is not floating point, or ``norm``, ``gate`` or ``act`` is no module.
+        TypeError: ``x`` is not floating point, or ``norm``, ``gate`` or ``act`` is not a module.
         ValueError: unknown ``act``, or what the modules raise: wrong number of channels, a batch of one value.
         RuntimeError: the backend asked for by :func:`ecanet.backend` cannot run, or the gate computes with a tensor
-            that requires a gradient and is not among its ``parameters()``. In the backward: x was written to since, or
-            with ``"silu"`` or ``"hardswish"`` the residual, which is read again for the slope.
+            that requires a gradient and is not among its ``parameters()``. In the backward pass: x was written to after
+            the forward pass; or, with ``"silu"`` or ``"hardswish"``, the residual, which is read again for the slope.
 
     Source:
         The identity above is this library's; moments are merged as by Chan, Golub and LeVeque, 1979.
@@ -62,7 +62,7 @@ def norm_gate_add_act(
         True
     """
     check_arguments(x, norm, gate, act)
-    return follow(plan(x, norm, gate, residual, act), x, norm, gate, residual, act)
+    return run_plan(plan(x, norm, gate, residual, act), x, norm, gate, residual, act)
 
 
 def conv_norm_gate_add_act(
@@ -75,23 +75,23 @@ def conv_norm_gate_add_act(
 ) -> Tensor:
     """``norm_gate_add_act(conv(x), norm, gate, residual, act)``, with a squeeze that need not read ``conv(x)``.
 
-    The same values, to rounding. For inference, where :func:`torch.compile` gets a formula, the gate's means of a 1 x 1
-    convolution's output are computed from its input (:mod:`ecanet.nn.tail.pointwise`). Norm, gate, addition and
-    activation then take the one pass over ``conv(x)`` that norm, addition and activation take.
+    The values are the same up to rounding. For inference, where :func:`torch.compile` gets a formula, the gate's means
+    of a 1 x 1 convolution's output are computed from its input (:mod:`ecanet.nn.tail.pointwise`). Norm, gate, addition
+    and activation then take the one pass over ``conv(x)`` that norm, addition and activation take.
 
     Args:
-        x: ``(N, C_in, *spatial)``, what the convolution is called on.
-        conv: The convolution, or any module that makes a map ``(N, C, *spatial)`` of x.
+        x: ``(N, C_in, *spatial)``, the input of the convolution.
+        conv: The convolution, or any module that turns x into a map ``(N, C, *spatial)``.
         norm: The norm of C channels, or None.
         gate: The gate of C channels, or None.
-        residual: The shape and type of ``conv(x)``, or what can be added to it, or None.
+        residual: A tensor of the shape and type of ``conv(x)``, or one that can be added to it, or None.
         act: As :func:`norm_gate_add_act` takes it.
 
     Returns:
         The shape, type and memory format of ``conv(x)``; where ``residual`` has others, those of the sum.
 
     Raises:
-        TypeError: As :func:`norm_gate_add_act`; and ``conv`` is no module.
+        TypeError: As :func:`norm_gate_add_act`; and ``conv`` is not a module.
         ValueError: As :func:`norm_gate_add_act`.
         RuntimeError: As :func:`norm_gate_add_act`.
 
@@ -109,16 +109,16 @@ def conv_norm_gate_add_act(
     """
     if not isinstance(conv, nn.Module):
         raise TypeError(f"conv must be a module, got {type(conv).__name__}")
-    # Before the convolution, next to what writes x; a compiler drops means that the plan does not take.
+    # Before the convolution, so that a compiler fuses this with what writes x; it drops means that the plan ignores.
     means = means_before(conv, x)
     y = conv(x)
     check_arguments(y, norm, gate, act)
-    made = plan(y, norm, gate, residual, act, means is not None)
-    return follow(made, y, norm, gate, residual, act, means if made.takes_means else None)
+    tail_plan = plan(y, norm, gate, residual, act, means is not None)
+    return run_plan(tail_plan, y, norm, gate, residual, act, means if tail_plan.takes_means else None)
 
 
-def follow(
-    made: Plan,
+def run_plan(
+    tail_plan: Plan,
     x: Tensor,
     norm: nn.Module | None,
     gate: nn.Module | None,
@@ -129,7 +129,7 @@ def follow(
     """Compute a tail as its plan says.
 
     Args:
-        made: By :func:`ecanet.nn.tail.plan.plan`, of the same arguments.
+        tail_plan: What :func:`ecanet.nn.tail.plan.plan` returns for the same arguments.
         x: As :func:`norm_gate_add_act` takes it.
         norm: As above.
         gate: As above.
@@ -137,42 +137,44 @@ def follow(
         act: As above.
         map_means: ``(N, C)``, the means of x, if the plan takes them.
     """
-    if made.who == "modules":
-        return _activate(_add(_call(made, x, norm, gate), residual), act)
-    inside = residual if made.adds else None
-    code = 0 if made.act is None else made.act
-    if made.who == "kernels":
+    if tail_plan.executor == "modules":
+        return _activate(_add(_call(tail_plan, x, norm, gate), residual), act)
+    fused_residual = residual if tail_plan.adds else None
+    code = 0 if tail_plan.act is None else tail_plan.act
+    if tail_plan.executor == "kernels":
         y = x
-        if made.calls_norm or made.calls_gate:
-            y = _call_some(made, x, norm, gate)
+        if tail_plan.calls_norm or tail_plan.calls_gate:
+            y = _call_some(tail_plan, x, norm, gate)
             if not same_kind(y, x):  # the plan was made for maps like x
-                y = y if made.calls_gate or gate is None else gate(y)
+                y = y if tail_plan.calls_gate or gate is None else gate(y)
                 return _activate(_add(y, residual), act)
-        of_norm = None if made.calls_gate else made.norm  # then it is in y already
-        y = eager.norm_gate_add_act(made.backend, y, of_norm, made.gate, inside, code)
+        norm_maths = (
+            None if tail_plan.calls_gate else tail_plan.norm
+        )  # a called gate saw the norm's output: it is in y already
+        y = eager.norm_gate_add_act(tail_plan.backend, y, norm_maths, tail_plan.gate, fused_residual, code)
     else:
-        assert made.gate is not None
-        if made.who == "operation":
-            assert made.norm is not None
-            y = compiled.operation(x, made.norm, made.gate, inside, code)
+        assert tail_plan.gate is not None
+        if tail_plan.executor == "operation":
+            assert tail_plan.norm is not None
+            y = compiled.operation(x, tail_plan.norm, tail_plan.gate, fused_residual, code)
         else:
-            y = compiled.formula(x, made.norm, made.gate, inside, code, map_means)
-    y = y if made.adds else _add(y, residual)
-    return y if made.act is not None else _activate(y, act)
+            y = compiled.formula(x, tail_plan.norm, tail_plan.gate, fused_residual, code, map_means)
+    y = y if tail_plan.adds else _add(y, residual)
+    return y if tail_plan.act is not None else _activate(y, act)
 
 
-def _call(made: Plan, x: Tensor, norm: nn.Module | None, gate: nn.Module | None) -> Tensor:
-    """Norm and gate, called."""
+def _call(tail_plan: Plan, x: Tensor, norm: nn.Module | None, gate: nn.Module | None) -> Tensor:
+    """Call norm and gate."""
     if norm is not None:
-        x = call_with_our_forward(norm, x) if made.norm_is_ours else norm(x)
+        x = call_with_our_forward(norm, x) if tail_plan.norm_is_ours else norm(x)
     return x if gate is None else gate(x)
 
 
-def _call_some(made: Plan, x: Tensor, norm: nn.Module | None, gate: nn.Module | None) -> Tensor:
-    """What comes before the first thing that the kernels take over again: the norm, and the gate where it is called."""
-    if not made.calls_norm and made.norm is not None:  # and the gate is called
-        x = eager.norm_gate_add_act(made.backend, x, made.norm, None, None, 0)
-    return _call(made, x, norm if made.calls_norm else None, gate if made.calls_gate else None)
+def _call_some(tail_plan: Plan, x: Tensor, norm: nn.Module | None, gate: nn.Module | None) -> Tensor:
+    """Run what comes before the part that the kernels compute: the norm, and the gate if it is called."""
+    if not tail_plan.calls_norm and tail_plan.norm is not None:  # and the gate is called
+        x = eager.norm_gate_add_act(tail_plan.backend, x, tail_plan.norm, None, None, 0)
+    return _call(tail_plan, x, norm if tail_plan.calls_norm else None, gate if tail_plan.calls_gate else None)
 
 
 def _add(y: Tensor, residual: Tensor | None) -> Tensor:

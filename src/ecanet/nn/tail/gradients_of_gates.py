@@ -1,4 +1,4 @@
-"""The gradient of a gate that is no band of ECA: the forward pass makes a small graph, whose tensors are ``(N, C)``."""
+"""The gradient of a gate other than ECA's band: the forward pass makes a small graph with tensors ``(N, C)``."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ class GateGraph(NamedTuple):
     """The graph of a gate that autograd can go back through.
 
     Attributes:
-        inputs: Means ``(N, C)``, and variances ``(N, C)`` if the gate sees them: what it begins with.
-        outputs: Scale ``(N, C)``, and shift ``(N, C)`` if there is one: what it ends with.
+        inputs: Where it begins: means ``(N, C)``, and variances ``(N, C)`` if the gate sees them.
+        outputs: Where it ends: scale ``(N, C)``, and shift ``(N, C)`` if there is one.
         leaves: The leaf for each parameter. It is an alias, since hooks on the parameter run in the graph outside and
             must not run twice; or the parameter itself, if the gate does not read it from a module.
     """
@@ -32,33 +32,33 @@ def run_gate(
     """Call the gate once, outside autocast; if ``differentiate``, with a graph. Hooks on saved tensors do not reach it.
 
     Args:
-        gate: A gate that is no band.
+        gate: A gate other than ECA's band.
         statistics: What it sees.
-        differentiate: Whether :func:`gate_backward` will be asked.
+        differentiate: Whether :func:`gate_backward` will be called.
 
     Returns:
-        Scale and shift, as the gate returns them and detached, and what :func:`gate_backward` wants.
+        The gate's scale and shift, detached, and the graph for :func:`gate_backward`.
 
     Raises:
-        RuntimeError: the gate depends on a tensor that requires a gradient and is none of its parameters, or it returns
-            another shape.
+        RuntimeError: the gate depends on a tensor that requires a gradient and is not one of its parameters, or it
+            returns another shape.
     """
     means, variances, positions = statistics
     with reference.no_autocast(means.device.type):
         if gate.backward is not None or not differentiate:
-            outputs = _for_every_map(gate.function(statistics), means)
+            outputs = _expand_to_maps(gate.function(statistics), means)
             if gate.backward is None and any(t.requires_grad for t in outputs):
                 _leaves_reached(outputs, gate.parameters)
             return *_detached(outputs, means), None
         inputs = tuple(t.detach().requires_grad_() for t in (means, variances) if t is not None)
         with (
             torch.enable_grad(),
-            torch.autograd.graph.saved_tensors_hooks(_with_version, _of_that_version),
+            torch.autograd.graph.saved_tensors_hooks(_pack_with_version, _unpack_and_check),
             _aliases(gate) as aliases,
         ):
-            seen = [t.clone() for t in inputs]  # clones, for the gate may write into them
+            seen = [t.clone() for t in inputs]  # clones, because the gate may write into them
             seen_variances = None if variances is None else seen[1]
-            outputs = _for_every_map(gate.function(Statistics(seen[0], seen_variances, positions)), means)
+            outputs = _expand_to_maps(gate.function(Statistics(seen[0], seen_variances, positions)), means)
     reached = _leaves_reached(outputs, (*inputs, *gate.parameters, *aliases.values()))
     leaves = tuple(p if id(p) in reached else aliases.get(id(p), p) for p in gate.parameters)
     return *_detached(outputs, means), GateGraph(inputs, outputs, leaves)
@@ -85,13 +85,13 @@ def gate_backward(
         statistics: Of the forward pass.
         parameters: Of the forward pass.
         grad_scale: ``(N, C)``.
-        grad_shift: ``(N, C)``, whether the gate has a shift or not.
+        grad_shift: ``(N, C)``, even if the gate has no shift.
     """
     if gate.backward is not None:
         with reference.no_autocast(grad_scale.device.type):
             scaled = grad_scale if gate.factor == 1 else grad_scale * gate.factor
-            means, variances, of_parameters = gate.backward(statistics, parameters, scaled, grad_shift)
-        return means, variances, list(of_parameters)
+            means, variances, grads = gate.backward(statistics, parameters, scaled, grad_shift)
+        return means, variances, list(grads)
     assert graph is not None
     leaves = graph.leaves
     pairs = [(t, g) for t, g in zip(graph.outputs, (grad_scale, grad_shift), strict=False) if t.requires_grad]
@@ -99,14 +99,14 @@ def gate_backward(
         return None, None, [None] * len(leaves)
     wanted = [*graph.inputs, *(leaf for leaf in leaves if leaf.requires_grad)]
     outputs, grads_of_outputs = [t for t, _ in pairs], [g.to(t.dtype) for t, g in pairs]
-    found = torch.autograd.grad(outputs, wanted, grads_of_outputs, retain_graph=True, allow_unused=True)
-    of_inputs = [None if g is None else g.to(grad_scale.dtype) for g in found[: len(graph.inputs)]]
-    remaining = iter(found[len(graph.inputs) :])
-    grads = [next(remaining) if leaf.requires_grad else None for leaf in leaves]
-    return of_inputs[0], of_inputs[1] if len(of_inputs) > 1 else None, grads
+    gradients = torch.autograd.grad(outputs, wanted, grads_of_outputs, retain_graph=True, allow_unused=True)
+    grads_inputs = [None if g is None else g.to(grad_scale.dtype) for g in gradients[: len(graph.inputs)]]
+    remaining = iter(gradients[len(graph.inputs) :])
+    grads_leaves = [next(remaining) if leaf.requires_grad else None for leaf in leaves]
+    return grads_inputs[0], grads_inputs[1] if len(grads_inputs) > 1 else None, grads_leaves
 
 
-def _for_every_map(outputs: ScaleAndShift, s: Tensor) -> tuple[Tensor, ...]:
+def _expand_to_maps(outputs: ScaleAndShift, s: Tensor) -> tuple[Tensor, ...]:
     """Scale, and shift if there is one; expanded to ``(N, C)`` where they are the same for all samples or channels."""
     scale, shift = check_scale_and_shift(outputs)
     if scale.shape == s.shape and (shift is None or shift.shape == s.shape):
@@ -127,7 +127,7 @@ def _for_every_map(outputs: ScaleAndShift, s: Tensor) -> tuple[Tensor, ...]:
 
 @contextlib.contextmanager
 def _aliases(gate: GateMaths) -> Iterator[dict[int, Tensor]]:
-    """Lend the gate's modules aliases of their parameters. Gives the aliases, by the ids of the parameters."""
+    """Replace the gate's parameters by aliases inside ``with``. Yields the aliases, by the ids of the parameters."""
     owner = getattr(gate.function, "__self__", None)
     modules = owner.modules() if isinstance(owner, nn.Module) else ()
     slots: list[tuple[dict[str, Any], str, Tensor]] = [
@@ -143,12 +143,12 @@ def _aliases(gate: GateMaths) -> Iterator[dict[int, Tensor]]:
             held[key] = p
 
 
-def _with_version(t: Tensor) -> tuple[Tensor, int]:
+def _pack_with_version(t: Tensor) -> tuple[Tensor, int]:
     # Detached: sigmoid saves its output, and with its graph the output would keep itself alive.
     return t.detach(), t._version
 
 
-def _of_that_version(saved: tuple[Tensor, int]) -> Tensor:
+def _unpack_and_check(saved: tuple[Tensor, int]) -> Tensor:
     t, version = saved
     if t._version != version:
         raise RuntimeError(
@@ -159,7 +159,7 @@ def _of_that_version(saved: tuple[Tensor, int]) -> Tensor:
 
 
 def _leaves_reached(outputs: tuple[Tensor, ...], known: tuple[Tensor, ...]) -> set[int]:
-    """Ids of the leaves of a gate's graph. Raises if one is not known: nobody would get its gradient."""
+    """Ids of the leaves of a gate's graph. Raises if one is not in ``known``: its gradient would be lost."""
     ids = {id(t) for t in known}
     seen: set[Any] = {t.grad_fn for t in known}  # parameters may be computed from others: the search ends there
     reached = set()

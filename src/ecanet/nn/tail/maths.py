@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 
 class NormMaths(NamedTuple):
-    """A BatchNorm. Without ``mean`` and ``var`` it takes those of the batch.
+    """A BatchNorm. Without ``mean`` and ``var`` it uses those of the batch.
 
     Attributes:
         module: The norm itself, for its running statistics.
-        mean: ``(C,)`` in evaluation; None where that of the batch is taken.
-        var: ``(C,)``, biased, likewise.
+        mean: ``(C,)`` in evaluation; None if that of the batch is used.
+        var: ``(C,)``, biased; None likewise.
         weight: ``(C,)`` or None for ones.
         bias: ``(C,)`` or None for zeros.
         eps: Added to the variance.
@@ -52,10 +52,10 @@ ScaleAndShift = tuple[Tensor, Tensor | None]
 
 
 def check_scale_and_shift(returned: Any) -> ScaleAndShift:
-    """What a gate's ``scale_and_shift`` returned.
+    """Return what a gate's ``scale_and_shift`` returned, if it is a scale and a shift.
 
     Raises:
-        TypeError: it is no pair, or the scale is no tensor. A lone scale of two samples would unpack as a pair.
+        TypeError: it is not a pair, or the scale is not a tensor. A lone scale of two samples would unpack as a pair.
     """
     if not isinstance(returned, tuple) or len(returned) != 2 or isinstance(returned[0], float | int | None):
         what = ", ".join(type(t).__name__ for t in returned) if isinstance(returned, tuple) else ""
@@ -67,7 +67,7 @@ def check_scale_and_shift(returned: Any) -> ScaleAndShift:
 
 
 class GateGradients(NamedTuple):
-    """What a gate's closed form gives back.
+    """What a gate's closed form returns.
 
     Attributes:
         means: ``(N, C)``.
@@ -88,7 +88,7 @@ class GateMaths(NamedTuple):
         parameters: Every tensor that the function depends on and that may need a gradient.
         is_band: Whether it is ECA's band, and ``parameters`` its one weight: the kernels then compute it themselves.
         circular: Whether the band wraps around.
-        factor: The gate's factor, for what computes the gate or its gradients itself.
+        factor: The gate's factor, for code that computes the gate or its gradients itself.
         needs_variances: Whether the statistics must hold variances.
         backward: Computes the gradients in closed form, from the statistics, the parameters, the gradient of the scale
             without its factor and that of the shift. None for a gate that autograd goes through.
@@ -104,7 +104,7 @@ class GateMaths(NamedTuple):
 
     @property
     def band(self) -> tuple[Tensor | None, bool, float]:
-        """Weight, circular and factor as the operations take them. The weight is None if the gate is no band."""
+        """Weight, circular and factor as the operations take them. The weight is None if the gate is not a band."""
         return (self.parameters[0], self.circular, self.factor) if self.is_band else NO_BAND
 
 

@@ -1,4 +1,4 @@
-"""A call of the tail makes one plan: who computes, and with what. Everything after follows it."""
+"""A call of the tail makes one plan: what computes it, and from what. The rest of the call follows the plan."""
 
 from typing import Literal, NamedTuple
 
@@ -12,18 +12,18 @@ from ecanet.nn.tail.shared_norm import needs_our_forward
 from ecanet.ops.backend import Decision, decide, decide_in_graph, is_operation_in_graph
 from ecanet.private_torch import is_exporting
 
-Who = Literal["modules", "kernels", "operation", "formula"]
+Executor = Literal["modules", "kernels", "operation", "formula"]
 
 _TORCH_KEEPS_LESS = "without norm and gate, torch's own operations keep less for the backward"
 
 
 class Plan(NamedTuple):
-    """Who computes a tail, and with what.
+    """What computes a tail, and from what.
 
     Attributes:
-        who: The ``modules``, called one after another; the ``kernels``, now; one ``operation`` in a compiler's graph;
-            the ``formula`` in plain PyTorch, which a compiler fuses.
-        why: In a few words.
+        executor: The ``modules``, called one after another; the ``kernels``, now; one ``operation`` in a compiler's
+            graph; the ``formula`` in plain PyTorch, which a compiler fuses.
+        why: The reason, in a few words.
         backend: Which kernels run: a key of :data:`ecanet.ops.kernels.KERNELS`.
         norm: The norm that is computed inside; None if there is none, or if it is called.
         gate: The gate, likewise.
@@ -35,7 +35,7 @@ class Plan(NamedTuple):
         takes_means: Whether the formula takes means of x that are computed from the input of a convolution.
     """
 
-    who: Who
+    executor: Executor
     why: str
     backend: str = ""
     norm: NormMaths | None = None
@@ -56,7 +56,7 @@ def plan(
     act: str | nn.Module | None,
     has_means: bool = False,
 ) -> Plan:
-    """Decide who computes ``act(gate(norm(x)) + residual)``.
+    """Decide what computes ``act(gate(norm(x)) + residual)``.
 
     Args:
         x: As :func:`ecanet.nn.norm_gate_add_act` takes it.
@@ -67,7 +67,7 @@ def plan(
         has_means: Whether the channel means of x can be computed without reading x.
 
     Raises:
-        ValueError: as the norm itself, for a map of another rank than it takes.
+        ValueError: the norm's own error, for a map of a rank that it does not take.
         RuntimeError: the backend asked for by :func:`ecanet.backend` cannot run.
     """
     return _plan(decide(x), x, norm, gate, residual, act, has_means)
@@ -83,14 +83,18 @@ def _plan(
     has_means: bool,
 ) -> Plan:
     if decision.name == "reference":
-        made = Plan("modules", decision.why)
+        result = Plan("modules", decision.why)
     elif decision.name == "compiler":
-        made = _in_graph(x, norm, gate, residual, act, has_means)
+        result = _in_graph(x, norm, gate, residual, act, has_means)
     else:
-        made = _with_kernels(decision, x, norm, gate, residual, act)
-    if (made.calls_norm or made.who == "modules") and isinstance(norm, nn.SyncBatchNorm) and not decision.is_watched:
-        return made._replace(norm_is_ours=needs_our_forward(norm, x))
-    return made
+        result = _with_kernels(decision, x, norm, gate, residual, act)
+    if (
+        (result.calls_norm or result.executor == "modules")
+        and isinstance(norm, nn.SyncBatchNorm)
+        and not decision.is_watched
+    ):
+        return result._replace(norm_is_ours=needs_our_forward(norm, x))
+    return result
 
 
 def _with_kernels(
@@ -101,13 +105,13 @@ def _with_kernels(
     residual: Tensor | None,
     act: str | nn.Module | None,
 ) -> Plan:
-    """What the kernels take over in eager code."""
-    of_norm, of_gate = _read(norm, gate, x)
-    why, calls_norm, calls_gate = decision.why, isinstance(of_norm, str), isinstance(of_gate, str)
+    """The plan in eager code, where kernels can run."""
+    norm_maths, gate_maths = _read(norm, gate, x)
+    why, calls_norm, calls_gate = decision.why, isinstance(norm_maths, str), isinstance(gate_maths, str)
     if calls_norm or calls_gate:
-        why = _why_called(of_norm, of_gate)
-    norm_inside = None if isinstance(of_norm, str) else of_norm
-    gate_inside = None if isinstance(of_gate, str) else of_gate
+        why = _why_called(norm_maths, gate_maths)
+    norm_inside = None if isinstance(norm_maths, str) else norm_maths
+    gate_inside = None if isinstance(gate_maths, str) else gate_maths
     adds = residual is None or same_kind(residual, x)
     code = read_act(act) if adds else None
     if gate_inside is None and (norm_inside is None or calls_gate) and torch.is_grad_enabled():
@@ -120,21 +124,21 @@ def _with_kernels(
 def _read(
     norm: nn.Module | None, gate: nn.Module | None, x: Tensor
 ) -> tuple[NormMaths | str | None, GateMaths | str | None]:
-    """What norm and gate compute, or why one is called.
+    """What norm and gate compute; for one that has to be called, the reason.
 
     A gate that is attached to the norm counts as the gate, unless one of the two has to be called.
     """
     if gate is None and norm is not None and (attached := attached_gate(norm)) is not None:
-        of_gate = read_gate(attached, x)
-        if isinstance(of_gate, str):
-            return f"has a gate that {of_gate}", None
-        of_norm = read_norm(norm, x, known_hooks=1)
-        return (of_norm, None) if isinstance(of_norm, str) else (of_norm, of_gate)
+        gate_maths = read_gate(attached, x)
+        if isinstance(gate_maths, str):
+            return f"has a gate that {gate_maths}", None
+        norm_maths = read_norm(norm, x, known_hooks=1)
+        return (norm_maths, None) if isinstance(norm_maths, str) else (norm_maths, gate_maths)
     return None if norm is None else read_norm(norm, x), None if gate is None else read_gate(gate, x)
 
 
-def _why_called(of_norm: NormMaths | str | None, of_gate: GateMaths | str | None) -> str:
-    named = (("norm", of_norm), ("gate", of_gate))
+def _why_called(norm_maths: NormMaths | str | None, gate_maths: GateMaths | str | None) -> str:
+    named = (("norm", norm_maths), ("gate", gate_maths))
     return ", and ".join(f"the {name} is called: it {why}" for name, why in named if isinstance(why, str))
 
 
@@ -146,37 +150,36 @@ def _in_graph(
     act: str | nn.Module | None,
     has_means: bool,
 ) -> Plan:
-    """What a compiler's graph gets."""
+    """The plan in a compiler's graph."""
     if isinstance(norm, nn.SyncBatchNorm):
         return Plan("modules", "the norm is called: torch.compile gets torch's SyncBatchNorm with its collectives")
-    of_norm, of_gate = _read(norm, gate, x)
-    if isinstance(of_norm, str) or isinstance(of_gate, str):
-        return Plan("modules", _why_called(of_norm, of_gate))
+    norm_maths, gate_maths = _read(norm, gate, x)
+    if isinstance(norm_maths, str) or isinstance(gate_maths, str):
+        return Plan("modules", _why_called(norm_maths, gate_maths))
     if x.numel() == 0:
         return Plan("modules", "x is empty")
-    if of_gate is None:
+    if gate_maths is None:
         return Plan("modules", "there is no gate: a compiler fuses the rest as well")
     adds = residual is None or same_kind(residual, x)
     code = read_act(act) if adds else None
-    training = of_norm is not None and of_norm.takes_batch_statistics
-    if of_norm is not None and _is_operation(x, of_gate, training):
+    training = norm_maths is not None and norm_maths.takes_batch_statistics
+    if norm_maths is not None and _is_operation(x, gate_maths, training):
         why = "the kernels are faster than what Inductor makes"
-        return Plan("operation", why, norm=of_norm, gate=of_gate, adds=adds, act=code)
+        return Plan("operation", why, norm=norm_maths, gate=gate_maths, adds=adds, act=code)
     if training:
         why = "Inductor fuses it: statistics of the batch give the gate's means"
-        return Plan("formula", why, norm=of_norm, gate=of_gate, adds=adds)
-    takes_means = has_means and not of_gate.needs_variances and not (x.is_cpu and is_operation_in_graph(x, training))
+        return Plan("formula", why, norm=norm_maths, gate=gate_maths, adds=adds)
+    takes_means = has_means and not gate_maths.needs_variances and not (x.is_cpu and is_operation_in_graph(x, training))
     if (takes_means or x.is_cuda) and not is_exporting():
-        seen = (
-            "means and variances, which the convolution's input does not give" if of_gate.needs_variances else "means"
-        )
-        why = f"Inductor fuses it: one pass over x after its {seen}"
-        return Plan("formula", why, norm=of_norm, gate=of_gate, adds=adds, act=code, takes_means=takes_means)
+        known = "means and variances, which the convolution's input does not give"
+        known = known if gate_maths.needs_variances else "means"
+        why = f"Inductor fuses it: one pass over x after its {known}"
+        return Plan("formula", why, norm=norm_maths, gate=gate_maths, adds=adds, act=code, takes_means=takes_means)
     return Plan("modules", "a compiler fuses them as well, and what is exported must run without this library")
 
 
 def _is_operation(x: Tensor, gate: GateMaths, training: bool) -> bool:
-    """Whether a graph gets norm and gate as one operation. One for given statistics has no backward in the graph."""
+    """Whether a graph gets norm and gate as one operation. With given statistics it has no backward in the graph."""
     differentiable = training or not torch.is_grad_enabled()
     return gate.is_band and differentiable and not is_exporting() and is_operation_in_graph(x, training)
 
@@ -190,10 +193,10 @@ def explain(
     *,
     compiled: bool = False,
 ) -> str:
-    """Say in one line who would compute :func:`ecanet.nn.norm_gate_add_act` of these arguments now, and why.
+    """Say in one line what would compute :func:`ecanet.nn.norm_gate_add_act` of these arguments now, and why.
 
     Args:
-        x: As that function takes it. It is not computed on.
+        x: As that function takes it. Nothing is computed on it.
         norm: As above.
         gate: As above.
         residual: As above.
@@ -207,22 +210,22 @@ def explain(
         >>> from ecanet.nn import ECA, explain
         >>> x = torch.randn(8, 64, 7, 7)
         >>> print(explain(x, nn.GroupNorm(8, 64), ECA(64), x, "relu", compiled=True))
-        the modules (norm, gate, residual, relu): the norm is called: it is no BatchNorm of torch but a GroupNorm
+        the modules (norm, gate, residual, relu): the norm is called: it is a GroupNorm, not a BatchNorm of torch
     """
     check_arguments(x, norm, gate, act)
     decision = decide_in_graph(x) if compiled else decide(x)
-    made = _plan(decision, x, norm, gate, residual, act, has_means=False)
+    result = _plan(decision, x, norm, gate, residual, act, has_means=False)
     is_attached = gate is None and norm is not None and attached_gate(norm) is not None
-    called = made.calls_gate or (is_attached and made.calls_norm)
+    called = result.calls_gate or (is_attached and result.calls_norm)
     places = {
-        "norm": _place(norm is not None, called=made.calls_norm),
+        "norm": _place(norm is not None, called=result.calls_norm),
         "gate": _place(gate is not None or is_attached, called=called),
-        "residual": _place(residual is not None, afterwards=not made.adds),
+        "residual": _place(residual is not None, afterwards=not result.adds),
         type(act).__name__ if isinstance(act, nn.Module) else str(act): _place(
-            act is not None, afterwards=made.act is None
+            act is not None, afterwards=result.act is None
         ),
     }
-    if made.who == "modules":
+    if result.executor == "modules":
         places = {part: place and "inside" for part, place in places.items()}
     inside, *others = (
         ", ".join(part for part, place in places.items() if place == where)
@@ -231,7 +234,7 @@ def explain(
     rest = "".join(
         f"; {where}: {parts}" for where, parts in zip(("called", "afterwards"), others, strict=True) if parts
     )
-    return f"{_NAMES[made.who, made.backend]} ({inside}){rest}: {made.why}"
+    return f"{_NAMES[result.executor, result.backend]} ({inside}){rest}: {result.why}"
 
 
 def _place(is_there: bool, called: bool = False, afterwards: bool = False) -> str:

@@ -35,18 +35,18 @@ def is_pointwise(layer: nn.Module) -> bool:
 def means_before(conv: nn.Module, x: Tensor) -> Tensor | None:
     """Channel means of ``conv(x)`` from those of x, for a compiler's graph.
 
-    None where they are better found from the output: where the convolution looks at more than one position or has a
-    large matrix, where a gradient is needed, and where nobody compiles or somebody exports.
+    None if they are better computed from the output: if the convolution looks at more than one position or has a large
+    matrix, if a gradient is needed, outside compilation, and in an export.
 
     Args:
         conv: Any module.
-        x: What it is called on, ``(N, C_in, *spatial)``.
+        x: Its input, ``(N, C_in, *spatial)``.
 
     Returns:
         ``(N, C_out)``, float32 for half types.
 
     Raises:
-        ValueError: ``x`` has other channels than ``conv`` takes.
+        ValueError: ``x`` has a number of channels that ``conv`` does not take.
 
     Source:
         This library's.

@@ -1,4 +1,4 @@
-"""What a norm, a gate and an activation compute, read off the modules; or why a module has to be called."""
+"""Reads from the modules what a norm, a gate and an activation compute; or says why a module has to be called."""
 
 from typing import Any
 
@@ -15,21 +15,21 @@ from ecanet.ops import reference
 from ecanet.ops.backend import PLAIN_TENSORS
 from ecanet.private_torch import BatchNormBase, FakeTensor, FunctionalTensor, check_rank
 
-#: In the order of reference.ACTS.
+#: The modules of the activations, in the order of reference.ACTS.
 _ACT_MODULES: tuple[type[nn.Module], ...] = (nn.Identity, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-#: As it was at import: somebody may put another function there.
+#: Saved at import, because user code may replace it later.
 _FORWARD_OF_GATES = Gate.forward
 
 
 def check_arguments(x: object, norm: object, gate: object, act: object) -> None:
-    """Refuse what is no map, module or activation.
+    """Raise if an argument is not a map, a module or an activation.
 
     Raises:
-        TypeError: ``x`` is not floating point, or ``norm``, ``gate`` or ``act`` is no module.
+        TypeError: ``x`` is not floating point, or ``norm``, ``gate`` or ``act`` is not a module.
         ValueError: unknown ``act``.
     """
-    if isinstance(x, Tensor) and not x.is_floating_point():  # torch.fx comes with something else
+    if isinstance(x, Tensor) and not x.is_floating_point():  # torch.fx passes proxies
         raise TypeError(f"x must be floating point, got {x.dtype}: convert it first, e.g. x.float()")
     for name, module in (("norm", norm), ("gate", gate)):
         if module is not None and not isinstance(module, nn.Module):
@@ -61,7 +61,7 @@ def same_kind(t: Tensor, x: Tensor) -> bool:
 def read_gate(gate: nn.Module, x: Tensor) -> GateMaths | str:
     """What the kernels need of the gate, or why it has to be called."""
     if not isinstance(gate, Gate):
-        return f"is no Gate of this library but {_name(gate)}"
+        return f"is {_name(gate)}, not a Gate of this library"
     if gate.sees_map:
         return "needs more of the map than means and variances"
     if type(gate).forward is not _FORWARD_OF_GATES:
@@ -69,7 +69,7 @@ def read_gate(gate: nn.Module, x: Tensor) -> GateMaths | str:
     if (why := why_called(gate)) is not None:
         return why
     if gate.channels != x.shape[1]:
-        return f"has {gate.channels} channels and x {x.shape[1]}"
+        return f"has {gate.channels} channels, and x has {x.shape[1]}"
     maths = gate.maths()
     return "has changed layers or methods, which autograd has to go through" if maths is None else maths
 
@@ -79,11 +79,11 @@ def read_norm(norm: nn.Module, x: Tensor, known_hooks: int = 0) -> NormMaths | s
 
     Args:
         norm: Any module.
-        x: What it is called on.
-        known_hooks: Number of forward hooks on it that the caller already accounts for.
+        x: Its input.
+        known_hooks: Number of forward hooks on the norm that the caller already accounts for.
 
     Raises:
-        ValueError: as the norm itself, for a map of another rank than it takes.
+        ValueError: the norm's own error, for a map of a rank that it does not take.
     """
     if (why := why_called(norm, known_hooks)) is not None:
         return why
@@ -91,31 +91,31 @@ def read_norm(norm: nn.Module, x: Tensor, known_hooks: int = 0) -> NormMaths | s
         return _read_frozen(norm, x)
     if type(norm) not in _BATCH_NORMS and (why := _why_no_batch_norm(norm)) is not None:
         return why
-    of_norm: Any = norm
-    if not check_rank(of_norm, x):
-        return "cannot be asked which ranks it takes"
+    batch_norm: Any = norm
+    if not check_rank(batch_norm, x):
+        return "has no check of the rank of its input"
     channels = x.shape[1]
-    if of_norm.num_features != channels:
-        return f"has {of_norm.num_features} channels and x {channels}"
-    parameters, buffers = of_norm._parameters, of_norm._buffers  # a look-up takes a part of an attribute's time
+    if batch_norm.num_features != channels:
+        return f"has {batch_norm.num_features} channels, and x has {channels}"
+    parameters, buffers = batch_norm._parameters, batch_norm._buffers  # faster than access to attributes of a module
     weight, bias = (
         (parameters["weight"], parameters["bias"])
         if "weight" in parameters and "bias" in parameters
-        else (of_norm.weight, of_norm.bias)
+        else (batch_norm.weight, batch_norm.bias)
     )
     mean, var = buffers.get("running_mean"), buffers.get("running_var")
     if (why := _why_unfit((weight, bias, mean, var), x)) is not None:
         return why
-    if (mean is None) != (var is None) or _counts_without_counter(of_norm):
+    if (mean is None) != (var is None) or _counts_without_counter(batch_norm):
         return "lacks a running statistic"
-    if not of_norm.eps > 0:
-        return f"has an eps of {of_norm.eps}, which torch may refuse"
-    if mean is not None and not of_norm.training:
-        return NormMaths(norm, mean, var, weight, bias, of_norm.eps)
+    if not batch_norm.eps > 0:
+        return f"has an eps of {batch_norm.eps}, which torch may refuse"
+    if mean is not None and not batch_norm.training:
+        return NormMaths(norm, mean, var, weight, bias, batch_norm.eps)
     group = process_group(norm)
     if group is None and x.numel() == channels:
-        return "refuses one value a channel"
-    return NormMaths(norm, None, None, weight, bias, of_norm.eps, group)
+        return "refuses a single value per channel"
+    return NormMaths(norm, None, None, weight, bias, batch_norm.eps, group)
 
 
 def _name(module: nn.Module) -> str:
@@ -139,17 +139,17 @@ def _why_unfit(tensors: tuple[Tensor | None, ...], x: Tensor) -> str | None:
 
 
 def _why_no_batch_norm(norm: nn.Module) -> str | None:
-    """Why a norm is not computed as torch's BatchNorm is; None if it is: timm's, without its activation."""
+    """Why a norm is not computed as torch's BatchNorm is; None if it is, as timm's without an activation."""
     if not isinstance(norm, BatchNormBase):
-        return f"is no BatchNorm of torch but {_name(norm)}"
+        return f"is {_name(norm)}, not a BatchNorm of torch"
     if is_parametrized(norm):
         return "is parametrized: its weight or bias is computed from other tensors"
     cls = type(norm)
     if cls.__qualname__ != "BatchNormAct2d" or not cls.__module__.startswith("timm."):
-        return f"is {_name(norm)}, which may compute something else than torch's BatchNorm"
+        return f"is {_name(norm)}, which may compute something other than torch's BatchNorm"
     forward: Any = cls.forward
     if (forward.__module__, forward.__qualname__) != (cls.__module__, "BatchNormAct2d.forward"):
-        return f"is a {cls.__name__}, whose forward somebody replaced"
+        return f"is a {cls.__name__}, whose forward was replaced"
     inside = [name for name in ("drop", "act") if not is_identity(norm._modules.get(name))]
     return f"is {_name(norm)} with {' and '.join(inside)} inside" if inside else None
 
@@ -167,7 +167,7 @@ def _read_frozen(norm: FrozenBatchNorm2d, x: Tensor) -> NormMaths | str:
 
 
 def _counts_without_counter(norm: Any) -> bool:
-    """Whether torch would fail where the number of batches, taken away, is counted."""
+    """Whether torch would fail to count the batches, because ``num_batches_tracked`` was removed."""
     if type(norm) is not nn.SyncBatchNorm:
         return False
     return norm.track_running_stats and norm._buffers.get("num_batches_tracked") is None

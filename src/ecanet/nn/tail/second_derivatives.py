@@ -14,8 +14,8 @@ OTHER_PROCESSES = "its norm shares statistics with other processes"
 def no_second_derivative(what: str, why: str) -> RuntimeError:
     """An error: ``what`` (a gate or a tail) cannot be differentiated twice, why, and what to do."""
     return RuntimeError(
-        f"this fused {what} cannot be differentiated twice (create_graph=True), for {why}: run its forward pass under "
-        "ecanet.backend('reference')"
+        f"this fused {what} cannot be differentiated twice (create_graph=True), because {why}: run its forward pass "
+        "under ecanet.backend('reference')"
     )
 
 
@@ -46,7 +46,7 @@ def differentiable_backward(
     if norm is not None and norm.group is not None:
         raise no_second_derivative("tail", OTHER_PROCESSES)
     grad, residual, code = _through_act(saved.for_act, act, grad)
-    # Aliases, since one of these may be computed from another, and each gradient is for itself.
+    # Aliases, because one of these may be computed from another, and no gradient may flow from one to another.
     x = saved.x.view_as(saved.x)
     residual, weight, bias = (None if t is None else t.view_as(t) for t in (residual, saved.weight, saved.bias))
     parameters = [t.view_as(t) for t in parameters]
@@ -61,17 +61,17 @@ def differentiable_backward(
             assert saved.gate is not None
             positions = reference.positions(x)
             statistics = Statistics(s, a.square() * m2 / positions if gate.needs_variances else None, positions)
-            g, of_gate = gate_again(gate, statistics, parameters, saved.gate, what)
+            g, gate_shift = call_gate_again(gate, statistics, parameters, saved.gate, what)
             a, shift = g * a, None if norm is None else g * b
-            if of_gate is not None:
-                shift = of_gate if shift is None else shift + of_gate
+            if gate_shift is not None:
+                shift = gate_shift if shift is None else shift + gate_shift
         out = reference.apply(x, a.expand_as(s), shift, residual, code)
     inputs = [x, residual, weight, bias, *parameters]
     wanted = [t for t, needs in zip(inputs, needed, strict=True) if needs and t is not None]
-    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True) if wanted else ())
-    grads = [next(found) if needs and t is not None else None for t, needs in zip(inputs, needed, strict=True)]
+    gradients = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True) if wanted else ())
+    grads = [next(gradients) if needs and t is not None else None for t, needs in zip(inputs, needed, strict=True)]
     if any(needs and g is None for needs, g in zip(needed[4:], grads[4:], strict=True)):
-        raise no_second_derivative(what, "its gate computes with other weights than its own")
+        raise no_second_derivative(what, "its gate computes with weights that are not its own")
     if residual is None:
         grads[1] = grad if needed[1] else None
     return grads
@@ -89,7 +89,7 @@ def _through_act(for_act: Tensor | None, act: int, grad: Tensor) -> tuple[Tensor
     return grad.masked_fill(blocked, 0), None, 0
 
 
-def gate_again(
+def call_gate_again(
     gate: GateMaths, statistics: Statistics, parameters: list[Tensor], before: Tensor, what: str
 ) -> ScaleAndShift:
     """Call the gate once more, in a graph that reaches the statistics and the parameters of the forward pass.
@@ -102,7 +102,7 @@ def gate_again(
         what: ``"gate"`` or ``"tail"``, for the error.
 
     Raises:
-        RuntimeError: the gate returns something else than in the forward pass, or calling it has other effects.
+        RuntimeError: the gate returns something other than in the forward pass, or calling it has other effects.
     """
     s = statistics.means
     if gate.is_band:
@@ -113,16 +113,16 @@ def gate_again(
     own = dict.fromkeys(id(p) for _, _, p in slots)
     if owner is None or len(own) != len(parameters) or any(key != "scale" for key, _ in owner.named_buffers()):
         raise no_second_derivative(what, f"its {type(owner).__name__} gate keeps more than weights")
-    now = dict(zip(own, parameters, strict=True))
-    chance = _state_of_chance(s)
+    replacements = dict(zip(own, parameters, strict=True))
+    random_state = _random_state(s)
     try:
         for held, key, p in slots:
-            held[key] = now[id(p)]  # type: ignore[assignment]
+            held[key] = replacements[id(p)]  # type: ignore[assignment]
         again, shift = gate.function(statistics)
     finally:
         for held, key, p in slots:
             held[key] = p
-    if not torch.equal(chance, _state_of_chance(s)):  # a neutral gate returns the same whatever it draws
+    if not torch.equal(random_state, _random_state(s)):  # a neutral gate returns the same whatever it draws
         raise no_second_derivative(what, f"its {type(owner).__name__} gate draws random numbers")
     close = 1e-9 if before.dtype is torch.float64 else 1e-4
     if not torch.allclose(again.detach().to(before.dtype), before, rtol=close, atol=close, equal_nan=True):
@@ -130,5 +130,5 @@ def gate_again(
     return again.to(s.dtype), None if shift is None else shift.to(s.dtype)
 
 
-def _state_of_chance(s: Tensor) -> Tensor:
+def _random_state(s: Tensor) -> Tensor:
     return torch.cuda.get_rng_state(s.device) if s.is_cuda else torch.get_rng_state()

@@ -11,23 +11,23 @@ from ecanet.nn.tail.statistics import process_group, share_gradients, share_stat
 from ecanet.ops import reference
 from ecanet.private_torch import check_rank
 
-#: As it was at import: somebody may put another function there.
+#: Saved at import, because user code may replace it later.
 _FORWARD_OF_TORCH = nn.SyncBatchNorm.forward
 
 
 def needs_our_forward(norm: nn.SyncBatchNorm, x: Tensor) -> bool:
-    """Whether torch's own forward would fail, or leave the protocol.
+    """Whether torch's own forward would fail, or break the protocol.
 
-    It takes no map on a CPU, and sends an empty batch of a half type in another type than its peers send theirs.
+    It does not run on a CPU, and for an empty batch of a half type it sends another type than the other processes do.
 
     Args:
         norm: A SyncBatchNorm that is called.
-        x: What it is called on.
+        x: Its input.
     """
     return (
         type(norm).forward is _FORWARD_OF_TORCH  # a subclass may be a parametrized one
         and isinstance(vars(norm).get("forward"), _SharedForward | None)
-        and isinstance(x, Tensor)  # torch.fx has others
+        and isinstance(x, Tensor)  # torch.fx passes proxies
         and (x.is_cpu or (not torch.compiler.is_compiling() and x.numel() == 0))
         and process_group(norm) is not None
     )
@@ -38,14 +38,14 @@ def call_with_our_forward(norm: nn.Module, x: Tensor) -> Tensor:
 
     Args:
         norm: A SyncBatchNorm that :func:`needs_our_forward`.
-        x: What it is called on.
+        x: Its input.
     """
     assert isinstance(norm, nn.SyncBatchNorm)
     if not called_differently(norm):
         return _SharedForward(norm)(x)
     own = vars(norm)
     if not getattr(own.get("forward"), "is_running", False):
-        own["forward"] = _SharedForward(norm)  # so that the call runs every hook, which see the module itself
+        own["forward"] = _SharedForward(norm)  # so that the call runs every hook on the module itself
     try:
         return norm(x)
     finally:
@@ -57,7 +57,7 @@ def call_norm(norm: nn.Module, x: Tensor) -> Tensor:
 
     Args:
         norm: Any norm.
-        x: What it is called on.
+        x: Its input.
     """
     if isinstance(norm, nn.SyncBatchNorm) and needs_our_forward(norm, x):
         return call_with_our_forward(norm, x)
@@ -65,13 +65,13 @@ def call_norm(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def call_norm_in_type_of(x: Tensor, norm: nn.Module) -> Tensor:
-    """``norm(x)`` in the type of ``x``: the norm's tensors are converted, not x rounded to their type.
+    """``norm(x)`` in the type of ``x``: the norm's tensors are converted, instead of rounding x to their type.
 
     Args:
         x: What the norm is called on.
         norm: Any module of floating-point parameters and buffers.
     """
-    if not isinstance(x, Tensor):  # torch.fx has others
+    if not isinstance(x, Tensor):  # torch.fx passes proxies
         return call_norm(norm, x)
     slots: list[tuple[dict[str, Any], str, Tensor]] = [
         (held, name, t)
@@ -96,7 +96,7 @@ def call_norm_in_type_of(x: Tensor, norm: nn.Module) -> Tensor:
 class _SharedForward:
     """The ``forward`` of a SyncBatchNorm during one call, so that its hooks run around it.
 
-    A hook may copy the norm meanwhile. In the copy this object takes itself away at the first call.
+    A hook may copy the norm during the call. In the copy, this object removes itself at the first call.
     """
 
     def __init__(self, norm: nn.SyncBatchNorm) -> None:

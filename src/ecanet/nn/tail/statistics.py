@@ -50,7 +50,7 @@ def share_statistics(mean: Tensor, var: Tensor, count: int, eps: float, group: A
     else:  # new_full, since a copy from the CPU would wait for the GPU
         mine = torch.cat([mean, torch.rsqrt(var + eps), mean.new_full((1,), count)])
     world = dist.get_world_size(group)
-    if name_of_backend(group) == "gloo":  # torch asks the same: the two calls are different collectives
+    if name_of_backend(group) == "gloo":  # as in torch: the two calls are different collectives
         parts = [torch.empty_like(mine) for _ in range(world)]
         dist.all_gather(parts, mine, group=group)
         gathered = torch.stack(parts)
@@ -59,13 +59,14 @@ def share_statistics(mean: Tensor, var: Tensor, count: int, eps: float, group: A
         dist.all_gather_into_tensor(gathered, mine, group=group)
     gathered = gathered.double()
     counts = gathered[:, 2 * channels :]
-    here = counts > 0
-    means = torch.where(here, gathered[:, :channels], 0)
-    variances = torch.where(here, gathered[:, channels : 2 * channels].square().reciprocal() - eps, 0).clamp_min(0)
+    has_values = counts > 0
+    means = torch.where(has_values, gathered[:, :channels], 0)
+    variances = gathered[:, channels : 2 * channels].square().reciprocal() - eps
+    variances = torch.where(has_values, variances, 0).clamp_min(0)
     total = counts.sum(0)
-    known = total.clamp_min(1)
-    mean_of_all = (means * counts).sum(0) / known
-    var_of_all = ((variances + torch.where(here, means - mean_of_all, 0).square()) * counts).sum(0) / known
+    divisor = total.clamp_min(1)
+    mean_of_all = (means * counts).sum(0) / divisor
+    var_of_all = ((variances + torch.where(has_values, means - mean_of_all, 0).square()) * counts).sum(0) / divisor
     return mean_of_all.to(mean.dtype), var_of_all.to(var.dtype), total
 
 
@@ -111,7 +112,7 @@ def update_running_statistics(norm: Any, mean: Tensor, var: Tensor, count: int |
             norm.num_batches_tracked.add_(1)
             if momentum is None:  # cumulative average
                 momentum = 1.0 / norm.num_batches_tracked.to(mean.dtype)
-        if norm._buffers.get("running_mean") is None:  # taken away: torch still counts the batch
+        if norm._buffers.get("running_mean") is None:  # removed: torch still counts the batch
             return
-        momentum = 0.0 if momentum is None else momentum  # torch too takes None for 0 here
+        momentum = 0.0 if momentum is None else momentum  # torch, too, treats None as 0 here
         ops.update_running(norm.running_mean, norm.running_var, mean, var, momentum, count)

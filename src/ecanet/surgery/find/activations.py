@@ -1,4 +1,4 @@
-"""What a layer or a piece of code does to the values of a map, found by running it on known numbers."""
+"""Finds what a layer or a piece of code does to the values of a map, by running it on known numbers."""
 
 import inspect
 import operator
@@ -56,7 +56,7 @@ class Piece(NamedTuple):
         copies = {self.entry: graph.placeholder("x")}
 
         def copied(node: fx.Node) -> fx.Node:
-            if node not in copies:  # a weight, or what is computed from weights alone
+            if node not in copies:  # a weight, or computed from weights alone
                 copies[node] = graph.node_copy(node, copied)
             return copies[node]
 
@@ -225,8 +225,8 @@ def _kind_from_outputs(module: nn.Module, shape: tuple[int, ...]) -> Kind:
     def as_values(y: Tensor) -> Tensor:
         return y.reshape(n, channels, -1).transpose(1, 2).reshape(places, channels)
 
-    where = (torch.arange(places)[:, None] + 5 * torch.arange(channels)) % places  # each channel starts elsewhere
-    x = line[where]
+    index = (torch.arange(places)[:, None] + 5 * torch.arange(channels)) % places  # each channel starts elsewhere
+    x = line[index]
     y = values_of(module, as_map(x))
     if y is None or not y.is_floating_point():
         return "other"
@@ -244,11 +244,11 @@ def _kind_from_outputs(module: nn.Module, shape: tuple[int, ...]) -> Kind:
     if not _same(reordered, y[order]) or not _same(partly_changed[~changed], y[~changed]):
         return "mixing"
     tried = [y]
-    if _is_straight(y, where) and next(module.parameters(), None) is not None:
+    if _is_straight(y, index) and next(module.parameters(), None) is not None:
         # It could be a PReLU whose slope is still 1: try other weights.
         other = values_of(module, as_map(x), other_weights=True)
         tried += [] if other is None else [as_values(other).float()]
-    if not all(_is_straight(t, where) for t in tried):
+    if not all(_is_straight(t, index) for t in tried):
         return "activation"
     return "identity" if all(_same(t, x.to(t)) for t in tried) else "scaling"
 
@@ -257,23 +257,23 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-def _is_straight(y: Tensor, where: Tensor) -> bool:
+def _is_straight(y: Tensor, index: Tensor) -> bool:
     """Whether outputs ``(places, C)`` for evenly spaced inputs are on a line in every channel.
 
     NaN counts as not on a line.
     """
-    line = torch.empty_like(y).scatter_(0, where, y)
+    line = torch.empty_like(y).scatter_(0, index, y)
     bend = line[2:] - 2 * line[1:-1] + line[:-2]
     return bool((bend.abs() <= 1e-3 * (line.amax(0) - line.amin(0)) / len(line) + 1e-5 * line.abs().amax()).all())
 
 
 def values_of(call: Any, x: Tensor, *, other_weights: bool = False) -> Tensor | None:
-    """What a module or a function returns for a map, in eval mode and without hooks; None if that is no tensor.
+    """What a module or a function returns for a map, in eval mode and without hooks; None if that is not a tensor.
 
     Args:
         call: The module or function.
         x: The map.
-        other_weights: Draw the weights at random: the present ones may hide what the module does.
+        other_weights: Draw the weights at random, because the present ones may hide what the module does.
     """
     like, x = x, x.clone()
     twin = None

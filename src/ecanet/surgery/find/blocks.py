@@ -111,7 +111,7 @@ def _find_in(module: nn.Module, name: str, search: _Search) -> None:
         return
     search.seen.add(module)
     if merges_branches(module):
-        if count_convolutions(module) > 1:  # a single convolution, such as YOLO's, is no block
+        if count_convolutions(module) > 1:  # a single convolution, such as YOLO's, is not a block
             search.not_searched[name] = MERGES
         return
     if name and looks_like_attention(module, search.shapes):
@@ -201,7 +201,7 @@ def _residual_branches(
 def _branch_and_shortcut(
     module: nn.Module, addition: fx.Node, ancestors: dict[fx.Node, set[fx.Node]]
 ) -> tuple[fx.Node, fx.Node] | None:
-    """The two addends, the one with more convolutions first; None if this is no residual addition."""
+    """The two addends, the one with more convolutions first; None if this is not a residual addition."""
     if addition.target not in _ADDITIONS or len(addition.all_input_nodes) != 2 or len(addition.args) != 2:
         return None
     first, second = addition.all_input_nodes
@@ -248,7 +248,7 @@ def _branch_of(module: nn.Module, name: str, node: fx.Node, shapes: Mapping[nn.M
         node = tensors[0]
     if passed is not None:  # for example, a DropPath after a permutation
         return Branch(name, prefix + passed, _channels_before(module, node))
-    return Branch(name, name, None, f"its branch ends in {node.target}, which is no module: name a module before it")
+    return Branch(name, name, None, f"its branch ends in {node.target}, which is not a module: name a module before it")
 
 
 def _is_weight(node: fx.Node) -> bool:

@@ -14,7 +14,7 @@ from ecanet.surgery.find.layers import CONVOLUTIONS
 
 
 class Shapes(NamedTuple):
-    """Shapes of a module's input and output in a dry run; None where it is no tensor."""
+    """Shapes of a module's input and output in a dry run; None if it is not a tensor."""
 
     input: torch.Size | None
     output: torch.Size | None
@@ -26,7 +26,7 @@ class DryRun(NamedTuple):
     Attributes:
         input_shape: Shape of the input.
         shapes: Shapes at the first call of each module that ran.
-        failed: Why the call did not finish, as a phrase that follows "the network"; None if it did. If it did not, the
+        failed: Why the call did not finish, as a phrase that follows "the network"; None if it finished. If not, the
             shapes may come from an input that the network does not take.
     """
 
@@ -42,7 +42,7 @@ class DryRun(NamedTuple):
         return any(next(module.children(), None) is None for module in self.shapes)
 
 
-#: Spatial size of an input by the number of spatial dimensions: of sound, pictures and video.
+#: Spatial size of an input, for sound, pictures and video, by the number of spatial dimensions.
 _SIZES = {1: (1024,), 2: (224, 224), 3: (16, 112, 112)}
 _PICTURE = (1, 3, *_SIZES[2])
 

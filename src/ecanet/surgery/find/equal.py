@@ -1,4 +1,4 @@
-"""Asks once about modules that are equal: of one class, with the same settings and the same layers inside."""
+"""Caches answers about modules: equal ones have the same class, settings and layers inside, and share an answer."""
 
 import functools
 from collections import OrderedDict
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class Answer(NamedTuple):
-    """What is said of a module.
+    """An answer about a module.
 
     Attributes:
         value: The answer.
@@ -28,8 +28,8 @@ _answers: ContextVar[dict[Hashable, Any] | None] = ContextVar("answers", default
 
 
 @contextmanager
-def asking_once() -> Iterator[None]:
-    """Let functions under :func:`asked_once` remember their answers inside the context. No module may change in it."""
+def caching_answers() -> Iterator[None]:
+    """Cache the answers of functions under :func:`cached_by_module` inside the context; no module may change in it."""
     token = _answers.set({})
     try:
         yield
@@ -37,11 +37,11 @@ def asking_once() -> Iterator[None]:
         _answers.reset(token)
 
 
-def asked_once(ask: Callable[[nn.Module], Answer]) -> Callable[[nn.Module], Any]:
-    """Inside :func:`asking_once`, call a function of a module once for each module, or once for all equal ones."""
+def cached_by_module(ask: Callable[[nn.Module], Answer]) -> Callable[[nn.Module], Any]:
+    """Inside :func:`caching_answers`, call a function of a module once for each module, or once for all equal ones."""
 
     @functools.wraps(ask)
-    def remembered(module: nn.Module) -> Any:
+    def cached(module: nn.Module) -> Any:
         answers = _answers.get()
         if answers is None:
             return ask(module).value
@@ -56,7 +56,7 @@ def asked_once(ask: Callable[[nn.Module], Answer]) -> Callable[[nn.Module], Any]
                     answers[ask, description] = answer.value
         return answers[ask, module]
 
-    return remembered
+    return cached
 
 
 #: Larger modules are hardly ever equal, and comparing them takes time.
@@ -66,7 +66,7 @@ _COMPARED_BY_VALUE = (
     *(torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format),
 )
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-#: What a module keeps for its state dict, and the numbers of its hooks.
+#: What a module stores for its state dict, and the numbers of its hooks.
 _NOT_COMPARED = frozenset(
     {
         *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
@@ -77,7 +77,7 @@ _NOT_COMPARED = frozenset(
 
 
 class _Same:
-    """Equal to another of the same object only. It holds the object, so that no other gets its address."""
+    """Equal only to a ``_Same`` of the same object. It holds the object, so that no other object gets its address."""
 
     __slots__ = ("thing",)
 
@@ -94,9 +94,9 @@ class _Same:
 def description_of(module: nn.Module) -> Hashable | None:
     """A key that two modules share only if the code of both does the same; None for a module of many modules.
 
-    Compared are classes, all attributes, the modules inside and the hooks on calls; of parameters and buffers what they
-    are, and which of them are one and the same, but no values. An object of a kind that is not known is equal to itself
-    alone, which includes each tensor or module that is a mere attribute.
+    It compares classes, all attributes, the modules inside and the hooks on calls. Parameters and buffers are compared
+    by their kind, and by which of them are the same tensor, not by their values. An object of an unknown kind is equal
+    only to itself. That includes each tensor or module that is a plain attribute.
     """
     for count, _ in enumerate(module.modules(), 1):
         if count > _MOST_MODULES:
@@ -105,7 +105,7 @@ def description_of(module: nn.Module) -> Hashable | None:
 
 
 class _Describer:
-    """Describes what it sees for the first time, and numbers what it sees again."""
+    """Describes objects: in full the first time, and by a number if they occur again."""
 
     def __init__(self) -> None:
         self.numbers: dict[_Same, int] = {}

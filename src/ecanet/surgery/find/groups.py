@@ -36,7 +36,7 @@ class Groups(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A module of the network, with what the search needs to know and where it collects what it finds.
+    """A module of the network, with what the search needs to know and where it collects its results.
 
     Attributes:
         module: The module.
@@ -87,8 +87,8 @@ def find_groups(
     (a gate is positive, so it scales the same before a ReLU). If a module holds the group and nothing else, such as
     YOLO's ``Conv``, it is that module.
 
-    Not groups: layers after a global pooling, layers inside attention, and a convolution whose sigmoid or tanh makes
-    the network's output.
+    These are not groups: layers after a global pooling, layers inside attention, and a convolution whose sigmoid or
+    tanh makes the network's output.
 
     Args:
         model: The network.
@@ -119,21 +119,21 @@ def _leave_out_attention(part: _Part) -> None:
     what = f"{part.name} is attention ({type(module).__name__})"
     graph = "" if is_attention(module) else trace(module)
     if isinstance(graph, str) and graph:
-        what += f", as far as can be told: {cannot_trace(graph)}"
+        what += f", as far as its layers show: {cannot_trace(graph)}"
     left_out.append(what)
 
 
 def _find_in_sequence(part: _Part) -> None:
     layers = list(_before_global_pooling(part.module))
     steps = [_Step(name, layer, len(part.names[layer]) > 1) for name, layer in layers]
-    is_last = [
+    are_last = [
         part.is_output and not any(_has_weights(later) for _, later in layers[i + 1 :]) for i in range(len(layers))
     ]
     for i, (_, layer) in enumerate(layers):
         if isinstance(layer, CONVOLUTIONS):
-            _add(part, _group(part, steps[i:]), is_last[i])
-    for (name, layer), last in zip(layers, is_last, strict=True):
-        _find_in(part.child(name, layer, last))
+            _add(part, _group(part, steps[i:]), are_last[i])
+    for (name, layer), is_last in zip(layers, are_last, strict=True):
+        _find_in(part.child(name, layer, is_last))
 
 
 def _find_in_code_and_children(part: _Part) -> None:
@@ -243,12 +243,12 @@ def _group(part: _Part, steps: list[_Step]) -> _Group | None:
             why = why_unknown(step.what, shape)
             if why is not None:
                 left_out.append(
-                    f"{part.prefix}{end}: whether {_label(step.what)} behind it is an activation cannot be told ({why})"
+                    f"{part.prefix}{end}: whether {_label(step.what)} after it is an activation is unknown ({why})"
                 )
             break
     if isinstance(mixing, nn.Module):
         left_out.append(
-            f"{part.prefix}{end}: {_label(mixing)} behind it works on several values at a time: it is no activation"
+            f"{part.prefix}{end}: {_label(mixing)} after it works on several values at a time: it is not an activation"
         )
     return None
 
@@ -257,13 +257,13 @@ def _label(act: nn.Module | Piece) -> str:
     return act.name() if isinstance(act, Piece) else type(act).__name__
 
 
-def _add(part: _Part, group: _Group | None, last: bool) -> None:
-    if group is not None and not _is_the_output(part, group, part.prefix + group.end, last):
+def _add(part: _Part, group: _Group | None, is_last: bool) -> None:
+    if group is not None and not _is_the_output(part, group, part.prefix + group.end, is_last):
         part.groups.ends[part.prefix + group.end] = group.shape[1]
 
 
-def _is_the_output(part: _Part, group: _Group, name: str, last: bool) -> bool:
-    if not (last and squashes(group.act, group.shape)):
+def _is_the_output(part: _Part, group: _Group, name: str, is_last: bool) -> bool:
+    if not (is_last and squashes(group.act, group.shape)):
         return False
     part.groups.left_out.append(f"{name}: its {_label(group.act)} makes the network's output")
     return True
@@ -274,7 +274,7 @@ def _before_global_pooling(module: nn.Module) -> Iterator[tuple[str, nn.Module]]
 
 
 def _is_pooled(module: nn.Module, node: fx.Node) -> bool:
-    """Whether all that a node works on has gone through a global pooling."""
+    """Whether the map that a node works on went through a global pooling."""
     while len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
         child = called(module, node)
@@ -331,12 +331,12 @@ def _is_returned(module: nn.Module, node: fx.Node) -> bool:
 
 def _without_layers_after(module: nn.Module, graph: fx.Graph) -> set[fx.Node]:
     """The nodes of a module's code that no layer with weights follows."""
-    found: set[fx.Node] = set()
+    last_nodes: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if all(
             user.op == "output"
-            or (user in found and ((child := called(module, user)) is None or not _has_weights(child)))
+            or (user in last_nodes and ((child := called(module, user)) is None or not _has_weights(child)))
             for user in node.users
         ):
-            found.add(node)
-    return found
+            last_nodes.add(node)
+    return last_nodes

@@ -111,7 +111,7 @@ def certain_channels(module: nn.Module) -> int | None:
 
 
 def resolve(module: nn.Module, path: str) -> tuple[str, nn.Module]:
-    """Name and module behind a path in which ``-1`` is the last child.
+    """Name and module at a path in which ``-1`` is the last child.
 
     Example:
         >>> resolve(nn.Sequential(nn.ReLU(), nn.Tanh()), "-1")

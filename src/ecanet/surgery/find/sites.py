@@ -12,7 +12,7 @@ from ecanet.nn.attached import CONTAINERS, GATE, attached_gates
 from ecanet.nn.norms import class_with_forward
 from ecanet.surgery.find.blocks import CONCATENATED_LATER, WIDER_THAN_BRANCH, Branch, find_blocks
 from ecanet.surgery.find.dry_run import DryRun, dry_run
-from ecanet.surgery.find.equal import asking_once
+from ecanet.surgery.find.equal import caching_answers
 from ecanet.surgery.find.groups import find_groups
 from ecanet.surgery.find.layers import CONVOLUTIONS, MERGES, is_empty, names_of, out_channels
 from ecanet.surgery.find.traces import is_pooled
@@ -39,7 +39,7 @@ class Site(NamedTuple):
     certain: bool = False
 
 
-@asking_once()
+@caching_answers()
 def find_sites(
     model: nn.Module, where: Where, filter_fn: FilterFn | None, run: DryRun | None
 ) -> tuple[list[Site], list[str]]:
@@ -61,7 +61,7 @@ def find_sites(
     if where in ("block", "stage"):
         return _at_blocks(model, str(where), filter_fn, run)
     names = names_of(model)
-    found: dict[str, int | None]
+    channels_by_name: dict[str, int | None]
     notes: list[str] = []
     if where == "conv":
         groups = find_groups(model, names, {} if run is None else run.shapes)
@@ -69,30 +69,30 @@ def find_sites(
             for name in _pooled_at_any_size(model, groups.ends, run):
                 del groups.ends[name]
                 groups.left_out.append(f"{name}: it works on features that are pooled to one position")
-        found, notes = {**groups.ends}, [f"left out: {what}" for what in groups.left_out]
-        if not found:
+        channels_by_name, notes = {**groups.ends}, [f"left out: {what}" for what in groups.left_out]
+        if not channels_by_name:
             more = f" ({'; '.join(groups.left_out[:3])})" if notes else ""
             raise ValueError(
-                f"where='conv' finds no convolution with an activation behind it{more}; {_what_to_name(model)}"
+                f"where='conv' finds no convolution with an activation after it{more}; {_what_to_name(model)}"
             )
     else:
-        found = dict.fromkeys(_names_matching(model, where))
+        channels_by_name = dict.fromkeys(_names_matching(model, where))
     modules = dict(model.named_modules(remove_duplicate=False))
     sites: dict[nn.Module, Site] = {}
-    if not found:
+    if not channels_by_name:
         raise ValueError(f"where={where!r} names only gates that are already there; {_what_to_name(model)}")
-    for name, channels in found.items():
+    for name, channels in channels_by_name.items():
         if filter_fn is not None and not filter_fn(modules[name], name):
             continue
         site = _site(model, name, channels or out_channels(modules[name]))._replace(certain=channels is not None)
         sites.setdefault(site.host, site)
     if not sites:
-        raise ValueError(f"filter_fn refuses all of the {len(found)} modules that where={where!r} finds")
+        raise ValueError(f"filter_fn refuses all of the {len(channels_by_name)} modules that where={where!r} finds")
     return list(sites.values()), notes
 
 
 def _pooled_at_any_size(model: nn.Module, names: Iterable[str], run: DryRun) -> list[str]:
-    """The modules that return one position whatever the input size, not just for this input because of strides."""
+    """The modules that return one position for any input size, not only for this input because of strides."""
 
     def pooled_in(names: Iterable[str], run: DryRun) -> list[str]:
         shapes = [(name, run.shapes.get(_site(model, name, None).host)) for name in names]
@@ -109,34 +109,34 @@ def _pooled_at_any_size(model: nn.Module, names: Iterable[str], run: DryRun) -> 
 
 def _names_matching(model: nn.Module, where: object) -> list[str]:
     gates = tuple(f"{f'{name}.' if name else ''}{GATE}." for name, _, _ in attached_gates(model))
-    every = [n for n, _ in model.named_modules(remove_duplicate=False) if n and not f"{n}.".startswith(gates)]
+    names = [n for n, _ in model.named_modules(remove_duplicate=False) if n and not f"{n}.".startswith(gates)]
     if callable(where):
-        found = [name for name in every if where(model.get_submodule(name), name)]
-        if not found:
+        matching = [name for name in names if where(model.get_submodule(name), name)]
+        if not matching:
             raise ValueError(f"where={where!r} is true for no module; {_what_to_name(model)}")
-        return found
+        return matching
     patterns = [where] if isinstance(where, str) else where
     if not isinstance(patterns, Iterable) or not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(
             f"where must be one of {', '.join(map(repr, KINDS))}, names or patterns of modules, or a function of "
             f"module and name, got {where!r}"
         )
-    found = []
+    matching = []
     for pattern in patterns:
         if pattern in KINDS:
             raise ValueError(f"where={where!r}: {pattern!r} stands alone, without other kinds, names or patterns")
-        matched = [name for name in every if fnmatch.fnmatchcase(name, pattern)]
+        matched = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
         if not matched:
-            close = difflib.get_close_matches(pattern, every, 3, 0.5)
+            close = difflib.get_close_matches(pattern, names, 3, 0.5)
             near = f"; close to it: {', '.join(close)}" if close else ""
             raise ValueError(
                 f"where={pattern!r} is neither one of {', '.join(map(repr, KINDS))} nor the name of a module, nor a "
                 f"pattern such as 'layer4.*.bn3' that fits one{near}; {_what_to_name(model)}"
             )
-        found += matched
-    if not found:
+        matching += matched
+    if not matching:
         raise ValueError(f"where={where!r} names nothing; {_what_to_name(model)}")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(matching))
 
 
 def _what_to_name(model: nn.Module) -> str:
@@ -183,7 +183,7 @@ def _at_blocks(
 
 
 def _at_stages(model: nn.Module, branches: list[Branch]) -> list[Site]:
-    """The last block of each stage; a stage is a run of blocks with the same parent and number of channels."""
+    """The sites at the last block of each stage: a run of blocks with the same parent and number of channels."""
     last: list[Branch] = []
     for branch in branches:
         block = model.get_submodule(branch.block)

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from ecanet.surgery.find.activations import Piece, kind_of, values_of
 from ecanet.surgery.find.dry_run import Shapes
-from ecanet.surgery.find.equal import Answer, asked_once
+from ecanet.surgery.find.equal import Answer, cached_by_module
 from ecanet.surgery.find.layers import ACTIVATION_FUNCTIONS, CONVOLUTIONS, is_attention
 
 MULTIPLICATIONS: tuple[Any, ...] = (
@@ -61,7 +61,7 @@ class _ShallowTracer(fx.Tracer):
     """Traces the code of one module, without looking into its children.
 
     Attributes:
-        gave_values: Whether the code got a tensor with values, such as a buffer: they may decide what it does.
+        gave_values: Whether the code got a tensor with values, such as a buffer. They may decide what it does.
     """
 
     gave_values = False
@@ -71,13 +71,13 @@ class _ShallowTracer(fx.Tracer):
         return True
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Note whether an attribute that the code asks for is a tensor, and no proxy of it."""
+        """Note whether an attribute that the code asks for is a tensor, and not a proxy."""
         given = super().getattr(attr, attr_val, parameter_proxy_cache)
         self.gave_values = self.gave_values or isinstance(given, Tensor)
         return given
 
 
-@asked_once
+@cached_by_module
 def trace(module: nn.Module) -> Answer:
     """The graph (:class:`torch.fx.Graph`) of one module's own code, or a string that says why there is none.
 
@@ -87,9 +87,11 @@ def trace(module: nn.Module) -> Answer:
     tracer = _ShallowTracer()
     try:
         parameters = inspect.signature(type(module).forward).parameters.values()
-        usual = {p.name: p.default for p in parameters if p.default is None or isinstance(p.default, (bool, int, str))}
-        if usual:
-            return Answer(tracer.trace(_copy_for_tracing(module), concrete_args=usual), not tracer.gave_values)
+        defaults = {
+            p.name: p.default for p in parameters if p.default is None or isinstance(p.default, (bool, int, str))
+        }
+        if defaults:
+            return Answer(tracer.trace(_copy_for_tracing(module), concrete_args=defaults), not tracer.gave_values)
     except Exception:  # the code needs one of these arguments
         pass
     try:
@@ -99,7 +101,7 @@ def trace(module: nn.Module) -> Answer:
 
 
 def cannot_trace(why: str) -> str:
-    """The reason that :func:`trace` returned in place of a graph, as a report says it."""
+    """The reason that :func:`trace` returned in place of a graph, as reports phrase it."""
     return f"torch.fx cannot trace its code ({why})"
 
 
@@ -122,10 +124,10 @@ def called(module: nn.Module, node: fx.Node | None) -> nn.Module | None:
 
 def ancestors_in(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
     """Everything that each node is computed from, itself included."""
-    found: dict[fx.Node, set[fx.Node]] = {}
+    ancestors: dict[fx.Node, set[fx.Node]] = {}
     for node in graph.nodes:
-        found[node] = {node}.union(*(found[source] for source in node.all_input_nodes))
-    return found
+        ancestors[node] = {node}.union(*(ancestors[source] for source in node.all_input_nodes))
+    return ancestors
 
 
 def multiplier_in(module: nn.Module, node: fx.Node, ancestors: dict[fx.Node, set[fx.Node]]) -> set[fx.Node] | None:
@@ -163,11 +165,11 @@ def _maps_and_multipliers(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
 
 
 def _origins(node: fx.Node) -> set[fx.Node]:
-    """A node, and what it is a product or a slice of, step by step: a map may be scaled several times."""
-    found = {node}
+    """A node, and the nodes that it is a product or a slice of, step by step: a map may be scaled several times."""
+    origins = {node}
     if node.target in MULTIPLICATIONS or node.target in _SELECTIONS:
-        found.update(*map(_origins, node.all_input_nodes))
-    return found
+        origins.update(*map(_origins, node.all_input_nodes))
+    return origins
 
 
 def _has_weights_or_pools(module: nn.Module, nodes: set[fx.Node]) -> bool:
@@ -261,8 +263,8 @@ def _may_be_attention(module: nn.Module, shapes: Mapping[nn.Module, Shapes]) -> 
     """Whether a module whose code cannot be traced may be attention.
 
     Its output must have its input's shape, and its layers must look as if they computed a multiplier: some return one
-    position or one channel, and the others fewer channels than the input has; or all layers are pointwise, and a
-    sigmoid is inside.
+    position or one channel, and the others fewer channels than the input has; or all layers are pointwise, and there
+    is a sigmoid inside.
     """
     own = shapes.get(module)
     if own is not None and (own.input is None or own.input != own.output or is_pooled(own.output)):

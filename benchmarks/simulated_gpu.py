@@ -1,4 +1,4 @@
-"""What Inductor makes of a graph on an NVIDIA GPU, which need not be there."""
+"""The code that Inductor generates for a graph on an NVIDIA GPU; no GPU is needed."""
 
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -20,8 +20,8 @@ from triton.backends.compiler import GPUTarget
 
 _H100 = SimpleNamespace(name="H100", major=9, minor=0, multi_processor_count=132, total_memory=2**36, warp_size=32)
 _PROPERTIES = DeviceProperties("cuda", 0, 132, 90, 9, 65536, 2048, 1024, 32)
-#: What Inductor asks of a GPU.
-_PRETENDED: list[tuple[Any, str, Any]] = [
+#: What Inductor asks of a GPU, and the simulated answers.
+_SIMULATED: list[tuple[Any, str, Any]] = [
     (DeviceProperties, "create", lambda device: _PROPERTIES),
     (torch.cuda, "is_available", lambda: True),
     (torch.cuda, "device_count", lambda: 1),
@@ -34,16 +34,16 @@ _PRETENDED: list[tuple[Any, str, Any]] = [
     (torch.cuda, "_maybe_exchange_device", lambda *_: 0),
     (scheduler, "has_triton", lambda *_: True),
 ]
-_OPTIONS = {"decompositions": select_decomp_table(), "keep_inference_input_mutations": True}  # as Inductor has them
+_OPTIONS = {"decompositions": select_decomp_table(), "keep_inference_input_mutations": True}  # as in Inductor
 
 
-class Written(NamedTuple):
-    """What Inductor has written.
+class GeneratedCode(NamedTuple):
+    """Code that Inductor generated.
 
     Attributes:
         code: Python.
-        kernels: So many are launched.
-        bytes: So many they read and write, if each reads what it needs once. By Inductor's own count.
+        kernels: Number of kernels that it launches.
+        bytes: Bytes that they read and write if each reads its inputs once, as Inductor counts them.
     """
 
     code: str
@@ -51,42 +51,42 @@ class Written(NamedTuple):
     bytes: int
 
 
-class _WrittenError(Exception):
-    """The code is there, and would have to be loaded next, with a GPU."""
+class _GeneratedError(Exception):
+    """Stops Inductor once the code is generated: to load it, a GPU would be needed."""
 
 
 def start() -> None:
-    """Make triton believe in the GPU, too; for the rest of the process."""
+    """Simulate the GPU for triton, too; for the rest of the process."""
     target = GPUTarget("cuda", 90, 32)
     triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0))
     config.fx_graph_cache = False
-    config.compile_threads = 1  # code is written and not compiled: no processes wait for it
+    config.compile_threads = 1  # code is generated and not compiled: no need for processes
 
 
-def write(graph: torch.fx.GraphModule, inputs: list[Any], is_backward: bool = False) -> Written:
-    """What Inductor writes for a graph of fake tensors on ``cuda``."""
-    written: list[Written] = []
+def generate(graph: torch.fx.GraphModule, inputs: list[Any], is_backward: bool = False) -> GeneratedCode:
+    """The code that Inductor generates for a graph of fake tensors on ``cuda``."""
+    generated: list[GeneratedCode] = []
     codegen = GraphLowering.codegen
 
     def keep(self: GraphLowering) -> None:
         code = codegen(self)[0].value
         moved, nodes, _ = self.count_bytes()
-        written.append(Written(code, len(nodes), moved))
-        raise _WrittenError
+        generated.append(GeneratedCode(code, len(nodes), moved))
+        raise _GeneratedError
 
     with ExitStack() as stack:
-        for where, name, value in [*_PRETENDED, (GraphLowering, "codegen", keep)]:
+        for where, name, value in [*_SIMULATED, (GraphLowering, "codegen", keep)]:
             stack.enter_context(patch.object(where, name, value))
         try:
             compile_fx_inner(graph, inputs, is_backward=is_backward)
         except InductorError as error:
-            if not isinstance(error.inner_exception, _WrittenError):
+            if not isinstance(error.inner_exception, _GeneratedError):
                 raise
-    return written[0]
+    return generated[0]
 
 
 def capture(run: Any, inputs: list[Any], keep: Any) -> Any:
-    """Call ``run(inputs)`` compiled, with ``keep(is_backward, graph, inputs)`` in the place of Inductor."""
+    """Call ``run(inputs)`` compiled, with ``keep(is_backward, graph, inputs)`` in place of Inductor."""
 
     def compiler(is_backward: bool) -> Any:
         def compile_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:

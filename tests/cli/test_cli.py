@@ -357,7 +357,7 @@ def test_the_recipe_is_that_of_the_folder_which_is_said_last(run: Path, tmp_path
     ("damage", "words"),
     [
         (lambda path: path.write_text("x: " * 2**16), "more than the 65,536"),
-        (lambda path: path.write_bytes(bytes(range(256))), "is no recipe"),
+        (lambda path: path.write_bytes(bytes(range(256))), "is not a recipe"),
         (lambda path: path.write_text("[" * 5000), "nested deeper than 8 levels"),
         (lambda path: path.write_text("{" * 5000), "nested deeper than 8 levels"),
         (lambda path: path.write_text("model: &a [1]\ndata: *a"), "anchor or alias"),

@@ -13,7 +13,7 @@ from ecanet.study.conclusions import next_step
 from ecanet.study.engine import ENGINES, check_engine, workers_on
 from ecanet.study.paired_study import check_folder
 from ecanet.study.statistics import plan
-from ecanet.study.study_file import conditions_and_seeds, with_study_read
+from ecanet.study.study_file import conditions_and_seeds, with_study_recipe
 from ecanet.train.config import Recipe
 
 
@@ -85,4 +85,4 @@ def _room(on: str, most: int | None) -> int:
 
 def prepare(words: list[str]) -> list[str]:
     """The recipe of a study file goes before the options."""
-    return with_study_read(words)
+    return with_study_recipe(words)

@@ -99,7 +99,7 @@ def read_recipe(path: str | Path, build: bool = False) -> dict[str, dict[str, An
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no recipe; the message names the file and the mistake.
+        ValueError: it is not a recipe; the message names the file and the mistake.
 
     Example:
         >>> read_recipe("recipes/small/fashion_mnist.yaml")["optim"]["lr"]  # doctest: +SKIP
@@ -128,7 +128,7 @@ def read_plain(path: str | Path, kind: str) -> Any:
         return load_plain(path.read_text(encoding="utf-8"))
     except NOT_PLAIN as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{shown(str(path), 200)} is no {kind}: {shown(reason, 300)}") from error
+        raise ValueError(f"{shown(str(path), 200)} is not a {kind}: {shown(reason, 300)}") from error
 
 
 def _check_events(text: str) -> None:
@@ -158,7 +158,7 @@ def check_blocks(recipe: object, source: str) -> dict[str, dict[str, Any]]:
         ValueError: it is something else.
     """
     if not isinstance(recipe, dict):
-        raise ValueError(f"{source} is no recipe: it must hold the blocks {', '.join(_BLOCKS)}, got {shown(recipe)}")
+        raise ValueError(f"{source} is not a recipe: it must hold the blocks {', '.join(_BLOCKS)}, got {shown(recipe)}")
     checked = {}
     for block, values in recipe.items():
         if block == "class_path":
@@ -234,7 +234,7 @@ def with_own_recipe(args: list[str], out: str | Path) -> list[str]:
         out: Folder of the run if the command line does not say ``--out``.
 
     Raises:
-        OSError, ValueError: there is a run, and its recipe is missing, cannot be read or is no recipe; or there is
+        OSError, ValueError: there is a run, and its recipe is missing, cannot be read or is not a recipe; or there is
             none, and the command line says nothing of one.
     """
     words = [word.partition("=")[0] for word in args]

@@ -224,7 +224,10 @@ FILES: dict[str, tuple[str, str]] = {
     ),
     "a class": ("conditions: {none: {gate: {class_path: os.system}}}", "conditions.none.gate must be a number, a text"),
     "a class in the recipe": ("recipe: {model: {class_path: os.system}}", "class_path"),
-    "a block that is none": ("recipe: {modell: {}}", "recipe: modell is no block of a recipe"),
+    "a block that is none": (
+        "recipe: {modell: {}}",
+        "recipe: a recipe has only the blocks model, data, optim, trainer, got modell",
+    ),
     "half a seed": (
         "conditions: {none: {}}\nseeds: 0.5",
         "seeds must be their number, from 1 to 1000, or a list",
@@ -232,7 +235,7 @@ FILES: dict[str, tuple[str, str]] = {
     "no seed": ("conditions: {none: {}}\nseeds: 0", "seeds must be their number, from 1 to 1000, or a list"),
     "a seed twice": ("conditions: {none: {}}\nseeds: [1, 1]", "seeds must be one or more different integers from 0"),
     "two names with one file": ("conditions: {ECA: {}, eca!: {}}\nseeds: 1", "names that differ in letters and digits"),
-    "two conditions with one name": ("conditions:\n  a: {}\n  a: {}\nseeds: 1", "a is there twice"),
+    "two conditions with one name": ("conditions:\n  a: {}\n  a: {}\nseeds: 1", "the key a is repeated"),
     "no list of kernel sizes": (
         "conditions: {a: {kernel_sizes: 3}}\nseeds: 1",
         "condition a: kernel_sizes must be different odd integers or adaptive, such as 1,3,5,adaptive, got 3",

@@ -72,8 +72,6 @@ def _about_value(key: str, types: str, given: str) -> str:
     """The message about a wrong value, with Python's names of types in plain words."""
     words = [word.strip(" '") for literal in _WORDS.findall(types) for word in literal.split(",")]
     wanted = _KIND.sub(lambda kind: _KINDS.get(kind[1], kind[1]), types)
-    wanted = _WORDS.sub(lambda words: "one of " + words[1].replace("'", ""), wanted).replace(
-        _LIST, "a list of integers"
-    )
-    wanted = wanted.replace(", null", " or null")
+    wanted = _WORDS.sub(lambda literal: "one of " + literal[1].replace("'", ""), wanted)
+    wanted = wanted.replace(_LIST, "a list of integers").replace(", null", " or null")
     return f"--{key} must be {wanted}, got {given!r}{closest(given, words)}"

@@ -171,11 +171,11 @@ def plot_gates_per_class(
 
 
 def _draw(axes: "Axes", name: str, gate: Tensor, order: str, bottom: int, top: int) -> "AxesImage":
-    seen = gate[gate.isfinite().all(1)]
-    if len(seen) and order == "class":
+    with_images = gate[gate.isfinite().all(1)]
+    if len(with_images) and order == "class":
         gate = gate[:, channels_by_class(gate)]
-    elif len(seen) and order == "mean":
-        gate = gate[:, seen.mean(0).argsort()]
+    elif len(with_images) and order == "mean":
+        gate = gate[:, with_images.mean(0).argsort()]
     channels = gate.shape[1]
     style_axes(axes, grid="")
     image = axes.imshow(
@@ -202,10 +202,10 @@ def channels_by_class(gate: Tensor) -> list[int]:
     Args:
         gate: Means (classes, C); classes without images (NaN) do not count.
     """
-    seen = gate[gate.isfinite().all(1)]
-    if not len(seen):
+    with_images = gate[gate.isfinite().all(1)]
+    if not len(with_images):
         return list(range(gate.shape[1]))
-    largest = seen.max(0)
+    largest = with_images.max(0)
     return sorted(range(gate.shape[1]), key=lambda c: (largest.indices[c].item(), -largest.values[c].item()))
 
 
@@ -214,9 +214,9 @@ def scale_of(values: Iterable[Tensor]) -> tuple[int, int]:
 
     Sigmoid gates lie between 0 and their factor, which is 1 by default; other gates may be below 0.
     """
-    seen = [gate.nan_to_num() for gate in values if gate.numel()]
-    top = max(1, math.ceil(max((float(gate.max()) for gate in seen), default=0)))
-    return min(0, math.floor(min((float(gate.min()) for gate in seen), default=0))), top
+    gates = [gate.nan_to_num() for gate in values if gate.numel()]
+    top = max(1, math.ceil(max((float(gate.max()) for gate in gates), default=0)))
+    return min(0, math.floor(min((float(gate.min()) for gate in gates), default=0))), top
 
 
 def spread_of(gate: Tensor) -> float | None:
@@ -225,8 +225,8 @@ def spread_of(gate: Tensor) -> float | None:
     Args:
         gate: Means (classes, C).
     """
-    seen = gate[gate.isfinite().all(1)]
-    return float(seen.std(0, correction=0).mean()) if len(seen) else None
+    with_images = gate[gate.isfinite().all(1)]
+    return float(with_images.std(0, correction=0).mean()) if len(with_images) else None
 
 
 def _name_rows(axes: "Axes", classes: Sequence[str], gate: Tensor) -> None:

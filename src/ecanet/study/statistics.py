@@ -236,16 +236,16 @@ def plan(conditions: int, seeds: int, spread: float | None = None) -> str:
         return "One condition: nothing is compared."
     against = f"{comparisons} comparison{'s' if comparisons > 1 else ''} with the baseline"
     need = "need" if comparisons > 1 else "needs"
-    shown = detectable(seeds, comparisons)
-    if shown is None:
+    difference = detectable(seeds, comparisons)
+    if difference is None:
         return (
             f"{_seeds(seeds)} cannot show a difference at {LEVEL}: the smallest p that {_seeds(seeds)} can give is "
             f"{smallest_p(seeds):.2g}, and {against} {need} {LEVEL / comparisons:.2g} or less under Holm's correction, "
             f"which takes {fewest_seeds(comparisons)} seeds."
         )
-    size = f"{shown:.2g} standard deviations of the paired differences"
+    size = f"{difference:.2g} standard deviations of the paired differences"
     if spread is not None:
-        size += f", {shown * spread:.2g} at the spread seen so far ({spread:.2g})"
+        size += f", {difference * spread:.2g} at the spread seen so far ({spread:.2g})"
     return f"{_seeds(seeds)}, {against}: a difference of {size} is shown in 80 of 100 such studies."
 
 

@@ -303,7 +303,7 @@ def test_a_run_to_resume_that_is_not_there_is_an_error_where_no_option_says_what
     monkeypatch.chdir(tmp_path)
     folder = "runs/fashoin" if words else "runs/fit"
     said = complaint(["fit", "--resume", *words], capsys)
-    assert f"there is no run in {folder} to resume: say its folder with --out, or a new run's recipe" in said
+    assert f"there is no run in {folder} to resume: give its folder with --out, or a new run's recipe" in said
     assert not list(tmp_path.iterdir())
 
 
@@ -348,7 +348,9 @@ def test_the_recipe_is_that_of_the_folder_which_is_said_last(run: Path, tmp_path
         assert f"see {run}" in capsys.readouterr().out
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"out: {run}\n")
-    assert "out is no block of a recipe" in complaint(["fit", "--config", str(recipe), "--resume"], capsys)
+    assert "a recipe has only the blocks model, data, optim, trainer, got out" in complaint(
+        ["fit", "--config", str(recipe), "--resume"], capsys
+    )
     assert "expected one argument" in complaint(["fit", "--resume", "--out"], capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
@@ -357,7 +359,7 @@ def test_the_recipe_is_that_of_the_folder_which_is_said_last(run: Path, tmp_path
     ("damage", "words"),
     [
         (lambda path: path.write_text("x: " * 2**16), "more than the 65,536"),
-        (lambda path: path.write_bytes(bytes(range(256))), "is no recipe"),
+        (lambda path: path.write_bytes(bytes(range(256))), "is not a recipe"),
         (lambda path: path.write_text("[" * 5000), "nested deeper than 8 levels"),
         (lambda path: path.write_text("{" * 5000), "nested deeper than 8 levels"),
         (lambda path: path.write_text("model: &a [1]\ndata: *a"), "anchor or alias"),

@@ -30,8 +30,8 @@ def test_every_network_that_can_be_named_has_a_line_of_its_own(capsys: pytest.Ca
 
 def test_words_choose_names_that_have_all_of_them_and_weights_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert listed(capsys, "torchvision", "ResNet50")[:2] == [
-        "torchvision/deeplabv3_resnet50  (for insert alone)  weights: COCO_WITH_VOC_LABELS_V1",
-        "torchvision/fasterrcnn_resnet50_fpn  (for insert alone)  weights: COCO_V1",
+        "torchvision/deeplabv3_resnet50  (only for insert)  weights: COCO_WITH_VOC_LABELS_V1",
+        "torchvision/fasterrcnn_resnet50_fpn  (only for insert)  weights: COCO_V1",
     ]
     assert listed(capsys, "torchvision/resnet50") == ["torchvision/resnet50  weights: IMAGENET1K_V2, IMAGENET1K_V1"]
     assert listed(capsys, "eca_resnet50") == ["eca_resnet50  weights: IMAGENET1K_V2, IMAGENET1K_V1"]

@@ -13,8 +13,8 @@ import yaml
 
 from ecanet.cli import fit, main
 from ecanet.study.comparison import check_parts
-from ecanet.study.conditions import of_gates, recipes
-from ecanet.study.study_file import with_study_read
+from ecanet.study.conditions import conditions_from_options, recipes
+from ecanet.study.study_file import with_study_recipe
 from ecanet.train.config import DataConfig, ModelConfig, Recipe
 from tests import fresh  # noqa: F401  what the server of forks imports
 
@@ -136,11 +136,11 @@ def test_a_sweep_in_a_file_is_the_same_conditions_and_what_a_condition_says_besi
         ("eca", 5, True),
         ("eca", "adaptive", True),
     ]
-    by_options = recipes(Recipe(), of_gates("none,eca,se", "5,adaptive"))
+    by_options = recipes(Recipe(), conditions_from_options("none,eca,se", "5,adaptive"))
     assert [recipe.model.kernel_size for recipe in by_options.values()] == ["adaptive", 5, "adaptive", "adaptive"]
 
 
-@pytest.mark.parametrize("prepare", [with_study_read, fit.prepare], ids=["study", "fit"])
+@pytest.mark.parametrize("prepare", [with_study_recipe, fit.prepare], ids=["study", "fit"])
 def test_a_folder_or_a_csv_file_is_the_source_where_only_the_root_is_said(prepare: Callable[..., list[str]]) -> None:
     for root, source in (("x", "image_folder"), ("x.csv", "csv"), ("X.CSV", "csv"), ("csv", "image_folder")):
         for said in (["--data.root", root], [f"--data.root={root}", "--optim.epochs", "1"]):
@@ -168,7 +168,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "zero seeds": (["--gates", "none,eca", "--seeds", "0"], "seeds must be 1 or more, got 0"),
     "a gate beside gates": (
         ["--gates", "none,eca", "--seeds", "2", "--model.gate=se"],
-        "--model.gate says the gate of every condition: leave it out, as --gates names them all",
+        "--model.gate sets the gate of every condition: leave it out, as --gates names them all",
     ),
     "no such pictures": (
         ["--gates", "none,eca", "--seeds", "2", "--data.root", "nowhere"],
@@ -207,26 +207,32 @@ def test_a_mistake_is_named_before_anything_trains(
 
 
 FILES: dict[str, tuple[str, str]] = {
-    "a list": ("[1]", "is no study: it must hold conditions, seeds, recipe, got a list"),
-    "another part": ("gates: [eca]", "gates is no part of a study, which are conditions, seeds, recipe"),
+    "a list": ("[1]", "is not a study: it must hold conditions, seeds, recipe, got a list"),
+    "another part": ("gates: [eca]", "a study has only the parts conditions, seeds, recipe, got gates"),
     "conditions in a list": (
         "conditions: [eca]",
         "conditions must be at most 1000 names with changes, such as none: {gate: null}, got a list",
     ),
     "a condition that is a text": ("conditions: {none: eca}", "conditions.none must be a name with gate, kernel_size"),
     "a number as a name": ("conditions: {1: {gate: eca}}", "must be a name with gate, kernel_size"),
-    "a condition with a learning rate": ("conditions: {none: {lr: 1}}", "conditions.none has no lr; it may have gate"),
-    "a condition that calls": ("conditions: {none: {build: 'os:system'}}", "conditions.none has no build"),
+    "a condition with a learning rate": (
+        "conditions: {none: {lr: 1}}",
+        "conditions.none cannot have lr; it may have gate",
+    ),
+    "a condition that calls": ("conditions: {none: {build: 'os:system'}}", "conditions.none cannot have build"),
     "a seed of its recipe": ("recipe: {trainer: {seed: 3}}", "recipe.trainer.seed is not for a study: every condition"),
     "a recipe that calls": ("recipe: {model: {build: 'os:system'}}", "model.build is never taken from a file"),
-    "a condition with weights": ("conditions: {none: {weights: /etc/passwd}}", "conditions.none has no weights"),
+    "a condition with weights": ("conditions: {none: {weights: /etc/passwd}}", "conditions.none cannot have weights"),
     "a gate that is none": (
         "conditions: {none: {gate: cbamm}}\nseeds: 2",
         "condition none: model: gate must be one of",
     ),
     "a class": ("conditions: {none: {gate: {class_path: os.system}}}", "conditions.none.gate must be a number, a text"),
     "a class in the recipe": ("recipe: {model: {class_path: os.system}}", "class_path"),
-    "a block that is none": ("recipe: {modell: {}}", "recipe: modell is no block of a recipe"),
+    "a block that is none": (
+        "recipe: {modell: {}}",
+        "recipe: a recipe has only the blocks model, data, optim, trainer, got modell",
+    ),
     "half a seed": (
         "conditions: {none: {}}\nseeds: 0.5",
         "seeds must be their number, from 1 to 1000, or a list",
@@ -234,7 +240,7 @@ FILES: dict[str, tuple[str, str]] = {
     "no seed": ("conditions: {none: {}}\nseeds: 0", "seeds must be their number, from 1 to 1000, or a list"),
     "a seed twice": ("conditions: {none: {}}\nseeds: [1, 1]", "seeds must be one or more different integers from 0"),
     "two names with one file": ("conditions: {ECA: {}, eca!: {}}\nseeds: 1", "names that differ in letters and digits"),
-    "two conditions with one name": ("conditions:\n  a: {}\n  a: {}\nseeds: 1", "a is there twice"),
+    "two conditions with one name": ("conditions:\n  a: {}\n  a: {}\nseeds: 1", "the key a is repeated"),
     "no list of kernel sizes": (
         "conditions: {a: {kernel_sizes: 3}}\nseeds: 1",
         "condition a: kernel_sizes must be different odd integers or adaptive, such as 1,3,5,adaptive, got 3",
@@ -245,7 +251,7 @@ FILES: dict[str, tuple[str, str]] = {
     ),
     "one name twice by a sweep": (
         'conditions: {"a, k=3": {}, a: {kernel_sizes: [1, 3]}}\nseeds: 1',
-        "conditions need different names, and a, k=3 is there twice",
+        "conditions must have different names, got a, k=3 twice",
     ),
     "a class as a kernel size": (
         "conditions: {a: {kernel_sizes: [{class_path: os.system}]}}\nseeds: 1",
@@ -254,7 +260,7 @@ FILES: dict[str, tuple[str, str]] = {
     "anchors": ("conditions: &a {none: {}}\nrecipe: *a", "anchor or alias"),
     "a tag": ("conditions: !!python/object:os.system {}", "has a tag"),
     "nested deeply": ("[" * 500, "nested deeper than"),
-    "binary": ("\x00\x01", "is no study"),
+    "binary": ("\x00\x01", "is not a study"),
     "huge": ("x: " * 2**16, "more than the 65,536"),
 }
 

@@ -137,7 +137,7 @@ def test_mistakes_are_named_before_the_network_runs(
         said = refused([*verb, "--out", str(folder)], capsys)
         assert f"ecanet {verb[0]}: IsADirectoryError: --out must be a file, and {folder} is a folder" in said
     folder.rmdir()
-    monkeypatch.setattr("ecanet.cli.validate._MOST_CLASSES", 2)
+    monkeypatch.setattr("ecanet.cli.validate._MAX_CLASSES", 2)
     said = refused(["validate", str(run), "--confusion", str(tmp_path / "new")], capsys)
     assert "a matrix of 3 classes has 9 cells, and it is written for up to 2 classes" in said
     assert sorted(tmp_path.iterdir()) == [file]

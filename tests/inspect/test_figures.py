@@ -574,7 +574,7 @@ def test_gates_of_a_larger_factor_are_all_seen() -> None:
 @pytest.mark.parametrize(
     ("order", "cat", "said"),
     [
-        ("class", [0.9, 0.7, 0.1, 0.5], "channels, sorted by the class whose gate is largest"),
+        ("class", [0.9, 0.7, 0.1, 0.5], "channels, sorted by the class with the largest gate"),
         ("mean", [0.1, 0.5, 0.7, 0.9], "channels, in ascending order of their mean gate"),
         ("index", [0.9, 0.1, 0.5, 0.7], "channel"),
     ],

@@ -105,7 +105,7 @@ def test_a_loss_starts_from_logits_or_from_every_tensor_of_a_nested_output() -> 
     assert loss_of(logits, torch.tensor([1, 7])).item() == pytest.approx(torch.tensor(4.0).log().item())
     a, b = torch.full((2, 3, 4, 4), 2.0, requires_grad=True), torch.full((5,), 3.0, requires_grad=True)
     assert loss_of({"a": [a, torch.ones(2)], "b": (b, None)}, torch.zeros(2)).item() == pytest.approx(4 + 9)
-    with pytest.raises(ValueError, match="returns nothing that a gradient could start from"):
+    with pytest.raises(ValueError, match="returns no floating-point tensor that requires a gradient"):
         loss_of([torch.ones(2)], torch.zeros(2))
 
 

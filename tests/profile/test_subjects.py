@@ -100,7 +100,7 @@ def _with_gates(network: nn.Module) -> nn.Module:
         ({"models": []}, "models must name at least one network, got none"),
         (
             {"models": ["eca_resnet51"]},
-            r"torchvision/NAME.* got 'eca_resnet51', which is no such name, and there is no",
+            r"torchvision/NAME.* got 'eca_resnet51', which is neither such a name nor an existing",
         ),
         ({"models": ["torchvision/resnet51"]}, "torchvision has no 'resnet51'; close to it: torchvision/resnet50"),
         ({"models": ["eca_resnet18"], "gates": ["sse"]}, "gate must be one of .*'none', got 'sse': did you mean 'se'"),
@@ -116,7 +116,10 @@ def _with_gates(network: nn.Module) -> nn.Module:
         ({"models": ["eca_resnet18"], "image_size": -1}, "image_size must be a whole number of 1 or more, got -1"),
         ({"models": ["eca_resnet18"], "device": "gpu"}, "device must be cpu or cuda, such as cuda:0, got 'gpu'"),
         ({"models": ["eca_resnet18"], "device": "meta"}, "device must be cpu or cuda, such as cuda:0, got 'meta'"),
-        ({"models": ["eca_resnet18"], "device": "cuda:99"}, r"device must be there, got 'cuda:99': torch sees \d GPUs"),
+        (
+            {"models": ["eca_resnet18"], "device": "cuda:99"},
+            r"device must be one of the \d GPUs that torch sees, got 'cuda:99'",
+        ),
     ],
     ids=lambda value: ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )

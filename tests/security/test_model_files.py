@@ -73,7 +73,7 @@ def test_a_hostile_model_file_is_refused_and_nothing_it_names_is_called(case: st
     change, said = HOSTILE[case]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpickled"))
-    with pytest.raises(ValueError, match=f"model.yaml is no model file of Ultralytics: .*{said}"):
+    with pytest.raises(ValueError, match=f"model.yaml is not a model file of Ultralytics: .*{said}"):
         counted({**small(), **change}, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["model.yaml"]
 
@@ -81,7 +81,7 @@ def test_a_hostile_model_file_is_refused_and_nothing_it_names_is_called(case: st
 @pytest.mark.parametrize("text", ["", "- 1\n", "a", "{", "nc: !!python/object/apply:os.abort []"])
 def test_what_is_no_mapping_is_no_model_file(text: str, tmp_path: Path) -> None:
     (tmp_path / "model.yaml").write_text(text)
-    with pytest.raises(ValueError, match=r"model.yaml is no model file of Ultralytics"):
+    with pytest.raises(ValueError, match=r"model.yaml is not a model file of Ultralytics"):
         profile_models([tmp_path / "model.yaml"], time=False)
 
 

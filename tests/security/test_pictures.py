@@ -52,7 +52,7 @@ HOSTILE_IDX: dict[str, tuple[Callable[[], bytes], str]] = {
     "0 x 2^32 x 2^32 x 2^32 values": (lambda: idx(0, *[2**32 - 1] * 3), "only up to 671,088,640"),
     "255 dimensions": (lambda: idx(*[1] * 255, data=b"\1"), "255 dimensions"),
     "255 dimensions of none": (lambda: idx(dimensions=255), "255 dimensions"),
-    "more values than are there": (lambda: idx(600_000_000, data=b"\1"), "truncated, its header says"),
+    "more values than are there": (lambda: idx(600_000_000, data=b"\1"), "truncated: its header says"),
     "values of 8 bytes": (lambda: idx(8, kind=0x0E, data=bytes(64)), "idx type 0x0e"),
     "text instead of values": (lambda: b"not an idx file", "not an idx file, it starts with b'not '"),
     "gzip of 2^32 values": (lambda: gzipped_zeros(idx(2**32 - 1), 0), "only up to 671,088,640"),

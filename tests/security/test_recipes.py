@@ -48,17 +48,17 @@ HOSTILE = {
     "nothing": ("", "must hold the blocks"),
     "a list": ("[model, data]", "must hold the blocks"),
     "a text": ("model", "must hold the blocks"),
-    "bytes": (b"\xff\xfe\x00model", "is no recipe"),
-    "control characters": ("model: {name: '\x1b[2J'}", "is no recipe"),
-    "an open bracket": ("model: {name: x", "is no recipe"),
-    "another block": ("out: /etc", "is no block of a recipe"),
+    "bytes": (b"\xff\xfe\x00model", "is not a recipe"),
+    "control characters": ("model: {name: '\x1b[2J'}", "is not a recipe"),
+    "an open bracket": ("model: {name: x", "is not a recipe"),
+    "another block": ("out: /etc", "a recipe has only the blocks"),
     "a block that is a list": ("model: [1]", "model must hold names and values"),
     "a key that is not known": ("optim: {learning_rate: 1}", "optim has no learning_rate"),
     "a key that is a number": ("optim: {1: 1}", "optim has no 1"),
-    "a key of a million characters": ("optim: {" + "k" * 60_000 + ": 1}", "is no recipe"),
+    "a key of a million characters": ("optim: {" + "k" * 60_000 + ": 1}", "is not a recipe"),
     "not a number": ("optim: {lr: .nan}", "optim.lr must be a finite number"),
     "infinite": ("optim: {lr: .inf}", "optim.lr must be a finite number"),
-    "a million digits": ("optim: {epochs: " + "9" * 60_000 + "}", "is no recipe"),
+    "a million digits": ("optim: {epochs: " + "9" * 60_000 + "}", "is not a recipe"),
     "negative": ("optim: {lr: -1}", "optim.lr must be 0 or more"),
     "no epochs": ("optim: {epochs: 0}", "optim.epochs must be 1 or more"),
     "too many epochs": ("optim: {epochs: 10000000000}", "optim.epochs must be at most"),
@@ -111,7 +111,7 @@ HOSTILE = {
     "a class as a pattern": (f"optim: {{freeze: {CALL}}}", "optim.freeze holds class_path"),
     "patterns without end": ("optim: {freeze: [" + "a, " * 1001 + "a]}", "optim.freeze must be a list of at most 1000"),
     "a pattern without end": ("optim: {freeze: " + "'*a" + "*a" * 600 + "'}", "optim.freeze must be a text of at"),
-    "an empty pattern": ("optim: {freeze: ['conv1', '']}", "optim.freeze must be some names or patterns"),
+    "an empty pattern": ("optim: {freeze: ['conv1', '']}", "optim.freeze must be names or patterns"),
     "YAML in a pattern": ("optim: {freeze: '{a: &a [1], b: *a}'}", "optim.freeze"),
     "a billion batches in a step": ("optim: {accumulate: 1000000000}", "optim.accumulate must be at most"),
     "no batches in a step": ("optim: {accumulate: 0}", "optim.accumulate must be 1 or more"),
@@ -170,7 +170,7 @@ def test_what_a_recipe_may_be_of_is_a_file(tmp_path) -> None:
 )
 def test_the_command_line_builds_no_class(argument, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=r"no class is built from the command line|is no option: --config FILE"):
+    with pytest.raises(SystemExit, match=r"no class is built from the command line|is not an option: --config FILE"):
         main(["fit", argument])
     assert not list(tmp_path.iterdir())
 

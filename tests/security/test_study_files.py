@@ -43,7 +43,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(sys.modules["ecanet.study.paired_study"], "run_all", no_training)
     # What is measured and drawn for the report comes after the files were read: seconds each.
-    monkeypatch.setattr(sys.modules["ecanet.study.comparison"], "gather", lambda *_: None)
+    monkeypatch.setattr(sys.modules["ecanet.study.comparison"], "write_evidence", lambda *_: None)
     monkeypatch.setattr(sys.modules["ecanet.study.html_report"], "draw", lambda found: ())
     return finished(tmp_path)
 
@@ -126,7 +126,7 @@ def test_flipped_at_200_places(file: Path) -> None:
 @pytest.mark.parametrize("digit", ["62.5", "41.25", "1.0625", "2.125"])
 def test_a_number_that_changed_is_no_result(digit: str, file: Path) -> None:
     file.write_text(file.read_text().replace(digit, f"5{digit[1:]}"))
-    assert "its checksum does not fit" in refusal(file)
+    assert "its checksum does not match" in refusal(file)
 
 
 # --- anything else ------------------------------------------------------------------------------------------------

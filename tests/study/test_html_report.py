@@ -119,7 +119,7 @@ def test_the_command_that_makes_it_again_versions_commit_and_settings_are_told(p
     assert made["trained with"] == "ecanet 0.1.0, torch 2.14.1, device cpu"
     shared = dict(map(tuple, table(page, "Settings that all")[1:]))
     assert shared == {"model.name": "small_eca_resnet", "optim.lr": "0.1"}
-    differing = table(page, "In what the conditions differ")
+    differing = table(page, "Settings in which the conditions differ")
     assert differing[0] == ["condition", "model.kernel_size", "model.neutral", "model.gate"]
     assert ["ECA, k = 3", "3", "false", "eca"] in differing
 
@@ -398,7 +398,7 @@ def test_damaged_files_of_runs_are_named_and_the_others_compared(tmp_path: Path)
     reasons = [run.reason for run in found.study.failed]
     assert "nested too deeply" in reasons[0]
     assert "damaged or edited" in reasons[1]
-    assert "b-seed9.json is of a condition and seed that b-seed1.json is of" in reasons[2]
+    assert "b-seed9.json has the condition and seed of b-seed1.json" in reasons[2]
     assert "not a regular file" in reasons[3]
     assert found.study.summary.conditions["b"].seeds == 2
     assert sections(read_html(render(found))) == ["cost", "differences", "failed", "runs", "settings"]
@@ -415,14 +415,18 @@ WRONG_FILES: list[tuple[str, Any, str]] = [
     ("costs.json", {"a": {"parameters": 1, "multiply_adds": 2}}, "costs.json does not say what a costs"),
     ("costs.json", {"a": {"parameters": 1, "multiply_adds": 2, "seconds": True}}, "does not say what a costs"),
     ("costs.json", {"a": {"parameters": 1, "multiply_adds": 2, "seconds": math.inf}}, "does not say what a costs"),
-    ("profile.csv", "a,b\n1,2,3", "profile.csv is no table of a profile (its rows have different numbers of cells)"),
-    ("profile.csv", "\x00" * 3 + "\udcff", "profile.csv is no table of a profile"),
+    (
+        "profile.csv",
+        "a,b\n1,2,3",
+        "profile.csv is not a table of ecanet profile (its rows have different numbers of cells)",
+    ),
+    ("profile.csv", "\x00" * 3 + "\udcff", "profile.csv is not a table of ecanet profile"),
     ("gates.json", {"a": 3}, "gates.json does not say what a learned (no seed)"),
     ("gates.json", {"a": GATES | {"classes": [1, 2]}}, "its classes are not texts"),
     ("gates.json", {"a": GATES | {"classes": ["x"] * 41}}, "more than 40 classes"),
     ("gates.json", {"a": GATES | {"gates": {"g": [[1.0], [1.0, 2.0]]}}}, "what a learned"),
     ("gates.json", {"a": GATES | {"gates": {"g": [["1"], ["2"]]}}}, "what a learned"),
-    ("gates.json", {"a": GATES | {"gates": {"g": [[1e300], [0.0]]}}}, "a gate is not a number of its kind"),
+    ("gates.json", {"a": GATES | {"gates": {"g": [[1e300], [0.0]]}}}, "a gate is larger than 1e6"),
     ("gates.json", {"a": GATES | {"gates": {"g": 7}}}, "what a learned"),
     ("gates.json", {"a": GATES | {"gates": {"g": [[0.5] * 200_001] * 2}}}, "has more than 400,000 gates"),
 ]

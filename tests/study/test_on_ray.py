@@ -111,7 +111,7 @@ def test_a_file_written_where_the_folder_is_not_shared_comes_back(
     workers = object.__new__(on_ray.OnRay)
     workers._jobs = {"task": job}
     monkeypatch.setattr(on_ray.ray, "get", lambda task: content)
-    assert workers._received("task") == (job, None)
+    assert workers._receive("task") == (job, None)
     stored = job.read()
     assert stored is not None
     assert stored["metrics"] == {"acc": 1.0}
@@ -132,7 +132,7 @@ def test_a_cluster_that_lacks_the_function_stops_the_study_at_once_and_says_why(
     with pytest.raises(
         RuntimeError, match=r"no run starts on the cluster \(ModuleNotFoundError: .*'my_study'\): every"
     ):
-        workers._received("task")
+        workers._receive("task")
 
 
 def test_an_address_where_no_cluster_answers_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

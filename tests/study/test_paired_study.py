@@ -327,7 +327,7 @@ def test_a_folder_of_another_study_is_refused_before_anything_runs(tmp_path: Pat
     for changes, message in (
         (
             {"conditions": {"none": 0.0, "gct": 0.2}},
-            "another study: eca-k-3-seed0.json is of none of the conditions",
+            "another study: eca-k-3-seed0.json belongs to none of the conditions",
         ),
         ({"conditions": CONDITIONS | {"SE": 0.2}}, r"se-seed0\.json was made by another recipe, function or version"),
         ({"train": made_up_runs.train_slowly}, r"none-seed0\.json was made by another recipe, function or version"),

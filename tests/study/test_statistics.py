@@ -158,7 +158,7 @@ def test_seeds_that_only_one_of_two_finished_do_not_count() -> None:
     rows = summarise(values, "top1").conditions
     assert (rows["eca"].seeds, rows["eca"].mean, rows["eca"].difference) == (2, 83.0, 1.5)
     assert (rows["none"].seeds, rows["se"].seeds, rows["se"].mean, rows["se"].p) == (3, 0, None, None)
-    assert "se: no seed finished both with it and with none." in verdict(summarise(values, "top1"))
+    assert "se: no seed has finished runs of both se and none." in verdict(summarise(values, "top1"))
 
 
 def test_a_condition_without_enough_seeds_counts_in_holms_correction_and_hides_no_limit_of_the_others() -> None:

@@ -149,8 +149,8 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
     "escape codes in a label": (with_row("in/e.png,\x1b[2J"), r"got '\\x1b\[2J'"),
     "a line break in a label": (with_row('in/e.png,"a\nb"'), r"line 7: a label must be text .* got 'a\\nb'"),
     "a long label": (with_row("in/e.png," + "x" * 201), "line 6: a label must be text of at most 200 characters"),
-    "a formula": (with_row("in/e.png,=1+1"), "line 6: the label '=1\\+1' begins as a formula"),
-    "a command": (with_row("in/e.png,\"@SUM(1+9)*cmd|' /C calc'!A0\""), "line 6: the label .* begins as a formula"),
+    "a formula": (with_row("in/e.png,=1+1"), "line 6: the label '=1\\+1' starts like a formula"),
+    "a command": (with_row("in/e.png,\"@SUM(1+9)*cmd|' /C calc'!A0\""), "line 6: the label .* starts like a formula"),
     "a cell too many": (with_row("in/e.png,cat,dog"), "line 6 has 3 cells, and the first line 2"),
     "a cell too few": (with_row("in/e.png"), "line 6 has 1 cells, and the first line 2"),
     "an unknown part": (
@@ -158,7 +158,7 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
         "line 3: split must be one of train, training, val, validation, valid, test, testing, got ''",
     ),
     "no label": (with_row("in/e.png,"), "line 6 has no label, which only data with several labels"),
-    "a file twice": (with_row("./in/a.png,dog"), "line 6: 'in/a.png' is there already, in line 2"),
+    "a file twice": (with_row("./in/a.png,dog"), "line 6: 'in/a.png' is already in line 2"),
     "one class": ("file,label\nin/a.png,cat\nin/b.png,cat\n", "has one class, 'cat'"),
     "UTF-16": (PLAIN.encode("utf-16"), "is not UTF-8"),
     "Latin-1": (PLAIN.replace("cat", "Käfer").encode("latin-1"), "is not UTF-8"),
@@ -191,7 +191,7 @@ def test_numbers_are_no_formulas(table: Callable[..., Path], label: str) -> None
 def test_what_is_no_file_is_listed_before_training(table: Callable[..., Path], tmp_path: Path, path: str) -> None:
     os.mkfifo(tmp_path / "in" / "pipe.png")
     root = table(with_row(f"{path},cat"))
-    with pytest.raises(FileNotFoundError, match=f"1 of 5 images that '{root}' names are not in its folder: {path}"):
+    with pytest.raises(FileNotFoundError, match=f"1 of 5 images that '{root}' lists are not in its folder: {path}"):
         csv_images(root, split=HALF)
 
 

@@ -28,7 +28,7 @@ WRONG: dict[str, tuple[dict[str, object], str]] = {
     "a fraction that is text": ({"val_fraction": "0.1"}, "data.val_fraction must be a number, got 0.1"),
     "a fraction and a place": (
         {"val_fraction": 0.1, "val_root": Path("v")},
-        "data.val_fraction=0.1 and data.val_root='v' both say what is validated on: leave one out",
+        "data.val_fraction=0.1 and data.val_root='v' both choose the validation pictures: leave one out",
     ),
     "a negative seed": ({"split_seed": -1}, "data.split_seed must be 0 or more, got -1"),
     "half a seed": ({"split_seed": 0.5}, "data.split_seed must be a whole number, got 0.5"),
@@ -53,7 +53,7 @@ WRONG: dict[str, tuple[dict[str, object], str]] = {
         "data.label_separator must be one of pipe, semicolon, comma, space, none, got '|'",
     ),
     "a column that is no text": ({"source": "csv", "image_column": ["a"]}, "data.image_column must be the name of a"),
-    "root of the embedded": ({"source": "embedded"}, "data.root='photos' is not read by data.source=embedded"),
+    "root of the embedded": ({"source": "embedded"}, "data.root='photos' is not used by data.source=embedded"),
 }
 
 
@@ -83,7 +83,7 @@ def test_the_help_says_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     said = " ".join(capsys.readouterr().out.split())
     for name in ("val_root", "val_fraction", "split_seed", "image_column", "label_column", "label_separator"):
         assert f"--data.{name} " in said
-    assert "Share of the training pictures of each class to validate on instead" in said
+    assert "Share of the training pictures of each class that is used for validation instead" in said
 
 
 @pytest.fixture(scope="module")

@@ -128,7 +128,7 @@ class TestReadIdx:
             (b"", "is truncated within its header"),
             (GOOD[:3], "is truncated within its header"),
             (GOOD[:10], "is truncated within its header"),
-            (GOOD[:-1], r"is truncated, its header says \(2, 3, 4\) values but 23 are there"),
+            (GOOD[:-1], r"is truncated: its header says \(2, 3, 4\) values, but it has 23"),
             (GOOD + b"\0\0", r"has 2 bytes more than the \(2, 3, 4\) values"),
             (b"\x89PNG\r\n\x1a\n", "is not an idx file, it starts with b'.x89PNG'"),
             (b"\0\0\x08\0", "is not an idx file"),
@@ -136,7 +136,7 @@ class TestReadIdx:
             (gzip.compress(GOOD)[:-12], "is not a valid gzip file"),
             (gzip.compress(GOOD)[:-8] + b"\0" * 8, "is not a valid gzip file .CRC check failed"),
             (gzip.compress(GOOD)[:10] + b"\xff" * 20, "is not a valid gzip file"),
-            (gzip.compress(GOOD[:-1]), "is truncated, its header says"),
+            (gzip.compress(GOOD[:-1]), "is truncated: its header says"),
         ],
         ids=[
             "empty",

@@ -104,7 +104,7 @@ def test_one_file_is_a_table_too(tmp_path: Path, ending: str) -> None:
     assert contents(hub_images(file, file)) == [{0: 0, 1: 1, 2: 0, 3: 1}] * 2
     assert len(hub_images(file, split=HALF).val) == 2  # type: ignore[arg-type]
     (tmp_path / "photos.csv").write_text("file,label\n")
-    with pytest.raises(FileNotFoundError, match=r"photos.csv' has no .arrow .*data.source=csv"):
+    with pytest.raises(FileNotFoundError, match=r"photos.csv' has neither .arrow .*data.source=csv"):
         hub_images(tmp_path / "photos.csv", split=HALF)
 
 
@@ -164,9 +164,11 @@ def test_columns_are_named_where_types_do_not_tell(tmp_path: Path) -> None:
     features = {**FEATURES, "coarse": names, "thumbnail": datasets.Image()}
     thumbnails = [{"bytes": picture(100 + i), "path": None} for i in range(4)]
     make(4, features, coarse=[0, 0, 1, 1], thumbnail=thumbnails).save_to_disk(tmp_path / "one")
-    with pytest.raises(ValueError, match=r"has 2 columns of type Image, it has image, label, coarse, thumbnail: name"):
+    with pytest.raises(
+        ValueError, match=r"has 2 columns of type Image; its columns are image, label, coarse, thumbnail: name"
+    ):
         hub_images(tmp_path / "one", split=HALF)
-    with pytest.raises(ValueError, match=r"has 2 columns of labels, .* data.label_column"):
+    with pytest.raises(ValueError, match=r"has 2 columns of labels; .* data.label_column"):
         hub_images(tmp_path / "one", split=HALF, columns=Columns("image"))
     splits = hub_images(tmp_path / "one", tmp_path / "one", columns=Columns("thumbnail", "coarse"))
     assert splits.classes == ("small", "large")
@@ -250,15 +252,15 @@ def without_label(root: Path) -> None:
 
 WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (lambda root: None, "no folder"),
-    "no tables": (Path.mkdir, r"has no .arrow and no .parquet files: .*data.source=csv"),
+    "no tables": (Path.mkdir, r"has neither .arrow nor .parquet files: .*data.source=csv"),
     "a damaged table": (damaged, "its tables cannot be read"),
     "no Parquet": (no_parquet, "its tables cannot be read"),
-    "a table of no part": (two_kinds, "has the part 'train', and .*more.parquet' is of none"),
+    "a table of no part": (two_kinds, "has the part 'train', but .*more.parquet' belongs to no part"),
     "tables of other columns": (other_columns, "its tables cannot be read"),
     "no rows": (no_rows, "has 0 rows|corresponds to no data"),
     "no pictures": (
         lambda root: make(4).remove_columns("image").save_to_disk(root),
-        "has 0 columns of type Image, it has label: name the one of pictures with data.image_column",
+        "has 0 columns of type Image; its columns are label: name that of the pictures with data.image_column",
     ),
     "no labels": (lambda root: make(4).remove_columns("label").save_to_disk(root), "has 0 columns of labels"),
     "a label of -1": (without_label, "row 2 has the label -1, which is none of the 2 classes"),
@@ -288,7 +290,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, kind: str) -> None:
 def test_other_classes_to_validate_on_are_refused(tmp_path: Path) -> None:
     make().save_to_disk(tmp_path / "one")
     make(4, {**FEATURES, "label": datasets.ClassLabel(names=["cat", "dog"])}).save_to_disk(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"other' has other labels to validate on than .*one' to train on"):
+    with pytest.raises(ValueError, match=r"validation labels of .*other' are not those of the training data in .*one'"):
         hub_images(tmp_path / "one", tmp_path / "other")
 
 

@@ -190,7 +190,9 @@ class TestWhereValidationIs:
 
     def test_two_validation_folders_are_a_question(self, tmp_path):
         shutil.copytree(write_folder(tmp_path) / "val", tmp_path / "valid")
-        with pytest.raises(ValueError, match=r"has 'val' and 'valid': say with data.val_root which one"):
+        with pytest.raises(
+            ValueError, match=r"has 'val' and 'valid': choose the one to validate on with data.val_root"
+        ):
             image_folder(tmp_path)
         assert files(image_folder(tmp_path, tmp_path / "valid").val) == {"c.png"}
 

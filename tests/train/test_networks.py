@@ -119,7 +119,7 @@ def test_a_function_is_not_given_for_a_network_that_has_a_name(tiny: Callable[..
     fit(tiny(epochs=1), tmp_path, progress=False)
     with pytest.raises(ValueError, match=r"model\.build=os:getcwd was given, but .* describes small_eca_resnet"):
         load_trained(tmp_path, "os:getcwd")
-    with pytest.raises(ValueError, match=r"two networks: give one"):
+    with pytest.raises(ValueError, match=r"two networks: give only one"):
         ModelConfig("eca_resnet18", build="os:getcwd")
 
 
@@ -248,7 +248,7 @@ def test_places_of_gates_may_be_a_list_or_a_text_with_commas(tmp_path: Path) -> 
     said: list[Any] = [["layer1.*.bn2", "fc"], "layer1.*.bn2, fc", read_recipe(recipe)["model"]["where"]]
     for where in said:
         assert ModelConfig("torchvision/resnet18", where=where).where == ["layer1.*.bn2", "fc"]
-    with pytest.raises(ValueError, match=r"model\.where must be some names or patterns"):
+    with pytest.raises(ValueError, match=r"model\.where must be names or patterns"):
         ModelConfig("torchvision/resnet18", where="fc,")
 
 
@@ -292,7 +292,7 @@ def test_a_network_that_does_not_classify_such_pictures_is_named_before_training
         (Dict(), r"the network \(Dict\) must return logits \(N, 3\), got a dict"),
         (OnlyOne(), r"must return logits \(N, 3\), got \(2, 1\) for N = 2"),
         (nn.Flatten(), r"must return logits \(N, 3\), got \(2, 768\)"),
-        (nn.Linear(4, 3), r"takes no pictures of shape \(2, 3, 16, 16\) \(RuntimeError: .*set data\.image_size"),
+        (nn.Linear(4, 3), r"does not take pictures of shape \(2, 3, 16, 16\) \(RuntimeError: .*set data\.image_size"),
     ):
         with pytest.raises(ValueError, match=says):
             check_classifies(network, 3, 16)

@@ -82,7 +82,7 @@ def test_a_killed_run_ends_and_goes_on_to_the_same_bits_or_not_at_all(
     before = (out / "last.ckpt").read_bytes()
     with pytest.raises(SystemExit) as refused:  # without a word on the recipe: it is in the folder
         main(["fit", "--out", str(out), "--resume", "--trainer.devices", "1"])
-    assert "on 1 process: it was started on 2 processes of 4 images a step each" in str(refused.value)
+    assert "on 1 process: it was started on 2 processes of 4 images per step" in str(refused.value)
     assert "--trainer.devices" in str(refused.value)
     assert (out / "last.ckpt").read_bytes() == before
     assert kill_runs.problems_after(pictures, out, whole, others=(), fork_the_second=True) == []

@@ -312,7 +312,10 @@ def rewrite(last: Path, change: Callable[[dict[str, Any]], None]) -> None:
             lambda about: about["made_by"].update(processes=2),
             r"on 1 process: it was started on 2 processes of 8 images",
         ),
-        (lambda about: about["made_by"].update(images=61), "started with 61 to train on, of 3 classes, and now .* 60"),
+        (
+            lambda about: about["made_by"].update(images=61),
+            "started with 61 training pictures of 3 classes, and now .* 60",
+        ),
         (lambda about: about.update(classes=["bag", "boot", "hat"]), "or the classes have other names"),
         (lambda about: about.pop("made_by"), "does not say on how many processes it was trained"),
         (lambda about: about["made_by"].update(processes="2"), "processes must be a number"),

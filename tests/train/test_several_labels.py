@@ -87,9 +87,9 @@ def test_validate_gives_loss_and_mean_average_precision_of_the_best(
     assert f"val/mAP: {metrics['val/mAP']:.2f} %" in said
     for name, value in zip(result.classes, each, strict=True):
         assert re.search(rf"^{name} +{100 * value:.2f} ", said, re.MULTILINE)
-    with pytest.raises(ValueError, match="a confusion matrix is for one label an image"):
+    with pytest.raises(ValueError, match="a confusion matrix is for one label per image"):
         result.confusion()
-    with pytest.raises(SystemExit, match="--confusion is for one label an image"):
+    with pytest.raises(SystemExit, match="--confusion is for one label per image"):
         main(["validate", str(run), "--confusion", str(run / "confusion")])
 
 
@@ -156,5 +156,5 @@ def test_a_comparison_by_top_1_is_refused_before_it_starts(recipe: Recipe, tmp_p
 def test_single_labels_do_not_fit_a_network_of_several(run: Path, table: Path) -> None:
     single = table.with_name("single.csv")
     single.write_text("file,label\n" + "\n".join(f"{i}.png,{COLOURS[i % 3]}" for i in range(12)))
-    with pytest.raises(ValueError, match="either the data or the network has several labels an image"):
+    with pytest.raises(ValueError, match="the network has several labels per image, and the data has one"):
         validate(run, DataConfig("csv", root=single, val_fraction=0.5, image_size=12, resize=12))

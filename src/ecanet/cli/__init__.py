@@ -1,4 +1,4 @@
-"""The command ``ecanet VERB``: one file for each verb, named in the table of ``verbs.py``."""
+"""The command ``ecanet VERB``: one module for each verb, listed in the table of ``verbs.py``."""
 
 from ecanet.cli.command import main
 from ecanet.cli.verbs import VERBS

@@ -11,7 +11,7 @@ from ecanet.ops.build import LIBRARY, BuildError, NothingToBuildWithError, build
 
 
 def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    """Add the options to a parser; what is returned runs the verb."""
+    """Add the options to a parser, and return the function that runs the verb."""
     parser.add_argument("--if-possible", action="store_true", help="No error if the compiler or headers are missing.")
 
     def run(args: Namespace) -> None:

@@ -1,4 +1,4 @@
-"""``ecanet VERB [options]``: finds the verb, parses its options, runs it, and says an error in one line."""
+"""``ecanet VERB [options]``: finds the verb, parses its options, runs it, and prints an error in one line."""
 
 import argparse
 import contextlib
@@ -27,26 +27,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         try:
-            _answer(args)
+            _dispatch(args)
         finally:
             if sys.stdout is not None:
-                sys.stdout.flush()  # otherwise Python does at its end, and complains in its own way
+                sys.stdout.flush()  # otherwise Python does it on exit, with its own error message
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        # A reader such as head, which has seen enough, is no error; the status is that of a process ended by SIGPIPE.
+        # It is no error if a reader such as head closes the pipe; the status is that of a process ended by SIGPIPE.
         sys.exit(141 if isinstance(error, BrokenPipeError) else f"ecanet: {type(error).__name__}: {error}")
 
 
 def _reader_is_gone() -> bool:
-    """Whether stdout is a pipe that nobody reads any more."""
+    """Whether stdout is a pipe whose reader has closed it."""
     if not hasattr(select, "poll"):
         return True
-    asked = select.poll()
-    asked.register(sys.stdout.fileno(), 0)
-    return any(event & select.POLLERR for _, event in asked.poll(0))
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def _answer(args: list[str]) -> None:
+def _dispatch(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
         print(_overview())
         return
@@ -67,9 +67,9 @@ def _answer(args: list[str]) -> None:
         recipes = "".join(f"; the recipe: {path}" for path in _recipe_files(args) if path not in str(error))
         rank = os.environ.get("LOCAL_RANK", "0")
         process = "" if rank == "0" else f", process {rank}"
-        clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # of what a verb or another process shows of its progress
-        said = f"{type(error).__name__}: {explained(_text_of(error))}{recipes}"
-        sys.exit(f"{clear}ecanet {name}{process}: {said}\n(ECANET_TRACEBACK=1 shows where)")
+        clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # clears the progress that a verb or another process shows
+        message = f"{type(error).__name__}: {explained(_text_of(error))}{recipes}"
+        sys.exit(f"{clear}ecanet {name}{process}: {message}\n(ECANET_TRACEBACK=1 shows where)")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 
@@ -80,25 +80,25 @@ def _text_of(error: Exception) -> str:
 
 
 def _recipe_files(args: Sequence[str]) -> list[str]:
-    """The files that a command line names by ``--config``, for an error message: the mistake may be in one of them."""
+    """The files that a command line names with ``--config``, for an error message: the mistake may be in one."""
     from ecanet.untrusted import shown
 
     following = [value for name, value in pairwise(args) if name == "--config"]
     return [shown(path, 4096) for path in (*following, *(word[9:] for word in args if word.startswith("--config=")))]
 
 
-class _InOneLine:
-    """A parser that says a mistake in one line, where argparse would print all options before it."""
+class _OneLineErrors:
+    """A parser that prints a mistake in one line; argparse would print all options before it."""
 
     words: Sequence[str] = ()
 
     def error(self: Any, message: str, *_: object) -> NoReturn:
-        said = explained(message, re.findall(r"(?<![\w-])--[a-z][\w.-]*", self.format_help()), self.words)
-        print(f"{self.prog}: {said}\n({self.prog} --help shows the options)", file=sys.stderr)
+        explanation = explained(message, re.findall(r"(?<![\w-])--[a-z][\w.-]*", self.format_help()), self.words)
+        print(f"{self.prog}: {explanation}\n({self.prog} --help shows the options)", file=sys.stderr)
         sys.exit(2)
 
 
-class _PlainParser(_InOneLine, argparse.ArgumentParser):
+class _PlainParser(_OneLineErrors, argparse.ArgumentParser):
     pass
 
 
@@ -116,7 +116,7 @@ def _run(name: str, words: list[str]) -> None:
 
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Warnings are notes to the user, in one line, without the place in the code."""
+    """Print warnings as notes in one line, without their place in the code."""
     format_before = warnings.formatwarning
     if not os.environ.get("ECANET_TRACEBACK"):
         warnings.formatwarning = lambda message, *_, **__: f"note: {' '.join(str(message).split())}\n"
@@ -147,10 +147,10 @@ def _parse_recipes(name: str, words: list[str]) -> tuple[Callable[[Any], None], 
         words = module.prepare(words)
     set_loader("plain", load_plain, NOT_PLAIN)
 
-    class Parser(_InOneLine, ArgumentParser):
+    class Parser(_OneLineErrors, ArgumentParser):
         pass
 
-    # No abbreviations: an option under another name would be read without a check.
+    # No abbreviations: an abbreviated option would not be recognised by the checks and would be read unchecked.
     parser: Any = Parser(**_about(name), allow_abbrev=False, parser_mode="plain")
     run = module.add(parser)
     parser.words = words

@@ -8,7 +8,7 @@ from ecanet.doctor import doctor
 
 
 def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    """Add the options to a parser; what is returned runs the verb."""
+    """Add the options to a parser, and return the function that runs the verb."""
 
     def run(args: Namespace) -> None:
         report = doctor()

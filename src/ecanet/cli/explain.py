@@ -1,4 +1,4 @@
-"""``ecanet explain``: one picture of what a network sees in an image."""
+"""``ecanet explain``: a picture of an image's classes and of the gates that it gets."""
 
 import io
 import sys
@@ -21,11 +21,14 @@ _FORMATS = ("png", "pdf", "svg")
 
 
 def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    """Add the options to a parser; what is returned runs the verb."""
+    """Add the options to a parser, and return the function that runs the verb."""
     parser.add_argument("run", type=Path, help="A run's folder (its best.ckpt), or a checkpoint.")
     parser.add_argument("image", type=Path, help="An image file.")
     parser.add_argument(
-        "--out", type=Path, default=Path("explained.png"), help=f"The picture: {', '.join(_FORMATS)} by its ending."
+        "--out",
+        type=Path,
+        default=Path("explained.png"),
+        help=f"File of the picture; its ending is one of {', '.join(_FORMATS)}.",
     )
     parser.add_argument("--top", type=int, default=5, help="Number of classes to draw.")
     add_data(parser)
@@ -36,23 +39,30 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
         if ending not in _FORMATS:
             raise ValueError(f"--out must end in one of {', '.join(_FORMATS)}, got {shown(args.out.name)!r}")
         check_out(args.out)
-        new_figure(1)  # matplotlib is there
+        new_figure(1)  # fail now if matplotlib is missing
         trained = load_trained(args.run, args.model.build)
-        found = explain_prediction(trained, args.image, _pictures(args, trained), args.top)
+        explanation = explain_prediction(trained, args.image, _pictures(args, trained), args.top)
         figure = plot_explanation(
-            found.image, args.image.name, found.classes, found.probabilities, found.gates, found.means, found.images
+            explanation.image,
+            args.image.name,
+            explanation.classes,
+            explanation.probabilities,
+            explanation.gates,
+            explanation.means,
+            explanation.images,
         )
         picture = io.BytesIO()
         figure.savefig(picture, format=ending)
         write_whole(args.out, picture.getvalue())
-        print(f"{shown(args.image, 300)}: {shown(found.classes[0])} {100 * found.probabilities[0]:.1f} %")
+        top_class, probability = explanation.classes[0], explanation.probabilities[0]
+        print(f"{shown(args.image, 300)}: {shown(top_class)} {100 * probability:.1f} %")
         print(f"wrote {args.out}")
 
     return run
 
 
 def _pictures(args: Namespace, trained: TrainedNetwork) -> ImageData | None:
-    """The pictures that the options name; without options the run's own, or a note where these are not there."""
+    """The pictures that the options name, or else the run's own; if these are missing, print a note."""
     named = data_named(args, trained)
     if named is not None:
         return pictures_for(trained, named)

@@ -22,7 +22,7 @@ _OUT = "runs/fit"
 
 
 def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    """Add the options to a parser; what is returned runs the verb."""
+    """Add the options to a parser, and return the function that runs the verb."""
     parser.add_argument("--config", action="config", help=CONFIG_HELP)
     parser.add_argument("--out", type=Path, default=Path(_OUT), help="Folder for checkpoints and logs.")
     parser.add_argument(
@@ -33,7 +33,7 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
     parser.add_argument(
         "--find-lr",
         action="store_true",
-        help="Train no run: suggest a learning rate, and draw the loss against it in learning_rate.png in --out.",
+        help="Do not train: suggest a learning rate, and draw the loss against it in learning_rate.png in --out.",
     )
     parser.add_class_arguments(Recipe)
 
@@ -44,7 +44,7 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
                 raise ValueError("--find-lr searches before a run: leave out --resume")
             _find_rate(recipe, args.out)
             return
-        is_first = getattr(rank_zero_only, "rank", 0) == 0  # of the processes of a distributed run
+        is_first = getattr(rank_zero_only, "rank", 0) == 0  # the first process of a distributed run
         if is_first and args.resume and not os.path.lexists(last := Path(args.out) / "last.ckpt"):
             print(f"there is no {last}: this run starts from the beginning", file=sys.stderr)
         result = fit(recipe, args.out, resume=args.resume)
@@ -60,17 +60,17 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
 
 
 def _find_rate(recipe: Recipe, out: Path) -> None:
-    new_figure(1.0)  # an error without matplotlib comes before the search
-    found = find_learning_rate(recipe)
+    new_figure(1.0)  # fail before the search if matplotlib is missing
+    search = find_learning_rate(recipe)
     picture = out / "learning_rate.png"
     content = io.BytesIO()
-    found.plot().savefig(content)
+    search.plot().savefig(content)
     out.mkdir(parents=True, exist_ok=True)
     write_whole(picture, content.getvalue())
     print(f"wrote {picture}")
-    print(f"suggested: --optim.lr {found.suggestion:.2g}, where the training loss fell most steeply")
+    print(f"suggested: --optim.lr {search.suggestion:.2g}, where the training loss fell most steeply")
 
 
 def prepare(words: list[str]) -> list[str]:
-    """With ``--resume`` alone, the recipe of the run's folder goes first; ``--data.root`` alone gets its source."""
+    """Add the recipe of the run's folder if only ``--resume`` is given, and the source if only ``--data.root`` is."""
     return with_source_named(words if "--find-lr" in words else with_own_recipe(words, _OUT))

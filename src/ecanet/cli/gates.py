@@ -8,7 +8,7 @@ from ecanet.nn.timm_gates import TIMM_GATES
 
 
 def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    """Add the options to a parser; what is returned runs the verb."""
+    """Add the options to a parser, and return the function that runs the verb."""
     parser.add_argument("names", nargs="*", metavar="NAME", help="Only these gates; timm:NAME is a layer of timm's.")
     parser.add_argument("--markdown", action="store_true", help="Print the table of docs/gates.md.")
 

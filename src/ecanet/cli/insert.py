@@ -12,7 +12,7 @@ from ecanet.surgery.networks import classifies_pictures
 
 
 def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    """Add the options to a parser; what is returned runs the verb."""
+    """Add the options to a parser, and return the function that runs the verb."""
     parser.add_argument("--model", required=True, help="torchvision/NAME or timm/NAME; ecanet list prints them.")
     parser.add_argument("--gate", default="eca", help=f"One of {', '.join(GATES)}, or timm:NAME.")
     parser.add_argument("--kernel-size", type=_kernel_size, default="adaptive", help="An odd integer, or adaptive.")
@@ -21,13 +21,17 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
     )
     parser.add_argument("--no-preserve", action="store_true", help="Fresh gates instead of neutral ones.")
     parser.add_argument(
-        "--fold", action="store_true", help="Fold the gates' factors into the norms: the keys of the authors' files."
+        "--fold",
+        action="store_true",
+        help="Fold the gates' factors into the norms, so that the keys are those of the authors' files.",
     )
     parser.add_argument("--weights", help="Weights to start from: a file, or the library's own name, such as DEFAULT.")
-    parser.add_argument("--num-classes", type=int, help="Classes of the head, if not the library's number.")
-    parser.add_argument("--input-size", type=int, help="Height and width that multiply-adds are counted for.")
+    parser.add_argument("--num-classes", type=int, help="Number of classes of the head, by default the library's.")
+    parser.add_argument(
+        "--input-size", type=int, help="Height and width of the pictures for which multiply-adds are counted."
+    )
     parser.add_argument("--fuse", action="store_true", help="Let the blocks run on the fused tail, too.")
-    parser.add_argument("--report", action="store_true", help="Print the table, which is the default without --save.")
+    parser.add_argument("--report", action="store_true", help="Print the table; without --save it is always printed.")
     parser.add_argument(
         "--save",
         type=Path,

@@ -1,4 +1,4 @@
-"""``ecanet list``: the networks that can be named."""
+"""``ecanet list``: the names of all networks."""
 
 import sys
 from argparse import ArgumentParser, Namespace
@@ -9,20 +9,20 @@ from ecanet.surgery.networks import classifies_pictures, has_timm, known_network
 
 
 def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    """Add the options to a parser; what is returned runs the verb."""
+    """Add the options to a parser, and return the function that runs the verb."""
     parser.add_argument("words", nargs="*", metavar="WORD", help="Only names that contain all of these.")
 
     def run(args: Namespace) -> None:
         known = known_networks()
-        found = [name for name in (*MODELS, *known) if all(word.lower() in name.lower() for word in args.words)]
-        for name in found:
+        matching = [name for name in (*MODELS, *known) if all(word.lower() in name.lower() for word in args.words)]
+        for name in matching:
             library = f"torchvision/{name.removeprefix('eca_')}" if name in MODELS else name
             weights = weights_names(library) if library in known else []
-            use = "" if name in MODELS or classifies_pictures(name) else "  (for insert alone)"
+            use = "" if name in MODELS or classifies_pictures(name) else "  (only for insert)"
             print(f"{name}{use}{'  weights: ' if weights else ''}{', '.join(weights)}")
         if not has_timm():
-            print("timm is not installed, and has more: pip install 'ecanet[timm]'", file=sys.stderr)
-        if not found:
+            print("timm, which has more networks, is not installed: pip install 'ecanet[timm]'", file=sys.stderr)
+        if not matching:
             raise ValueError(
                 f"none of the {len(MODELS) + len(known)} names contains {' and '.join(map(repr, args.words))}"
             )

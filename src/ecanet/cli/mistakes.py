@@ -1,11 +1,11 @@
-"""What the command line says of a mistake: one line that names it, with the closest of what would be right."""
+"""Explains mistakes on the command line: one line that names the mistake, with the closest correct word."""
 
 import difflib
 import re
 from collections.abc import Iterable
 
 _KINDS = {"int": "an integer", "float": "a number", "bool": "true or false", "NoneType": "null"}
-#: jsonargparse's messages about a value: of one type, and of several.
+#: jsonargparse's messages about a value that should have one type, and about one that may have several types.
 _KEY = r"Parser key \"(?P<key>[\w.]+)\": "
 _TYPE = re.compile(_KEY + r"Expected a (?P<types>.*)\. Got value: ?(?P<given>.*)")
 _TYPES = re.compile(
@@ -13,18 +13,18 @@ _TYPES = re.compile(
     r" Given value: ?(?P<given>.*)"
 )
 _KIND, _WORDS, _LIST = re.compile(r"<class '(?:\w+\.)*(\w+)'>"), re.compile(r"typing\.Literal\[([^\]]*)\]"), "list[int]"
-#: This library's own, in whatever layer, and argparse's.
+#: Messages about a choice: those of this library, and those of argparse.
 _CHOICES = (
     re.compile(r"must be (?:one|some) of (?P<known>.+?), got (?P<given>'[^']*'|[^\s:;]+)"),
     re.compile(r"invalid choice: (?P<given>'[^']*') \(choose from (?P<known>.+)\)"),
 )
-#: What is wrong with each of several things, a line for each, as :mod:`ecanet.train.data.verify` writes it.
+#: A list of problems, one in each line, as :mod:`ecanet.train.data.verify` writes it.
 _LIST_OF_PROBLEMS = re.compile(r"[^\n]+:(\n  [^\n]+;)*\n  [^\n]+")
 _UNKNOWN = re.compile(r"unrecognized arguments: (?P<given>-[^\s=]+)")
 
 
 def closest(given: str, known: Iterable[str]) -> str:
-    """The end of an error about an unknown word: the closest of those that are known, or nothing.
+    """The end of an error message about an unknown word: the closest known word, or an empty text.
 
     Example:
         >>> closest("fti", ["fit", "validate"]), closest("xyz", ["fit", "validate"])
@@ -35,14 +35,14 @@ def closest(given: str, known: Iterable[str]) -> str:
 
 
 def explained(message: str, options: Iterable[str] = (), words: Iterable[str] = ()) -> str:
-    """An error's message in one line, in plain words, with the closest of what would be right where that is known.
+    """An error message in one line and in plain words, with the closest correct word if it is known.
 
     A list of problems keeps its lines.
 
     Args:
-        message: Of this library, argparse or jsonargparse; one of another form only loses its line breaks.
+        message: Message of this library, argparse or jsonargparse; others only lose their line breaks.
         options: The options of the verb.
-        words: What the user wrote after the verb.
+        words: The words of the command line after the verb.
 
     Example:
         >>> explained("data.augment must be one of auto, crop, none, got 'corp'")
@@ -50,14 +50,14 @@ def explained(message: str, options: Iterable[str] = (), words: Iterable[str] = 
     """
     text, options = " ".join(message.split()), list(options)
     if (value := _TYPE.fullmatch(text) or _TYPES.fullmatch(text)) is not None:
-        return _of_value(value["key"], value["types"], value["given"])
+        return _about_value(value["key"], value["types"], value["given"])
     if _LIST_OF_PROBLEMS.fullmatch(message):
         return message
     if "did you mean" in text:
         return text
     if (unknown := _UNKNOWN.search(text)) is not None:
         return text + closest(unknown["given"], options)
-    if "arguments are required" in text:  # which may be there with a typo
+    if "arguments are required" in text:  # the argument may be present with a typo
         names = (word.partition("=")[0] for word in words if word.startswith("-"))
         typo = next((name for name in names if name not in options), "")
         return text + (f"; {typo}{near}" if (near := closest(typo, options)) else "")
@@ -68,10 +68,10 @@ def explained(message: str, options: Iterable[str] = (), words: Iterable[str] = 
     return text
 
 
-def _of_value(key: str, types: str, given: str) -> str:
-    """What a value should be, from Python's names of types."""
-    words = [word.strip(" '") for each in _WORDS.findall(types) for word in each.split(",")]
+def _about_value(key: str, types: str, given: str) -> str:
+    """The message about a wrong value, with Python's names of types in plain words."""
+    words = [word.strip(" '") for literal in _WORDS.findall(types) for word in literal.split(",")]
     wanted = _KIND.sub(lambda kind: _KINDS.get(kind[1], kind[1]), types)
-    wanted = _WORDS.sub(lambda each: "one of " + each[1].replace("'", ""), wanted).replace(_LIST, "a list of integers")
-    wanted = wanted.replace(", null", " or null")
+    wanted = _WORDS.sub(lambda literal: "one of " + literal[1].replace("'", ""), wanted)
+    wanted = wanted.replace(_LIST, "a list of integers").replace(", null", " or null")
     return f"--{key} must be {wanted}, got {given!r}{closest(given, words)}"

@@ -1,4 +1,4 @@
-"""Options that several verbs have, and what they mean."""
+"""Options that several verbs have, and functions that use their values."""
 
 from pathlib import Path
 from typing import Literal, get_type_hints
@@ -29,9 +29,9 @@ def add_build(parser: ArgumentParser) -> None:
 
 
 def add_data(parser: ArgumentParser) -> None:
-    """Add what names other pictures than those that a network was trained on."""
+    """Add the options that name other pictures than those of the run."""
     parser.add_argument("--root", type=Path, default=None, help="Folder of the data, if not the run's own.")
-    parser.add_argument("--val_root", type=Path, default=None, help="All pictures of this folder or table, instead.")
+    parser.add_argument("--val_root", type=Path, default=None, help="Use all pictures of this folder or table instead.")
     source = get_type_hints(DataConfig)["source"]
     parser.add_argument("--source", type=source | None, default=None, help="Kind of the data, if not the run's own.")
 
@@ -43,13 +43,13 @@ def data_named(args: Namespace, trained: TrainedNetwork) -> DataConfig | None:
 
 
 def check_out(path: Path | None) -> None:
-    """Raise for an ``--out`` that names a folder, before any work is done."""
+    """Raise IsADirectoryError, before any work is done, if ``--out`` is a folder."""
     if path is not None and path.is_dir():
         raise IsADirectoryError(f"--out must be a file, and {shown(path, 300)} is a folder")
 
 
 def write_out(path: Path, content: str) -> None:
-    """Write a table into the file that an option names, through a link, or into a pipe or a device."""
+    """Write a text into the file that an option names; it may be a link to a file, a pipe or a device."""
     data = content.encode(errors="surrogateescape")
     if path.exists() and not path.is_file():  # such as /dev/stdout
         path.write_bytes(data)

@@ -1,4 +1,4 @@
-"""``ecanet study``: many gates, many seeds."""
+"""``ecanet study``: compare gates over several seeds."""
 
 import math
 from collections.abc import Callable
@@ -13,25 +13,25 @@ from ecanet.study.conclusions import next_step
 from ecanet.study.engine import ENGINES, check_engine, workers_on
 from ecanet.study.paired_study import check_folder
 from ecanet.study.statistics import plan
-from ecanet.study.study_file import conditions_and_seeds, with_study_read
+from ecanet.study.study_file import conditions_and_seeds, with_study_recipe
 from ecanet.train.config import Recipe
 
 
 def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    """Add the options to a parser; what is returned runs the verb."""
+    """Add the options to a parser, and return the function that runs the verb."""
     parser.add_argument("study", type=Path, nargs="?", default=None, help="YAML with conditions, seeds and a recipe.")
     parser.add_argument("--config", action="config", help=CONFIG_HELP)
     parser.add_argument(
         "--gates",
         type=str,
         default=None,
-        help="Gates with commas between, the baseline first, such as none,eca,cbam,timm:cbam.",
+        help="Gates, separated by commas, the baseline first, such as none,eca,cbam,timm:cbam.",
     )
     parser.add_argument(
         "--kernel-sizes",
         type=str,
         default=None,
-        help="Such as 1,3,5,7,9,adaptive: every gate that has a kernel size is a condition with each of them.",
+        help="Such as 1,3,5,7,9,adaptive: every gate that has a kernel size becomes a condition for each of them.",
     )
     parser.add_argument("--seeds", type=int | None, default=None, help="Number of seeds of each condition.")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="Folder for runs and tables.")
@@ -42,9 +42,13 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
         "--on",
         choices=ENGINES,
         default=ENGINES[0],
-        help="processes of this machine, or ray: the cluster of RAY_ADDRESS, one run a GPU where there are any.",
+        help="processes of this machine, or ray: the cluster of RAY_ADDRESS, with one run per GPU if it has any.",
     )
-    parser.add_argument("--dry-run", action="store_true", help="Say how many runs, how long, and what they can show.")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="Only print how many runs there are, how long they take, and what they can show.",
+    )
     parser.add_class_arguments(Recipe)
 
     def run(args: Namespace) -> None:
@@ -65,7 +69,7 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
         if left:
             print("".join(f"{note}\n" for note in check_parts(recipes)), end="")
             seconds = seconds_of_an_epoch(next(iter(recipes.values())))
-            workers = min(_room(args.on, args.workers), left)
+            workers = min(_runs_at_a_time(args.on, args.workers), left)
             total = tqdm.format_interval(math.ceil(left / workers) * recipe.optim.epochs * seconds)
             at_a_time = f"{recipe.optim.epochs} in a run, {workers} runs at a time"
             print(f"an epoch took {seconds:.1f} s: {at_a_time}, about {total} in all if each has a core of its own")
@@ -74,9 +78,8 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
     return run
 
 
-def _room(on: str, most: int | None) -> int:
-    """Runs at a time."""
-    workers = workers_on(on, most)
+def _runs_at_a_time(on: str, max_runs: int | None) -> int:
+    workers = workers_on(on, max_runs)
     try:
         return workers.size
     finally:
@@ -84,5 +87,5 @@ def _room(on: str, most: int | None) -> int:
 
 
 def prepare(words: list[str]) -> list[str]:
-    """The recipe of a study file goes before the options."""
-    return with_study_read(words)
+    """Put the recipe of a study's file before the options."""
+    return with_study_recipe(words)

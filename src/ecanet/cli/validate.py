@@ -1,4 +1,4 @@
-"""``ecanet validate``: how good a trained network is, class by class."""
+"""``ecanet validate``: the accuracy of a trained network, class by class."""
 
 import csv
 import io
@@ -18,13 +18,14 @@ from ecanet.train.checkpoint import TrainedNetwork, load_trained
 from ecanet.train.evaluate import Validation, validate
 from ecanet.untrusted import shown
 
-#: The most lines that are printed, the worst class first; the most classes of a confusion matrix.
-_PRINTED, _MOST_CLASSES = 20, 4000
-_NAME = 30  # characters
+#: Largest number of lines that are printed, the worst class first, and of classes in a confusion matrix.
+_MAX_LINES, _MAX_CLASSES = 20, 4000
+#: Longest name of a class, in characters.
+_MAX_NAME = 30
 
 
 def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    """Add the options to a parser; what is returned runs the verb."""
+    """Add the options to a parser, and return the function that runs the verb."""
     parser.add_argument("run", type=Path, help="A run's folder (its best.ckpt), or a checkpoint.")
     add_data(parser)
     parser.add_argument(
@@ -44,42 +45,43 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
             for name, value in result.metrics.items():
                 print(f"{name}: {value:.4f}" if name == "val/loss" else f"{name}: {value:.2f} %")
             print("\n".join(["", *_table(result)]))
-        finally:  # also where head has closed the pipe
-            wrote = _write(result, args.out, args.confusion)
-        for files in wrote:
+        finally:  # even if the reader of the pipe, such as head, has closed it
+            written = _write(result, args.out, args.confusion)
+        for files in written:
             print(f"wrote {files}")
 
     return run
 
 
 def _write(result: Validation, out: Path | None, confusion: Path | None) -> list[str]:
-    """Write what the options ask for; the files, as they are printed."""
-    wrote = []
+    """Write the files that the options ask for, and return their names for printing."""
+    written = []
     if out is not None:
         write_out(out, json.dumps(_as_json(result), indent=2, allow_nan=False) + "\n")
-        wrote.append(str(out))
+        written.append(str(out))
     if confusion is not None:
         _write_confusion(confusion, result)
-        wrote.append(f"{confusion / 'confusion.csv'} and {confusion / 'confusion.png'}")
-    return wrote
+        written.append(f"{confusion / 'confusion.csv'} and {confusion / 'confusion.png'}")
+    return written
 
 
 def _table(result: Validation) -> list[str]:
-    """Classes from the worst on, with the class that each is most often taken for."""
+    """A line for each class, the worst first, with the class that it is most often taken for."""
     accuracy, images = result.of_each_class(), result.images()
-    every = [index for index in accuracy.argsort(stable=True).tolist() if images[index]]
-    several = result.labels.dim() == 2
-    lines = [f"{'class':{_NAME}}   " + ("   AP %   images" if several else "top-1 %   images  most often taken for")]
-    for index in every if len(every) <= _PRINTED else every[: _PRINTED - 1]:
-        taken = "" if several else _taken_for(result, index)
-        name = shown(result.classes[index], _NAME)
-        lines.append(f"{name:{_NAME}} {accuracy[index]:9.2f} {images[index]:8,}{taken}")
-    if len(lines) <= len(every):
-        left = every[len(lines) - 1 :]
+    ranked = [index for index in accuracy.argsort(stable=True).tolist() if images[index]]
+    is_multi_label = result.labels.dim() == 2
+    columns = "   AP %   images" if is_multi_label else "top-1 %   images  most often taken for"
+    lines = [f"{'class':{_MAX_NAME}}   {columns}"]
+    for index in ranked if len(ranked) <= _MAX_LINES else ranked[: _MAX_LINES - 1]:
+        taken_for = "" if is_multi_label else _taken_for(result, index)
+        name = shown(result.classes[index], _MAX_NAME)
+        lines.append(f"{name:{_MAX_NAME}} {accuracy[index]:9.2f} {images[index]:8,}{taken_for}")
+    if len(lines) <= len(ranked):
+        left = ranked[len(lines) - 1 :]
         low, high = accuracy[left[0]], accuracy[left[-1]]
         lines.append(f"and {len(left):,} more classes, {low:.2f} to {high:.2f} %: --out FILE.json has all")
-    if len(every) < len(result.classes):
-        lines.append(f"without images: {len(result.classes) - len(every):,} classes")
+    if len(ranked) < len(result.classes):
+        lines.append(f"without images: {len(result.classes) - len(ranked):,} classes")
     return lines
 
 
@@ -88,33 +90,33 @@ def _taken_for(result: Validation, index: int) -> str:
     if not len(missed):
         return ""
     share = 100 * int(missed.max()) / int((result.labels == index).sum())
-    return f"  {shown(result.classes[int(missed.argmax())], _NAME)} ({share:.1f} %)"
+    return f"  {shown(result.classes[int(missed.argmax())], _MAX_NAME)} ({share:.1f} %)"
 
 
 def _as_json(result: Validation) -> dict[str, Any]:
     rows = zip(result.classes, result.images().tolist(), result.of_each_class().tolist(), strict=True)
-    name_of = "average_precision" if result.labels.dim() == 2 else "top1"
+    metric = "average_precision" if result.labels.dim() == 2 else "top1"
     return {
         "metrics": {name: _number(value) for name, value in result.metrics.items()},
-        "classes": [{"class": name, "images": images, name_of: _number(value)} for name, images, value in rows],
+        "classes": [{"class": name, "images": images, metric: _number(value)} for name, images, value in rows],
     }
 
 
 def _number(value: float) -> float | None:
-    """JSON has no NaN."""
+    """A number for JSON, which has no NaN: None instead."""
     return value if math.isfinite(value) else None
 
 
 def _check_confusion(folder: Path, trained: TrainedNetwork) -> None:
     classes = len(trained.classes)
     if trained.multi_label:
-        raise ValueError("--confusion is for one label an image, and this network was trained with several")
-    if classes > _MOST_CLASSES:
+        raise ValueError("--confusion is for one label per image, and this network was trained with several")
+    if classes > _MAX_CLASSES:
         raise ValueError(
             f"--confusion: a matrix of {classes:,} classes has {classes**2:,} cells, and it is written for up to "
-            f"{_MOST_CLASSES:,} classes; --out FILE.json has the accuracy of each class"
+            f"{_MAX_CLASSES:,} classes; --out FILE.json has the accuracy of each class"
         )
-    new_figure(1)  # matplotlib is there
+    new_figure(1)  # fail now if matplotlib is missing
     if folder.suffix in (".png", ".csv"):
         raise ValueError(f"--confusion must be a folder, for confusion.png and confusion.csv, got {str(folder)!r}")
     if folder.exists() and not folder.is_dir():

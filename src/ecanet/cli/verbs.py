@@ -1,8 +1,8 @@
-"""Every verb: a new one is an entry here and a module of its name beside this file.
+"""The table of all verbs. To add a verb, add an entry here and a module of that name to this package.
 
-That module has ``add(parser)``, which adds the options and returns the function that runs the verb on what was parsed.
-It may have ``prepare(words)``, which changes the words of the command line before they are parsed. It is imported for
-its own verb alone, so it imports what it needs at its top.
+The module has ``add(parser)``, which adds the options and returns the function that runs the verb with their values. It
+may have ``prepare(words)``, which changes the words of the command line before they are parsed. It is imported only for
+its own verb, so it may import everything it needs at its top.
 """
 
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Verb:
-    """What the overview and the help say of a verb.
+    """A verb's text in the overview and the help, and its kind of parser.
 
     Attributes:
         what: What it does, in a sentence.
-        example: A command that runs.
-        needs_extras: Whether it needs more than torch and torchvision. Its parser is then jsonargparse's, and reads
+        example: An example of a command.
+        needs_extras: Whether it needs more than torch and torchvision. Its parser is then jsonargparse's, which reads
             recipes.
     """
 
@@ -30,7 +30,7 @@ VERBS = {
         "ecanet fit --config recipes/small/fashion_mnist.yaml --out runs/fashion --optim.epochs 2",
     ),
     "validate": Verb(
-        "Accuracy of a trained network, on the whole and class by class.",
+        "Accuracy of a trained network, overall and class by class.",
         "ecanet validate runs/fashion --confusion confusion",
     ),
     "predict": Verb("Classify image files.", "ecanet predict runs/fashion photo.png --top 3"),
@@ -43,15 +43,15 @@ VERBS = {
         "ecanet demo --seeds 3 --out runs/demo",
     ),
     "study": Verb(
-        "Train the same network with several gates and seeds: which differences are there?",
+        "Train the same network with several gates and seeds, and compare the results.",
         "ecanet study --data.root photos --gates none,se,eca --seeds 9 --out runs/study",
     ),
     "report": Verb(
-        "One HTML file that says what a study found; a study writes it itself when it ends.",
+        "Write the report of a study, one HTML file; a study also writes it when it ends.",
         "ecanet report runs/study",
     ),
     "insert": Verb(
-        "Put gates into a network of torchvision or timm: where, how many, at what cost.",
+        "Insert gates into a network of torchvision or timm, and show where they go and what they cost.",
         "ecanet insert --model torchvision/resnet50 --where block --report --save resnet50_eca.pt",
         needs_extras=False,
     ),

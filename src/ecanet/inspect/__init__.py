@@ -1,4 +1,4 @@
-"""Look inside: what gates cost, what their matrices look like, what they learned. Figures need matplotlib.
+"""Look inside gates: what they cost, what their matrices look like, what they learned. Figures need matplotlib.
 
 Each name is imported where it is first used.
 """

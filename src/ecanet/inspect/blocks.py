@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Inches: the height of the figure, of a row of values, the width that stands for C values, and its centre.
+#: Inches: height of the figure, height of a row of values, width of a row of C values, and its centre.
 _HEIGHT, _ROW, _FULL, _CENTRE = 5.7, 0.24, 1.65, 1.15
-#: Where the rows are: feature map, channel means, hidden values, gates, scaled map; their upper edges.
+#: Upper edges of the rows: feature map, channel means, hidden values, gates, scaled map.
 _MAP, _MEANS, _HIDDEN, _GATES, _OUT = 0.75, 1.75, 2.85, 3.95, 4.75
 
 
@@ -34,12 +34,12 @@ def plot_se_and_eca(
     *,
     spatial: Sequence[int] = (56, 56),
 ) -> "Figure":
-    """Draw the steps of squeeze-and-excitation and of ECA beside each other, with shapes and parameters at each.
+    """Draw the steps of squeeze-and-excitation and of ECA side by side, with the shapes and parameters of each step.
 
     Both take the mean of every channel, turn the C means into C gates and scale the channels by them. SE squeezes the
     means into C // r values and computes each gate from those. ECA computes each gate from k neighbouring means.
-    Widths are to scale: a row of C // r values is that much narrower than one of C, and the cone of ECA as many
-    channels wide as its kernel.
+    Widths are to scale: a row of C // r values is narrower by that factor than one of C values, and the cone of ECA is
+    as wide as the k channels of its kernel.
 
     Args:
         channels: Number of channels C.
@@ -109,7 +109,7 @@ def plot_se_and_eca(
 
 
 def _row(column: _Column, y: float, width: float, words: str, colour: str, thick: bool = False) -> None:
-    """A row of values as wide as they are many, and what it is, at its right."""
+    """Draw a row of values, with a label at its right; its width shows how many there are."""
     from matplotlib.patches import Rectangle
 
     height = 2 * _ROW if thick else _ROW
@@ -119,7 +119,7 @@ def _row(column: _Column, y: float, width: float, words: str, colour: str, thick
 
 
 def _cone(column: _Column, above: tuple[float, float], below: tuple[float, float]) -> None:
-    """Which values a value or a row of values is computed from: (height, width) of both ends."""
+    """Draw a cone from the values above to those computed from them; each end is given as (y, width)."""
     from matplotlib.patches import Polygon
 
     (y0, w0), (y1, w1), x = above, below, column.centre
@@ -138,7 +138,7 @@ def _step(column: _Column, top: float, bottom: float, words: str) -> None:
 
 
 def _say(column: _Column, y: float, words: str, bold: bool = False) -> None:
-    """Words at the right of a step."""
+    """Write a label at the right of a step."""
     x = column.centre + _FULL / 2 + 0.12
     column.axes.text(
         x,

@@ -1,4 +1,4 @@
-"""What each class is taken for: figure of a confusion matrix."""
+"""Figure: a confusion matrix, which shows what the images of each class are taken for."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -13,22 +13,22 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Most classes drawn, and most with numbers in their cells; longest name of a class, in characters.
-_MOST_CLASSES, _MOST_NUMBERS, _MOST_CHARACTERS = 25, 12, 22
-#: Inches: smallest side of a cell, room for names, the colour bar with its label.
+#: Largest number of classes that are drawn, and with numbers in the cells; longest name of a class, in characters.
+_MAX_CLASSES, _MAX_NUMBERED, _MAX_CHARACTERS = 25, 12, 22
+#: Inches: smallest side of a cell, space for names, and for the colour bar with its label.
 _CELL, _NAMES, _BAR = 0.27, 1.9, 0.9
 
 
 def plot_confusion(counts: Tensor, classes: Sequence[str]) -> "Figure":
     """Draw a confusion matrix: a row for each class, a column for each class that its images were taken for.
 
-    Colours show shares of a row: blue where the image was recognised, orange where it was taken for another class.
-    Of more than 25 classes, 25 that are most often taken for one another are drawn; a last column counts the rest.
+    Colours show shares of a row: blue for images that were recognised, orange for those taken for another class. If
+    there are more than 25 classes, the 25 most often taken for one another are drawn, and a last column has the rest.
 
     Args:
         counts: Images ``(classes, classes)``, integers of 0 or more, such as
             :meth:`ecanet.train.evaluate.Validation.confusion` returns.
-        classes: Name of every class.
+        classes: Names of the classes.
 
     Returns:
         A figure to ``.savefig("confusion.png")``.
@@ -48,11 +48,11 @@ def plot_confusion(counts: Tensor, classes: Sequence[str]) -> "Figure":
             f"counts must have a row and a column for each of the {count} classes, got {tuple(counts.shape)}"
         )
     shares = counts.double() / counts.sum(1, keepdim=True)  # NaN without images
-    shown = _most_confused(shares) if count > _MOST_CLASSES else list(range(count))
+    shown = _most_confused(shares) if count > _MAX_CLASSES else list(range(count))
     cells = shares[shown][:, shown]
     right = torch.eye(len(shown), dtype=torch.bool)
     values = torch.where(right, -cells, cells)
-    columns = [shown_text(classes[i], _MOST_CHARACTERS) for i in shown]
+    columns = [shown_text(classes[i], _MAX_CHARACTERS) for i in shown]
     rows = [
         name if shares[i].isfinite().all() else f"{name} (no images)" for i, name in zip(shown, columns, strict=True)
     ]
@@ -77,11 +77,11 @@ def plot_confusion(counts: Tensor, classes: Sequence[str]) -> "Figure":
 
 
 def _most_confused(shares: Tensor) -> list[int]:
-    """The classes of the largest shares beside the diagonal, in label order."""
+    """The classes with the largest shares off the diagonal, in label order."""
     wrong = shares.nan_to_num(0).fill_diagonal_(0)
-    largest = wrong.flatten().topk(_MOST_CLASSES**2).indices.tolist()
+    largest = wrong.flatten().topk(_MAX_CLASSES**2).indices.tolist()
     both = [index for place in largest for index in divmod(place, len(shares))]
-    return sorted(list(dict.fromkeys(both))[:_MOST_CLASSES])
+    return sorted(list(dict.fromkeys(both))[:_MAX_CLASSES])
 
 
 def _draw(axes: "Axes", values: Tensor, rows: Sequence[str], columns: Sequence[str]) -> None:
@@ -96,7 +96,7 @@ def _draw(axes: "Axes", values: Tensor, rows: Sequence[str], columns: Sequence[s
     axes.tick_params(colors=DARK, length=0)
     axes.set_xlabel("taken for", fontsize=FONT_SIZE)
     axes.set_ylabel("class", fontsize=FONT_SIZE)
-    if len(rows) > _MOST_NUMBERS:
+    if len(rows) > _MAX_NUMBERED:
         return
     for row, column in (shares > 0).nonzero().tolist():
         share = float(shares[row, column])

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _Curves = Mapping[str, Sequence[Sequence[float]]]
-#: Inches: the panels at least, a line of text, and what axis labels and title take of a panel.
+#: Inches: smallest heights of both panels, height of a line of text, and of a panel's axis labels and title.
 _CURVES, _DIFFERENCES, _LINE, _AROUND = 3.4, 2.7, 0.19, 0.8
-#: Most epochs with differences: those of the second half, evenly, with the last.
-_EPOCHS = 4
+#: Largest number of epochs with differences: evenly spaced in the second half, including the last.
+_MAX_EPOCHS = 4
 
 
 class _End(NamedTuple):
-    """A text at the right of a panel, and where its line leads."""
+    """A label at the right of a panel, and the point to which its line leads."""
 
     text: str
     colour: str
@@ -35,24 +35,24 @@ def plot_training_curves(
     title: str = "",
     ylim: tuple[float, float] | None = None,
 ) -> "Figure":
-    """Draw one value per epoch for several variants, and how late epochs differ from the first variant's.
+    """Draw one value per epoch for several variants, and the differences from the first variant in late epochs.
 
-    Upper panel: the mean of the runs thick, every run thin. The mean covers the epochs that every run of the variant
-    has. If a run is NaN, so is the mean, and the line has a gap. Every line is labelled at its end.
+    Upper panel: the mean of the runs as a thick line, each run as a thin one. The mean covers the epochs that every run
+    of the variant has. If a run is NaN, so is the mean, and the line has a gap. Every mean is labelled at its end.
 
     Lower panel: the mean of the differences from the first variant, with a 95 % interval by Student's t and a dot for
-    every pair, at up to four epochs of the second half of training, where the curves above lie on one another. Runs are
-    paired by position, so the i-th run of every variant must have the same seed. Variants with another number of runs
-    than the first have no differences; without any the panel is left out. One pair has no interval.
+    every pair, at up to four epochs of the second half of training, where the curves above overlap. Runs are paired by
+    position, so the i-th run of every variant must have the same seed. Variants with a different number of runs than
+    the first have no differences; if none has any, the panel is left out. A single pair has no interval.
 
     Args:
         curves: The runs (seeds) of each variant by name; a run is a sequence of values for the epochs 1, 2, ..., and
-            runs may differ in length. A name that speaks of no gate, ECA, SE, a neutral gate, ... has that idea's
-            colour.
+            runs may differ in length. A name that mentions no gate, ECA, SE, a neutral gate, ... has the colour that
+            all figures use for it.
         ylabel: What is drawn, with its unit.
         xlabel: Label of the horizontal axis.
         title: Title above the axes.
-        ylim: Lowest and highest value of the upper panel; by default all values.
+        ylim: Lowest and highest value of the upper panel; by default those of the data.
 
     Returns:
         A figure to ``.savefig("curves.png")``. A mean's line has the variant's name as label; lines of runs have none.
@@ -60,7 +60,7 @@ def plot_training_curves(
     Raises:
         ImportError: matplotlib is missing.
         TypeError: a variant holds numbers instead of runs.
-        ValueError: no variants, or a variant without a run or with an empty one.
+        ValueError: there are no variants, a variant has no run, or a run is empty.
 
     Example:
         >>> figure = plot_training_curves({"none": [[60, 70], [62, 69]], "ECA": [[63, 72], [64, 71]]})
@@ -125,14 +125,14 @@ def _draw_curves(
 
 
 def _late_differences(curves: _Curves) -> tuple[dict[str, list[list[float]]], list[int]]:
-    """Differences of each pair of runs by variant and epoch, and these epochs, from 1."""
+    """Differences of each pair of runs by variant and epoch, and the numbers of these epochs, from 1."""
     (_, base), *others = curves.items()
     paired = {name: runs for name, runs in others if len(runs) == len(base)}
     if not paired:
         return {}, []
     last = min(len(run) for runs in (base, *paired.values()) for run in runs)
     first = last // 2 + 1
-    count = min(_EPOCHS, last - first + 1)
+    count = min(_MAX_EPOCHS, last - first + 1)
     epochs = [last - round(i * (last - first) / max(1, count - 1)) for i in reversed(range(count))]
     differences = {
         name: [[run[epoch - 1] - other[epoch - 1] for run, other in zip(runs, base, strict=True)] for epoch in epochs]
@@ -151,8 +151,8 @@ def _draw_differences(
     baseline, seeds = next(iter(curves.items()))
     style_axes(axes, ylabel="difference")
     axes.axhline(0, color=looks(list(curves))[baseline][0], linewidth=1.5)
-    told = f" (mean, 95 % interval, dots: {len(seeds)} seeds)" if len(seeds) > 1 else " (one seed: no interval)"
-    axes.set_title(f"Difference from {baseline!r}, paired by seed{told}", fontsize=SMALL_FONT_SIZE, loc="left")
+    note = f" (mean, 95 % interval, dots: {len(seeds)} seeds)" if len(seeds) > 1 else " (one seed: no interval)"
+    axes.set_title(f"Difference from {baseline!r}, paired by seed{note}", fontsize=SMALL_FONT_SIZE, loc="left")
     ends = []
     step = 0.7 / len(differences)
     for i, (name, by_epoch) in enumerate(differences.items()):
@@ -161,12 +161,12 @@ def _draw_differences(
         for place, pairs in enumerate(by_epoch):
             if not all(map(math.isfinite, pairs)):
                 continue
-            x, found = place + (i - (len(differences) - 1) / 2) * step, paired_difference(pairs)
-            if found.low is not None and found.high is not None:
-                axes.plot([x, x], [found.low, found.high], color=colour, linewidth=1.8, linestyle=dashes)
+            x, difference = place + (i - (len(differences) - 1) / 2) * step, paired_difference(pairs)
+            if difference.low is not None and difference.high is not None:
+                axes.plot([x, x], [difference.low, difference.high], color=colour, linewidth=1.8, linestyle=dashes)
                 axes.plot([x + step / 6] * len(pairs), pairs, ".", color=colour, markersize=4)
-            axes.plot(x, found.mean, "o", color=colour, markersize=6.5)
-            end = _End(f"{name}\n{_in_words(found)}", colour, x, found.mean)
+            axes.plot(x, difference.mean, "o", color=colour, markersize=6.5)
+            end = _End(f"{name}\n{_as_text(difference)}", colour, x, difference.mean)
         if end:
             ends.append(end)
     axes.set_xlim(-0.5, len(epochs) - 0.5)
@@ -175,18 +175,18 @@ def _draw_differences(
     _label(axes, ends, height)
 
 
-def _in_words(difference: Difference) -> str:
+def _as_text(difference: Difference) -> str:
     interval = "" if difference.low is None else f" ({difference.low:+.2f} to {difference.high:+.2f})"
     return f"{difference.mean:+.2f}{interval}"
 
 
 def _label(axes: "Axes", ends: Sequence[_End], height: float) -> None:
-    """Texts in a column on the right, apart from one another, with lines to what they label.
+    """Write labels in a column on the right, without overlaps, each with a line to what it labels.
 
     Args:
-        axes: With its final limits.
-        ends: What is outside the limits gets no text.
-        height: Of the axes in inches, roughly.
+        axes: The axes, with their final limits.
+        ends: The labels; those of points outside the limits are left out.
+        height: Approximate height of the axes, in inches.
     """
     bottom, top = axes.get_ylim()
     ends = [end for end in ends if bottom <= end.y <= top]

@@ -1,4 +1,4 @@
-"""One image, what it is taken for, and the gates of each layer: figure."""
+"""Figure: one image, its most probable classes, and the gates of each layer."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Most gates drawn, and how many of a gate's channels are named; longest name of a class or file, in characters.
-_MOST_GATES, _STRONGEST, _MOST_CHARACTERS = 8, 5, 32
-#: Inches: the row of the image, that of a gate.
+#: Largest number of gates, and of named channels in each; longest name of a class or file, in characters.
+_MAX_GATES, _MAX_STRONGEST, _MAX_CHARACTERS = 8, 5, 32
+#: Inches: heights of the row of the image, and of a gate's row.
 _TOP, _ROW = 2.3, 1.55
 _HERE, _STRONG = OTHERS[0], OTHERS[1]
 
@@ -41,25 +41,25 @@ def plot_explanation(
 ) -> "Figure":
     """Draw an image, its most probable classes, and what each gate multiplies the channels by.
 
-    A row for each gate: on the left all channels in ascending order of their mean over images of the class, with the
-    mean as a line and this image's gates as dots; on the right the channels whose gates are largest. Of more than six
-    gates the last of each stage is drawn, and at most eight.
+    Each gate has a row: on the left all channels in ascending order of their mean over images of the class, with the
+    mean as a line and this image's gates as dots; on the right the channels with the largest gates. If there are more
+    than six gates, only the last of each stage is drawn, at most eight in all.
 
     Args:
         image: uint8 ``(3, H, W)``.
-        name: What to call the image.
-        classes: The most probable classes, the first one first.
-        probabilities: Their probabilities, in 0..1.
+        name: Name of the image in the figure.
+        classes: The most probable classes, in descending order.
+        probabilities: Their probabilities, from 0 to 1.
         gates: What each gate multiplies the channels by, ``(C,)``, by the name of the gate.
-        means: Means over images of the first class, as ``gates``; None draws none.
-        images: How many images these are means of.
+        means: Means over images of the first class, in the form of ``gates``; None draws none.
+        images: The number of images that the means are of.
 
     Returns:
         A figure to ``.savefig("explained.png")``. The axes of a gate carry its name as label.
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: no gates or classes, not one probability for each class, or means of other gates.
+        ValueError: there are no gates or no classes, not one probability for each class, or means of other gates.
 
     Example:
         >>> import torch
@@ -74,8 +74,8 @@ def plot_explanation(
     if means is not None and {k: v.shape for k, v in means.items()} != {k: v.shape for k, v in gates.items()}:
         raise ValueError(f"means must be of the same gates, {', '.join(gates)}, got {', '.join(means)}")
     drawn = gates_to_draw(gates, None)
-    if len(drawn) > _MOST_GATES:
-        drawn = [drawn[round(i * (len(drawn) - 1) / (_MOST_GATES - 1))] for i in range(_MOST_GATES)]
+    if len(drawn) > _MAX_GATES:
+        drawn = [drawn[round(i * (len(drawn) - 1) / (_MAX_GATES - 1))] for i in range(_MAX_GATES)]
     figure = new_figure(_TOP + _ROW * len(drawn) + 0.3)
     grid = figure.add_gridspec(len(drawn) + 1, 2, height_ratios=[_TOP, *[_ROW] * len(drawn)], width_ratios=[2.4, 1])
     top = grid[0, :].subgridspec(1, 2, width_ratios=[1, 1.6])
@@ -85,7 +85,7 @@ def plot_explanation(
         mean = None if means is None else means[gate]
         _draw_gate(figure.add_subplot(grid[row, 0]), gate, gates[gate], mean, row == len(drawn))
         _draw_strongest(figure.add_subplot(grid[row, 1]), gates[gate], mean, row == 1)
-    of_class = None if means is None else f"{images:,} validation images of {shown(classes[0], _MOST_CHARACTERS)}"
+    of_class = None if means is None else f"{images:,} validation images of {shown(classes[0], _MAX_CHARACTERS)}"
     _draw_legend(figure, of_class, None if len(drawn) == len(gates) else f"{len(drawn)} of {len(gates)} gates drawn")
     return figure
 
@@ -93,12 +93,12 @@ def plot_explanation(
 def _draw_image(axes: "Axes", image: Tensor, name: str) -> None:
     axes.imshow(image.permute(1, 2, 0).numpy(), cmap=diverging(), interpolation="nearest")
     axes.set_axis_off()
-    axes.set_title(shown(name, _MOST_CHARACTERS), fontsize=FONT_SIZE, parse_math=False)
+    axes.set_title(shown(name, _MAX_CHARACTERS), fontsize=FONT_SIZE, parse_math=False)
 
 
 def _draw_classes(axes: "Axes", classes: Sequence[str], probabilities: Sequence[float]) -> None:
     style_axes(axes, grid="x")
-    names = [shown(each, _MOST_CHARACTERS) for each in classes]
+    names = [shown(name, _MAX_CHARACTERS) for name in classes]
     axes.barh(range(len(names)), probabilities, color=[_STRONG, *[GREY] * (len(names) - 1)], height=0.6)
     axes.set_yticks(range(len(names)), names, fontsize=SMALL_FONT_SIZE, parse_math=False)
     axes.tick_params(axis="y", length=0)
@@ -133,7 +133,7 @@ def _strongest(gate: Tensor) -> list[int]:
     finite = gate[gate.isfinite()]
     if not len(finite) or float(finite.max() - finite.min()) < 1e-6:
         return []
-    return values.topk(min(_STRONGEST, len(finite))).indices.tolist()
+    return values.topk(min(_MAX_STRONGEST, len(finite))).indices.tolist()
 
 
 def _draw_strongest(axes: "Axes", gate: Tensor, mean: Tensor | None, is_first: bool) -> None:

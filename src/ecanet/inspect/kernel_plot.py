@@ -1,4 +1,4 @@
-"""Figure: the adaptive kernel size of Eq. (12) and the kernel sizes that networks really use."""
+"""Figure: the adaptive kernel size of Eq. (12) and the kernel sizes that networks use."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -36,8 +36,8 @@ def plot_kernel_sizes(
 
     Args:
         channels: First and last C of the line.
-        points: For each network by name, its kernel sizes by number of channels; by default those of the released
-            weights. For a model: ``{g.channels: g.kernel_size for g in gates(model).values()}``.
+        points: The kernel sizes by number of channels for each network; by default those of the released weights. For
+            a model, pass ``{g.channels: g.kernel_size for g in gates(model).values()}`` under its name.
         gamma: Slope of the mapping.
         b: Offset of the mapping.
 

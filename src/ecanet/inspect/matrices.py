@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
 _PANELS_PER_ROW = 5
-#: Most cells along a side of a panel; larger matrices are reduced to that.
+#: Largest number of cells along a side of a panel; larger matrices are reduced to it.
 _MAX_CELLS = 128
 #: From 2 * _CORNER channels on, a second panel shows the first _CORNER.
 _CORNER = 16
-#: Inches: left of the panels, above a panel, above its corner, below a panel, a colour bar with the space below it.
+#: Inches of space: left of the panels, above a panel, above its corner, below a panel, for a colour bar.
 _LEFT, _TITLE, _CORNER_TITLE, _BELOW, _BAR = 0.6, 0.45, 0.25, 0.42, 0.55
 _BAR_HEIGHT = 0.1
 
@@ -30,12 +30,12 @@ def plot_matrices(gates: Mapping[str, LinearGate], *, shared_scale: bool = False
 
     Entries that are zero are white; the smallest weights are grey. From 32 channels on, a second panel below shows
     the first 16. Above 128 channels each cell of the large panel stands for a square of entries and shows the
-    first that is not zero, so that a thin band stays visible. SE is never among them: ``W2 relu(W1 s)`` is not linear
-    in s, so there is no matrix to draw.
+    first that is not zero, so that a thin band stays visible. SE cannot be drawn: ``W2 relu(W1 s)`` is not linear in s,
+    so it has no matrix.
 
     Args:
-        gates: The gates by the names to show. :func:`~ecanet.inspect.gates` gives those of a model.
-        shared_scale: One colour scale for all panels instead of one each.
+        gates: The gates by their names in the figure. :func:`~ecanet.inspect.gates` gives those of a model.
+        shared_scale: Use one colour scale for all panels instead of one for each.
 
     Returns:
         A figure to ``.savefig("matrices.png")``. The axes of a gate's matrix and of its corner carry its name as label.
@@ -43,7 +43,7 @@ def plot_matrices(gates: Mapping[str, LinearGate], *, shared_scale: bool = False
     Raises:
         ImportError: matplotlib is missing.
         TypeError: a gate has no matrix, such as SE.
-        ValueError: no gates.
+        ValueError: there are no gates.
 
     Source:
         Wang et al., ECA-Net, CVPR 2020, arXiv:1910.03151, Eq. (4) to (6).
@@ -88,7 +88,7 @@ def _check_linear(gates: Mapping[str, LinearGate]) -> None:
         if not isinstance(gate, LinearGate):
             raise TypeError(
                 f"gates[{name!r}] must be a LinearGate: {type(gate).__name__} has no matrix W{_why(gate)}; "
-                "plot_gate_responses draws it against what it sees"
+                "plot_gate_responses draws it against the statistics of its input"
             )
 
 

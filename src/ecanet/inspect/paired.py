@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Difference:
-    """The difference between an entry and another one, paired by seed.
+    """The mean of differences that are paired by seed, with its interval.
 
     Attributes:
         mean: Mean of the paired differences.

@@ -1,4 +1,4 @@
-"""The gates that a model learned, class by class: values and figure."""
+"""The gates that a model learned, class by class: their values, and a figure."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 #: If there are more gates than this, only the last of each stage is drawn.
 _MAX_PANELS = 6
-#: Most classes with a name beside their row; inches that a row takes so that names do not touch, and the colour bar.
-_MOST_NAMES, _LINE, _BAR = 30, 0.17, 0.1
-#: How channels can be sorted, and what the axis then says.
+#: Largest number of named rows; height in inches of a row, so that names do not touch, and of the colour bar.
+_MAX_NAMES, _LINE, _BAR = 30, 0.17, 0.1
+#: How channels can be sorted, and the title of the axis in each case.
 _ORDERS = {
-    "class": "channels, sorted by the class whose gate is largest",
+    "class": "channels, sorted by the class with the largest gate",
     "mean": "channels, in ascending order of their mean gate",
     "index": "channel",
 }
@@ -36,12 +36,12 @@ def gate_values(
 ) -> dict[str, Tensor]:
     """Mean gate of every channel for every class, for all gates of a model, in one pass over the data.
 
-    A gate's value is what the map is multiplied by; what some gates add as well is not in it.
-    The model runs in eval mode and keeps its own mode, weights and statistics. A gate that runs several times in a
-    forward pass is averaged over all of them.
+    A gate's value is what the map is multiplied by; the shift that some gates also add is not included. The model runs
+    in eval mode and keeps its mode, weights and statistics. If a gate runs several times in a forward pass, the mean
+    covers all of these.
 
     Args:
-        model: Model that takes the images of a batch; it is not moved.
+        model: Model that takes the images of a batch; it stays on its device.
         batches: Pairs of images ``(N, ...)`` and integer labels ``(N,)``, such as a DataLoader.
         num_classes: Number of classes; labels are 0 to ``num_classes - 1``.
         device: Device to move the images to; by default that of the model's weights.
@@ -50,7 +50,7 @@ def gate_values(
         Means ``(num_classes, C)`` by the gate's qualified name, float64, on the CPU. Classes without images are NaN.
 
     Raises:
-        ValueError: no gates, no batches, labels that are not ``(N,)`` or out of range, or a gate that does not run.
+        ValueError: there are no gates or no batches, labels are not ``(N,)`` or out of range, or a gate does not run.
         TypeError: labels are not integers.
 
     Example:
@@ -59,13 +59,13 @@ def gate_values(
         >>> {name: tuple(v.shape) for name, v in gate_values(small_eca_resnet(num_classes=2), batches, 2).items()}
         {'layer1.0.eca': (2, 32), 'layer2.0.eca': (2, 64), 'layer3.0.eca': (2, 128)}
     """
-    found = gates(model)
-    if not found:
+    by_name = gates(model)
+    if not by_name:
         raise ValueError(f"model must have at least one ecanet.nn.Gate, {type(model).__name__} has none")
     if num_classes < 1:
         raise ValueError(f"num_classes must be 1 or more, got {num_classes}")
-    sums = {name: torch.zeros(num_classes, gate.channels, dtype=torch.float64) for name, gate in found.items()}
-    counts = {name: torch.zeros(num_classes, 1, dtype=torch.float64) for name in found}
+    sums = {name: torch.zeros(num_classes, gate.channels, dtype=torch.float64) for name, gate in by_name.items()}
+    counts = {name: torch.zeros(num_classes, 1, dtype=torch.float64) for name in by_name}
     labels = torch.empty(0)
 
     def add_to_sums(name: str, gate: Gate, x: Tensor) -> None:
@@ -85,7 +85,7 @@ def gate_values(
             model(images.to(device))
         if batch is None:
             raise ValueError("batches must give at least one pair of images and labels, got none: is it used up?")
-    return {name: sums[name] / counts[name] for name in found}  # 0 / 0 is NaN
+    return {name: sums[name] / counts[name] for name in by_name}  # 0 / 0 is NaN
 
 
 def _check_labels(labels: Tensor, num_classes: int) -> Tensor:
@@ -109,26 +109,25 @@ def plot_gates_per_class(
 ) -> "Figure":
     """Draw the mean gate of every channel for every class: a heat map for each gate, a row for each class.
 
-    All panels have one scale of colours, grey at half the largest value that the gates can have. The spread in a
-    panel's title is the standard deviation across classes, averaged over the channels. It is small if the gate treats
-    all classes alike, as in early stages, and large if it tells them apart. Classes without images (NaN) are white and
-    left out of the spread.
+    All panels share one colour scale, with grey in its middle. The spread in a panel's title is the standard deviation
+    across classes, averaged over the channels. It is small if the gate treats all classes alike, as in early stages,
+    and large if it distinguishes them. Classes without images (NaN) are white and left out of the spread.
 
     Args:
         values: Means ``(classes, C)`` by the name of the gate, as :func:`gate_values` returns them.
-        classes: Name of every class. From 31 on only some are named.
+        classes: Names of the classes. If there are more than 30, only some are written.
         names: Gates to draw. By default all of them or, if there are more than 6, the last of each stage; a stage is a
-            run of gates with the same number of channels.
-        order: How the channels of each gate are sorted. ``"class"``: by the class whose gate is largest, then by how
-            large it is, so that the channels a class opens stand together (in noise, too: look at the spread first);
-            ``"mean"``: by their mean over the classes; ``"index"``: not at all.
+            sequence of gates with the same number of channels.
+        order: How the channels of each gate are sorted. ``"class"``: by the class with the largest gate, then by that
+            gate, so that the channels that are large for a class are next to each other (this happens even with noise:
+            look at the spread first); ``"mean"``: by their mean over the classes; ``"index"``: not sorted.
 
     Returns:
         A figure to ``.savefig("gates.png")``. The axes of a gate carry its name as label.
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: no gates, an unknown name or order, or values that are not ``(classes, C)``.
+        ValueError: there are no gates, a name or the order is unknown, or values are not ``(classes, C)``.
 
     Source:
         Hu et al., Squeeze-and-Excitation Networks, CVPR 2018, Figure 5; Wang et al., ECA-Net, arXiv:1910.03151.
@@ -149,7 +148,7 @@ def plot_gates_per_class(
             )
     columns = 1 if len(shown) <= 4 else 2
     rows = -(-len(shown) // columns)
-    side = _LINE * min(max(len(classes), 3), _MOST_NAMES)
+    side = _LINE * min(max(len(classes), 3), _MAX_NAMES)
     figure = new_figure(height=0.8 + (side + 0.55) * rows)
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=[*[side] * rows, _BAR])
     panels = [figure.add_subplot(grid[divmod(position, columns)]) for position in range(len(shown))]
@@ -172,11 +171,11 @@ def plot_gates_per_class(
 
 
 def _draw(axes: "Axes", name: str, gate: Tensor, order: str, bottom: int, top: int) -> "AxesImage":
-    seen = gate[gate.isfinite().all(1)]
-    if len(seen) and order == "class":
+    with_images = gate[gate.isfinite().all(1)]
+    if len(with_images) and order == "class":
         gate = gate[:, channels_by_class(gate)]
-    elif len(seen) and order == "mean":
-        gate = gate[:, seen.mean(0).argsort()]
+    elif len(with_images) and order == "mean":
+        gate = gate[:, with_images.mean(0).argsort()]
     channels = gate.shape[1]
     style_axes(axes, grid="")
     image = axes.imshow(
@@ -190,47 +189,48 @@ def _draw(axes: "Axes", name: str, gate: Tensor, order: str, bottom: int, top: i
     )
     axes.set_label(name)
     spread = spread_of(gate)
-    told = "unknown" if spread is None else f"{spread:.3f}"
-    axes.set_title(f"{name}: C = {channels}, spread across classes {told}", fontsize=SMALL_FONT_SIZE, loc="left")
+    spread_text = "unknown" if spread is None else f"{spread:.3f}"
+    title = f"{name}: C = {channels}, spread across classes {spread_text}"
+    axes.set_title(title, fontsize=SMALL_FONT_SIZE, loc="left")
     axes.set_xticks(sorted({1, channels}))
     return image
 
 
 def channels_by_class(gate: Tensor) -> list[int]:
-    """Channels in the order of the class whose gate is largest, then of how large it is.
+    """Channels sorted by the class with the largest gate, then by that gate in descending order.
 
     Args:
         gate: Means (classes, C); classes without images (NaN) do not count.
     """
-    seen = gate[gate.isfinite().all(1)]
-    if not len(seen):
+    with_images = gate[gate.isfinite().all(1)]
+    if not len(with_images):
         return list(range(gate.shape[1]))
-    largest = seen.max(0)
+    largest = with_images.max(0)
     return sorted(range(gate.shape[1]), key=lambda c: (largest.indices[c].item(), -largest.values[c].item()))
 
 
 def scale_of(values: Iterable[Tensor]) -> tuple[int, int]:
-    """Ends of a scale for gates: 0 and 1, or beyond them the whole numbers around all values.
+    """Ends of a colour scale for gates: 0 and 1, or the whole numbers around all values if some lie outside.
 
-    A sigmoid is from 0 to 1, or to the gate's factor, such as that of a neutral one; other gates may be below 0.
+    Sigmoid gates lie between 0 and their factor, which is 1 by default; other gates may be below 0.
     """
-    seen = [gate.nan_to_num() for gate in values if gate.numel()]
-    top = max(1, math.ceil(max((float(gate.max()) for gate in seen), default=0)))
-    return min(0, math.floor(min((float(gate.min()) for gate in seen), default=0))), top
+    gates = [gate.nan_to_num() for gate in values if gate.numel()]
+    top = max(1, math.ceil(max((float(gate.max()) for gate in gates), default=0)))
+    return min(0, math.floor(min((float(gate.min()) for gate in gates), default=0))), top
 
 
 def spread_of(gate: Tensor) -> float | None:
-    """Standard deviation across classes, averaged over channels; None where no class has images.
+    """Standard deviation across classes, averaged over channels; None if no class has images.
 
     Args:
         gate: Means (classes, C).
     """
-    seen = gate[gate.isfinite().all(1)]
-    return float(seen.std(0, correction=0).mean()) if len(seen) else None
+    with_images = gate[gate.isfinite().all(1)]
+    return float(with_images.std(0, correction=0).mean()) if len(with_images) else None
 
 
 def _name_rows(axes: "Axes", classes: Sequence[str], gate: Tensor) -> None:
-    step = -(-len(classes) // _MOST_NAMES)
+    step = -(-len(classes) // _MAX_NAMES)
     named = range(0, len(classes), step)
     labels = [classes[i] if gate[i].isfinite().all() else f"{classes[i]} (no images)" for i in named]
     axes.set_yticks(named, labels, fontsize=SMALL_FONT_SIZE)
@@ -238,7 +238,7 @@ def _name_rows(axes: "Axes", classes: Sequence[str], gate: Tensor) -> None:
 
 
 def gates_to_draw(values: Mapping[str, Tensor], names: Sequence[str] | None) -> list[str]:
-    """The named gates or, without names and with more than 6 gates, the last of each stage."""
+    """Names of the gates to draw: ``names``, or else all gates or, if there are more than 6, the last of each stage."""
     if names is not None:
         unknown = [name for name in names if name not in values]
         if unknown:

@@ -1,4 +1,4 @@
-"""What gates answer to the statistics of the maps that they see: samples and figure."""
+"""The values of gates against the statistics of their input maps: samples, and a figure."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,18 +14,19 @@ from ecanet.nn import Gate
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Most points in a panel; of more, evenly spaced ones are drawn.
-_MOST_POINTS = 4000
+#: Largest number of points in a panel; if there are more, evenly spaced ones are drawn.
+_MAX_POINTS = 4000
 
 
 class Responses(NamedTuple):
-    """What a gate saw and answered, every tensor ``(N, C)`` in float64 on the CPU.
+    """Input statistics and values of a gate. Every tensor is ``(N, C)`` in float64 on the CPU.
 
     Attributes:
-        means: Of every channel's map.
-        deviations: Biased standard deviation of every channel's map, or None for a gate that does not see it.
-        scales: What the map was multiplied by; of a gate of every position, such as CBAM, the mean over positions.
-        shifts: What was added to it, or None.
+        means: Mean of every channel's map.
+        deviations: Biased standard deviation of every channel's map, or None for a gate that does not use it.
+        scales: What the map was multiplied by; for a gate with a value at every position, such as CBAM, the mean over
+            the positions.
+        shifts: What was added to the map, or None.
     """
 
     means: Tensor
@@ -35,13 +36,13 @@ class Responses(NamedTuple):
 
 
 def gate_responses(model: nn.Module, images: Tensor, device: torch.device | str | None = None) -> dict[str, Responses]:
-    """What every gate of a model sees of some images, and what it answers.
+    """Collect the input statistics and the values of every gate of a model for some images.
 
-    The model runs once, in eval mode, and keeps its own mode, weights and statistics. Samples of a gate that runs
-    several times in a forward pass follow one another.
+    The model runs once, in eval mode, and keeps its mode, weights and statistics. If a gate runs several times in a
+    forward pass, its samples are concatenated.
 
     Args:
-        model: Takes the images; it is not moved.
+        model: Model that takes the images; it stays on its device.
         images: ``(N, ...)``.
         device: Device to move the images to; by default that of the model's weights.
 
@@ -49,7 +50,7 @@ def gate_responses(model: nn.Module, images: Tensor, device: torch.device | str 
         The samples by the gate's qualified name.
 
     Raises:
-        ValueError: no gates, or a gate that does not run.
+        ValueError: there are no gates, or a gate does not run.
 
     Example:
         >>> from ecanet.models import small_eca_resnet
@@ -59,21 +60,21 @@ def gate_responses(model: nn.Module, images: Tensor, device: torch.device | str 
     """
     if not gates(model):
         raise ValueError(f"model must have at least one ecanet.nn.Gate, {type(model).__name__} has none")
-    seen: dict[str, list[tuple[Tensor | None, ...]]] = {}
+    calls: dict[str, list[tuple[Tensor | None, ...]]] = {}
 
-    def see(name: str, gate: Gate, x: Tensor) -> None:
+    def record(name: str, gate: Gate, x: Tensor) -> None:
         statistics = gate.statistics(x)
         scale, shift = gate.answer(x)
         deviations = None if statistics.variances is None else statistics.variances.sqrt()
-        seen.setdefault(name, []).append((statistics.means, deviations, scale, shift))
+        calls.setdefault(name, []).append((statistics.means, deviations, scale, shift))
 
     device = example_tensor(model).device if device is None else device
-    with evaluating(model), observing(model, see):
+    with evaluating(model), observing(model, record):
         model(images.to(device))
-    return {name: _together(calls) for name, calls in seen.items()}
+    return {name: _concatenate(of_gate) for name, of_gate in calls.items()}
 
 
-def _together(calls: Sequence[tuple[Tensor | None, ...]]) -> Responses:
+def _concatenate(calls: Sequence[tuple[Tensor | None, ...]]) -> Responses:
     parts = [[t.detach().cpu().double() for t in part if t is not None] for part in zip(*calls, strict=True)]
     means, deviations, scales, shifts = (torch.cat(part) if part else None for part in parts)
     assert means is not None
@@ -86,22 +87,22 @@ def plot_gate_responses(
     *,
     names: Sequence[str] | None = None,
 ) -> "Figure":
-    """Draw gates against the statistics that they see, a dot for every channel of every sample.
+    """Draw gates against the statistics of their input, a dot for every channel of every sample.
 
-    One row per gate: on the left against the channel's mean, on the right against its standard deviation, where the
-    gate sees that. A gate with a shift has a second colour for it.
+    Each gate has a row: on the left against the channel's mean, on the right against its standard deviation, if the
+    gate uses it. The shift of a gate, if it has one, is drawn in a second colour.
 
     Args:
         responses: As :func:`gate_responses` returns them.
         names: Gates to draw. By default all of them or, if there are more than 6, the last of each stage; a stage is a
-            run of gates with the same number of channels.
+            sequence of gates with the same number of channels.
 
     Returns:
         A figure to ``.savefig("responses.png")``.
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: no gates, or an unknown name.
+        ValueError: there are no gates, or a name is unknown.
 
     Example:
         >>> from ecanet.models import small_eca_resnet
@@ -109,26 +110,26 @@ def plot_gate_responses(
         >>> [axes.get_xlabel() for axes in plot_gate_responses(seen).axes[-2:]]
         ['mean of the channel', 'standard deviation of the channel']
     """
-    shown = gates_to_draw({name: seen.scales for name, seen in responses.items()}, names)
+    shown = gates_to_draw({name: samples.scales for name, samples in responses.items()}, names)
     columns = 2 if any(responses[name].deviations is not None for name in shown) else 1
     figure = new_figure(height=0.6 + 2.0 * len(shown))
     panels = figure.subplots(len(shown), columns, squeeze=False, sharey="row")
     labels = ("mean of the channel", "standard deviation of the channel")
     for row, name in zip(panels, shown, strict=True):
-        seen = responses[name]
-        for axes, statistic, label in zip(row, (seen.means, seen.deviations), labels, strict=False):
+        samples = responses[name]
+        for axes, statistic, label in zip(row, (samples.means, samples.deviations), labels, strict=False):
             if statistic is None:
                 axes.remove()
                 continue
             last = name == shown[-1]
             style_axes(axes, label if last else "", "gate value" if axes is row[0] else "")
-            for answers, colour, what in ((seen.scales, OTHERS[0], "scale"), (seen.shifts, OTHERS[1], "shift")):
-                if answers is not None:
-                    step = -(-answers.numel() // _MOST_POINTS)
-                    points = (t.flatten()[::step].numpy() for t in (statistic, answers))
+            for values, colour, what in ((samples.scales, OTHERS[0], "scale"), (samples.shifts, OTHERS[1], "shift")):
+                if values is not None:
+                    step = -(-values.numel() // _MAX_POINTS)
+                    points = (t.flatten()[::step].numpy() for t in (statistic, values))
                     axes.plot(*points, linestyle="", marker=".", markersize=2.5, alpha=0.6, color=colour, label=what)
-        samples, channels = seen.scales.shape
-        title = f"{name}: C = {channels}, {samples} {'map' if samples == 1 else 'maps'}"
+        maps, channels = samples.scales.shape
+        title = f"{name}: C = {channels}, {maps} {'map' if maps == 1 else 'maps'}"
         row[0].set_title(title, fontsize=SMALL_FONT_SIZE, loc="left")
     if any(responses[name].shifts is not None for name in shown):
         both = next(row[0] for row, name in zip(panels, shown, strict=True) if responses[name].shifts is not None)

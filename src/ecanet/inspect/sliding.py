@@ -22,11 +22,11 @@ _TITLES = {
     "zeros": "Zero padding: what is outside counts as 0",
     "circular": "Circular padding: the last channel is the first one's neighbour",
 }
-#: Inches: title of a padding, a position with the space below it, a cell's height, from the cells to the gate.
+#: Inches: height of a padding's title, of a position with the space below, of a cell, and from the cells to the gate.
 _TITLE, _POSITION, _CELL, _DOWN = 0.5, 1.2, 0.27, 0.3
-#: At most so many means are all shown; of a kernel up to this size all taps are, whatever there is to leave out.
+#: Up to ``_ALL_MEANS`` means are all drawn. Of a kernel up to size ``_ALL_TAPS`` all taps are always drawn.
 _ALL_MEANS, _ALL_TAPS = 24, 5
-#: Inches between a gate and its sum; width of a letter relative to its size, at most.
+#: Inches between a gate and its formula; largest width of a letter relative to the font size.
 _BESIDE, _LETTER = 0.12, 0.7
 #: Dots per inch of an animation.
 _ANIMATION_DPI = 100
@@ -39,11 +39,11 @@ def plot_sliding_kernel(
     positions: Sequence[int] | None = None,
     padding: Sequence[Padding] = ("zeros", "circular"),
 ) -> "Figure":
-    """Draw the kernel of ECA at some positions over the channel means, with the gate that it gives there.
+    """Draw the kernel of ECA at some positions over the channel means, with the gate that it computes there.
 
-    The same k weights w1 to wk slide over the means s1 to sC. Under the means is the gate of the channel in the middle.
-    At both ends the kernel hangs over: dashed cells are the padding. Of many channels only both ends and the
-    surroundings of the kernel are shown.
+    The same k weights w1 to wk slide over the means s1 to sC. Below the means is the gate of the channel in the middle
+    of the kernel. At both ends the kernel extends over the padding, which has dashed cells. If there are many channels,
+    only both ends and the neighbourhood of the kernel are shown.
 
     Args:
         channels: Number of channels C.
@@ -58,8 +58,8 @@ def plot_sliding_kernel(
     Raises:
         ImportError: matplotlib is missing.
         TypeError: ``channels`` or ``kernel_size`` is not an integer.
-        ValueError: what :class:`~ecanet.nn.ECA` does not take, such as circular padding and k > C; a position that is
-            no channel; a padding that is neither.
+        ValueError: :class:`~ecanet.nn.ECA` does not accept the arguments, such as circular padding with k > C; a
+            position is not a channel; or a padding is unknown.
 
     Source:
         Wang et al., ECA-Net, CVPR 2020, arXiv:1910.03151, Figure 2, Eq. (9).
@@ -92,7 +92,7 @@ def plot_sliding_kernel(
 
 
 def taps(position: int, channels: int, kernel_size: int, circular: bool) -> list[int | None]:
-    """The channels, from 1, that the k weights meet when the gate of a channel is computed; None is a zero.
+    """The channels, from 1, whose means the k weights multiply for the gate of a channel; None is zero padding.
 
     Example:
         >>> taps(1, 8, 3, circular=False), taps(1, 8, 3, circular=True)
@@ -103,14 +103,14 @@ def taps(position: int, channels: int, kernel_size: int, circular: bool) -> list
 
 
 def _mean(place: int, channels: int, circular: bool) -> int | None:
-    """The channel at a place, which is from 1 to C or beyond."""
+    """The channel at a place, which may lie outside 1 to C; None is zero padding."""
     if circular:
         return (place - 1) % channels + 1
     return place if 1 <= place <= channels else None
 
 
 def _shown(position: int, channels: int, kernel_size: int) -> list[int | None]:
-    """Places from 1 - k // 2 to C + k // 2 that are drawn; None stands for those that are left out."""
+    """The places between 1 - k // 2 and C + k // 2 that are drawn; None stands for a gap."""
     reach = kernel_size // 2
     every = range(1 - reach, channels + reach + 1)
     if len(every) <= _ALL_MEANS:
@@ -155,14 +155,13 @@ def _draw_position(axes: "Axes", y: float, position: int, channels: int, k: int,
                 linestyle="--" if padded else "-",
             )
         )
-        said = "0" if channel is None else f"s{channel}"
-        axes.text(x + width / 2, y + _CELL / 2, said, fontsize=small, ha="center", va="center")
+        mean = "0" if channel is None else f"s{channel}"
+        axes.text(x + width / 2, y + _CELL / 2, mean, fontsize=small, ha="center", va="center")
         if i in inside:
-            said = f"w{place - first + 1}"
             axes.text(
                 x + width / 2,
                 y - 0.1,
-                said,
+                f"w{place - first + 1}",
                 fontsize=small,
                 color=IDEAS["ECA"],
                 ha="center",
@@ -192,9 +191,9 @@ def _draw_position(axes: "Axes", y: float, position: int, channels: int, k: int,
     )
 
 
-def _formula(position: int, met: Sequence[int | None], room: float) -> str:
-    """The sum of a gate, without its middle if it has many terms or is longer than so many inches."""
-    terms = [f"w{j} {'0' if channel is None else f's{channel}'}" for j, channel in enumerate(met, start=1)]
+def _formula(position: int, channels: Sequence[int | None], room: float) -> str:
+    """The formula of a gate, with dots in the middle if it has many terms or needs more than ``room`` inches."""
+    terms = [f"w{j} {'0' if channel is None else f's{channel}'}" for j, channel in enumerate(channels, start=1)]
     whole = f"g{position} = sigmoid({' + '.join(terms)})"
     if len(terms) <= _ALL_TAPS and len(whole) * _LETTER * SMALL_FONT_SIZE / 72 <= room:
         return whole
@@ -202,17 +201,17 @@ def _formula(position: int, met: Sequence[int | None], room: float) -> str:
 
 
 def save_animation(figures: Iterable["Figure"], path: str | Path, *, seconds: float = 0.8) -> None:
-    """Write figures as one moving picture that starts over at its end: GIF or PNG (APNG), 100 dots per inch.
+    """Write figures as an animation that repeats: GIF or animated PNG, 100 dots per inch.
 
     Args:
-        figures: Of one size, in order; each is drawn and then no longer needed.
-        path: Ends in ``.gif``, ``.png`` or ``.apng``.
-        seconds: How long each figure is seen.
+        figures: Figures of the same size, in order; each can be freed after it is drawn.
+        path: A path that ends in ``.gif``, ``.png`` or ``.apng``.
+        seconds: How long each figure is shown.
 
     Raises:
-        TypeError: ``figures`` holds something else.
-        ValueError: no figures, figures of different sizes, another ending of ``path``, or ``seconds`` that are not
-            above 0 and below a minute.
+        TypeError: ``figures`` holds something else, or ``seconds`` is not a number.
+        ValueError: there are no figures, their sizes differ, ``path`` has another ending, or ``seconds`` is not above 0
+            and at most 60.
 
     Example:
         >>> frames = (plot_sliding_kernel(8, 3, positions=[i], padding=["zeros"]) for i in range(1, 9))
@@ -243,8 +242,8 @@ def save_animation(figures: Iterable["Figure"], path: str | Path, *, seconds: fl
         frames.append(frame)
     if not frames:
         raise ValueError("figures must hold at least one figure, got none: is it used up?")
-    whole = io.BytesIO()
+    animation = io.BytesIO()
     frames[0].save(
-        whole, kind, save_all=True, append_images=frames[1:], duration=round(1000 * seconds), loop=0, optimize=True
+        animation, kind, save_all=True, append_images=frames[1:], duration=round(1000 * seconds), loop=0, optimize=True
     )
-    write_whole(path, whole.getvalue())
+    write_whole(path, animation.getvalue())

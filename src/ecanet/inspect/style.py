@@ -1,4 +1,4 @@
-"""The look that the figures share: one table of colours, figures without pyplot, labels that do not overlap."""
+"""The style that the figures share: one table of colours, figures without pyplot, labels that do not overlap."""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-#: One colour for each idea, the same in every picture: Okabe and Ito's, safe for the colour-blind.
+#: One colour for each idea, the same in every figure: those of Okabe and Ito, which are safe for the colour-blind.
 IDEAS = {
     "none": "#4D4D4D",
     "ECA": "#0072B2",
@@ -19,17 +19,17 @@ IDEAS = {
     "neutral": "#009E73",
     "plain": "#56B4E9",
 }
-#: For what is none of these ideas, such as networks: some of Paul Tol's, none of them like a colour above.
+#: Colours for anything else, such as networks: some of Paul Tol's that differ from those above.
 OTHERS = ("#332288", "#882255", "#999933", "#AA4499", "#7A4A1E", "#117733")
 DARK, GREY, LIGHT = "#333333", "#9A9A9A", "#D9D9D9"
-#: From the lowest value over the middle to the highest: weights below, at and above 0, gates below, at and above half.
+#: Colours from the lowest value to the highest, with grey for the middle: weight 0, or gate one half.
 DIVERGING = ("#08306B", "#2171B5", "#7FB2DA", "#CFCFCF", "#F2A35E", "#D1570F", "#7A2A02")
 DASHES = ("-", "--", ":", "-.")
-#: Inches; at 200 dots per inch twice the width of a README's column, for sharp text.
+#: Width in inches, and dots per inch: twice the width of a README's column, so that text is sharp.
 WIDTH, DPI = 9.0, 200
 FONT_SIZE, SMALL_FONT_SIZE = 10, 9
 
-#: How the ideas are called; the first that is found counts.
+#: Patterns of names for each idea; the first one that matches counts.
 _WORDS = {
     "neutral": r"\bneutral\b|\bfunction kept\b",
     "fresh": r"\bfresh\b|\brandom (gate|start)s?\b",
@@ -42,9 +42,10 @@ _WORDS = {
 
 
 def looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Colour and dashes for each name: an idea has its own colour, anything else the next of the others.
+    """Colour and dashes for each name: an idea has its own colour, any other name gets the next of :data:`OTHERS`.
 
-    Names with one colour differ by their dashes. How a gate starts has one colour for one gate, which names begin with.
+    Names with the same colour differ in their dashes. The colours of a neutral and a fresh start are for the first gate
+    with such a start; a gate is recognised by the first word of a name.
 
     Example:
         >>> looks(["none", "ECA", "ECA, k = 9", "ECA, neutral start", "mine"])["ECA, k = 9"]
@@ -52,7 +53,7 @@ def looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
         >>> looks(["ECA, neutral start", "GCT, neutral start"])["GCT, neutral start"][0] == OTHERS[0]
         True
     """
-    found: dict[str, tuple[str, str]] = {}
+    styles: dict[str, tuple[str, str]] = {}
     starts: dict[str, str] = {}
     other = 0
     for name in names:
@@ -61,13 +62,13 @@ def looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
             colour, other = OTHERS[other % len(OTHERS)], other + 1
         else:
             colour = IDEAS[idea]
-        same = sum(taken == colour for taken, _ in found.values())
-        found[name] = colour, DASHES[same % len(DASHES)]
-    return found
+        same = sum(used == colour for used, _ in styles.values())
+        styles[name] = colour, DASHES[same % len(DASHES)]
+    return styles
 
 
 def idea_of(name: str) -> str | None:
-    """The idea that a name speaks of, or None.
+    """The idea that a name mentions, or None.
 
     Example:
         >>> [idea_of(name) for name in ("no gate", "ecanet", "timm's EcaModule", "SE", "SE-Var2")]
@@ -95,12 +96,12 @@ def _luminance(colour: str) -> float:
 
 
 def on_dark(colour: str, paper: str, least: float = 4.5) -> str:
-    """A colour on dark paper: with as much white in it as makes it stand out.
+    """A colour for a dark background: mixed with as much white as the contrast needs.
 
     Args:
         colour: #RRGGBB, as in :data:`IDEAS`.
         paper: Colour of the background.
-        least: Contrast with it.
+        least: Smallest contrast with the background.
 
     Example:
         >>> on_dark(IDEAS["SE"], "#14171A") == IDEAS["SE"], on_dark(IDEAS["none"], "#14171A")
@@ -118,14 +119,14 @@ def _with_white(colour: str, white: float) -> str:
 
 
 def diverging() -> "Colormap":
-    """The colours of weights and gates, with white for what is not there."""
+    """The colour map of weights and gates, with white for missing values."""
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("blue-grey-orange", DIVERGING).with_extremes(bad="white")
 
 
 def new_figure(height: float, width: float = WIDTH, layout: Literal["constrained"] | None = "constrained") -> "Figure":
-    """A figure of this size in inches, made without pyplot: it needs no display, and nothing else keeps it alive.
+    """A figure of this size in inches, made without pyplot: it needs no display, and pyplot does not keep it in memory.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -138,7 +139,7 @@ def new_figure(height: float, width: float = WIDTH, layout: Literal["constrained
 
 
 def style_axes(axes: "Axes", xlabel: str = "", ylabel: str = "", grid: Literal["x", "y", ""] = "y") -> None:
-    """Open frame, light grid behind the data, small ticks, labels."""
+    """Give axes an open frame, a light grid behind the data, small ticks, and labels."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(DARK)
     axes.tick_params(colors=DARK, labelsize=SMALL_FONT_SIZE)
@@ -150,7 +151,7 @@ def style_axes(axes: "Axes", xlabel: str = "", ylabel: str = "", grid: Literal["
 
 
 def bare_axes(figure: "Figure", width: float, height: float) -> "Axes":
-    """Axes without a frame over the whole figure, one unit to the inch, for drawings of boxes and arrows."""
+    """Axes without a frame over the whole figure, with one unit per inch, for drawings of boxes and arrows."""
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     axes.set_xlim(0, width)
@@ -162,7 +163,7 @@ def spread(positions: Sequence[float], gap: float, low: float, high: float) -> l
     """Move positions as little as possible (least squares) until all are ``gap`` apart, keeping their order.
 
     Args:
-        positions: In any order.
+        positions: Positions in any order.
         gap: Smallest distance; it is reduced if ``high - low`` is too small for it.
         low: Lower bound.
         high: Upper bound.

@@ -1,4 +1,4 @@
-"""What networks cost on this machine, beside the numbers of the paper's Table 3. ``ecanet profile`` prints it.
+"""What networks cost on this machine, next to the numbers of the paper's Table 3. ``ecanet profile`` prints it.
 
 Each name is imported where it is first used.
 """

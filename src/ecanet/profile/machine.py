@@ -1,4 +1,4 @@
-"""On what something was measured."""
+"""The machine on which something was measured."""
 
 import importlib.metadata
 import os
@@ -13,9 +13,9 @@ from ecanet.ops import cpu
 
 
 def describe(device: torch.device, threads: int) -> dict[str, Any]:
-    """Processor, device, versions and settings; folders of the machine are left out."""
+    """Processor, device, versions and settings, without any paths."""
     packages = ("ecanet", "torchvision", "timm", "ultralytics-opencv-headless", "ultralytics")
-    found = {package: version for package in packages if (version := _version(package)) is not None}
+    installed = {package: version for package in packages if (version := _version(package)) is not None}
     return {
         **processor(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
@@ -24,7 +24,7 @@ def describe(device: torch.device, threads: int) -> dict[str, Any]:
         "load_average_at_start": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "kernels": cpu.why_not() or "loaded",
         "environment": {name: value for name, value in sorted(os.environ.items()) if re.match(r"(OMP|MALLOC)_", name)},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, **found},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, **installed},
     }
 
 
@@ -41,13 +41,13 @@ def processor() -> dict[str, Any]:
 
 
 def cpu_features() -> set[str]:
-    """Names of the CPU's instruction sets; only Linux tells them."""
+    """Names of the CPU's instruction sets; empty if the system is not Linux."""
     fields = _cpu_fields()
     return set((fields.get("flags") or fields.get("Features") or "").split())
 
 
 def read(path: Path) -> str:
-    """A file of the system, or nothing where there is none."""
+    """The text of a system file, or an empty text if it cannot be read."""
     try:
         return path.read_text().strip()
     except OSError:

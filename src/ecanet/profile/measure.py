@@ -1,4 +1,4 @@
-"""What is measured, networks in turn: time, memory, and the share of the time that gates take."""
+"""What is measured while networks take turns: time, memory, and the share of the time that gates take."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ecanet.profile.counts import FAULTS, first_words
+from ecanet.profile.counts import INPUT_ERRORS, first_words
 from ecanet.profile.memory import bytes_kept, peak_bytes
 from ecanet.profile.subjects import Subject, attention_in
 from ecanet.profile.turns import Competitor, Ratio, ratio_of_medians, take_turns
@@ -22,10 +22,10 @@ class Settings:
     """How networks are measured.
 
     Attributes:
-        batch_size: Pictures in a step of training, and in a call at inference; latency is of one.
+        batch_size: Pictures in a training step, and in a call at inference; latency is that of one picture.
         rounds: Turns of each network.
-        threads: Of torch.
-        device: Where they run.
+        threads: Number of torch's threads.
+        device: Where the networks run.
     """
 
     batch_size: int
@@ -36,19 +36,19 @@ class Settings:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a network takes on this machine: medians with bootstrap intervals of 95 % over the rounds.
+    """Time and memory of a network on this machine: medians with 95 % bootstrap intervals over the rounds.
 
     Attributes:
-        seconds: Of one call, for every round: of ``training``, ``inference`` and ``latency``.
-        training: Pictures a second in training.
-        inference: Pictures a second at inference.
-        latency: Seconds that one picture takes.
-        share_of_training: Share of a step that removing the gates saves; None without gates. Within noise it
-            may be below 0.
+        seconds: Seconds of one call in every round, for each of ``training``, ``inference`` and ``latency``.
+        training: Pictures per second in training.
+        inference: Pictures per second at inference.
+        latency: Seconds for one picture.
+        share_of_training: Share of a training step that removing the gates saves; None without gates. Because of noise
+            it may be below 0.
         share_of_inference: The same at inference.
-        saved_bytes: What the forward pass of a step keeps for the backward, without parameters and buffers.
-        peak_of_training: Most bytes that a step holds beside parameters, buffers and the optimizer's state.
-        peak_of_inference: Most bytes that a call holds beside parameters and buffers.
+        saved_bytes: Bytes that the forward pass of a step keeps for the backward pass, without parameters and buffers.
+        peak_of_training: Most bytes that a step holds at a time, without parameters, buffers and the optimizer's state.
+        peak_of_inference: Most bytes that a call holds at a time, without parameters and buffers.
     """
 
     seconds: Mapping[str, tuple[float, ...]]
@@ -65,12 +65,12 @@ class Measured:
 def measure(
     subjects: Sequence[Subject], image_sizes: Sequence[int], settings: Settings, on_progress: Progress
 ) -> list[Measured]:
-    """Measure networks in turn, A B A B ..., each beside the same network without its gates.
+    """Measure networks in turn, A B A B ..., together with the same networks without their gates.
 
     Args:
         subjects: The networks.
-        image_sizes: Height and width of the pictures of each.
-        settings: How.
+        image_sizes: Height and width of each network's pictures.
+        settings: How to measure.
         on_progress: Called with a line of text.
 
     Raises:
@@ -83,11 +83,11 @@ def measure(
     memory = {}
     for name, network in networks.items():
         on_progress(f"{name}: memory")
-        memory[name] = _weigh(name, network.to(settings.device), *batches[name])
+        memory[name] = _measure_memory(name, network.to(settings.device), *batches[name])
     seconds: dict[str, dict[str, tuple[float, ...]]] = {name: {} for name in networks}
     for phase in (_TRAINING, _INFERENCE, _LATENCY):
         competitors = {name: _competitor(phase, networks[name], *batches[name]) for name in networks}
-        for name, measured in _in_turns(phase, competitors, settings, on_progress).items():
+        for name, measured in _take_turns(phase, competitors, settings, on_progress).items():
             seconds[name][phase] = measured
     rows = []
     for subject in subjects:
@@ -112,7 +112,7 @@ def measure(
 
 @contextmanager
 def threads_of_torch(number: int) -> Iterator[None]:
-    """Let torch use so many threads inside the context."""
+    """Let torch use this number of threads inside the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -124,13 +124,13 @@ def threads_of_torch(number: int) -> Iterator[None]:
 def step_seconds(
     networks: Mapping[str, nn.Module], images: Tensor, labels: Tensor, rounds: int, rate: float
 ) -> dict[str, tuple[float, ...]]:
-    """Seconds of a training step of each network in every round, networks in turn.
+    """Seconds of a training step of each network in every round; the networks take turns.
 
     Args:
-        networks: They are trained a little: pass copies.
+        networks: The networks by name. A few training steps change their weights: pass copies.
         images: ``(N, 3, H, W)``.
         labels: ``(N,)``.
-        rounds: Turns of each, after a step for warm-up.
+        rounds: Timed steps of each network, after a warm-up step.
         rate: Learning rate.
     """
     competitors = {name: training(network, images, labels, rate) for name, network in networks.items()}
@@ -140,7 +140,7 @@ def step_seconds(
 
 
 def _add_twins(subjects: Sequence[Subject], networks: dict[str, nn.Module], sizes: dict[str, int]) -> dict[str, str]:
-    """Add the networks without gates that are not there, and return which is whose."""
+    """Add the networks without gates that are missing; return the name of each network's twin without gates."""
     with_gates = [subject for subject in subjects if attention_in(networks[subject.name])]
     twins: dict[str, str] = {}
     for subject in with_gates:
@@ -159,8 +159,8 @@ def _batch(settings: Settings, size: int) -> tuple[Tensor, Tensor]:
     return images.to(settings.device), labels.to(settings.device)
 
 
-def _weigh(name: str, network: nn.Module, images: Tensor, labels: Tensor) -> tuple[int, int, int]:
-    """Bytes saved for the backward, and the peaks of a training step and of a call at inference."""
+def _measure_memory(name: str, network: nn.Module, images: Tensor, labels: Tensor) -> tuple[int, int, int]:
+    """Bytes saved for the backward pass, and the peaks of a training step and of a call at inference."""
     try:
         settle(network.train(), images)
         saved = bytes_kept(network, lambda: loss_of(network(images), labels))
@@ -169,7 +169,7 @@ def _weigh(name: str, network: nn.Module, images: Tensor, labels: Tensor) -> tup
             with competitor.context():
                 competitor.run()
                 peaks.append(peak_bytes(competitor.run, images.device))
-    except FAULTS as error:
+    except INPUT_ERRORS as error:
         shape = tuple(images.shape)
         raise ValueError(f"{name} does not train on pictures of shape {shape}: {first_words(error)}") from error
     return saved, peaks[0], peaks[1]
@@ -181,7 +181,7 @@ def _competitor(phase: str, network: nn.Module, images: Tensor, labels: Tensor) 
     return inference(network, images if phase == _INFERENCE else images[:1])
 
 
-def _in_turns(
+def _take_turns(
     phase: str, competitors: Mapping[str, Competitor], settings: Settings, on_progress: Progress
 ) -> dict[str, tuple[float, ...]]:
     _warm_up(competitors)
@@ -201,5 +201,6 @@ def _warm_up(competitors: Mapping[str, Competitor]) -> None:
 
 
 def _share(own: Sequence[float], twin: Sequence[float]) -> Ratio:
-    left = ratio_of_medians(twin, own)
-    return Ratio(1 - left.value, 1 - left.high, 1 - left.low)
+    """The share of the time that the gates take, from the seconds with and without them."""
+    rest = ratio_of_medians(twin, own)
+    return Ratio(1 - rest.value, 1 - rest.high, 1 - rest.low)

@@ -1,4 +1,4 @@
-"""How much memory a network takes: what a forward pass keeps for its backward, and the most that a call holds."""
+"""How much memory a network takes: what a forward pass keeps for the backward pass, and the most that a call holds."""
 
 import os
 import sys
@@ -13,30 +13,32 @@ from torch.autograd.profiler import profile
 
 
 def bytes_kept(module: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes that a forward pass keeps for the backward, without the module's tensors; every storage once."""
-    held = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
-    found: dict[int, int] = {}
+    """Bytes that a forward pass keeps for the backward pass, without the module's tensors; each storage counts once."""
+    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    sizes: dict[int, int] = {}
 
-    def see(t: Tensor) -> Tensor:
+    def record(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        if storage.data_ptr() not in held:
-            found[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
         return t
 
-    with saved_tensors_hooks(see, lambda t: t):
-        out = forward()  # its graph keeps every storage, so no address comes twice
+    with saved_tensors_hooks(record, lambda t: t):
+        out = forward()  # its graph keeps every storage, so no address is reused
         assert out.requires_grad
-    return sum(found.values())
+    return sum(sizes.values())
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Most bytes that a call holds at a time, beside what was there before it.
+    """Most bytes that a call holds at a time, without what was allocated before it.
 
-    On a GPU it is what torch's allocator hands out. On a CPU torch's profiler records every allocation and release of
-    its allocator; the peak is the largest sum of them. Memory that a library takes elsewhere is not seen.
+    On a GPU this is what torch's allocator hands out. On a CPU torch's profiler records every allocation and release of
+    torch's allocator, and the peak is their largest running sum. Memory that a library allocates in another way is not
+    counted.
 
     Args:
-        run: The call. Run it once before: what only a first call allocates, such as the state of an optimizer, counts.
+        run: The call. Run it once before, or what only the first call allocates, such as the state of an optimizer, is
+            counted as well.
         device: Where it allocates.
     """
     if device.type == "cuda":
@@ -46,7 +48,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with _without_what_libraries_print(), profile(profile_memory=True) as profiler:
+    with _stderr_dropped(), profile(profile_memory=True) as profiler:
         run()
     records = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
@@ -57,8 +59,8 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 @contextmanager
-def _without_what_libraries_print() -> Iterator[None]:
-    """Drop what is written to standard error: torch's profiler tells there when it starts and stops."""
+def _stderr_dropped() -> Iterator[None]:
+    """Drop what is written to standard error: torch's profiler writes there when it starts and stops."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:

@@ -8,16 +8,16 @@ class PaperRow:
     """A row of the table: ImageNet, pictures of 224 x 224.
 
     Attributes:
-        name: What it is called there.
-        parameters: In units of 2^20, as printed; of competitors as their own papers print it, in millions.
-        flops: Multiply-adds and more (:class:`ecanet.profile.Counts`), in units of 2^30; for MobileNetV2 of 2^20.
-        train: Images a second in training, on four RTX 2080 Ti; None if not given.
-        inference: Images a second at inference.
+        name: Name of the network in the table.
+        parameters: As printed, in units of 2^20; for competitors as in their own papers, in millions.
+        flops: Multiply-adds and more (see :class:`ecanet.profile.Counts`), in units of 2^30; for MobileNetV2 of 2^20.
+        train: Images per second in training, on four RTX 2080 Ti; None if not given.
+        inference: Images per second at inference; None if not given.
         top1: Top-1 accuracy in per cent.
         top5: Top-5 accuracy in per cent.
-        network: The name in :data:`ecanet.models.MODELS` of the backbone.
-        gate: The gate's name, None for none.
-        measured: Whether the row can be built here. Otherwise it is shown by the paper's figures alone.
+        network: Name of the backbone in :data:`ecanet.models.MODELS`.
+        gate: Name of the gate, or None.
+        measured: Whether the network can be built here. Otherwise the row has only the paper's figures.
     """
 
     name: str

@@ -21,13 +21,13 @@ _ABSENT = "-"
 
 @dataclass(frozen=True)
 class Row:
-    """A network.
+    """The results of one network.
 
     Attributes:
-        name: What it is called.
-        image_size: Height and width of its pictures, in pixels; None where nothing was built.
-        counts: Parameters and multiply-adds; None of a competitor that is shown by the paper's figures alone.
-        measured: Time and memory; None without ``time``.
+        name: Name of the network.
+        image_size: Height and width of its pictures, in pixels; None if nothing was built.
+        counts: Parameters and multiply-adds; None for a competitor that has only the paper's figures.
+        measured: Time and memory; None with ``time=False``.
         paper: Its row in the paper's Table 3, or None.
     """
 
@@ -40,12 +40,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Profile:
-    """What was asked, on what, and what came out.
+    """The results of all networks, with the settings and the machine.
 
     Attributes:
         rows: One for each network, in the order given.
-        settings: Batch size, rounds, threads, device and type of the numbers; None without ``time``.
-        machine: Processor, versions and settings of the environment.
+        settings: Batch size, rounds, threads, device and dtype; None with ``time=False``.
+        machine: Processor, versions and environment variables.
     """
 
     rows: tuple[Row, ...]
@@ -70,12 +70,12 @@ class Profile:
 
 
 def _json(profile: Profile) -> str:
-    """Everything, every round's seconds included."""
+    """Everything, including the seconds of every round."""
     return json.dumps(dataclasses.asdict(profile), indent=2) + "\n"
 
 
 def _csv(profile: Profile) -> str:
-    """A row for each network; numbers as they are, empty where there is none."""
+    """A row for each network; numbers are not rounded, and cells without a number are empty."""
     text = io.StringIO(newline="")
     rows = [dict(_cells(row)) for row in profile.rows]
     writer = csv.DictWriter(text, list(rows[0]))
@@ -119,15 +119,15 @@ def _counts(rows: Sequence[Row], with_paper: bool) -> Iterator[list[str]]:
             ]
         if with_paper:
             by_rule = _ABSENT if counts is None else _as_printed(counts.paper_flops, paper.flops if paper else "G")
-            said = [_ABSENT] * 4
+            printed = [_ABSENT] * 4
             if paper is not None:
-                said = [paper.parameters, paper.flops, f"{paper.top1:.2f}", f"{paper.top5:.2f}"]
-            cells += [said[0], by_rule, *said[1:]]
+                printed = [paper.parameters, paper.flops, f"{paper.top1:.2f}", f"{paper.top5:.2f}"]
+            cells += [printed[0], by_rule, *printed[1:]]
         yield cells
 
 
 def _as_printed(flops: int, like: str) -> str:
-    """In the paper's units: of 2^30 with two digits, or of 2^20 with one."""
+    """FLOPs in the paper's units: 2^30 with two decimals, or 2^20 with one."""
     return f"{flops / 2**20:.1f}M" if like.endswith("M") else f"{flops / 2**30:.2f}G"
 
 
@@ -135,26 +135,26 @@ def _times(rows: Sequence[Row], with_paper: bool) -> Iterator[list[str]]:
     head = ["network", "training, pictures/s", "inference, pictures/s", "latency of one, ms", "gates in training"]
     yield [*head, "gates at inference", *["paper: training", "paper: inference"] * with_paper]
     for row in rows:
-        found, paper = row.measured, row.paper
+        measured, paper = row.measured, row.paper
         cells = [row.name, *[_ABSENT] * 5]
-        if found is not None:
-            latency = Ratio(*(1e3 * value for value in dataclasses.astuple(found.latency)))
+        if measured is not None:
+            latency = Ratio(*(1e3 * value for value in dataclasses.astuple(measured.latency)))
             cells = [
                 row.name,
-                *(_with_interval(ratio) for ratio in (found.training, found.inference, latency)),
-                *(_percent(share) for share in (found.share_of_training, found.share_of_inference)),
+                *(_with_interval(ratio) for ratio in (measured.training, measured.inference, latency)),
+                *(_percent(share) for share in (measured.share_of_training, measured.share_of_inference)),
             ]
         if with_paper:
-            said = (None, None) if paper is None else (paper.train, paper.inference)
-            cells += [_ABSENT if value is None else str(value) for value in said]
+            printed = (None, None) if paper is None else (paper.train, paper.inference)
+            cells += [_ABSENT if value is None else str(value) for value in printed]
         yield cells
 
 
 def _memory(rows: Sequence[Row]) -> Iterator[list[str]]:
     yield ["network", "saved for the backward, MB", "peak of a step, MB", "peak at inference, MB"]
     for row in rows:
-        if (found := row.measured) is not None:
-            numbers = (found.saved_bytes, found.peak_of_training, found.peak_of_inference)
+        if (measured := row.measured) is not None:
+            numbers = (measured.saved_bytes, measured.peak_of_training, measured.peak_of_inference)
             yield [row.name, *(f"{number / 1e6:.1f}" for number in numbers)]
 
 
@@ -174,16 +174,16 @@ def _table(lines: Iterator[list[str]]) -> str:
 
 
 def _cells(row: Row) -> Iterator[tuple[str, Any]]:
-    counts, found, paper = row.counts, row.measured, row.paper
+    counts, measured, paper = row.counts, row.measured, row.paper
     yield "network", row.name
     yield "image_size", row.image_size
     for name in ("parameters", "gate_parameters", "multiply_adds", "paper_flops"):
         yield name, counts and getattr(counts, name)
     for name in ("training", "inference", "latency", "share_of_training", "share_of_inference"):
-        ratio = found and getattr(found, name)
+        ratio = measured and getattr(measured, name)
         for end in ("value", "low", "high"):
             yield name if end == "value" else f"{name}_{end}", ratio and getattr(ratio, end)
     for name in ("saved_bytes", "peak_of_training", "peak_of_inference"):
-        yield name, found and getattr(found, name)
+        yield name, measured and getattr(measured, name)
     for name in ("parameters", "flops", "train", "inference", "top1", "top5"):
         yield f"paper_says_{name}", paper and getattr(paper, name)

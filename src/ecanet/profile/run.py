@@ -1,4 +1,4 @@
-"""Profile networks by name: count, measure, and set the paper's numbers beside."""
+"""Profile networks by name: count, measure, and compare with the paper's numbers."""
 
 import os
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from ecanet.profile.paper import TABLE3
 from ecanet.profile.result import Profile, Row
 from ecanet.profile.subjects import Subject, subjects, subjects_of_table3
 
-#: Pictures in a batch, where none is said.
+#: Default number of pictures in a batch.
 _BATCH_ON_CPU, _BATCH_ON_GPU = 8, 64
 
 
@@ -28,26 +28,26 @@ def profile_models(
     device: str = "cpu",
     on_progress: Progress = lambda _: None,
 ) -> Profile:
-    """What networks cost on this machine, measured in turn: A B A B ...
+    """Measure what networks cost on this machine; they take turns, A B A B ...
 
     Args:
         models: Names in :data:`ecanet.models.MODELS`, ``torchvision/NAME``, ``timm/NAME``, model files of Ultralytics
             (``yolo11n.yaml``), files of ``ecanet insert --save``, checkpoints, folders of runs.
-        gates: Names in :data:`ecanet.nn.GATES`, ``timm:NAME``, and ``none``: every network with every gate.
-            Without any, each network is as its name says.
+        gates: Names in :data:`ecanet.nn.GATES`, ``timm:NAME``, and ``none``: every network is profiled with every gate.
+            If empty, each network keeps the gates that its name implies.
         time: Measure time and memory; otherwise count only.
-        batch_size: Pictures in a batch: 8, or 64 on a GPU.
+        batch_size: Pictures in a batch, by default 8, or 64 on a GPU.
         image_size: Height and width in pixels, by default each network's own.
-        threads: Of torch, by default what it has; at most the cores of the machine.
+        threads: Number of torch's threads, by default its current number; at most the cores of the machine.
         rounds: Turns of each network.
         device: ``cpu``, or ``cuda`` with or without a number.
         on_progress: Called with a line of text.
 
     Raises:
-        ImportError: a network of a library that is not installed.
-        FileNotFoundError: no such file.
-        ValueError: an unknown name, a number below 1, more threads than cores, a device that is not there, or a network
-            that does not run.
+        ImportError: a network is from a library that is not installed.
+        FileNotFoundError: there is no such file.
+        ValueError: a name is unknown, a number is below 1, there are more threads than cores, there is no such device,
+            or a network does not run.
 
     Example:
         >>> row = profile_models(["eca_resnet18"], ["se"], time=False).rows[0]
@@ -55,7 +55,7 @@ def profile_models(
         ('eca_resnet18 + se', 11776552, 87040)
     """
     settings = _checked(batch_size, image_size, threads, rounds, device)
-    on_progress("networks are looked up")
+    on_progress("looking up networks")
     return _profile([subjects(models, gates)], settings, image_size, time, on_progress)
 
 
@@ -69,48 +69,48 @@ def table3(
     device: str = "cpu",
     on_progress: Progress = lambda _: None,
 ) -> Profile:
-    """The paper's Table 3 on this machine; the networks of one backbone take turns, then those of the next.
+    """Measure the networks of the paper's Table 3 on this machine; the networks of each backbone take turns.
 
-    Three competitors are shown by the paper's figures alone: A2-Nets, GSoP-Net1 and AA-Net. GCNet needs timm.
+    Three competitors have only the paper's figures: A2-Nets, GSoP-Net1 and AA-Net. GCNet needs timm.
 
     Args:
-        time: As in :func:`profile_models`, and so are the others.
-        batch_size: Pictures in a batch.
+        time: Measure time and memory; otherwise count only.
+        batch_size: As in :func:`profile_models`.
         image_size: Height and width in pixels, by default 224.
-        threads: Of torch.
+        threads: As in :func:`profile_models`.
         rounds: Turns of each network.
-        device: Where they run.
+        device: As in :func:`profile_models`.
         on_progress: Called with a line of text.
 
     Raises:
         ImportError: timm is not installed.
-        ValueError: as :func:`profile_models`.
+        ValueError: as in :func:`profile_models`.
     """
     settings = _checked(batch_size, image_size, threads, rounds, device)
-    found = _profile(subjects_of_table3(), settings, image_size, time, on_progress)
-    built = {row.name: row for row in found.rows}
+    profile = _profile(subjects_of_table3(), settings, image_size, time, on_progress)
+    built = {row.name: row for row in profile.rows}
     rows = tuple(built.get(row.name) or Row(row.name, None, None, None, row) for row in TABLE3)
-    return Profile(rows, found.settings, found.machine)
+    return Profile(rows, profile.settings, profile.machine)
 
 
 def _profile(
     groups: Sequence[Sequence[Subject]], settings: Settings, image_size: int | None, time: bool, on_progress: Progress
 ) -> Profile:
     rows = []
-    everything = sum(len(group) for group in groups)
+    total = sum(len(group) for group in groups)
     with threads_of_torch(settings.threads), torch.random.fork_rng():
         torch.manual_seed(0)
         machine = describe(settings.device, settings.threads)
         counts: dict[str, Counts] = {}
         for group in groups:
             for subject in group:
-                on_progress(f"{subject.name}: counts, network {len(counts) + 1} of {everything}")
+                on_progress(f"{subject.name}: counts, network {len(counts) + 1} of {total}")
                 counts[subject.name] = count(subject, image_size or subject.image_size)
         for group in groups:
             sizes = [image_size or subject.image_size for subject in group]
-            measured = measure(group, sizes, settings, on_progress) if time else [None] * len(group)
-            for subject, size, found in zip(group, sizes, measured, strict=True):
-                rows.append(Row(subject.name, size, counts[subject.name], found, subject.paper))
+            results = measure(group, sizes, settings, on_progress) if time else [None] * len(group)
+            for subject, size, measured in zip(group, sizes, results, strict=True):
+                rows.append(Row(subject.name, size, counts[subject.name], measured, subject.paper))
     about = {
         "batch_size": settings.batch_size,
         "rounds": settings.rounds,
@@ -136,6 +136,6 @@ def _checked(batch_size: int | None, image_size: int | None, threads: int | None
     if place.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, such as cuda:0, got {device!r}")
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device must be there, got {device!r}: torch sees {torch.cuda.device_count()} GPUs")
+        raise ValueError(f"device must be one of the {torch.cuda.device_count()} GPUs that torch sees, got {device!r}")
     default = _BATCH_ON_GPU if place.type == "cuda" else _BATCH_ON_CPU
     return Settings(batch_size or default, rounds, threads or torch.get_num_threads(), place)

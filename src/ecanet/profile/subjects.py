@@ -1,4 +1,4 @@
-"""From a name or a file to a network that can be profiled, and to the same network without its gates."""
+"""Networks to profile, from names and files, each also without its gates."""
 
 import copy
 import os
@@ -23,10 +23,10 @@ from ecanet.surgery.remove import remove_gates_
 
 #: The word for a network without gates.
 NO_GATE = "none"
-#: Size of the pictures of the small ResNet, which is made for them.
+#: Picture size of the small ResNet, in pixels.
 _SMALL = 28
 _KINDS = (
-    f"a network of ours ({', '.join(MODELS)}), torchvision/NAME, timm/NAME, a model file of Ultralytics (.yaml), "
+    f"a network of ecanet ({', '.join(MODELS)}), torchvision/NAME, timm/NAME, a model file of Ultralytics (.yaml), "
     "a file of ecanet insert --save (.pt), a checkpoint (.ckpt, .pth, .pth.tar) or a run's folder"
 )
 
@@ -36,13 +36,13 @@ class Subject:
     """A network to profile.
 
     Attributes:
-        name: Of its row.
-        build: Makes it, on the CPU or under ``torch.device("meta")``.
-        plain: Makes it without its gates.
-        base: Subjects of one base have the same network without gates.
+        name: Name of its row.
+        build: Builds it, on the CPU or under ``torch.device("meta")``.
+        plain: Builds it without its gates.
+        base: Subjects with the same base are the same network without gates.
         image_size: Height and width of its pictures, in pixels.
-        paper: Its row in the paper's Table 3.
-        values_matter: Its weights are read from a file, so it cannot be built without values.
+        paper: Its row in the paper's Table 3, or None.
+        values_matter: Whether its weights come from a file, so that it cannot be built on the meta device.
     """
 
     name: str
@@ -55,17 +55,17 @@ class Subject:
 
 
 def subjects(models: Sequence[str | os.PathLike[str]], gates: Sequence[str] = ()) -> list[Subject]:
-    """Every network with every gate; nothing is built.
+    """The subjects for every network with every gate; networks of libraries are built once, to check them.
 
     Args:
         models: Names and files.
-        gates: Names in :data:`ecanet.nn.GATES`, ``timm:NAME``, and ``none``. Without any, each network is as its
-            name says.
+        gates: Names in :data:`ecanet.nn.GATES`, ``timm:NAME``, and ``none``. If empty, each network keeps the gates
+            that its name implies.
 
     Raises:
-        ImportError: a network of timm or Ultralytics without that library.
-        FileNotFoundError: no such file.
-        ValueError: no models, an unknown name, a gate for a file, or the same network twice.
+        ImportError: a network needs timm or Ultralytics, which is not installed.
+        FileNotFoundError: there is no such file.
+        ValueError: there are no models, a name is unknown, a gate is given for a file, or a network appears twice.
     """
     if not models:
         raise ValueError(f"models must name at least one network, got none: {_KINDS}")
@@ -73,11 +73,11 @@ def subjects(models: Sequence[str | os.PathLike[str]], gates: Sequence[str] = ()
         if gate != NO_GATE:
             check_gate_name(gate, f", {NO_GATE!r}")
     chosen: Sequence[str | None] = gates or [None]
-    found = [_subject(os.fspath(model), gate) for model in models for gate in chosen]
-    names = [subject.name for subject in found]
-    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
-        raise ValueError(f"models and gates must differ, got {twice} twice")
-    return found
+    all_subjects = [_subject(os.fspath(model), gate) for model in models for gate in chosen]
+    names = [subject.name for subject in all_subjects]
+    if repeated := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        raise ValueError(f"models and gates must differ, got {repeated} twice")
+    return all_subjects
 
 
 def subjects_of_table3() -> list[list[Subject]]:
@@ -94,7 +94,7 @@ def subjects_of_table3() -> list[list[Subject]]:
 
 
 def without_gates(network: nn.Module) -> nn.Module:
-    """The same network without channel attention, this library's or another's; the one given stays as it is."""
+    """A copy of a network without channel attention, be it this library's or another's."""
     if isinstance(network, HubModel):
         absent: dict[str, Any] = {"kernel_size": "adaptive", "neutral": False, "factor": None, "fold": False}
         return type(network)(**{**network.config, **absent, "gate": None})
@@ -108,22 +108,22 @@ def without_gates(network: nn.Module) -> nn.Module:
 
 
 def attention_in(network: nn.Module) -> list[nn.Module]:
-    """Its channel attention, each once; not what is inside of another."""
-    found: list[nn.Module] = []
+    """The channel attention modules of a network, each once, without those inside another."""
+    attention: list[nn.Module] = []
 
-    def look(module: nn.Module) -> None:
+    def search(module: nn.Module) -> None:
         for child in module.children():
             if not is_attention(child):
-                look(child)
-            elif child not in found:
-                found.append(child)
+                search(child)
+            elif child not in attention:
+                attention.append(child)
 
-    look(nn.ModuleList([network]))
-    return found
+    search(nn.ModuleList([network]))
+    return attention
 
 
 def _identity_like(module: nn.Module) -> nn.Module:
-    """An identity with the attributes that Ultralytics keeps at each layer of a model file."""
+    """An identity with the attributes that Ultralytics sets on each layer of a model file."""
     identity = nn.Identity()
     for name in ("i", "f", "type", "np"):
         if name in vars(module):
@@ -139,7 +139,7 @@ def _table3_builder(row: PaperRow) -> Callable[[], nn.Module]:
 
 
 def _with_global_context(network: str) -> nn.Module:
-    """GCNet's block by timm, as the paper of GCNet has it: what it finds is added, ratio 1/16.
+    """A network with timm's GlobalContext as in the paper of GCNet: the context is added to the map, ratio 1/16.
 
     Raises:
         ImportError: timm is not installed.
@@ -161,7 +161,7 @@ def _subject(model: str, gate: str | None) -> Subject:
     if is_yolo(model):
         return _yolo(model, gate, name)
     if not os.path.lexists(model):
-        raise ValueError(f"models must be {_KINDS}; got {model!r}, which is no such name, and there is no such file")
+        raise ValueError(f"models must be {_KINDS}; got {model!r}, which is neither such a name nor an existing file")
     if gate is not None:
         raise ValueError(f"gate={gate!r} cannot go into {model}: a saved network has the gates it was saved with")
     return _saved(model)
@@ -169,26 +169,26 @@ def _subject(model: str, gate: str | None) -> Subject:
 
 def _own(model: str, gate: str | None, name: str) -> Subject:
     chosen: dict[str, Any] = {} if gate is None else {"gate": None if gate == NO_GATE else gate}
-    held = "eca" if gate is None else chosen["gate"]
+    inserted = "eca" if gate is None else chosen["gate"]
     size = _SMALL if model == "small_eca_resnet" else 224
     build = partial(build_model, model, **chosen)
-    return Subject(name, build, partial(build_model, model, gate=None), model, size, paper_row(model, held))
+    return Subject(name, build, partial(build_model, model, gate=None), model, size, paper_row(model, inserted))
 
 
 def _of_library(model: str, gate: str | None, name: str) -> Subject:
     bare = partial(create_network, model)
-    held = None if gate == NO_GATE else gate
-    build = bare if held is None else partial(_inserted, bare, held, "block")
-    # An unknown name, or a gate that finds no place, is told now.
+    inserted = None if gate == NO_GATE else gate
+    build = bare if inserted is None else partial(_build_with_gates, bare, inserted, "block")
+    # Build it now, so that an unknown name or a gate that finds no place is reported before anything is measured.
     try:
         size = default_input_shape(model, _without_values(build))[-1]
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    return Subject(name, build, lambda: without_gates(bare()), model, size, paper_row(model, held))
+    return Subject(name, build, lambda: without_gates(bare()), model, size, paper_row(model, inserted))
 
 
 def _without_values(build: Callable[[], nn.Module]) -> nn.Module:
-    """A network on the meta device, or with values if it cannot be built there, as torchvision's RegNets."""
+    """Build a network on the meta device, or with values if that is not possible, as for torchvision's RegNets."""
     try:
         with torch.device("meta"):
             return build()
@@ -196,28 +196,28 @@ def _without_values(build: Callable[[], nn.Module]) -> nn.Module:
         return build()
 
 
-def _inserted(build: Callable[[], nn.Module], gate: str, where: str) -> nn.Module:
+def _build_with_gates(build: Callable[[], nn.Module], gate: str, where: str) -> nn.Module:
     network = build()
     insert_gates_(network, gate, where, preserve=False)
     return network
 
 
 def _yolo(model: str, gate: str | None, name: str) -> Subject:
-    network = build_yolo(model)  # what is wrong with the file is told now
+    network = build_yolo(model)  # now, so that mistakes in the file are reported before anything is measured
     bare = partial(copy.deepcopy, network)
-    build = bare if gate in (None, NO_GATE) else partial(_inserted, bare, str(gate), "conv")
+    build = bare if gate in (None, NO_GATE) else partial(_build_with_gates, bare, str(gate), "conv")
     return Subject(name, build, partial(without_gates, network), model, 640, None, values_matter=True)
 
 
 def _saved(model: str) -> Subject:
     network, size = _read(Path(model))
-    # Deep copies: a row's network is trained a little.
+    # Deep copies, as measuring trains a network for a few steps.
     build = partial(copy.deepcopy, network)
     return Subject(model, build, partial(without_gates, network), model, size, None, values_matter=True)
 
 
 def _read(path: Path) -> tuple[nn.Module, int]:
-    """The network in a file or folder, and the size of its pictures."""
+    """Read the network in a file or folder; return it with the size of its pictures."""
     if path.is_dir() and (path / "config.json").exists():
         return _read_pretrained(path), 224
     if path.is_dir() or path.suffix == ".ckpt":
@@ -231,7 +231,7 @@ def _read(path: Path) -> tuple[nn.Module, int]:
 
 
 def _read_pretrained(folder: Path) -> nn.Module:
-    """A network that ``save_pretrained`` wrote."""
+    """Read a network that ``save_pretrained`` wrote."""
     from ecanet.models import ECAMobileNetV2, ECAResNet, SmallECAResNet
 
     problems = []
@@ -240,4 +240,4 @@ def _read_pretrained(folder: Path) -> nn.Module:
             return kind.from_pretrained(folder)
         except (TypeError, ValueError) as error:
             problems.append(f"{kind.__name__}: {error}")
-    raise ValueError(f"{folder} holds no network of ours: {'; '.join(problems)}")
+    raise ValueError(f"{folder} holds no network of ecanet: {'; '.join(problems)}")

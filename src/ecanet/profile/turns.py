@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-#: An untimed call before a turn costs nothing that matters when the call is shorter than this.
+#: Calls shorter than this get an untimed call before each turn, which then costs little.
 _SHORT_CALL_SECONDS = 0.1
 _RESAMPLES = 1000
 Outputs = Tensor | tuple[Tensor, ...] | None
@@ -25,8 +25,8 @@ class Competitor:
     """One implementation.
 
     Attributes:
-        run: What is timed. Its return value is dropped, so that its memory is free for the next call.
-        context: Entered around a whole turn, so that entering it is not timed.
+        run: The call that is timed. Its return value is dropped, so that its memory is free for the next call.
+        context: Entered before each turn, outside the timed part.
     """
 
     run: Callable[[], Outputs]
@@ -35,12 +35,12 @@ class Competitor:
 
 @dataclass(frozen=True)
 class Timing:
-    """What one competitor took.
+    """The time of one competitor.
 
     Attributes:
-        seconds: Of one call, for every round.
-        calls: So many calls make a turn.
-        page_faults: Minor ones, for a call: memory that the allocator gave back to the system and fetched again.
+        seconds: Seconds of one call, for every round.
+        calls: Number of calls in a turn.
+        page_faults: Minor page faults of a call: memory that the allocator returned to the system and fetched again.
     """
 
     seconds: tuple[float, ...]
@@ -54,7 +54,7 @@ class Ratio:
 
     Attributes:
         value: The ratio.
-        low: Lower end of its interval of 95 %, from resampling the rounds.
+        low: Lower end of its 95 % interval, from resampling the rounds.
         high: Upper end.
     """
 
@@ -70,17 +70,18 @@ def take_turns(
     on_round: Callable[[int], object] = lambda _: None,
     device: str = "cpu",
 ) -> dict[str, Timing]:
-    """Time the competitors A B A B ..., so that what disturbs the machine disturbs all of them.
+    """Time the competitors A B A B ..., so that other load on the machine affects all of them.
 
-    A turn is as many calls as take ``turn_seconds``, or one. Short calls get an untimed one first: each competitor
-    then finds the caches as its own call leaves them, not as its predecessor's.
+    A turn has enough calls to last ``turn_seconds``, or a single longer call. Before short calls an untimed one runs,
+    so that each competitor finds the caches as its own call leaves them, not as its predecessor's.
 
     Args:
-        competitors: By name; each has run at least once (what a first call compiles or allocates is not timed here).
-        rounds: Turns of each.
-        turn_seconds: How long a turn lasts at least, unless it is one call.
-        on_round: Called with the number of rounds done.
-        device: Whose clock counts; ``cuda``: that of the GPU, by its own events.
+        competitors: Competitors by name. Each must have run at least once, so that what a first call compiles or
+            allocates is not timed.
+        rounds: Turns of each competitor.
+        turn_seconds: Shortest duration of a turn, in seconds.
+        on_round: Called after each round with the number of rounds done.
+        device: ``cuda`` measures time by events of the GPU, anything else by the clock of the CPU.
     """
     calls, short = {}, {}
     for name, competitor in competitors.items():
@@ -89,7 +90,7 @@ def take_turns(
     samples: dict[str, list[float]] = {name: [] for name in competitors}
     faults: dict[str, list[int]] = {name: [] for name in competitors}
     gc.collect()
-    collecting = gc.isenabled()
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         for i in range(rounds):
@@ -99,7 +100,7 @@ def take_turns(
                 faults[name].append(count)
             on_round(i + 1)
     finally:
-        if collecting:
+        if was_enabled:
             gc.enable()
     return {
         name: Timing(tuple(samples[name]), calls[name], statistics.median(faults[name]) / calls[name])
@@ -108,7 +109,7 @@ def take_turns(
 
 
 def _calibrate(competitor: Competitor, turn_seconds: float, device: str) -> tuple[int, float]:
-    """Calls in a turn, and seconds of a call."""
+    """The number of calls in a turn, and the seconds of a call."""
     calls = 1
     seconds, _ = _turn(competitor, calls, False, device)
     if seconds >= _SHORT_CALL_SECONDS:
@@ -119,7 +120,7 @@ def _calibrate(competitor: Competitor, turn_seconds: float, device: str) -> tupl
 
 
 def _turn(competitor: Competitor, calls: int, settle: bool, device: str) -> tuple[float, int]:
-    """Seconds and page faults of so many calls."""
+    """Seconds and page faults of a turn; ``settle`` runs an untimed call first."""
     run = competitor.run
     clock = _gpu_clock if device == "cuda" else _cpu_clock
     with competitor.context():
@@ -133,13 +134,13 @@ def _turn(competitor: Competitor, calls: int, settle: bool, device: str) -> tupl
 
 
 def _cpu_clock() -> Callable[[], float]:
-    """Started; what it returns stops it and gives the seconds."""
+    """Start a clock and return a function that gives the seconds since then."""
     start = time.perf_counter()
     return lambda: time.perf_counter() - start
 
 
 def _gpu_clock() -> Callable[[], float]:
-    """The same by two events of the GPU: what the CPU does beside counts where the GPU has to wait for it."""
+    """The same by two events of the GPU: time of the CPU counts only where the GPU waits for it."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -153,7 +154,7 @@ def _gpu_clock() -> Callable[[], float]:
 
 
 def ratio_of_medians(a: Sequence[float], b: Sequence[float]) -> Ratio:
-    """``median(a) / median(b)``; a and b were measured in the same rounds.
+    """``median(a) / median(b)`` with its interval, for a and b that were measured in the same rounds.
 
     Example:
         >>> ratio_of_medians([1.0, 1.0, 9.0], [2.0, 2.0, 2.0]).value
@@ -181,9 +182,9 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(math.fsum(math.log(value) for value in values) / len(values))
 
 
-@cache  # the file, the tables and the verdicts ask for the same ones
+@cache  # the file, the tables and the verdicts need the same ratios
 def _resampled_ratios(a: tuple[float, ...], b: tuple[float, ...], seed: int) -> list[float]:
-    """Rounds are drawn whole, with replacement: what slowed one down slowed both."""
+    """Ratios of medians over rounds drawn with replacement. A round is drawn for both, as load slows down both."""
     generator, rounds = random.Random(seed), range(len(a))
     ratios = []
     for _ in range(_RESAMPLES):

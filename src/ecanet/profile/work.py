@@ -1,4 +1,4 @@
-"""What is timed and weighed: a training step, a call at inference."""
+"""What is measured: a training step, and a call at inference."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +13,10 @@ from ecanet.profile.turns import Competitor
 
 @torch.no_grad()
 def settle(model: nn.Module, x: Tensor) -> None:
-    """Set the running statistics to those of x: activations of a trained network's size, no denormal numbers."""
+    """Set the norms' running statistics to those of x, so that activations are as large as in a trained network.
+
+    Without this, activations may become denormal numbers, which are slow.
+    """
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 1.0
@@ -23,16 +26,16 @@ def settle(model: nn.Module, x: Tensor) -> None:
 
 
 def loss_of(output: object, labels: Tensor) -> Tensor:
-    """Cross entropy of logits ``(N, K)``; of any other output the mean squares of its tensors, summed.
+    """Cross entropy of logits ``(N, K)``; for any other output the sum of the mean squares of its tensors.
 
     Raises:
-        ValueError: it holds no floating-point tensor that depends on a parameter.
+        ValueError: the output holds no floating-point tensor that depends on a parameter.
     """
     if isinstance(output, Tensor) and output.ndim == 2:
         return F.cross_entropy(output, labels % output.shape[1])
     means = [t.float().square().mean() for t in _tensors_in(output) if t.is_floating_point() and t.requires_grad]
     if not means:
-        raise ValueError("the network returns nothing that a gradient could start from")
+        raise ValueError("the network returns no floating-point tensor that requires a gradient")
     return torch.stack(means).sum()
 
 
@@ -48,7 +51,7 @@ def training(network: nn.Module, images: Tensor, labels: Tensor, rate: float = 1
     """A training step: forward, loss, backward, SGD with momentum. Gradients are freed at its end.
 
     Args:
-        network: It is trained a little.
+        network: The network; each step changes its weights.
         images: ``(N, 3, H, W)``.
         labels: ``(N,)``.
         rate: Learning rate.

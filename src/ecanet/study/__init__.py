@@ -1,6 +1,6 @@
 """Does attention help on this data? Paired seeds, intervals, tests, costs and pictures.
 
-Needs ``pip install 'ecanet[study]'``; what trains by recipes, times networks or draws needs ``ecanet[train,plot]`` too.
+It needs ``pip install 'ecanet[study]'``; to train by recipes, time networks or draw, ``ecanet[train,plot]`` as well.
 Each name is imported where it is first used.
 """
 

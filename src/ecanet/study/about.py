@@ -18,12 +18,12 @@ from ecanet.files.atomic import write_whole
 from ecanet.untrusted import check_file
 
 FILE = "study.json"
-#: Bytes of the file, at most; settings that take more are left out.
+#: Largest size of the file, in bytes; settings that would make it larger are left out.
 _MAX_BYTES = 2**22
 #: Packages whose versions may change a result.
 _PACKAGES = ("torch", "torchvision", "lightning", "timm", "ultralytics", "numpy", "scipy", "statsmodels")
-#: What a start decides, and a call that finds every run there does not.
-_OF_A_START = ("command", "date", "commit", "versions", "machine")
+#: Fields that are set when runs start; a call that finds every run finished keeps their stored values.
+_START_FIELDS = ("command", "date", "commit", "versions", "machine")
 
 
 @dataclass
@@ -31,15 +31,15 @@ class About:
     """How a study was made.
 
     Attributes:
-        metric: What is compared, where it was named.
+        metric: The metric that is compared, or None if the caller did not name it.
         seeds: Its seeds, in order.
-        conditions: By name, the baseline first, the settings of each: whatever JSON can hold.
-        command: What started it, as one would type it.
+        conditions: The settings of each condition (anything JSON can hold) by name, the baseline first.
+        command: The command that started it, as typed in a shell.
         date: Day of the last start, as in 2026-11-27.
-        commit: Commit of the work tree that it was started in, with a mark where files had changed; None outside one.
-        versions: Of Python and packages, by name.
+        commit: Commit of the git work tree in which it was started, with a mark if files had changed; None outside one.
+        versions: Versions of Python and of packages, by name.
         machine: System, processor and cores.
-        lost: Condition, seed and reason of runs that failed without leaving a file, as their processes died.
+        lost: Condition, seed and reason of runs that left no file because their processes died.
     """
 
     metric: str | None = None
@@ -61,17 +61,17 @@ def write_about(
     lost: Sequence[tuple[str, int, str]] = (),
     is_start: bool = True,
 ) -> None:
-    """Write ``study.json``; one of an earlier start is replaced.
+    """Write ``study.json``, and replace that of an earlier start.
 
     Args:
         folder: Folder of the study.
-        metric: What is compared, if it was named.
+        metric: The metric that is compared, if the caller named it.
         seeds: Its seeds.
-        conditions: By name, the baseline first, plain settings of each.
+        conditions: Settings of each condition by name, the baseline first.
         lost: As in :class:`About`.
-        is_start: Whether runs are made now. If not, command, day, commit, versions and machine keep their stored
-            values, and are unknown without a file. The command is replaced if metric, seeds or conditions have changed,
-            as the stored one would not make this study again.
+        is_start: Whether runs start now. If not, command, date, commit, versions and machine keep their stored values;
+            without a file they are unknown. The command is replaced if metric, seeds or conditions have changed, as the
+            stored command would no longer reproduce this study.
 
     Raises:
         OSError: it cannot be written.
@@ -92,10 +92,10 @@ def write_about(
     if not is_start:
         try:
             before = read_about(folder)
-        except ValueError:  # damaged: it says nothing
+        except ValueError:  # a damaged file counts as none
             before = About()
         command = about.command
-        about = replace(about, **{name: getattr(before, name) for name in _OF_A_START})
+        about = replace(about, **{name: getattr(before, name) for name in _START_FIELDS})
         if before.command is not None and _compared(before) != _compared(about):
             about.command = command
     text = json.dumps(asdict(about), indent=2)
@@ -106,10 +106,10 @@ def write_about(
 
 
 def read_about(folder: Path) -> About:
-    """Read what :func:`write_about` wrote; a folder without it, by an earlier version, gives an empty one.
+    """Read what :func:`write_about` wrote; a folder of an earlier version, which has no such file, gives an empty one.
 
     Raises:
-        ValueError: it is damaged, too large or not such a file; the message names it and what is wrong.
+        ValueError: the file is damaged, too large or not such a file; the message names it and says what is wrong.
     """
     content = read_json(folder / FILE)
     if content is None:
@@ -143,20 +143,20 @@ def _is_lost(run: Any) -> bool:
     return isinstance(run, list) and [type(part) for part in run] == [str, int, str]
 
 
-def read_json(file: Path, most_bytes: int = _MAX_BYTES) -> Any:
-    """What a JSON file holds, or None where there is none.
+def read_json(file: Path, max_bytes: int = _MAX_BYTES) -> Any:
+    """Read a JSON file; None if there is none.
 
     Args:
         file: The file.
-        most_bytes: Its largest size.
+        max_bytes: The largest size that is read.
 
     Raises:
-        ValueError: it is damaged, too large, or no regular file.
+        ValueError: the file is damaged, too large, or not a regular file.
     """
     if not os.path.lexists(file):
         return None
     try:
-        check_file(file, most_bytes)
+        check_file(file, max_bytes)
         return json.loads(file.read_bytes().decode())
     except RecursionError:
         why = "it is nested too deeply"
@@ -170,11 +170,11 @@ def _compared(about: About) -> tuple[str | None, list[int], list[str]]:
 
 
 def _command(argv: Sequence[str]) -> str:
-    """The command line without the folders of this machine's programs."""
-    _, *given = argv
-    if given and Path(given[0]).name in ("ecanet", "ecanet.exe"):
-        return shlex.join(["ecanet", *given[1:]])
-    return shlex.join(["python", *given])
+    """The command line, without the paths of the ``ecanet`` program and the Python interpreter."""
+    _, *arguments = argv
+    if arguments and Path(arguments[0]).name in ("ecanet", "ecanet.exe"):
+        return shlex.join(["ecanet", *arguments[1:]])
+    return shlex.join(["python", *arguments])
 
 
 def _commit() -> str | None:
@@ -194,17 +194,17 @@ def _git(*arguments: str) -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "ecanet": ecanet.__version__}
+    versions = {"python": platform.python_version(), "ecanet": ecanet.__version__}
     for name in _PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _processor() -> str:
-    """The processor's name, where the system tells it."""
+    """The processor's name after a comma; empty if the system does not tell it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

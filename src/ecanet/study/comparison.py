@@ -12,9 +12,9 @@ import torch
 
 import ecanet
 from ecanet.inspect.paired import Difference, paired_difference
-from ecanet.study.conclusions import said_of_the_same
+from ecanet.study.conclusions import notes_on_duplicates
 from ecanet.study.conditions import digest
-from ecanet.study.evidence import gather
+from ecanet.study.evidence import write_evidence
 from ecanet.study.job import Job
 from ecanet.study.paired_study import check_names, check_seeds, fingerprint, report, run_jobs
 from ecanet.study.results import Study, slug
@@ -47,7 +47,7 @@ class Run:
 
 @dataclass
 class Comparison:
-    """Every run of every condition, in the order given.
+    """Every run of every condition, in the order of the recipes.
 
     Attributes:
         runs: Runs by condition, one for each seed.
@@ -98,26 +98,27 @@ def compare(
 
     The engine is that of :func:`ecanet.study.run`. A finished run is a file ``out/runs/CONDITION-seedK.json``, with its
     checkpoints and logs in the folder ``out/runs/CONDITION-seedK``. A second call reads finished runs and does not
-    repeat them. An interrupted run goes on from its last checkpoint; a run by another recipe is refused. If a run goes
-    on with other versions of torch or ecanet, it warns, and its file names all of them.
+    repeat them. An interrupted run goes on from its last checkpoint; a run of another recipe is refused. If a run goes
+    on under another version of torch or ecanet, it warns, and its file lists every version it used.
 
     Args:
-        conditions: Recipes by name, the baseline first, each for one device; their own seeds are not used.
+        conditions: Recipes by name, the baseline first, each for one device; the seeds in them are not used.
         seeds: Seeds, at least one.
         out: Folder for the results.
         workers: Runs at a time, each in its own process with one thread. By default one for each core, or a single run
             at a time on a machine with a GPU.
-        progress: Show runs done, running and left, with the time left, and say first what the seeds can show.
+        progress: Print first what the seeds can show; then show how many runs are done, running and left, and the time
+            left.
         on: As in :func:`ecanet.study.run`.
 
     Returns:
         All runs.
 
     Raises:
-        ValueError: no condition, no or repeated seeds, names that give the same file, a recipe for several devices, or
-            results in ``out`` that are damaged, by another recipe or of another study; or pictures or weights that are
-            not there, or a network that cannot be built.
-        RuntimeError: runs failed; the message says why. The others went on and are kept.
+        ValueError: there is no condition, there are no seeds or repeated ones, two names give the same file, a recipe
+            is for several devices, pictures or weights are missing, or a network cannot be built; or results in ``out``
+            are damaged, of another recipe or of another study.
+        RuntimeError: runs failed; the message says why. The other runs finished and are kept.
     """
     study = study_recipes(conditions, seeds, out, workers, progress, on)
     if study.failed:
@@ -143,7 +144,7 @@ def study_recipes(
     progress: bool = True,
     on: str = "processes",
 ) -> Study:
-    """As :func:`compare`, but failed runs are named in the result.
+    """As :func:`compare`, but failed runs are listed in the result instead of raised.
 
     Raises:
         ValueError: as in :func:`compare`.
@@ -157,13 +158,13 @@ def study_recipes(
     settings = {name: to_plain(recipe) for name, recipe in conditions.items()}
     study = run_jobs(jobs, out, "top1", workers, progress, on, settings)
     if any(study.runs.values()):
-        gather(conditions, study, Path(out), progress)
+        write_evidence(conditions, study, Path(out), progress)
     report(out, progress)
     return study
 
 
 def seconds_of_an_epoch(recipe: Recipe) -> float:
-    """Train one epoch as a study would, on one thread of a CPU, and write nothing.
+    """Train one epoch as a study would, on one thread of a CPU, and return its time; nothing is written.
 
     Args:
         recipe: What to train; its number of epochs is not used.
@@ -178,7 +179,7 @@ def seconds_of_an_epoch(recipe: Recipe) -> float:
 
 
 def check_recipes(conditions: Mapping[str, Recipe], seeds: Sequence[int]) -> None:
-    """Raise ValueError for names, seeds and devices with which no comparison starts."""
+    """Raise ValueError if a comparison cannot start with these names, seeds and devices."""
     check_names(conditions)
     check_seeds(seeds)
     _check_devices(conditions)
@@ -198,33 +199,34 @@ def comparison_jobs(conditions: Mapping[str, Recipe], seeds: Sequence[int], out:
     for seed in seeds:
         for name, recipe in conditions.items():
             recipe = replace(recipe, trainer=replace(recipe.trainer, seed=int(seed), devices=1))
-            decides = {"recipe": to_plain(recipe), "torch": torch.__version__, "ecanet": ecanet.__version__}
+            identity = {"recipe": to_plain(recipe), "torch": torch.__version__, "ecanet": ecanet.__version__}
             work = partial(_fit, recipe)
-            jobs.append(Job(name, int(seed), folder / f"{slug(name)}-seed{seed}", work, fingerprint(decides), _check))
+            jobs.append(Job(name, int(seed), folder / f"{slug(name)}-seed{seed}", work, fingerprint(identity), _check))
     return jobs
 
 
 def _fit(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    checked = replace(recipe, data=replace(recipe.data, verify=False))  # once is enough for all runs
-    result = fit(checked, folder, resume=True, progress=False)
+    # The study has verified the pictures already, once for all runs.
+    verified = replace(recipe, data=replace(recipe.data, verify=False))
+    result = fit(verified, folder, resume=True, progress=False)
     return {"top1": result.top1, "history": result.history, "recipe": to_plain(recipe), "versions": result.versions}
 
 
 def check_parts(conditions: Mapping[str, Recipe]) -> list[str]:
-    """Find the pictures and build the networks once, so that a mistake in a recipe stops the study before it starts.
+    """Load the pictures and build the networks once, so that a mistake in a recipe stops the study before it starts.
 
     Args:
         conditions: Recipes by name.
 
     Returns:
-        What is odd about them, a sentence each: conditions that are the same.
+        A sentence for each group of conditions that are the same under several names.
 
     Raises:
-        ValueError: there are no such pictures, or no such network; the message names the condition, unless all share
-            the pictures.
+        ValueError: the pictures cannot be found or a network cannot be built; the message names the condition, unless
+            the pictures are missing and all conditions share them.
     """
     classes: dict[str, int] = {}
-    several = len({fingerprint(recipe.data) for recipe in conditions.values()}) > 1
+    has_several_datasets = len({fingerprint(recipe.data) for recipe in conditions.values()}) > 1
     same: dict[tuple[str, str], list[str]] = {}
     for name, recipe in conditions.items():
         try:
@@ -232,20 +234,20 @@ def check_parts(conditions: Mapping[str, Recipe]) -> list[str]:
             if key not in classes:
                 classes[key] = _classes_of(recipe)
         except (OSError, TypeError, ValueError) as error:
-            raise ValueError(f"conditions[{name!r}]: {error}" if several else str(error)) from error
+            raise ValueError(f"conditions[{name!r}]: {error}" if has_several_datasets else str(error)) from error
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 network = build_network(recipe.model, classes[key], image_size_of(recipe.data))
         except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"conditions[{name!r}]: {error}") from error
-        others = fingerprint([recipe.data, recipe.optim, replace(recipe.trainer, seed=0)])
-        same.setdefault((others, digest(network)), []).append(name)
-    return said_of_the_same(list(same.values()))
+        other_blocks = fingerprint([recipe.data, recipe.optim, replace(recipe.trainer, seed=0)])
+        same.setdefault((other_blocks, digest(network)), []).append(name)
+    return notes_on_duplicates(list(same.values()))
 
 
 def _classes_of(recipe: Recipe) -> int:
-    """How many classes its pictures have, once they were found and can be compared."""
+    """The number of classes of a recipe's pictures, after these are verified."""
     data = ImageData(recipe.data)
     if data.multi_label:
         raise ValueError(
@@ -259,15 +261,15 @@ def _classes_of(recipe: Recipe) -> int:
 def _check_devices(conditions: Mapping[str, Recipe]) -> None:
     for name, recipe in conditions.items():
         devices, nodes = recipe.trainer.devices, recipe.trainer.nodes
-        if devices not in ("auto", 1) or nodes != 1:  # Lightning would start the whole comparison once more for each
+        if devices not in ("auto", 1) or nodes != 1:  # Lightning would start the whole comparison again for each device
             raise ValueError(
                 f"conditions[{name!r}] must train on one device, got trainer.devices={devices}, trainer.nodes={nodes}: "
-                "several runs at a time keep the others busy, with workers"
+                "to use several devices, run several runs at a time with workers"
             )
 
 
 def _check(stored: dict[str, Any]) -> None:
-    """Raise ValueError, with the reason, unless a run that succeeded has an accuracy and the record of each epoch."""
+    """Raise ValueError, with the reason, if a run succeeded but lacks its accuracy or the record of an epoch."""
     if stored["error"] is not None:
         return
     top1, history = stored["metrics"].get("top1"), stored["details"].get("history")

@@ -1,18 +1,18 @@
-"""What a study says: a table of its numbers, and sentences that never say more than these."""
+"""What a study shows: a table of its numbers, and sentences that claim no more than the numbers do."""
 
 import math
 from collections.abc import Sequence
 
 from ecanet.study.statistics import DIFFERENCES, LEVEL, ConditionSummary, Summary, detectable, fewest_seeds, plan
 
-#: Conditions that a headline names one by one.
-_MOST_NAMES = 6
-#: Digits behind the point, and before it, that are written without an exponent.
-_MOST_DECIMALS = 9
+#: A headline names up to this many conditions; of more it gives the number.
+_MAX_NAMES = 6
+#: A number with more digits than this before or after the point is written with an exponent.
+_MAX_DIGITS = 9
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as a table: the first is its head, the first column stands left, the others right."""
+    """Lay out rows of cells as a text table: the first row is the header, the first column is aligned left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
@@ -25,7 +25,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def summary_table(summary: Summary) -> str:
-    """One row for each condition: mean and spread, the difference from the baseline with its interval, and its p."""
+    """A text table, one row for each condition: mean, spread, difference from the baseline, its interval and p."""
     rows = [["condition", "seeds", summary.metric, "spread", "difference", "95 % interval", "p", "p (Holm)"]]
     for name, row in summary.conditions.items():
         margin = None if row.low is None or row.high is None else (row.high - row.low) / 2
@@ -49,10 +49,10 @@ def verdict(summary: Summary) -> str:
 
 
 def verdict_lines(summary: Summary) -> list[str]:
-    """What the differences show, in words: a line for each condition but the baseline, then what limits them all.
+    """What the differences show, in words: a line for each condition but the baseline, then the limits of the study.
 
-    A difference is said to be shown where its 95 % interval excludes zero and its p of the sign-flip test is at most
-    0.05 after Holm's correction.
+    A difference counts as shown if its 95 % interval excludes zero and the p of its sign-flip test is at most 0.05
+    after Holm's correction.
     """
     others = {name: row for name, row in summary.conditions.items() if name != summary.baseline}
     lines = [_sentence(name, summary.baseline, row, len(others)) for name, row in others.items()]
@@ -67,7 +67,7 @@ def verdict_lines(summary: Summary) -> list[str]:
 
 
 def headline(summary: Summary) -> str:
-    """The verdict in a line: which conditions differ from the baseline, as :func:`verdict` says it of each."""
+    """The verdict in one line: which conditions differ from the baseline by the rule of :func:`verdict_lines`."""
     rows = {name: row for name, row in summary.conditions.items() if name != summary.baseline}
     if not rows:
         return "One condition: nothing is compared."
@@ -78,20 +78,21 @@ def headline(summary: Summary) -> str:
         side: [name for name, difference in differ.items() if (difference > 0) == (side == "higher")]
         for side in ("higher", "lower")
     }
-    said = [f"{side} with {_together(names)}" for side, names in sides.items() if names]
-    return f"Compared with {summary.baseline}, {summary.metric} is {', and '.join(said)}."
+    parts = [f"{side} with {_together(names)}" for side, names in sides.items() if names]
+    return f"Compared with {summary.baseline}, {summary.metric} is {', and '.join(parts)}."
 
 
 def _together(names: Sequence[str]) -> str:
-    return "; ".join(names) if len(names) <= _MOST_NAMES else f"{len(names)} of the conditions"
+    return "; ".join(names) if len(names) <= _MAX_NAMES else f"{len(names)} of the conditions"
 
 
 def next_step(summary: Summary, seeds_given: int) -> str:
-    """What to run next, in a sentence: more seeds where a difference may have been missed, otherwise nothing.
+    """What to do next, in a sentence: run more seeds if a difference may have been missed, otherwise use the networks.
 
     Args:
         summary: What a study found.
-        seeds_given: How many seeds it was given. Where runs failed, fewer count, and so many more are asked for.
+        seeds_given: How many seeds it was given. For each seed that does not count because a run failed, one more is
+            asked for.
     """
     others = [row for name, row in summary.conditions.items() if name != summary.baseline]
     fewest, seeds = fewest_seeds(len(others)), min((row.seeds for row in others), default=0)
@@ -99,22 +100,22 @@ def next_step(summary: Summary, seeds_given: int) -> str:
     failed = seeds_given - seeds
     if others and seeds < fewest:
         return f"next: {go_on.format(fewest + failed)}, and fewer can show nothing"
-    open_ones = [row for row in others if not is_shown(row)]
+    undecided = [row for row in others if not is_shown(row)]
     for size in sorted(DIFFERENCES, reverse=True):
-        needed = max((row.seeds_needed[str(size)] or 0 for row in open_ones), default=0)
+        needed = max((row.seeds_needed[str(size)] or 0 for row in undecided), default=0)
         if needed > seeds:
             return f"next: {go_on.format(needed + failed)}, and a difference of {size:g} is shown in 80 of 100 cases"
     return "next: the networks of the conditions are in the folder runs, for ecanet validate and ecanet predict"
 
 
 def is_shown(row: ConditionSummary) -> bool:
-    """Whether the interval of a difference excludes zero and its p is at most 0.05 after Holm's correction."""
+    """Whether the 95 % interval of a difference excludes zero and its p is at most 0.05 after Holm's correction."""
     if row.low is None or row.high is None or row.p_holm is None:
         return False
     return not row.low <= 0 <= row.high and row.p_holm <= LEVEL
 
 
-def said_of_the_same(groups: Sequence[Sequence[str]]) -> list[str]:
+def notes_on_duplicates(groups: Sequence[Sequence[str]]) -> list[str]:
     """A sentence for each group of conditions that are the same under several names."""
     return [
         f"{' and '.join(names)} are the same: all but one of them take time and seeds, and can show nothing."
@@ -125,7 +126,7 @@ def said_of_the_same(groups: Sequence[Sequence[str]]) -> list[str]:
 
 def _sentence(name: str, baseline: str, row: ConditionSummary, comparisons: int) -> str:
     if row.difference is None:
-        return f"{name}: no seed finished both with it and with {baseline}."
+        return f"{name}: no seed has finished runs of both {name} and {baseline}."
     side = "above" if row.difference >= 0 else "below"
     if row.low is None or row.high is None or row.p is None or row.p_holm is None:
         return f"{name} is {shown_number(abs(row.difference), None)} {side} {baseline} with 1 seed."
@@ -143,15 +144,16 @@ def _sentence(name: str, baseline: str, row: ConditionSummary, comparisons: int)
 
 
 def shown_number(value: float, margin: float | None, sign: str = "") -> str:
-    """A number with two digits of its margin, unless that is rounding, and two decimals at least.
+    """Write a number with at least two decimals, and as many as its margin needs for two significant digits.
 
-    Where that takes more than nine digits on a side, it has an exponent.
+    A margin that is mere rounding error is ignored. A number that would take more than nine digits before or after the
+    point has an exponent.
 
     Args:
         value: The number.
         margin: How far from it the truth may be, or None.
-        sign: "+" to write that sign, too.
+        sign: "+" to write the sign of positive numbers, too.
     """
     digits = max(2, 1 - math.floor(math.log10(margin))) if margin and margin > 1e-9 * abs(value) else 2
-    kind = f".{digits}f" if digits <= _MOST_DECIMALS and abs(value) < 10**_MOST_DECIMALS else ".6g"
-    return f"{value:{sign}{kind}}"
+    precision = f".{digits}f" if digits <= _MAX_DIGITS and abs(value) < 10**_MAX_DIGITS else ".6g"
+    return f"{value:{sign}{precision}}"

@@ -1,4 +1,4 @@
-"""The conditions of a study of recipes: what each changes in the network, and which of them are the same network."""
+"""The conditions of a study of recipes: what each changes in the network, and a digest that tells which are equal."""
 
 import hashlib
 from collections.abc import Mapping
@@ -13,25 +13,25 @@ from ecanet.nn.build import check_gate_name, gate_factory, takes_kernel_size
 from ecanet.train.config import ModelConfig, Recipe
 from ecanet.untrusted import listed, shown
 
-#: Fields of a recipe's block ``model`` that say which network it is. A condition may set the others: what changes more
-#: than the gates would be compared along with them.
+#: Fields of a recipe's block ``model`` that choose the backbone. A condition may not set them, because the study would
+#: then compare backbones and not only gates.
 _BACKBONE = ("name", "weights", "options", "build")
-#: What a condition may say.
+#: Fields that a condition may set.
 SETTINGS = tuple(field.name for field in fields(ModelConfig) if field.name not in _BACKBONE)
-#: What a condition may say as well: a list of kernel sizes, each of which makes a condition of it.
+#: Another key that a condition may have: a list of kernel sizes, each of which becomes a condition of its own.
 SWEEP = "kernel_sizes"
 
 
-def of_gates(gates: str, kernel_sizes: str | None) -> dict[str, dict[str, Any]]:
-    """Conditions from the options of a command line.
+def conditions_from_options(gates: str, kernel_sizes: str | None) -> dict[str, dict[str, Any]]:
+    """Make conditions from the options of a command line.
 
     Args:
-        gates: Names of gates with commas between them, the baseline first; ``none`` for none.
-        kernel_sizes: Odd integers and ``adaptive`` with commas between them: every gate that has a kernel size is a
-            condition with each.
+        gates: Names of gates, separated by commas, the baseline first; ``none`` means no gate.
+        kernel_sizes: Odd integers and ``adaptive``, separated by commas: every gate that has a kernel size becomes one
+            condition for each of them.
 
     Raises:
-        ValueError: a gate is unknown or there twice; something else is no kernel size, or no gate has one.
+        ValueError: a gate is unknown or named twice, or no gate has a kernel size.
     """
     names = [name.strip() for name in gates.split(",")]
     for name in names:
@@ -44,42 +44,41 @@ def of_gates(gates: str, kernel_sizes: str | None) -> dict[str, dict[str, Any]]:
         return conditions
     swept = [name for name in names if name != "none" and takes_kernel_size(gate_factory(name))]
     if not swept:
-        having = [name for name in GATES if takes_kernel_size(gate_factory(name))]
-        raise ValueError(f"kernel_sizes are for gates that have one, {listed(having)}, got gates={shown(gates)}")
-    sizes = [_kernel_size(text.strip()) for text in kernel_sizes.split(",")]
+        supported = [name for name in GATES if takes_kernel_size(gate_factory(name))]
+        raise ValueError(f"kernel_sizes are for gates that have one, {listed(supported)}, got gates={shown(gates)}")
+    sizes = [_parsed_kernel_size(text.strip()) for text in kernel_sizes.split(",")]
     return {name: change | {SWEEP: sizes} if name in swept else change for name, change in conditions.items()}
 
 
-def _kernel_size(text: str) -> int | str:
+def _parsed_kernel_size(text: str) -> int | str:
     return int(text) if text.isdecimal() and len(text) < 6 else text
 
 
-def expanded(conditions: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The conditions with a list of kernel sizes as one for each, called ``NAME, k=3``.
+def expand_sweeps(conditions: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Replace each condition that has a list of kernel sizes by one for each size, named ``NAME, k=3``.
 
     Raises:
-        ValueError: such a list is none of different odd integers and ``"adaptive"``, or two conditions then have one
-            name.
+        ValueError: a list does not hold different odd integers and ``"adaptive"``, or two conditions get one name.
     """
-    found: dict[str, dict[str, Any]] = {}
+    expanded: dict[str, dict[str, Any]] = {}
     for name, change in conditions.items():
-        plain = {key: value for key, value in change.items() if key != SWEEP}
-        each = {name: plain}
+        without_sweep = {key: value for key, value in change.items() if key != SWEEP}
+        new = {name: without_sweep}
         if SWEEP in change:
-            sizes = _checked(change[SWEEP], name)
-            if "kernel_size" in plain:
+            sizes = _checked_sizes(change[SWEEP], name)
+            if "kernel_size" in without_sweep:
                 raise ValueError(f"condition {shown(name)} must have kernel_size or {SWEEP}, got both")
-            each = {f"{name}, k={size}": plain | {"kernel_size": size} for size in sizes}
-        if twice := [one for one in each if one in found]:
-            raise ValueError(f"conditions need different names, and {shown(twice[0])} is there twice")
-        found |= each
-    return found
+            new = {f"{name}, k={size}": without_sweep | {"kernel_size": size} for size in sizes}
+        if repeated := [new_name for new_name in new if new_name in expanded]:
+            raise ValueError(f"conditions must have different names, got {shown(repeated[0])} twice")
+        expanded |= new
+    return expanded
 
 
-def _checked(sizes: Any, name: str) -> list[int | str]:
+def _checked_sizes(sizes: Any, name: str) -> list[int | str]:
     if isinstance(sizes, list) and 0 < len(sizes) <= 100:
-        right = all(size == "adaptive" or (type(size) is int and size > 0 and size % 2) for size in sizes)
-        if right and len(set(sizes)) == len(sizes):
+        are_valid = all(size == "adaptive" or (type(size) is int and size > 0 and size % 2) for size in sizes)
+        if are_valid and len(set(sizes)) == len(sizes):
             return sizes
         sizes = listed(map(str, sizes))
     raise ValueError(
@@ -96,22 +95,22 @@ def recipes(recipe: Recipe, conditions: Mapping[str, Mapping[str, Any]]) -> dict
         conditions: What each changes in its block ``model``.
 
     Raises:
-        ValueError: a condition is none; the message names it.
+        ValueError: a condition is not valid; the message names it.
     """
-    found = {}
-    for name, change in expanded(conditions).items():
+    by_name = {}
+    for name, change in expand_sweeps(conditions).items():
         try:
-            found[name] = replace(recipe, model=replace(recipe.model, **change))
+            by_name[name] = replace(recipe, model=replace(recipe.model, **change))
         except (TypeError, ValueError) as error:
             raise ValueError(f"condition {shown(name)}: {error}") from error
-    return found
+    return by_name
 
 
 def digest(network: nn.Module) -> str:
     """A hash of a network's layers, with their arguments, and of all its tensors."""
-    found = hashlib.sha256(repr(network).encode())
+    hasher = hashlib.sha256(repr(network).encode())
     for name, tensor in network.state_dict().items():
-        found.update(name.encode())
+        hasher.update(name.encode())
         if isinstance(tensor, torch.Tensor):
-            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+            hasher.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return hasher.hexdigest()

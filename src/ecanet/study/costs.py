@@ -29,17 +29,18 @@ class Cost:
 def measure_costs(
     networks: Mapping[str, nn.Module], image_size: int = 28, batch_size: int = 128, rounds: int = 20, classes: int = 10
 ) -> dict[str, Cost]:
-    """Parameters, multiply-adds and time that gates add to a network.
+    """Measure the parameters, multiply-adds and time that gates add to a network.
 
     The networks take turns, one training step in each round, in one process on one thread, so that other load on the
     machine affects all of them. Compare these times only with one another.
 
     Args:
-        networks: Networks by name; the first is the plain one for comparison. They are trained a little: pass copies.
-        image_size: Side of the input, in pixels.
+        networks: Networks by name; the first one, without gates, is what the others are compared with. A few training
+            steps change their weights: pass copies.
+        image_size: Height and width of the input, in pixels.
         batch_size: Images in a step.
-        rounds: Turns of each network, after steps for warm-up.
-        classes: Classes of the networks.
+        rounds: Timed steps of each network, after warm-up steps.
+        classes: Number of classes of the networks.
     """
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch_size, 3, image_size, image_size, generator=generator)

@@ -21,7 +21,7 @@ def demo_recipes(epochs: int = 6) -> dict[str, Recipe]:
     """The four conditions: no gate first, then SE, ECA and ECA with a neutral start.
 
     Args:
-        epochs: Passes over the 8,000 training pictures.
+        epochs: Number of passes over the 8,000 training pictures.
     """
     base = Recipe(
         model=ModelConfig("small_eca_resnet", gate=None, options={"widths": [16, 32, 64], "stem_stride": 2}),
@@ -40,12 +40,12 @@ def demo_recipes(epochs: int = 6) -> dict[str, Recipe]:
 def demo(out: str | Path = "runs/demo", seeds: int = 3, epochs: int = 6, workers: int | None = None) -> Comparison:
     """Train the conditions, print a table and what it means, and write the report and pictures.
 
-    It needs no internet and no GPU. A second call reads the finished runs.
+    It needs neither internet nor GPU. A second call reads the finished runs.
 
     Args:
-        out: Folder for what every study writes (runs, ``report.html``, ``figures``, ...), and ``summary.txt``.
-        seeds: Seeds of each condition.
-        epochs: Passes over the 8,000 training pictures.
+        out: Folder for what every study writes (runs, ``report.html``, ``figures``, ...), and for ``summary.txt``.
+        seeds: Number of seeds of each condition.
+        epochs: Number of passes over the 8,000 training pictures.
         workers: Runs at a time, by default one for each core.
 
     Raises:
@@ -61,8 +61,8 @@ def demo(out: str | Path = "runs/demo", seeds: int = 3, epochs: int = 6, workers
     )
     comparison = compare(recipes, range(seeds), out, workers)
     costs = read_costs(out, list(recipes))
-    limits = "These are short runs of a small network on small data: they say little about others."
-    noise = "The two ECA conditions are the same network: where their times differ, that is the machine's noise."
+    limits = "These are short runs of a small network on small data: they say little about other networks and data."
+    noise = "The two ECA conditions are the same network: any difference between their times is the machine's noise."
     summary = f"{table(comparison, costs)}\n\n{verdict(comparison.summary)}\n{limits}\n{noise}\n"
     print(f"\n{summary}")
     write_whole(out / "summary.txt", summary)
@@ -72,14 +72,14 @@ def demo(out: str | Path = "runs/demo", seeds: int = 3, epochs: int = 6, workers
 
 
 def draw(comparison: Comparison, out: Path) -> list[Path]:
-    """Draw what the report of a study has not.
+    """Draw the two pictures that the report of a study does not have.
 
     Args:
         comparison: What :func:`demo` returned.
         out: Folder of the study.
 
     Returns:
-        Paths of the PNG files: matrices W, and k against C.
+        Paths of the PNG files: the matrices W of gates, and the kernel size k against the number of channels C.
     """
     trained = load_trained(comparison.runs[TRAINED][0].folder)
     *_, (_, learned) = trained.network.gated_norms()  # type: ignore[operator]

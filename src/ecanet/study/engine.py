@@ -1,4 +1,4 @@
-"""Runs a study's jobs on workers: a run that ended is a file, and one whose process died is tried once more."""
+"""Runs a study's jobs on workers: a run that ended leaves a file, and one whose process died is tried once more."""
 
 import importlib.util
 import math
@@ -17,68 +17,68 @@ from ecanet.study.job import Job
 from ecanet.study.processes import GUARD, Processes
 from ecanet.untrusted import shown
 
-#: Where runs run: processes of this machine, or a Ray cluster.
+#: Where runs execute: processes of this machine, or a Ray cluster.
 ENGINES = ("processes", "ray")
-#: A run is tried so often where its process dies; one that raises is not tried again.
-_ATTEMPTS = 2
+#: How often a run is tried if its process dies; a run that raises is not tried again.
+_MAX_ATTEMPTS = 2
 
 
 class Workers(Protocol):
-    """Where runs run. They do not decide what runs, in which order or how often."""
+    """Places where jobs run. They do not decide which job runs, in which order or how often."""
 
     @property
     def size(self) -> int:
-        """Runs at a time."""
+        """How many jobs run at a time."""
 
     def start(self, job: Job) -> None:
-        """Start a job; it is called while fewer than :attr:`size` are running."""
+        """Start a job; it is called only while fewer than :attr:`size` are running."""
 
     def ended(self) -> list[tuple[Job, str | None]]:
         """Wait up to half a second for runs to end.
 
         Returns:
-            Jobs that have their files now; or whose process died, with a text that says how.
+            Each job that ended, with None if it has written its file, or with how its process died.
         """
 
     def close(self) -> None:
-        """Kill what still runs."""
+        """Kill the jobs that still run."""
 
 
-def check_engine(on: str, most: int | None) -> None:
-    """Raise unless runs can run there, so many at a time.
+def check_engine(on: str, workers: int | None) -> None:
+    """Raise if the engine cannot be used, or cannot have that number of workers.
 
     Raises:
         ImportError: it needs a package that is not installed.
         RuntimeError: this process is a worker that is starting.
-        ValueError: there is no such engine, or ``most`` is below 1.
+        ValueError: there is no such engine, or ``workers`` is below 1.
     """
-    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
-        raise ValueError(f"workers must be 1 or more, or None, got {most!r}")
+    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
+        raise ValueError(f"workers must be 1 or more, or None, got {workers!r}")
     if on not in ENGINES:
         raise ValueError(f"on must be one of {', '.join(ENGINES)}, got {shown(on)!r}")
     if on == "ray" and importlib.util.find_spec("ray") is None:
         raise ImportError("on='ray' needs Ray: pip install 'ecanet[ray]'")
-    if getattr(multiprocessing.current_process(), "_inheriting", False):  # what multiprocessing itself looks at
-        raise RuntimeError(f"a worker of a study imports this script, which starts a study then: {GUARD}")
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # the flag that multiprocessing itself checks
+        raise RuntimeError(f"this script starts a study whenever a worker of the study imports it: {GUARD}")
 
 
-def workers_on(on: str, most: int | None) -> Workers:
+def workers_on(on: str, workers: int | None) -> Workers:
     """The workers of an engine.
 
     Args:
         on: One of :data:`ENGINES`.
-        most: Runs at a time; None for what the engine has room for.
+        workers: Runs at a time; None for as many as the engine has room for.
 
     Raises:
         ConnectionError: there is no Ray cluster at ``RAY_ADDRESS``.
-        ImportError, ValueError: as in :func:`check_engine`.
+        ImportError, RuntimeError, ValueError: as in :func:`check_engine`.
     """
-    check_engine(on, most)
+    check_engine(on, workers)
     if on == "ray":
         from ecanet.study.on_ray import OnRay
 
-        return OnRay(most)
-    return Processes(most)
+        return OnRay(workers)
+    return Processes(workers)
 
 
 def run_all(
@@ -89,18 +89,18 @@ def run_all(
     why_failed: Callable[[dict[str, Any]], str],
     begin: Callable[[], None],
 ) -> dict[Path, str]:
-    """Run jobs, each of which then has its file.
+    """Run jobs, so that each leaves its file.
 
     Args:
-        jobs: What to run, in this order.
+        jobs: The jobs, in the order in which they start.
         workers: As in :func:`workers_on`.
         on: As in :func:`workers_on`.
         progress: Show a bar: runs done, running, left, and the time left.
-        why_failed: Says why a run that ended counts as failed; an empty text where it does not.
+        why_failed: Returns why a run that ended counts as failed, or an empty text if it does not.
         begin: Called when there are workers, before the first run starts.
 
     Returns:
-        By their folders, why jobs have no file: their processes died, each twice.
+        Why jobs have no file, by their folders: the processes of each died twice.
 
     Raises:
         RuntimeError: no worker process starts.
@@ -121,8 +121,8 @@ def run_all(
     return team.lost
 
 
-class _Lines:
-    """A stream for the bar where stderr is no terminal: each state is a line, as a log has no place to draw in."""
+class _LineStream:
+    """A stream for the progress bar if stderr is not a terminal: each new state of the bar is a line of the log."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._last = stream, ""
@@ -139,7 +139,7 @@ class _Lines:
 
 
 class _Team:
-    """The runs of a study: which are running, which are left, how often each was tried, and how long they take."""
+    """Keeps track of a study's runs: which run, which are left, how often each was tried, and how long they take."""
 
     def __init__(
         self, jobs: Sequence[Job], workers: Workers, progress: bool, why_failed: Callable[[dict[str, Any]], str]
@@ -151,7 +151,7 @@ class _Team:
         self.lost: dict[Path, str] = {}
         self.ended = 0
         self.seconds: dict[str, list[float]] = {}
-        self._shown, self._every = -math.inf, 1 if sys.stderr.isatty() else 60  # seconds
+        self._last_shown, self._interval = -math.inf, 1 if sys.stderr.isatty() else 60  # seconds
         layout = "{desc}: {n_fmt}/{total_fmt} done |{bar}| {elapsed}{postfix}"
         self._bar = tqdm(
             total=len(jobs),
@@ -159,14 +159,14 @@ class _Team:
             disable=not progress,
             bar_format=layout,
             mininterval=1,
-            file=sys.stderr if sys.stderr.isatty() else _Lines(sys.stderr),
+            file=sys.stderr if sys.stderr.isatty() else _LineStream(sys.stderr),
         )
 
     def is_busy(self) -> bool:
         return bool(self.waiting or self.running)
 
     def tell(self, line: str) -> None:
-        """Say something, with a bar or without one."""
+        """Print a line, without breaking the bar if there is one."""
         self._bar.write(line, file=sys.stderr)
 
     def close(self) -> None:
@@ -182,12 +182,12 @@ class _Team:
             self.attempts[job.folder] = self.attempts.get(job.folder, 0) + 1
             self.running[job.folder] = job, time.monotonic()
             self.workers.start(job)
-        for job, how in self.workers.ended():
+        for job, death in self.workers.ended():
             _, started = self.running.pop(job.folder)
-            if how is None or os.path.lexists(job.file):  # it may have died just after
+            if death is None or os.path.lexists(job.file):  # a process may die just after it wrote the file
                 self._finish(job, time.monotonic() - started)
             else:
-                self._try_again(job, how)
+                self._try_again(job, death)
         self._show(size)
 
     def _finish(self, job: Job, seconds: float) -> None:
@@ -198,33 +198,34 @@ class _Team:
             self.tell(f"{job.name} failed: {why}{trace}")
         self.ended += 1
 
-    def _try_again(self, job: Job, how: str) -> None:
-        """Let the run of a process that died start once more, as the next one."""
-        if self.attempts[job.folder] < _ATTEMPTS:
-            self.tell(f"{job.name}: its process {how}; it is tried once more.")
+    def _try_again(self, job: Job, death: str) -> None:
+        """Put a run whose process died first in the queue, unless that was its last attempt."""
+        if self.attempts[job.folder] < _MAX_ATTEMPTS:
+            self.tell(f"{job.name}: its process {death}; it is tried once more.")
             self.waiting.appendleft(job)
         else:
-            self.lost[job.folder] = f"its process {how}, for the second time"
+            self.lost[job.folder] = f"its process {death}, for the second time"
             self.tell(f"{job.name} failed: {self.lost[job.folder]}.")
             self.ended += 1
 
     def _show(self, size: int) -> None:
-        is_time = time.monotonic() - self._shown > self._every
+        is_due = time.monotonic() - self._last_shown > self._interval
         left = f"{len(self.running)} running, {len(self.waiting)} left, time left {self._time_left(size)}"
-        self._bar.set_postfix_str(left, refresh=False)  # before the bar moves: done, running and left make the total
+        # Set before the bar moves, so that done, running and left always add up to the total.
+        self._bar.set_postfix_str(left, refresh=False)
         if self.ended > self._bar.n:
             self._bar.update(self.ended - self._bar.n)
-        if is_time:
+        if is_due:
             self._bar.refresh()
-            self._shown = time.monotonic()
+            self._last_shown = time.monotonic()
 
     def _time_left(self, size: int) -> str:
-        every = [seconds for found in self.seconds.values() for seconds in found]
-        if not every:
+        all_seconds = [seconds for of_condition in self.seconds.values() for seconds in of_condition]
+        if not all_seconds:
             return "unknown"
 
         def expected(job: Job) -> float:
-            known = self.seconds.get(job.condition, every)
+            known = self.seconds.get(job.condition, all_seconds)
             return sum(known) / len(known)
 
         now = time.monotonic()

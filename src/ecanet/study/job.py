@@ -1,4 +1,4 @@
-"""One run of a study: what it calls, where it writes, and the file that it leaves."""
+"""One run of a study: the function it calls, the folder it writes into, and the file it leaves."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ from ecanet.files.atomic import write_whole
 from ecanet.study.run_files import is_number, read_run, write_run
 from ecanet.untrusted import shown
 
-#: On a full disk, as with a locked folder, the worker ends, and the run is tried again in a new one.
+#: On a full disk or a locked folder the worker process ends, and the run is tried again in a new one.
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -25,9 +25,9 @@ class Job:
     Attributes:
         condition: Name of its condition.
         seed: Its seed.
-        folder: Where it may write; its file is beside it.
-        work: Called with the folder; returns metrics and whatever else JSON can hold, by name.
-        fingerprint: Tells it from the same condition and seed of another study.
+        folder: The folder it may write into; its file is next to the folder.
+        work: Called with the folder; returns metrics, and anything else JSON can hold, by name.
+        fingerprint: Distinguishes it from a run of another study with the same condition and seed.
         check: As in :func:`ecanet.study.run_files.read_run`.
     """
 
@@ -40,16 +40,16 @@ class Job:
 
     @property
     def file(self) -> Path:
-        """Its file, once it ended."""
+        """Path of the file that it writes when it ends."""
         return self.folder.with_name(self.folder.name + ".json")
 
     @property
     def name(self) -> str:
-        """How messages call it."""
+        """Its name in messages."""
         return f"{self.condition}, seed {self.seed}"
 
     def read(self) -> dict[str, Any] | None:
-        """What the run left, or None if it did not end yet.
+        """Read the file of the run; None if it has not ended.
 
         Raises:
             ValueError: its file is damaged, or of another study.
@@ -60,18 +60,18 @@ class Job:
         if stored["fingerprint"] != self.fingerprint:
             raise ValueError(
                 f"{self.file} was made by another recipe, function or version: "
-                f"choose another folder, or delete it with {self.folder}"
+                f"choose another folder, or delete it and {self.folder}"
             )
         return stored
 
     def run(self) -> bool:
-        """Run it and write its file; False if it failed, which the file then says."""
+        """Run it and write its file; return False if it failed, with the error in the file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         about: dict[str, Any] = {"condition": self.condition, "seed": self.seed, "fingerprint": self.fingerprint}
-        (self.folder / "error.txt").unlink(missing_ok=True)  # of an earlier try
+        (self.folder / "error.txt").unlink(missing_ok=True)  # of an earlier attempt
         start = time.perf_counter()
         try:
-            metrics, details = _sorted_out(self.work(self.folder))
+            metrics, details = _metrics_and_details(self.work(self.folder))
             about["seconds"] = time.perf_counter() - start
             write_run(self.file, {**about, "metrics": metrics, "details": details, "error": None})
         except Exception as error:
@@ -85,8 +85,8 @@ class Job:
         return True
 
 
-def _sorted_out(returned: Any) -> tuple[dict[str, float], dict[str, Any]]:
-    """Numbers, those of torch and NumPy included, and the rest, which JSON has to hold."""
+def _metrics_and_details(returned: Any) -> tuple[dict[str, float], dict[str, Any]]:
+    """Split what a run returned into numbers (also those of torch and NumPy) and the rest, which JSON must hold."""
     if not isinstance(returned, Mapping):
         raise TypeError(f"the training function must return a dict of metrics, got {shown(returned)}")
     metrics: dict[str, float] = {}

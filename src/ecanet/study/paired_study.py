@@ -19,7 +19,7 @@ from typing import Any
 from ecanet.files.atomic import remove_partial_files, write_whole
 from ecanet.files.folder_lock import lock_folder, unlock_folder
 from ecanet.study.about import write_about
-from ecanet.study.conclusions import said_of_the_same
+from ecanet.study.conclusions import notes_on_duplicates
 from ecanet.study.engine import check_engine, run_all
 from ecanet.study.job import Job
 from ecanet.study.results import FailedRun, FinishedRun, Study, slug, why_not_counted
@@ -28,9 +28,9 @@ from ecanet.untrusted import listed, shown
 
 #: Files beside the runs.
 _TABLES = ("study.json", "results.csv", "summary.json", "costs.json", "gates.json", "results.parquet", "report.html")
-#: Bytes of a condition's name, which is part of the names of files, at most.
-_MOST_BYTES = 150
-#: What a user's training function looks like: condition, seed, folder -> metrics by name.
+#: Longest name of a condition, in bytes: it is part of the names of files.
+_MAX_NAME_BYTES = 150
+#: Signature of a user's training function: condition, seed, folder -> metrics by name.
 Train = Callable[[Any, int, Path], Mapping[str, Any]]
 
 
@@ -46,35 +46,38 @@ def run(
 ) -> Study:
     """Run a training function for every condition and seed, and compare the conditions with the first one.
 
-    A run that ended is a file ``out/runs/CONDITION-seedK.json``; a second call reads it and does not repeat it. A
-    killed study loses at most the runs in progress. They start again with the folder they had,
+    A run that ended leaves a file ``out/runs/CONDITION-seedK.json``; a second call reads it and does not repeat the
+    run. A killed study loses at most the runs in progress. They start again with the same folder,
     ``out/runs/CONDITION-seedK``, where ``train`` may keep checkpoints to go on from. A run that raises, or whose metric
-    is missing or NaN, has failed and is not tried again while its file is there; one whose process dies is tried once
-    more. The study goes on either way. At the end there are ``out/results.csv``, a row for each run,
-    ``out/summary.json``, and ``out/report.html``, one file that shows it all (:func:`ecanet.study.write_report`).
+    is missing or NaN, has failed and is not tried again while its file exists; one whose process dies is tried once
+    more. The study goes on in both cases. At the end it writes ``out/results.csv``, a row for each run,
+    ``out/summary.json``, and ``out/report.html``, one file that shows everything (:func:`ecanet.study.write_report`).
 
     Args:
-        train: ``train(condition, seed, folder)`` returns a dict. Its numbers are metrics; what else JSON can hold is
-            kept beside them. It runs in processes of its own, so it has to be defined at the top of a file, and a
+        train: ``train(condition, seed, folder)`` returns a dict. Its numbers are metrics; anything else that JSON can
+            hold is kept with them. It runs in other processes, so it must be defined at the top level of a file, and a
             script needs ``if __name__ == "__main__":`` around the call.
-        conditions: By name what ``train`` gets as its condition, the baseline first; or names, which it gets then.
+        conditions: What ``train`` gets as its condition, by name, the baseline first; or a list of names, each of which
+            ``train`` gets as its condition.
         seeds: Different integers.
         out: Folder for the study.
         metric: The metric that is compared, by default the only number that ``train`` returns. A second call with
-            another one compares without training.
+            another metric compares without training.
         workers: Runs at a time, each with one thread. By default one for each core, or a single run at a time on a
             machine with a GPU.
-        progress: Show runs done, running and left, with the time left, and say first what the seeds can show.
+        progress: Print first what the seeds can show; then show how many runs are done, running and left, and the time
+            left.
         on: ``"processes"`` of this machine, or ``"ray"``: the Ray cluster that ``RAY_ADDRESS`` names, otherwise one
-            that is started here. There a run has a GPU of its own if the cluster has any, otherwise a CPU.
+            that is started here. On Ray each run has a GPU of its own if the cluster has any, otherwise a CPU.
 
     Returns:
-        Finished and failed runs; ``print`` it for a table and its meaning.
+        Finished and failed runs; ``print`` shows a table and what it means.
 
     Raises:
         TypeError: ``train`` does not take three arguments, or it or a condition cannot be handed to another process.
-        ValueError: no condition, two with one name, no or repeated seeds, no run has such a metric, or ``out`` holds
-            another study or damaged files; at the end, ``metric`` is not given and runs have several: they are kept.
+        ValueError: there is no condition, two have one name, there are no seeds or repeated ones, no run has the
+            metric, or ``out`` holds another study or damaged files; or, after the runs, ``metric`` is not given and
+            runs have several. The runs are kept.
         BlockingIOError: another study is writing into ``out``.
         ConnectionError, ImportError: there is no Ray cluster at ``RAY_ADDRESS``, or no Ray.
         RuntimeError: worker processes do not start; or ``metric`` is not given and no run returned a number.
@@ -95,10 +98,10 @@ def run(
         same: dict[str, list[str]] = {}
         for name, condition in conditions.items():
             same.setdefault(fingerprint(condition), []).append(name)
-        for line in said_of_the_same(list(same.values())):
+        for line in notes_on_duplicates(list(same.values())):
             print(line, file=sys.stderr)
     folder = Path(out).absolute() / "runs"  # a training function may change the working folder
-    by = f"{getattr(train, '__module__', '')}.{getattr(train, '__qualname__', type(train).__qualname__)}"
+    function = f"{getattr(train, '__module__', '')}.{getattr(train, '__qualname__', type(train).__qualname__)}"
     # Seed by seed, so that after an early stop the finished runs form pairs.
     jobs = [
         Job(
@@ -106,7 +109,7 @@ def run(
             seed,
             folder / f"{slug(name)}-seed{seed}",
             partial(train, condition, seed),
-            fingerprint([by.removeprefix("__main__."), name, condition, seed]),
+            fingerprint([function.removeprefix("__main__."), name, condition, seed]),
         )
         for seed in map(int, seeds)
         for name, condition in conditions.items()
@@ -118,8 +121,8 @@ def run(
 
 
 def report(out: str | Path, progress: bool) -> None:
-    """Write the report of a study, and say where it is."""
-    from ecanet.study.html_report import write_report  # imports torch, which workers need not
+    """Write the report of a study, and print its path."""
+    from ecanet.study.html_report import write_report  # imports torch, which not every worker needs
 
     path = write_report(out)
     if progress:
@@ -135,7 +138,7 @@ def run_jobs(
     on: str,
     settings: Mapping[str, Any],
 ) -> Study:
-    """Run what did not end yet, and write the study's tables.
+    """Run the jobs that have not ended, and write the study's tables.
 
     Args:
         jobs: All runs of the study, each with a folder in ``out/runs``.
@@ -144,25 +147,25 @@ def run_jobs(
         workers: As in :func:`run`.
         progress: As in :func:`run`.
         on: As in :func:`run`.
-        settings: By condition what sets it apart, for the report: whatever JSON can hold.
+        settings: Settings of each condition, for the report: anything JSON can hold.
 
     Raises:
         ValueError, BlockingIOError, ConnectionError, ImportError, RuntimeError: as in :func:`run`.
     """
     check_engine(on, workers)
-    importlib.import_module("ecanet.study.html_report")  # a package that it needs is missed now, not after all runs
+    importlib.import_module("ecanet.study.html_report")  # if a package is missing, fail now and not after all runs
     folder = Path(out)
     check_folder(jobs, folder)
     with _study_folder(folder):
-        remove_partial_files(folder, _TABLES)  # what a killed study left
+        remove_partial_files(folder, _TABLES)  # left by a killed study
         remove_partial_files(folder / "runs", {job.file.name for job in jobs})
         return _run_jobs(jobs, folder, metric, workers, progress, on, settings)
 
 
 @contextlib.contextmanager
 def _study_folder(folder: Path) -> Iterator[None]:
-    """Make and lock the folder of a study; new folders that stay empty are removed at the end."""
-    made = [path for path in (folder / "runs", folder, *folder.parents) if not path.exists()]
+    """Create and lock the folder of a study; at the end, remove created folders that stayed empty."""
+    created = [path for path in (folder / "runs", folder, *folder.parents) if not path.exists()]
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     try:
         handle = lock_folder(folder)
@@ -174,7 +177,7 @@ def _study_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         unlock_folder(handle)
-        for path in made:
+        for path in created:
             with contextlib.suppress(OSError):  # a folder that is not empty stays
                 path.rmdir()
 
@@ -203,10 +206,10 @@ def _run_jobs(
     if metric is None:
         try:
             metric = _metric_of(ended.values(), None, folder)
-        except ValueError:  # the numbers are there, to choose from
-            write_whole(folder / "results.csv", _results(_sorted_out(jobs, ended, lost, None)[0], jobs))
+        except ValueError:  # there are several: the table shows which the caller can choose
+            write_whole(folder / "results.csv", _results(_finished_and_failed(jobs, ended, lost, None)[0], jobs))
             raise
-    runs, failed = _sorted_out(jobs, ended, lost, metric)
+    runs, failed = _finished_and_failed(jobs, ended, lost, metric)
     if unwritten := [(run.condition, run.seed, run.reason) for run in failed if not run.file.exists()]:
         write_about(folder, metric, seeds, settings, unwritten)
     write_whole(folder / "results.csv", _results(runs, jobs))
@@ -218,7 +221,7 @@ def _run_jobs(
     return study
 
 
-def _sorted_out(
+def _finished_and_failed(
     jobs: Sequence[Job], ended: Mapping[Path, dict[str, Any]], lost: Mapping[Path, str], metric: str | None
 ) -> tuple[dict[str, list[FinishedRun]], list[FailedRun]]:
     runs: dict[str, list[FinishedRun]] = {job.condition: [] for job in jobs}
@@ -235,10 +238,10 @@ def _sorted_out(
 
 
 def _metric_of(ended: Iterable[Mapping[str, Any]], metric: str | None, folder: Path) -> str | None:
-    """The metric to compare; None if nobody named one and no run has any.
+    """The metric to compare; None if the caller named none and no run has any.
 
     Raises:
-        ValueError: no finished run has this one; or nobody named one, and they have several.
+        ValueError: no finished run has the metric; or the caller named none, and the runs have several.
     """
     finished = [stored["metrics"] for stored in ended if stored["error"] is None]
     names = list(dict.fromkeys(name for metrics in finished for name in metrics))
@@ -248,19 +251,20 @@ def _metric_of(ended: Iterable[Mapping[str, Any]], metric: str | None, folder: P
             f"metric={names[0]!r} compares them without training"
         )
     if metric is not None and finished and metric not in names:
-        there = listed(names) or "no numbers"
-        raise ValueError(f"metric must be one that the finished runs in {folder} have ({there}), got {shown(metric)!r}")
+        have = listed(names) or "no numbers"
+        raise ValueError(f"metric must be one that the finished runs in {folder} have ({have}), got {shown(metric)!r}")
     return names[0] if metric is None and names else metric
 
 
 def _results(runs: Mapping[str, Sequence[FinishedRun]], jobs: Sequence[Job]) -> str:
-    """The table of runs: a failed one has no metrics."""
+    """The table of runs as CSV; a failed run has no metrics."""
     finished = {(run.condition, run.seed): run for of_condition in runs.values() for run in of_condition}
     metrics = list(dict.fromkeys(name for run in finished.values() for name in run.metrics))
     table = io.StringIO(newline="")
     writer = csv.writer(table, lineterminator="\n")
-    ours = ("condition", "seed", "seconds")
-    writer.writerow([*ours[:2], *(f"{name} (metric)" if name in ours else name for name in metrics), ours[2]])
+    own_columns = ("condition", "seed", "seconds")
+    headers = [f"{name} (metric)" if name in own_columns else name for name in metrics]
+    writer.writerow([*own_columns[:2], *headers, own_columns[2]])
     for job in jobs:
         run = finished.get((job.condition, job.seed))
         cells = [run.metrics.get(name, "") for name in metrics] if run else [""] * len(metrics)
@@ -269,22 +273,22 @@ def _results(runs: Mapping[str, Sequence[FinishedRun]], jobs: Sequence[Job]) -> 
 
 
 def check_names(conditions: Mapping[str, Any]) -> None:
-    """Raise ValueError unless there are names, each of a file of its own."""
+    """Raise ValueError unless there is at least one name and each gives a different file name."""
     if not conditions:
         raise ValueError("conditions must name at least one, the baseline, got none")
     files: dict[str, str] = {}
     for name in conditions:
         if not isinstance(name, str) or not name:
             raise ValueError(f"conditions must have texts for names, got {shown(name)}")
-        if len(slug(name).encode()) > _MOST_BYTES:
-            raise ValueError(f"conditions need names of at most {_MOST_BYTES} bytes, got {shown(name)}")
+        if len(slug(name).encode()) > _MAX_NAME_BYTES:
+            raise ValueError(f"conditions need names of at most {_MAX_NAME_BYTES} bytes, got {shown(name)}")
         if slug(name) in files:
             raise ValueError(f"conditions need names that differ in letters and digits, got {listed(conditions)}")
         files[slug(name)] = name
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
-    """Raise ValueError unless these are one or more different integers from 0 to 2^63 - 1."""
+    """Raise ValueError unless the seeds are one or more different integers from 0 to 2^63 - 1."""
     given = list(seeds) if isinstance(seeds, Collection) and not isinstance(seeds, str) else None
     if (
         not given
@@ -298,7 +302,7 @@ def check_seeds(seeds: Sequence[int]) -> None:
 
 
 def fingerprint(what: Any) -> str:
-    """Sixteen hexadecimal digits that tell plain values, dataclasses, functions and classes from others."""
+    """A hash of plain values, dataclasses, functions and classes: sixteen hexadecimal digits."""
     return hashlib.sha256(json.dumps(_plain(what), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -317,7 +321,7 @@ def _plain(value: Any) -> Any:
         return [_plain(value.func), _plain(value.args), _plain(value.keywords)]
     if hasattr(value, "__qualname__"):
         return value.__qualname__
-    # An object's own repr may hold its address, which says nothing.
+    # An object's default repr holds its address, which differs between processes.
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
@@ -337,7 +341,7 @@ def _check_train(train: Train, conditions: Mapping[str, Any]) -> None:
         raise TypeError(f"train must be a function of condition, seed and folder, got {shown(train)}")
     try:
         inspect.signature(train).bind(None, 0, Path())
-    except ValueError:  # it has no signature to read
+    except ValueError:  # some callables have no signature
         pass
     except TypeError as error:
         raise TypeError(f"train must take condition, seed and folder: {error}") from error
@@ -346,20 +350,20 @@ def _check_train(train: Train, conditions: Mapping[str, Any]) -> None:
             pickle.dumps(value)
         except Exception as error:
             raise TypeError(
-                f"{what} must be something that another process can import, such as a function defined at the top of a "
+                f"{what} must be something that another process can import, such as a function at the top level of a "
                 f"file, got {shown(repr(value))} ({type(error).__name__}: {shown(error)})"
             ) from error
 
 
 def check_folder(jobs: Sequence[Job], out: Path) -> None:
-    """Raise ValueError unless it can be the folder of this study: a file, or one with runs of other conditions."""
-    place = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not place.is_dir():
-        raise ValueError(f"out must be a folder, got {out}: {place} is a file")
+    """Raise ValueError if ``out`` cannot be this study's folder: it is a file, or has runs of other conditions."""
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"out must be a folder, got {out}: {nearest} is a file")
     ours = {slug(job.condition) for job in jobs}
-    found = {match[1]: file for file in out.glob("runs/*.json") if (match := re.fullmatch(r"(.+)-seed\d+", file.stem))}
-    if others := [file for name, file in sorted(found.items()) if name not in ours]:
+    runs = {match[1]: file for file in out.glob("runs/*.json") if (match := re.fullmatch(r"(.+)-seed\d+", file.stem))}
+    if others := [file for name, file in sorted(runs.items()) if name not in ours]:
         raise ValueError(
-            f"{out} holds another study: {others[0].name} is of none of the conditions "
+            f"{out} holds another study: {others[0].name} belongs to none of the conditions "
             f"{listed(dict.fromkeys(job.condition for job in jobs))}; choose another folder"
         )

@@ -12,12 +12,12 @@ from typing import Any
 
 from ecanet.study.job import Job
 
-#: What a script needs.
+#: The end of messages about a script that starts a study when it is imported.
 GUARD = 'it needs if __name__ == "__main__": around the call, as every worker imports it'
 
 
 def default_size() -> int:
-    """Runs at a time if nobody says: one for each core, or one on a machine with a GPU."""
+    """How many runs execute at a time by default: one for each core, or one on a machine with a GPU."""
     import torch
 
     from ecanet.ops.build import available_cores
@@ -33,25 +33,25 @@ class _Worker:
     is_ready: bool = False
 
     def send_job(self) -> None:
-        with contextlib.suppress(OSError):  # it died: its end is noticed as that of any other
+        with contextlib.suppress(OSError):  # it died, which the next look at the workers notices
             self.pipe.send(self.job)
 
     def close(self) -> None:
-        # Killed: a worker that is only asked to stop goes on with its run. Checkpoints survive a kill.
+        # Kill it: a worker that is only asked to stop would finish its run first. Checkpoints survive a kill.
         self.process.kill()
         self.process.join()
         self.pipe.close()
 
 
 class Processes:
-    """Worker processes, as :class:`ecanet.study.engine.Workers` says.
+    """Runs in worker processes; implements :class:`ecanet.study.engine.Workers`.
 
     Args:
-        most: Runs at a time; None for one for each core, or a single one on a machine with a GPU.
+        max_runs: Runs at a time; None means one for each core, or a single one on a machine with a GPU.
     """
 
-    def __init__(self, most: int | None = None) -> None:
-        self.size = most or default_size()
+    def __init__(self, max_runs: int | None = None) -> None:
+        self.size = max_runs or default_size()
         self._workers: list[_Worker] = []
         self._failed_starts = 0
         self._context = multiprocessing.get_context("spawn")  # fork is not safe once torch has started threads
@@ -64,14 +64,14 @@ class Processes:
             worker.send_job()
 
     def ended(self) -> list[tuple[Job, str | None]]:
-        """Wait up to half a second for runs to end; with each, how its process died, if it did.
+        """Wait up to half a second for runs to end; return each with None, or with how its process died.
 
         Raises:
             RuntimeError: no process starts.
         """
-        # A process may leave children that hold its pipe open, so its end is looked for as well.
+        # A dead process may leave children that hold its pipe open, so wait for the process itself as well.
         wait([*(worker.pipe for worker in self._workers), *(w.process.sentinel for w in self._workers)], timeout=0.5)
-        return [end for worker in list(self._workers) if (end := self._hear(worker)) is not None]
+        return [end for worker in list(self._workers) if (end := self._poll(worker)) is not None]
 
     def close(self) -> None:
         """Kill the processes."""
@@ -87,38 +87,40 @@ class Processes:
         self._workers.append(_Worker(process, ours))
         return self._workers[-1]
 
-    def _hear(self, worker: _Worker) -> tuple[Job, str | None] | None:
-        is_alive = worker.process.is_alive()  # asked first: what it sent before its end is in the pipe
+    def _poll(self, worker: _Worker) -> tuple[Job, str | None] | None:
+        """The job that a worker ended, if any, with how the worker died, if it did."""
+        # Ask before reading the pipe: whatever a dead process had sent is in the pipe then.
+        is_alive = worker.process.is_alive()
         try:
             if not worker.pipe.poll():
-                return None if is_alive else self._bury(worker)
+                return None if is_alive else self._handle_death(worker)
             succeeded = worker.pipe.recv()
         except (EOFError, OSError):
             worker.process.join(timeout=5)
-            return None if worker.process.is_alive() else self._bury(worker)
+            return None if worker.process.is_alive() else self._handle_death(worker)
         if not worker.is_ready:
             worker.is_ready, self._failed_starts = True, 0
             worker.send_job()
             return None
         job, worker.job = worker.job, None
         assert job is not None
-        if not succeeded:  # what failed may have broken the process, as an error of CUDA does
+        if not succeeded:  # a failed run may have broken its process, as CUDA errors do
             self._dismiss(worker)
         return job, None
 
-    def _bury(self, worker: _Worker) -> tuple[Job, str] | None:
+    def _handle_death(self, worker: _Worker) -> tuple[Job, str] | None:
         status = worker.process.exitcode
         self._dismiss(worker)
-        how = f"was killed by signal {-status}" if status < 0 else f"ended with exit status {status}"
+        death = f"was killed by signal {-status}" if status < 0 else f"ended with exit status {status}"
         if worker.is_ready:
-            return None if worker.job is None else (worker.job, how)
+            return None if worker.job is None else (worker.job, death)
         self._failed_starts += 1
         if self._failed_starts > 1:
             raise RuntimeError(
-                f"no worker process starts: the last one {how}, and its own error is above. A script: {GUARD}"
+                f"no worker process starts: the last one {death}, and its own error is above. In a script, {GUARD}"
             )
         assert worker.job is not None
-        self.start(worker.job)  # it was never tried
+        self.start(worker.job)  # the job never ran, so this does not count as an attempt
         return None
 
     def _dismiss(self, worker: _Worker) -> None:
@@ -127,7 +129,7 @@ class Processes:
 
 
 def _work(pipe: Connection) -> None:
-    """A worker: takes jobs from the pipe until it closes, and says after each whether it succeeded."""
+    """A worker: take jobs from the pipe until it closes, and send back after each whether it succeeded."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     pipe.send(True)
@@ -142,7 +144,7 @@ def _work(pipe: Connection) -> None:
 
 
 def _exit_with_parent() -> None:
-    # A parent that is killed cannot tell its workers, and they would go on training into the same folders.
+    # If the parent is killed it cannot tell its workers, which would go on writing into the folders of the runs.
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,4 +1,4 @@
-"""What a comparison says, in a table: accuracy with its spread, and what a gate costs."""
+"""A comparison as a text table: accuracy with its spread, and what a gate costs."""
 
 from collections.abc import Mapping
 
@@ -11,7 +11,7 @@ def table(comparison: Comparison, costs: Mapping[str, Cost]) -> str:
     """One row for each condition: accuracy and spread, difference from the baseline with its interval, and costs."""
     header = ["gate", "top-1 %", "spread", "difference", "95 % interval", "params +", "MAdds +", "ms/step", "time"]
     rows = [header]
-    plain = costs[comparison.baseline].seconds
+    baseline_seconds = costs[comparison.baseline].seconds
     for condition in comparison.runs:
         spread, difference, cost = comparison.spread(condition), comparison.difference(condition), costs[condition]
         is_baseline = condition == comparison.baseline
@@ -26,7 +26,7 @@ def table(comparison: Comparison, costs: Mapping[str, Cost]) -> str:
                 f"{cost.parameters:,}",
                 f"{cost.multiply_adds:,}",
                 f"{1000 * cost.seconds:.1f}",
-                f"x {cost.seconds / plain:.2f}",
+                f"x {cost.seconds / baseline_seconds:.2f}",
             ]
         )
     return aligned(rows)

@@ -13,7 +13,7 @@ from ecanet.study.conclusions import summary_table, verdict
 from ecanet.study.statistics import Summary, summarise
 from ecanet.untrusted import listed
 
-#: Larger metrics are not counted: their squares are no numbers any more.
+#: Larger metrics are not counted: their squares may overflow.
 _LARGEST = 1e100
 
 
@@ -25,9 +25,9 @@ class FinishedRun:
         condition: Name of its condition.
         seed: Its seed.
         metrics: Numbers by name.
-        details: Whatever else its function returned.
-        seconds: How long it took; since its last start, if it went on from a checkpoint.
-        folder: Where it wrote.
+        details: Anything else that its function returned.
+        seconds: Its duration; if it went on from a checkpoint, only since its last start.
+        folder: The folder it wrote into.
     """
 
     condition: str
@@ -46,7 +46,7 @@ class FailedRun:
         condition: Name of its condition.
         seed: Its seed.
         reason: What it raised, or what is wrong with its metric.
-        file: Its file, which is not there if its process died: without it, it runs again.
+        file: Its file, which does not exist if its process died. A run without a file runs again.
     """
 
     condition: str
@@ -80,22 +80,22 @@ class Study:
         lines = [summary_table(self.summary), "", verdict(self.summary)]
         for run in self.failed:
             failed = f"Failed and not counted: {run.condition}, seed {run.seed}: {run.reason}."
-            again = f"Without {run.file} it runs again." if run.file.exists() else "The same call runs it again."
+            again = f"Delete {run.file} to run it again." if run.file.exists() else "The same call runs it again."
             lines.append(f"{failed} {again}")
         return "\n".join(lines)
 
 
 def why_not_counted(stored: Mapping[str, Any], metric: str | None) -> str:
-    """Why a run that ended is not counted; an empty text for one that is.
+    """Why a run that ended is not counted; an empty text if it is.
 
     Args:
-        stored: What its file holds.
-        metric: What is compared; None where nobody named it yet.
+        stored: Content of its file.
+        metric: The metric that is compared; None if the caller has not named it.
     """
     if stored["error"] is not None:
         return stored["error"]
     metrics = stored["metrics"]
-    if metric is None and len(metrics) != 1:  # with several, nobody knows yet which one counts
+    if metric is None and len(metrics) != 1:  # if there are several, it is not known yet which one is compared
         return "" if metrics else "it returned no numbers"
     metric = next(iter(metrics)) if metric is None else metric
     if metric not in metrics:
@@ -107,5 +107,5 @@ def why_not_counted(stored: Mapping[str, Any], metric: str | None) -> str:
 
 
 def slug(name: str) -> str:
-    """A name as part of a file's name: its letters and digits, of any script."""
+    """Turn a name into a part of a file's name: letters and digits of any script, with hyphens between them."""
     return re.sub(r"[\W_]+", "-", unicodedata.normalize("NFKC", name).lower()).strip("-") or "condition"

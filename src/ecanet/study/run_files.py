@@ -1,4 +1,4 @@
-"""The file of a run that ended: JSON with a checksum, so that a damaged or edited file is not taken for a result."""
+"""The file of a run that ended: JSON with a checksum, so that a damaged or edited file is not used as a result."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any
 
 from ecanet.files.atomic import write_whole
 
-#: Largest file, in bytes; one of 10,000 epochs has 2 million.
+#: Largest file, in bytes; the file of a run of 10,000 epochs has about 2 million.
 _MAX_BYTES = 2**24
 
 _CHECKSUM = "sha256"
@@ -20,7 +20,7 @@ def write_run(file: Path, run: Mapping[str, Any]) -> None:
 
     Args:
         file: Path of the file; an existing one is replaced.
-        run: ``fingerprint``; ``metrics``, numbers by name; ``seconds``; ``details``, whatever else JSON can hold; and
+        run: ``fingerprint``; ``metrics``, numbers by name; ``seconds``; ``details``, anything else JSON can hold; and
             ``error``, why the run failed, or None.
 
     Raises:
@@ -38,10 +38,10 @@ def read_run(file: Path, check: Callable[[dict[str, Any]], None] | None = None) 
 
     Args:
         file: Path of the file.
-        check: Raises ValueError, with the reason, for a run that is not what it should be.
+        check: Called with the content; raises ValueError, with the reason, for a run that is not valid.
 
     Raises:
-        ValueError: it is damaged, too large or not such a file; the message names it and says what to do.
+        ValueError: the file is damaged, too large or not such a file; the message names it and says what to do.
     """
     try:
         run = _checked(json.loads(_text(file)))
@@ -71,7 +71,7 @@ def _checked(run: Any) -> dict[str, Any]:
     if missing:
         raise ValueError(f"it lacks {', '.join(missing)}")
     if run.pop(_CHECKSUM) != _checksum(run):
-        raise ValueError("its checksum does not fit, so it was damaged or edited")
+        raise ValueError("its checksum does not match, so it was damaged or edited")
     if not isinstance(run["fingerprint"], str):
         raise ValueError("its fingerprint is not a string")
     if not (isinstance(run["metrics"], dict) and all(map(is_number, run["metrics"].values()))):
@@ -86,7 +86,7 @@ def _checked(run: Any) -> dict[str, Any]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number that a float can hold, NaN included; true and false are none."""
+    """Whether a value is a number that a float can hold, including NaN; booleans do not count as numbers."""
     return isinstance(value, float) or (type(value) is int and abs(value) < 2**1000)
 
 

@@ -1,6 +1,6 @@
 """What paired seeds can show: differences, intervals, sign-flip tests, Holm's correction, and seeds needed.
 
-Every condition is compared with the first one, the baseline, over the seeds that both have. Nothing here trains.
+Each condition is compared with the first one, the baseline, over the seeds that both have. Nothing here trains.
 """
 
 import math
@@ -19,22 +19,22 @@ except ImportError as error:
 
 from ecanet.inspect.paired import Difference, paired_difference
 
-#: Level of all tests of a study together, and the power that seeds are counted for.
+#: Significance level of all tests of a study together, and the power that :func:`seeds_needed` asks for.
 LEVEL, POWER = 0.05, 0.8
 #: Differences, in units of the metric, for which a summary says how many seeds would show them.
 DIFFERENCES = (0.1, 0.3, 1.0)
-#: Up to so many seeds all sign flips are counted; beyond, this many are drawn.
+#: With up to ``_EXACT_SEEDS`` seeds all patterns of signs are counted; with more, ``_DRAWN`` random ones are.
 _EXACT_SEEDS, _DRAWN = 20, 99_999
-#: No study has more seeds.
-_MOST_SEEDS = 1_000_000
+#: Largest number of seeds that :func:`seeds_needed` returns.
+_MAX_SEEDS = 1_000_000
 
 
 @dataclass
 class ConditionSummary:
-    """One condition over its seeds. What needs a baseline, or more seeds than there are, is None.
+    """One condition over its seeds. Values that need a baseline, or more seeds than there are, are None.
 
     Attributes:
-        seeds: Number of its finished runs whose seed the baseline finished too: only these count.
+        seeds: Number of its finished runs for whose seed the baseline has finished, too: only these count.
         mean: Mean of the metric over them.
         std: Sample standard deviation over them.
         difference: Mean difference from the baseline, paired by seed.
@@ -43,8 +43,8 @@ class ConditionSummary:
         p: Two-sided p of the sign-flip test of the difference.
         p_holm: p after Holm's correction over all conditions but the baseline.
         effect: Cohen's d of paired samples (d_z): mean difference over the standard deviation of the differences.
-        seeds_needed: For each of :data:`DIFFERENCES`, by its text: how many seeds such a study needs to show it, as in
-            :func:`seeds_needed` with the spread of these differences.
+        seeds_needed: How many seeds a study needs to show a difference of each size of :data:`DIFFERENCES`, by
+            :func:`seeds_needed` with the spread of these differences. The keys are the sizes as texts.
     """
 
     seeds: int
@@ -75,19 +75,19 @@ class Summary:
 
 
 def sign_flip_p(differences: Any) -> Any:
-    """Two-sided p of the sign-flip test: how often the mean is as large when each difference may change its sign.
+    """Two-sided p of the sign-flip test: how often the mean is as large if each difference may change its sign.
 
-    Up to 20 seeds every pattern of signs is counted, and the smallest p is 2^(1 - n). Beyond, 99,999 are drawn, the
-    same ones each time.
+    With up to 20 seeds every pattern of signs is counted, and the smallest p is 2^(1 - n). With more, 99,999 random
+    patterns are drawn, the same ones each time.
 
     Args:
         differences: Array (..., n) of one difference for each of n >= 2 seeds.
 
     Returns:
-        Array (...) of p, a number for one study.
+        Array (...) of p; a single number for differences of shape (n,).
 
     Raises:
-        ValueError: fewer than two seeds.
+        ValueError: there are fewer than two seeds.
 
     Example:
         >>> float(sign_flip_p([0.3, 0.1, 0.4, 0.2, 0.5, 0.6]))
@@ -98,7 +98,7 @@ def sign_flip_p(differences: Any) -> Any:
     if n < 2:
         raise ValueError(f"differences must hold two or more seeds, got {n}")
     exact = n <= _EXACT_SEEDS
-    tested = stats.permutation_test(
+    test = stats.permutation_test(
         (values,),
         np.mean,
         permutation_type="samples",
@@ -108,25 +108,25 @@ def sign_flip_p(differences: Any) -> Any:
         batch=max(1, 2**22 // values.size),  # 32 MB at a time
         rng=np.random.default_rng(0),
     )
-    return tested.pvalue
+    return test.pvalue
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Correct p by Holm's method: at a level, the chance of any false finding is then at most that level.
+    """Correct p by Holm's method, so that the chance of any false finding at a level is at most that level.
 
     Args:
-        p: One for each comparison.
+        p: One value for each comparison.
     """
     return [float(value) for value in multipletests(p, method="holm")[1]] if len(p) else []
 
 
 def smallest_p(seeds: int) -> float:
-    """The smallest two-sided p that the sign-flip test of so many seeds can give: 2^(1 - n)."""
+    """The smallest two-sided p that the sign-flip test can give with n seeds: 2^(1 - n)."""
     return 2.0 ** (1 - seeds)
 
 
 def fewest_seeds(comparisons: int, level: float = LEVEL) -> int:
-    """The fewest seeds with which any of so many comparisons can reach a level under Holm's correction.
+    """The fewest seeds with which a comparison can reach a level under Holm's correction.
 
     Example:
         >>> fewest_seeds(1), fewest_seeds(9)
@@ -139,17 +139,17 @@ def fewest_seeds(comparisons: int, level: float = LEVEL) -> int:
 
 
 def power(effect: float, seeds: int, comparisons: int = 1, level: float = LEVEL) -> float:
-    """The chance that a study shows a difference, at least.
+    """A lower bound on the chance that a study shows a difference.
 
-    It counts on the first step of Holm's correction, so that the other conditions may differ or not. If at most
-    eight patterns of signs fit into the level, it is the chance that all seeds agree; otherwise it is the power of the
-    paired t-test with one seed fewer.
+    It uses the first and strictest step of Holm's correction, so it holds whether the other conditions differ or not.
+    If fewer than eight patterns of signs fit into the level, it is the chance that all seeds agree; otherwise it is the
+    power of the paired t-test with one seed fewer.
 
     Args:
-        effect: The true difference, in standard deviations of the paired differences, which are normal.
+        effect: The true difference, in standard deviations of the paired differences, which are taken as normal.
         seeds: Number of seeds.
-        comparisons: Conditions but the baseline.
-        level: Level of all tests together.
+        comparisons: Number of conditions without the baseline.
+        level: Significance level of all tests together.
 
     Returns:
         From 0 to 1.
@@ -161,9 +161,9 @@ def power(effect: float, seeds: int, comparisons: int = 1, level: float = LEVEL)
     all_agree = float(stats.norm.cdf(abs(effect))) ** seeds
     if patterns < 8:
         return all_agree
-    # The noncentral t cannot be computed far out, where the power is 1.
-    found = float(TTestPower().power(min(abs(effect), 5.0), seeds - 1, level))
-    return max(all_agree, 1.0 if math.isnan(found) else found)
+    # Far out, where the power is 1, the noncentral t distribution cannot be computed.
+    t_power = float(TTestPower().power(min(abs(effect), 5.0), seeds - 1, level))
+    return max(all_agree, 1.0 if math.isnan(t_power) else t_power)
 
 
 def seeds_needed(difference: float, spread: float, comparisons: int = 1) -> int | None:
@@ -172,10 +172,10 @@ def seeds_needed(difference: float, spread: float, comparisons: int = 1) -> int 
     Args:
         difference: The true difference, in units of the metric.
         spread: Standard deviation of the paired differences, in the same units.
-        comparisons: Conditions but the baseline.
+        comparisons: Number of conditions without the baseline.
 
     Returns:
-        The number, or None for more than a million.
+        The number of seeds, or None if it is more than a million.
 
     Raises:
         ValueError: the difference is not above 0, or the spread is below 0.
@@ -188,10 +188,10 @@ def seeds_needed(difference: float, spread: float, comparisons: int = 1) -> int 
         raise ValueError(f"difference must be above 0 and spread 0 or more, got {difference} and {spread}")
     effect = difference / spread if spread else math.inf
     fewest = fewest_seeds(comparisons)
-    for seeds in range(fewest, fewest + 4):  # with so few, the power is not monotone
+    for seeds in range(fewest, fewest + 4):  # with so few seeds, the power does not always grow with their number
         if power(effect, seeds, comparisons) >= POWER:
             return seeds
-    low, high = fewest + 3, _MOST_SEEDS
+    low, high = fewest + 3, _MAX_SEEDS
     if power(effect, high, comparisons) < POWER:
         return None
     while high - low > 1:
@@ -201,14 +201,14 @@ def seeds_needed(difference: float, spread: float, comparisons: int = 1) -> int 
 
 
 def detectable(seeds: int, comparisons: int = 1) -> float | None:
-    """The difference that so many seeds show in 80 of 100 cases, in standard deviations of the paired differences.
+    """The difference that a study shows in 80 of 100 cases, in standard deviations of the paired differences.
 
     Args:
         seeds: Number of seeds.
-        comparisons: Conditions but the baseline.
+        comparisons: Number of conditions without the baseline.
 
     Returns:
-        The difference, or None where no difference can be shown, however large.
+        The difference, or None if the seeds cannot show any, however large.
 
     Example:
         >>> round(detectable(9), 2), detectable(3)
@@ -224,28 +224,28 @@ def detectable(seeds: int, comparisons: int = 1) -> float | None:
 
 
 def plan(conditions: int, seeds: int, spread: float | None = None) -> str:
-    """What a study of so many conditions and seeds can show, in words, before it runs.
+    """Say in words, before a study runs, what it can show with its conditions and seeds.
 
     Args:
-        conditions: Conditions, with the baseline.
-        seeds: Seeds of each.
-        spread: Standard deviation of paired differences, where one is known, in units of the metric.
+        conditions: Number of conditions with the baseline.
+        seeds: Number of seeds of each.
+        spread: Standard deviation of the paired differences in units of the metric, if it is known.
     """
     comparisons = conditions - 1
     if comparisons < 1:
         return "One condition: nothing is compared."
     against = f"{comparisons} comparison{'s' if comparisons > 1 else ''} with the baseline"
     need = "need" if comparisons > 1 else "needs"
-    shown = detectable(seeds, comparisons)
-    if shown is None:
+    difference = detectable(seeds, comparisons)
+    if difference is None:
         return (
             f"{_seeds(seeds)} cannot show a difference at {LEVEL}: the smallest p that {_seeds(seeds)} can give is "
             f"{smallest_p(seeds):.2g}, and {against} {need} {LEVEL / comparisons:.2g} or less under Holm's correction, "
             f"which takes {fewest_seeds(comparisons)} seeds."
         )
-    size = f"{shown:.2g} standard deviations of the paired differences"
+    size = f"{difference:.2g} standard deviations of the paired differences"
     if spread is not None:
-        size += f", {shown * spread:.2g} at the spread seen so far ({spread:.2g})"
+        size += f", {difference * spread:.2g} at the spread seen so far ({spread:.2g})"
     return f"{_seeds(seeds)}, {against}: a difference of {size} is shown in 80 of 100 such studies."
 
 
@@ -257,41 +257,45 @@ def summarise(values: Mapping[str, Mapping[int, float]], metric: str) -> Summary
     """The numbers of a study.
 
     Args:
-        values: By condition, the baseline first, and seed: the metric of each finished run.
-        metric: Its name.
+        values: The metric of each finished run, by condition (the baseline first) and seed.
+        metric: Name of the metric.
 
     Raises:
-        ValueError: no condition.
+        ValueError: there is no condition.
     """
     if not values:
         raise ValueError("values must hold at least one condition, got none")
     baseline, *others = values
     base = values[baseline]
-    counted = {name: {seed: value for seed, value in of.items() if seed in base} for name, of in values.items()}
+    counted = {
+        name: {seed: value for seed, value in by_seed.items() if seed in base} for name, by_seed in values.items()
+    }
     paired = {name: [value - base[seed] for seed, value in counted[name].items()] for name in others}
     p = _p_of_each(paired)
-    # A condition that has no p yet, with fewer than two seeds, is a comparison of the study all the same.
+    # A condition with fewer than two seeds has no p yet, but Holm's correction counts it as a comparison.
     untested = [1.0] * (len(others) - len(p))
     corrected = dict(zip(p, holm([*p.values(), *untested]), strict=False))
     return Summary(
         baseline,
         metric,
         {
-            name: _summary_of(list(of.values()), paired.get(name, []), len(others), p.get(name), corrected.get(name))
-            for name, of in counted.items()
+            name: _summary_of(
+                list(by_seed.values()), paired.get(name, []), len(others), p.get(name), corrected.get(name)
+            )
+            for name, by_seed in counted.items()
         },
     )
 
 
 def _p_of_each(paired: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """The p of each condition with two or more pairs. Those with as many seeds are tested together: flips take time."""
-    found: dict[str, float] = {}
+    """The p of each condition with two or more pairs. Those with equally many are tested together, to save time."""
+    p_by_name: dict[str, float] = {}
     for n in {len(differences) for differences in paired.values()}:
         names = [name for name, differences in paired.items() if len(differences) == n]
         if n > 1:
-            tested = sign_flip_p([paired[name] for name in names])
-            found |= dict(zip(names, map(float, tested), strict=True))
-    return {name: found[name] for name in paired if name in found}
+            p = sign_flip_p([paired[name] for name in names])
+            p_by_name |= dict(zip(names, map(float, p), strict=True))
+    return {name: p_by_name[name] for name in paired if name in p_by_name}
 
 
 def _summary_of(

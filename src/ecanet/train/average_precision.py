@@ -1,4 +1,4 @@
-"""The metric of data with several labels an image."""
+"""Mean average precision, the metric of data with several labels per image."""
 
 import torch
 from torch import Tensor
@@ -8,9 +8,9 @@ from torchmetrics.utilities import dim_zero_cat
 
 
 class MeanAveragePrecision(MultilabelAveragePrecision):
-    """The mean over classes of average precision, in 0..1. Classes that no image has do not count.
+    """The mean over classes of average precision, from 0 to 1. Classes without images do not count.
 
-    torchmetrics' own mean warns about such classes, and counts them.
+    torchmetrics' own mean warns about such classes and counts them.
 
     Args:
         num_labels: Number of classes.
@@ -26,7 +26,7 @@ class MeanAveragePrecision(MultilabelAveragePrecision):
         super().__init__(num_labels, average="none")
 
     def of_each_class(self) -> Tensor:
-        """Average precision ``(num_labels,)``; NaN for a class that no image has."""
+        """Average precision ``(num_labels,)``; NaN for a class without images."""
         scores, targets = dim_zero_cat(self.preds), dim_zero_cat(self.target)
         values = torch.full((self.num_labels,), torch.nan, device=scores.device)
         for index in torch.nonzero(targets.any(dim=0)).flatten().tolist():
@@ -34,5 +34,5 @@ class MeanAveragePrecision(MultilabelAveragePrecision):
         return values
 
     def compute(self) -> Tensor:  # type: ignore[override]
-        """The mean, over every image and process."""
+        """The mean over classes, for the images of all processes."""
         return self.of_each_class().nanmean()

@@ -1,4 +1,4 @@
-"""Checkpoints: written completely or not at all, read without unpickling code, enough to rebuild the network."""
+"""Checkpoints: written completely or not at all, read without unpickling code, sufficient to rebuild the network."""
 
 import math
 import os
@@ -20,15 +20,15 @@ from ecanet.train.networks import rebuild_network, without_weights_file
 from ecanet.train.run_folder import RunFolder, remedy
 from ecanet.untrusted import check_number, listed, shown
 
-#: The key under which a checkpoint says what it is.
+#: The key of a checkpoint's entry that describes its network and its run.
 ABOUT_KEY = "ecanet"
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Writes a temporary file and renames it: after a kill or with a full disk the old checkpoint is intact."""
+    """Writes a temporary file and renames it, so that the old checkpoint survives a kill or a full disk."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write a checkpoint, or leave the old one.
+        """Write a checkpoint; if that fails, the old one stays.
 
         Raises:
             OSError: it cannot be written; the message names the file and says what to do.
@@ -42,7 +42,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         """Read a checkpoint with ``weights_only=True``.
 
         Raises:
-            FileNotFoundError: no such file.
+            FileNotFoundError: there is no such file.
             ValueError: it is damaged, or not a checkpoint of this library; the message names it.
         """
         return read_checkpoint(path, map_location)
@@ -52,7 +52,7 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = None) -> d
     """Read a checkpoint that :func:`ecanet.train.fit` wrote.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: there is no such file.
         ValueError: it is damaged, or not a checkpoint of this library; the message names it.
     """
     checkpoint = safe_load(path, map_location or "cpu")
@@ -65,9 +65,9 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = None) -> d
 
 
 class SaveCheckpoints(Checkpoint):
-    """Writes ``last.ckpt`` after every epoch, and ``best.ckpt`` whenever validation top-1, or mAP, has risen.
+    """Writes ``last.ckpt`` after every epoch, and ``best.ckpt`` whenever validation top-1, or mAP, exceeds its best.
 
-    Lightning's ModelCheckpoint writes its last checkpoint only when it also writes a best one.
+    It replaces Lightning's ModelCheckpoint, which writes its last checkpoint only when it also writes a best one.
 
     Args:
         folder: Folder to write into; checked before every write.
@@ -81,10 +81,10 @@ class SaveCheckpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save after a step within the epoch, except the last: the end of the epoch saves after the validation."""
-        is_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0  # gradients on the way to one are not saved
-        due = self.every_steps and is_step and trainer.global_step % self.every_steps == 0
-        if due and not trainer.is_last_batch:
+        """Save after a step within the epoch; after the last step, :meth:`on_train_epoch_end` saves."""
+        is_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0  # accumulated gradients cannot be saved
+        is_due = self.every_steps and is_step and trainer.global_step % self.every_steps == 0
+        if is_due and not trainer.is_last_batch:
             check_finite(float(outputs["loss"]), trainer)
             self._save(trainer, "last.ckpt")
 
@@ -94,7 +94,7 @@ class SaveCheckpoints(Checkpoint):
         reached = float(trainer.callback_metrics[str(pl_module.monitor)])
         if reached > self.best:
             self.best = reached
-            # Best comes before last: a run killed between the two repeats the epoch and writes the same best again.
+            # Write best before last: a run killed between the two repeats the epoch and writes the same best again.
             self._save(trainer, "best.ckpt")
         self._save(trainer, "last.ckpt")
 
@@ -107,7 +107,7 @@ class SaveCheckpoints(Checkpoint):
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Set the best of the run that is resumed."""
+        """Set the best top-1 or mAP of the run that is resumed."""
         self.best = state_dict["best"]
 
 
@@ -128,13 +128,13 @@ def check_finite(loss: float, trainer: L.Trainer) -> None:
 
 @dataclass
 class TrainedNetwork:
-    """A network from a checkpoint, with what is needed to use it.
+    """A network from a checkpoint, with everything needed to use it.
 
     Attributes:
-        network: Weights loaded, in eval mode.
+        network: The network with its weights, in eval mode.
         classes: Class names in label order.
-        mean: Mean of each channel of pixels in 0..1.
-        std: Standard deviation of each.
+        mean: Mean of each channel, for pixels from 0 to 1.
+        std: Standard deviation of each channel.
         recipe: The parts of its recipe that define the network and its input, as plain values.
         history: One record for each epoch.
         multi_label: Whether an image may have several of the classes: their probabilities are then sigmoids.
@@ -154,7 +154,7 @@ class TrainedNetwork:
         return (images.float() / 255 - mean) / std
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """Of each class ``(N, classes)``, from normalised images; with several labels an image, each is by itself."""
+        """Probabilities ``(N, classes)`` for normalised images; if the network is multi-label, each is independent."""
         logits = self.network(images).float()
         return logits.sigmoid() if self.multi_label else logits.softmax(1)
 
@@ -164,12 +164,13 @@ def load_trained(path: str | os.PathLike[str], build: str | None = None) -> Trai
 
     Args:
         path: A checkpoint, or a run's folder, which means its ``best.ckpt``.
-        build: ``module:function`` of your own, if the network was built by one (``model.build``).
+        build: ``module:function`` of your own, if such a function built the network (``model.build``).
 
     Raises:
-        FileNotFoundError: no such file.
-        ImportError: its network is of timm, which is not installed, or ``build`` cannot be imported.
-        ValueError: not a checkpoint of this library, or its network was built by a function and ``build`` names none.
+        FileNotFoundError: there is no such file.
+        ImportError: its network is from timm, which is not installed, or ``build`` cannot be imported.
+        ValueError: it is not a checkpoint of this library; or its network was built by a function, and ``build`` is
+            None.
 
     Example:
         >>> load_trained("runs/fashion").classes  # doctest: +SKIP
@@ -178,29 +179,31 @@ def load_trained(path: str | os.PathLike[str], build: str | None = None) -> Trai
     path = path / "best.ckpt" if path.is_dir() else path
     checkpoint = read_checkpoint(path)
     about = check_about(checkpoint[ABOUT_KEY], path)
-    held = checkpoint.get("state_dict")
-    mine = {k: v for k, v in held.items() if str(k).startswith("network.")} if isinstance(held, dict) else held
-    config = _with_own_function(ModelConfig(**about["recipe"]["model"]), build, path)
-    network = rebuild_network(without_weights_file(config), len(about["classes"]), state_dict_in(mine, str(path)), path)
+    state = checkpoint.get("state_dict")
+    if isinstance(state, dict):
+        state = {key: value for key, value in state.items() if str(key).startswith("network.")}
+    config = _with_users_function(ModelConfig(**about["recipe"]["model"]), build, path)
+    weights = state_dict_in(state, str(path))
+    network = rebuild_network(without_weights_file(config), len(about["classes"]), weights, path)
     kept = {key: about[key] for key in ("classes", "mean", "std", "recipe", "history", "multi_label")}
     return TrainedNetwork(network, **kept)
 
 
-def _with_own_function(config: ModelConfig, build: str | None, path: Path) -> ModelConfig:
-    """The block of a checkpoint with the user's function, which no checkpoint may call by itself."""
+def _with_users_function(config: ModelConfig, build: str | None, path: Path) -> ModelConfig:
+    """The ``model`` block of a checkpoint with the function that the user gives; its own is never called."""
     if config.build is None and build is not None:
         raise ValueError(f"model.build={build} was given, but {path} describes {config.name}: leave it out")
     if config.build is not None and build is None:
         raise ValueError(
-            f"the network in {path} was built by {config.build}, and a checkpoint calls no function: if you trust that "
-            f"one, say so with --model.build {config.build} (in Python build={config.build!r})"
+            f"the network in {path} was built by {config.build}, and a checkpoint cannot call functions: if you trust "
+            f"that one, give it with --model.build {config.build} (in Python build={config.build!r})"
         )
     return replace(config, build=build)
 
 
-#: Limits on epochs, and on numbers in the record of one.
+#: Largest number of epochs, and of values in the record of one.
 _MAX_EPOCHS, _MAX_RECORD = 1_000_000, 100
-#: What ``data`` says about the network's input, and how labels are read and split: no paths.
+#: Fields of ``data`` about the network's input, and about how labels are read and split; none is a path.
 _INPUT = (
     *("source", "image_size", "resize", "val_fraction", "split_seed"),
     *("image_column", "label_column", "label_separator"),
@@ -208,15 +211,15 @@ _INPUT = (
 
 
 def check_about(about: object, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a checkpoint says about its network, each part checked; settings for the machine are left out.
+    """Check a checkpoint's description of its network, and return it without settings for the machine.
 
     Args:
         about: The checkpoint's entry :data:`ABOUT_KEY`.
         path: The file, for errors.
 
     Returns:
-        ``classes``, ``multi_label``, ``mean``, ``std``, ``history`` and ``recipe``. From the recipe it keeps ``model``,
-        and of ``data`` what :data:`_INPUT` names; no paths, downloads, processes or devices.
+        ``classes``, ``multi_label``, ``mean``, ``std``, ``history`` and ``recipe``. The recipe keeps ``model``, and of
+        ``data`` the fields in :data:`_INPUT`; paths, downloads, processes and devices are left out.
 
     Raises:
         ValueError: a part is missing or wrong; the message names the file and the part.
@@ -243,7 +246,7 @@ def check_about(about: object, path: str | os.PathLike[str]) -> dict[str, Any]:
         DataConfig(**input_settings, root=Path() if has_files else None)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} is damaged, or no checkpoint that `ecanet fit` wrote: {shown(str(error), 300)}"
+            f"{path} is damaged, or not a checkpoint that `ecanet fit` wrote: {shown(str(error), 300)}"
         ) from error
     kept = {key: about[key] for key in ("classes", "mean", "std", "history")}
     kept["multi_label"] = about.get("multi_label", False)
@@ -267,10 +270,10 @@ def _is_record(record: object) -> bool:
 
 
 def _checked_model(block: dict[str, Any]) -> dict[str, Any]:
-    """The block ``model`` of a checkpoint, with the names that its values have now.
+    """The block ``model`` of a checkpoint, with former names of fields replaced.
 
     Raises:
-        TypeError, ValueError: a value is not allowed. None can open a file.
+        TypeError, ValueError: a value is not allowed. No allowed value can open a file.
     """
     model = model_of_a_file(block, "its recipe")
     if unknown := [key for key in model if key not in ModelConfig.__dataclass_fields__]:

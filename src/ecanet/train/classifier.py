@@ -19,7 +19,7 @@ from ecanet.train.data.loading import mix_seed
 from ecanet.train.parameters import build_optimizer, freeze_
 
 _STEP_STREAM = 3
-#: Share of the loss of an auxiliary head: Szegedy et al., Going Deeper with Convolutions, CVPR 2015, section 5.
+#: Weight of an auxiliary head's loss: Szegedy et al., Going Deeper with Convolutions, CVPR 2015, section 5.
 AUXILIARY = 0.3
 Batch = tuple[Tensor, Tensor]
 
@@ -28,21 +28,21 @@ class Classifier(L.LightningModule):
     """Trains a network to classify images.
 
     Args:
-        network: ``(N, 3, H, W)`` to logits ``(N, classes)``; in training also a tuple of them and those of auxiliary
-            heads, each of which adds :data:`AUXILIARY` of its loss.
+        network: ``(N, 3, H, W)`` to logits ``(N, classes)``. In training it may return a tuple of these and the logits
+            of auxiliary heads, whose losses are added with the weight :data:`AUXILIARY`.
         num_classes: Number of classes.
-        mean: Mean of each channel of pixels in 0..1.
-        std: Standard deviation of each.
+        mean: Mean of each channel, for pixels from 0 to 1.
+        std: Standard deviation of each channel.
         optim: The recipe's ``optim`` block.
-        batches_per_epoch: Batches in an epoch, of one process.
+        batches_per_epoch: Number of batches of each process in an epoch.
         seed: Seed of dropout and mixup.
         channels_last: Memory format of images and convolutions.
         multi_label: Whether an image may have several labels, which are then float ``(N, classes)`` of 0 and 1. The
-            loss is binary cross entropy of each class, and the metric mean average precision.
+            loss is then the binary cross entropy of each class, and the metric mean average precision.
         compile: Compile the network.
 
     Attributes:
-        monitor: The metric that is best when it is highest.
+        monitor: Name of the metric by which epochs are compared; higher is better.
 
     Raises:
         ValueError: ``optim.freeze`` does not fit the network.
@@ -72,7 +72,7 @@ class Classifier(L.LightningModule):
         self._frozen_norms = freeze_(network, list(self.optim.freeze))
         self._keep_statistics()
         if compile:
-            # A graph for each shape, and none chosen by a measurement: a resumed run meets the shapes in another order.
+            # A graph for each shape, without autotuning: a resumed run gets the shapes in another order.
             self.network.compile(dynamic=False, options={"deterministic": True})
         self.seed = seed
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
@@ -106,7 +106,7 @@ class Classifier(L.LightningModule):
         return -(-self.batches_per_epoch // self.optim.accumulate)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seed dropout and mixup by seed, batch and process, so that a resumed run draws the same numbers."""
+        """Seed dropout and mixup by seed, batch and process, so that a resumed run draws the same random numbers."""
         index = self.trainer.current_epoch * self.batches_per_epoch + batch_idx
         torch.manual_seed(mix_seed(self.seed, _STEP_STREAM, index, self.trainer.global_rank))
 
@@ -118,8 +118,8 @@ class Classifier(L.LightningModule):
         outputs = self(images)
         logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
         loss = self.loss(logits, labels, self.optim.label_smoothing)
-        for each in auxiliary:
-            loss = loss + AUXILIARY * self.loss(each, labels, self.optim.label_smoothing)
+        for auxiliary_logits in auxiliary:
+            loss = loss + AUXILIARY * self.loss(auxiliary_logits, labels, self.optim.label_smoothing)
         self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(images))
         self.log(
             "lr", self.optim.rate * learning_rate_factor(self.optim, self.trainer.global_step / self.steps_per_epoch)
@@ -127,14 +127,17 @@ class Classifier(L.LightningModule):
         return loss if self.optim.accumulate == 1 else loss * self._weight_in_step(batch_idx, len(images))
 
     def _weight_in_step(self, batch_idx: int, images: int) -> float:
-        """What makes the sum of a step's gradients, each divided by the number of batches, a mean over its images."""
+        """The weight of a batch's loss with which the accumulated gradient is the mean over the images of the step.
+
+        Lightning divides the loss of each batch by the number of batches in a step.
+        """
         loader: Any = self.trainer.train_dataloader
-        most = loader.batch_size * self.optim.accumulate
-        before = batch_idx // self.optim.accumulate * most
-        return self.optim.accumulate * images / min(most, len(loader.sampler) - before)
+        full_step = loader.batch_size * self.optim.accumulate
+        before = batch_idx // self.optim.accumulate * full_step
+        return self.optim.accumulate * images / min(full_step, len(loader.sampler) - before)
 
     def loss(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-        """Cross entropy; with several labels an image, the mean over classes of each one's binary cross entropy."""
+        """Cross entropy; for multi-label data, the binary cross entropy averaged over classes."""
         if not self.multi_label:
             return F.cross_entropy(logits, labels, label_smoothing=smoothing)
         return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype) * (1 - smoothing) + smoothing / 2)
@@ -151,7 +154,7 @@ class Classifier(L.LightningModule):
         return logits
 
     def on_validation_epoch_end(self) -> None:
-        """Log top-1 and top-5, or mean average precision, in per cent, over every image and process."""
+        """Log top-1 and top-5, or mean average precision, in per cent, for the images of all processes."""
         values = {name: 100 * value for name, value in self.val_accuracy.compute().items()}
         self.log_dict(values, prog_bar=True)
         self.log("val/loss", self.val_loss.compute())
@@ -159,7 +162,7 @@ class Classifier(L.LightningModule):
         self.val_loss.reset()
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Class probabilities ``(N, classes)``: they add up to 1, or each is by itself if there are several labels."""
+        """Class probabilities ``(N, classes)``: they add up to 1, or are independent if the data is multi-label."""
         logits = self(batch).float()
         return logits.sigmoid() if self.multi_label else logits.softmax(dim=1)
 
@@ -173,11 +176,11 @@ class Classifier(L.LightningModule):
 
 
 def learning_rate_factor(optim: OptimConfig, epoch: float) -> float:
-    """The factor of the learning rate after a number of epochs, which may be a fraction.
+    """The factor of the learning rate after a number of epochs.
 
     Args:
         optim: The recipe's ``optim`` block.
-        epoch: Epochs done, 0 at the start.
+        epoch: Epochs done, 0 at the start; may be a fraction.
 
     Example:
         >>> [learning_rate_factor(OptimConfig(epochs=100, schedule="step"), e) for e in (0, 29.9, 30)]

@@ -1,4 +1,4 @@
-"""What a recipe says: plain typed dataclasses, one for each block of the YAML file."""
+"""The fields of a recipe: plain typed dataclasses, one for each block of the YAML file."""
 
 import difflib
 import os
@@ -17,11 +17,11 @@ from ecanet.untrusted import check_number, shown
 Scalar: TypeAlias = bool | int | float | str | None
 #: A function by its module and name.
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
-#: Strategies with which a resumed run gives the same bits and all processes end together.
+#: Strategies with which a resumed run gives identical weights and all processes end together.
 _STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
-#: Optimisers, and what a recipe that does not say it has.
+#: Optimisers, with the default values of their fields.
 OPTIMISERS = {"sgd": {"lr": 0.1, "weight_decay": 1e-4}, "adamw": {"lr": 1e-3, "weight_decay": 1e-2}}
-#: What weight decay may spare, and what may log.
+#: Kinds of parameters that weight decay may leave out, and kinds of loggers.
 NO_DECAY, LOGGERS = ("norms", "biases", "gates"), ("csv", "tensorboard", "wandb")
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
 
@@ -33,19 +33,20 @@ class ModelConfig:
     Args:
         name: NETWORKS; torchvision/NAME or timm/NAME (``ecanet list`` prints them); or a file that ``ecanet insert
             --save`` wrote, with its gates and weights.
-        gate: A name that ``ecanet gates`` explains: GATES; or timm:NAME, a layer of timm's; or null for none.
+        gate: A gate by name (``ecanet gates`` describes them): GATES; or timm:NAME, a layer of timm's; or null for
+            none.
         kernel_size: adaptive or an odd integer; in a network of ecanet also released, or a list with one for each
             stage.
-        where: block, stage, conv, or names and patterns of modules with commas between; in a network of ecanet block
-            alone.
-        preserve: true: gates start at 1, so that the outputs stay at first; false: fresh gates; null: true if weights
-            is set.
+        where: block, stage, conv, or names and patterns of modules, separated by commas; in a network of ecanet only
+            block.
+        preserve: true: gates start at 1, so that at first the outputs do not change; false: fresh gates; null: true if
+            weights is set.
         weights: Weights to start from: a file, or the library's own name for them, which it downloads, or DEFAULT.
             Those of a head for other classes are left out.
-        options: Further arguments of a network of ecanet, such as widths or dropout; of others fold and fuse, as
-            ``ecanet insert`` has them.
-        build: module:function of your own that returns a network for a number of classes, in place of name. From the
-            command line or Python alone, never from a file.
+        options: Further arguments of a network of ecanet, such as widths or dropout; for other networks fold and fuse,
+            as in ``ecanet insert``.
+        build: module:function of your own that returns a network for a number of classes, in place of name. It can be
+            given only on the command line or in Python, never in a file.
     """
 
     name: str = "small_eca_resnet"
@@ -69,7 +70,7 @@ class ModelConfig:
         elif not self.is_own and not (is_network_name(self.name) or os.path.isfile(self.name)):
             raise ValueError(_no_such_network(self.name))
         elif is_of_a_library(self.name) and not classifies_pictures(self.name):
-            raise ValueError(f"model.name={self.name} does not classify pictures; ecanet list says which networks do")
+            raise ValueError(f"model.name={self.name} does not classify pictures; ecanet list shows which networks do")
         check_arguments(self.options, "model.options", OPTIONS[self.name] if self.is_own else OPTIONS_OF_INSERTION)
         if self.is_own:
             if self.where != "block":
@@ -96,10 +97,10 @@ for _what, _known in (("NETWORKS", OPTIONS), ("GATES", GATES)):
 
 
 def is_network_name(name: object) -> bool:
-    """Whether a name is that of a network of ecanet, torchvision or timm, and so no file.
+    """Whether a name is that of a network of ecanet, torchvision or timm, and not of a file.
 
     Raises:
-        ImportError: a network of timm without timm installed.
+        ImportError: it is a network of timm, which is not installed.
         ValueError: the library has no such network.
     """
     if not isinstance(name, str) or (name not in OPTIONS and not is_of_a_library(name)):
@@ -112,8 +113,9 @@ def is_network_name(name: object) -> bool:
 def _no_such_network(name: object) -> str:
     known = [*OPTIONS, *known_networks()]
     end = str(name)[:100].rpartition("/")[2]
-    ends = difflib.get_close_matches(end, {each.rpartition("/")[2].removeprefix("eca_") for each in known}, 2, 0.7)
-    close = [each for end in ends for each in known if each.rpartition("/")[2].removeprefix("eca_") == end][:4]
+    bare = {network: network.rpartition("/")[2].removeprefix("eca_") for network in known}
+    near = difflib.get_close_matches(end, set(bare.values()), 2, 0.7)
+    close = [network for near_name in near for network in known if bare[network] == near_name][:4]
     is_path = os.path.splitext(end)[1] in (".pt", ".pth", ".ckpt")
     no_file = ": there is no such file" if is_path else ", which is a folder" if os.path.isdir(str(name)) else ""
     return (
@@ -126,35 +128,35 @@ def _check_build(build: object, name: str) -> None:
     if not isinstance(build, str) or not _FUNCTION.fullmatch(build):
         raise ValueError(f"model.build must be module:function, such as package.module:make, got {shown(build)!r}")
     if name != ModelConfig.name:
-        raise ValueError(f"model.name={shown(name)!r} and model.build={build!r} are two networks: give one")
+        raise ValueError(f"model.name={shown(name)!r} and model.build={build!r} are two networks: give only one")
 
 
 def model_of_a_file(block: object, where: str) -> dict[str, Any]:
-    """A recipe's ``model`` block from a file, with the names that its values have now.
+    """A recipe's ``model`` block from a file, with former names of fields replaced.
 
     Args:
         block: The block, as plain values.
         where: The file, for errors.
 
     Raises:
-        ValueError: it has both a name and the one that came before it.
+        ValueError: it has a field under both its present and its former name.
     """
     if not isinstance(block, dict) or "neutral" not in block:
         return block  # type: ignore[return-value]
     if "preserve" in block:
         raise ValueError(f"{where}: model has both preserve and neutral, which is its former name")
-    # Where preserve was called neutral, false was what null is now.
+    # When preserve was called neutral, false had the meaning that null has now.
     return {("preserve" if k == "neutral" else k): (v or None if k == "neutral" else v) for k, v in block.items()}
 
 
-#: Sources whose pictures are files, or rows of files, and what their root is.
+#: Sources whose pictures are files, or rows of files, and a description of their root.
 FILE_SOURCES = {
     "image_folder": "the folder that holds train/ and val/, or the classes",
     "csv": "the CSV file",
     "hf": "the folder of the Arrow or Parquet files, or one of them",
 }
 _FILES = tuple(FILE_SOURCES)
-#: The sources that read an option; all others are read by all.
+#: The sources that use an option; options that are not here are used by all sources.
 SOURCES_OF = {
     "download": ("fashion_mnist",),
     **dict.fromkeys(("verify", "resize", "val_root", "val_fraction", "split_seed"), _FILES),
@@ -167,37 +169,38 @@ _SEPARATORS = ("pipe", "semicolon", "comma", "space", "none")
 
 @dataclass
 class DataConfig:
-    """The pictures. docs/data.md says more.
+    """The pictures. docs/data.md has the details.
 
     Args:
         source: embedded (10,000 pictures of Fashion-MNIST in the package), fashion_mnist (the four original files),
-            image_folder (root/train/CLASS/*, root/val/CLASS/*; validation, valid and test will do for val; or
-            root/CLASS/* with val_fraction or val_root), csv (a file with the columns file and label) or hf (what
-            Hugging Face's datasets saved on disk, or Parquet files). On the command line --data.root alone, without a
-            recipe, means image_folder, or csv for a .csv file.
-        root: Folder of the data, or the CSV file; for fashion_mnist by default the one of Debian's package
+            image_folder (root/train/CLASS/* and root/val/CLASS/*, where val may also be called validation, valid or
+            test; or root/CLASS/* with val_fraction or val_root), csv (a file with the columns file and label) or hf
+            (what Hugging Face's datasets saved on disk, or Parquet files). If the command line has only --data.root,
+            without a recipe, the source is image_folder, or csv for a .csv file.
+        root: Folder of the data, or the CSV file; for fashion_mnist by default the folder of Debian's package
             dataset-fashion-mnist.
-        val_root: Where the pictures to validate on are, if not in root: a folder of the classes, a CSV file, a folder
-            of Arrow or Parquet files.
-        val_fraction: Share of the training pictures of each class to validate on instead, such as 0.1.
+        val_root: Where the validation pictures are, if not in root: a folder of the classes, a CSV file, or a folder of
+            Arrow or Parquet files.
+        val_fraction: Share of the training pictures of each class that is used for validation instead, such as 0.1.
         split_seed: Seed of this split, independent of the seed of the trainer.
         image_column: Column of the pictures, for csv and hf; by default found by its name or type.
-        label_column: Column of the labels, likewise.
-        label_separator: What stands between several labels in a cell of a CSV file: pipe, semicolon, comma, space, or
-            none if a cell always has one.
+        label_column: Column of the labels, for csv and hf; by default found by its name or type.
+        label_separator: Separator of several labels in a cell of a CSV file: pipe, semicolon, comma, space, or none if
+            a cell always has one label.
         download: Let torchvision download Fashion-MNIST into root.
         verify: Decode every picture before training, and list all that cannot be read; by default if there are 20,000
             or fewer.
-        image_size: Side of the square the network sees, in pixels; by default 28 for Fashion-MNIST, 224 for others.
-        resize: Shorter side to which test images are resized before the centre crop, where they are files; by default
-            256/224 of image_size.
+        image_size: Height and width of the network's input, in pixels; by default 28 for Fashion-MNIST, 224 for others.
+        resize: Shorter side to which validation images are resized before the centre crop, for sources of files; by
+            default 256/224 of image_size.
         augment: crop (pad by an eighth, crop, flip), resized_crop (scale and aspect ratio, flip), none, or auto: crop
             for Fashion-MNIST, resized_crop for others.
-        randaugment: After that, RandAugment: torchvision's, two operations on each image, of this magnitude, 0 to 30; 9
+        randaugment: Magnitude of torchvision's RandAugment, which then applies two operations to each image: 0 to 30, 9
             is usual; null is off.
-        color_jitter: After that, brightness, contrast and saturation times a factor within this of 1; 0 is off.
-        batch_size: Images for each step and process.
-        workers: Processes that load data, for each training process.
+        color_jitter: Brightness, contrast and saturation are then multiplied by random factors from 1 - color_jitter to
+            1 + color_jitter; 0 is off.
+        batch_size: Images in a batch of each process.
+        workers: Number of processes that load data, for each training process.
     """
 
     source: Literal["embedded", "fashion_mnist", "image_folder", "csv", "hf"] = "embedded"
@@ -232,15 +235,15 @@ class DataConfig:
             raise ValueError(f"data.root must name {FILE_SOURCES[self.source]}, got null")
         if self.source == "embedded" and self.root is not None:
             raise ValueError(
-                f"data.root={str(self.root)!r} is not read by data.source=embedded: "
+                f"data.root={str(self.root)!r} is not used by data.source=embedded: "
                 "set data.source to image_folder, csv, hf or fashion_mnist"
             )
         if self.val_fraction in (0, 1):
             raise ValueError(f"data.val_fraction must be between 0 and 1, such as 0.1, got {self.val_fraction}")
         if self.val_fraction is not None and self.val_root is not None:
             raise ValueError(
-                f"data.val_fraction={self.val_fraction} and data.val_root={str(self.val_root)!r} both say what is "
-                "validated on: leave one out"
+                f"data.val_fraction={self.val_fraction} and data.val_root={str(self.val_root)!r} both choose the "
+                "validation pictures: leave one out"
             )
         if self.resize is not None and self.resize < (self.image_size or 224):
             raise ValueError(
@@ -249,7 +252,7 @@ class DataConfig:
             )
 
     def _check_names(self) -> None:
-        """Raise for a source that does not exist, and for an option that it does not read."""
+        """Raise for an unknown source or separator, and for an option that the source does not use."""
         for name, known in (("source", _SOURCES), ("label_separator", _SEPARATORS)):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"data.{name} must be one of {', '.join(known)}, got {shown(value)!r}")
@@ -273,27 +276,27 @@ class OptimConfig:
     Args:
         epochs: Passes over the training images.
         name: sgd (with momentum) or adamw.
-        lr: Highest learning rate; by default 0.1, and 0.001 for adamw. ``ecanet fit --find-lr`` suggests one.
-        momentum: Momentum; for adamw its first beta, the second is 0.999.
+        lr: Highest learning rate; by default 0.1, or 0.001 for adamw. ``ecanet fit --find-lr`` suggests one.
+        momentum: Momentum; for adamw its first beta (the second is 0.999).
         nesterov: Whether momentum is Nesterov's.
-        weight_decay: L2 penalty on every parameter, as in the paper's recipes, by default 1e-4; for adamw the decay
-            apart from the gradient, by default 0.01.
-        no_decay: Parameters without weight decay: norms, biases, gates, or several with commas between.
-        freeze: Modules and parameters to keep as they are, by name or pattern, with commas between: conv1,layer1.* or
-            '*,!fc', where ! trains what it names after all. Frozen norms keep their statistics, too.
+        weight_decay: L2 penalty on every parameter, as in the paper's recipes, by default 1e-4; for adamw decoupled
+            weight decay, by default 0.01.
+        no_decay: Parameters without weight decay: norms, biases, gates, or several of them, separated by commas.
+        freeze: Modules and parameters that are not trained, by name or pattern, separated by commas: conv1,layer1.* or
+            '*,!fc', where ! means that the names after it are trained. Frozen norms keep their statistics, too.
         gate_lr_scale: The gates' learning rate is lr times this.
-        accumulate: Batches in a step. Its gradient is the mean over their images.
+        accumulate: Batches in a step. The gradient of a step is the mean over the images of its batches.
         schedule: step (times gamma every step_epochs), exponential (times gamma every epoch), cosine (to 0), constant.
-        step_epochs: Epochs of a step, for the schedule step.
+        step_epochs: Epochs between two steps of the schedule step.
         gamma: Factor of the learning rate, for step and exponential.
-        warmup_epochs: Epochs of linear increase at the start; may be a fraction. If not below epochs, a third of
-            epochs.
+        warmup_epochs: Epochs of linear increase at the start; may be a fraction. If it is not below epochs, a third of
+            epochs is used.
         early_stopping: Stop after this many epochs in a row in which validation top-1 or mAP does not exceed its best;
             null is off.
         label_smoothing: Share of the target that is spread over all classes.
         mixup: Alpha of mixup; 0 is off.
-        cutmix: Alpha of cutmix; 0 is off. With both on, each step draws one of them.
-        clip_norm: Highest norm of the gradient; null is off.
+        cutmix: Alpha of cutmix; 0 is off. If mixup and cutmix are both on, each batch gets one of them at random.
+        clip_norm: Largest norm of the gradient; null is off.
         ema: Decay of an exponential moving average of the weights, which is then validated and saved; null is off.
     """
 
@@ -358,39 +361,39 @@ class OptimConfig:
 
     @property
     def rate(self) -> float:
-        """``lr``, or what is usual for the optimiser."""
+        """``lr``, or the optimiser's default."""
         return OPTIMISERS[self.name]["lr"] if self.lr is None else self.lr
 
     @property
     def decay(self) -> float:
-        """``weight_decay``, or what is usual for the optimiser."""
+        """``weight_decay``, or the optimiser's default."""
         return OPTIMISERS[self.name]["weight_decay"] if self.weight_decay is None else self.weight_decay
 
     @property
     def warmup(self) -> float:
-        """Epochs of warm-up: ``warmup_epochs``, or a third of the epochs where that is not below them."""
+        """Epochs of warm-up: ``warmup_epochs``, or a third of ``epochs`` if it is not below ``epochs``."""
         return self.warmup_epochs if self.warmup_epochs < self.epochs else self.epochs / 3
 
 
 @dataclass
 class TrainerConfig:
-    """Where and how precisely it runs: passed to Lightning's Trainer.
+    """The machine and the precision: arguments of Lightning's Trainer.
 
     Args:
         seed: Seed of the weights, the order of the images, augmentation, dropout and mixup.
         accelerator: auto, cpu, gpu, mps.
         devices: Number of devices, or auto.
         nodes: Number of machines.
-        strategy: auto, ddp, ddp_find_unused_parameters_true or ddp_find_unused_parameters_false; with more than two
-            processes a run with the last one is not resumed to the same bits.
+        strategy: auto, ddp, ddp_find_unused_parameters_true or ddp_find_unused_parameters_false; with the last one and
+            more than two processes, a resumed run does not reach identical weights.
         precision: 32-true, bf16-mixed, 16-mixed, 64-true, ...
-        channels_last: Memory format of images and convolutions.
-        compile: Compile the network (torch.compile): a slow first step and faster ones.
+        channels_last: Whether images and convolutions are in channels-last memory format.
+        compile: Compile the network (torch.compile): the first step is slow, later ones are faster.
         checkpoint_steps: Within an epoch, also write last.ckpt after every this many steps; null: only at the end of
             the epoch.
         log_steps: Log the training loss after every this many steps.
         loggers: csv, tensorboard, wandb (pip install 'ecanet[wandb]'; WANDB_MODE=offline needs no account), or several
-            with commas between; [] for none.
+            of them, separated by commas; [] for none.
     """
 
     seed: int = 0
@@ -418,7 +421,8 @@ class TrainerConfig:
             )
         if self.strategy not in _STRATEGIES:
             why = (
-                "it splits weights among processes, which does not pay for so few, and its checkpoints would be partial"
+                "it splits weights among processes, which is not worth it for such small networks, and its checkpoints "
+                "would be incomplete"
                 if self.strategy.startswith(("fsdp", "deepspeed", "model_parallel"))
                 else "with it, not all processes end, save and resume together"
             )
@@ -430,7 +434,7 @@ class TrainerConfig:
 
 @dataclass
 class Recipe:
-    """A whole training run: everything that decides its result."""
+    """Everything that determines the result of a training run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -439,7 +443,7 @@ class Recipe:
 
 
 def to_plain(value: Any) -> Any:
-    """Dataclasses and paths to dicts, lists and strings: what JSON, YAML and a safe checkpoint can hold."""
+    """Convert dataclasses and paths to dicts, lists and strings, which JSON, YAML and a safe checkpoint can hold."""
     if hasattr(value, "__dataclass_fields__"):
         return {name: to_plain(getattr(value, name)) for name in value.__dataclass_fields__}
     if isinstance(value, Path):
@@ -452,26 +456,26 @@ def to_plain(value: Any) -> Any:
 
 
 def _list_of_names(value: object, what: str, known: Sequence[str] = ()) -> list[str]:
-    """Names from a list, or from a text with commas between, each once.
+    """Names from a list, or from a text in which commas separate them; each name appears once.
 
     Raises:
-        TypeError: it is neither.
-        ValueError: a name is empty, or not among those known.
+        TypeError: the value is neither.
+        ValueError: a name is empty or unknown.
     """
     names = value
     if isinstance(value, str):
         names = [name.strip() for name in value.split(",")] if value.strip() else []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"{what} must be names with commas between, or a list of names, got {shown(value)}")
+        raise TypeError(f"{what} must be names separated by commas, or a list of names, got {shown(value)}")
     for name in names:
         if not name or (known and name not in known):
-            wanted = f"of {', '.join(known)}" if known else "names or patterns such as layer1.*"
-            raise ValueError(f"{what} must be some {wanted}, got {shown(name)!r}")
+            wanted = f"some of {', '.join(known)}" if known else "names or patterns such as layer1.*"
+            raise ValueError(f"{what} must be {wanted}, got {shown(name)!r}")
     return list(dict.fromkeys(names))
 
 
 def with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe of an earlier version, as plain values, with the values that it could not say: then they were these."""
+    """Complete a recipe of an earlier version, as plain values, with the defaults of the fields that it lacks."""
     recipe = {**recipe, "model": model_of_a_file(recipe["model"], "the recipe")}
     return {block: {**values, **recipe[block]} for block, values in to_plain(Recipe()).items()}
 

@@ -29,14 +29,14 @@ from ecanet.untrusted import check_file, listed, shown
 
 @dataclass
 class Validation:
-    """How good a trained network is, on the whole and in each class.
+    """Results of a trained network on validation images, overall and for each class.
 
     Attributes:
-        metrics: ``val/top1``, ``val/top5`` (``val/topN`` with N < 5 classes) in per cent, ``val/loss``. With several
-            labels an image ``val/mAP`` and ``val/loss``.
+        metrics: ``val/top1``, ``val/top5`` (``val/topN`` with N < 5 classes) in per cent, ``val/loss``. For multi-label
+            data ``val/mAP`` and ``val/loss``.
         classes: Class names in label order.
-        labels: The class of every validation image, int64 ``(N,)``. With several labels, 0 and 1 ``(N, classes)``.
-        predicted: The most probable class of each, int64 ``(N,)``. With several labels, the probabilities ``(N,
+        labels: The class of every validation image, int64 ``(N,)``. For multi-label data 0 and 1 ``(N, classes)``.
+        predicted: The most probable class of each image, int64 ``(N,)``. For multi-label data the probabilities ``(N,
             classes)``.
     """
 
@@ -52,25 +52,25 @@ class Validation:
         return torch.bincount(self.labels, minlength=len(self.classes))
 
     def of_each_class(self) -> Tensor:
-        """Top-1 of each class in per cent, float64 ``(classes,)``; NaN where there are no images.
+        """Top-1 of each class in per cent, float64 ``(classes,)``; NaN for a class without images.
 
-        With several labels an image it is the average precision.
+        For multi-label data it is the average precision.
         """
         if self.labels.dim() == 2:
             metric = MeanAveragePrecision(len(self.classes))
             metric.update(self.predicted, self.labels)
             return 100 * metric.of_each_class().double()
-        right = torch.bincount(self.labels[self.labels == self.predicted], minlength=len(self.classes))
-        return 100 * right.double() / self.images()
+        correct = torch.bincount(self.labels[self.labels == self.predicted], minlength=len(self.classes))
+        return 100 * correct.double() / self.images()
 
     def confusion(self) -> Tensor:
         """How many images of each class (row) were taken for each class (column), int64 ``(classes, classes)``.
 
         Raises:
-            ValueError: images have several labels, so that none is taken for another.
+            ValueError: the data is multi-label.
         """
         if self.labels.dim() == 2:
-            raise ValueError("a confusion matrix is for one label an image, and this data has several")
+            raise ValueError("a confusion matrix is for one label per image, and this data has several")
         count = len(self.classes)
         return torch.bincount(self.labels * count + self.predicted, minlength=count**2).view(count, count)
 
@@ -87,7 +87,7 @@ def validate(
         build: As in :func:`load_trained`.
 
     Returns:
-        Top-1, top-5 and loss, and what each image was taken for.
+        Top-1, top-5 and loss, and the label and prediction of each image.
 
     Raises:
         FileNotFoundError: there is no checkpoint, or no data.
@@ -108,7 +108,7 @@ def validate(
 
 
 def pictures_for(trained: TrainedNetwork, data: DataConfig) -> ImageData:
-    """Pictures with the classes of a network.
+    """Load pictures and check that they have the classes of a network.
 
     Raises:
         FileNotFoundError: there is no data.
@@ -119,12 +119,13 @@ def pictures_for(trained: TrainedNetwork, data: DataConfig) -> ImageData:
         theirs, own = listed(images.classes, 10), listed(trained.classes, 10)
         raise ValueError(f"the data's classes ({theirs}) are not the network's ({own})")
     if images.multi_label != trained.multi_label:
-        raise ValueError("either the data or the network has several labels an image, and the other has not")
+        has, has_not = ("data", "network") if images.multi_label else ("network", "data")
+        raise ValueError(f"the {has} has several labels per image, and the {has_not} has one")
     return images
 
 
 class _Outcomes(Callback):
-    """Keeps the label of every validation image, and what it was taken for."""
+    """Keeps the label and the prediction of every validation image."""
 
     def __init__(self) -> None:
         self.labels: list[Tensor] = []
@@ -133,9 +134,9 @@ class _Outcomes(Callback):
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: int
     ) -> None:
-        several = batch[1].dim() == 2
+        is_multi_label = batch[1].dim() == 2
         self.labels.append(batch[1].long().cpu())
-        self.predicted.append((outputs.sigmoid() if several else outputs.argmax(1)).cpu())
+        self.predicted.append((outputs.sigmoid() if is_multi_label else outputs.argmax(1)).cpu())
 
 
 @dataclass
@@ -145,8 +146,8 @@ class Prediction:
     Attributes:
         image: The file.
         classes: Names of the classes, the most probable first.
-        probabilities: Their probabilities, in 0..1: over all classes they add up to 1, unless the network was trained
-            with several labels an image.
+        probabilities: Their probabilities, from 0 to 1. Over all classes they add up to 1, unless the network is
+            multi-label.
     """
 
     image: Path
@@ -167,7 +168,7 @@ def predict(
     Args:
         run: A run's folder, which means its best.ckpt, or a checkpoint.
         images: Image files, and folders, which mean all images in them and their subfolders.
-        top: Number of classes to name for an image.
+        top: Number of classes to return for each image.
         batch_size: Images in a batch.
         accelerator: Lightning's accelerator.
         build: As in :func:`load_trained`.
@@ -180,7 +181,7 @@ def predict(
         raise ValueError(f"top must be 1 or more, got {top}")
     files = _image_files(images)
     trained = load_trained(run, build)
-    pictures = as_seen(trained, files)
+    pictures = network_inputs(trained, files)
     classifier = _classifier(trained)
     loader = DataLoader(pictures, batch_size, collate_fn=_images_only)
     with quiet_lightning(), Progress() as progress:
@@ -194,27 +195,27 @@ def predict(
     ]
 
 
-def as_seen(trained: TrainedNetwork, files: Sequence[Path]) -> Plain:
-    """Image files as the network sees them before normalisation: pairs of a uint8 image ``(3, H, W)`` and -1."""
+def network_inputs(trained: TrainedNetwork, files: Sequence[Path]) -> Plain:
+    """The network's inputs for image files before normalisation: pairs of a uint8 image ``(3, H, W)`` and -1."""
     return Plain(_ImageFiles(files), test_transform(data_of(trained, source="image_folder", root=Path())))
 
 
-#: Limit on the size of ``recipe.json``, in bytes; those of this library have 2 kB.
+#: Largest ``recipe.json``, in bytes; this library writes about 2 kB.
 _MAX_RECIPE_BYTES = 2**16
 
 
 def data_of_run(run: str | Path, trained: TrainedNetwork) -> DataConfig:
-    """The pictures of a run, where its folder says that they are.
+    """The pictures of a run, in the place that the recipe in its folder names.
 
     Raises:
-        ValueError: as :func:`data_of`; or the folder's recipe is damaged.
+        ValueError: as in :func:`data_of`; or the folder's recipe is damaged.
     """
     run = Path(run)
     return data_of(trained, **_root_of(run if run.is_dir() else run.parent))
 
 
 def _root_of(folder: Path) -> dict[str, Path]:
-    """Where the recipe in a run's folder says that the pictures are, if they are there."""
+    """The places of the pictures that the recipe in a run's folder names, without those that do not exist."""
     path = folder / "recipe.json"
     if not path.is_file():
         return {}
@@ -228,39 +229,39 @@ def _root_of(folder: Path) -> dict[str, Path]:
 
 
 def data_of(trained: TrainedNetwork, **changes: Any) -> DataConfig:
-    """The pictures as a network saw them in training. Where they are comes from the caller, not from its checkpoint.
+    """The data block for pictures that are processed as in a network's training. The checkpoint names no places.
 
     Args:
         trained: The network.
-        changes: Fields of :class:`DataConfig`. With ``val_root`` alone, all of its pictures are used. If ``root``
-            has a part to validate on, the run's ``val_fraction`` is ignored.
+        changes: Fields of :class:`DataConfig`. If there is ``val_root`` without ``root``, all of its pictures are used.
+            If ``root`` has a validation part, the run's ``val_fraction`` is ignored.
 
     Raises:
-        ValueError: it was trained on pictures in files, and the caller does not say where they are.
+        ValueError: the network was trained on pictures in files, and the caller does not say where they are.
     """
     stored = dict(trained.recipe["data"])
     source = changes.get("source", stored["source"])
     if source in FILE_SOURCES and stored["source"] not in FILE_SOURCES:
-        # The files are resized to what the network saw, without a margin to crop.
+        # The files are resized to the size of the network's input, without a margin to crop.
         size = stored["image_size"] or 28
         changes = {"image_size": size, "resize": size} | changes
     if "val_root" in changes:
         stored.pop("val_fraction")
         changes = {"root": changes["val_root"]} | changes
     stored = {name: value for name, value in stored.items() if source in SOURCES_OF.get(name, (source,))}
-    wanted = stored | changes
-    if source in FILE_SOURCES and "root" not in wanted:
+    values = stored | changes
+    if source in FILE_SOURCES and "root" not in values:
         raise ValueError(
             "the network was trained on a folder or table of images, and its checkpoint does not say where they are: "
-            "give it, on the command line --root FOLDER"
+            "give the place, on the command line with --root FOLDER"
         )
-    config = DataConfig(**wanted)
+    config = DataConfig(**values)
     if config.val_fraction is not None and "root" in changes:
         try:
             read_splits(config)
         except TwoValidationPartsError:
             return replace(config, val_fraction=None)
-        except (OSError, ValueError):  # said by whoever reads them
+        except (OSError, ValueError):  # raised again when the pictures are read for use
             pass
     return config
 
@@ -300,11 +301,11 @@ def _image_files(images: Sequence[str | Path]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, images):
         if path.is_dir():
-            found = sorted(map(Path, image_files(path)))
-            if not found:
+            in_folder = sorted(map(Path, image_files(path)))
+            if not in_folder:
                 suffixes = ", ".join(SUFFIXES)
                 raise FileNotFoundError(f"no image in the folder {shown(path, 300)}: expected {suffixes}")
-            files += found
+            files += in_folder
         elif path.exists():
             files.append(path)
         else:

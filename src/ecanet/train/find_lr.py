@@ -1,4 +1,4 @@
-"""A learning rate to start from, by Lightning's finder: loss against a rate that grows with every step."""
+"""Suggests a learning rate with Lightning's finder: the loss against a rate that grows with every step."""
 
 import contextlib
 import signal
@@ -27,9 +27,9 @@ from ecanet.train.quiet import quiet_lightning
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Lowest and highest rate, and the steps between them.
+#: Lowest and highest rate, and the number of steps between them.
 _LOWEST, _HIGHEST, _STEPS = 1e-6, 10.0, 100
-#: Share of the past in Lightning's moving average of the loss, and the first step that can be suggested.
+#: Decay of Lightning's moving average of the loss, and the first step whose rate can be suggested.
 _BETA, _FIRST = 0.98, 10
 
 
@@ -38,9 +38,9 @@ class RateSearch:
     """How the training loss changed while the learning rate grew.
 
     Attributes:
-        suggestion: The rate at which the loss fell most steeply, with the rate's logarithm.
+        suggestion: The rate at which the loss fell most steeply against the rate's logarithm.
         rates: The rate of each step.
-        losses: The training loss after each, smoothed.
+        losses: The smoothed training loss after each step.
     """
 
     suggestion: float
@@ -72,17 +72,17 @@ class RateSearch:
 
 
 def find_learning_rate(recipe: Recipe) -> RateSearch:
-    """Train a network for at most 100 steps, while the learning rate grows from 1e-6 to 10, and throw it away.
+    """Train a network for at most 100 steps while the learning rate grows from 1e-6 to 10, and discard the network.
 
-    The search (Smith, 2017, arXiv:1506.01186) stops where the loss is 4 times its lowest. All parameters have the same
-    rate, whatever ``optim.gate_lr_scale``; there is no warm-up, no average of weights and no compilation. Nothing is
+    The search (Smith, 2017, arXiv:1506.01186) stops when the loss is 4 times its lowest. All parameters have the same
+    rate: ``optim.gate_lr_scale`` is ignored. There is no warm-up, no average of weights and no compilation. Nothing is
     written.
 
     Args:
-        recipe: The training run that needs a learning rate; one process of it.
+        recipe: The training run that needs a learning rate; the search uses one process.
 
     Raises:
-        ValueError: the recipe is wrong, or the loss diverges before there is anything to suggest.
+        ValueError: the recipe is wrong, or the loss diverges too early for a suggestion.
 
     Example:
         >>> find_learning_rate(Recipe()).suggestion  # doctest: +SKIP
@@ -90,11 +90,11 @@ def find_learning_rate(recipe: Recipe) -> RateSearch:
     """
     recipe = replace(recipe, trainer=replace(recipe.trainer, compile=False))
     with quiet_lightning(), _own_bar(), tempfile.TemporaryDirectory() as folder:
-        # Lightning's finder reads back a checkpoint of its own, which it wrote a moment ago.
+        # The folder is for the checkpoint that Lightning's finder writes and reads back.
         L.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
         data = ImageData(recipe.data, recipe.trainer.seed)
         classifier = build_classifier(recipe, without_insertion_file(recipe.model), data, processes=1)
-        # An epoch has a step at least, of all its batches if there are fewer; Lightning's finder would see none.
+        # If an epoch has fewer batches than a step, a step takes all of them; else the finder would see no step.
         accumulate = min(recipe.optim.accumulate, data.batches_per_epoch(1))
         trainer = L.Trainer(
             accelerator=recipe.trainer.accelerator,
@@ -110,7 +110,7 @@ def find_learning_rate(recipe: Recipe) -> RateSearch:
             default_root_dir=folder,
         )
         data.trainer = trainer
-        found: Any = Tuner(trainer).lr_find(
+        finder: Any = Tuner(trainer).lr_find(
             classifier,
             train_dataloaders=data.train_dataloader(),
             min_lr=_LOWEST,
@@ -118,21 +118,21 @@ def find_learning_rate(recipe: Recipe) -> RateSearch:
             num_training=_STEPS,
             update_attr=False,
         )
-    rates, losses = found.results["lr"], _smoothed([loss * accumulate for loss in found.results["loss"]])
+    rates, losses = finder.results["lr"], _smoothed([loss * accumulate for loss in finder.results["loss"]])
     middle = torch.tensor(losses[_FIRST:-1])
     if len(middle) < 2 or not middle.isfinite().all():
         raise ValueError(
             f"no learning rate can be suggested: the loss diverged after {len(losses)} of {_STEPS} steps. Set optim.lr "
             "by hand"
         )
-    # Against the logarithm of the rate: Lightning's own suggestion takes the slope against the rate itself, which noise
-    # at the lowest rates decides.
+    # The slope against the logarithm of the rate. Lightning's own suggestion uses the slope against the rate itself,
+    # which depends on the noise at the lowest rates.
     return RateSearch(rates[_FIRST + int(torch.gradient(middle)[0].argmin())], rates, losses)
 
 
 @contextlib.contextmanager
 def _own_bar() -> Iterator[None]:
-    """In place of Lightning's bar, which is drawn anywhere: one on a terminal alone, gone at the end."""
+    """Replace Lightning's bar, which is always drawn, by one only on a terminal, which is removed at the end."""
 
     def begin(desc: str, total: int) -> tqdm:
         layout = "finding a learning rate {percentage:3.0f} %|{bar}| left {remaining}"
@@ -149,5 +149,5 @@ def _own_bar() -> Iterator[None]:
 
 
 def _smoothed(losses: list[float]) -> list[float]:
-    """Lightning's moving average with the right weight of its first steps: it divides by that of one step more."""
+    """Correct Lightning's moving average in its first steps: its bias correction is that of one step more."""
     return [loss * (1 - _BETA ** (i + 2)) / (1 - _BETA ** (i + 1)) for i, loss in enumerate(losses)]

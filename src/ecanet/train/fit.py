@@ -35,13 +35,13 @@ class FitResult:
     """The result of a finished training run.
 
     Attributes:
-        top1: Validation top-1 after the last epoch, in per cent; mean average precision if images have several labels.
+        top1: Validation top-1 after the last epoch, in per cent; mean average precision for multi-label data.
         best_top1: The highest of all epochs.
         history: One record for each epoch: ``epoch``, ``val/top1``, ``val/top5`` (with fewer than 5 classes
             ``val/topN``) or ``val/mAP``, ``val/loss``, ``train/loss``, ``seconds``. The last two are those of the first
             process since its last start.
         folder: Folder of best.ckpt, last.ckpt and the logs; None if nothing was written.
-        versions: Versions of ecanet and torch, the kind of device, whose kernels ran, and the threads of a CPU; several
+        versions: Versions of ecanet and torch, kind of device, kernels, and number of threads of a CPU; several records
             if they changed during the run.
     """
 
@@ -78,17 +78,17 @@ def fit(
 
     Raises:
         FileExistsError: ``out`` already holds a run and ``resume`` is False.
-        ValueError: data or configuration are wrong, or a run cannot be resumed exactly: another recipe, another number
-            of processes, other pictures.
+        ValueError: data or configuration are wrong, or a run cannot be resumed exactly, as the recipe, the number of
+            processes or the pictures differ.
         BlockingIOError: another run is writing into ``out``.
         OSError: a checkpoint cannot be written (the last one is intact), or ``out`` was removed during the run.
-        KeyboardInterrupt: Ctrl-C; a printed line says how to go on.
-        SystemExit: SIGTERM, with status 143; likewise.
+        KeyboardInterrupt: Ctrl-C was pressed; a printed line says how to go on.
+        SystemExit: the process got SIGTERM; the status is 143, and a printed line says how to go on.
         RuntimeError: another process of the run ended; the message says how to go on.
 
     Warns:
         UserWarning: the run goes on with other versions, kernels or threads than it started with; or its warm-up is
-            shortened, as the recipe has too few epochs for it.
+            shortened because the recipe has too few epochs for it.
 
     Example:
         >>> fit(Recipe(optim=OptimConfig(epochs=1)), out="runs/try").top1  # doctest: +SKIP
@@ -115,18 +115,18 @@ def _fit(
     on_epoch: Callable[[dict[str, float]], None] | None,
 ) -> FitResult:
     network_config = recipe.model
-    if resumed is not None:  # the weights file it started from may be gone; the recipe still names it
+    if resumed is not None:  # the file of initial weights may no longer exist; the recipe still names it
         recipe = replace(recipe, model=replace(recipe.model, weights=resumed.recipe["model"].get("weights")))
         network_config = without_weights_file(recipe.model)
     history = History(recipe, folder, resumed, on_epoch)
     callbacks: list[Callback] = [history]
     if recipe.optim.ema is not None:
-        # The average covers buffers too; BatchNorm's statistics are averages anyway. What is frozen stays: a sum of
-        # fractions, as in EMAWeightAveraging, would round.
+        # The average includes buffers; BatchNorm's statistics are averages anyway. With this function frozen values
+        # stay exactly the same; the weighted sum of EMAWeightAveraging would round them.
         callbacks.append(WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(recipe.optim.ema)))
-    shown = Progress(lambda: history.records)
+    display = Progress(lambda: history.records)
     if progress:
-        callbacks.append(shown)
+        callbacks.append(display)
     if folder:
         callbacks.append(SaveCheckpoints(folder, recipe.trainer.checkpoint_steps))
     try:
@@ -139,7 +139,7 @@ def _fit(
     trainer.callbacks.append(together)  # type: ignore[attr-defined]
     try:
         # Reading the pictures may take long, and another process may end meanwhile.
-        with folder.errors_named() if folder else contextlib.nullcontext(), together, shown:
+        with folder.errors_named() if folder else contextlib.nullcontext(), together, display:
             # This seeds the global generators, for the initial weights and Lightning's workers.
             L.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
             data = history.data = ImageData(recipe.data, recipe.trainer.seed)
@@ -161,15 +161,15 @@ def _fit(
         # Lightning turns SIGTERM into an exit status of 0.
         raise SystemExit(interrupted.code or 128 + signal.SIGTERM) from interrupted
     records = history.records
-    reached = [record[classifier.monitor] for record in records]
+    accuracies = [record[classifier.monitor] for record in records]
     versions = history.made_by["versions"]
-    return FitResult(reached[-1], max(reached), records, folder.path if folder else None, versions)
+    return FitResult(accuracies[-1], max(accuracies), records, folder.path if folder else None, versions)
 
 
 def build_classifier(
     recipe: Recipe, network: ModelConfig, data: ImageData, processes: int, is_new: bool = True
 ) -> Classifier:
-    """A network, with what trains it by a recipe.
+    """Build a network, and the Lightning module that trains it by a recipe.
 
     Args:
         recipe: The recipe.
@@ -219,8 +219,8 @@ def _build_trainer(
         log_every_n_steps=config.log_steps,
     )
     if trainer.world_size > 2 and strategy is None and config.strategy in ("auto", "ddp"):
-        # Otherwise DDP reorders its buckets after the first step. The order in which three or more gradients are summed
-        # would differ in a resumed run, and so would the bits.
+        # Otherwise DDP reorders its buckets after the first step. A resumed run would then sum three or more gradients
+        # in another order, and its weights would not be identical.
         return _build_trainer(recipe, callbacks, loggers, "ddp_find_unused_parameters_true")
     return trainer
 

@@ -1,4 +1,4 @@
-"""The record of a run: what it collects of each epoch, writes into its checkpoints, and decides from them."""
+"""The record of a run: collected after each epoch, written into checkpoints, and used to resume and to stop early."""
 
 import time
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from ecanet.untrusted import shown
 
 
 class History(Callback):
-    """Collects a record of each epoch; writes the records and all that rebuilds the network into every checkpoint.
+    """Collects a record of each epoch; writes the records, and what rebuilds the network, into every checkpoint.
 
     Args:
         recipe: The run's recipe.
@@ -26,8 +26,8 @@ class History(Callback):
         on_epoch: Called with every epoch's record.
 
     Attributes:
-        data: The run's pictures; set before it starts.
-        made_by: What else its result depends on: :func:`ecanet.train.resume.made_by`; likewise.
+        data: The run's pictures; set before the run starts.
+        made_by: What else its result depends on (see :func:`ecanet.train.resume.made_by`); set before the run starts.
         records: One record for each epoch.
     """
 
@@ -46,16 +46,16 @@ class History(Callback):
         self._start = 0.0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check that all processes have the same data and recipe: otherwise they would hang or mix up the classes."""
+        """Check that all processes have the same data and recipe; otherwise they would hang or mix up the classes."""
         images = {"training images": self.data.training_images, "validation images": self.data.validation_images}
         _check_same(trainer, {**images, "classes": list(self.data.classes)}, "pictures (data.root)")
         _check_same(trainer, what_decides(to_plain(self.recipe)), "command")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check that all processes start at the same step, which is the one that the checkpoint was written at.
+        """Check that all processes start at the step at which the checkpoint was written.
 
         Raises:
-            ValueError: they do not.
+            ValueError: they start at different steps, or at another step.
         """
         _check_same(trainer, {"step": trainer.global_step}, "--out, on a file system that they share")
         if trainer.global_step != self._steps:
@@ -73,7 +73,7 @@ class History(Callback):
         self.records.append({"epoch": trainer.current_epoch + 1, **metrics})
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """End the record, and the run where its accuracy has not risen for long enough."""
+        """Complete the record, and end the run if ``optim.early_stopping`` says so."""
         record = self.records[-1]
         record["train/loss"] = float(trainer.callback_metrics["train/loss_epoch"])
         record["seconds"] = time.perf_counter() - self._start
@@ -83,7 +83,7 @@ class History(Callback):
             self.on_epoch(record)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Write what the run is and has done."""
+        """Add the description and the history of the run to a checkpoint."""
         checkpoint[ABOUT_KEY] = {
             "recipe": to_plain(self.recipe),
             "classes": list(self.data.classes),
@@ -95,10 +95,10 @@ class History(Callback):
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take what the run has done.
+        """Take over the history of the run from its checkpoint.
 
         Raises:
-            ValueError: it is not this run that has done it.
+            ValueError: the checkpoint does not belong to this run.
         """
         assert isinstance(pl_module, Classifier)
         self.records, self._steps = checkpoint[ABOUT_KEY]["history"], checkpoint["global_step"]
@@ -107,7 +107,7 @@ class History(Callback):
             check_same_training(checkpoint, pl_module)
         except ValueError as error:
             raise self._not_resumed(str(error)) from error
-        self._write_metrics(trainer)  # a killed run may have got further than its last checkpoint
+        self._write_metrics(trainer)  # metrics.csv of a killed run may have more epochs than its last checkpoint
 
     def _write_metrics(self, trainer: L.Trainer) -> None:
         if self.folder is not None and trainer.is_global_zero:

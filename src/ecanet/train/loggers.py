@@ -1,4 +1,4 @@
-"""Lightning's loggers of a run."""
+"""Creates Lightning's loggers for a run."""
 
 import contextlib
 import itertools
@@ -11,12 +11,12 @@ from lightning.pytorch.utilities import rank_zero_only
 
 
 def build_loggers(names: Sequence[str], folder: Path) -> list[Logger]:
-    """The loggers that a recipe names; nothing is written yet.
+    """Create the loggers that a recipe names; nothing is written yet.
 
     Args:
         names: Some of ``csv``, ``tensorboard``, ``wandb``.
-        folder: The run's folder. Every start of a run gets a folder of its own below ``logs``, so that a resumed run
-            leaves the earlier logs as they are.
+        folder: The run's folder. Every start of a run gets its own folder below ``logs``, so that a resumed run does
+            not change earlier logs.
 
     Raises:
         ImportError: Weights & Biases is not installed.
@@ -43,18 +43,18 @@ def _weights_and_biases(folder: Path, session: str) -> Logger:
 
 @contextlib.contextmanager
 def logging_to(loggers: Sequence[Logger]) -> Iterator[None]:
-    """While the context lasts, the first process has a run of Weights & Biases, if that is among the loggers.
+    """Keep a run of Weights & Biases open in the first process inside the context, if it is among the loggers.
 
     Raises:
-        ValueError: no run begins, for example without an account.
+        ValueError: Weights & Biases does not begin a run, for example without an account.
     """
-    ours = [logger for logger in loggers if isinstance(logger, WandbLogger)]
-    if not ours or getattr(rank_zero_only, "rank", 0) != 0:
+    wandb_loggers = [logger for logger in loggers if isinstance(logger, WandbLogger)]
+    if not wandb_loggers or getattr(rank_zero_only, "rank", 0) != 0:
         yield
         return
     import wandb
 
-    (logger,) = ours
+    (logger,) = wandb_loggers
     assert logger.save_dir is not None
     Path(logger.save_dir).mkdir(parents=True, exist_ok=True)  # otherwise wandb writes into a temporary folder
     try:

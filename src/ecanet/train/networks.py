@@ -1,4 +1,4 @@
-"""The network of a recipe's ``model`` block: built, checked, and built again for the weights of a checkpoint."""
+"""Builds the network of a recipe's ``model`` block, checks it, and rebuilds it from a checkpoint."""
 
 import copy
 import importlib
@@ -22,18 +22,18 @@ from ecanet.untrusted import shown
 
 
 def build_network(config: ModelConfig, num_classes: int, image_size: int | None = None) -> nn.Module:
-    """The network of a recipe's ``model`` block, in training mode.
+    """Build the network of a recipe's ``model`` block, in training mode.
 
     Args:
         config: The block.
-        num_classes: Classes of the network's head.
-        image_size: Side of the pictures in pixels, which it then has to take; None does not try.
+        num_classes: Number of classes of the network's head.
+        image_size: Height and width of pictures, in pixels, on which the network is tried; None does not try it.
 
     Raises:
-        ImportError: a network of timm without timm, or a function of yours that cannot be imported.
+        ImportError: it needs timm, which is not installed, or a function of yours that cannot be imported.
         OSError: there is no such file of weights, or a library cannot download its own.
         TypeError: ``options`` has an argument that the network does not take.
-        ValueError: it does not classify such pictures; or as the network's class or function, or
+        ValueError: it does not classify such pictures; or the network's class or function, or
             :func:`ecanet.insert_gates_`, raises it.
     """
     if not config.is_own:
@@ -57,16 +57,16 @@ def build_network(config: ModelConfig, num_classes: int, image_size: int | None 
 
 
 def rebuild_network(config: ModelConfig, num_classes: int, state: Mapping[str, Tensor], path: Path) -> nn.Module:
-    """The network that a checkpoint describes, with its weights, in eval mode.
+    """Build the network that a checkpoint describes, with its weights, in eval mode.
 
     Args:
         config: The checkpoint's ``model`` block, without a file of weights.
-        num_classes: Its number of classes.
-        state: Its weights.
+        num_classes: Number of classes.
+        state: The weights.
         path: The checkpoint, for errors.
 
     Raises:
-        ValueError: the weights do not fit.
+        ValueError: the weights do not match the network.
     """
     if not config.is_own:
         return rebuild(_insertion(config, num_classes), state, path, f"{num_classes} classes", _create(config))
@@ -74,26 +74,26 @@ def rebuild_network(config: ModelConfig, num_classes: int, state: Mapping[str, T
     options: dict[str, Any] = config.options
     if options.get("blocks", 1) * len(options.get("widths", ())) > len(state):
         raise ValueError(f"{what}, which has more blocks")
-    with torch.device("meta"):  # the file may claim any size: take no memory before the check
+    with torch.device("meta"):  # the file may claim any size, so allocate no memory before the check
         own = build_network(config, num_classes).state_dict()
     missing = [key for key in own if key not in state]
-    if found := describe(missing=missing, **misfits(state, own)):
-        raise ValueError(f"{what}: {found}")
+    if problems := describe(missing=missing, **misfits(state, own)):
+        raise ValueError(f"{what}: {problems}")
     network = build_network(config, num_classes)
     network.load_state_dict(state)
     return network.eval()
 
 
 def without_insertion_file(config: ModelConfig) -> ModelConfig:
-    """The same network by its name in its library, where ``name`` is a file that ``ecanet insert --save`` wrote.
+    """If ``name`` is a file of ``ecanet insert --save``, the same network by its name in its library.
 
     Raises:
-        ValueError: the file is damaged, or the block asks for other gates than it holds.
+        ValueError: the file is damaged, or the block has other gates than the file.
     """
     if config.build is not None or is_network_name(config.name):
         return config
     insertion, _, _ = read(config.name)
-    held = {
+    in_file = {
         "gate": insertion.gate,
         "kernel_size": insertion.kernel_size,
         "where": insertion.where if isinstance(insertion.where, str) else list(insertion.where),
@@ -102,31 +102,31 @@ def without_insertion_file(config: ModelConfig) -> ModelConfig:
         "options": {name: True for name in ("fold", "fuse") if getattr(insertion, name)},
     }
     default = ModelConfig()
-    for name, value in held.items():
+    for name, value in in_file.items():
         if getattr(config, name) not in (value, getattr(default, name)):
             raise ValueError(
                 f"model.{name}={shown(str(getattr(config, name)))} is not what {shown(config.name, 200)} holds, "
                 f"{shown(str(value), 200)}: leave it out, or write another file with ecanet insert"
             )
-    return ModelConfig(insertion.model, **held)  # type: ignore[arg-type]
+    return ModelConfig(insertion.model, **in_file)  # type: ignore[arg-type]
 
 
 def without_weights_file(config: ModelConfig) -> ModelConfig:
-    """The same network without its initial weights. Its gates start as they do with those."""
+    """The same network without its initial weights, with ``preserve`` as it is with them."""
     preserve = config.weights is not None if config.preserve is None else config.preserve
     return replace(config, weights=None, preserve=preserve)
 
 
 def check_classifies(network: nn.Module, num_classes: int, image_size: int) -> None:
-    """Raise unless a network takes pictures of this size and returns one number for each class.
+    """Check that a network takes pictures of this size and returns one number for each class.
 
     Args:
-        network: On the CPU; a copy of it runs.
+        network: A network on the CPU; a copy of it is run.
         num_classes: Number of classes.
-        image_size: Side of the pictures in pixels.
+        image_size: Height and width of the pictures, in pixels.
 
     Raises:
-        ValueError: it does not; the message says what it does.
+        ValueError: it does not; the message says what it raised or returned.
     """
     name, shape = type(network).__name__, (2, 3, image_size, image_size)
     twin = copy.deepcopy(network)
@@ -137,10 +137,10 @@ def check_classifies(network: nn.Module, num_classes: int, image_size: int) -> N
         except Exception as error:
             why = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
             raise ValueError(
-                f"the network ({name}) takes no pictures of shape {shape}{' in training' if training else ''} ({why}): "
-                "set data.image_size to one that it takes"
+                f"the network ({name}) does not take pictures of shape {shape}{' in training' if training else ''} "
+                f"({why}): set data.image_size to a size that it takes"
             ) from error
-        # With auxiliary heads it returns their logits, too, in training.
+        # In training a network with auxiliary heads returns their logits, too.
         for logits in output if training and isinstance(output, tuple) else (output,):
             if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
                 got = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
@@ -165,8 +165,8 @@ def _insertion(config: ModelConfig, num_classes: int) -> Insertion:
 
 
 def _create(config: ModelConfig) -> Create | None:
-    """What makes the network without gates, if that is a function of the user's."""
-    return None if config.build is None else partial(_call, config.build, function_of(config.build))
+    """The user's function that builds the network without gates, or None."""
+    return None if config.build is None else partial(_call, config.build, import_function(config.build))
 
 
 def _call(name: str, function: Callable[[int | None], Any], num_classes: int | None) -> nn.Module:
@@ -181,11 +181,11 @@ def _call(name: str, function: Callable[[int | None], Any], num_classes: int | N
     return model
 
 
-def function_of(name: str) -> Callable[[int | None], Any]:
-    """Import a function of the user's; modules of the working folder are found, after all others.
+def import_function(name: str) -> Callable[[int | None], Any]:
+    """Import a function of the user; modules in the working folder are found, too, with the lowest priority.
 
     Args:
-        name: ``module:function``, from the user and not from a file.
+        name: ``module:function``, which must come from the user and not from a file.
 
     Raises:
         ImportError: there is no such module, or it fails.

@@ -1,4 +1,4 @@
-"""Which parameters are trained, and how: frozen ones by name, groups with their own rate and decay, the optimiser."""
+"""Freezes parameters by name, puts the others into groups with their own rate and decay, and builds the optimiser."""
 
 import difflib
 import fnmatch
@@ -18,15 +18,15 @@ def freeze_(network: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
 
     Args:
         network: The network.
-        patterns: Names of modules, with all that is in them, or of parameters; or patterns as those of a shell, whose
-            ``*`` also stands for dots. After a ``!``, what is trained after all.
+        patterns: Names of modules, which include everything in them, or of parameters; or shell patterns, whose ``*``
+            also matches dots. What a pattern after a ``!`` matches is trained.
 
     Returns:
-        The norms that are to keep their statistics: those that are frozen or in a frozen module, and those whose
+        The norms that must keep their statistics: those that are frozen or in a frozen module, and those whose
         parameters are all frozen.
 
     Raises:
-        ValueError: a pattern fits no name, or nothing is frozen, or everything.
+        ValueError: a pattern matches no name, or nothing is frozen, or everything is.
 
     Example:
         >>> from ecanet.models import small_eca_resnet
@@ -37,25 +37,25 @@ def freeze_(network: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
         ['fc.weight', 'fc.bias']
     """
     modules, parameters = dict(network.named_modules()), dict(network.named_parameters())
-    every = [name for name in modules if name] + list(parameters)
+    names = [name for name in modules if name] + list(parameters)
     frozen: set[str] = set()
     for pattern in patterns:
-        matched = {name for name in every if fnmatch.fnmatchcase(name, pattern.removeprefix("!"))}
+        matched = {name for name in names if fnmatch.fnmatchcase(name, pattern.removeprefix("!"))}
         if not matched:
-            raise ValueError(f"optim.freeze: {_no_such_name(pattern.removeprefix('!'), every)}")
-        below = {name for name in every if matched.intersection(_prefixes(name))}
-        frozen = frozen - below if pattern.startswith("!") else frozen | below
+            raise ValueError(f"optim.freeze: {_no_such_name(pattern.removeprefix('!'), names)}")
+        covered = {name for name in names if matched.intersection(_prefixes(name))}
+        frozen = frozen - covered if pattern.startswith("!") else frozen | covered
     for name in frozen & parameters.keys():
         parameters[name].requires_grad_(False)
     if patterns and not any(p.requires_grad for p in parameters.values()):
         raise ValueError(f"optim.freeze={_shown(patterns)} leaves nothing to train: add what to train, such as !fc")
     if patterns and not frozen:
-        raise ValueError(f"optim.freeze={_shown(patterns)} freezes nothing: name first what to freeze, such as *")
+        raise ValueError(f"optim.freeze={_shown(patterns)} freezes nothing: begin with what to freeze, such as *")
     return [module for name, module in modules.items() if _has_statistics(module) and _is_frozen(name, module, frozen)]
 
 
 def _prefixes(name: str) -> Iterator[str]:
-    """A name, and those of the modules around it."""
+    """A name, and the names of the modules that contain it."""
     parts = name.split(".")
     return (".".join(parts[:end]) for end in range(1, len(parts) + 1))
 
@@ -69,13 +69,13 @@ def _is_frozen(name: str, module: nn.Module, frozen: set[str]) -> bool:
     return name in frozen or (bool(own) and not any(p.requires_grad for p in own))
 
 
-def _no_such_name(pattern: str, every: Sequence[str]) -> str:
+def _no_such_name(pattern: str, names: Sequence[str]) -> str:
     plain = pattern.replace("*", "").replace("?", "").strip(".")
-    last = {name.rpartition(".")[2]: name for name in reversed(every)}  # the first name that ends so
-    ends = difflib.get_close_matches(plain.rpartition(".")[2], last, 3, 0.6)
-    close = difflib.get_close_matches(plain, every, 3, 0.6) or [last[end] for end in ends]
+    first_with_end = {name.rpartition(".")[2]: name for name in reversed(names)}
+    ends = difflib.get_close_matches(plain.rpartition(".")[2], first_with_end, 3, 0.6)
+    close = difflib.get_close_matches(plain, names, 3, 0.6) or [first_with_end[end] for end in ends]
     near = f", the closest are {', '.join(map(repr, close))}" if close else ""
-    return f"{shown(pattern)!r} fits no module and no parameter of the network{near}"
+    return f"{shown(pattern)!r} matches no module and no parameter of the network{near}"
 
 
 def _shown(patterns: Sequence[str]) -> str:
@@ -83,17 +83,17 @@ def _shown(patterns: Sequence[str]) -> str:
 
 
 def parameter_groups(network: nn.Module, optim: OptimConfig) -> list[dict[str, object]]:
-    """The parameters to train, in groups of one learning rate and one weight decay.
+    """The parameters to train, in groups with the same learning rate and weight decay.
 
-    A gate's parameters are all that is in it. Norms' are their weights and biases; biases are whatever is called so, in
-    any module.
+    Parameters of gates are all those in a gate; parameters of norms are their weights and biases; biases are all
+    parameters whose name ends in ``bias``, in any module.
 
     Args:
         network: The network; parameters without ``requires_grad`` are left out.
         optim: The recipe's ``optim`` block.
 
     Returns:
-        Groups as an optimiser takes them: ``params``, ``lr``, ``weight_decay``.
+        Parameter groups for an optimiser: ``params``, ``lr``, ``weight_decay``.
     """
     in_gates = {id(p) for gate in gates(network).values() for p in gate.parameters()}
     in_norms = {id(p) for m in network.modules() if is_norm(m) for p in m.parameters(recurse=False)}
@@ -111,7 +111,7 @@ def parameter_groups(network: nn.Module, optim: OptimConfig) -> list[dict[str, o
 
 
 def build_optimizer(network: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """SGD or AdamW for the parameters to train.
+    """Build SGD or AdamW for the parameters to train.
 
     Args:
         network: The network.

@@ -1,4 +1,4 @@
-"""Ends all processes of a run together: if one is lost, the others would wait for it in a collective forever.
+"""Ends all processes of a run together: if one died, the others would wait for it in a collective forever.
 
 Lightning starts the processes. They communicate by collectives of gloo (CPU) or NCCL (GPU). While the main thread waits
 in a collective, it handles no signals and, with NCCL, does not notice that a process died. A second thread does.
@@ -28,7 +28,7 @@ _PARENT = "ECANET_PARENT_PROCESS"
 #: Seconds between two checks; seconds that the main thread has to end by itself after a signal or a lost process.
 _PAUSE, _PATIENCE = 0.1, 3.0
 #: Seconds that child processes have to end after a signal.
-_LEAVE = 2.0
+_GRACE = 2.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 #: Parts of gloo's and NCCL's messages if the other end of a connection is gone.
 _GONE = ("closed by peer", "reset by peer", "Broken pipe", "NCCL communicator was aborted", "remote process exited")
@@ -42,7 +42,7 @@ if hasattr(os, "register_at_fork"):  # a signal to a loading process must not re
 
 
 class EndTogether(Callback):
-    """While the context lasts, all processes of a run end within seconds after one ends.
+    """Inside the context, all processes of a run end within seconds after one of them ends.
 
     If this process gets SIGTERM or SIGINT, it passes the signal on to its children. If a child or the parent ends too
     early, this process ends: by an exception in its main thread, or immediately if that thread waits in a collective.
@@ -74,7 +74,7 @@ class EndTogether(Callback):
             raise RuntimeError(f"{lost}: {self._how_to_go_on()}")
         os.environ[_PARENT] = str(os.getpid())
         if os.name == "posix" and threading.current_thread() is threading.main_thread():
-            # By default SIGTERM would end this process and leave the children that it is about to start.
+            # By default SIGTERM would end this process but not the children that it is about to start.
             self._handler = signal.signal(signal.SIGTERM, _raise_exit)
             reading, writing = os.pipe()
             for end in (reading, writing):
@@ -104,7 +104,7 @@ class EndTogether(Callback):
             os.environ.pop(_PARENT, None)
 
     def _wait_for_all(self) -> None:
-        """Wait until all processes are done; until then, the end of one ends all."""
+        """Wait until all processes are done; if one ends with an error meanwhile, end all."""
         try:
             if torch.distributed.is_initialized():
                 torch.distributed.barrier()
@@ -116,28 +116,28 @@ class EndTogether(Callback):
         """End the child processes, by SIGKILL if they do not react.
 
         Raises:
-            KeyboardInterrupt: this process got SIGINT, whatever error that led to.
-            SystemExit: it got SIGTERM, likewise.
+            KeyboardInterrupt: this process got SIGINT, whatever the error was.
+            SystemExit: it got SIGTERM, whatever the error was.
             RuntimeError: the error was caused by the end of another process.
         """
         if self._parent is not None and self._wakeup is not None:
-            for signum in _SIGNALS:  # it ends already: the first process passes on what the terminal sent to both
+            for signum in _SIGNALS:  # this process ends already; the first one passes on signals of the terminal again
                 signal.signal(signum, signal.SIG_IGN)
             self._handler = None
         self._take_children()
         try:
-            told = self._told_to_end()
-            lost = None if told else self._cause_of(error)
-            if told or lost or isinstance(error, (SystemExit, KeyboardInterrupt)):
-                _leave_soon()
+            received = self._received_signal()
+            lost = None if received else self._cause_of(error)
+            if received or lost or isinstance(error, (SystemExit, KeyboardInterrupt)):
+                _speed_up_exit()
             self._send_to_children(signal.SIGTERM)
-            self._wait_for_children(_LEAVE)
+            self._wait_for_children(_GRACE)
         finally:  # at once if another signal interrupts the wait
             self._send_to_children(signal.SIGKILL)
-        if told == signal.SIGINT:
+        if received == signal.SIGINT:
             raise KeyboardInterrupt from error
-        if told == signal.SIGTERM:
-            raise SystemExit(128 + told) from error
+        if received == signal.SIGTERM:
+            raise SystemExit(128 + received) from error
         if lost is not None:
             raise RuntimeError(f"{lost}: {self._how_to_go_on()}") from error
 
@@ -153,9 +153,9 @@ class EndTogether(Callback):
             os.close(writing)
 
     def _cause_of(self, error: BaseException) -> str | None:
-        """How another process of the run ended if that caused an error of this one, or None."""
-        says_so = isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in _GONE)
-        if not says_so or isinstance(error, OSError):  # an OSError is about the user's files or connections
+        """How another process of the run ended, if that caused an error of this one; otherwise None."""
+        is_lost = isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in _GONE)
+        if not is_lost or isinstance(error, OSError):  # an OSError is about the user's files or connections
             return None
         deadline = time.monotonic() + 1  # a connection ends before its process does
         while (lost := self._lost_process()) is None and time.monotonic() < deadline:
@@ -172,7 +172,7 @@ class EndTogether(Callback):
         return None
 
     def _take_children(self) -> None:
-        """Take the child processes over from Lightning, which would end this process by SIGKILL without a message."""
+        """Take over the child processes from Lightning, which would end this process by SIGKILL without a message."""
         started = getattr(self._trainer.strategy.launcher, "procs", None)
         with self._lock:  # both threads come here, while Lightning may still start the next one
             while started and isinstance(started[0], Popen):
@@ -192,41 +192,41 @@ class EndTogether(Callback):
     def _watch(self) -> None:
         deadline, reason, code = float("inf"), "", 1
         while not self._stop.wait(_PAUSE):
-            if not reason and (signum := self._told_to_end()) is not None:
+            if not reason and (signum := self._received_signal()) is not None:
                 self._take_children()
                 self._send_to_children(signum)
-                deadline, reason, code = time.monotonic() + _PATIENCE, "this run was told to end", 128 + signum
+                deadline, reason, code = time.monotonic() + _PATIENCE, "this run got a signal to end", 128 + signum
             if not reason and (lost := self._lost_process()) is not None:
                 deadline, reason = time.monotonic() + _PATIENCE, lost
             if time.monotonic() > deadline:
                 self._send_to_children(signal.SIGKILL)
-                # The main thread waits in a collective that never ends, and nothing can interrupt it.
+                # The main thread waits in a collective that never ends and cannot be interrupted.
                 print(f"ecanet: {reason}: {self._how_to_go_on()}", file=sys.stderr, flush=True)
                 os._exit(code)
 
-    def _told_to_end(self) -> signal.Signals | None:
-        """The first signal that this process got."""
+    def _received_signal(self) -> signal.Signals | None:
+        """SIGTERM or SIGINT if this process got it, otherwise None."""
         with self._lock:
             if self._signal is None and self._wakeup is not None:
                 with contextlib.suppress(BlockingIOError):
-                    seen = os.read(self._wakeup[0], 4096)
-                    self._signal = next((signum for signum in _SIGNALS if signum in seen), None)
+                    received = os.read(self._wakeup[0], 4096)
+                    self._signal = next((signum for signum in _SIGNALS if signum in received), None)
             return self._signal
 
 
 def _how_it_ended(status: int) -> str:
     """How a process ended, from its :attr:`Popen.returncode`."""
     if status > 0:
-        return f"with exit status {status} (what it said stands above)"
-    names = {each.value: each.name for each in signal.Signals}  # real-time signals have no name
+        return f"with exit status {status} (its own message is above)"
+    names = {known.value: known.name for known in signal.Signals}  # real-time signals have no name
     return f"by {names.get(-status, f'signal {-status}')}"
 
 
-def _leave_soon() -> None:
-    """Let this process leave Python without what takes long or for ever there, and with its own exit status."""
+def _speed_up_exit() -> None:
+    """Let Python exit without steps that take long or forever, so that the exit status is that of this process."""
     if (destroy := getattr(connections, "_destroy_dist_connection", None)) is not None:
-        atexit.unregister(destroy)  # Lightning's, for NCCL: it would wait for collectives that have started
-    atexit.register(gc.freeze)  # Python looks for garbage in all of torch otherwise: seconds on a busy machine
+        atexit.unregister(destroy)  # Lightning's, for NCCL, which would wait for collectives that have started
+    atexit.register(gc.freeze)  # otherwise Python collects garbage in all of torch, for seconds on a busy machine
 
 
 def _raise_exit(signum: int, frame: FrameType | None) -> Any:

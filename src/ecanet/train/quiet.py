@@ -1,4 +1,4 @@
-"""Lightning without its advice."""
+"""Hides messages of Lightning that do not apply here."""
 
 import itertools
 import logging
@@ -19,7 +19,7 @@ class quiet_lightning:  # noqa: N801
         "Found \\d+ module\\(s\\) in eval mode",  # frozen norms
         "Experiment logs directory",
         "Checkpoint directory",
-        "You're resuming from a checkpoint that ended before the epoch ended",  # ImageData takes care of it
+        "You're resuming from a checkpoint that ended before the epoch ended",  # ImageData handles this
         "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning's own call
     )
 
@@ -41,7 +41,7 @@ class quiet_lightning:  # noqa: N801
             raise KeyboardInterrupt from error  # Lightning turns Ctrl-C into exit status 1
         kinds = (OSError, TypeError, ValueError, RuntimeError, LookupError, ArithmeticError)
         if isinstance(error, kinds) and str(error).startswith("Caught "):
-            # torch raises an error of a loading process again, with the traceback in its message.
+            # torch re-raises an error of a loading process with the traceback in its message.
             raise type(error)(without_traceback(str(error))) from error
 
 

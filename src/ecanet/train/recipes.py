@@ -1,4 +1,4 @@
-"""Recipes: YAML from any source, read as data only."""
+"""Reads recipes: YAML from untrusted sources, read only as data."""
 
 import json
 import os
@@ -12,9 +12,9 @@ import yaml
 from ecanet.train.config import Recipe, model_of_a_file
 from ecanet.untrusted import check_file, check_plain, listed, shown
 
-#: Limit on a file's size, in bytes; the recipes of this repository have 1 kB.
+#: Largest file, in bytes; the recipes of this repository have about 1 kB.
 _MAX_BYTES = 2**16
-#: Limit on nesting; a recipe has 4 levels: blocks, their keys, ``options``, a list.
+#: Deepest nesting; a recipe has 4 levels: blocks, their keys, ``options``, a list.
 _MAX_DEPTH = 8
 #: Names of the fields of each block.
 _BLOCKS = {name: [f.name for f in fields(block)] for name, block in get_type_hints(Recipe).items()}
@@ -26,14 +26,14 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        """A mapping whose keys differ: of two that are the same, one would be lost without a word."""
+        """A mapping without repeated keys, as PyYAML would silently drop one of two."""
         mapping = super().construct_mapping(node, deep)
         if len(mapping) < len(node.value):
             seen: set[Any] = set()
             for key_node, _ in node.value:
                 key = self.construct_object(key_node, deep=True)
                 if key in seen:
-                    raise ValueError(f"line {key_node.start_mark.line + 1}: {shown(key)} is there twice")
+                    raise ValueError(f"line {key_node.start_mark.line + 1}: the key {shown(key)} is repeated")
                 seen.add(key)
         return mapping
 
@@ -47,23 +47,23 @@ for _tag, _pattern, _first in (
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 
-#: Fields that may be text: paths, and names that the block checks.
+#: Fields whose values may be texts: paths, and names that are checked by the block.
 _TEXTS = {
     *("model.name", "model.gate", "model.kernel_size", "model.where", "model.weights", "data.source", "data.root"),
     *("data.augment", "data.val_root", "data.image_column", "data.label_column", "data.label_separator"),
     *("optim.name", "optim.no_decay", "optim.freeze", "optim.schedule"),
     *("trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.precision", "trainer.loggers"),
 }
-#: Of these the ones that may be any text: a folder or a file may have any name, a pattern has stars.
+#: Those of them that may be any text: folders and files may have any name, and patterns have stars.
 _PATHS = {"data.root", "data.val_root", "model.weights", "optim.freeze"}
-#: A text that is a name, and not YAML that the parser could read a second time.
+#: Names, but no text that the parser could read a second time as YAML.
 _NO_YAML = re.compile(r"[^\[\]{}&*!|>\n]*")
-#: The same for names and patterns of modules.
+#: Names and patterns of modules.
 _PATTERN = re.compile(r"[\w.*?,-]*")
 
 
 def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
-    """A text; a pair of surrogates, as JSON writes a character beyond 16 bits, is one character."""
+    """A text, in which a pair of surrogates, JSON's form of a character beyond 16 bits, becomes one character."""
     return loader.construct_scalar(node).encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
 
@@ -71,16 +71,16 @@ _Loader.add_constructor("tag:yaml.org,2002:str", _text)
 
 
 def load_plain(text: str) -> Any:
-    """Plain values from YAML without anchors, tags and deep nesting.
+    """Read plain values from YAML without anchors, tags and deep nesting.
 
     Raises:
-        yaml.YAMLError, ValueError, ArithmeticError, RecursionError: it is something else.
+        yaml.YAMLError, ValueError, ArithmeticError, RecursionError: the text is anything else.
     """
     _check_events(text)
     return yaml.load(text, _Loader)
 
 
-#: What :func:`load_plain` raises.
+#: The errors that :func:`load_plain` raises.
 NOT_PLAIN = (yaml.YAMLError, ValueError, ArithmeticError, RecursionError)
 
 
@@ -92,14 +92,14 @@ def read_recipe(path: str | Path, build: bool = False) -> dict[str, dict[str, An
 
     Args:
         path: The file.
-        build: Leave out its ``model.build``, which is otherwise refused: the user says another one.
+        build: Whether the user gives ``model.build``. That of the file is then ignored; otherwise it is refused.
 
     Returns:
-        The blocks among ``model``, ``data``, ``optim`` and ``trainer`` that it has.
+        Those of the blocks ``model``, ``data``, ``optim`` and ``trainer`` that it has.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is no recipe; the message names the file and the mistake.
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a recipe; the message names the file and the mistake.
 
     Example:
         >>> read_recipe("recipes/small/fashion_mnist.yaml")["optim"]["lr"]  # doctest: +SKIP
@@ -112,15 +112,15 @@ def read_recipe(path: str | Path, build: bool = False) -> dict[str, dict[str, An
 
 
 def read_plain(path: str | Path, kind: str) -> Any:
-    """Plain values from a YAML file, within the limits of a recipe.
+    """Read plain values from a YAML file, within the limits of a recipe.
 
     Args:
         path: The file.
-        kind: What it should be, for the message.
+        kind: What the file should be, for the message.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is too large or no plain YAML; the message names it.
+        FileNotFoundError: there is no such file.
+        ValueError: it is too large or not plain YAML; the message names it.
     """
     path = Path(path)
     check_file(path, _MAX_BYTES)
@@ -128,11 +128,11 @@ def read_plain(path: str | Path, kind: str) -> Any:
         return load_plain(path.read_text(encoding="utf-8"))
     except NOT_PLAIN as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{shown(str(path), 200)} is no {kind}: {shown(reason, 300)}") from error
+        raise ValueError(f"{shown(str(path), 200)} is not a {kind}: {shown(reason, 300)}") from error
 
 
 def _check_events(text: str) -> None:
-    """Raise ValueError for YAML that could expand or build objects, before anything is built."""
+    """Raise ValueError, before anything is built, for YAML that could expand or build objects."""
     depth = documents = 0
     for event in yaml.parse(text, _Loader):
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
@@ -148,23 +148,23 @@ def _check_events(text: str) -> None:
 
 
 def check_blocks(recipe: object, source: str) -> dict[str, dict[str, Any]]:
-    """The recipe that a file holds: blocks of known names and plain values, with the names that these have now.
+    """Check the content of a recipe's file: blocks of known names and plain values; former names are replaced.
 
     Args:
-        recipe: What a file says.
-        source: Where, for the message.
+        recipe: Content of the file.
+        source: Name of the file, for the message.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: it is anything else.
     """
     if not isinstance(recipe, dict):
-        raise ValueError(f"{source} is no recipe: it must hold the blocks {', '.join(_BLOCKS)}, got {shown(recipe)}")
+        raise ValueError(f"{source} is not a recipe: it must hold the blocks {', '.join(_BLOCKS)}, got {shown(recipe)}")
     checked = {}
     for block, values in recipe.items():
         if block == "class_path":
             raise ValueError(_no_class_path(source))
         if block not in _BLOCKS:
-            raise ValueError(f"{source}: {shown(block)} is no block of a recipe, which are {', '.join(_BLOCKS)}")
+            raise ValueError(f"{source}: a recipe has only the blocks {', '.join(_BLOCKS)}, got {shown(block)}")
         if not isinstance(values, dict):
             raise ValueError(f"{source}: {block} must hold names and values, got {shown(values)}")
         known = _BLOCKS[block]
@@ -181,11 +181,11 @@ def check_blocks(recipe: object, source: str) -> dict[str, dict[str, Any]]:
 
 
 def _checked_model(values: dict[str, Any], source: str) -> dict[str, Any]:
-    """The block ``model`` with the names that its values have now; it names no function to call."""
+    """The block ``model`` with former names of fields replaced; ValueError if it names a function to call."""
     if values.get("build") is not None:
         raise ValueError(
-            f"{source}: model.build is never taken from a file, which could call any function: if you trust it, say it "
-            f"yourself, --model.build {shown(values['build'])}"
+            f"{source}: model.build is never taken from a file, which could call any function: if you trust it, give "
+            f"--model.build {shown(values['build'])} yourself"
         )
     return model_of_a_file(values, source)
 
@@ -223,19 +223,19 @@ def _check_plain_value(value: object, where: str) -> None:
 
 
 def _no_class_path(where: str) -> str:
-    return f"{where} holds class_path: a recipe names no classes, and none is built from one"
+    return f"{where} holds class_path: a recipe cannot name classes, and none is built from it"
 
 
 def with_own_recipe(args: list[str], out: str | Path) -> list[str]:
-    """Put the recipe of the run to resume into a command line that says ``--resume`` and names no recipe.
+    """Add the recipe of the run to a command line that has ``--resume`` and no recipe.
 
     Args:
         args: The command line, as :func:`with_recipes_read` returns it; options after a recipe override it.
-        out: Folder of the run if the command line does not say ``--out``.
+        out: Folder of the run if the command line has no ``--out``.
 
     Raises:
-        OSError, ValueError: there is a run, and its recipe is missing, cannot be read or is no recipe; or there is
-            none, and the command line says nothing of one.
+        OSError, ValueError: the run's recipe is missing, cannot be read or is not a recipe; or there is no run, and the
+            command line has no options for a new one.
     """
     words = [word.partition("=")[0] for word in args]
     if "--resume" not in words or {"--config", "--help", "-h"} & set(words):
@@ -244,18 +244,19 @@ def with_own_recipe(args: list[str], out: str | Path) -> list[str]:
         name, equals, value = word.partition("=")
         if name == "--out":
             out = value if equals else following
-    if not out:  # the parser says it
+    if not out:  # the parser will report it
         return args
     own, last = Path(out) / "recipe.json", Path(out) / "last.ckpt"
     if not os.path.lexists(own):
         is_begun = os.path.lexists(last)
-        blocks = tuple(_BLOCKS) if is_begun else ("model", "data")  # more epochs alone are for a run that is there
+        # Options of optim and trainer alone, such as more epochs, are for a run that exists.
+        blocks = tuple(_BLOCKS) if is_begun else ("model", "data")
         if any(word.startswith(tuple(f"--{block}." for block in blocks)) for word in words):
             return args
         if not is_begun:
             where = shown(str(out), 200)
             raise ValueError(
-                f"there is no run in {where} to resume: say its folder with --out, or a new run's recipe with --config"
+                f"there is no run in {where} to resume: give its folder with --out, or a new run's recipe with --config"
             )
     try:
         return ["--config", for_parser(read_recipe(own, "--model.build" in words)), *args]
@@ -266,10 +267,10 @@ def with_own_recipe(args: list[str], out: str | Path) -> list[str]:
 
 
 def with_source_named(args: list[str]) -> list[str]:
-    """A command line that says ``--data.root`` and nothing of its source, with the source: a .csv file, or a folder.
+    """Add ``--data.source`` to a command line that has ``--data.root`` but no source: csv for a .csv file, or a folder.
 
     Args:
-        args: The command line, as :func:`with_recipes_read` returns it. A recipe in it says the source.
+        args: The command line, as :func:`with_recipes_read` returns it. If it has a recipe, nothing is added.
     """
     words = [word.partition("=")[0] for word in args]
     if "--data.root" not in words or {"--data.source", "--config"} & set(words):
@@ -279,15 +280,15 @@ def with_source_named(args: list[str]) -> list[str]:
     return [*args, "--data.source", "csv" if root.lower().endswith(".csv") else "image_folder"]
 
 
-#: Options whose value the parser would read as a file.
+#: Options whose values the parser would read as files.
 _WHOLE_BLOCKS = tuple(f"--{block}" for block in _BLOCKS)
 
 
 def with_recipes_read(args: list[str]) -> list[str]:
-    """A command line with the checked contents of the file in place of ``--config FILE``; the parser checks options.
+    """Replace ``--config FILE`` in a command line by the checked content of the file; the parser checks the options.
 
     Raises:
-        FileNotFoundError, ValueError: as in :func:`read_recipe`; or an option names a class.
+        FileNotFoundError, ValueError: as in :func:`read_recipe`; or an option names a whole block or a class.
     """
     result: list[str] = []
     build = any(word.partition("=")[0] == "--model.build" for word in args)
@@ -295,7 +296,9 @@ def with_recipes_read(args: list[str]) -> list[str]:
     for word in words:
         name, equals, value = word.partition("=")
         if name in _WHOLE_BLOCKS:
-            raise ValueError(f"{name} is no option: --config FILE reads a recipe, and {name}.NAME VALUE sets one value")
+            raise ValueError(
+                f"{name} is not an option: --config FILE reads a recipe, and {name}.NAME VALUE sets one value"
+            )
         if "class_path" in word:
             raise ValueError(f"{shown(word)}: no class is built from the command line, so there is no class_path")
         if name != "--config" or (not equals and (value := next(words, "")) == ""):
@@ -306,7 +309,7 @@ def with_recipes_read(args: list[str]) -> list[str]:
 
 
 def for_parser(recipe: dict[str, dict[str, Any]]) -> str:
-    """A recipe as JSON whose folders the parser, which reads texts again as YAML, takes for no number and no null."""
+    """A recipe as JSON for the parser. It reads texts again as YAML, so folders such as 2 become ``./2``."""
     data = recipe.get("data", {})
     roots = {name: os.path.join(".", data[name]) for name in ("root", "val_root") if isinstance(data.get(name), str)}
     return json.dumps(recipe | {"data": data | roots} if roots else recipe)

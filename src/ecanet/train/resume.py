@@ -1,4 +1,4 @@
-"""Decides whether a run can go on from its last checkpoint. It goes on exactly, or not at all."""
+"""Decides whether a run can go on from its last checkpoint: exactly, or not at all."""
 
 import math
 import os
@@ -21,11 +21,11 @@ from ecanet.train.config import OPTIMISERS, OptimConfig, Recipe, to_plain, with_
 from ecanet.train.data.loading import ImageData
 from ecanet.untrusted import check_number, listed, shown
 
-#: Keys that may change when a run is resumed, since they do not change what is computed. The total number of processes
-#: is checked separately.
+#: Keys that may change when a run is resumed, as they do not affect the result. The total number of processes is
+#: checked separately.
 _WITHOUT_EFFECT = {"data.root", "data.val_root", "data.download", "data.verify", "data.workers", "trainer.log_steps"}
 _WITHOUT_EFFECT |= {"trainer.loggers", "trainer.checkpoint_steps", "model.weights", "trainer.devices", "trainer.nodes"}
-#: The numbers besides the recipe that the result depends on.
+#: Numbers that affect the result and are not in the recipe.
 _COUNTS = ("processes", "batch_size", "images")
 
 
@@ -39,7 +39,7 @@ class Resumed:
         classes: Its classes.
         made_by: What else its result depends on: ``processes``, ``batch_size``, ``images`` and ``versions``.
         is_finished: Whether it has done all epochs of that recipe, or stopped early.
-        is_extended: Whether it has to do more epochs than that.
+        is_extended: Whether it now has to do more epochs than that recipe has.
     """
 
     path: Path
@@ -51,7 +51,7 @@ class Resumed:
 
 
 def last_state(recipe: Recipe, last: Path, resume: bool) -> Resumed | None:
-    """The checkpoint that a run goes on from, or None for a new run.
+    """Read the checkpoint from which a run goes on; None for a new run.
 
     Args:
         recipe: The run's recipe.
@@ -60,8 +60,8 @@ def last_state(recipe: Recipe, last: Path, resume: bool) -> Resumed | None:
 
     Raises:
         FileExistsError: there is a checkpoint, and ``resume`` is False.
-        FileNotFoundError: it is a link to a file that does not exist.
-        ValueError: the checkpoint is damaged, or belongs to a run by another recipe.
+        FileNotFoundError: the checkpoint is a link to a file that does not exist.
+        ValueError: the checkpoint is damaged, or belongs to a run of another recipe.
     """
     if not os.path.lexists(last):
         return None
@@ -95,7 +95,7 @@ def last_state(recipe: Recipe, last: Path, resume: bool) -> Resumed | None:
 
 
 def stops_early(optim: OptimConfig, history: Sequence[Mapping[str, float]]) -> bool:
-    """Whether a run ends after these epochs because its accuracy has not risen for ``optim.early_stopping`` of them.
+    """Whether a run ends because for ``optim.early_stopping`` epochs its accuracy has not exceeded its best.
 
     Example:
         >>> history = [{"val/top1": value} for value in (50, 60, 60, 55)]
@@ -109,7 +109,7 @@ def stops_early(optim: OptimConfig, history: Sequence[Mapping[str, float]]) -> b
 
 
 def _check_epochs(folder: Path, done: int, before: int, optim: OptimConfig, stopped: bool) -> None:
-    """Raise ValueError if a run cannot have the number of epochs that its recipe now says."""
+    """Raise ValueError if a run cannot go on with the number of epochs that its recipe has now."""
     now = optim.epochs
     if now == before:
         return
@@ -134,34 +134,34 @@ def _check_epochs(folder: Path, done: int, before: int, optim: OptimConfig, stop
 
 
 def check_same_training(checkpoint: dict[str, Any], classifier: Classifier) -> None:
-    """Check an optimiser's state, and replace its other settings by those that follow from the recipe.
+    """Check the state of a checkpoint's optimiser, and replace its settings by those of the recipe.
 
-    A checkpoint also holds rates, decays and switches of the optimiser and its schedule, which would override the
+    A checkpoint also holds rates, decays and flags of the optimiser and its schedule, which would override the
     recipe's. They are computed again from the recipe and the number of steps.
 
     Args:
-        checkpoint: The checkpoint, which is changed.
-        classifier: What goes on.
+        checkpoint: The checkpoint, which is changed in place.
+        classifier: The module that goes on from it.
 
     Raises:
-        ValueError: the state belongs to another optimiser, or other parameters, or its values cannot be right.
+        ValueError: the state belongs to another optimiser or to other parameters, or its values cannot be right.
     """
-    made: Any = classifier.configure_optimizers()
-    optimizer, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
+    configured: Any = classifier.configure_optimizers()
+    optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     groups, steps = optimizer.state_dict()["param_groups"], checkpoint["global_step"]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    (held,) = checkpoint["optimizer_states"]
-    if [group["params"] for group in held["param_groups"]] != [group["params"] for group in groups]:
+    (stored,) = checkpoint["optimizer_states"]
+    if [group["params"] for group in stored["param_groups"]] != [group["params"] for group in groups]:
         raise ValueError("its optimizer has other groups of parameters")
-    for index, state in held["state"].items():
+    for index, state in stored["state"].items():
         if type(index) is not int or not 0 <= index < len(parameters):
             raise ValueError(f"its optimizer has a parameter {shown(index)}, and there are {len(parameters)}")
         if (problem := _problem_with_state(state, parameters[index], classifier.optim, steps)) is not None:
             raise ValueError(f"its optimizer's state of parameter {index} {problem}")
     rates = [base * factor(steps) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-    held["param_groups"] = [{**group, "lr": rate} for group, rate in zip(groups, rates, strict=True)]
-    now = {"last_epoch": steps, "_step_count": steps + 1, "_last_lr": rates}
-    checkpoint["lr_schedulers"] = [{**schedule.state_dict(), **now}]
+    stored["param_groups"] = [{**group, "lr": rate} for group, rate in zip(groups, rates, strict=True)]
+    position = {"last_epoch": steps, "_step_count": steps + 1, "_last_lr": rates}
+    checkpoint["lr_schedulers"] = [{**schedule.state_dict(), **position}]
 
 
 def _problem_with_state(state: dict[Any, Any], parameter: Tensor, optim: OptimConfig, steps: int) -> str | None:
@@ -181,7 +181,7 @@ def _problem_with_state(state: dict[Any, Any], parameter: Tensor, optim: OptimCo
 
 
 def made_by(trainer: L.Trainer, data: ImageData, resumed: Resumed | None) -> dict[str, Any]:
-    """What the result of a run depends on besides its recipe.
+    """Collect what the result of a run depends on besides its recipe.
 
     Args:
         trainer: The run's trainer.
@@ -189,15 +189,15 @@ def made_by(trainer: L.Trainer, data: ImageData, resumed: Resumed | None) -> dic
         resumed: The checkpoint that it goes on from.
 
     Returns:
-        ``processes``; ``batch_size`` of each; ``images``, the number to train on; ``versions``, the present ones last,
-        with the kind of device, whose kernels run, and the threads of a CPU.
+        ``processes``; ``batch_size`` of each process; ``images``, the number of training images; ``versions``, the
+        present ones last, with the kind of device, the kernels, and the number of threads of a CPU.
 
     Raises:
-        ValueError: the run would go on with another number of processes, or other pictures.
-        RuntimeError: the kernels that ``ECANET_BACKEND`` asks for cannot run.
+        ValueError: the run would go on with another number of processes, or with other pictures.
+        RuntimeError: the kernels that ``ECANET_BACKEND`` names cannot run.
 
     Warns:
-        UserWarning: it goes on with other versions, kernels or threads.
+        UserWarning: the run goes on with other versions, kernels or threads.
     """
     images = data.training_images
     now = {"processes": trainer.world_size, "batch_size": data.config.batch_size, "images": images}
@@ -208,7 +208,7 @@ def made_by(trainer: L.Trainer, data: ImageData, resumed: Resumed | None) -> dic
         "device": device.type,
         "kernels": choose(torch.empty(0, device=device)),
     }
-    if device.type == "cpu":  # they decide the order in which numbers are added
+    if device.type == "cpu":  # the order in which numbers are added depends on the threads
         versions["threads"] = str(torch.get_num_threads())
     if resumed is None:
         return {**now, "versions": [versions]}
@@ -219,24 +219,26 @@ def made_by(trainer: L.Trainer, data: ImageData, resumed: Resumed | None) -> dic
     if trainer.world_size != processes:
         raise ValueError(
             f"cannot resume {folder} on {_count(trainer.world_size, 'process')}: it was started on "
-            f"{_count(processes, 'process')} of {_count(size, 'image')} a step each, and batches, their statistics and "
+            f"{_count(processes, 'process')} of {_count(size, 'image')} per step, and batches, their statistics and "
             f"learning rates would change. Go on with {processes} (--trainer.devices times --trainer.nodes), or "
             "start again in another --out"
         )
     if images != before["images"] or list(data.classes) != resumed.classes:
         raise ValueError(
-            f"cannot resume {folder} with other pictures: it was started with {before['images']:,} to train on, of "
-            f"{_count(len(resumed.classes), 'class')}, and now there are {images:,} of "
+            f"cannot resume {folder} with other pictures: it was started with {before['images']:,} training pictures "
+            f"of {_count(len(resumed.classes), 'class')}, and now there are {images:,} of "
             f"{_count(len(data.classes), 'class')}, or the classes have other names. Start again in another --out"
         )
     if versions == before["versions"][-1]:
         return before
     if getattr(rank_zero_only, "rank", 0) == 0:
-        each = before["versions"][-1], versions
-        was, is_now = (", ".join(f"{shown(k)} {shown(v)}" for k, v in of.items()) for of in each)
+        was, is_now = (
+            ", ".join(f"{shown(name)} {shown(version)}" for name, version in of_start.items())
+            for of_start in (before["versions"][-1], versions)
+        )
         warnings.warn(
-            f"{folder} was trained with {was} and goes on with {is_now}: the result is equivalent, but not the "
-            "same to the bit. Its checkpoints name both",
+            f"{folder} was trained with {was} and goes on with {is_now}: the result is equivalent, but not "
+            "bit-identical. Its checkpoints list both",
             stacklevel=2,
         )
     return {**now, "versions": [*before["versions"], versions]}
@@ -248,15 +250,15 @@ def _count(number: int, what: str) -> str:
 
 
 def what_decides(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The values of a recipe that the result depends on, by ``block.key``; the recipe is given as plain values."""
+    """The values that the result depends on, by ``block.key``, from a recipe as plain values."""
     flat = {f"{block}.{key}": value for block, values in recipe.items() for key, value in values.items()}
-    for key, usual in OPTIMISERS.get(flat["optim.name"], {}).items():
-        flat[f"optim.{key}"] = usual if flat[f"optim.{key}"] is None else flat[f"optim.{key}"]
+    for key, default in OPTIMISERS.get(flat["optim.name"], {}).items():
+        flat[f"optim.{key}"] = default if flat[f"optim.{key}"] is None else flat[f"optim.{key}"]
     return {key: value for key, value in flat.items() if key not in _WITHOUT_EFFECT}
 
 
 def check_resumable(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Check what a run would take from a checkpoint.
+    """Check the parts of a checkpoint that a resumed run uses.
 
     Raises:
         ValueError: a part is missing or wrong; the message names the file.
@@ -299,14 +301,14 @@ def _problem_with_checkpoint(checkpoint: dict[str, Any]) -> str | None:
 
 
 def _problem_with_optimizers(states: object) -> str | None:
-    """What is wrong with their form; :func:`check_same_training` compares their contents with the network."""
+    """What is wrong with the structure of optimiser states; :func:`check_same_training` checks their values."""
     if not isinstance(states, list) or len(states) != 1:
         return "it does not hold the state of one optimizer"
-    held, groups = (states[0].get(key) if isinstance(states[0], dict) else None for key in ("state", "param_groups"))
-    if not isinstance(held, dict) or not all(isinstance(values, dict) for values in held.values()):
+    state, groups = (states[0].get(key) if isinstance(states[0], dict) else None for key in ("state", "param_groups"))
+    if not isinstance(state, dict) or not all(isinstance(values, dict) for values in state.values()):
         return "its optimizer has no state"
     if not isinstance(groups, list) or not all(
-        isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups
+        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
     ):
         return "its optimizer has no groups of parameters"
     return None

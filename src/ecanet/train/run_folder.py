@@ -1,4 +1,4 @@
-"""The folder of a run: only one run uses it at a time, and it must stay the same folder until the end."""
+"""The folder of a run: only one run uses it at a time, and it must remain the same folder until the end."""
 
 import contextlib
 import csv
@@ -11,19 +11,20 @@ from ecanet.files.atomic import write_whole
 from ecanet.files.folder_lock import lock_folder, unlock_folder
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-#: Files that a run writes into its folder. What a killed run leaves of them is removed when the next one starts.
+#: Files that a run writes into its folder. Partial files of a killed run are removed when the next one starts.
 FILES_OF_A_RUN = ("best.ckpt", "last.ckpt", "metrics.csv", "recipe.json")
 
 
 class RunFolder:
-    """A run's output folder, made and locked while the context lasts.
+    """A run's output folder, created and locked inside the context.
 
-    The lock is on the folder itself and ends with the process, however that ends. Processes of this machine see it. On
-    systems or file systems without such locks, such as Windows, there is no lock. A folder that stays empty is removed.
+    The lock is on the folder itself and ends with the process, however that ends. It works between processes of this
+    machine; systems or file systems without such locks, such as Windows, have no lock. A new folder that stays empty is
+    removed.
 
     Args:
         path: The folder.
-        first: Whether this is the first process of a run: the others neither make nor lock the folder.
+        first: Whether this is the first process of a run; the others neither create nor lock the folder.
 
     Raises:
         BlockingIOError: another run is writing into the folder.
@@ -35,11 +36,11 @@ class RunFolder:
         self._identity: tuple[int, int] | None = None
 
     def __enter__(self) -> "RunFolder":
-        self._made: list[Path] = []
+        self._created: list[Path] = []
         self._handle: int | None = None
         if not self.first:
             return self
-        self._made = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        self._created = [path for path in (self.path, *self.path.parents) if not path.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
@@ -54,7 +55,7 @@ class RunFolder:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for path in self._made:
+        for path in self._created:
             with contextlib.suppress(OSError):  # a folder that is not empty stays
                 path.rmdir()
         unlock_folder(self._handle)
@@ -78,14 +79,14 @@ class RunFolder:
             name: Name of the file, one of :data:`FILES_OF_A_RUN`.
             text: Its contents.
         """
-        assert name in FILES_OF_A_RUN, f"{name} is not in FILES_OF_A_RUN, so what a killed run leaves of it would stay"
+        assert name in FILES_OF_A_RUN, f"{name} is not in FILES_OF_A_RUN, so its partial files would not be removed"
         write_whole(self.path / name, text)
 
     def write_metrics(self, records: Sequence[Mapping[str, float]]) -> None:
         """Write ``metrics.csv``: a row for each epoch, and a column for each name in its records.
 
         Args:
-            records: All of the run, those before it was resumed, too.
+            records: All records of the run, also those before it was resumed.
         """
         columns = list(dict.fromkeys(name for record in records for name in record))
         table = io.StringIO(newline="")
@@ -100,7 +101,7 @@ class RunFolder:
 
         Raises:
             FileNotFoundError: the folder was removed meanwhile.
-            OSError: the error, with the folder and the remedy added if the disk is full and it names no folder.
+            OSError: the error, with the folder and the remedy added if the disk is full and the error names no folder.
         """
         try:
             yield

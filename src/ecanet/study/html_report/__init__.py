@@ -1,4 +1,4 @@
-"""One HTML file that says what a study found, with its pictures and its table beside it."""
+"""One HTML file that shows what a study found, with pictures and a table next to it."""
 
 import importlib.util
 import io
@@ -20,43 +20,43 @@ REPORT, FIGURES = "report.html", "figures"
 def write_report(folder: str | Path, metric: str | None = None) -> Path:
     """Write ``report.html`` and ``figures/*.png`` into a study's folder, from what is in it.
 
-    The report is one file that opens without a network: the verdict, the metric against its cost, the paired
+    The report is one file that opens without internet: the verdict, the metric against its cost, the paired
     differences, training curves, a sweep of kernel sizes, the gates of each class, what they cost, failed runs, and how
-    the study was made. What a study has no data for is left out. A study writes its report itself when it ends; this
-    writes it again, for a folder by an earlier version, a study that was stopped, or another metric. Where polars is
-    installed, ``results.parquet`` has a row for each run, too.
+    the study was made. Parts for which a study has no data are left out. A study writes its report when it ends; this
+    function writes it again for a folder of an earlier version, for a study that was stopped, or for another metric.
+    If polars is installed, it also writes ``results.parquet`` with a row for each run.
 
     Args:
-        folder: Folder of a study, by :func:`ecanet.study.run`, ``compare``, ``ecanet study`` or ``ecanet demo``.
+        folder: Folder of a study that :func:`ecanet.study.run`, ``compare``, ``ecanet study`` or ``ecanet demo`` made.
         metric: What to compare; by default what the study compared.
 
     Returns:
         Path of the report.
 
     Raises:
-        FileNotFoundError: no such folder.
-        ValueError: it holds no study, no run has the metric, or a file in it is damaged. A run's file that is damaged
-            is named in the report.
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds no study, no run has the metric, or a file in it is damaged. If the file of a run is
+            damaged, the report lists it instead.
     """
     folder = Path(folder)
-    found = read_folder(folder, metric)
+    contents = read_folder(folder, metric)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name in a writing that the font has not
-        for name, figure in draw(found):
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the font may lack a name's script
+        for name, figure in draw(contents):
             picture = io.BytesIO()
             figure.savefig(picture, format="png")
             write_whole(folder / FIGURES / name, picture.getvalue())
     if importlib.util.find_spec("polars") is not None:
-        write_whole(folder / "results.parquet", _parquet(found))
-    write_whole(folder / REPORT, render(found))
+        write_whole(folder / "results.parquet", _parquet(contents))
+    write_whole(folder / REPORT, render(contents))
     return folder / REPORT
 
 
-def _parquet(found: StudyFolder) -> bytes:
+def _parquet(contents: StudyFolder) -> bytes:
     """A row for each finished run: condition, seed, metrics, seconds."""
     import polars
 
-    runs = [run for of in found.study.runs.values() for run in of]
+    runs = [run for of_condition in contents.study.runs.values() for run in of_condition]
     columns: dict[str, list[Any]] = {
         "condition": [_utf8(run.condition) for run in runs],
         "seed": [run.seed for run in runs],
@@ -71,5 +71,5 @@ def _parquet(found: StudyFolder) -> bytes:
 
 
 def _utf8(text: str) -> str:
-    """A text of JSON, which may hold halves of characters."""
+    """Escape what UTF-8 cannot encode: a text of JSON may hold single surrogates."""
     return text.encode(errors="backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""Read a study's folder again: runs, how it was made, costs and gates. What the files say is data, and checked."""
+"""Read a study's folder: runs, how it was made, costs and gates. The files are untrusted, so everything is checked."""
 
 import csv
 import io
@@ -20,12 +20,13 @@ from ecanet.study.results import FailedRun, FinishedRun, Study, slug, why_not_co
 from ecanet.study.run_files import is_number, read_run
 from ecanet.untrusted import check_file, listed, shown
 
-#: Files beside the runs: what a training step of each condition costs, and the gates that it learned.
+#: Files in a study's folder: what a training step of each condition costs, the gates that it learned, and the table of
+#: ``ecanet profile``.
 COSTS, GATES, PROFILE = "costs.json", "gates.json", "profile.csv"
-#: Bytes of these files, cells of all heat maps, and classes of one, at most.
-_MAX_BYTES, MOST_CELLS, MOST_CLASSES = 2**24, 400_000, 40
+#: Largest size of these files in bytes, and largest numbers of cells in all heat maps and of classes in one.
+_MAX_BYTES, MAX_CELLS, MAX_CLASSES = 2**24, 400_000, 40
 _MAX_RUNS = 100_000
-_OF_A_COST = ("parameters", "multiply_adds", "seconds")
+_COST_FIELDS = ("parameters", "multiply_adds", "seconds")
 
 
 @dataclass
@@ -35,7 +36,7 @@ class LearnedGates:
     Attributes:
         seed: Seed of the run that learned them.
         classes: Names of the classes.
-        values: Mean gates (classes, C) by the gate's name; NaN where a class has no images.
+        values: Mean gates (classes, C) by the gate's name; NaN if a class has no images.
     """
 
     seed: int
@@ -49,12 +50,12 @@ class StudyFolder:
 
     Attributes:
         folder: The folder.
-        study: Its runs, compared.
-        about: How it was made; empty where an earlier version made it.
-        to_come: Condition and seed of runs that did not end yet.
-        costs: What a training step costs, by condition; empty where it was not measured.
+        study: Its runs, and their comparison.
+        about: How it was made; empty if an earlier version made it.
+        to_come: Condition and seed of runs that have not ended.
+        costs: What a training step costs, by condition; empty if it was not measured.
         gates: What the gates learned, by condition.
-        profile: What ``ecanet profile --out`` wrote into the folder: the names of the columns, then the rows.
+        profile: The table that ``ecanet profile --out`` wrote into the folder: the names of the columns, then the rows.
     """
 
     folder: Path
@@ -71,30 +72,30 @@ class StudyFolder:
         return list(self.study.runs)
 
     def settings(self, condition: str) -> Any:
-        """What sets a condition apart, from the study's file or else from the recipe that a run keeps; or None."""
-        said = self.about.conditions.get(condition)
-        if said is None and self.study.runs[condition]:
+        """Settings of a condition, from ``study.json`` or else from the recipe that a run keeps; None if unknown."""
+        settings = self.about.conditions.get(condition)
+        if settings is None and self.study.runs[condition]:
             return self.study.runs[condition][0].details.get("recipe")
-        return said
+        return settings
 
 
 def read_folder(folder: Path, metric: str | None = None) -> StudyFolder:
     """Read a study's folder.
 
     Args:
-        folder: What :func:`ecanet.study.run`, ``compare`` or ``ecanet study`` wrote, finished or not.
+        folder: Folder that :func:`ecanet.study.run`, ``compare`` or ``ecanet study`` wrote, even if it is unfinished.
         metric: What to compare; by default what the study compared.
 
     Raises:
-        FileNotFoundError: no such folder.
-        ValueError: it holds no study, no run has the metric, or one of its files but a run's is damaged.
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds no study, no run has the metric, or a file is damaged that is not the file of a run.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder: {shown(folder, 200)}")
     about, summary = read_about(folder), read_json(folder / "summary.json")
     files = list(itertools.islice((folder / "runs").glob("*.json"), _MAX_RUNS))
     runs, damaged = _read_runs(sorted(files))
-    if about.seeds:  # a study of fewer seeds than there are files
+    if about.seeds:  # there may be files of more seeds than the study has
         runs = {key: run for key, run in runs.items() if key[1] in about.seeds}
     lost = [
         FailedRun(name, seed, reason, folder / "runs" / f"{slug(name)}-seed{seed}.json")
@@ -118,35 +119,35 @@ _Runs = dict[tuple[str, int], tuple[dict[str, Any], Path]]
 
 
 def _read_runs(files: Sequence[Path]) -> tuple[_Runs, list[FailedRun]]:
-    """The runs that ended, by condition and seed, and the files that are none."""
+    """The runs that ended, by condition and seed, and the files that hold none."""
     runs: _Runs = {}
     damaged = []
     for file in files:
-        of = re.fullmatch(r"(.+)-seed(\d{1,20})", file.stem)
+        match = re.fullmatch(r"(.+)-seed(\d{1,20})", file.stem)
         try:
             run = read_run(file)
-            name, seed = run.get("condition", of and of[1]), run.get("seed", of and int(of[2]))
+            name, seed = run.get("condition", match and match[1]), run.get("seed", match and int(match[2]))
             if not (isinstance(name, str) and name and type(seed) is int and 0 <= seed < 2**63):
                 raise ValueError(f"{file} does not say its condition and seed")
             if (name, seed) in runs:
-                raise ValueError(f"{file} is of a condition and seed that {runs[name, seed][1].name} is of")
+                raise ValueError(f"{file} has the condition and seed of {runs[name, seed][1].name}")
             runs[name, seed] = run, file
         except ValueError as error:
-            name, seed = (of[1], int(of[2])) if of else (file.stem, 0)
+            name, seed = (match[1], int(match[2])) if match else (file.stem, 0)
             damaged.append(FailedRun(name, seed, shown(str(error).replace(str(file), file.name), 500), file))
     return runs, damaged
 
 
 def _names(about: About, summary: Any, runs: _Runs) -> list[str]:
-    """The conditions in order, last those that only runs name; empty if the baseline is unknown."""
-    said = summary.get("conditions") if isinstance(summary, dict) else None
-    known = [name for name in (about.conditions or said or {}) if isinstance(name, str)]
+    """The conditions in order, with those that only runs name at the end; empty if the baseline is unknown."""
+    in_summary = summary.get("conditions") if isinstance(summary, dict) else None
+    known = [name for name in (about.conditions or in_summary or {}) if isinstance(name, str)]
     return list(dict.fromkeys([*known, *(name for name, _ in runs)])) if known else []
 
 
 def _metric(about: About, summary: Any) -> str:
-    said = summary.get("metric") if isinstance(summary, dict) else None
-    metric = said if isinstance(said, str) and said else about.metric
+    in_summary = summary.get("metric") if isinstance(summary, dict) else None
+    metric = in_summary if isinstance(in_summary, str) and in_summary else about.metric
     if not metric:
         raise ValueError("metric must be given: neither summary.json nor study.json says what is compared")
     return metric
@@ -165,7 +166,7 @@ def _compared(runs: _Runs, others: list[FailedRun], names: Sequence[str], metric
 
 
 def read_costs(folder: Path, names: Sequence[str]) -> dict[str, Cost]:
-    """What a training step costs, of the conditions that were measured.
+    """Read what a training step costs for the conditions that were measured.
 
     Args:
         folder: Folder of the study.
@@ -175,13 +176,13 @@ def read_costs(folder: Path, names: Sequence[str]) -> dict[str, Cost]:
         ValueError: the file is damaged.
     """
     content = read_json(folder / COSTS, _MAX_BYTES)
-    found: dict[str, Cost] = {}
+    costs: dict[str, Cost] = {}
     for name, cost in content.items() if isinstance(content, dict) else ():
-        said: list[Any] = [cost.get(key) if isinstance(cost, dict) else None for key in _OF_A_COST]
-        if not all(is_number(each) and math.isfinite(each) and abs(each) < 1e18 for each in said):
+        numbers: list[Any] = [cost.get(key) if isinstance(cost, dict) else None for key in _COST_FIELDS]
+        if not all(is_number(number) and math.isfinite(number) and abs(number) < 1e18 for number in numbers):
             raise ValueError(f"{folder / COSTS} does not say what {shown(name)} costs: delete it")
-        found[name] = Cost(int(said[0]), int(said[1]), float(said[2]))
-    return {name: found[name] for name in names if name in found and found[name].seconds > 0}
+        costs[name] = Cost(int(numbers[0]), int(numbers[1]), float(numbers[2]))
+    return {name: costs[name] for name in names if name in costs and costs[name].seconds > 0}
 
 
 def _profile(folder: Path) -> list[list[str]]:
@@ -194,38 +195,38 @@ def _profile(folder: Path) -> list[list[str]]:
         if not rows or {len(row) for row in rows} != {len(rows[0])}:
             raise ValueError("its rows have different numbers of cells")
     except (OSError, ValueError, csv.Error) as error:
-        raise ValueError(f"{file} is no table of a profile ({error}): delete it") from error
+        raise ValueError(f"{file} is not a table of ecanet profile ({error}): delete it") from error
     return rows
 
 
 def _gates(folder: Path, names: Sequence[str]) -> dict[str, LearnedGates]:
     content = read_json(folder / GATES, _MAX_BYTES)
-    found = content if isinstance(content, dict) else {}
+    stored = content if isinstance(content, dict) else {}
     cells = 0
     learned: dict[str, LearnedGates] = {}
     for name in names:
-        if found.get(name) is None:  # without gates, or not looked at
+        if stored.get(name) is None:  # it has no gates, or they were not measured
             continue
         try:
-            learned[name] = _learned(found[name])
+            learned[name] = _learned(stored[name])
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise ValueError(
                 f"{folder / GATES} does not say what {shown(name)} learned ({error}): delete it"
             ) from error
         cells += sum(values.numel() for values in learned[name].values.values())
-        if cells > MOST_CELLS:
-            raise ValueError(f"{folder / GATES} has more than {MOST_CELLS:,} gates: delete it")
+        if cells > MAX_CELLS:
+            raise ValueError(f"{folder / GATES} has more than {MAX_CELLS:,} gates: delete it")
     return learned
 
 
-def _learned(said: Any) -> LearnedGates:
-    if not isinstance(said, dict) or type(said.get("seed")) is not int:
+def _learned(stored: Any) -> LearnedGates:
+    if not isinstance(stored, dict) or type(stored.get("seed")) is not int:
         raise ValueError("no seed")
-    classes, gates = said.get("classes"), said.get("gates")
+    classes, gates = stored.get("classes"), stored.get("gates")
     if not (isinstance(classes, list) and classes and all(isinstance(each, str) for each in classes)):
         raise ValueError("its classes are not texts")
-    if len(classes) > MOST_CLASSES:
-        raise ValueError(f"more than {MOST_CLASSES} classes")
+    if len(classes) > MAX_CLASSES:
+        raise ValueError(f"more than {MAX_CLASSES} classes")
     if not isinstance(gates, dict) or not gates:
         raise ValueError("no gates")
     values = {}
@@ -234,7 +235,7 @@ def _learned(said: Any) -> LearnedGates:
             [[math.nan if value is None else value for value in row] for row in rows], dtype=torch.float64
         )
         if values[name].dim() != 2 or len(values[name]) != len(classes) or not values[name].shape[1]:
-            raise ValueError("a gate has not one row for each class")
+            raise ValueError("a gate does not have one row for each class")
         if values[name].nan_to_num().abs().max() > 1e6:
-            raise ValueError("a gate is not a number of its kind")
-    return LearnedGates(said["seed"], classes, values)
+            raise ValueError("a gate is larger than 1e6")
+    return LearnedGates(stored["seed"], classes, values)

@@ -1,4 +1,4 @@
-"""What the report draws, taken out of a study: paired differences, curves, costs and a sweep of kernel sizes."""
+"""The data of the report's charts, from a study: paired differences, curves, costs and a sweep of kernel sizes."""
 
 import math
 import re
@@ -10,34 +10,36 @@ from ecanet.study.html_report.reading import StudyFolder
 from ecanet.study.results import FinishedRun
 from ecanet.study.run_files import is_number
 
-#: Curves beside that of the metric, and epochs of one run that are looked at.
-_MOST_CURVES, _MOST_EPOCHS = 4, 1_000_000
-#: Columns of a record that are no curve.
+#: Largest number of curves, and of values in a curve.
+_MAX_CURVES, _MAX_EPOCHS = 4, 1_000_000
+#: Columns of a record that are not curves.
 _NO_CURVE = {"epoch", "step", "seconds", "time", "iteration"}
-#: Settings and characters of one that are shown.
-_MOST_SETTINGS, _MOST_CHARACTERS = 200, 300
-_DEPTH = 8
+#: Largest number of settings that are shown, and of characters in one.
+_MAX_SETTINGS, _MAX_CHARACTERS = 200, 300
+#: Settings that are nested deeper are shown as one text.
+_MAX_DEPTH = 8
 
 
-def paired(found: StudyFolder) -> dict[str, dict[int, float]]:
-    """For each condition but the baseline, by seed: its metric minus the baseline's."""
-    metric = found.study.metric
-    baseline, *others = found.conditions
-    base = {run.seed: run.metrics[metric] for run in found.study.runs[baseline]}
+def paired(contents: StudyFolder) -> dict[str, dict[int, float]]:
+    """The metric minus the baseline's for each condition but the baseline, by seed."""
+    metric = contents.study.metric
+    baseline, *others = contents.conditions
+    base = {run.seed: run.metrics[metric] for run in contents.study.runs[baseline]}
     return {
-        name: {run.seed: run.metrics[metric] - base[run.seed] for run in found.study.runs[name] if run.seed in base}
+        name: {run.seed: run.metrics[metric] - base[run.seed] for run in contents.study.runs[name] if run.seed in base}
         for name in others
     }
 
 
 @dataclass
 class CostOfRuns:
-    """What every run cost, all in one unit.
+    """The cost of every run, in the same unit for all.
 
     Attributes:
-        title: What it is, with its unit.
-        is_measured: Whether it is a training step's time, one for all runs of a condition; otherwise each run's own.
-        values: By condition and seed.
+        title: What the cost is, with its unit.
+        is_measured: Whether it is the measured time of a training step, equal for all runs of a condition; otherwise it
+            is the time that each run took.
+        values: Costs by condition and seed.
     """
 
     title: str
@@ -45,36 +47,39 @@ class CostOfRuns:
     values: dict[tuple[str, int], float]
 
 
-def cost_of_runs(found: StudyFolder) -> CostOfRuns:
-    """The time of a training step where it was measured for all conditions, otherwise the time of each run."""
-    runs = [run for of in found.study.runs.values() for run in of]
-    if found.costs and all(run.condition in found.costs for run in runs):
-        values = {(run.condition, run.seed): 1000 * found.costs[run.condition].seconds for run in runs}
+def cost_of_runs(contents: StudyFolder) -> CostOfRuns:
+    """The time of a training step if it was measured for all conditions, otherwise the time of each run."""
+    runs = [run for of_condition in contents.study.runs.values() for run in of_condition]
+    if contents.costs and all(run.condition in contents.costs for run in runs):
+        values = {(run.condition, run.seed): 1000 * contents.costs[run.condition].seconds for run in runs}
         return CostOfRuns("training step (ms)", True, values)
     return CostOfRuns("time of the run (s)", False, {(run.condition, run.seed): run.seconds for run in runs})
 
 
-def curves(found: StudyFolder) -> dict[str, dict[str, dict[int, list[float]]]]:
-    """By name of the curve, condition and seed: a value for each epoch. The metric's own curve comes first.
+def curves(contents: StudyFolder) -> dict[str, dict[str, dict[int, list[float]]]]:
+    """The curves of the runs. The metric's own curve comes first.
 
-    A curve is a list of numbers among what a run returned, or a column of a list of records, such as ``fit``'s history.
-    One that is the same in all runs, such as a learning rate, is left out.
+    A curve is a list of numbers that a run returned, or a column of a list of records, such as ``fit``'s history. A
+    curve that is the same in all runs, such as a learning rate, is left out.
+
+    Returns:
+        A value for each epoch, by name of the curve, condition and seed.
     """
     found_curves: dict[str, dict[str, dict[int, list[float]]]] = {}
-    for name, runs in found.study.runs.items():
+    for name, runs in contents.study.runs.items():
         for run in runs:
             for curve, values in _curves_of(run):
                 found_curves.setdefault(curve, {}).setdefault(name, {})[run.seed] = values
-    several = len([run for runs in found.study.runs.values() for run in runs]) > 1
+    is_alone = len([run for runs in contents.study.runs.values() for run in runs]) == 1
     differing = [
         curve
         for curve, by_name in found_curves.items()
-        if not several or len({tuple(map(repr, run)) for of in by_name.values() for run in of.values()}) > 1
+        if is_alone or len({tuple(map(repr, run)) for by_seed in by_name.values() for run in by_seed.values()}) > 1
     ]
-    metric = found.study.metric
+    metric = contents.study.metric
     # The metric itself, then losses, then the rest.
     differing.sort(key=lambda curve: (curve != metric, _last_part(curve) != metric, "loss" not in curve, curve))
-    return {curve: found_curves[curve] for curve in differing[:_MOST_CURVES]}
+    return {curve: found_curves[curve] for curve in differing[:_MAX_CURVES]}
 
 
 def _last_part(curve: str) -> str:
@@ -83,16 +88,16 @@ def _last_part(curve: str) -> str:
 
 def _curves_of(run: FinishedRun) -> Iterator[tuple[str, list[float]]]:
     for name, value in run.details.items():
-        if not isinstance(value, list) or not 2 <= len(value) <= _MOST_EPOCHS:
+        if not isinstance(value, list) or not 2 <= len(value) <= _MAX_EPOCHS:
             continue
         if all(map(is_number, value)):
-            yield name, [float(each) for each in value]
+            yield name, [float(number) for number in value]
         elif all(isinstance(record, dict) for record in value):
             prefix = "" if name == "history" else f"{name}/"
             for column in value[0]:
                 numbers = [record.get(column) for record in value]
                 if _last_part(column) not in _NO_CURVE and all(map(is_number, numbers)):
-                    yield f"{prefix}{column}", [float(each) for each in numbers]
+                    yield f"{prefix}{column}", [float(number) for number in numbers]
 
 
 def mean_curve(runs: Sequence[Sequence[float]]) -> list[float]:
@@ -104,17 +109,17 @@ def _are_finite(values: Sequence[float]) -> bool:
     return all(math.isfinite(value) and abs(value) < 1e100 for value in values)
 
 
-def kernel_sweep(found: StudyFolder) -> dict[str, str]:
-    """Conditions that differ in their kernel size alone, three or more, by that size: numbers first, in order.
+def kernel_sweep(contents: StudyFolder) -> dict[str, str]:
+    """Find three or more conditions that differ only in their kernel size.
 
     Returns:
-        Names of conditions by kernel size; empty where there are no such three.
+        Names of conditions by kernel size, the numbers first, in ascending order; empty if there are fewer than three.
     """
     groups: dict[str, dict[str, str]] = {}
-    for name in found.conditions:
-        settings = flat_settings(found.settings(name))
+    for name in contents.conditions:
+        settings = flat_settings(contents.settings(name))
         keys = [key for key in settings if key.rpartition(".")[2] in ("kernel_size", "k_size")]
-        if len(keys) == 1 and found.study.runs[name]:
+        if len(keys) == 1 and contents.study.runs[name]:
             size = settings.pop(keys[0])
             groups.setdefault(repr(sorted(settings.items())), {})[size] = name
     widest = max(groups.values(), key=len, default={})
@@ -124,13 +129,13 @@ def kernel_sweep(found: StudyFolder) -> dict[str, str]:
 
 
 def flat_settings(settings: Any) -> dict[str, str]:
-    """Nested settings as texts by dotted name; the seed, which differs from run to run, is left out."""
+    """Nested settings as texts by dotted name, without the seed, which differs from run to run."""
     flat: dict[str, str] = {}
 
     def add(name: str, value: Any, depth: int) -> None:
-        if len(flat) >= _MOST_SETTINGS or name.rpartition(".")[2] == "seed":
+        if len(flat) >= _MAX_SETTINGS or name.rpartition(".")[2] == "seed":
             return
-        if isinstance(value, Mapping) and value and depth < _DEPTH:
+        if isinstance(value, Mapping) and value and depth < _MAX_DEPTH:
             for key, item in value.items():
                 add(f"{name}.{key}" if name else str(key), item, depth + 1)
         elif name:
@@ -142,28 +147,37 @@ def flat_settings(settings: Any) -> dict[str, str]:
 
 def _as_text(value: Any) -> str:
     if isinstance(value, list):
-        plain = all(not isinstance(each, (list, dict)) for each in value)
-        text = f"[{', '.join(map(_as_text, value))}]" if plain else "[...]"
+        is_flat = all(not isinstance(item, (list, dict)) for item in value)
+        text = f"[{', '.join(map(_as_text, value))}]" if is_flat else "[...]"
     elif isinstance(value, bool) or value is None:
         text = {None: "none", True: "true", False: "false"}[value]
     else:
         text = str(value)
-    return text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 3] + "..."
+    return text if len(text) <= _MAX_CHARACTERS else text[: _MAX_CHARACTERS - 3] + "..."
 
 
-def split_settings(found: StudyFolder) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-    """Settings that all conditions share, and by condition those in which they differ.
+def split_settings(contents: StudyFolder) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """The settings that all conditions share, and those in which they differ.
 
     Returns:
-        Shared texts by name; and for each condition with settings, texts by name of what is not shared.
+        The shared settings as texts by name; and, for each condition that has settings, the others.
     """
-    every = {
-        name: flat_settings(settings) for name in found.conditions if (settings := found.settings(name)) is not None
+    by_condition = {
+        name: flat_settings(settings)
+        for name in contents.conditions
+        if (settings := contents.settings(name)) is not None
     }
-    if not every:
+    if not by_condition:
         return {}, {}
-    first = next(iter(every.values()))
-    shared = {key: value for key, value in first.items() if all(of.get(key) == value for of in every.values())}
-    if len(every) == 1:
+    first = next(iter(by_condition.values()))
+    shared = {
+        key: value
+        for key, value in first.items()
+        if all(settings.get(key) == value for settings in by_condition.values())
+    }
+    if len(by_condition) == 1:
         return shared, {}
-    return shared, {name: {k: v for k, v in of.items() if k not in shared} for name, of in every.items()}
+    return shared, {
+        name: {key: value for key, value in settings.items() if key not in shared}
+        for name, settings in by_condition.items()
+    }

@@ -1,4 +1,4 @@
-"""A CSV file of image files and labels, which may come from anyone."""
+"""Reads a CSV file of image files and labels. The file is untrusted."""
 
 import csv
 import os
@@ -14,32 +14,32 @@ from ecanet.train.data.splits import (
     Split,
     Splits,
     check_classes,
-    check_held,
+    check_validation_labels,
     find_parts,
     number_classes,
     split_off,
 )
 from ecanet.untrusted import check_file, listed, shown
 
-#: The largest file, in bytes, and the most images in it; ImageNet has 1.3 million.
+#: Largest file, in bytes, and largest number of images in it; ImageNet has 1.3 million.
 MAX_CSV_BYTES, MAX_ROWS = 2**27, 2_000_000
 #: Names of the columns, in upper or lower case.
 IMAGE_COLUMNS = ("file", "filename", "file_name", "filepath", "path", "image", "image_path")
 LABEL_COLUMNS = ("label", "labels", "class", "classes", "category", "tags")
 SPLIT_COLUMN = "split"
-#: What may stand between several labels in a cell.
+#: Separators of several labels in a cell.
 SEPARATORS = {"pipe": "|", "semicolon": ";", "comma": ",", "space": " ", "none": None}
 
 _LONGEST_HEADER = 2**16  # characters
 
 
 class Columns(NamedTuple):
-    """Where a table has what is needed.
+    """The columns of a table that are read.
 
     Attributes:
-        image: Name of the column of files, or None to find it by its name.
-        label: Name of the column of labels, likewise.
-        separator: What stands between several labels in a cell, or None if a cell has one.
+        image: Name of the column of images; None means that it is found by the usual names.
+        label: Name of the column of labels; None likewise.
+        separator: Separator of several labels in a cell; None if each cell has one label.
     """
 
     image: str | None = None
@@ -48,7 +48,7 @@ class Columns(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """One line: the file's path in the table, its labels, its part (empty if there is no such column), the line."""
+    """One row: the path of the image, its labels, its part (empty without such a column), and the line number."""
 
     path: str
     labels: tuple[str, ...]
@@ -62,24 +62,24 @@ def csv_images(
     split: Split = Split(),  # noqa: B008
     columns: Columns = Columns(),  # noqa: B008
 ) -> Splits:
-    """Image files that a CSV file names, with their labels.
+    """Read the image files and labels that a CSV file lists.
 
     Its first line names the columns: one for the file (:data:`IMAGE_COLUMNS`), one for the label
-    (:data:`LABEL_COLUMNS`), and, if it is there, ``split``, which says train, val or test. Between cells are commas,
-    semicolons or tabs. A file's path is relative to the folder of the CSV file and stays below it. If a cell has
-    several labels, the data is multi-label: then an empty cell means none.
+    (:data:`LABEL_COLUMNS`), and optionally ``split``, with the values train, val or test. Cells are separated by
+    commas, semicolons or tabs. The path of an image is relative to the folder of the CSV file and stays below it. If
+    any cell has several labels, the data is multi-label, and an empty cell means no label.
 
     Args:
         root: The CSV file, UTF-8.
-        val_root: Another one, whose images are validated on.
-        split: Split images off to validate on; see :func:`~ecanet.train.data.splits.split_off`.
-        columns: Names of the columns, and what stands between labels.
+        val_root: Another CSV file, with the validation images.
+        split: How to split off validation images; see :func:`~ecanet.train.data.splits.split_off`.
+        columns: Names of the columns, and the separator of labels.
 
     Returns:
         Images ``(3, H, W)``, each in its own size.
 
     Raises:
-        FileNotFoundError: there is no such file, no image that it names, or nothing to validate on.
+        FileNotFoundError: there is no such file, an image that it lists is missing, or nothing to validate on.
         ValueError: something in the file is wrong; the message names the file, the line and the cell.
 
     Example:
@@ -88,37 +88,37 @@ def csv_images(
     """
     source = Path(root)
     parts = _parts(source, columns)
-    train, val = find_parts(filter(None, parts), _called(source), split._replace(elsewhere=val_root is not None))
-    mine = parts[train] if train is not None else [row for rows in parts.values() for row in rows]
-    others: list[_Row] = []
-    other_source = source
+    train, val = find_parts(filter(None, parts), _quoted(source), split._replace(elsewhere=val_root is not None))
+    train_rows = parts[train] if train is not None else [row for rows in parts.values() for row in rows]
+    val_rows: list[_Row] = []
+    val_source = source
     if val_root is not None:
-        other_source = Path(val_root)
-        others = _held_rows(_parts(other_source, columns), _called(other_source))
+        val_source = Path(val_root)
+        val_rows = _validation_rows(_parts(val_source, columns), _quoted(val_source))
     elif val is not None:
-        others = parts[val]
-    multi = any(len(row.labels) > 1 for row in (*mine, *others))
-    for place, rows in ((source, mine), (other_source, others)):
-        _check_labels(place, rows, multi)
-    classes = number_classes(label for row in mine for label in row.labels)
-    check_classes(classes, _called(source))
+        val_rows = parts[val]
+    multi = any(len(row.labels) > 1 for row in (*train_rows, *val_rows))
+    for path, rows in ((source, train_rows), (val_source, val_rows)):
+        _check_labels(path, rows, multi)
+    classes = number_classes(label for row in train_rows for label in row.labels)
+    check_classes(classes, _quoted(source))
     numbers = {name: i for i, name in enumerate(classes)}
-    samples = _samples(source, mine, numbers, multi)
-    if others:
-        held = _samples(other_source, others, numbers, multi)
+    samples = _samples(source, train_rows, numbers, multi)
+    if val_rows:
+        val_samples = _samples(val_source, val_rows, numbers, multi)
     else:
-        keys, labels = [row.path for row in mine], [label for _, label in samples]
-        samples, held = ([samples[i] for i in part] for part in split_off(keys, labels, classes, split))
-    check_held((label for _, label in held), _called(other_source))
-    return Splits(FolderImages(samples, len(classes)), FolderImages(held, len(classes)), tuple(classes), multi)
+        keys, labels = [row.path for row in train_rows], [label for _, label in samples]
+        samples, val_samples = ([samples[i] for i in part] for part in split_off(keys, labels, classes, split))
+    check_validation_labels((label for _, label in val_samples), _quoted(val_source))
+    return Splits(FolderImages(samples, len(classes)), FolderImages(val_samples, len(classes)), tuple(classes), multi)
 
 
-def _called(path: Path) -> str:
+def _quoted(path: Path) -> str:
     return f"'{shown(path, 300)}'"
 
 
-def _held_rows(parts: dict[str, list[_Row]], where: str) -> list[_Row]:
-    """The rows of a file that is there to be validated on: all of them, or its part for that."""
+def _validation_rows(parts: dict[str, list[_Row]], where: str) -> list[_Row]:
+    """The validation rows of a file that is given for validation: all rows, or those of its validation part."""
     if len(parts) == 1:
         return next(iter(parts.values()))
     _, val = find_parts(parts, where, Split())
@@ -130,7 +130,7 @@ def _parts(path: Path, columns: Columns) -> dict[str, list[_Row]]:
     """The rows of a CSV file by their part."""
     if path.is_dir():
         raise IsADirectoryError(
-            f"{_called(path)} is a folder, and data.source=csv reads a file; class folders are data.source=image_folder"
+            f"{_quoted(path)} is a folder, and data.source=csv reads a file; class folders are data.source=image_folder"
         )
     check_file(path, MAX_CSV_BYTES)
     parts: dict[str, list[_Row]] = {}
@@ -140,18 +140,18 @@ def _parts(path: Path, columns: Columns) -> dict[str, list[_Row]]:
             for row in _rows(file, columns):
                 if (first := seen.setdefault(row.path, row.line)) != row.line:
                     raise ValueError(
-                        f"line {row.line}: '{shown(row.path, 200)}' is there already, in line {first}: put several "
-                        "labels into one cell, as in cat|dog"
+                        f"line {row.line}: '{shown(row.path, 200)}' is already in line {first}: put several labels "
+                        "into one cell, as in cat|dog"
                     )
                 if len(seen) > MAX_ROWS:
                     raise ValueError(f"it has more than {MAX_ROWS:,} images: split it")
                 parts.setdefault(row.part, []).append(row)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{_called(path)} is not UTF-8 ({error.reason}): save it as CSV in UTF-8") from error
+        raise ValueError(f"{_quoted(path)} is not UTF-8 ({error.reason}): save it as CSV in UTF-8") from error
     except (ValueError, csv.Error) as error:
-        raise ValueError(f"{_called(path)}: {error}") from error
+        raise ValueError(f"{_quoted(path)}: {error}") from error
     if not parts:
-        raise ValueError(f"{_called(path)} has no images: its first line names columns, and each further line one")
+        raise ValueError(f"{_quoted(path)} has no images: its first line names columns, and each further line one")
     return parts
 
 
@@ -193,19 +193,19 @@ def _next(reader: Iterator[list[str]]) -> list[str] | None:
 
 
 def _column(names: Sequence[str], wanted: str | None, known: Sequence[str], kind: str) -> int:
-    """The index of a column by its name, or by the names that are known."""
-    found = [i for i, name in enumerate(names) if (name == wanted if wanted else name.lower() in known)]
-    if len(found) == 1:
-        return found[0]
+    """The index of the column with the wanted name or, without one, with one of the known names."""
+    matching = [i for i, name in enumerate(names) if (name == wanted if wanted else name.lower() in known)]
+    if len(matching) == 1:
+        return matching[0]
     what = f"'{shown(wanted)}'" if wanted else f"one of {', '.join(known)}"
-    problem = f"{len(found)} of its columns are called" if found else "no column is called"
+    problem = f"{len(matching)} of its columns are called" if matching else "no column is called"
     raise ValueError(
         f"{problem} {what}: its first line is {listed(names, 10)}. Name one with data.{kind}_column, or rename them"
     )
 
 
 def _checked_path(cell: str) -> str:
-    """A path below the CSV file's folder, with slashes, or ValueError."""
+    """The path in a cell, relative to the CSV file's folder, with slashes; ValueError if it could leave the folder."""
     path = cell.strip().replace("\\", "/")
     if not path or not path.isprintable():
         raise ValueError(f"it must name an image file, got '{shown(cell)}'")
@@ -225,7 +225,7 @@ def _checked_labels(cell: str, separator: str | None) -> tuple[str, ...]:
             raise ValueError(f"a label must be text of at most {MAX_NAME} characters, got '{shown(label)}'")
         if label[0] in "=+-@" and not _is_number(label):
             raise ValueError(
-                f"the label '{shown(label)}' begins as a formula, which a spreadsheet would run: give it another name"
+                f"the label '{shown(label)}' starts like a formula, which a spreadsheet would run: give it another name"
             )
     return tuple(labels)
 
@@ -242,19 +242,19 @@ def _check_labels(path: Path, rows: Sequence[_Row], multi: bool) -> None:
     empty = None if multi else next((row for row in rows if not row.labels), None)
     if empty is not None:
         raise ValueError(
-            f"{_called(path)}: line {empty.line} has no label, which only data with several labels in a cell may have"
+            f"{_quoted(path)}: line {empty.line} has no label, which only data with several labels in a cell may have"
         )
 
 
 def _samples(path: Path, rows: Sequence[_Row], numbers: dict[str, int], multi: bool) -> list[tuple[str, Label]]:
-    """Files and labels; all files are there."""
+    """Pairs of file and label; FileNotFoundError if a file is missing."""
     base = os.fspath(path.parent)
     samples: list[tuple[str, Label]] = []
     missing: list[str] = []
     for row in rows:
         if unknown := [label for label in row.labels if label not in numbers]:
             raise ValueError(
-                f"{_called(path)}: line {row.line} has the label '{shown(unknown[0])}', which no training image has"
+                f"{_quoted(path)}: line {row.line} has the label '{shown(unknown[0])}', which no training image has"
             )
         labels = tuple(sorted(numbers[label] for label in row.labels))
         file = os.path.join(base, *row.path.split("/"))
@@ -263,6 +263,6 @@ def _samples(path: Path, rows: Sequence[_Row], numbers: dict[str, int], multi: b
         samples.append((file, labels if multi else labels[0]))
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} of {len(rows)} images that {_called(path)} names are not in its folder: {listed(missing)}"
+            f"{len(missing)} of {len(rows)} images that {_quoted(path)} lists are not in its folder: {listed(missing)}"
         )
     return samples

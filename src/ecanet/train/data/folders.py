@@ -1,4 +1,4 @@
-"""A folder of images with a sub-folder for each class."""
+"""Reads a folder of images with a sub-folder for each class."""
 
 import os
 import warnings
@@ -30,7 +30,7 @@ class FolderImages(Dataset[Any]):
 
     Args:
         samples: Pairs of file and label.
-        classes: Number of classes; needed where an image has several labels.
+        classes: Number of classes; needed if an image may have several labels.
     """
 
     def __init__(self, samples: Sequence[tuple[str, Label]], classes: int = 0) -> None:
@@ -55,18 +55,18 @@ class FolderImages(Dataset[Any]):
 
 
 def image_folder(root: str | Path, val_root: str | Path | None = None, split: Split = Split()) -> Splits:  # noqa: B008
-    """Images in ``root/train/<class>/`` and ``root/val/<class>/``, at any depth below; or in ``root/<class>/``.
+    """Find images in ``root/train/<class>/`` and ``root/val/<class>/``, at any depth below; or in ``root/<class>/``.
 
-    The folder to validate on may also be called ``validation`` or ``valid``; if there is none of these, ``test`` takes
-    its place. A label is the index of the class name in the sorted list of the training folders. Files count by their
-    suffix, one of :data:`~ecanet.train.data.pictures.SUFFIXES` in upper or lower case; names that start with a dot are
-    left out.
+    The validation folder may also be called ``validation`` or ``valid``; if there is none of these, ``test`` takes its
+    place. A label is the index of the class name in the sorted list of the training folders. Images are files with a
+    suffix in :data:`~ecanet.train.data.pictures.SUFFIXES`, in upper or lower case; names that start with a dot are left
+    out.
 
     Args:
-        root: The folder. Without a folder ``train`` in it, its sub-folders are the classes.
-        val_root: Folder to validate on, instead of any in ``root``: it holds the classes, or a folder ``val`` with the
+        root: The folder. If it has no folder ``train``, its sub-folders are the classes.
+        val_root: Validation folder, instead of any in ``root``: it holds the classes, or a folder ``val`` with the
             classes.
-        split: Split images off to validate on; see :func:`~ecanet.train.data.splits.split_off`.
+        split: How to split off validation images; see :func:`~ecanet.train.data.splits.split_off`.
 
     Returns:
         Images ``(3, H, W)``, each in its own size.
@@ -76,7 +76,7 @@ def image_folder(root: str | Path, val_root: str | Path | None = None, split: Sp
 
     Raises:
         FileNotFoundError: a folder is missing.
-        ValueError: no class folders, one without images, different classes in training and validation.
+        ValueError: there are no class folders, one has no images, or training and validation have different classes.
 
     Example:
         >>> image_folder("imagenet").classes[0]  # doctest: +SKIP
@@ -84,7 +84,7 @@ def image_folder(root: str | Path, val_root: str | Path | None = None, split: Sp
     """
     train, val = _find_folders(Path(root), split._replace(elsewhere=val_root is not None))
     if val_root is not None:
-        val = _held_folder(Path(val_root))
+        val = _validation_folder(Path(val_root))
     classes = _class_names(train)
     if val is not None:
         _check_same_classes(train, classes, val, _class_names(val))
@@ -94,24 +94,24 @@ def image_folder(root: str | Path, val_root: str | Path | None = None, split: Sp
         return Splits(FolderImages(samples), FolderImages(_samples(val, classes)), tuple(classes))
     labels = [label for _, label in samples]
     parts = split_off(_keys(train, classes, samples), labels, classes, split)
-    mine, held = (FolderImages([samples[i] for i in part]) for part in parts)
-    return Splits(mine, held, tuple(classes))
+    train_images, val_images = (FolderImages([samples[i] for i in part]) for part in parts)
+    return Splits(train_images, val_images, tuple(classes))
 
 
 def _find_folders(root: Path, split: Split) -> tuple[Path, Path | None]:
-    """The folder to train on, and the one to validate on if it is in ``root``."""
+    """The training folder, and the validation folder if it is in ``root``."""
     names = _sub_folders(root)
     parts = [name for name in names if name.lower() in PART_NAMES]
-    # In car/, bus/, train/ the last one is a class: it holds pictures, and nothing is called val or test.
-    one_is_a_class = len(names) > 1 and len(parts) == 1 and not _sub_folders(root / parts[0])
-    if one_is_a_class and parts[0].lower() in TRAIN_NAMES:
+    # In car/, bus/, train/ the last one is a class: it holds pictures, and no folder is called val or test.
+    is_a_class = len(names) > 1 and len(parts) == 1 and not _sub_folders(root / parts[0])
+    if is_a_class and parts[0].lower() in TRAIN_NAMES:
         parts = []
     train, val = find_parts(parts, f"the folder '{shown(root, 300)}'", split)
     return root / (train or ""), None if val is None else root / val
 
 
-def _held_folder(root: Path) -> Path:
-    """The folder of classes to validate on: ``root``, or its part for that if it holds nothing but parts."""
+def _validation_folder(root: Path) -> Path:
+    """The folder of classes to validate on: ``root``, or its validation part if it holds only parts."""
     names = _sub_folders(root)
     if not names or any(name.lower() not in PART_NAMES for name in names):
         return root
@@ -181,7 +181,7 @@ def _samples(split: Path, classes: Sequence[str]) -> list[tuple[str, Label]]:
 
 
 def _keys(train: Path, classes: Sequence[str], samples: Sequence[tuple[str, Label]]) -> list[str]:
-    """Paths below ``train``, the same on every system. pathlib would take ten seconds for ImageNet."""
+    """Paths relative to ``train``, the same on every system. pathlib would take ten seconds for ImageNet."""
     lengths = [len(str(train / name)) for name in classes]
     return [
         (classes[label] + path[lengths[label] :]).replace(os.sep, "/")

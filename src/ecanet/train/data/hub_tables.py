@@ -1,6 +1,6 @@
-"""Image data as Hugging Face's ``datasets`` keeps it on disk: Arrow and Parquet files with pictures in them.
+"""Reads image data that Hugging Face's ``datasets`` stored on disk: Arrow and Parquet files with pictures in them.
 
-Only the tables are read: no loading script, no format and no path that a file names, and nothing from the Hub.
+Only the tables are read: loading scripts, formats and paths that a file names are ignored, and the Hub is not accessed.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from ecanet.train.data.splits import (
     Split,
     Splits,
     check_classes,
-    check_held,
+    check_validation_labels,
     find_parts,
     number_classes,
     split_off,
@@ -35,11 +35,11 @@ class TableImages(Dataset[Any]):
     """Pictures in the rows of a table, decoded at every access.
 
     Args:
-        table: A ``datasets.Dataset`` with one column, of encoded pictures.
+        table: A ``datasets.Dataset`` with one column of encoded pictures.
         labels: A label for each row.
-        rows: The rows that count.
+        rows: The rows that are used.
         classes: Number of classes.
-        where: What errors call the table.
+        where: The table's name in errors.
     """
 
     def __init__(self, table: Any, labels: Sequence[Label], rows: Sequence[int], classes: int, where: str) -> None:
@@ -76,24 +76,24 @@ def hub_images(
     split: Split = Split(),  # noqa: B008
     columns: Columns = Columns(),  # noqa: B008
 ) -> Splits:
-    """Pictures that ``Dataset.save_to_disk``, ``DatasetDict.save_to_disk`` or ``to_parquet`` wrote, or the Hub's files.
+    """Read pictures from files of ``Dataset.save_to_disk``, ``DatasetDict.save_to_disk``, ``to_parquet`` or the Hub.
 
-    A part is called as its folder, or as its files begin: ``train/data-00000-of-00001.arrow``,
-    ``train-00000-of-00001.parquet``. Labels are the column of type ``ClassLabel``, or one of texts or whole numbers;
-    where it holds lists, the data is multi-label.
+    The name of a part is that of its folder, or the start of its file names: ``train/data-00000-of-00001.arrow``,
+    ``train-00000-of-00001.parquet``. Labels are in the column of type ``ClassLabel``, or in one of texts or whole
+    numbers; if it holds lists, the data is multi-label.
 
     Args:
         root: Folder of the files, or one file.
-        val_root: Another one, whose pictures are validated on.
-        split: Split images off to validate on; see :func:`~ecanet.train.data.splits.split_off`.
-        columns: Names of the columns, where their types do not tell.
+        val_root: Another folder or file, with the validation pictures.
+        split: How to split off validation images; see :func:`~ecanet.train.data.splits.split_off`.
+        columns: Names of the columns, if they cannot be found by their types.
 
     Returns:
         Images ``(3, H, W)``, each in its own size.
 
     Raises:
-        FileNotFoundError: no such files, or nothing to validate on.
-        ValueError: no column of pictures or of labels, or a label that is none; the message names it.
+        FileNotFoundError: there are no such files, or nothing to validate on.
+        ValueError: a column of pictures or labels is missing, or a label is not valid; the message names it.
         ModuleNotFoundError: ``datasets`` is missing.
 
     Example:
@@ -104,57 +104,56 @@ def hub_images(
     parts = _files_by_part(Path(root))
     train, val = find_parts(filter(None, parts), where, split._replace(elsewhere=val_root is not None))
     pictures, labels, multi, names = _read(parts[train or ""], where, columns)
-    held: tuple[Any, list[Any]] | None = None
-    held_where = where
+    validation: tuple[Any, list[Any]] | None = None
+    val_where = where
     if val_root is not None:
-        held_where = f"'{shown(val_root, 300)}'"
-        others = _files_by_part(Path(val_root))
-        val = next(iter(others)) if len(others) == 1 else find_parts(others, held_where, Split())[1]
-        parts = others
+        val_where = f"'{shown(val_root, 300)}'"
+        parts = _files_by_part(Path(val_root))
+        val = next(iter(parts)) if len(parts) == 1 else find_parts(parts, val_where, Split())[1]
     if val is not None:
-        held_pictures, held_labels, held_multi, held_names = _read(parts[val], held_where, columns)
-        if held_multi != multi or (names and held_names and names != held_names):
-            raise ValueError(f"{held_where} has other labels to validate on than {where} to train on")
-        held = held_pictures, held_labels
-    classes = names or number_classes(str(name) for each in labels for name in (each if multi else [each]))
+        val_pictures, val_labels, val_multi, val_names = _read(parts[val], val_where, columns)
+        if val_multi != multi or (names and val_names and names != val_names):
+            raise ValueError(f"the validation labels of {val_where} are not those of the training data in {where}")
+        validation = val_pictures, val_labels
+    classes = names or number_classes(str(name) for label in labels for name in (label if multi else [label]))
     check_classes(classes, where)
-    numbered = _numbered(labels, classes, names, multi, where)
-    if held is None:
+    indices = _class_indices(labels, classes, names, multi, where)
+    if validation is None:
         keys = [str(row) for row in range(len(labels))]
-        mine, others_rows = split_off(keys, numbered, classes, split)
-        images = [TableImages(pictures, numbered, rows, len(classes), where) for rows in (mine, others_rows)]
+        parts_of_rows = split_off(keys, indices, classes, split)
+        images = [TableImages(pictures, indices, rows, len(classes), where) for rows in parts_of_rows]
     else:
-        held_numbered = _numbered(held[1], classes, names, multi, held_where)
+        val_indices = _class_indices(validation[1], classes, names, multi, val_where)
         images = [
-            TableImages(table, each, range(len(each)), len(classes), place)
-            for table, each, place in ((pictures, numbered, where), (held[0], held_numbered, held_where))
+            TableImages(table, of_table, range(len(of_table)), len(classes), place)
+            for table, of_table, place in ((pictures, indices, where), (validation[0], val_indices, val_where))
         ]
-    check_held((images[1].labels[row] for row in images[1].rows), held_where)
+    check_validation_labels((images[1].labels[row] for row in images[1].rows), val_where)
     return Splits(images[0], images[1], tuple(classes), multi)
 
 
 def _files_by_part(root: Path) -> dict[str, list[Path]]:
-    """The files of each part, in order; the part is empty where names say nothing."""
+    """The files of each part, in order; the name of the part is empty if no file or folder names one."""
     if not root.exists():
         raise FileNotFoundError(
             f"no folder or file '{shown(root, 300)}': it must hold what save_to_disk wrote, or be Parquet files"
         )
     files = root.rglob("*") if root.is_dir() else [root]
-    every = sorted(p for p in files if p.suffix in _SUFFIXES and not p.name.startswith((".", "cache-")))
-    if not every:
+    tables = sorted(p for p in files if p.suffix in _SUFFIXES and not p.name.startswith((".", "cache-")))
+    if not tables:
         raise FileNotFoundError(
-            f"'{shown(root, 300)}' has no .arrow and no .parquet files: write them with save_to_disk; "
+            f"'{shown(root, 300)}' has neither .arrow nor .parquet files: write them with save_to_disk; "
             "class folders are data.source=image_folder, and metadata.csv is data.source=csv"
         )
     parts: dict[str, list[Path]] = {}
-    for path in every:
+    for path in tables:
         check_file(path)
-        parts.setdefault(_part_of(path.relative_to(root)), []).append(path)  # one file alone is of no part
+        parts.setdefault(_part_of(path.relative_to(root)), []).append(path)  # a single file belongs to no part
     if "" in parts and len(parts) > 1:
         first, other = parts[""][0], next(name for name in parts if name)
         raise ValueError(
-            f"'{shown(root, 300)}' has the part '{shown(other)}', and '{shown(first, 200)}' is of none: remove it, or "
-            "rename it as train-... or validation-..."
+            f"'{shown(root, 300)}' has the part '{shown(other)}', but '{shown(first, 200)}' belongs to no part: remove "
+            "it, or rename it as train-... or validation-..."
         )
     return parts
 
@@ -165,7 +164,7 @@ def _part_of(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _no_bars_but_on_a_terminal(datasets: Any) -> Iterator[None]:
+def _progress_bars_only_on_a_terminal(datasets: Any) -> Iterator[None]:
     if sys.stderr.isatty() or datasets.are_progress_bars_disabled():
         yield
         return
@@ -177,19 +176,19 @@ def _no_bars_but_on_a_terminal(datasets: Any) -> Iterator[None]:
 
 
 def _read(files: Sequence[Path], where: str, columns: Columns) -> tuple[Any, list[Any], bool, list[str]]:
-    """Pictures, labels, whether a picture has several, and the names of the classes if they are numbered."""
+    """Pictures, labels, whether a picture may have several, and the names of the classes if labels are numbers."""
     try:
         import datasets
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("data.source=hf needs datasets: pip install 'ecanet[hf]'", name="datasets") from error
     try:
-        with _no_bars_but_on_a_terminal(datasets):
-            arrows = [datasets.Dataset.from_file(str(path)) for path in files if path.suffix == ".arrow"]
+        with _progress_bars_only_on_a_terminal(datasets):
+            tables = [datasets.Dataset.from_file(str(path)) for path in files if path.suffix == ".arrow"]
             parquets = [str(path) for path in files if path.suffix == ".parquet"]
             if parquets:
-                arrows.append(datasets.Dataset.from_parquet(parquets))
-            table = datasets.concatenate_datasets(arrows)
-    except Exception as error:  # pyarrow and datasets raise many
+                tables.append(datasets.Dataset.from_parquet(parquets))
+            table = datasets.concatenate_datasets(tables)
+    except Exception as error:  # pyarrow and datasets raise many kinds
         reason = shown(" ".join(str(error.__cause__ or error).split()), 300)
         raise ValueError(f"{where}: its tables cannot be read ({type(error).__name__}: {reason})") from error
     if not 0 < len(table) <= MAX_ROWS:
@@ -205,45 +204,45 @@ def _read(files: Sequence[Path], where: str, columns: Columns) -> tuple[Any, lis
 
 def _image_column(table: Any, where: str, columns: Columns) -> str:
     kinds = {name: type(feature).__name__ for name, feature in table.features.items()}
-    found = [name for name, kind in kinds.items() if (name == columns.image if columns.image else kind == "Image")]
-    if len(found) != 1:
+    matching = [name for name, kind in kinds.items() if (name == columns.image if columns.image else kind == "Image")]
+    if len(matching) != 1:
         what = f"'{shown(columns.image)}'" if columns.image else "of type Image"
         raise ValueError(
-            f"{where} has {len(found)} columns {what}, it has {listed(kinds, 10)}: name the one of pictures with "
-            "data.image_column"
+            f"{where} has {len(matching)} columns {what}; its columns are {listed(kinds, 10)}: name that of the "
+            "pictures with data.image_column"
         )
-    return found[0]
+    return matching[0]
 
 
 def _label_column(table: Any, where: str, columns: Columns) -> str:
     features = {name: getattr(feature, "feature", feature) for name, feature in table.features.items()}
-    found = [name for name in features if name == columns.label] if columns.label else []
+    matching = [name for name in features if name == columns.label] if columns.label else []
     if not columns.label:
-        found = [name for name, feature in features.items() if hasattr(feature, "names")]
-        found = found or [name for name in features if name.lower() in LABEL_COLUMNS]
-    if len(found) != 1:
+        matching = [name for name, feature in features.items() if hasattr(feature, "names")]
+        matching = matching or [name for name in features if name.lower() in LABEL_COLUMNS]
+    if len(matching) != 1:
         what = f"called '{shown(columns.label)}'" if columns.label else "of labels"
         raise ValueError(
-            f"{where} has {len(found)} columns {what}, it has {listed(features, 10)}: name the one of labels with "
-            "data.label_column"
+            f"{where} has {len(matching)} columns {what}; its columns are {listed(features, 10)}: name that of the "
+            "labels with data.label_column"
         )
-    return found[0]
+    return matching[0]
 
 
-def _numbered(labels: list[Any], classes: list[str], names: list[str], multi: bool, where: str) -> list[Label]:
-    """The index of each label; ``names`` says that they are numbers already."""
+def _class_indices(labels: list[Any], classes: list[str], names: list[str], multi: bool, where: str) -> list[Label]:
+    """The class index, or indices, of each label. If there are ``names``, the labels are indices already."""
     numbers: dict[Any, int] = {i: i for i in range(len(classes))} if names else {n: i for i, n in enumerate(classes)}
     result: list[Label] = []
     for row, label in enumerate(labels):
-        each = label if multi else [label]
-        if not isinstance(each, list) or not all(type(name) in (int, str) for name in each):
+        row_labels = label if multi else [label]
+        if not isinstance(row_labels, list) or not all(type(name) in (int, str) for name in row_labels):
             raise ValueError(f"{where}: row {row} has the label {shown(label)}, which is neither a text nor a number")
-        indices = [numbers.get(name if names else str(name)) for name in each]
+        indices = [numbers.get(name if names else str(name)) for name in row_labels]
         if None in indices:
-            unknown = each[indices.index(None)]
+            unknown = row_labels[indices.index(None)]
             raise ValueError(
                 f"{where}: row {row} has the label {shown(unknown)}, which is none of the {len(classes)} classes"
             )
-        found = tuple(sorted({index for index in indices if index is not None}))
-        result.append(found if multi else found[0])
+        known = tuple(sorted({index for index in indices if index is not None}))
+        result.append(known if multi else known[0])
     return result

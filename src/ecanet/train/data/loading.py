@@ -1,7 +1,7 @@
 """Makes batches of pictures. Order and augmentation depend only on seed, epoch and index.
 
-A killed run can therefore reach exactly the weights of an uninterrupted one, with any number of loading processes: no
-state of a random generator has to be saved.
+So a killed run can reach exactly the weights of an uninterrupted one, with any number of loading processes: no state of
+a random generator has to be saved.
 """
 
 from collections.abc import Callable, Iterator, Sized
@@ -21,7 +21,7 @@ from ecanet.train.data.sources import embedded, fashion_mnist
 from ecanet.train.data.splits import Split, Splits
 from ecanet.train.data.verify import verify_images
 
-#: Numbers that keep the seeds of the two uses apart.
+#: Numbers that make the seeds of the order and of the augmentation different.
 _SHUFFLE, _AUGMENT = 1, 2
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -118,7 +118,7 @@ class Augmented(Dataset[tuple[Tensor, int]]):
 
 
 class Plain(Dataset[tuple[Tensor, int]]):
-    """Images by index, through a transform that draws no random numbers."""
+    """Images by index, after a transform that draws no random numbers."""
 
     def __init__(self, images: Dataset[Any], transform: Callable[[Tensor], Tensor]) -> None:
         self.images, self.transform = images, transform
@@ -147,7 +147,7 @@ class ImageData(L.LightningDataModule):
         std: Standard deviation of each.
 
     Raises:
-        FileNotFoundError, ValueError: the data is missing or wrong: see :mod:`ecanet.train.data.sources`.
+        FileNotFoundError, ValueError: the data is missing or wrong; see :func:`read_splits`.
     """
 
     def __init__(self, config: DataConfig, seed: int = 0) -> None:
@@ -160,12 +160,12 @@ class ImageData(L.LightningDataModule):
 
     @property
     def training_images(self) -> int:
-        """How many images there are to train on."""
+        """Number of training images."""
         return _length(self.splits.train)
 
     @property
     def validation_images(self) -> int:
-        """How many images there are to validate on."""
+        """Number of validation images."""
         return _length(self.splits.val)
 
     def verify(self, first: bool = True) -> None:
@@ -258,17 +258,17 @@ def train_transform(config: DataConfig) -> Callable[[Tensor], Tensor]:
 
 
 def _colours(config: DataConfig) -> list[v2.Transform]:
-    """RandAugment (Cubuk et al., 2020) and colour jitter, as a recipe asks for them."""
-    found: list[v2.Transform] = []
+    """RandAugment (Cubuk et al., 2020) and colour jitter, if the recipe has them."""
+    transforms: list[v2.Transform] = []
     if config.randaugment is not None:
-        found.append(v2.RandAugment(magnitude=config.randaugment))
+        transforms.append(v2.RandAugment(magnitude=config.randaugment))
     if config.color_jitter:
-        found.append(v2.ColorJitter(*[config.color_jitter] * 3))
-    return found
+        transforms.append(v2.ColorJitter(*[config.color_jitter] * 3))
+    return transforms
 
 
 def test_transform(config: DataConfig) -> Callable[[Tensor], Tensor]:
-    """What validation and prediction see, uint8 ``(C, H, W)`` to uint8 ``(C, image_size, image_size)``."""
+    """The transform of validation and prediction, uint8 ``(C, H, W)`` to uint8 ``(C, image_size, image_size)``."""
     size = image_size_of(config)
     if config.has_files:
         resize = config.resize or round(size * 256 / 224)
@@ -277,7 +277,7 @@ def test_transform(config: DataConfig) -> Callable[[Tensor], Tensor]:
 
 
 def image_size_of(config: DataConfig) -> int:
-    """Side in pixels of the square that the network sees."""
+    """Height and width of the network's input, in pixels."""
     return config.image_size or (224 if config.has_files else 28)
 
 

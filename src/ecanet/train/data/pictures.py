@@ -20,12 +20,12 @@ from ecanet.untrusted import shown
 
 #: Suffixes of image files: torchvision's, .gif, and two more of JPEG.
 SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".jfif", ".jpe")
-#: Suffixes of pictures that are not read: of phones, cameras and browsers.
+#: Suffixes of picture formats that are not read, as phones, cameras and browsers write them.
 OTHER_SUFFIXES = (
     *(".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd"),
     *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"),
 )
-#: Formats that are read, whatever a file's name: those of :data:`SUFFIXES`.
+#: Formats that are read, whatever the name of the file: those of :data:`SUFFIXES`.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 #: The most pixels of an image: 8192 x 8192.
 MAX_PIXELS = 2**26
@@ -46,8 +46,8 @@ MAX_SCANS = 100
 
 _PIXELS_AT_A_TIME = 2**20
 
-#: How the picture is turned for each EXIF orientation but 1, which is upright.
-_TURNED = {
+#: The transposition that makes a picture upright, by EXIF orientation; 1 is upright already.
+_TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -105,26 +105,26 @@ def _identity(path: str | Path) -> tuple[int, int]:
 
 
 def read_image(source: str | Path | bytes, name: str | None = None) -> Tensor:
-    """Decode one picture to RGB, as it is to be seen. Everything here that reads pictures reads them so.
+    """Decode one picture to RGB. All pictures in training, validation and prediction are read by this function.
 
-    - The EXIF orientation is applied: a phone's photograph stands upright.
-    - Transparent pixels are laid on white.
+    - The EXIF orientation is applied, so that a phone's photograph is upright.
+    - Transparent pixels are shown on white.
     - 16-bit pixels are divided by 256.
-    - Of an animation, and of a file with several pages, the first picture is taken.
+    - Of an animation, and of a file with several pages, the first picture is read.
 
     Args:
         source: A file, or the bytes of one, in one of :data:`FORMATS`, of at most :data:`MAX_PIXELS`
             (:data:`MAX_WEBP_PIXELS`, :data:`MAX_SLOW_PIXELS`), its longer side at most :data:`MAX_RATIO` times the
             shorter.
-        name: What errors call it; by default the file's path.
+        name: Name of the picture in errors; by default the file's path.
 
     Returns:
         uint8 ``(3, H, W)``.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a regular file, not an image, damaged, too large or too long, or of pixels without a known
-            range, such as floating point.
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a regular file or not an image, it is damaged, too large or too long, or its pixels have
+            no known range, such as floating point.
 
     Example:
         >>> read_image("shoe.png").shape  # doctest: +SKIP
@@ -134,10 +134,10 @@ def read_image(source: str | Path | bytes, name: str | None = None) -> Tensor:
         pixels = _decode(io.BytesIO(source), len(source)) if isinstance(source, bytes) else _decode_file(source)
     except FileNotFoundError:
         raise
-    except Exception as error:  # PIL raises many: OSError, SyntaxError, struct.error, IndexError ...
-        called = name or ("of these bytes" if isinstance(source, bytes) else f"'{shown(source, 300)}'")
+    except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, struct.error, IndexError ...
+        which = name or ("of these bytes" if isinstance(source, bytes) else f"'{shown(source, 300)}'")
         raise ValueError(
-            f"cannot read the image {called}: {what_is_wrong(error)}. Remove or replace it; "
+            f"cannot read the image {which}: {what_is_wrong(error)}. Remove or replace it; "
             "ecanet.train.data.verify_images, on the command line --data.verify true, lists all such images"
         ) from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -148,7 +148,9 @@ def what_is_wrong(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "there is not enough memory for it"
     if isinstance(error, (OSError, ValueError)) and str(error):
-        return shown(getattr(error, "strerror", None) or error, 300)  # without the path that the system's errors end in
+        return shown(
+            getattr(error, "strerror", None) or error, 300
+        )  # strerror lacks the path that str(error) ends with
     return shown(f"it is damaged ({type(error).__name__}: {error})", 300)
 
 
@@ -161,7 +163,7 @@ def _decode_file(path: str | Path) -> np.ndarray:
 
 
 def _decode(raw: io.FileIO | io.BytesIO, size: int) -> np.ndarray:
-    """RGB uint8 ``(H, W, 3)`` from so many bytes."""
+    """RGB uint8 ``(H, W, 3)`` from a file of ``size`` bytes."""
     with _ReadLimited(raw) as file:
         if not size:
             raise ValueError("it is empty")
@@ -169,7 +171,7 @@ def _decode(raw: io.FileIO | io.BytesIO, size: int) -> np.ndarray:
         with _open_image(file, size) as image:
             if any(tile[0] in Image.DECODERS for tile in image.tile):
                 _check_size(*image.size, MAX_SLOW_PIXELS)
-                file.left = MAX_SLOW_PIXELS  # it reads byte by byte
+                file.left = MAX_SLOW_PIXELS  # this decoder reads byte by byte
             _check_size(*image.size)
             _check_tile(image)
             if image.info.get("progressive"):
@@ -224,7 +226,7 @@ def _webp_size(head: bytes) -> tuple[int, int]:
 
 
 def _gif_size(file: IO[bytes], head: bytes) -> tuple[int, int]:
-    """Width and height of what holds both the screen and the first frame of a GIF."""
+    """Width and height of the smallest area that holds both the screen and the first frame of a GIF."""
     # https://www.w3.org/Graphics/GIF/spec-gif89a.txt
     width, height, flags = struct.unpack("<HHB", head[6:11])
     file.seek(13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0))
@@ -239,23 +241,23 @@ def _gif_size(file: IO[bytes], head: bytes) -> tuple[int, int]:
     return max(width, left + wide), max(height, top + high)
 
 
-def _check_bytes(size: int, most_pixels: int) -> None:
-    if size > (most := BYTES_PER_PIXEL * most_pixels + 2**20):
-        raise ValueError(f"it has {size:,} bytes, more than {most:,}: make it smaller")
+def _check_bytes(size: int, max_pixels: int) -> None:
+    if size > (max_bytes := BYTES_PER_PIXEL * max_pixels + 2**20):
+        raise ValueError(f"it has {size:,} bytes, more than {max_bytes:,}: make it smaller")
 
 
-def _check_size(width: int, height: int, most: int = MAX_PIXELS) -> None:
+def _check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
     if min(width, height) < 1:
         raise ValueError(f"its header says {width} x {height} pixels")
-    if width * height > most:
-        raise ValueError(f"it has {width:,} x {height:,} pixels, more than {most:,}: make it smaller")
+    if width * height > max_pixels:
+        raise ValueError(f"it has {width:,} x {height:,} pixels, more than {max_pixels:,}: make it smaller")
     if max(width, height) > MAX_RATIO * min(width, height):
         raise ValueError(
             f"it has {width:,} x {height:,} pixels, one side more than {MAX_RATIO} times the other: cut it into pieces"
         )
 
 
-#: By a TIFF's first bytes: byte order, and the layouts of the directory's offset, of its length and of an entry.
+#: For each start of a TIFF: byte order, and the layouts of the directory's offset, of its length and of an entry.
 _TIFFS = {
     start: (order, *sizes)
     for order, starts in (("<", (b"II*\0", b"II+\0")), (">", (b"MM\0*", b"MM\0+")))
@@ -266,7 +268,7 @@ _TIFF_SHORT = 3
 
 
 def _directory(file: IO[bytes]) -> Iterator[tuple[int, int, int, int]]:
-    """Tag, type, count and the value, read as a 16-bit one, of each entry of a TIFF's first directory."""
+    """Tag, type, count and value (read as a 16-bit number) of each entry in a TIFF's first directory."""
     start = file.tell()
     order, place, length, entry = _TIFFS[file.read(4)]
 
@@ -284,30 +286,30 @@ def _directory(file: IO[bytes]) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _check_directory(file: IO[bytes]) -> None:
-    """Count the numbers in each entry of a TIFF's first directory."""
+    """Check how many numbers each entry of a TIFF's first directory has."""
     for tag, kind, count, _ in _directory(file):
         if kind not in _TIFF_BYTES and count > MAX_TIFF_NUMBERS:
             raise ValueError(f"its tag {tag} says that it has {count:,} numbers: save it again")
 
 
 def _orientation(exif: object) -> int:
-    """The orientation in EXIF data, 1 to 8; 1 where there is none, or it cannot be read.
+    """The orientation in EXIF data, 1 to 8; 1 if there is none or it cannot be read.
 
-    PIL's own reader makes Python's numbers of every entry, of which a stranger's file may have millions.
+    PIL's own reader would convert every entry to Python numbers, and an untrusted file may have millions of them.
     """
     if not isinstance(exif, bytes):
         return 1
     try:
         for tag, kind, count, value in _directory(io.BytesIO(exif.removeprefix(b"Exif\0\0"))):
             if (tag, kind, count) == (ExifTags.Base.Orientation, _TIFF_SHORT, 1):
-                return value if value in _TURNED else 1
+                return value if value in _TRANSPOSITIONS else 1
     except (KeyError, struct.error, ValueError, OverflowError):  # damaged EXIF data leaves the picture as it is
         pass
     return 1
 
 
 def _check_tile(image: Image.Image) -> None:
-    """Check the tile size of a TIFF: a tile may be larger than the image, and is decoded completely."""
+    """Check the tile size of a TIFF: a tile may be larger than the image and is always decoded completely."""
     tags = getattr(image, "tag_v2", {})
     width, height = tags.get(TiffImagePlugin.TILEWIDTH, 1), tags.get(TiffImagePlugin.TILELENGTH, 1)
     if width * height > MAX_PIXELS:
@@ -315,17 +317,17 @@ def _check_tile(image: Image.Image) -> None:
 
 
 def _check_scans(file: IO[bytes]) -> None:
-    """Count the scans of a progressive JPEG: a scan may have only a few bytes, but costs a pass over the image."""
+    """Check the number of scans of a progressive JPEG: each may have few bytes, but costs a pass over the image."""
     file.seek(0)
     data, place, scans = file.read(), 0, 0
     # Find all markers except RST. All but SOI and EOI start a segment, which begins with its length. In the data of a
     # scan, only zero or RST can follow 0xFF.
     marker = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
-    while (found := marker.search(data, place)) and found[0] != b"\xff\xd9":
-        place = found.end()
-        if found[0] != b"\xff\xd8":
+    while (match := marker.search(data, place)) and match[0] != b"\xff\xd9":
+        place = match.end()
+        if match[0] != b"\xff\xd8":
             place += int.from_bytes(data[place : place + 2], "big")
-        scans += found[0] == b"\xff\xda"
+        scans += match[0] == b"\xff\xda"
         if scans > MAX_SCANS:
             raise ValueError(f"it is a progressive JPEG of more than {MAX_SCANS} scans: save it again")
 
@@ -335,16 +337,16 @@ def _rgb_pixels(image: Image.Image) -> np.ndarray:
     if image.mode == "F":
         raise ValueError("its pixels are floating point, of unknown range; save it with 8 bits a channel")
     image.load()
-    way = _TURNED.get(_orientation(image.info.get("exif")))
-    turned: Image.Image = image
-    if way is not None and image.format != "TIFF":  # PIL turns TIFFs
-        turned = image.transpose(way)
-        turned.info = image.info
-    rgb = np.empty((turned.height, turned.width, 3), np.uint8)
-    rows = max(1, _PIXELS_AT_A_TIME // turned.width)
-    for top in range(0, turned.height, rows):  # PIL's conversions make several copies
-        bottom = min(top + rows, turned.height)
-        rgb[top:bottom] = _rows_as_rgb(turned.crop((0, top, turned.width, bottom)))
+    transposition = _TRANSPOSITIONS.get(_orientation(image.info.get("exif")))
+    upright: Image.Image = image
+    if transposition is not None and image.format != "TIFF":  # PIL itself makes TIFFs upright
+        upright = image.transpose(transposition)
+        upright.info = image.info
+    rgb = np.empty((upright.height, upright.width, 3), np.uint8)
+    rows = max(1, _PIXELS_AT_A_TIME // upright.width)
+    for top in range(0, upright.height, rows):  # in parts, as PIL's conversions make several copies
+        bottom = min(top + rows, upright.height)
+        rgb[top:bottom] = _rows_as_rgb(upright.crop((0, top, upright.width, bottom)))
     return rgb
 
 
@@ -359,7 +361,7 @@ def _rows_as_rgb(image: Image.Image) -> np.ndarray:
         return grey[..., None]
     if not image.has_transparency_data:
         return np.asarray(image.convert("RGB"))
-    if image.mode == "La":  # of which PIL makes nothing but LA
+    if image.mode == "La":  # PIL can convert it only to LA
         image = image.convert("LA")
     white = Image.new("RGBA", image.size, "white")
     return np.asarray(Image.alpha_composite(white, image.convert("RGBA")).convert("RGB"))

@@ -1,4 +1,4 @@
-"""Fashion-MNIST, and a part of it in this package."""
+"""Reads Fashion-MNIST, and the part of it that comes with this package."""
 
 import gzip
 import lzma
@@ -35,7 +35,7 @@ FASHION_CLASSES = (
 
 EMBEDDED_FILE = "fashion_mnist_10k.idx.xz"
 
-#: The most values of an idx array, one byte each; EMNIST's largest file has 547,178,688.
+#: Largest number of values in an idx array, one byte each; EMNIST's largest file has 547,178,688.
 MAX_IDX_VALUES = 640 * 2**20
 
 _FASHION_FILES = tuple(
@@ -55,8 +55,8 @@ class TensorImages(Dataset[tuple[Tensor, int]]):
         labels: int64 ``(N,)``.
 
     Raises:
-        TypeError: wrong type of values.
-        ValueError: wrong rank, or not one label for each image.
+        TypeError: the dtype of images or labels is wrong.
+        ValueError: the rank of images is wrong, or there is not one label for each image.
 
     Example:
         >>> image, label = TensorImages(torch.zeros(5, 1, 28, 28, dtype=torch.uint8), torch.arange(5))[3]
@@ -99,8 +99,8 @@ def read_idx(path: str | Path) -> Tensor:
         uint8, with the shape in the file's header.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is damaged, is not an idx file, has another type than unsigned byte, or more than
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged or not an idx file, its values are not unsigned bytes, or it has more than
             :data:`MAX_IDX_VALUES` values.
 
     Source:
@@ -153,10 +153,10 @@ def _read_array(file: BufferedIOBase, path: Path) -> Tensor:
             f"{str(path)!r} has {shape} values according to its header: only up to {MAX_IDX_VALUES:,} can be read"
         )
     values = np.empty(shape, np.uint8)
-    there = _read_into(values.reshape(-1), file)
-    if there < values.size:
+    filled = _read_into(values.reshape(-1), file)
+    if filled < values.size:
         raise ValueError(
-            f"{str(path)!r} is truncated, its header says {shape} values but {there} are there: {_FETCH_AGAIN}"
+            f"{str(path)!r} is truncated: its header says {shape} values, but it has {filled}: {_FETCH_AGAIN}"
         )
     return torch.from_numpy(values)
 
@@ -183,7 +183,7 @@ def fashion_mnist(root: str | Path | None = None, download: bool = False) -> Spl
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged or does not fit the others, or ``download`` without ``root``.
+        ValueError: a file is damaged or does not match the others, or ``download`` is given without ``root``.
 
     Source:
         Xiao et al., Fashion-MNIST, 2017, arXiv:1708.07747.

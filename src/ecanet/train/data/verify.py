@@ -9,21 +9,21 @@ from ecanet.train.data.splits import Splits
 
 
 class Named(Protocol):
-    """Pictures that can say which one they failed to read."""
+    """Pictures with names, for errors."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Any: ...
 
     def name(self, index: int) -> str:
-        """What an error calls a picture: its file, or its place in a table."""
+        """The name of a picture in errors: its file, or its place in a table."""
 
 
 def verify_images(splits: Splits) -> None:
-    """Decode every picture of a folder or table, with a progress bar where a person looks on.
+    """Decode every picture of a folder or table, with a progress bar if stderr is a terminal.
 
     Raises:
-        ValueError: some cannot be read: it lists the first 20, and how many there are.
+        ValueError: some pictures cannot be read; the message lists the first 20, and says how many there are.
         ModuleNotFoundError: tqdm is missing.
 
     Example:
@@ -36,8 +36,8 @@ def verify_images(splits: Splits) -> None:
     parts: list[Named] = [splits.train, splits.val]  # type: ignore[list-item]
     total, bad = sum(map(len, parts)), list[str]()
     chunk = 4096  # a pool queues all its tasks at once, and ImageNet has over a million files
-    shown: Any = tqdm(total=total, desc="verifying images", unit="image", disable=None, leave=False)
-    with ThreadPoolExecutor() as pool, shown as bar:
+    progress: Any = tqdm(total=total, desc="verifying images", unit="image", disable=None, leave=False)
+    with ThreadPoolExecutor() as pool, progress as bar:
         for part in parts:
             for start in range(0, len(part), chunk):
                 indices = range(start, min(start + chunk, len(part)))
@@ -61,6 +61,6 @@ def _problem_with_image(images: Named, index: int) -> str | None:
 
 def list_first(items: Iterable[str], separator: str = ", ") -> str:
     """The first 20 items, and how many more there are."""
-    every = list(items)
-    more = [f"and {len(every) - 20} more"] if len(every) > 20 else []
-    return separator.join(every[:20] + more)
+    all_items = list(items)
+    more = [f"and {len(all_items) - 20} more"] if len(all_items) > 20 else []
+    return separator.join(all_items[:20] + more)

@@ -41,7 +41,7 @@ class Traffic(NamedTuple):
     kernels: int
 
 
-class Case(NamedTuple):
+class CompiledCase(NamedTuple):
     """One row of the table.
 
     Attributes:
@@ -65,7 +65,7 @@ class Case(NamedTuple):
         return "/".join((self.name, what, "x".join(map(str, self.shape)), self.memory_format))
 
 
-def cases(quick: bool) -> Iterator[Case]:
+def cases(quick: bool) -> Iterator[CompiledCase]:
     """Tails of the four stages of a ResNet-50, and networks.
 
     Args:
@@ -79,16 +79,18 @@ def cases(quick: bool) -> Iterator[Case]:
                 "timm": lambda c=channels: Tail(nn.BatchNorm2d(c), EcaModule(c)),
                 "SE": lambda c=channels: Tail(nn.BatchNorm2d(c), SqueezeExcitation(c, c // 16)),
             }
-            yield Case("tail", (32 if quick else _BATCH, channels, height, width), memory_format, True, builders)
+            yield CompiledCase(
+                "tail", (32 if quick else _BATCH, channels, height, width), memory_format, True, builders
+            )
     if quick:
         return
     for network in _NETWORKS:
         for training in (True, False):
             builders = {name: NETWORKS[network][name] for name in _COMPETITORS}
-            yield Case(network, (_BATCH, 3, 224, 224), "channels_last", training, builders)
+            yield CompiledCase(network, (_BATCH, 3, 224, 224), "channels_last", training, builders)
 
 
-def count(case: Case, build: Callable[[], nn.Module]) -> Traffic:
+def count(case: CompiledCase, build: Callable[[], nn.Module]) -> Traffic:
     """Compile one competitor for a simulated GPU, and count what it moves."""
     generated: dict[bool, simulated_gpu.GeneratedCode] = {}
     with FakeTensorMode():
@@ -108,7 +110,7 @@ def count(case: Case, build: Callable[[], nn.Module]) -> Traffic:
     return Traffic(generated[False].bytes, backward, sum(code.kernels for code in generated.values()))
 
 
-def _map(case: Case) -> Tensor:
+def _map(case: CompiledCase) -> Tensor:
     x = torch.empty(case.shape, dtype=torch.bfloat16).to(memory_format=MEMORY_FORMATS[case.memory_format])
     return x.requires_grad_(case.training and case.name == "tail")
 

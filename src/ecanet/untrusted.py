@@ -1,4 +1,4 @@
-"""Checks on a file's content before it is trusted: how large it may make things, and how errors quote it."""
+"""Checks on a file's content before it is trusted: how large it may make things; how messages quote and count it."""
 
 import math
 import os
@@ -82,6 +82,11 @@ def listed(names: Iterable[str], most: int = 20) -> str:
     every = list(names)
     text = ", ".join(shown(name) for name in every[:most])
     return text if len(every) <= most else f"{text} and {len(every) - most} more"
+
+
+def counted(count: int, noun: str) -> str:
+    """A number and its noun: ``1 run``, ``2 runs``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def check_plain(value: Any, what: str) -> None:

@@ -1,6 +1,7 @@
 """``ecanet study``: gates by name or by file, what a dry run says, and mistakes named before anything trains."""
 
 import csv
+import importlib
 import json
 import multiprocessing
 import re
@@ -51,13 +52,16 @@ def test_a_file_is_trained_with_what_the_command_line_overrides_and_its_tables_a
 ) -> None:
     context = multiprocessing.get_context("forkserver")  # workers need not import torch
     monkeypatch.setattr(multiprocessing, "get_context", lambda method=None: context)
-    monkeypatch.setattr("ecanet.study.evidence._ROUNDS", 1)
+    # The module that is imported: a test that imports the package anew leaves it without this attribute.
+    monkeypatch.setattr(importlib.import_module("ecanet.study.evidence"), "_ROUNDS", 1)
     main(["study", str(file), "--optim.epochs", "1", "--out", "out", "--workers", "1"])
     said, told = capsys.readouterr()
     assert "neutral is " in said
     *_, wrote, following = said.splitlines()
     assert wrote == "wrote out/results.csv, out/summary.json and out/report.html"
-    assert following.startswith("next: the same command with --seeds 7; finished runs are not repeated, and fewer can")
+    assert following.startswith(
+        "next: the same command with 7 seeds in its file; finished runs are not repeated, and fewer can"
+    )
     assert "report: out/report.html" in told
     assert told.startswith("1 seed cannot show a difference at 0.05: ")
     with (file.parent / "out" / "results.csv").open() as table:
@@ -67,7 +71,7 @@ def test_a_file_is_trained_with_what_the_command_line_overrides_and_its_tables_a
     model = details["recipe"]["model"]
     assert (model["gate"], model["kernel_size"], len(details["history"])) == ("eca", 3, 1)
     main(["study", str(file), "--optim.epochs", "1", "--out", "out", "--dry-run"])
-    assert "3 conditions x 1 seeds = 3 runs, 0 left, into out" in capsys.readouterr().out
+    assert "3 conditions x 1 seed = 3 runs, 0 left, into out" in capsys.readouterr().out
     assert "out holds another study: " in refused(
         ["--gates", "none,se", "--seeds", "1", "--out", "out", "--dry-run"], capsys
     )

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -208,15 +209,16 @@ def test_the_verdict_says_a_difference_is_there_only_if_interval_and_corrected_p
 
 
 def test_the_next_step_is_more_seeds_only_where_they_could_show_more() -> None:
-    def after(seeds: int, shift: float, spread: float, failed: int = 0) -> str:
+    def after(seeds: int, shift: float, spread: float, failed: int = 0, given: Sequence[int] = ()) -> str:
         noise = [spread * (-1) ** i for i in range(seeds)]
         base = dict.fromkeys(range(seeds), 80.0)
         found = summarise({"none": base, "a": {i: 80 + shift + n for i, n in enumerate(noise)}}, "top1")
-        return next_step(found, seeds + failed)
+        return next_step(found, given or range(seeds + failed))
 
     assert "--seeds 6; finished runs are not repeated, and fewer can show nothing" in after(5, 3.0, 0.1)
     assert "--seeds 8; finished runs are not repeated, and fewer can show nothing" in after(5, 3.0, 0.1, failed=2)
     assert f"--seeds {seeds_needed(1.0, float(np.std([1, -1] * 5, ddof=1))) + 1}; " in after(10, 0.0, 1.0, failed=1)
+    assert "with 6 seeds in its file; finished runs are not repeated" in after(5, 3.0, 0.1, given=[3, 4, 5, 6, 7])
     unclear = after(10, 0.0, 1.0)
     spread = float(np.std([(-1.0) ** i for i in range(10)], ddof=1))
     assert f"--seeds {seeds_needed(1.0, spread)}; " in unclear

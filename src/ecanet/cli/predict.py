@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ecanet.cli.options import add_accelerator, add_build, check_out, write_out
 from ecanet.train.evaluate import predict
-from ecanet.untrusted import shown
+from ecanet.untrusted import counted, shown
 
 
 def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
@@ -40,6 +40,6 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
             for rank, (name, value) in enumerate(ranked, start=1):
                 writer.writerow([prediction.image, rank, name, f"{value:.6f}"])
         write_out(args.out, table.getvalue())
-        print(f"wrote {args.out}: {len(predictions)} images")
+        print(f"wrote {args.out}: {counted(len(predictions), 'image')}")
 
     return run

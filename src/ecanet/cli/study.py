@@ -15,6 +15,7 @@ from ecanet.study.paired_study import check_folder
 from ecanet.study.statistics import plan
 from ecanet.study.study_file import conditions_and_seeds, with_study_recipe
 from ecanet.train.config import Recipe
+from ecanet.untrusted import counted
 
 
 def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
@@ -58,20 +59,21 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
             study = study_recipes(recipes, seeds, args.out, args.workers, on=args.on)
             print(study)
             print(f"wrote {args.out / 'results.csv'}, {args.out / 'summary.json'} and {args.out / 'report.html'}")
-            print(next_step(study.summary, len(seeds)))
+            print(next_step(study.summary, seeds))
             return
         check_engine(args.on, args.workers)
         check_recipes(recipes, seeds)
         jobs = comparison_jobs(recipes, seeds, args.out)
         check_folder(jobs, args.out)
         left = sum(job.read() is None for job in jobs)
-        print(f"{len(recipes)} conditions x {len(seeds)} seeds = {len(jobs)} runs, {left} left, into {args.out}")
+        size = f"{counted(len(recipes), 'condition')} x {counted(len(seeds), 'seed')} = {counted(len(jobs), 'run')}"
+        print(f"{size}, {left} left, into {args.out}")
         if left:
             print("".join(f"{note}\n" for note in check_parts(recipes)), end="")
             seconds = seconds_of_an_epoch(next(iter(recipes.values())))
             workers = min(_runs_at_a_time(args.on, args.workers), left)
             total = tqdm.format_interval(math.ceil(left / workers) * recipe.optim.epochs * seconds)
-            at_a_time = f"{recipe.optim.epochs} in a run, {workers} runs at a time"
+            at_a_time = f"{recipe.optim.epochs} in a run, {counted(workers, 'run')} at a time"
             print(f"an epoch took {seconds:.1f} s: {at_a_time}, about {total} in all if each has a core of its own")
         print(plan(len(recipes), len(seeds)))
 

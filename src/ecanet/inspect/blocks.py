@@ -8,6 +8,7 @@ import torch
 from ecanet.inspect.style import DARK, FONT_SIZE, GREY, IDEAS, SMALL_FONT_SIZE, WIDTH, bare_axes, new_figure
 from ecanet.networks.cost import parameters
 from ecanet.nn import ECA, SE
+from ecanet.untrusted import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,12 +87,11 @@ def plot_se_and_eca(
         _row(column, _GATES, _FULL, f"g: {channels:,} gates", column.colour)
         _step(column, _GATES + _ROW, _OUT, "scale: each channel\nby its gate")
         _row(column, _OUT, _FULL, f"g x: {shape}", column.colour, thick=True)
-        plural = "s" * (total != 1)
-        words = f"{total:,} parameter{plural} in all"
+        words = f"{counted(total, 'parameter')} in all"
         axes.text(column.centre - _FULL / 2, _HEIGHT - 0.2, words, fontsize=FONT_SIZE, fontweight="bold", va="center")
     narrow = _FULL * hidden / channels
     _cone(left, (_MEANS + _ROW, _FULL), (_HIDDEN, narrow))
-    _row(left, _HIDDEN, narrow, f"{hidden:,} value{'s' * (hidden != 1)}", left.colour)
+    _row(left, _HIDDEN, narrow, counted(hidden, "value"), left.colour)
     _cone(left, (_HIDDEN + _ROW, narrow), (_GATES, _FULL))
     weights = [" x ".join(f"{n:,}" for n in layer.weight.shape) for layer in (se.fc1, se.fc2)]
     counts = [layer.weight.numel() for layer in (se.fc1, se.fc2)]
@@ -103,7 +103,7 @@ def plot_se_and_eca(
         right,
         (_MEANS + _ROW + _GATES) / 2,
         f"1-D convolution, then sigmoid:\neach gate from {k} neighbouring\nmean{'s' * (k != 1)}; "
-        f"{k} parameter{'s' * (k != 1)}, shared\nby all gates",
+        f"{counted(k, 'parameter')}, shared\nby all gates",
     )
     return figure
 

@@ -10,6 +10,7 @@ from ecanet.inspect.per_class import gates_to_draw
 from ecanet.inspect.style import FONT_SIZE, OTHERS, SMALL_FONT_SIZE, new_figure, style_axes
 from ecanet.networks.running import evaluating, example_tensor, gates, observing
 from ecanet.nn import Gate
+from ecanet.untrusted import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -129,7 +130,7 @@ def plot_gate_responses(
                     points = (t.flatten()[::step].numpy() for t in (statistic, values))
                     axes.plot(*points, linestyle="", marker=".", markersize=2.5, alpha=0.6, color=colour, label=what)
         maps, channels = samples.scales.shape
-        title = f"{name}: C = {channels}, {maps} {'map' if maps == 1 else 'maps'}"
+        title = f"{name}: C = {channels}, {counted(maps, 'map')}"
         row[0].set_title(title, fontsize=SMALL_FONT_SIZE, loc="left")
     if any(responses[name].shifts is not None for name in shown):
         both = next(row[0] for row, name in zip(panels, shown, strict=True) if responses[name].shifts is not None)

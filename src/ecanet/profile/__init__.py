@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from ecanet.profile.counts import Counts
     from ecanet.profile.measure import Measured
     from ecanet.profile.paper import TABLE3, PaperRow
-    from ecanet.profile.result import Profile, Row
+    from ecanet.profile.result import Profile, ProfileRow
     from ecanet.profile.run import profile_models, table3
 
-__all__ = ["TABLE3", "Counts", "Measured", "PaperRow", "Profile", "Row", "profile_models", "table3"]
+__all__ = ["TABLE3", "Counts", "Measured", "PaperRow", "Profile", "ProfileRow", "profile_models", "table3"]
 
 __getattr__, __dir__ = names_of(
     __name__,
@@ -22,7 +22,7 @@ __getattr__, __dir__ = names_of(
         "counts": ("Counts",),
         "measure": ("Measured",),
         "paper": ("TABLE3", "PaperRow"),
-        "result": ("Profile", "Row"),
+        "result": ("Profile", "ProfileRow"),
         "run": ("profile_models", "table3"),
     },
 )

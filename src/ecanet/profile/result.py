@@ -20,7 +20,7 @@ _ABSENT = "-"
 
 
 @dataclass(frozen=True)
-class Row:
+class ProfileRow:
     """The results of one network.
 
     Attributes:
@@ -48,7 +48,7 @@ class Profile:
         machine: Processor, versions and environment variables.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[ProfileRow, ...]
     settings: dict[str, Any] | None
     machine: dict[str, Any]
 
@@ -102,7 +102,7 @@ def _markdown(profile: Profile) -> str:
     return "\n\n".join([*parts, line])
 
 
-def _counts(rows: Sequence[Row], with_paper: bool) -> Iterator[list[str]]:
+def _counts(rows: Sequence[ProfileRow], with_paper: bool) -> Iterator[list[str]]:
     from_paper = ["paper: parameters", "by the paper's rule", "paper: FLOPs", "paper: top-1", "top-5"]
     yield ["network", "pictures", "parameters", "in 2^20", "in gates", "multiply-adds", *from_paper * with_paper]
     for row in rows:
@@ -131,7 +131,7 @@ def _as_printed(flops: int, like: str) -> str:
     return f"{flops / 2**20:.1f}M" if like.endswith("M") else f"{flops / 2**30:.2f}G"
 
 
-def _times(rows: Sequence[Row], with_paper: bool) -> Iterator[list[str]]:
+def _times(rows: Sequence[ProfileRow], with_paper: bool) -> Iterator[list[str]]:
     head = ["network", "training, pictures/s", "inference, pictures/s", "latency of one, ms", "gates in training"]
     yield [*head, "gates at inference", *["paper: training", "paper: inference"] * with_paper]
     for row in rows:
@@ -150,7 +150,7 @@ def _times(rows: Sequence[Row], with_paper: bool) -> Iterator[list[str]]:
         yield cells
 
 
-def _memory(rows: Sequence[Row]) -> Iterator[list[str]]:
+def _memory(rows: Sequence[ProfileRow]) -> Iterator[list[str]]:
     yield ["network", "saved for the backward, MB", "peak of a step, MB", "peak at inference, MB"]
     for row in rows:
         if (measured := row.measured) is not None:
@@ -173,7 +173,7 @@ def _table(lines: Iterator[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["-"] * len(head), *rows))
 
 
-def _cells(row: Row) -> Iterator[tuple[str, Any]]:
+def _cells(row: ProfileRow) -> Iterator[tuple[str, Any]]:
     counts, measured, paper = row.counts, row.measured, row.paper
     yield "network", row.name
     yield "image_size", row.image_size

@@ -9,7 +9,7 @@ from ecanet.profile.counts import Counts, count
 from ecanet.profile.machine import describe
 from ecanet.profile.measure import Progress, Settings, measure, threads_of_torch
 from ecanet.profile.paper import TABLE3
-from ecanet.profile.result import Profile, Row
+from ecanet.profile.result import Profile, ProfileRow
 from ecanet.profile.subjects import Subject, subjects, subjects_of_table3
 
 #: Default number of pictures in a batch.
@@ -89,7 +89,7 @@ def table3(
     settings = _checked(batch_size, image_size, threads, rounds, device)
     profile = _profile(subjects_of_table3(), settings, image_size, time, on_progress)
     built = {row.name: row for row in profile.rows}
-    rows = tuple(built.get(row.name) or Row(row.name, None, None, None, row) for row in TABLE3)
+    rows = tuple(built.get(row.name) or ProfileRow(row.name, None, None, None, row) for row in TABLE3)
     return Profile(rows, profile.settings, profile.machine)
 
 
@@ -110,7 +110,7 @@ def _profile(
             sizes = [image_size or subject.image_size for subject in group]
             results = measure(group, sizes, settings, on_progress) if time else [None] * len(group)
             for subject, size, measured in zip(group, sizes, results, strict=True):
-                rows.append(Row(subject.name, size, counts[subject.name], measured, subject.paper))
+                rows.append(ProfileRow(subject.name, size, counts[subject.name], measured, subject.paper))
     about = {
         "batch_size": settings.batch_size,
         "rounds": settings.rounds,

@@ -24,6 +24,7 @@ from ecanet.train.config import Recipe, to_plain
 from ecanet.train.data.loading import ImageData, image_size_of
 from ecanet.train.fit import fit
 from ecanet.train.networks import build_network
+from ecanet.untrusted import counted
 
 
 @dataclass
@@ -124,7 +125,7 @@ def compare(
     if study.failed:
         total = len(conditions) * len(seeds)
         raise RuntimeError(
-            f"{len(study.failed)} of {total} runs failed, the others are kept in {Path(out) / 'runs'}: "
+            f"{len(study.failed)} of {counted(total, 'run')} failed, the others are kept in {Path(out) / 'runs'}: "
             + "; ".join(f"{run.condition}, seed {run.seed}: {run.reason}" for run in study.failed)
             + f". Delete {study.failed[0].file} and the like to run them again"
         )

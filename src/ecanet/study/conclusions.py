@@ -86,18 +86,21 @@ def _together(names: Sequence[str]) -> str:
     return "; ".join(names) if len(names) <= _MAX_NAMES else f"{len(names)} of the conditions"
 
 
-def next_step(summary: Summary, seeds_given: int) -> str:
+def next_step(summary: Summary, seeds_given: Sequence[int]) -> str:
     """What to do next, in a sentence: run more seeds if a difference may have been missed, otherwise use the networks.
 
     Args:
         summary: What a study found.
-        seeds_given: How many seeds it was given. For each seed that does not count because a run failed, one more is
-            asked for.
+        seeds_given: The seeds that it was given. For each that does not count because a run failed, one more is asked
+            for.
     """
     others = [row for name, row in summary.conditions.items() if name != summary.baseline]
     fewest, seeds = fewest_seeds(len(others)), min((row.seeds for row in others), default=0)
-    go_on = "the same command with --seeds {}; finished runs are not repeated"
-    failed = seeds_given - seeds
+    by_number = list(seeds_given) == list(range(len(seeds_given)))
+    go_on = (
+        f"the same command with {'--seeds {}' if by_number else '{} seeds in its file'}; finished runs are not repeated"
+    )
+    failed = len(seeds_given) - seeds
     if others and seeds < fewest:
         return f"next: {go_on.format(fewest + failed)}, and fewer can show nothing"
     undecided = [row for row in others if not is_shown(row)]

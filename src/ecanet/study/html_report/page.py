@@ -22,7 +22,7 @@ from ecanet.study.conclusions import headline, shown_number, verdict_lines
 from ecanet.study.html_report.charts import cost_chart, curve_charts, difference_rows, sweep_chart
 from ecanet.study.html_report.reading import LearnedGates, StudyFolder
 from ecanet.study.html_report.series import cost_of_runs, curves, kernel_sweep, mean_curve, paired, split_settings
-from ecanet.untrusted import shown
+from ecanet.untrusted import counted, shown
 
 try:
     import jinja2
@@ -164,11 +164,11 @@ def _items(settings: dict[str, str]) -> list[list[str]]:
 def _warnings(contents: StudyFolder) -> list[str]:
     lines = []
     if failed := len(contents.study.failed):
-        runs = "run" if failed == 1 else "runs"
-        lines.append(f"{failed} {runs} failed and {'is' if failed == 1 else 'are'} not counted: see Failed runs.")
+        verb = "is" if failed == 1 else "are"
+        lines.append(f"{counted(failed, 'run')} failed and {verb} not counted: see Failed runs.")
     if left := len(contents.to_come):
-        total = left + failed + sum(map(len, contents.study.runs.values()))
-        lines.append(f"The study is not finished: {left} of {total} runs are still to come.")
+        verb, total = "is" if left == 1 else "are", left + failed + sum(map(len, contents.study.runs.values()))
+        lines.append(f"The study is not finished: {left} of {counted(total, 'run')} {verb} still to come.")
     return lines
 
 
@@ -304,9 +304,8 @@ def _cell(value: float | None) -> str:
 
 def _made(contents: StudyFolder) -> Table:
     about, runs = contents.about, contents.study.runs
-    counts = (
-        f"{len(runs)} conditions, {sum(map(len, runs.values()))} finished runs, {len(contents.study.failed)} failed"
-    )
+    finished = counted(sum(map(len, runs.values())), "finished run")
+    counts = f"{counted(len(runs), 'condition')}, {finished}, {len(contents.study.failed)} failed"
     facts = {"runs": counts, "started": about.date, "commit": about.commit, "machine": about.machine, **about.versions}
     rows = [[name, value] for name, value in facts.items() if value]
     trained_with = {

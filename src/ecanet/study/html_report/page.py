@@ -221,10 +221,8 @@ def _pairs(contents: StudyFolder) -> Table | None:
     if not pairs:
         return None
     seeds = sorted({seed for by_seed in pairs.values() for seed in by_seed})
-    rows = [
-        [str(seed), *(f"{by_seed[seed]:+.4g}" if seed in by_seed else "-" for by_seed in pairs.values())]
-        for seed in seeds
-    ]
+    cells = {seed: [f"{run[seed]:+.4g}" if seed in run else "-" for run in pairs.values()] for seed in seeds}
+    rows = [[str(seed), *of_seed] for seed, of_seed in cells.items()]
     return Table(f"{contents.study.metric} minus that of {contents.conditions[0]}, by seed", ["seed", *pairs], rows)
 
 
@@ -266,15 +264,10 @@ def _costs(contents: StudyFolder) -> Table | None:
     if not contents.costs:
         return None
     first, first_cost = next(iter(contents.costs.items()))
+    plain = first_cost.seconds
     rows = [
-        [
-            name,
-            f"{cost.parameters:,}",
-            f"{cost.multiply_adds:,}",
-            f"{1000 * cost.seconds:.1f}",
-            f"x {cost.seconds / first_cost.seconds:.2f}",
-        ]
-        for name, cost in contents.costs.items()
+        [name, f"{c.parameters:,}", f"{c.multiply_adds:,}", f"{1000 * c.seconds:.1f}", f"x {c.seconds / plain:.2f}"]
+        for name, c in contents.costs.items()
     ]
     head = ["condition", "parameters of gates", "multiply-adds of gates", "ms a training step", f"time of {first}"]
     return Table("Cost of each condition", head, rows)
@@ -304,9 +297,8 @@ def _cell(value: float | None) -> str:
 
 def _made(contents: StudyFolder) -> Table:
     about, runs = contents.about, contents.study.runs
-    counts = (
-        f"{len(runs)} conditions, {sum(map(len, runs.values()))} finished runs, {len(contents.study.failed)} failed"
-    )
+    finished, failed = sum(map(len, runs.values())), len(contents.study.failed)
+    counts = f"{len(runs)} conditions, {finished} finished runs, {failed} failed"
     facts = {"runs": counts, "started": about.date, "commit": about.commit, "machine": about.machine, **about.versions}
     rows = [[name, value] for name, value in facts.items() if value]
     trained_with = {

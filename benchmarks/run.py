@@ -121,7 +121,11 @@ def _measure(case: Case, settings: dict[str, Any], prefix: str) -> dict[str, Any
         result["kernel_seconds"] = kernel_seconds(work.competitors["ecanet"])
     return result | {
         "calls_a_turn": {name: timing.calls for name, timing in timings.items()},
-        "page_faults_a_call": {name: float(f"{timing.page_faults:.4g}") for name, timing in timings.items()},
+        "page_faults_a_call": {
+            name: float(f"{timing.page_faults:.4g}")
+            for name, timing in timings.items()
+            if timing.page_faults is not None
+        },
         "seconds": {name: [float(f"{s / work.sets:.4g}") for s in timing.seconds] for name, timing in timings.items()},
     }
 

@@ -179,3 +179,17 @@ def test_explain_draws_no_means_and_says_why_where_the_pictures_of_the_run_are_g
     assert capsys.readouterr().err == ""
     assert (tmp_path / "with.png").read_bytes() != (tmp_path / "without.png").read_bytes()
     assert load_trained(tmp_path / "alone.ckpt").classes == ["bag", "boot", "coat"]
+
+
+def test_explain_draws_no_means_where_a_file_has_taken_the_place_of_the_runs_pictures(
+    run: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise NotADirectoryError(20, "Not a directory", "photos/val")
+
+    monkeypatch.setattr("ecanet.cli.explain.pictures_for", refuse)
+    image = tmp_path / "x.png"
+    Image.new("RGB", (12, 12)).save(image)
+    main(["explain", str(run), str(image), "--out", str(tmp_path / "out.png")])
+    assert "no means of the class are drawn: [Errno 20] Not a directory: 'photos/val'" in capsys.readouterr().err
+    assert (tmp_path / "out.png").exists()

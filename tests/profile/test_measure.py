@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from ecanet.models import small_eca_resnet
-from ecanet.profile import Profile, profile_models
+from ecanet.profile import Profile, profile_models, turns
 from ecanet.profile import measure as measuring
 from ecanet.profile.memory import peak_bytes
-from ecanet.profile.turns import Ratio, take_turns
-from ecanet.profile.work import loss_of
+from ecanet.profile.turns import Competitor, Ratio, take_turns
+from ecanet.profile.work import loss_of, settle
 
 CPU = torch.device("cpu")
 
@@ -137,6 +137,21 @@ def test_networks_that_do_not_train_on_the_pictures_are_named_before_anything_is
     monkeypatch.setattr(measuring, "take_turns", lambda *_, **__: pytest.fail("timed"))
     with pytest.raises(ValueError, match=r"alexnet does not run on pictures of shape \(1, 3, 16, 16\): "):
         profile_models(["small_eca_resnet", "torchvision/alexnet"], image_size=16, rounds=1)
+
+
+def test_norms_have_the_statistics_of_the_pictures_and_their_own_momentum_before_they_are_timed() -> None:
+    norms = [nn.BatchNorm1d(3, momentum=0.01), nn.BatchNorm1d(3, momentum=None)]
+    x = torch.randn(4, 3, 5) + 7
+    settle(nn.Sequential(*norms), x)
+    torch.testing.assert_close(norms[0].running_mean, x.mean((0, 2)))
+    assert [norm.momentum for norm in norms] == [0.01, None]
+
+
+def test_where_the_system_counts_no_page_faults_there_is_no_number_of_them(monkeypatch) -> None:
+    monkeypatch.setattr(turns, "resource", None)  # as on Windows
+    timing = take_turns({"nothing": Competitor(lambda: None)}, rounds=1, turn_seconds=0.001)["nothing"]
+    assert timing.page_faults is None
+    assert len(timing.seconds) == 1
 
 
 def test_the_costs_of_a_study_are_steps_timed_in_the_same_turns(monkeypatch) -> None:

@@ -7,13 +7,11 @@ import json
 import math
 import re
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import made_up_runs
 import pytest
 from html_elements import Element, read_html
 from made_up_studies import CONDITIONS, trained_study, write_made_up_run, write_summary
@@ -28,6 +26,7 @@ from ecanet.study.html_report.pictures import draw
 from ecanet.study.html_report.reading import StudyFolder, read_folder
 from ecanet.study.html_report.series import curves, kernel_sweep, split_settings
 from ecanet.study.results import FinishedRun, Study
+from tests import fresh
 from tests.inspect.readable import assert_readable
 
 
@@ -456,12 +455,13 @@ def test_a_folder_without_a_study_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
-def test_a_missing_package_is_named_before_a_study_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in [name for name in sys.modules if name.startswith("ecanet.study")]:
-        monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    from ecanet.study.paired_study import run
-
-    with pytest.raises(ImportError, match=r"needs jinja2: pip install 'ecanet\[study\]'"):
-        run(made_up_runs.train, {"none": 0.0}, [0], tmp_path / "out", "acc")
+def test_a_missing_package_is_named_before_a_study_runs(tmp_path: Path) -> None:
+    code = """import sys
+sys.modules["jinja2"] = None
+from ecanet.study import run
+run(print, {"none": 0.0}, [0], sys.argv[1], "acc")
+"""
+    last = fresh.run(code, tmp_path / "out").stderr.splitlines()[-1]
+    assert last.startswith("ImportError: ")
+    assert last.endswith("needs jinja2: pip install 'ecanet[study]'")
     assert not (tmp_path / "out").exists()

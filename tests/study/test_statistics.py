@@ -215,6 +215,9 @@ def test_the_next_step_is_more_seeds_only_where_they_could_show_more() -> None:
         found = summarise({"none": base, "a": {i: 80 + shift + n for i, n in enumerate(noise)}}, "top1")
         return next_step(found, given or range(seeds + failed))
 
+    failed = summarise({"none": dict.fromkeys(range(9), 80.0), "a": {}, "b": dict.fromkeys(range(9), 81.0)}, "top1")
+    assert next_step(failed, range(9)).startswith("next: mend what makes every run of a fail, delete the files")
+    assert "every run of none fail" in next_step(summarise({"none": {}, "a": {0: 1.0}}, "top1"), range(9))
     assert "--seeds 6; finished runs are not repeated, and fewer can show nothing" in after(5, 3.0, 0.1)
     assert "--seeds 8; finished runs are not repeated, and fewer can show nothing" in after(5, 3.0, 0.1, failed=2)
     assert f"--seeds {seeds_needed(1.0, float(np.std([1, -1] * 5, ddof=1))) + 1}; " in after(10, 0.0, 1.0, failed=1)

@@ -41,21 +41,15 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
         check_out(args.out)
         new_figure(1)  # fail now if matplotlib is missing
         trained = load_trained(args.run, args.model.build)
-        explanation = explain_prediction(trained, args.image, _pictures(args, trained), args.top)
+        result = explain_prediction(trained, args.image, _pictures(args, trained), args.top)
+        name = args.image.name
         figure = plot_explanation(
-            explanation.image,
-            args.image.name,
-            explanation.classes,
-            explanation.probabilities,
-            explanation.gates,
-            explanation.means,
-            explanation.images,
+            result.image, name, result.classes, result.probabilities, result.gates, result.means, result.images
         )
         picture = io.BytesIO()
         figure.savefig(picture, format=ending)
         write_whole(args.out, picture.getvalue())
-        top_class, probability = explanation.classes[0], explanation.probabilities[0]
-        print(f"{shown(args.image, 300)}: {shown(top_class)} {100 * probability:.1f} %")
+        print(f"{shown(args.image, 300)}: {shown(result.classes[0])} {100 * result.probabilities[0]:.1f} %")
         print(f"wrote {args.out}")
 
     return run
@@ -68,6 +62,6 @@ def _pictures(args: Namespace, trained: TrainedNetwork) -> ImageData | None:
         return pictures_for(trained, named)
     try:
         return pictures_for(trained, data_of_run(args.run, trained))
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(f"no means of the class are drawn: {' '.join(str(error).split())}", file=sys.stderr)
         return None

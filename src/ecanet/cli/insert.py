@@ -21,15 +21,11 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
     )
     parser.add_argument("--no-preserve", action="store_true", help="Fresh gates instead of neutral ones.")
     parser.add_argument(
-        "--fold",
-        action="store_true",
-        help="Fold the gates' factors into the norms, so that the keys are those of the authors' files.",
+        "--fold", action="store_true", help="Fold the gates' factors into the norms: the keys become the authors'."
     )
     parser.add_argument("--weights", help="Weights to start from: a file, or the library's own name, such as DEFAULT.")
     parser.add_argument("--num-classes", type=int, help="Number of classes of the head, by default the library's.")
-    parser.add_argument(
-        "--input-size", type=int, help="Height and width of the pictures for which multiply-adds are counted."
-    )
+    parser.add_argument("--input-size", type=int, help="Height and width for which multiply-adds are counted.")
     parser.add_argument("--fuse", action="store_true", help="Let the blocks run on the fused tail, too.")
     parser.add_argument("--report", action="store_true", help="Print the table; without --save it is always printed.")
     parser.add_argument(

@@ -26,12 +26,8 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
         help=f"Gates, separated by commas, each of which goes into every MODEL: none, timm:NAME, {', '.join(GATES)}.",
     )
     parser.add_argument("--no-time", action="store_true", help="Only count: measure neither time nor memory.")
-    parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="Pictures in a batch, by default 8, or 64 on a GPU."
-    )
-    parser.add_argument(
-        "--image-size", type=int, metavar="PIXELS", help="Height and width, by default each network's own."
-    )
+    parser.add_argument("--batch-size", type=int, metavar="N", help="Pictures in a batch; 8 by default, 64 on a GPU.")
+    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="Height and width; by default the network's.")
     parser.add_argument("--threads", type=int, metavar="N", help="Number of torch's threads, by default torch's own.")
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="Turns of each network, by default 10.")
     parser.add_argument("--device", default="cpu", help="cpu or cuda.")

@@ -45,11 +45,7 @@ def add(parser: ArgumentParser) -> Callable[[Namespace], None]:
         default=ENGINES[0],
         help="processes of this machine, or ray: the cluster of RAY_ADDRESS, with one run per GPU if it has any.",
     )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="Only print how many runs there are, how long they take, and what they can show.",
-    )
+    parser.add_argument("--dry-run", action="store_true", help="Print how many runs, how long, and what they can show.")
     parser.add_class_arguments(Recipe)
 
     def run(args: Namespace) -> None:

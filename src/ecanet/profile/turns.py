@@ -3,16 +3,22 @@
 import gc
 import math
 import random
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
+
+resource: ModuleType | None
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 #: Calls shorter than this get an untimed call before each turn, which then costs little.
 _SHORT_CALL_SECONDS = 0.1
@@ -40,12 +46,13 @@ class Timing:
     Attributes:
         seconds: Seconds of one call, for every round.
         calls: Number of calls in a turn.
-        page_faults: Minor page faults of a call: memory that the allocator returned to the system and fetched again.
+        page_faults: Minor page faults of a call: memory that the allocator returned to the system and fetched again;
+            None on systems that do not count them, such as Windows.
     """
 
     seconds: tuple[float, ...]
     calls: int
-    page_faults: float
+    page_faults: float | None
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ def take_turns(
         calls[name], seconds = _calibrate(competitor, turn_seconds, device)
         short[name] = seconds < _SHORT_CALL_SECONDS
     samples: dict[str, list[float]] = {name: [] for name in competitors}
-    faults: dict[str, list[int]] = {name: [] for name in competitors}
+    faults: dict[str, list[int | None]] = {name: [] for name in competitors}
     gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()
@@ -103,7 +110,7 @@ def take_turns(
         if was_enabled:
             gc.enable()
     return {
-        name: Timing(tuple(samples[name]), calls[name], statistics.median(faults[name]) / calls[name])
+        name: Timing(tuple(samples[name]), calls[name], _median_per_call(faults[name], calls[name]))
         for name in competitors
     }
 
@@ -119,7 +126,17 @@ def _calibrate(competitor: Competitor, turn_seconds: float, device: str) -> tupl
     return calls, seconds / calls
 
 
-def _turn(competitor: Competitor, calls: int, settle: bool, device: str) -> tuple[float, int]:
+def _median_per_call(faults: Sequence[int | None], calls: int) -> float | None:
+    counts = [count for count in faults if count is not None]
+    return statistics.median(counts) / calls if counts else None
+
+
+def _page_faults() -> int | None:
+    """Minor page faults of this process since it began; None if the system does not count them."""
+    return None if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def _turn(competitor: Competitor, calls: int, settle: bool, device: str) -> tuple[float, int | None]:
     """Seconds and page faults of a turn; ``settle`` runs an untimed call first."""
     run = competitor.run
     clock = _gpu_clock if device == "cuda" else _cpu_clock
@@ -127,10 +144,11 @@ def _turn(competitor: Competitor, calls: int, settle: bool, device: str) -> tupl
         if settle:
             run()
         stop = clock()
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        before = _page_faults()
         for _ in range(calls):
             run()
-        return stop(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+        seconds, after = stop(), _page_faults()
+        return seconds, None if before is None or after is None else after - before
 
 
 def _cpu_clock() -> Callable[[], float]:

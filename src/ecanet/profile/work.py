@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ecanet.profile.turns import Competitor
 
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
 
 @torch.no_grad()
 def settle(model: nn.Module, x: Tensor) -> None:
@@ -17,12 +19,12 @@ def settle(model: nn.Module, x: Tensor) -> None:
 
     Without this, activations may become denormal numbers, which are slow.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
+    momenta = {module: module.momentum for module in model.modules() if isinstance(module, _BATCH_NORMS)}
+    for norm in momenta:
         norm.momentum = 1.0
     model(x)
-    for norm in norms:
-        norm.momentum = 0.1
+    for norm, momentum in momenta.items():
+        norm.momentum = momentum
 
 
 def loss_of(output: object, labels: Tensor) -> Tensor:

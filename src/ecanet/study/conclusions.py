@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from ecanet.study.statistics import DIFFERENCES, LEVEL, ConditionSummary, Summary, detectable, fewest_seeds, plan
+from ecanet.untrusted import listed
 
 #: A headline names up to this many conditions; of more it gives the number.
 _MAX_NAMES = 6
@@ -101,6 +102,13 @@ def next_step(summary: Summary, seeds_given: Sequence[int]) -> str:
         f"the same command with {'--seeds {}' if by_number else '{} seeds in its file'}; finished runs are not repeated"
     )
     failed = len(seeds_given) - seeds
+    empty = [name for name, row in summary.conditions.items() if seeds_given and not row.seeds]
+    if empty:  # more seeds would fail, too; without the baseline no condition has a seed that counts
+        names = summary.baseline if summary.baseline in empty else listed(empty)
+        return (
+            f"next: mend what makes every run of {names} fail, delete the files of the failed runs in the folder runs, "
+            "and run the same command again"
+        )
     if others and seeds < fewest:
         return f"next: {go_on.format(fewest + failed)}, and fewer can show nothing"
     undecided = [row for row in others if not is_shown(row)]

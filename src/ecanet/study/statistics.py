@@ -267,9 +267,7 @@ def summarise(values: Mapping[str, Mapping[int, float]], metric: str) -> Summary
         raise ValueError("values must hold at least one condition, got none")
     baseline, *others = values
     base = values[baseline]
-    counted = {
-        name: {seed: value for seed, value in by_seed.items() if seed in base} for name, by_seed in values.items()
-    }
+    counted = {name: {seed: value for seed, value in runs.items() if seed in base} for name, runs in values.items()}
     paired = {name: [value - base[seed] for seed, value in counted[name].items()] for name in others}
     p = _p_of_each(paired)
     # A condition with fewer than two seeds has no p yet, but Holm's correction counts it as a comparison.
@@ -279,10 +277,8 @@ def summarise(values: Mapping[str, Mapping[int, float]], metric: str) -> Summary
         baseline,
         metric,
         {
-            name: _summary_of(
-                list(by_seed.values()), paired.get(name, []), len(others), p.get(name), corrected.get(name)
-            )
-            for name, by_seed in counted.items()
+            name: _summary_of(list(runs.values()), paired.get(name, []), len(others), p.get(name), corrected.get(name))
+            for name, runs in counted.items()
         },
     )
 

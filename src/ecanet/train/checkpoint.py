@@ -182,9 +182,8 @@ def load_trained(path: str | os.PathLike[str], build: str | None = None) -> Trai
     state = checkpoint.get("state_dict")
     if isinstance(state, dict):
         state = {key: value for key, value in state.items() if str(key).startswith("network.")}
-    config = _with_users_function(ModelConfig(**about["recipe"]["model"]), build, path)
-    weights = state_dict_in(state, str(path))
-    network = rebuild_network(without_weights_file(config), len(about["classes"]), weights, path)
+    config = without_weights_file(_with_users_function(ModelConfig(**about["recipe"]["model"]), build, path))
+    network = rebuild_network(config, len(about["classes"]), state_dict_in(state, str(path)), path)
     kept = {key: about[key] for key in ("classes", "mean", "std", "recipe", "history", "multi_label")}
     return TrainedNetwork(network, **kept)
 

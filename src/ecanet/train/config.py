@@ -421,8 +421,7 @@ class TrainerConfig:
             )
         if self.strategy not in _STRATEGIES:
             why = (
-                "it splits weights among processes, which is not worth it for such small networks, and its checkpoints "
-                "would be incomplete"
+                "it splits weights among processes, which small networks do not need, and its checkpoints are partial"
                 if self.strategy.startswith(("fsdp", "deepspeed", "model_parallel"))
                 else "with it, not all processes end, save and resume together"
             )

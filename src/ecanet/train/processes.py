@@ -121,7 +121,7 @@ class EndTogether(Callback):
             RuntimeError: the error was caused by the end of another process.
         """
         if self._parent is not None and self._wakeup is not None:
-            for signum in _SIGNALS:  # this process ends already; the first one passes on signals of the terminal again
+            for signum in _SIGNALS:  # it is ending already, and the first process passes on the terminal's signals
                 signal.signal(signum, signal.SIG_IGN)
             self._handler = None
         self._take_children()

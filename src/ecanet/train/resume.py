@@ -232,10 +232,8 @@ def made_by(trainer: L.Trainer, data: ImageData, resumed: Resumed | None) -> dic
     if versions == before["versions"][-1]:
         return before
     if getattr(rank_zero_only, "rank", 0) == 0:
-        was, is_now = (
-            ", ".join(f"{shown(name)} {shown(version)}" for name, version in of_start.items())
-            for of_start in (before["versions"][-1], versions)
-        )
+        starts = before["versions"][-1], versions
+        was, is_now = (", ".join(f"{shown(k)} {shown(v)}" for k, v in start.items()) for start in starts)
         warnings.warn(
             f"{folder} was trained with {was} and goes on with {is_now}: the result is equivalent, but not "
             "bit-identical. Its checkpoints list both",

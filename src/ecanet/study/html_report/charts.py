@@ -234,13 +234,11 @@ def _curve_chart(conditions: Sequence[str], curve: str, by_name: Mapping[str, Ma
         chart.looks.append(look)
         if thin and len(by_seed) > 1:
             chart.lines += [line(run, look, f"{_short_name(name)}, seed {seed}") for seed, run in by_seed.items()]
-    chart.lines += [
-        line(mean, conditions.index(name), f"{_short_name(name)}, mean", True) for name, mean in means.items()
-    ]
-    ends = [f"{_short_name(name)} {mean[0]:.4g} to {mean[-1]:.4g}" for name, mean in means.items()]
-    chart.label = (
-        f"{curve} over {last} epochs, mean of each condition from the first epoch to the last: {_joined(ends)}"
-    )
+    ends = []
+    for name, mean in means.items():
+        chart.lines.append(line(mean, conditions.index(name), f"{_short_name(name)}, mean", True))
+        ends.append(f"{_short_name(name)} {mean[0]:.4g} to {mean[-1]:.4g}")
+    chart.label = f"{curve} over {last} epochs, mean of each condition, first epoch to last: {_joined(ends)}"
     return chart
 
 

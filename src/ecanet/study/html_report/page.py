@@ -221,10 +221,8 @@ def _pairs(contents: StudyFolder) -> Table | None:
     if not pairs:
         return None
     seeds = sorted({seed for by_seed in pairs.values() for seed in by_seed})
-    rows = [
-        [str(seed), *(f"{by_seed[seed]:+.4g}" if seed in by_seed else "-" for by_seed in pairs.values())]
-        for seed in seeds
-    ]
+    cells = {seed: [f"{run[seed]:+.4g}" if seed in run else "-" for run in pairs.values()] for seed in seeds}
+    rows = [[str(seed), *of_seed] for seed, of_seed in cells.items()]
     return Table(f"{contents.study.metric} minus that of {contents.conditions[0]}, by seed", ["seed", *pairs], rows)
 
 
@@ -266,15 +264,10 @@ def _costs(contents: StudyFolder) -> Table | None:
     if not contents.costs:
         return None
     first, first_cost = next(iter(contents.costs.items()))
+    plain = first_cost.seconds
     rows = [
-        [
-            name,
-            f"{cost.parameters:,}",
-            f"{cost.multiply_adds:,}",
-            f"{1000 * cost.seconds:.1f}",
-            f"x {cost.seconds / first_cost.seconds:.2f}",
-        ]
-        for name, cost in contents.costs.items()
+        [name, f"{c.parameters:,}", f"{c.multiply_adds:,}", f"{1000 * c.seconds:.1f}", f"x {c.seconds / plain:.2f}"]
+        for name, c in contents.costs.items()
     ]
     head = ["condition", "parameters of gates", "multiply-adds of gates", "ms a training step", f"time of {first}"]
     return Table("Cost of each condition", head, rows)

@@ -30,9 +30,7 @@ def draw(contents: StudyFolder) -> Iterator[tuple[str, "Figure"]]:
         contents: What is in the study's folder.
     """
     names = {name: label for name, label in _labels(contents.conditions).items() if contents.study.runs[name]}
-    pairs = {
-        names[name]: list(by_seed.values()) for name, by_seed in paired(contents).items() if by_seed and name in names
-    }
+    pairs = {names[name]: list(runs.values()) for name, runs in paired(contents).items() if runs and name in names}
     if pairs:
         yield "differences.png", _differences(contents, pairs, list(names.values()))
     if names:
@@ -87,9 +85,7 @@ def _differences(contents: StudyFolder, pairs: dict[str, list[float]], names: li
         axes.text(1.02, place, text, transform=transform, va="center", fontsize=SMALL_FONT_SIZE, color=DARK)
     axes.set_yticks(range(len(pairs)), list(pairs), fontsize=FONT_SIZE)
     axes.set_ylim(len(pairs) - 0.4, -0.6)
-    axes.set_title(
-        "Large mark and bar: mean and 95 % interval; small marks: every seed", fontsize=SMALL_FONT_SIZE, loc="left"
-    )
+    axes.set_title("Large mark, bar: mean, 95 % interval; small: every seed", fontsize=SMALL_FONT_SIZE, loc="left")
     return figure
 
 

@@ -162,22 +162,12 @@ def split_settings(contents: StudyFolder) -> tuple[dict[str, str], dict[str, dic
     Returns:
         The shared settings as texts by name; and, for each condition that has settings, the others.
     """
-    by_condition = {
-        name: flat_settings(settings)
-        for name in contents.conditions
-        if (settings := contents.settings(name)) is not None
-    }
-    if not by_condition:
+    settings = {name: contents.settings(name) for name in contents.conditions}
+    flat = {name: flat_settings(nested) for name, nested in settings.items() if nested is not None}
+    if not flat:
         return {}, {}
-    first = next(iter(by_condition.values()))
-    shared = {
-        key: value
-        for key, value in first.items()
-        if all(settings.get(key) == value for settings in by_condition.values())
-    }
-    if len(by_condition) == 1:
+    first = next(iter(flat.values()))
+    shared = {key: value for key, value in first.items() if all(other.get(key) == value for other in flat.values())}
+    if len(flat) == 1:
         return shared, {}
-    return shared, {
-        name: {key: value for key, value in settings.items() if key not in shared}
-        for name, settings in by_condition.items()
-    }
+    return shared, {name: {k: v for k, v in own.items() if k not in shared} for name, own in flat.items()}

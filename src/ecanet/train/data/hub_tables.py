@@ -1,6 +1,7 @@
 """Reads image data that Hugging Face's ``datasets`` stored on disk: Arrow and Parquet files with pictures in them.
 
-Only the tables are read: loading scripts, formats and paths that a file names are ignored, and the Hub is not accessed.
+Only the tables are read: loading scripts, formats and paths that a file names are not used, and nothing is loaded
+from the Hub.
 """
 
 import contextlib

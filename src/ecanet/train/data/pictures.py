@@ -148,9 +148,7 @@ def what_is_wrong(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "there is not enough memory for it"
     if isinstance(error, (OSError, ValueError)) and str(error):
-        return shown(
-            getattr(error, "strerror", None) or error, 300
-        )  # strerror lacks the path that str(error) ends with
+        return shown(getattr(error, "strerror", None) or error, 300)  # strerror has no path, str(error) may
     return shown(f"it is damaged ({type(error).__name__}: {error})", 300)
 
 

@@ -138,7 +138,7 @@ def _keys_of(cases: Cases, target: Target) -> Iterator[tuple[str, list[str]]]:
     if target.each_format:
         for memory_format in dict.fromkeys(key.rpartition("/")[2] for key in keys):
             yield memory_format, [key for key in keys if key.endswith("/" + memory_format)]
-    elif keys:
+    else:
         yield "geometric mean", keys
 
 

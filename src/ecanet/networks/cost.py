@@ -83,7 +83,7 @@ def multiply_adds(model: nn.Module, input_shape: Sequence[int], others: Sequence
 
 @contextmanager
 def counting(model: nn.Module, others: Sequence[nn.Module] = ()) -> Iterator[FlopCounterMode]:
-    """Yield a counter that also counts products of single values inside gates and ``others``, run in plain PyTorch.
+    """Yield a counter that also counts products inside gates and ``others``; gates run in plain PyTorch.
 
     Raises:
         ValueError: a gate never ran.

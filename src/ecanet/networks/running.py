@@ -90,7 +90,7 @@ _BATCH_NORM = torch.ops.aten.native_batch_norm.default
 @functools.cache
 def _mode_of_shapes() -> Any:
     class ModeOfShapes(FakeTensorMode):
-        """Knows what a BatchNorm in eval mode returns: torch needs 20 operations for it, as long as 7 convolutions.
+        """Knows what a BatchNorm in eval mode returns: torch needs 20 operations for it, the time of 7 convolutions.
 
         Torch has compared the sizes of the operation's tensors before it calls this.
         """

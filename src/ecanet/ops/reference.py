@@ -109,9 +109,13 @@ def variances(x: Tensor) -> Tensor:
 @torch.fx.wrap
 def unbiased(variances: Tensor, positions: int) -> Tensor:
     """Biased variances over ``positions`` positions, with Bessel's correction; those of one position stay 0."""
-    others = positions - 1
-    others = others.clamp(min=1) if isinstance(others, Tensor) else max(others, 1)  # torch.jit traces tensors
-    return variances * (positions / others)
+    return variances * (positions / _degrees_of_freedom(positions))
+
+
+def _degrees_of_freedom(positions: int) -> int:
+    """``positions - 1``, but at least 1."""
+    others = positions - 1  # while torch.jit traces, a tensor
+    return others.clamp(min=1) if isinstance(others, Tensor) else max(others, 1)
 
 
 @torch.fx.wrap
@@ -324,9 +328,7 @@ def simam(x: Tensor, e_lambda: float) -> Tensor:
     if x.dim() == 2:
         return y * torch.sigmoid(torch.full_like(y, 0.5))
     d = (y - y.mean(_spatial(x), keepdim=True)).square()
-    others = positions(x) - 1
-    others = others.clamp(min=1) if isinstance(others, Tensor) else max(others, 1)  # torch.jit traces tensors
-    variance = d.sum(_spatial(x), keepdim=True) / others
+    variance = d.sum(_spatial(x), keepdim=True) / _degrees_of_freedom(positions(x))
     return y * torch.sigmoid(d / (4 * (variance + e_lambda)) + 0.5)
 
 

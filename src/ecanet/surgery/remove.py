@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ecanet.networks.checks import check_model
+from ecanet.networks.cost import parameters
 from ecanet.nn import Gate
 from ecanet.nn.absent_gates import keep_loading_
 from ecanet.nn.attached import GATE, attached_gates, detach_
@@ -11,7 +12,7 @@ from ecanet.nn.folding import owners, tensors_to_scale
 from ecanet.nn.undo import all_or_nothing
 from ecanet.surgery.find.sites import FilterFn
 from ecanet.surgery.optimizers import check_optimizer, remove_parameters_
-from ecanet.surgery.report import Report, Row, parameters_of
+from ecanet.surgery.report import Report, Row
 
 
 def remove_gates_(
@@ -85,7 +86,7 @@ def remove_gates_(
         gate_name = f"{name}.{GATE}" if name else GATE
         removed[gate_name] = gate
         channels = getattr(gate, "channels", None)
-        rows.append(Row(gate_name, type(gate).__name__, name, channels, None, -parameters_of(gate)))
+        rows.append(Row(gate_name, type(gate).__name__, name, channels, None, -parameters(gate)))
     with all_or_nothing(model, optimizer) as undo:
         for name, host, gate in wanted:
             tensors, value = folds.get(name, ((), 1))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ecanet.networks.checks import check_input_shape, check_model
+from ecanet.networks.cost import parameters
 from ecanet.nn import Gate
 from ecanet.nn.absent_gates import ATTACHED, keep_loading_
 from ecanet.nn.attached import GATE, attached_gate
@@ -23,7 +24,7 @@ from ecanet.surgery.find.sites import FilterFn
 from ecanet.surgery.fitting import arguments_of, build_fitting_gate
 from ecanet.surgery.optimizers import add_parameters_, check_optimizer, remove_parameters_
 from ecanet.surgery.replaced_keys import accept_replaced_keys_
-from ecanet.surgery.report import Report, Row, gate_row, parameters_of
+from ecanet.surgery.report import Report, Row, gate_row
 
 #: Attributes that YOLO's network reads off its layers: index, source of the input, type and number of parameters.
 _YOLO_ROW = ("i", "f", "type", "np")
@@ -122,7 +123,7 @@ def replace_gates_(
             row = gate_row(name, new, name.removesuffix(f".{GATE}"), channels, spatial)
             before = gate_row(name, old, "", channels, spatial).multiply_adds
             madds = None if row.multiply_adds is None or before is None else row.multiply_adds - before
-            rows.append(row._replace(parameters=row.parameters - parameters_of(old), multiply_adds=madds))
+            rows.append(row._replace(parameters=row.parameters - parameters(old), multiply_adds=madds))
         for name, old, new, _, _ in swaps:
             notes += _move_hooks_(name, old, new)
             notes += _notes_on_lost_changes(name, old, new)

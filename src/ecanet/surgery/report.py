@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ecanet.networks.copies import twin_of
-from ecanet.networks.cost import counting
+from ecanet.networks.cost import counting, parameters
 from ecanet.networks.running import example_tensor, running_without_data
 from ecanet.nn import Gate
 
@@ -101,11 +101,6 @@ def _aligned(table: Sequence[Sequence[str]], left: int) -> list[str]:
     return [lines[0].rstrip(), "-" * len(lines[0]), *(line.rstrip() for line in lines[1:])]
 
 
-def parameters_of(module: nn.Module) -> int:
-    """Number of parameters of a module."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def gate_row(name: str, gate: nn.Module, where: str, channels: int | None, spatial: Sequence[int] | None) -> Row:
     """The row of a gate, or of other attention.
 
@@ -123,7 +118,7 @@ def gate_row(name: str, gate: nn.Module, where: str, channels: int | None, spati
         where,
         channels,
         size if isinstance(size, int) else None,
-        parameters_of(gate),
+        parameters(gate),
         _multiply_adds(gate, channels, spatial),
     )
 

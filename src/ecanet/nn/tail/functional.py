@@ -148,9 +148,7 @@ def run_plan(
             if not same_kind(y, x):  # the plan was made for maps like x
                 y = y if tail_plan.calls_gate or gate is None else gate(y)
                 return _activate(_add(y, residual), act)
-        norm_maths = (
-            None if tail_plan.calls_gate else tail_plan.norm
-        )  # a called gate saw the norm's output: it is in y already
+        norm_maths = None if tail_plan.calls_gate else tail_plan.norm  # then it is in y already
         y = eager.norm_gate_add_act(tail_plan.backend, y, norm_maths, tail_plan.gate, fused_residual, code)
     else:
         assert tail_plan.gate is not None

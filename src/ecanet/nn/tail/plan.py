@@ -88,11 +88,8 @@ def _plan(
         result = _in_graph(x, norm, gate, residual, act, has_means)
     else:
         result = _with_kernels(decision, x, norm, gate, residual, act)
-    if (
-        (result.calls_norm or result.executor == "modules")
-        and isinstance(norm, nn.SyncBatchNorm)
-        and not decision.is_watched
-    ):
+    is_called = result.calls_norm or result.executor == "modules"
+    if is_called and isinstance(norm, nn.SyncBatchNorm) and not decision.is_watched:
         return result._replace(norm_is_ours=needs_our_forward(norm, x))
     return result
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from ecanet.networks.copies import twin_of
 from ecanet.networks.running import example_tensor, without_hooks_on_all_modules
 from ecanet.nn.norms import is_norm
+from ecanet.surgery.find.dry_run import first_line
 from ecanet.surgery.find.layers import CONVOLUTIONS, is_activation, is_attention, is_transparent
 
 #: "scaling" is ``a x + b`` with one a and b for each channel, such as a layer scale or a norm in eval mode; "mixing"
@@ -181,7 +182,7 @@ def _kind_and_reason(step: nn.Module | Piece, shape: Sequence[int] | None) -> tu
         try:
             step = step.as_module()
         except Exception as error:
-            return "other", _first_line(error)
+            return "other", first_line(error)
     if is_transparent(step):
         return "identity", None
     if is_activation(step):
@@ -201,11 +202,7 @@ def _kind_and_reason(step: nn.Module | Piece, shape: Sequence[int] | None) -> tu
     try:
         return _kind_from_outputs(step, tuple(shape)), None
     except Exception as error:
-        return "other", _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+        return "other", first_line(error)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

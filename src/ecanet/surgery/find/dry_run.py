@@ -130,7 +130,7 @@ def _run(model: nn.Module, input_shape: tuple[int, ...]) -> DryRun:
     try:
         twin = twin_of(model)
     except Exception as error:  # it cannot be copied: for example, it holds a lock or a file
-        return DryRun(input_shape, {}, f"cannot be copied for a run without data ({_first_line(error)})")
+        return DryRun(input_shape, {}, f"cannot be copied for a run without data ({first_line(error)})")
     try:
         originals = dict(zip(twin.modules(), model.modules(), strict=True))
         for copied, original in originals.items():
@@ -145,9 +145,10 @@ def _run(model: nn.Module, input_shape: tuple[int, ...]) -> DryRun:
     except _CallsTheNetworkError as error:
         return DryRun(input_shape, {}, f"cannot be run on a copy, which calls {error} itself")
     except Exception as error:  # it takes another input, or reads values, as YOLO's head does
-        return DryRun(input_shape, seen, f"does not run on an input of shape {input_shape} ({_first_line(error)})")
+        return DryRun(input_shape, seen, f"does not run on an input of shape {input_shape} ({first_line(error)})")
     return DryRun(input_shape, seen, None)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The type of an error and the first line of its message."""
     return f"{type(error).__name__}: {error}".splitlines()[0]

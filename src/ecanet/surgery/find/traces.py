@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ecanet.surgery.find.activations import Piece, kind_of, values_of
-from ecanet.surgery.find.dry_run import Shapes
+from ecanet.surgery.find.dry_run import Shapes, first_line
 from ecanet.surgery.find.equal import Answer, cached_by_module
 from ecanet.surgery.find.layers import ACTIVATION_FUNCTIONS, CONVOLUTIONS, is_attention
 
@@ -97,7 +97,7 @@ def trace(module: nn.Module) -> Answer:
     try:
         return Answer(tracer.trace(_copy_for_tracing(module)), not tracer.gave_values)
     except Exception as error:  # a module's code may do anything with a proxy
-        return Answer(f"{type(error).__name__}: {error}".splitlines()[0], not tracer.gave_values)
+        return Answer(first_line(error), not tracer.gave_values)
 
 
 def cannot_trace(why: str) -> str:

@@ -12,12 +12,19 @@ from benchmarks.tables import report
 SHOWN_BY = {
     "benchmarks.cpu": "benchmarks.report",
     "benchmarks.gpu": "benchmarks.report",
+    "benchmarks.traffic": "benchmarks.report",
     "benchmarks.finetune": "benchmarks.finetune.report",
+    "benchmarks.finetune.photographs": "benchmarks.finetune.report",
 }
 
 
 def show(document: results.Document, plot: Path | None) -> None:
     """Print the tables, and draw the picture if a file is named and there is something to draw."""
+    if writer_of(document) == "benchmarks.traffic":
+        from benchmarks import traffic
+
+        show_without_picture(traffic.report(document), plot)
+        return
     print(report(document))
     if plot:
         from benchmarks.gates import draw_gates, measured_gates
@@ -33,14 +40,26 @@ def show(document: results.Document, plot: Path | None) -> None:
             figure.savefig(plot)
 
 
+def show_without_picture(table: str, plot: Path | None) -> None:
+    """Print a table; if a picture is asked for, say that there is none."""
+    print(table)
+    if plot:
+        print(f"no picture {plot}: these numbers have none")
+
+
+def writer_of(document: results.Document) -> str:
+    """The module that wrote a result file, by its command; empty if the file does not name one."""
+    writer = re.search(r"python -m (\S+)", document.get("command", ""))
+    return writer[1] if writer else ""
+
+
 def check_shown_by(module: str, document: results.Document, file: Path) -> None:
     """Raise unless a module shows the result files of the command that wrote a file.
 
     Raises:
         ValueError: it does not; the message names the writer, what the module shows, and the right module.
     """
-    writer = re.search(r"python -m (\S+)", document.get("command", ""))
-    name = writer[1] if writer else "a command that it does not name"
+    name = writer_of(document) or "a command that it does not name"
     viewer = SHOWN_BY.get(name)
     if viewer == module:
         return

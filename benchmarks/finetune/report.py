@@ -5,11 +5,16 @@ from pathlib import Path
 
 from benchmarks import results
 from benchmarks.finetune.tables import report
-from benchmarks.report import show_again
+from benchmarks.report import show_again, show_without_picture, writer_of
 
 
 def show(document: results.Document, plot: Path | None) -> None:
     """Print the tables, and draw the picture if a file is named."""
+    if writer_of(document) == "benchmarks.finetune.photographs":
+        from benchmarks.finetune import photographs
+
+        show_without_picture(photographs.report(document), plot)
+        return
     print(report(document))
     if plot:
         from benchmarks.finetune.picture import draw

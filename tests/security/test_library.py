@@ -254,6 +254,7 @@ sleep 0.02
 BUILD = """
 import importlib.util, pathlib, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
 spec = importlib.util.spec_from_file_location("builder", sys.argv[1])
 builder = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(builder)

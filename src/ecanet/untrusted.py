@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 #: Longest text from a file that a message quotes.
-_MOST_CHARACTERS = 80
+_MAX_CHARACTERS = 80
 
 
-def shown(value: object, most: int = _MOST_CHARACTERS) -> str:
+def shown(value: object, most: int = _MAX_CHARACTERS) -> str:
     r"""Text from a file, safe to quote in a message: shortened in the middle, line breaks and escape codes escaped.
 
     Args:

@@ -36,7 +36,7 @@ _ALLOWED = {
 _NEVER_CALLED = {name for module, name in _ALLOWED if module in ("torch", "torch.storage") and name.endswith("Storage")}
 _NEVER_CALLED |= {"Tensor"}
 #: Most parts a file may have: enough for a network's tensors and an optimizer's.
-_MOST_PARTS = 50_000
+_MAX_PARTS = 50_000
 #: The first pickle of a file from before torch 1.6.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
@@ -115,8 +115,8 @@ def check_pickles(path: Path) -> None:
 def _inspect_archive(path: Path, size: int) -> Iterator[_Inspector]:
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-        if len(entries) > _MOST_PARTS:
-            raise ValueError(f"it has {len(entries):,} parts, more than {_MOST_PARTS:,}")
+        if len(entries) > _MAX_PARTS:
+            raise ValueError(f"it has {len(entries):,} parts, more than {_MAX_PARTS:,}")
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("it is compressed, which torch.save does not do, and could unpack to any size")
         if sum(entry.file_size for entry in entries) > size:

@@ -21,9 +21,9 @@ StateDict: TypeAlias = Mapping[str, Tensor]
 
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.", "network.")
 #: Most wrappers around one network.
-_MOST_WRAPPERS = 8
+_MAX_WRAPPERS = 8
 #: Longest key, and largest number of keys, of a state dict.
-_LONGEST_KEY, _MOST_KEYS = 1000, 20_000
+_LONGEST_KEY, _MAX_KEYS = 1000, 20_000
 _KEYS_IN_A_MESSAGE = 20
 #: A file's content is followed by this and the content's SHA-256. Readers of such files ignore it.
 _CHECKSUM = b"\necanet sha256 "
@@ -138,9 +138,9 @@ def state_dict_in(loaded: object, source: str) -> dict[str, Tensor]:
     source = shown(source, 200)
     if not isinstance(loaded, Mapping) or not loaded:
         raise ValueError(f"{source} holds no state dict: expected names mapped to tensors, found {_type_name(loaded)}")
-    if len(loaded) > _MOST_KEYS:
+    if len(loaded) > _MAX_KEYS:
         raise ValueError(
-            f"{source} holds no network's state dict: it has {len(loaded):,} keys, more than {_MOST_KEYS:,}"
+            f"{source} holds no network's state dict: it has {len(loaded):,} keys, more than {_MAX_KEYS:,}"
         )
     checked: set[tuple[Any, ...]] = set()
     for key, value in loaded.items():
@@ -210,7 +210,7 @@ def _what_is_wrong(error: Exception) -> str:
 def _without_wrapper_prefixes(state: StateDict) -> dict[str, Tensor]:
     """A state dict without wrappers' key prefixes; it keeps the modules' version numbers, which some networks read."""
     keys, versions = list(state), _versions(state)
-    for _ in range(_MOST_WRAPPERS):
+    for _ in range(_MAX_WRAPPERS):
         prefix = next((p for p in _WRAPPER_PREFIXES if all(key.startswith(p) for key in keys)), None)
         if prefix is None:
             break

@@ -9,7 +9,7 @@ from ecanet.untrusted import check_number, listed, shown
 
 _Check = Callable[[Any, str], None]
 #: Most places for gates in one network, and most characters in the name of each.
-_MOST_PLACES, _LONGEST_NAME = 1000, 300
+_MAX_PLACES, _LONGEST_NAME = 1000, 300
 
 
 def _number(low: float, high: float, *, whole: bool = True) -> _Check:
@@ -71,8 +71,8 @@ def _bool(value: Any, what: str) -> None:
 
 def _where(value: Any, what: str) -> None:
     places = [value] if isinstance(value, str) else value
-    if not isinstance(places, (list, tuple)) or not 1 <= len(places) <= _MOST_PLACES:
-        raise ValueError(f"{what} must be a name or a list of 1 to {_MOST_PLACES}, got {shown(value)}")
+    if not isinstance(places, (list, tuple)) or not 1 <= len(places) <= _MAX_PLACES:
+        raise ValueError(f"{what} must be a name or a list of 1 to {_MAX_PLACES}, got {shown(value)}")
     if not all(isinstance(place, str) and len(place) <= _LONGEST_NAME for place in places):
         raise TypeError(f"{what} must be names of at most {_LONGEST_NAME} characters")
 

@@ -19,7 +19,7 @@ from ecanet.ops.gpu_maps import Map, cdiv, index_type, kernels_of_triton, power_
 from ecanet.ops.launch import launch
 from ecanet.private_torch import FunctionalTensor, why_no_kernels
 
-_MOST_SPLITS = 16  # most splits that the statistics kernel merges itself, one after another
+_MAX_SPLITS = 16  # largest number of splits that the statistics kernel merges itself, one after another
 
 
 @functools.cache
@@ -127,7 +127,7 @@ def batch_moments(x: Tensor, needs_m2: bool = False) -> tuple[Tensor, Tensor, Te
     """Statistics of a batch; see :func:`ecanet.ops.reference.batch_moments`."""
     m = Map.of(x)
     mean, m2, splits, per_split = _partial_moments(m, True, torch.float64)
-    if splits > _MOST_SPLITS:
+    if splits > _MAX_SPLITS:
         whole = torch.empty_like(mean[0]), torch.empty_like(m2[0])
         _merge(m, mean, m2, *whole, splits, per_split, second=True)
         mean, m2, splits, per_split = *whole, 1, m.positions

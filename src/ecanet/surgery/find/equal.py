@@ -60,7 +60,7 @@ def cached_by_module(ask: Callable[[nn.Module], Answer]) -> Callable[[nn.Module]
 
 
 #: Larger modules are hardly ever equal, and comparing them takes time.
-_MOST_MODULES = 100
+_MAX_MODULES = 100
 _COMPARED_BY_VALUE = (
     *(NoneType, bool, int, float, complex, str, bytes),
     *(torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format),
@@ -99,7 +99,7 @@ def description_of(module: nn.Module) -> Hashable | None:
     only to itself. That includes each tensor or module that is a plain attribute.
     """
     for count, _ in enumerate(module.modules(), 1):
-        if count > _MOST_MODULES:
+        if count > _MAX_MODULES:
             return None
     return _Describer().of_module(module)
 

@@ -1,12 +1,18 @@
 """Tables and picture of a result file: ``python -m benchmarks.report FILE.json [--plot FILE.png]``."""
 
 import argparse
+import io
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks import results
 from benchmarks.tables import report
+from ecanet.files.atomic import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 #: The module that shows a result file, by the command that wrote the file.
 SHOWN_BY = {
@@ -37,7 +43,14 @@ def show(document: results.Document, plot: Path | None) -> None:
         except ValueError as error:
             print(f"no picture {plot}: {error}")
         else:
-            figure.savefig(plot)
+            save_picture(figure, plot)
+
+
+def save_picture(figure: "Figure", file: Path) -> None:
+    """Write a picture whole, in the format that the file's name ends in."""
+    content = io.BytesIO()
+    figure.savefig(content, format=file.suffix[1:] or "png")
+    write_whole(file, content.getvalue())
 
 
 def show_without_picture(table: str, plot: Path | None) -> None:

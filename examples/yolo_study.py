@@ -62,7 +62,7 @@ def study(
         ValueError: a gate is unknown.
     """
     for gate in set(gates) - {"none"}:
-        build_gate(gate, 64)  # a name that is none is told here, and not by every run
+        build_gate(gate, 64)  # an unknown name is an error here, and not in every run
     shared = {"model": model, "train": {"data": str(data.resolve(strict=True)), **settings}}
     conditions = {gate: {"gate": None if gate == "none" else gate, **shared} for gate in gates}
     return run(train, conditions, range(seeds), out, metric="mAP50-95", workers=workers)

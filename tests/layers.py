@@ -32,15 +32,38 @@ def imports(known: Mapping[str, Path]) -> Graph:
 
 def _names(path: Path, module: str) -> Iterator[str]:
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text(), path)):
+    tree = ast.parse(path.read_text(), path)
+    local = _imported_as(tree)
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.Attribute):  # a package imports its modules at their first use
+            first, _, rest = ast.unparse(node).partition(".")
+            if first in local:
+                yield f"{local[first]}.{rest}"
         elif isinstance(node, ast.ImportFrom):
             above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             source = ".".join([*above, *([node.module] if node.module else [])])
             yield from (f"{source}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+        elif isinstance(node, ast.Call) and _imports_by_name(ast.unparse(node.func), local):
             yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str))
+
+
+def _imported_as(tree: ast.AST) -> dict[str, str]:
+    """What each name stands for that an import binds; relative imports are left out."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                first = alias.name.split(".")[0]
+                found[alias.asname or first] = alias.name if alias.asname else first
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def _imports_by_name(function: str, local: Mapping[str, str]) -> bool:
+    return local.get(function, function).endswith(("import_module", "__import__"))
 
 
 def _longest(name: str, known: Mapping[str, Path]) -> str | None:

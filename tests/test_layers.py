@@ -59,6 +59,7 @@ WAYS = {
     "for type checkers": "if TYPE_CHECKING:\n    from ecanet.models import resnet",
     "if it is there": "try:\n    import ecanet.models.resnet\nexcept ImportError:\n    pass",
     "by a string": "importlib.import_module('ecanet.models.resnet')",
+    "by a string, under another name": "from importlib import import_module as load\nload('ecanet.models.resnet')",
 }
 
 
@@ -102,6 +103,15 @@ def test_an_import_from_a_higher_layer_is_found_however_it_is_written(library: P
 def test_a_low_layer_that_imports_the_whole_library_imports_upwards(library: Path) -> None:
     (library / "nn" / "norm.py").write_text("import ecanet")
     assert layers.arrows_up(_read(library), {"nn": 0, "models": 1}) == ["ecanet.nn.norm -> ecanet"]
+
+
+@pytest.mark.parametrize("text", ["import ecanet\necanet.study.run()", "import ecanet as e\nrun = e.study.run"])
+def test_a_higher_layer_that_is_imported_at_its_first_use_is_found(library: Path, text: str) -> None:
+    (library / "study.py").write_text("def run(): ...")
+    (library / "models" / "resnet.py").write_text(text)
+    assert layers.arrows_up(_read(library), {"nn": 0, "models": 1, "study": 2}) == [
+        "ecanet.models.resnet -> ecanet.study"
+    ]
 
 
 @pytest.mark.parametrize("text", ["def f():\n    from . import gate", "from ecanet.nn import Gate", "import ecanet.nn"])

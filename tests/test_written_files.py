@@ -1,4 +1,4 @@
-"""Files are written whole: nothing in the library opens one for writing, except what is named here."""
+"""Files are written whole: nothing in the library or the benchmarks writes one otherwise, except what is named here."""
 
 import ast
 import re
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-SOURCES = Path(__file__).parents[1] / "src" / "ecanet"
+ROOT = Path(__file__).parents[1]
+SOURCES = ROOT / "src" / "ecanet"
 #: The only places that write otherwise; CONTRIBUTING.md says why.
 EXCEPTIONS = [
     "cli/command.py: os.open(os.devnull, os.O_WRONLY)",  # after a reader of stdout has left
@@ -19,11 +20,25 @@ EXCEPTIONS = [
 #: Functions and methods that write the file they are given, whoever's they are.
 _WRITERS = {
     *("write_text", "write_bytes", "save", "savefig", "imsave", "imwrite", "write_png", "write_jpeg", "savez"),
-    *("savetxt", "save_file", "save_model", "tofile", "to_csv", "to_json", "FileHandler", "touch"),
-    *("NamedTemporaryFile", "mkstemp", "copy", "copy2", "copyfile", "copytree", "move"),
+    *(
+        "savez_compressed",
+        "savetxt",
+        "save_file",
+        "save_model",
+        "tofile",
+        "to_csv",
+        "to_json",
+        "to_parquet",
+        "to_excel",
+    ),
+    *("write_csv", "write_parquet", "write_table", "write_video", "mimsave", "print_png", "memmap", "touch"),
+    *("FileHandler", "SummaryWriter", "NamedTemporaryFile", "mkstemp", "truncate", "link"),
+    *("symlink", "symlink_to", "hardlink_to", "copy", "copy2", "copyfile", "copyfileobj", "copytree", "move"),
 }
+#: They open files; the mode is one of their arguments.
+_OPENERS = {"open", "fdopen", "ZipFile", "TarFile", "GzipFile", "BZ2File", "LZMAFile", "FileIO", "File"}
 #: Of these names, only the functions of shutil write files.
-_OF_SHUTIL = {"copy", "copy2", "copyfile", "copytree", "move"}
+_OF_SHUTIL = {"copy", "copy2", "copyfile", "copyfileobj", "copytree", "move"}
 
 
 def writes(source: str) -> Iterator[str]:
@@ -36,16 +51,24 @@ def writes(source: str) -> Iterator[str]:
         for target in node.targets
         if isinstance(target, ast.Name)
     }
+    imported = {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and not (node.module or "ecanet").startswith(("ecanet", "benchmarks"))
+        for alias in node.names
+    }
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
         given = [*node.args, *(keyword.value for keyword in node.keywords)]
         if any(isinstance(argument, ast.Name) and argument.id in in_memory for argument in given):
             continue
-        of, _, name = ast.unparse(node.func).rpartition(".")
-        modes = [argument.value for argument in given if isinstance(argument, ast.Constant)]
-        opens = name in ("open", "fdopen", "ZipFile") and any(
-            isinstance(mode, str) and re.fullmatch(r"(?=.*[wax+])[rwaxbt+]+", mode) for mode in modes
+        function = ast.unparse(node.func)
+        of, _, name = imported.get(function, function).rpartition(".")
+        either = [way for each in given if isinstance(each, ast.IfExp) for way in (each.body, each.orelse)]
+        modes = [argument.value for argument in [*given, *either] if isinstance(argument, ast.Constant)]
+        opens = name in _OPENERS and any(
+            isinstance(mode, str) and re.fullmatch(r"(?=.*[wax+])[rwaxbt+]+([:|]\w*)?", mode) for mode in modes
         )
         creates = of == "os" and name == "open" and re.search(r"O_(WRONLY|RDWR|CREAT|APPEND)", ast.unparse(node))
         writer = name in _WRITERS and (of == "shutil" if name in _OF_SHUTIL else of != "")
@@ -60,6 +83,12 @@ def test_nothing_else_in_the_library_writes_files() -> None:
         for call in writes(path.read_text())
     ]
     assert sorted(found) == sorted(EXCEPTIONS), "use ecanet.files.atomic.write_whole or safe_save: CONTRIBUTING.md"
+
+
+def test_nothing_in_the_benchmarks_does() -> None:
+    sources = {str(path): path.read_text() for path in (ROOT / "benchmarks").rglob("*.py")}
+    found = [f"{name}: {call}" for name, source in sources.items() for call in writes(source)]
+    assert found == [], "use ecanet.files.atomic.write_whole, for pictures benchmarks.report.save_picture"
 
 
 @pytest.mark.parametrize(
@@ -78,10 +107,20 @@ def test_nothing_else_in_the_library_writes_files() -> None:
         "torch.save(state, path)",
         "image.save(path)",
         "shutil.copy(a, b)",
+        "path.open('w' if new else 'a')",
+        "tarfile.open(path, 'w:gz')",
+        "gzip.GzipFile(path, 'wb')",
+        "np.savez_compressed(path, a=a)",
+        "os.truncate(path, 0)",
     ],
 )
 def test_every_way_to_write_a_file_is_noticed(call: str) -> None:
     assert list(writes(f"def f():\n    {call}")) == [call]
+
+
+@pytest.mark.parametrize("imported", ["from torch import save", "from numpy import savez as save"])
+def test_a_function_is_known_by_what_it_was_imported_from(imported: str) -> None:
+    assert list(writes(f"{imported}\nsave(path, values)")) == ["save(path, values)"]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from benchmarks import results
 from benchmarks.finetune.tables import report
-from benchmarks.report import show_again, show_without_picture, writer_of
+from benchmarks.report import save_picture, show_again, show_without_picture, writer_of
 
 
 def show(document: results.Document, plot: Path | None) -> None:
@@ -19,7 +19,7 @@ def show(document: results.Document, plot: Path | None) -> None:
     if plot:
         from benchmarks.finetune.picture import draw
 
-        draw(document).savefig(plot)
+        save_picture(draw(document), plot)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,7 +7,7 @@ else, not even torch: what a name needs is imported when the name is first used.
 
 from typing import TYPE_CHECKING
 
-from ecanet.lazy import names_of
+from ecanet.lazy import lazy_names
 
 if TYPE_CHECKING:
     from ecanet import models, nn
@@ -41,7 +41,7 @@ __all__ = [
 
 _GATES = ("ECA", "ECANS", "SE", "SEGroup", "SEVar1", "SEVar2", "SEVar3", "adaptive_kernel_size", "fold_factors_")
 
-__getattr__, __dir__ = names_of(
+__getattr__, __dir__ = lazy_names(
     __name__,
     {
         "inference": ("optimize_for_inference",),

@@ -14,7 +14,7 @@ import ecanet
 from ecanet.models import ECAMobileNetV2, ECAResNet, eca_resnet18, small_eca_resnet
 from ecanet.networks.cost import parameters
 from ecanet.profile import paper, profile_models, run
-from ecanet.profile.subjects import attention_in, subjects, without_gates
+from ecanet.profile.subjects import attention_modules, subjects, without_gates
 from ecanet.surgery.insertion_file import Insertion, save
 
 
@@ -83,8 +83,8 @@ def test_names_of_ours_of_torchvision_and_of_timm_with_and_without_a_gate_bring_
 def test_without_its_gates_a_network_runs_and_has_the_other_parameters(build: Callable[[], nn.Module]) -> None:
     network = build().eval()
     plain = without_gates(network).eval()
-    assert attention_in(plain) == []
-    in_gates = parameters(nn.ModuleList(attention_in(network)))
+    assert attention_modules(plain) == []
+    in_gates = parameters(nn.ModuleList(attention_modules(network)))
     assert parameters(plain) == parameters(network) - in_gates < parameters(network)
     assert plain(torch.zeros(1, 3, 32, 32)).shape == network(torch.zeros(1, 3, 32, 32)).shape
 

@@ -288,6 +288,12 @@ def test_a_pipe_or_a_device_is_refused_and_stays_one(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_text_that_has_no_bytes_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(tmp_path / "history.json", "\udc80")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_writes_no_file_whose_remains_would_stay(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.write_file("recipe.json", "{}")

@@ -70,6 +70,6 @@ VERBS = {
         "ecanet gates gct grn",
         needs_extras=False,
     ),
-    "build": Verb("Build the C++ kernels for the CPU, in about a minute.", "ecanet build", needs_extras=False),
+    "build": Verb("Build the C++ kernels for the CPU, in one to two minutes.", "ecanet build", needs_extras=False),
     "doctor": Verb("What runs on this machine, what does not, and why.", "ecanet doctor", needs_extras=False),
 }

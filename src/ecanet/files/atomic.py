@@ -24,15 +24,17 @@ def write_whole(path: str | os.PathLike[str], content: bytes | memoryview | str)
     Raises:
         OSError: it could not be written; the temporary file is removed. Or it is a device or a pipe, whose place a
             renamed file would take.
+        UnicodeEncodeError: the text has a lone surrogate.
     """
     target = Path(path)
+    data = content.encode() if isinstance(content, str) else content
     if target.exists() and not (target.is_file() or target.is_dir()):
         raise OSError(errno.EEXIST, "it is a device or a pipe, not a regular file", str(target))
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, target)

@@ -5,7 +5,7 @@ Each name is imported where it is first used.
 
 from typing import TYPE_CHECKING
 
-from ecanet.lazy import names_of
+from ecanet.lazy import lazy_names
 
 if TYPE_CHECKING:
     from ecanet.inspect.blocks import plot_se_and_eca
@@ -41,7 +41,7 @@ __all__ = [
     "save_animation",
 ]
 
-__getattr__, __dir__ = names_of(
+__getattr__, __dir__ = lazy_names(
     __name__,
     {
         "blocks": ("plot_se_and_eca",),

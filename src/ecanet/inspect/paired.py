@@ -20,11 +20,6 @@ class Difference:
     low: float | None
     high: float | None
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the interval lies on one side of zero."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
-
 
 def paired_difference(differences: Sequence[float]) -> Difference:
     """Mean and 95 % interval of paired differences by Student's t.

@@ -5,7 +5,7 @@ Each name is imported where it is first used.
 
 from typing import TYPE_CHECKING
 
-from ecanet.lazy import names_of
+from ecanet.lazy import lazy_names
 
 if TYPE_CHECKING:
     from ecanet.profile.counts import Counts
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TABLE3", "Counts", "Measured", "PaperRow", "Profile", "ProfileRow", "profile_models", "table3"]
 
-__getattr__, __dir__ = names_of(
+__getattr__, __dir__ = lazy_names(
     __name__,
     {
         "counts": ("Counts",),

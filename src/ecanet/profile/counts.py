@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ecanet.networks.cost import multiply_adds, parameters
 from ecanet.nn import Gate
-from ecanet.profile.subjects import Subject, attention_in
+from ecanet.profile.subjects import Subject, attention_modules
 
 #: Exceptions that networks raise on pictures of an unsuitable size or shape.
 INPUT_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, AssertionError)
@@ -66,7 +66,7 @@ def first_words(error: Exception) -> str:
 
 
 def _counts(network: nn.Module, shape: tuple[int, ...]) -> Counts:
-    attention = attention_in(network)
+    attention = attention_modules(network)
     others = [module for module in attention if not isinstance(module, Gate)]
     with _extra_operations(network) as extra:
         work = multiply_adds(network, shape, others)

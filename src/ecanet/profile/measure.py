@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ecanet.profile.counts import INPUT_ERRORS, first_words
 from ecanet.profile.memory import bytes_kept, peak_bytes
-from ecanet.profile.subjects import Subject, attention_in
+from ecanet.profile.subjects import Subject, attention_modules
 from ecanet.profile.turns import Competitor, Ratio, ratio_of_medians, take_turns
 from ecanet.profile.work import inference, loss_of, settle, training
 
@@ -141,7 +141,7 @@ def step_seconds(
 
 def _add_twins(subjects: Sequence[Subject], networks: dict[str, nn.Module], sizes: dict[str, int]) -> dict[str, str]:
     """Add the networks without gates that are missing; return the name of each network's twin without gates."""
-    with_gates = [subject for subject in subjects if attention_in(networks[subject.name])]
+    with_gates = [subject for subject in subjects if attention_modules(networks[subject.name])]
     twins: dict[str, str] = {}
     for subject in with_gates:
         size = sizes[subject.name]

@@ -15,7 +15,7 @@ from ecanet.models import MODELS, HubModel, build_model, load_official
 from ecanet.nn.build import check_gate_name
 from ecanet.profile.paper import TABLE3, PaperRow, paper_row
 from ecanet.profile.yolo import build_yolo, is_yolo
-from ecanet.surgery.find.layers import is_attention
+from ecanet.surgery.find.layers import attention_in, is_attention
 from ecanet.surgery.insert import insert_gates_
 from ecanet.surgery.insertion_file import load
 from ecanet.surgery.networks import create_network, default_input_shape, is_of_a_library
@@ -107,19 +107,9 @@ def without_gates(network: nn.Module) -> nn.Module:
     return plain
 
 
-def attention_in(network: nn.Module) -> list[nn.Module]:
-    """The channel attention modules of a network, each once, without those inside another."""
-    attention: list[nn.Module] = []
-
-    def search(module: nn.Module) -> None:
-        for child in module.children():
-            if not is_attention(child):
-                search(child)
-            elif child not in attention:
-                attention.append(child)
-
-    search(nn.ModuleList([network]))
-    return attention
+def attention_modules(network: nn.Module) -> list[nn.Module]:
+    """The channel attention modules of a network, or the network itself if it is one, without those inside another."""
+    return [module for _, module in attention_in(nn.ModuleList([network]))]
 
 
 def _identity_like(module: nn.Module) -> nn.Module:

@@ -6,7 +6,7 @@ Each name is imported where it is first used.
 
 from typing import TYPE_CHECKING
 
-from ecanet.lazy import names_of
+from ecanet.lazy import lazy_names
 
 if TYPE_CHECKING:
     from ecanet.study.comparison import Comparison, Run, compare
@@ -58,7 +58,7 @@ _STATISTICS = (
     *("detectable", "paired_difference", "plan", "power", "seeds_needed", "summarise"),
 )
 
-__getattr__, __dir__ = names_of(
+__getattr__, __dir__ = lazy_names(
     __name__,
     {
         "comparison": ("Comparison", "Run", "compare"),

@@ -19,7 +19,7 @@ from ecanet.nn.neutral import make_identity_
 from ecanet.nn.norms import class_with_forward
 from ecanet.nn.undo import Undo, all_or_nothing
 from ecanet.surgery.find.dry_run import DryRun, dry_run
-from ecanet.surgery.find.layers import ATTENTION, certain_channels, is_attention, names_of
+from ecanet.surgery.find.layers import ATTENTION, attention_in, certain_channels, names_of
 from ecanet.surgery.find.sites import FilterFn
 from ecanet.surgery.fitting import arguments_of, build_fitting_gate
 from ecanet.surgery.optimizers import add_parameters_, check_optimizer, remove_parameters_
@@ -137,15 +137,6 @@ def replace_gates_(
     if swaps and same:
         notes.insert(0, f"{same} of the {len(attention)} attention modules stay as they are")
     return Report("replaced", tuple(rows), tuple(notes), {swap.name: swap.old for swap in swaps})
-
-
-def attention_in(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every attention module of a network by name; attention inside attention does not count."""
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if name and is_attention(module) and not name.startswith(inside):
-            inside = (*inside, f"{name}.")
-            yield name, module
 
 
 def channels_of(model: nn.Module, name: str, attention: nn.Module) -> int | None:

@@ -215,7 +215,7 @@ class EndTogether(Callback):
 
 
 def _how_it_ended(status: int) -> str:
-    """How a process ended, from its :attr:`Popen.returncode`."""
+    """How a process ended, from its :attr:`subprocess.Popen.returncode`."""
     if status > 0:
         return f"with exit status {status} (its own message is above)"
     names = {known.value: known.name for known in signal.Signals}  # real-time signals have no name

@@ -31,7 +31,7 @@ def norm_gate_add_act(
     called. A gate attached to the norm (:func:`ecanet.insert_gates_`) counts as ``gate``. Under :func:`torch.compile`
     the tail with ECA is one operation of the graph. With other gates, and without kernels, Inductor fuses the same
     formulas in plain PyTorch. :func:`conv_norm_gate_add_act` includes the convolution before the norm.
-    :func:`explain` says what computes a call, and why.
+    :func:`ecanet.nn.explain` says what computes a call, and why.
 
     Args:
         x: ``(N, C, *spatial)`` with 0 to 3 spatial dimensions.

@@ -1,5 +1,6 @@
 """What a layer of any network is: activation, attention, convolution, or one that returns its input."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -136,6 +137,15 @@ MERGES = "it can merge its layers for deployment (fuse, reparameterize), and a g
 def merges_branches(module: nn.Module) -> bool:
     """Whether the module can become one convolution for deployment, as RepVGG's can: no gate can be inside it."""
     return any(hasattr(module, name) for name in ("forward_fuse", "reparameterize", "switch_to_deploy"))
+
+
+def attention_in(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every attention module of a network by name; attention inside attention does not count."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name and is_attention(module) and not name.startswith(inside):
+            inside = (*inside, f"{name}.")
+            yield name, module
 
 
 def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:

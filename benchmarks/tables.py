@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks import results
 from ecanet.profile.turns import Ratio, geometric_mean, geometric_mean_of_ratios
+from ecanet.text_table import columns
 
 Cases = Mapping[str, Mapping[str, Any]]
 #: Operations that walk whole maps.
@@ -249,7 +250,7 @@ def report(document: results.Document) -> str:
         [v.what, f"<= {v.limit:.3g}", f"{v.ratio.value:.3f}", f"{v.ratio.low:.3f}-{v.ratio.high:.3f}", v.verdict]
         for v in verdicts(cases, targets(document["settings"]))
     ]
-    return "\n".join([*lines, *_aligned([["ratio", "target", "is", "interval", ""], *rows])])
+    return "\n".join([*lines, *columns([["ratio", "target", "is", "interval", ""], *rows])])
 
 
 def _checks(checks: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -259,7 +260,7 @@ def _checks(checks: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for name, check in checks.items()
     ]
     wrong = [f"WRONG: {failure}" for check in checks.values() for failure in check["failures"]]
-    return [*_aligned([["compared with float64", "checks", "failed", "not reached"], *rows]), *wrong]
+    return [*columns([["compared with float64", "checks", "failed", "not reached"], *rows]), *wrong]
 
 
 def _compilation(compiled: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -268,7 +269,7 @@ def _compilation(compiled: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if not seconds:
         return []
     rows = [[what.replace("network/", "").replace("/channels_last", ""), f"{s:.0f}"] for what, s in seconds.items()]
-    return _aligned([["first call, with compilation", "seconds"], *rows])
+    return columns([["first call, with compilation", "seconds"], *rows])
 
 
 def _table(cases: Cases, name: str) -> list[str]:
@@ -310,17 +311,8 @@ def _table(cases: Cases, name: str) -> list[str]:
         rows.append(
             ["interval", "", "", *[""] * 2 * (timed or images), *(f"{mean.low:.3f}-{mean.high:.3f}" for mean in means)]
         )
-    return [title, *_aligned([header, *rows])]
+    return [title, *columns([header, *rows])]
 
 
 def _heading(ours: str, other: str) -> str:
     return f"/ {other}" if ours == "ecanet" else f"{ours} / {other}"
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    """Columns of text, the first left-aligned, the others right-aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
-        for row in rows
-    ]

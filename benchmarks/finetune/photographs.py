@@ -14,10 +14,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from benchmarks import results, run
 from benchmarks.finetune import pretrained
 from benchmarks.finetune.runs import RANDOM, WAYS
-from benchmarks.finetune.tables import aligned, from_to
+from benchmarks.finetune.tables import from_to
 from benchmarks.machine import describe
 from ecanet import insert_gates_
 from ecanet.nn import Gate
+from ecanet.text_table import text_table
 
 _RESULT = Path("benchmarks/results/photographs.json")
 
@@ -116,7 +117,7 @@ def report(document: results.Document) -> str:
         f"{document['settings']['photographs']} photographs of ImageNet right after insertion, "
         f"{document['settings']['seeds']} random draws;\n"
         "first with norms on running statistics, as in evaluation, then on those of the batch, as in training\n"
-        + aligned(rows, left=2)
+        + text_table(rows, left=2)
     )
 
 

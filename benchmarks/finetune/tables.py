@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks import results
 from benchmarks.finetune.runs import KEPT, PLAIN, RANDOM, WAYS
 from ecanet.study import Comparison, Difference, Run, paired_difference
+from ecanet.text_table import text_table
 
 #: What is compared, the first minus the second.
 PAIRS = ((KEPT, PLAIN), (RANDOM, PLAIN), (KEPT, RANDOM))
@@ -114,15 +115,15 @@ def report(document: results.Document) -> str:
     return "\n\n".join(
         [
             f"Right after insertion, {photographs} photographs of ImageNet\n"
-            + aligned([["", "right", "logits moved, %"], *right]),
+            + text_table([["", "right", "logits moved, %"], *right]),
             f"Top-1 on {document['settings']['held_out']} held-out pictures in per cent, mean of {n}\n"
-            + aligned([head, *accuracy]),
+            + text_table([head, *accuracy]),
             f"Training loss since the previous evaluation, with norms on batch statistics, mean of {n}\n"
-            + aligned(losses),
+            + text_table(losses),
             "Difference in training loss over all steps, paired by seed, with 95 % intervals\n"
             + "\n".join(f"{pair}: {_interval(d, 3)}" for pair, d in data["train_loss_difference"].items()),
             f"Differences in points, paired by seed, with 95 % intervals (Student's t, {n})\n"
-            + aligned(list(zip(*[head, *differences], strict=True))),
+            + text_table(list(zip(*[head, *differences], strict=True))),
         ]
     )
 
@@ -170,21 +171,3 @@ def _interval(difference: Mapping[str, float | None], digits: int = 1) -> str:
         None if value is None else f"{value:+.{digits}f}" for value in map(difference.get, ("mean", "low", "high"))
     )
     return f"{mean}" if low is None else f"{mean} ({low} to {high})"
-
-
-def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Rows of cells as a table; the first row is the header.
-
-    Args:
-        rows: Rows of the same length.
-        left: How many columns are left-aligned; the others are right-aligned.
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])

@@ -15,7 +15,7 @@ from ecanet import __version__, private_torch
 from ecanet.nn import ECA, explain
 from ecanet.ops import backend, cpu, gpu
 from ecanet.ops.build import LIBRARY, BuildError, find_compiler
-from ecanet.profile.machine import cpu_features, processor, read
+from ecanet.profile.machine import cpu_features, processor, read, version_of
 
 _AVX2 = {"avx2", "fma"}
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
@@ -132,10 +132,10 @@ def loops_for(features: set[str], machine: str) -> str:
 
 def _versions() -> list[str]:
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
-    triton = _version("triton") or "not installed"
+    triton = version_of("triton") or "not installed"
     return [
         f"ecanet     {__version__}, Python {platform.python_version()}, {sys.platform} {platform.machine()}",
-        f"torch      {torch.__version__}, torchvision {_version('torchvision') or 'not installed'}",
+        f"torch      {torch.__version__}, torchvision {version_of('torchvision') or 'not installed'}",
         f"GPU        CUDA {torch.version.cuda or 'not in this torch'}, {cuda}; triton {triton}, "
         + (gpu.why_not() or ("kernels in the interpreter" if gpu.interpreting() else "kernels run")),
     ]
@@ -185,7 +185,7 @@ def _extras() -> list[str]:
         match = re.match(r"([\w.-]+).*extra == ['\"]([\w-]+)['\"]", requirement)
         if match is not None and match[1] != "ecanet" and match[2] != "dev":
             absent = missing.setdefault(match[2], [])
-            if _version(match[1]) is None:
+            if version_of(match[1]) is None:
                 absent.append(match[1])
     complete = [extra for extra, absent in missing.items() if not absent]
     return [
@@ -210,10 +210,3 @@ def _next_step(choice_refused: str | None, settings: list[str]) -> str:
     if any(setting.startswith("OMP_NUM_THREADS") for setting in settings):
         return f"next: set {' '.join(settings)} in the environment"
     return "all is well" + "".join(f"; for inference and benchmarks set {setting}" for setting in settings)
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None

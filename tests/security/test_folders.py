@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -266,6 +267,14 @@ def test_what_a_killed_write_left_is_removed(tmp_path: Path, monkeypatch: pytest
     assert len(list(tmp_path.iterdir())) == 2
     remove_partial_files(tmp_path, FILES_OF_A_RUN)
     assert not list(tmp_path.iterdir())
+
+
+def test_two_threads_may_write_one_file(tmp_path: Path) -> None:
+    contents = [bytes([65 + i]) * 1000 for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda content: [write_whole(tmp_path / "x", content) for _ in range(20)], contents))
+    assert (tmp_path / "x").read_bytes() in contents
+    assert os.listdir(tmp_path) == ["x"]
 
 
 def test_own_number_in_an_earlier_life_is_removed(tmp_path: Path) -> None:

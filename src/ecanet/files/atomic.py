@@ -2,20 +2,24 @@
 
 import contextlib
 import errno
+import itertools
 import os
 import re
 import stat
 from collections.abc import Collection
 from pathlib import Path
 
-_PARTIAL = re.compile(r"\.(.+)\.([1-9][0-9]{0,8})\.partial")
+_PARTIAL = re.compile(r"\.(.+)\.([1-9][0-9]{0,8})(?:-[0-9]{1,19})?\.partial")
+#: Of the writes of this process: two threads may write one file.
+_numbers = itertools.count()
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes | memoryview | str) -> None:
     """Write a temporary file beside ``path``, flush it to disk, and rename it to ``path``.
 
-    A concurrent reader sees the old file or the new one, always whole. A kill leaves a file named
-    ``.NAME.PROCESS.partial``, which :func:`remove_partial_files` removes. A link is replaced, not followed.
+    A concurrent reader sees the old file or the new one, always whole; of several writers the last one wins. A kill
+    leaves a file named ``.NAME.PROCESS-NUMBER.partial``, which :func:`remove_partial_files` removes. A link is
+    replaced, not followed.
 
     Args:
         path: The file; its folder is created if needed.
@@ -30,7 +34,7 @@ def write_whole(path: str | os.PathLike[str], content: bytes | memoryview | str)
     data = content.encode() if isinstance(content, str) else content
     if target.exists() and not (target.is_file() or target.is_dir()):
         raise OSError(errno.EEXIST, "it is a device or a pipe, not a regular file", str(target))
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(f".{target.name}.{os.getpid()}-{next(_numbers)}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:

@@ -15,7 +15,7 @@ from ecanet.ops import cpu
 def describe(device: torch.device, threads: int) -> dict[str, Any]:
     """Processor, device, versions and settings, without any paths."""
     packages = ("ecanet", "torchvision", "timm", "ultralytics-opencv-headless", "ultralytics")
-    installed = {package: version for package in packages if (version := _version(package)) is not None}
+    installed = {package: version for package in packages if (version := version_of(package)) is not None}
     return {
         **processor(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
@@ -71,7 +71,8 @@ def _caches() -> dict[str, str]:
     return caches
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Version of an installed package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

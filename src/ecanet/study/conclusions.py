@@ -4,25 +4,13 @@ import math
 from collections.abc import Sequence
 
 from ecanet.study.statistics import DIFFERENCES, LEVEL, ConditionSummary, Summary, detectable, fewest_seeds, plan
+from ecanet.text_table import text_table
 from ecanet.untrusted import listed
 
 #: A headline names up to this many conditions; of more it gives the number.
 _MAX_NAMES = 6
 #: A number with more digits than this before or after the point is written with an exponent.
 _MAX_DIGITS = 9
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Lay out rows of cells as a text table: the first row is the header, the first column is aligned left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def summary_table(summary: Summary) -> str:
@@ -41,7 +29,7 @@ def summary_table(summary: Summary) -> str:
                 *("-" if p is None else f"{p:.2g}" for p in (row.p, row.p_holm)),
             ]
         )
-    return aligned(rows)
+    return text_table(rows)
 
 
 def verdict(summary: Summary) -> str:

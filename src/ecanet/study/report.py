@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 from ecanet.study.comparison import Comparison
-from ecanet.study.conclusions import aligned
 from ecanet.study.costs import Cost
+from ecanet.text_table import text_table
 
 
 def table(comparison: Comparison, costs: Mapping[str, Cost]) -> str:
@@ -29,4 +29,4 @@ def table(comparison: Comparison, costs: Mapping[str, Cost]) -> str:
                 f"x {cost.seconds / baseline_seconds:.2f}",
             ]
         )
-    return aligned(rows)
+    return text_table(rows)

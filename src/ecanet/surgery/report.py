@@ -12,6 +12,8 @@ from ecanet.networks.copies import twin_of
 from ecanet.networks.cost import counting, parameters
 from ecanet.networks.running import example_tensor, running_without_data
 from ecanet.nn import Gate
+from ecanet.text_table import text_table
+from ecanet.untrusted import counted
 
 
 class Row(NamedTuple):
@@ -77,28 +79,16 @@ class Report:
         shown = [(header, get) for header, get in columns if any(get(row) not in (None, "", "0") for row in self.rows)]
         table = [[header for header, _ in shown]]
         table += [["-" if (value := get(row)) in (None, "") else str(value) for _, get in shown] for row in self.rows]
-        lines = (
-            _aligned(table, left=sum(header in ("name", "gate", "where") for header, _ in shown)) if self.rows else []
-        )
+        left = sum(header in ("name", "gate", "where") for header, _ in shown)
+        lines = text_table(table, left).splitlines() if self.rows else []
         lines += list(self.notes)
         madds = self.multiply_adds
         cost = f": {self.parameters:+,} parameters" + (
             "" if madds is None else f", {madds:+,} multiply-adds per sample"
         )
         what = "tail" if self.done == "fused" else "gate"
-        count = f"{len(self.rows)} {what}{'' if len(self.rows) == 1 else 's'} {self.done}"
+        count = f"{counted(len(self.rows), what)} {self.done}"
         return "\n".join([*lines, count + (cost if self.rows and self.done != "fused" else "")])
-
-
-def _aligned(table: Sequence[Sequence[str]], left: int) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in table
-    ]
-    return [lines[0].rstrip(), "-" * len(lines[0]), *(line.rstrip() for line in lines[1:])]
 
 
 def gate_row(name: str, gate: nn.Module, where: str, channels: int | None, spatial: Sequence[int] | None) -> Row:

@@ -346,10 +346,15 @@ def test_the_first_screen_says_what_the_result_files_say() -> None:
     assert f"{geometric_mean(one):.2f} of its time with timm's module on one thread of an AMD EPYC" in first_screen
     assert f"({spread(one)} by shape of the map), {geometric_mean(two):.2f} on two ({spread(two)})" in first_screen
     assert f"whole ResNet-50 takes {step} of timm's time in a training step, {call} at inference" in first_screen
-    ours, timm = (
-        spread(values(GPU, "training/tail", f"{name} compiled", "no gate compiled")) for name in ("operation", "timm")
-    )
-    assert f"took {ours} of the time without a gate, timm's {timm}" in first_screen
+    on_gpu = {
+        f"{name} {what}": spread(values(GPU, f"{what}/tail", f"{name} compiled", "no gate compiled"))
+        for name in ("operation", "timm")
+        for what in ("training", "inference")
+    }
+    assert (
+        f"took {on_gpu['operation training']} of the time without a gate in training and "
+        f"{on_gpu['operation inference']} at inference (timm's: {on_gpu['timm training']}, {on_gpu['timm inference']})"
+    ) in first_screen
     photographs = cases("photographs").items()
     right = {
         name: {case["running"]["right"] for key, case in photographs if key.startswith(f"mobilenet_v2/{name}/")}

@@ -37,12 +37,12 @@ def measure_all(
         command: Returns the command that makes the document again.
         deadline: The time of :func:`time.monotonic` after which no case starts.
     """
-    todo = [case for case in cases if case.key not in document["cases"]]
+    pending = [case for case in cases if case.key not in document["cases"]]
     failed, skipped = document.setdefault("failed", {}), document.setdefault("skipped", [])
     gc.freeze()  # take_turns collects garbage: it need not look through all imported modules each time
     try:
-        for i, case in enumerate(todo, start=1):
-            prefix = f"[{i:>{len(str(len(todo)))}}/{len(todo)}] {case.key}"
+        for i, case in enumerate(pending, start=1):
+            prefix = f"[{i:>{len(str(len(pending)))}}/{len(pending)}] {case.key}"
             start = time.monotonic()
             if start > deadline:
                 skipped.append(case.key)

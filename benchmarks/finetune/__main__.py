@@ -54,9 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run_all(document: results.Document, seeds: int, path: Path) -> None:
     """Run seed by seed, so that an early stop leaves pairs; write the file after each run."""
     jobs = [(way, seed) for seed in range(seeds) for way in WAYS]
-    todo = [(way, seed) for way, seed in jobs if key(way, seed) not in document["cases"]]
-    for i, (way, seed) in enumerate(todo, start=1):
-        prefix = f"[{i:>{len(str(len(todo)))}}/{len(todo)}] {key(way, seed)}"
+    pending = [(way, seed) for way, seed in jobs if key(way, seed) not in document["cases"]]
+    for i, (way, seed) in enumerate(pending, start=1):
+        prefix = f"[{i:>{len(str(len(pending)))}}/{len(pending)}] {key(way, seed)}"
 
         def say(step: int, top1: float, prefix: str = prefix) -> None:
             run.say(f"{prefix}: step {step} of {document['settings']['steps']}, top-1 {top1:.1f} %")

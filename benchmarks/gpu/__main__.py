@@ -142,8 +142,8 @@ class _Run:
         return f"{done} checks, {len(failures)} failed"
 
     def _compile_ahead(self, cases: Sequence[Case]) -> None:
-        todo = [case for case in cases if case.key not in self.document["cases"]]
-        self._run_jobs(_jobs_to_compile(todo, self.document["settings"]))
+        pending = [case for case in cases if case.key not in self.document["cases"]]
+        self._run_jobs(_jobs_to_compile(pending, self.document["settings"]))
 
     def _run_jobs(self, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
         """Run jobs for as long as they may take; record what they compiled."""

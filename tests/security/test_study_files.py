@@ -37,8 +37,8 @@ def signed(run: Any) -> bytes:
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file of a finished run of RECIPE, in a process that must not train."""
 
-    def no_training(todo: list[Any], *_: Any) -> dict[Path, str]:
-        assert not todo, "a run is started"
+    def no_training(pending: list[Any], *_: Any) -> dict[Path, str]:
+        assert not pending, "a run is started"
         return {}
 
     monkeypatch.setattr(sys.modules["ecanet.study.paired_study"], "run_all", no_training)

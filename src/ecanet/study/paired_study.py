@@ -193,16 +193,16 @@ def _run_jobs(
 ) -> Study:
     ended = {job.folder: stored for job in jobs if (stored := job.read()) is not None}
     _metric_of(ended.values(), metric, folder)
-    todo = [job for job in jobs if job.folder not in ended]
+    pending = [job for job in jobs if job.folder not in ended]
     names = list(dict.fromkeys(job.condition for job in jobs))
     seeds = list(dict.fromkeys(job.seed for job in jobs))
-    if not todo:
+    if not pending:
         write_about(folder, metric, seeds, settings, is_start=False)
-    if progress and todo and len(names) > 1:
+    if progress and pending and len(names) > 1:
         print(plan(len(names), len(jobs) // len(names)), file=sys.stderr)
     begin = partial(write_about, folder, metric, seeds, settings)
-    lost = run_all(todo, workers, on, progress, partial(why_not_counted, metric=metric), begin)
-    ended |= {job.folder: stored for job in todo if (stored := job.read()) is not None}
+    lost = run_all(pending, workers, on, progress, partial(why_not_counted, metric=metric), begin)
+    ended |= {job.folder: stored for job in pending if (stored := job.read()) is not None}
     if metric is None:
         try:
             metric = _metric_of(ended.values(), None, folder)

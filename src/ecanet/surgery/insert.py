@@ -109,16 +109,17 @@ def insert_gates_(
             raise TypeError(f"{argument} must be True or False, got {value!r}")
     run = dry_run(model, input_shape)
     sites, notes = find_sites(model, where, filter_fn, run)
-    todo, already = _sites_without_this_gate(sites, gate, kernel_size)
+    new_sites, already = _sites_without_this_gate(sites, gate, kernel_size)
     if already:
         notes.append(f"{already} of these have such a gate already")
-    notes += _notes_on_what_did_not_run(todo, run)
+    notes += _notes_on_what_did_not_run(new_sites, run)
     registered = names_of(model)
     owner_counts = owners(model)
     rows: list[Row] = []
     with all_or_nothing(model, optimizer) as undo:
         plans = [
-            _plan(model, site, gate, kernel_size, preserve, owner_counts if fold else None, run, undo) for site in todo
+            _plan(model, site, gate, kernel_size, preserve, owner_counts if fold else None, run, undo)
+            for site in new_sites
         ]
         if fold and len({id(plan.gate) for plan in plans}) < len(plans):
             raise ValueError(
@@ -168,11 +169,11 @@ def _sites_without_this_gate(
     sites: list[Site], gate: str | GateFactory, kernel_size: int | str
 ) -> tuple[list[Site], int]:
     """The sites that have no gate, and the number of those that have this gate; raises if one has another gate."""
-    todo = []
+    new_sites = []
     for site in sites:
         attached = attached_gate(site.host)
         if attached is None:
-            todo.append(site)
+            new_sites.append(site)
             continue
         channels = getattr(attached, "channels", site.channels)
         wanted = build_gate(gate, channels, kernel_size) if channels is not None else None  # type: ignore[arg-type]
@@ -182,7 +183,7 @@ def _sites_without_this_gate(
                 f"{type(wanted).__name__}({arguments_of(wanted)}): replace_gates_ swaps gates, remove_gates_ takes "
                 "them out"
             )
-    return todo, len(sites) - len(todo)
+    return new_sites, len(sites) - len(new_sites)
 
 
 def _plan(

@@ -168,8 +168,9 @@ def _in_graph(
         return Plan("formula", why, norm=norm_maths, gate=gate_maths, adds=adds)
     takes_means = has_means and not gate_maths.needs_variances and not (x.is_cpu and is_operation_in_graph(x, training))
     if (takes_means or x.is_cuda) and not is_exporting():
-        known = "means and variances, which the convolution's input does not give"
-        known = known if gate_maths.needs_variances else "means"
+        known = "means"
+        if gate_maths.needs_variances:
+            known = "means and variances, which the convolution's input does not give"
         why = f"Inductor fuses it: one pass over x after its {known}"
         return Plan("formula", why, norm=norm_maths, gate=gate_maths, adds=adds, act=code, takes_means=takes_means)
     return Plan("modules", "a compiler fuses them as well, and what is exported must run without this library")

@@ -71,10 +71,10 @@ def image_files(folder: str | Path, left_out: Counter[str] | None = None) -> Ite
         OSError: a folder cannot be listed; the message names it.
     """
     seen = {_identity(path) for path in Path(folder).resolve().parents}
-    todo = [os.fspath(folder)]
-    while todo:
+    unread = [os.fspath(folder)]
+    while unread:
         below = []
-        for entry in _entries(todo.pop(), seen):
+        for entry in _entries(unread.pop(), seen):
             if entry.name.startswith("."):
                 continue
             # For a circular link isdir returns False, and is_dir raises an error.
@@ -84,7 +84,7 @@ def image_files(folder: str | Path, left_out: Counter[str] | None = None) -> Ite
                 yield entry.path
             elif left_out is not None and (suffix := os.path.splitext(entry.name)[1].lower()) in OTHER_SUFFIXES:
                 left_out[suffix] += 1
-        todo += sorted(below, reverse=True)
+        unread += sorted(below, reverse=True)
 
 
 def _entries(folder: str, seen: set[tuple[int, int]]) -> list[os.DirEntry[str]]:

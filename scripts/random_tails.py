@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from ecanet.nn import ECA, ECANS, GATES, build_gate, norm_gate_add_act
+from ecanet.nn import ECA, ECANS, GATES, build_gate, describe_gates, norm_gate_add_act
 from ecanet.nn.attached import attach_
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -35,7 +35,7 @@ MODULES_OF_ACTS = {
     "hardswish": nn.Hardswish(),
 }
 GATE_NAMES = [None, *GATES, "eca circular", "eca_ns circular"]
-NEVER_NEUTRAL = ("se_var1", "gct_gauss", "simam")
+NEVER_NEUTRAL = [description.name for description in describe_gates() if description.neutral is None]
 NORMS = ["none", "training", "evaluation", "not affine", "no statistics", "cumulative", "frozen"]
 LAYOUTS = ["contiguous", "channels last", "strided"]
 RESIDUALS = ["none", "another map", "itself", "one value a channel"]

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "src" / "ecanet"
-#: The only places that write otherwise; CONTRIBUTING.md says why.
+#: The only places that write otherwise, and why.
 EXCEPTIONS = [
     "cli/command.py: os.open(os.devnull, os.O_WRONLY)",  # after a reader of stdout has left
     "cli/options.py: path.write_bytes(data)",  # into a pipe or a device
